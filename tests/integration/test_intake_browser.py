@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import json
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -83,19 +83,33 @@ class IntakeVisit:
     page: BrowserPage
     names: dict[str, str]
     """Ids of workflows by their kind of trigger, of a refused delivery, and the fragment of an invitation."""
+    sessions: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    """Cookies of the session that each key has begun."""
 
     async def show(self, path: str) -> None:
         path = path.format(**self.names)
-        # A change of the fragment alone would not load the page.
-        await self.page.open("about:blank")
+        if "#" in path:
+            # A change of the fragment alone would not load the page.
+            await self.page.open("about:blank")
         await self.page.open(self.url + path, "document.querySelector('h1') !== null")
 
     async def sign_in(self, key: str) -> None:
-        await self.show("/sign-in")
+        """Begin a session with a key, or go on with the one that it has."""
+        # An open page would leave for the sign-in as soon as it notices the end of its session.
+        await self.page.open("about:blank")
         await self.page.call("Network.clearBrowserCookies")
+        if key in self.sessions:
+            await self.page.call("Network.setCookies", cookies=self.sessions[key])
+            return
+        await self.show("/sign-in")
         body = json.dumps({"key": key})
         options = f"{{method: 'POST', headers: {{'Content-Type': 'application/json'}}, body: {body!r}}}"
         assert await self.page.evaluate(f"fetch('/session', {options}).then(answer => answer.status)") == 201
+        begun = (await self.page.call("Network.getCookies", urls=[self.url]))["cookies"]
+        self.sessions[key] = [
+            {name: cookie[name] for name in ("name", "value", "domain", "path", "httpOnly") if name in cookie}
+            for cookie in begun
+        ]
 
 
 def graph_of(trigger: str, config: dict[str, Any]) -> dict[str, Any]:
