@@ -49,6 +49,9 @@ time.
 """
 
 RESOURCE_KEYWORD: Final = "x-resource"
+MODELS_KIND: Final = "models"
+DEFAULT_MODEL: Final = "default"
+"""Name of the default model of the organization in a config; a definition has the id of the model instead."""
 SOURCE_TYPES: Final = "x-source-types"
 _ID: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
@@ -329,40 +332,93 @@ class ResourceReference:
         return f"{self.kind}:{self.action}:{self.id}"
 
 
+@dataclass(frozen=True, slots=True)
+class ResourceText:
+    """Text of a config field that refers to a resource: an id, a template, or a placeholder."""
+
+    kind: str
+    action: str
+    text: str
+    node: GraphNode
+    """Node of the field; of a tool, the node that does its calls."""
+    steps: PlaceSteps
+    """Path in the config of the stored node."""
+    source_types: Sequence[str]
+
+    @property
+    def is_default_model(self) -> bool:
+        """Whether it names the default model of the organization."""
+        return (self.kind, self.text) == (MODELS_KIND, DEFAULT_MODEL)
+
+
 def required_scopes(graph: ParsedGraph, catalog: NodeTypeLookup) -> list[str]:
-    """Return the scopes that a graph's references need, sorted and unique, such as `datasources:read:ds_001`."""
-    return sorted({reference.scope for reference in list_references(graph, catalog)})
+    """Return the scopes that a graph's references need, sorted and unique, such as `datasources:read:ds_001`.
+
+    The default model counts with its present id.
+    """
+    scopes = {reference.scope for reference in list_references(graph, catalog)}
+    if catalog.default_model_id is not None:
+        scopes.update(
+            f"{found.kind}:{found.action}:{catalog.default_model_id}"
+            for found in iterate_resource_texts(graph.nodes, catalog)
+            if found.is_default_model
+        )
+    return sorted(scopes)
 
 
 def list_references(graph: ParsedGraph, catalog: NodeTypeLookup) -> list[ResourceReference]:
     """Return every reference to a resource id, such as a data source, in configs of a graph, in the order of
     nodes and fields.
 
-    The schemas of the node types say which fields those are. Nodes of unknown types have none.
+    The schemas of the node types say which fields those are. Nodes of unknown types have none. Texts that are no
+    ids, such as templates, and `default` for a model are left out.
     """
-    found: list[ResourceReference] = []
+    return [
+        ResourceReference(
+            found.kind,
+            found.text,
+            found.node.id,
+            ".".join(map(str, found.steps)),
+            found.action,
+            found.source_types,
+        )
+        for found in iterate_resource_texts(graph.nodes, catalog)
+        if _ID.fullmatch(found.text) and not found.is_default_model
+    ]
+
+
+def iterate_resource_texts(nodes: Sequence[GraphNode], catalog: NodeTypeLookup) -> Iterator[ResourceText]:
+    """Yield the texts of all fields that refer to resources, of nodes and of the targets of tools."""
     types: dict[tuple[str, str | None], NodeType | None] = {}
-    for node, prefix in _with_tool_targets(graph.nodes):
+    for node, prefix in _with_tool_targets(nodes):
         key = (node.type, node.version)
         if key not in types:
             types[key] = _find_node_type(catalog, *key)
         node_type = types[key]
-        if node_type is not None:
-            for path, schema, value in _iterate_named_ids(
-                prefix, dict(node_type.config_schema), dict(node.config)
-            ):
-                kind, _, action = str(schema[RESOURCE_KEYWORD]).partition(":")
-                source_types = cast("Sequence[str]", schema.get(SOURCE_TYPES, ()))
-                found.append(ResourceReference(kind, value, node.id, path, action, source_types))
-    return found
+        if node_type is None:
+            continue
+        for steps, schema, value in _iterate_named_texts(
+            prefix, dict(node_type.config_schema), dict(node.config)
+        ):
+            kind, _, action = str(schema[RESOURCE_KEYWORD]).partition(":")
+            source_types = cast("Sequence[str]", schema.get(SOURCE_TYPES, ()))
+            yield ResourceText(kind, action, value, node, steps, source_types)
 
 
-def _with_tool_targets(nodes: Sequence[GraphNode]) -> Iterator[tuple[GraphNode, str]]:
+def may_name_model(node_type: str, catalog: NodeTypeLookup) -> bool:
+    """Return whether nodes of a type call models, themselves or by the target of a tool."""
+    try:
+        return node_type == TOOL_TYPE or catalog.get(node_type).is_paid
+    except UnknownNodeType:
+        return False
+
+
+def _with_tool_targets(nodes: Sequence[GraphNode]) -> Iterator[tuple[GraphNode, PlaceSteps]]:
     """Yield the nodes, and the targets of tools, each with the path of its config in that of its node."""
     for node in nodes:
-        yield node, ""
+        yield node, ()
         if node.type == TOOL_TYPE and (target := target_of(node)) is not None:
-            yield target, name_target_config(node)
+            yield target, tuple(name_target_config(node).split("."))
 
 
 def _find_node_type(catalog: NodeTypeLookup, node_type: str, version: str | None) -> NodeType | None:
@@ -372,24 +428,19 @@ def _find_node_type(catalog: NodeTypeLookup, node_type: str, version: str | None
         return None
 
 
-def _iterate_named_ids(path: str, schema: Json, value: Json) -> Iterator[tuple[str, _Schema, str]]:
-    """Yield the resource ids in a config value, each with its path and the schema of its field.
-
-    Texts that are no ids, such as templates, are left out.
-    """
+def _iterate_named_texts(
+    steps: PlaceSteps, schema: Json, value: Json
+) -> Iterator[tuple[PlaceSteps, _Schema, str]]:
+    """Yield the texts in a config value that refer to resources, each with its path and the schema of its field."""
     if not isinstance(schema, dict):
         return
     if isinstance(value, str):
-        if isinstance(schema.get(RESOURCE_KEYWORD), str) and _ID.fullmatch(value):
-            yield path, schema, value
+        if isinstance(schema.get(RESOURCE_KEYWORD), str):
+            yield steps, schema, value
     elif isinstance(value, list):
         for index, item in enumerate(value):
-            yield from _iterate_named_ids(_child_path(path, str(index)), schema.get("items"), item)
+            yield from _iterate_named_texts((*steps, index), schema.get("items"), item)
     elif isinstance(value, dict):
         properties = cast("_Schema", schema.get("properties", {}))
         for name, inner in value.items():
-            yield from _iterate_named_ids(_child_path(path, name), properties.get(name), inner)
-
-
-def _child_path(path: str, step: str) -> str:
-    return f"{path}.{step}" if path else step
+            yield from _iterate_named_texts((*steps, name), properties.get(name), inner)

@@ -31,6 +31,8 @@ class FindingType(StrEnum):
     LOOPS_TOO_DEEP = "loops-too-deep"
     NOT_RUNNABLE = "not-runnable"
     """A warning in drafts, which are unfinished."""
+    UNRESOLVED_MODEL_PLACEHOLDER = "unresolved-model-placeholder"
+    """A place for a language model names none; a warning in drafts."""
     DISCONNECTED_NODE = "disconnected-node"
     MISSING_CONFIG = "missing-config"
     UNRESOLVED_MAPPING = "unresolved-mapping"
@@ -56,6 +58,12 @@ WARNING_TYPES: Final = frozenset({
     FindingType.NO_WORKER,
 })  # fmt: skip
 """Types that leave a graph valid."""
+
+UNFINISHED_TYPES: Final = frozenset({
+    FindingType.NOT_RUNNABLE,
+    FindingType.UNRESOLVED_MODEL_PLACEHOLDER,
+})  # fmt: skip
+"""Types that leave a draft valid."""
 
 
 class FixAction(StrEnum):
@@ -133,7 +141,7 @@ class FindingCollector:
     """Collector of the findings for a `ValidationResult`."""
 
     def __init__(self, *, is_draft: bool) -> None:
-        self._warning_types = WARNING_TYPES | {FindingType.NOT_RUNNABLE} if is_draft else WARNING_TYPES
+        self._warning_types = WARNING_TYPES | UNFINISHED_TYPES if is_draft else WARNING_TYPES
         self._errors: list[GraphFinding] = []
         self._warnings: list[GraphFinding] = []
         self._is_truncated = False

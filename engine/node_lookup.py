@@ -30,6 +30,10 @@ class ConfigProblemView(Protocol):
 class NodeTypeLookup(Protocol):
     """Lookup of node types; raises `UnknownNodeType` for an unknown type or version."""
 
+    @property
+    def default_model_id(self) -> str | None:
+        """Id of the language model that `default` in a config means; None without one."""
+
     def get(self, type: str, version: str | None = None) -> NodeType: ...  # noqa: A002 - the field's own word
     def with_defaults(self, node_type: NodeType, config: Mapping[str, Json]) -> dict[str, Json]: ...
     def implementation_digest(self, node_type: NodeType) -> bytes:

@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Final
 from engine import inline_secrets, mapping_checks, name_suggestions
 from engine.agents.agent_steps import AGENT_TYPE
 from engine.agents.agent_wiring import PROVIDER_PORTS, list_providers
-from engine.config_places import ExpressionReader, NodeExpressions, ScriptChecker
+from engine.config_places import (
+    ExpressionReader,
+    NodeExpressions,
+    NodeSection,
+    ScriptChecker,
+    format_place,
+    may_name_model,
+)
 from engine.dataflow import OutputSamples
 from engine.findings import (
     FindingCollector,
@@ -28,6 +35,7 @@ from engine.node_api import CONTINUE, DONE, ERROR, UnknownNodeType
 
 if TYPE_CHECKING:
     from engine.agents.workflow_traits import TraitsById
+    from engine.config_places import ResourceText
     from engine.expressions import ExpressionError
     from engine.graph import GraphEdge, GraphNode, LoopBodies, ParsedGraph
     from engine.node_api import NodeType
@@ -111,8 +119,15 @@ def _inspect_graph(
         if node.id in passed:
             continue
         readings[node.id] = reader.read(node, node_type)
+        placeholders: Sequence[ResourceText] = ()
+        if may_name_model(node.type, catalog):
+            from engine import model_references  # noqa: PLC0415 - loaded with the first node that calls a model
+
+            placeholders = model_references.list_placeholders(node, graph, catalog)
+            for place in placeholders:
+                findings.add(model_references.describe_placeholder(node, place))
         problems = catalog.config_problems(node_type, node.config)
-        for finding in _config_findings(node, problems, readings[node.id]):
+        for finding in _config_findings(node, problems, readings[node.id], placeholders):
             findings.add(finding)
         for finding in scripts.findings(node, node_type):
             findings.add(finding)
@@ -367,16 +382,23 @@ def _find_disconnected_nodes(graph: ParsedGraph, types: Mapping[str, NodeType]) 
 
 
 def _config_findings(
-    node: GraphNode, problems: Sequence[ConfigProblemView], reading: NodeExpressions
+    node: GraphNode,
+    problems: Sequence[ConfigProblemView],
+    reading: NodeExpressions,
+    placeholders: Sequence[ResourceText],
 ) -> Iterator[GraphFinding]:
+    """Yield the problems of a config, other than those of fields that hold placeholders."""
+    unnamed = {one.steps for one in placeholders}
+    unnamed_places = {format_place(NodeSection.CONFIG, steps) for steps in unnamed}
     missing = [problem for problem in problems if problem.keyword == "required"]
     if missing:
         yield _missing_config_finding(node, missing)
     for problem in problems:
-        if problem.keyword != "required":
+        if problem.keyword != "required" and problem.steps not in unnamed:
             yield _invalid_config_finding(node, problem)
     for name, error in reading.errors:
-        yield _invalid_expression_finding(node, name, error)
+        if name not in unnamed_places:
+            yield _invalid_expression_finding(node, name, error)
 
 
 def _missing_config_finding(node: GraphNode, missing: Sequence[ConfigProblemView]) -> GraphFinding:

@@ -336,7 +336,12 @@ class ChildRunStarter:
         )
         revision = await connection.scalar(select(col(Workflow.revision)).where(*readable))
         cached = self._cached.get((caller.organization_id, workflow_id))
-        if cached is None or cached.revision != revision or cached.validation.errors:
+        if (
+            cached is None
+            or cached.revision != revision
+            or cached.validation.errors
+            or cached.names_default_model
+        ):
             row = (
                 await connection.execute(
                     select(Workflow, col(WorkflowGraph.nodes), col(WorkflowGraph.connections))

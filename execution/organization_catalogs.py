@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 from sqlalchemy import select, tuple_
 from sqlmodel import col
 
+from models.access import Organization
 from models.custom_node_type import CustomNodeType
 from nodes import custom_types
 
@@ -40,6 +41,7 @@ class CachedCatalog:
     versions: Mapping[tuple[str, str], VersionState]
     node_types: Mapping[tuple[str, str], NodeType]
     documents: Mapping[tuple[str, str], str]
+    default_model_id: str | None
     catalog: NodeCatalog
 
 
@@ -64,23 +66,36 @@ class OrganizationCatalogs:
     async def read(self, connection: AsyncConnection, organization_id: str) -> NodeCatalog:
         """Return the catalog of an organization as a transaction sees its custom node types.
 
-        Without custom types it is the catalog of the library.
+        Without custom types and a default language model it is the catalog of the library.
         """
+        from models.ai_model import AiSettings  # noqa: PLC0415 - loaded with the first workflow
+
+        # One statement for both: this is read before each run whose workflow isn't cached.
         rows = await connection.execute(
             select(
                 col(CustomNodeType.type),
                 col(CustomNodeType.version),
                 col(CustomNodeType.hash),
                 col(CustomNodeType.is_deprecated),
-            ).where(col(CustomNodeType.organization_id) == organization_id)
+                col(AiSettings.default_model_id),
+            )
+            .select_from(Organization)
+            .outerjoin(CustomNodeType, col(CustomNodeType.organization_id) == col(Organization.id))
+            .outerjoin(AiSettings, col(AiSettings.organization_id) == col(Organization.id))
+            .where(col(Organization.id) == organization_id)
         )
-        versions = {(row.type, row.version): VersionState(row.hash, row.is_deprecated) for row in rows}
-        if not versions:
+        versions: dict[tuple[str, str], VersionState] = {}
+        default_model_id: str | None = None
+        for row in rows:
+            default_model_id = row.default_model_id
+            if row.type is not None:
+                versions[row.type, row.version] = VersionState(row.hash, row.is_deprecated)
+        if not versions and default_model_id is None:
             self._cached.pop(organization_id, None)
             return self.base
         cached = self._cached.get(organization_id)
-        if cached is None or cached.versions != versions:
-            cached = await self._build(connection, organization_id, versions, cached)
+        if cached is None or cached.versions != versions or cached.default_model_id != default_model_id:
+            cached = await self._build(connection, organization_id, versions, default_model_id, cached)
             self._cached[organization_id] = cached
         self._cached.move_to_end(organization_id)
         while len(self._cached) > MAX_ORGANIZATIONS:
@@ -92,9 +107,11 @@ class OrganizationCatalogs:
         connection: AsyncConnection,
         organization_id: str,
         versions: Mapping[tuple[str, str], VersionState],
+        default_model_id: str | None,
         earlier: CachedCatalog | None,
     ) -> CachedCatalog:
-        """Return the catalog of an organization with these versions of its custom node types, by type and version.
+        """Return the catalog of an organization with its default language model, and with these versions of its
+        custom node types, by type and version.
 
         Documents that an earlier catalog has with the same hash aren't read again. Versions deleted meanwhile
         are left out.
@@ -126,7 +143,9 @@ class OrganizationCatalogs:
                 node_types[key] = custom_types.decode_node_type(
                     document, state.hash, is_deprecated=state.is_deprecated
                 )
-        catalog = custom_types.build_catalog(self.base, documents, list(node_types.values()))
+        catalog = custom_types.build_catalog(
+            self.base, documents, list(node_types.values()), default_model_id
+        )
         # A version deleted between the two queries is missing in the documents: the next use reads again.
         found = {key: state for key, state in versions.items() if key in documents}
-        return CachedCatalog(found, node_types, documents, catalog)
+        return CachedCatalog(found, node_types, documents, default_model_id, catalog)

@@ -8,6 +8,7 @@ from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Final, Protocol, cast
 
 from engine.agents import agent_wiring
+from engine.config_places import may_name_model
 from engine.graph import GraphNode, ParsedGraph, RunSettings
 from engine.node_api import TOOL_TYPE, UnknownNodeType
 from engine.node_lookup import NodeTypeLookup
@@ -87,6 +88,8 @@ class LoadedWorkflow:
     total_nodes: int
     is_deployed: bool = False
     """Whether it was deployed at the last look-up."""
+    names_default_model: bool = False
+    """Whether the definition changes with the default language model of the organization, at the same revision."""
 
     @property
     def trigger_kind(self) -> str | None:
@@ -139,7 +142,17 @@ def load_workflow(
         trigger=find_trigger(row.nodes, catalog),
         total_nodes=agent_wiring.count_nodes_that_run(row.nodes, row.connections),
         is_deployed=is_deployed,
+        names_default_model=names_default_model(row.nodes, catalog),
     )
+
+
+def names_default_model(nodes: Sequence[Mapping[str, Json]], catalog: NodeTypeLookup) -> bool:
+    """Return whether stored nodes, or targets of tools, name the default language model of the organization."""
+    if not any(may_name_model(str(node["type"]), catalog) for node in nodes):
+        return False
+    from engine import model_references  # noqa: PLC0415 - loaded with the first node that calls a model
+
+    return model_references.names_default(nodes, catalog)
 
 
 def effective_settings(settings: Mapping[str, Json]) -> dict[str, Json]:
@@ -155,15 +168,21 @@ def build_definition(
 ) -> dict[str, Json]:
     """Return a graph and its settings in the form that a run stores, with defaults for settings that are not given.
 
-    With a `catalog`, `nodeTypes` holds the documents of the custom types that nodes use, so that an executor
-    needs no lookup.
+    With a `catalog`, `nodeTypes` holds the documents of the custom types that nodes use, and the id of the default
+    model stands for `default`, so that an executor needs no lookup.
     """
     definition: dict[str, Json] = {
         "nodes": list(nodes),
         "connections": list(connections),
         "settings": effective_settings(settings),
     }
-    if catalog is not None and (pinned := _pin_custom_types(nodes, catalog)):
+    if catalog is None:
+        return definition
+    if catalog.default_model_id is not None:
+        from engine import model_references  # noqa: PLC0415 - loaded in organizations with a default model
+
+        definition["nodes"] = cast("Json", model_references.resolve_default(nodes, catalog))
+    if pinned := _pin_custom_types(nodes, catalog):
         definition["nodeTypes"] = pinned
     return definition
 

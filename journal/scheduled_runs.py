@@ -98,6 +98,8 @@ class ScheduleDefinition:
     """Effective settings, with defaults."""
     trigger_kind: str
     total_nodes: int
+    names_default_model: bool = False
+    """Whether it changes with the default language model of the organization, at the same revision."""
 
 
 @dataclass(slots=True)

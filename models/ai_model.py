@@ -62,6 +62,8 @@ class AiSettings(SQLModel, table=True):
     shard: int = Field(sa_type=SmallInteger)
     month_budget: dict[str, Any] | None = Field(default=None, sa_column=Column(JsonTextColumn))
     """Budget of all calls in a month, as `engine.month_budget.MonthBudget` has it; None without one."""
+    default_model_id: str | None = None
+    """Model that `default` in a config means, `echo` among them; None without one."""
     updated_at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))
 
 

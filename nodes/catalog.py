@@ -126,6 +126,8 @@ class NodeCatalog:
     """Every node type, by its name."""
 
     node_types: Mapping[str, NodeType]
+    default_model_id: str | None = field(default=None, kw_only=True)
+    """Id of the default language model of an organization; the library has none."""
     _validators: dict[tuple[str, str], Draft202012Validator] = field(
         default_factory=dict, init=False, repr=False
     )

@@ -482,18 +482,21 @@ class OrganizationCatalog(NodeCatalog):
 
 
 def build_catalog(
-    base: NodeCatalog, documents: Mapping[tuple[str, str], str], node_types: Sequence[NodeType]
+    base: NodeCatalog,
+    documents: Mapping[tuple[str, str], str],
+    node_types: Sequence[NodeType],
+    default_model_id: str | None = None,
 ) -> OrganizationCatalog:
     """Return the catalog of an organization: that of the library with these versions of custom types.
 
-    `documents` has the JSON of each by type and version.
+    `documents` has the JSON of each by type and version; `default_model_id` is its default language model.
     """
     versions: dict[str, list[NodeType]] = {}
     for one in node_types:
         versions.setdefault(one.type, []).append(one)
     custom = {name: join_versions(of_type) for name, of_type in versions.items()}
     types = cast("Mapping[str, NodeType]", ChainMap(cast("Any", custom), cast("Any", base.node_types)))
-    return OrganizationCatalog(types, base=base, documents=documents)
+    return OrganizationCatalog(types, default_model_id=default_model_id, base=base, documents=documents)
 
 
 def catalog_of_definition(base: NodeCatalog, definition: Mapping[str, Any]) -> NodeCatalog:

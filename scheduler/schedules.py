@@ -153,7 +153,8 @@ class ScheduleRunner:
             # In a thread: `pilotflame dev` serves requests while large graphs are decoded.
             found = await asyncio.to_thread(_build_definitions, missing, own, deployed, catalogs)
             for runnable in found:
-                self._store_in_cache(runnable)
+                if not runnable.names_default_model:
+                    self._store_in_cache(runnable)
                 runnables[runnable.due.workflow_id] = runnable
         lost = {
             one.workflow_id: "The deployed definition is not stored" for one in missing if one.deployed_hash
@@ -226,13 +227,22 @@ def _build_definitions(
             )
             encoded = encode_canonical(definition)
             found.append(
-                _build_definition(one, encoded.decode(), sha256(encoded).hexdigest(), definition, catalog)
+                _build_definition(
+                    *(one, encoded.decode(), sha256(encoded).hexdigest(), definition, catalog),
+                    names_default_model=definition_snapshot.names_default_model(row["nodes"], catalog),
+                )
             )
     return found
 
 
 def _build_definition(
-    due: DueSchedule, text: str, content_hash: str, definition: Mapping[str, Json], catalog: NodeTypeRegistry
+    due: DueSchedule,
+    text: str,
+    content_hash: str,
+    definition: Mapping[str, Json],
+    catalog: NodeTypeRegistry,
+    *,
+    names_default_model: bool = False,
 ) -> ScheduleDefinition:
     nodes = cast("Sequence[Mapping[str, Json]]", definition["nodes"])
     trigger = definition_snapshot.find_trigger(nodes, catalog)
@@ -243,6 +253,7 @@ def _build_definition(
         settings=cast("Mapping[str, Json]", definition["settings"]),
         trigger_kind=trigger.kind if trigger else definition_snapshot.MANUAL_KIND,
         total_nodes=len(nodes),
+        names_default_model=names_default_model,
     )
 
 

@@ -17,6 +17,7 @@ from engine.agents.agent_wiring import (
     TYPES_THAT_WAIT,
     has_too_many_tools,
     list_agents,
+    name_target_config,
     target_of,
 )
 from engine.agents.workflow_traits import name_workflow, traits_of
@@ -169,7 +170,13 @@ def _check_tool(
         suggestion = "Use a node that returns a result, a workflow, or a node of your own workers."
         yield GraphFinding(FindingType.INVALID_CONFIG, message, suggestion, tool.id)
         return
+    from engine import model_references  # noqa: PLC0415 - loaded with the first agent
+
+    prefix = tuple(name_target_config(tool).split("."))
+    unnamed = {one.steps for one in model_references.list_placeholders(tool, graph, catalog)}
     for problem in catalog.config_problems(node_type, target.config):
+        if (*prefix, *problem.steps) in unnamed:
+            continue  # the findings about the tool itself name it
         kind = FindingType.MISSING_CONFIG if problem.keyword == "required" else FindingType.INVALID_CONFIG
         message = f'Tool "{tool.label}" ({target.type}): {problem.path}: {problem.message}'
         yield GraphFinding(kind, message, "See the schema of the node type.", tool.id)

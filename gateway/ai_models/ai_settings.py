@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, ClassVar, Final
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, TypeAlias
 
 import msgspec
 import structlog
+from msgspec import Meta
 from sqlalchemy import select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import col
@@ -15,11 +16,13 @@ from sqlmodel import col
 from engine.month_budget import BudgetTokens, Dollars, MonthLimitAction
 from engine.values import fingerprint
 from gateway.access import audit_log
+from gateway.ai_models import model_rows
 from gateway.http import errors, read_only
 from gateway.http.responses import JsonResponse
 from gateway.http.wire import Instant, StrictWire, WireStruct, body_of, instant, read_json
 from models.ai_model import AiSettings
 from models.audit import AuditAction
+from nodes.ai.model_connection import ECHO_MODEL_ID
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
@@ -28,6 +31,8 @@ if TYPE_CHECKING:
     from models.access import ApiCaller
 
 log = structlog.get_logger()
+
+ModelId: TypeAlias = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 
 NEVER: Final = datetime.fromtimestamp(0, UTC)
 
@@ -49,6 +54,8 @@ class UpdateAiSettings(StrictWire):
     read_only: ClassVar[Mapping[str, str]] = dict.fromkeys(("organizationId", "updatedAt"), "")
 
     month_budget: MonthBudgetShape | msgspec.UnsetType | None = msgspec.UNSET
+    default_model_id: ModelId | msgspec.UnsetType | None = msgspec.UNSET
+    """Model that nodes name by `default`: the id of a shared model, or `echo`. Runs that are accepted later use it."""
 
 
 class AiSettingsShape(WireStruct):
@@ -57,6 +64,8 @@ class AiSettingsShape(WireStruct):
     organization_id: str
     month_budget: MonthBudgetShape | None
     """Null without a budget."""
+    default_model_id: str | None
+    """Model that nodes name by `default`; null without one."""
     updated_at: Instant | None
     """Null before the first change."""
 
@@ -70,7 +79,8 @@ async def show(request: GatewayRequest) -> JsonResponse:
 async def update(request: GatewayRequest) -> JsonResponse:
     """Change the settings of the organization for language models; only admins may.
 
-    A budget holds for calls that begin a second after the change, and for all at once that have a budget already.
+    The definition of a run keeps the default model of the time of its acceptance. A budget holds for calls that begin
+    a second after the change, and for all at once that have a budget already.
     """
     value = await read_json(request)
     body = body_of(request, value, UpdateAiSettings)
@@ -80,6 +90,8 @@ async def update(request: GatewayRequest) -> JsonResponse:
 
     async def work(connection: AsyncConnection) -> AiSettings:
         before = await _read(connection, caller, is_locking=True)
+        if isinstance(body.default_model_id, str):
+            await _require_shared(connection, caller, body.default_model_id)
         read_only.require_same(value, UpdateAiSettings, lambda: msgspec.to_builtins(_show(before)))
         changes = _build_changes(body)
         after = AiSettings(**{**before.model_dump(), **changes, "updated_at": now})
@@ -101,13 +113,29 @@ async def update(request: GatewayRequest) -> JsonResponse:
 
 def _build_changes(body: UpdateAiSettings) -> dict[str, Any]:
     """Return the columns that a body changes."""
+    changes: dict[str, Any] = {}
+    if body.default_model_id is not msgspec.UNSET:
+        changes["default_model_id"] = body.default_model_id
     budget = body.month_budget
-    if budget is msgspec.UNSET:
-        return {}
-    given = {} if budget is None else msgspec.to_builtins(budget)
-    limits = {name: value for name, value in given.items() if value is not None}
-    # Without a limit there is nothing to do at one.
-    return {"month_budget": limits if limits.keys() - {"onLimit"} else None}
+    if budget is not msgspec.UNSET:
+        given = {} if budget is None else msgspec.to_builtins(budget)
+        limits = {name: value for name, value in given.items() if value is not None}
+        # Without a limit there is nothing to do at one.
+        changes["month_budget"] = limits if limits.keys() - {"onLimit"} else None
+    return changes
+
+
+async def _require_shared(connection: AsyncConnection, caller: ApiCaller, model_id: str) -> None:
+    """Raise a 422 error unless the whole organization may use a model."""
+    if model_id == ECHO_MODEL_ID:
+        return
+    found = await model_rows.find(connection, model_id, caller)
+    if found is None:
+        message = "There is no language model with this id"
+        raise errors.invalid([errors.problem("defaultModelId", "model-not-found", message)])
+    if not found.is_shared:
+        message = "Share the model with the organization first (isShared): runs of all users would name it"
+        raise errors.invalid([errors.problem("defaultModelId", "model-not-shared", message)])
 
 
 async def _read(connection: AsyncConnection, caller: ApiCaller, *, is_locking: bool = False) -> AiSettings:
@@ -135,7 +163,7 @@ async def _save(connection: AsyncConnection, settings: AiSettings, changes: Mapp
 
 
 def _hash_content(settings: AiSettings) -> str:
-    return fingerprint({"monthBudget": settings.month_budget})
+    return fingerprint({"monthBudget": settings.month_budget, "defaultModelId": settings.default_model_id})
 
 
 def _show(settings: AiSettings) -> AiSettingsShape:
@@ -143,5 +171,6 @@ def _show(settings: AiSettings) -> AiSettingsShape:
     return AiSettingsShape(
         organization_id=settings.organization_id,
         month_budget=None if budget is None else msgspec.convert(budget, MonthBudgetShape),
+        default_model_id=settings.default_model_id,
         updated_at=None if settings.updated_at == NEVER else instant(settings.updated_at),
     )

@@ -117,6 +117,8 @@ async def edit(database: Database, requested: RequestedObject, change: Change, *
             await _require_provider(connection, after, requested.caller, before.provider)
         if not is_forced and _changes_for_users(before, after):
             await _require_unused(connection, before, requested.caller)
+        if before.is_shared and not after.is_shared:
+            await _remove_default(connection, before, is_forced=is_forced)
         if not await model_rows.save(connection, before, after):
             raise errors.conflict(
                 "edit-conflict", "Another request changed this model at the same time: try again"
@@ -151,6 +153,7 @@ async def delete(database: Database, requested: RequestedObject, *, is_forced: b
         preconditions.require_match(requested.if_match, entity_tag(before)["ETag"], what="model")
         if not is_forced:
             await _require_unused(connection, before, requested.caller)
+        await _remove_default(connection, before, is_forced=is_forced)
         await model_rows.remove(connection, before)
         await _record(connection, requested.caller, AuditAction.MODEL_DELETED, before, None)
         is_done = True
@@ -198,6 +201,17 @@ async def _require_unused(connection: AsyncConnection, model: AiModel, caller: A
         "Workflows use this model (details lists those that you may read): remove it there, or use ?force=true",
         details=[errors.problem(f"workflows.{one}", "model-in-use", name) for one, name in named_by],
     )
+
+
+async def _remove_default(connection: AsyncConnection, model: AiModel, *, is_forced: bool) -> None:
+    """Leave the organization without a default model if it is this one; raises a 409 error unless `is_forced`."""
+    if is_forced:
+        await model_rows.clear_default(connection, model)
+    elif await model_rows.is_default(connection, model):
+        raise errors.conflict(
+            "model-in-use",
+            "It is the default model of the organization: name another by PUT /ai/settings, or use ?force=true",
+        )
 
 
 async def _require_provider(

@@ -9,7 +9,7 @@ from sqlalchemy import delete, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlmodel import col
 
-from models.ai_model import AiModel, is_readable_by
+from models.ai_model import AiModel, AiSettings, is_readable_by
 
 if TYPE_CHECKING:
     from sqlalchemy import ColumnElement
@@ -97,3 +97,21 @@ async def save(connection: AsyncConnection, before: AiModel, after: AiModel) -> 
 async def remove(connection: AsyncConnection, model: AiModel) -> None:
     """Delete the row of a model in the transaction; do nothing if it is gone."""
     await connection.execute(delete(AiModel).where(col(AiModel.id) == model.id))
+
+
+async def is_default(connection: AsyncConnection, model: AiModel) -> bool:
+    """Return whether a model is the default model of its organization."""
+    statement = select(col(AiSettings.organization_id)).where(*_is_its_default(model))
+    return await connection.scalar(statement) is not None
+
+
+async def clear_default(connection: AsyncConnection, model: AiModel) -> None:
+    """Leave the organization of a model without a default model if it is this one."""
+    await connection.execute(update(AiSettings).where(*_is_its_default(model)).values(default_model_id=None))
+
+
+def _is_its_default(model: AiModel) -> tuple[ColumnElement[bool], ColumnElement[bool]]:
+    return (
+        col(AiSettings.organization_id) == model.organization_id,
+        col(AiSettings.default_model_id) == model.id,
+    )

@@ -17,7 +17,7 @@ from gateway.deployments import (
 from gateway.deployments.lifecycle_shapes import LifecyclePolicy, PolicyPreviewRequest
 from gateway.http.operation_docs import (
     COLD_START,
-    EDITS,
+    EDITS_WORKFLOW,
     PREFER,
     PREFERENCE_APPLIED,
     SERVER_TIMING,
@@ -55,7 +55,7 @@ ROUTES: Final[Sequence[Route]] = (
         deployments.deploy,
         answer=deployments.DeployResult,
         docs=replace(
-            EDITS,
+            EDITS_WORKFLOW,
             also={
                 202: OtherSuccess("The pods are not ready yet, or cannot start.", deployments.DeployResult)
             },
@@ -69,7 +69,7 @@ ROUTES: Final[Sequence[Route]] = (
         body=deployments.DeployVersion,
         answer=deployments.DeployResult,
         docs=replace(
-            EDITS,
+            EDITS_WORKFLOW,
             also={
                 202: OtherSuccess("The pods are not ready yet, or cannot start.", deployments.DeployResult)
             },
@@ -82,7 +82,8 @@ ROUTES: Final[Sequence[Route]] = (
         deployments.undeploy,
         answer=deployments.UndeployResult,
         docs=replace(
-            EDITS, also={202: OtherSuccess("The pods have not stopped yet.", deployments.UndeployResult)}
+            EDITS_WORKFLOW,
+            also={202: OtherSuccess("The pods have not stopped yet.", deployments.UndeployResult)},
         ),
     ),
     Route(
@@ -140,7 +141,7 @@ ROUTES: Final[Sequence[Route]] = (
         lifecycle.update,
         body=LifecyclePolicy,
         answer=lifecycle.PolicyUpdateResult,
-        docs=EDITS,
+        docs=EDITS_WORKFLOW,
     ),
     Route(
         "GET",
@@ -170,6 +171,8 @@ ROUTES: Final[Sequence[Route]] = (
             TAKES_IN,
             takes=(*TAKES_IN.takes, PREFER),
             sends=(*TAKES_IN.sends, SERVER_TIMING, COLD_START, PREFERENCE_APPLIED),
+            # The deployed definition was valid when it was deployed.
+            refusals=[code for code in TAKES_IN.refusals if code != "unresolved-model-placeholder"],
         ).refusing(
             *("concurrency-limit", "not-deployed", "outside-window", "start-failed", "stopped-manually"),
             "workflow-not-active",

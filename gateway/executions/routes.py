@@ -371,6 +371,7 @@ ROUTES: Final[Sequence[Route]] = (
                 "queue-full",
                 "execution-not-ended",
                 "plan-changed",
+                "unresolved-model-placeholder",
                 "confirmation-required",
                 "already-resumed",
                 "workflow-deleted",

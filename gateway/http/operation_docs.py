@@ -144,6 +144,8 @@ EDITS: Final = OperationDoc(
     refusals=("not-owner", "precondition-failed", "edit-conflict", "validation-failed"),
 )
 
+EDITS_WORKFLOW: Final = EDITS.refusing("unresolved-model-placeholder")
+
 CREATES: Final = OperationDoc(
     takes=(IDEMPOTENCY_KEY,),
     sends=(replace(ETAG, is_always_sent=False), REPLAYED),
@@ -162,10 +164,14 @@ TAKES_IN: Final = OperationDoc(
         "workflow-paused",
         "workflow-archived",
         "workflow-changed",
+        "unresolved-model-placeholder",
     ),
 )
 
 ARRIVES: Final = OperationDoc(
     sends=(LOCATION, REPLAYED),
-    refusals=("workflow-changed", "workflow-not-active", "concurrency-limit"),
+    refusals=(
+        *("workflow-changed", "workflow-not-active", "concurrency-limit"),
+        "unresolved-model-placeholder",
+    ),
 )

@@ -239,6 +239,11 @@ ERROR_CODES: Final[Mapping[str, ErrorCode]] = {
     "validation-failed": ErrorCode(
         422, "Fields or the graph are invalid; `details` has an entry for each fault."
     ),
+    "unresolved-model-placeholder": ErrorCode(
+        422,
+        "Nodes name no language model: a placeholder such as `{{AI_MODEL_ID}}`, nothing, or `default` in an"
+        " organization without a default model. `details` lists the nodes.",
+    ),
     "idempotency-mismatch": ErrorCode(422, "The `Idempotency-Key` was already used with another body."),
     **{
         f"no-{kind}-trigger": ErrorCode(422, f"The workflow has no {kind} trigger: add one.")

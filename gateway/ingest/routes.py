@@ -368,6 +368,7 @@ ROUTES: Final[Sequence[Route]] = (
             refusals=(
                 *("invalid-idempotency-key", "idempotency-mismatch", "invalid-signature", "invalid-event"),
                 *("malformed-form", "duplicate-header", "workflow-changed", "queue-full"),
+                "unresolved-model-placeholder",
             ),
         ),
     ),

@@ -218,9 +218,7 @@ class WorkflowEditor:
         )
 
     async def read_catalog(self, connection: AsyncConnection, organization_id: str) -> NodeCatalog:
-        """Return the node types of an organization as a transaction sees them; without custom types, the library's."""
-        if not await workflow_rows.has_custom_types(connection, organization_id):
-            return self._catalogs.base
+        """Return the node types of an organization as a transaction sees them."""
         return await self._catalogs.read(connection, organization_id)
 
     async def _save(

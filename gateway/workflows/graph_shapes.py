@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, NamedTuple, T
 from msgspec import Meta
 
 from engine import canvas_layout
+from engine.findings import FindingType
 from engine.graph import ParsedGraph
 from engine.node_api import INPUT, OUTPUT, UnknownNodeType
 from gateway.http import limits, text_rules
@@ -315,13 +316,19 @@ def graph_of(stored: StoredWorkflow) -> ParsedGraph:
 
 
 def require_valid(validation: ValidationResult) -> None:
-    """Raise a 422 error with up to 100 errors of a graph's validation, if there are any; warnings don't count."""
+    """Raise a 422 error with up to 100 errors of a graph's validation, if there are any; warnings don't count.
+
+    If language models to name are all that it lacks, the code of the error says so.
+    """
     if not validation.errors:
         return
     shown = validation.errors[: limits.FINDINGS]
     count = len(validation.errors)
     message = shown[0].message if count == 1 else f"The workflow has {count} errors: see details"
-    raise ApiError(422, "validation-failed", message, details=map(_show_finding, shown))
+    details = map(_show_finding, shown)
+    if all(one.type is FindingType.UNRESOLVED_MODEL_PLACEHOLDER for one in validation.errors):
+        raise ApiError(422, "unresolved-model-placeholder", message, details=details)
+    raise ApiError(422, "validation-failed", message, details=details)
 
 
 def _show_finding(finding: GraphFinding) -> dict[str, Json]:

@@ -6,7 +6,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
 
-from gateway.http.operation_docs import CREATES, DISPOSITION, EDITS, ETAG, TAGGED, OperationDoc, OtherSuccess
+from gateway.http.operation_docs import (
+    CREATES,
+    DISPOSITION,
+    EDITS_WORKFLOW,
+    ETAG,
+    TAGGED,
+    OperationDoc,
+    OtherSuccess,
+)
 from gateway.http.parameters import LIMIT, OFFSET
 from gateway.http.route import NODES, READ, WRITE, Route
 from gateway.workflows import (
@@ -47,7 +55,7 @@ ROUTES: Final[Sequence[Route]] = (
         body=CreateWorkflow,
         answer=NewWorkflow,
         status=201,
-        docs=CREATES_GRAPH,
+        docs=CREATES_GRAPH.refusing("unresolved-model-placeholder"),
     ),
     Route("GET", "/api/v1/workflows/stats", READ, workflows.stats, answer=workflows.WorkflowStats),
     Route(
@@ -96,6 +104,7 @@ ROUTES: Final[Sequence[Route]] = (
         docs=OperationDoc(
             refusals=(
                 *("apply-conflict", "not-owner", "edit-conflict", "validation-failed"),
+                "unresolved-model-placeholder",
                 *("workflow-deployed", "workflow-running"),
             )
         ),
@@ -135,7 +144,7 @@ ROUTES: Final[Sequence[Route]] = (
         workflows.update,
         body=UpdateWorkflow,
         answer=WorkflowShape,
-        docs=EDITS,
+        docs=EDITS_WORKFLOW,
     ),
     Route(
         "DELETE",
@@ -144,7 +153,7 @@ ROUTES: Final[Sequence[Route]] = (
         workflows.delete,
         query=(workflows.FORCE,),
         status=204,
-        docs=replace(EDITS, sends=()).refusing("workflow-deployed", "workflow-running"),
+        docs=replace(EDITS_WORKFLOW, sends=()).refusing("workflow-deployed", "workflow-running"),
     ),
     Route(
         "PUT",
@@ -153,7 +162,7 @@ ROUTES: Final[Sequence[Route]] = (
         workflows.set_status,
         body=workflows.SetStatus,
         answer=WorkflowShape,
-        docs=EDITS,
+        docs=EDITS_WORKFLOW,
     ),
     Route(
         "GET",
@@ -188,7 +197,7 @@ ROUTES: Final[Sequence[Route]] = (
         body=versions.CreateVersion,
         answer=versions.CreatedVersion,
         status=201,
-        docs=EDITS.refusing("version-tag-taken", "too-many-versions"),
+        docs=EDITS_WORKFLOW.refusing("version-tag-taken", "too-many-versions"),
     ),
     Route(
         "GET",
@@ -204,7 +213,7 @@ ROUTES: Final[Sequence[Route]] = (
         WRITE,
         versions.restore,
         answer=WorkflowShape,
-        docs=EDITS,
+        docs=EDITS_WORKFLOW,
     ),
     Route(
         "GET",
@@ -224,9 +233,16 @@ ROUTES: Final[Sequence[Route]] = (
         sharing.add,
         body=sharing.ShareWith,
         answer=sharing.ShareResult,
-        docs=EDITS.refusing("too-many-shares"),
+        docs=EDITS_WORKFLOW.refusing("too-many-shares"),
     ),
-    Route("DELETE", "/api/v1/workflows/{id}/share/{subId}", WRITE, sharing.remove, status=204, docs=EDITS),
+    Route(
+        "DELETE",
+        "/api/v1/workflows/{id}/share/{subId}",
+        WRITE,
+        sharing.remove,
+        status=204,
+        docs=EDITS_WORKFLOW,
+    ),
     Route(
         "PUT",
         "/api/v1/workflows/{id}/visibility",
@@ -234,7 +250,7 @@ ROUTES: Final[Sequence[Route]] = (
         sharing.set_visibility,
         body=sharing.SetVisibility,
         answer=WorkflowShape,
-        docs=EDITS.refusing("admin-required"),
+        docs=EDITS_WORKFLOW.refusing("admin-required"),
     ),
     Route(
         "POST",
@@ -259,7 +275,12 @@ ROUTES: Final[Sequence[Route]] = (
         docs=TAGGED,
     ),
     Route(
-        "POST", "/api/v1/workflows/{id}/layout", WRITE, graph.layout, answer=graph.LayoutResult, docs=EDITS
+        "POST",
+        "/api/v1/workflows/{id}/layout",
+        WRITE,
+        graph.layout,
+        answer=graph.LayoutResult,
+        docs=EDITS_WORKFLOW,
     ),
     Route(
         "POST",
@@ -267,7 +288,7 @@ ROUTES: Final[Sequence[Route]] = (
         WRITE,
         validation.compute_scopes,
         answer=validation.WorkflowScopes,
-        docs=EDITS,
+        docs=EDITS_WORKFLOW,
     ),
     Route(
         "GET",
@@ -338,7 +359,7 @@ ROUTES: Final[Sequence[Route]] = (
         body=NodeInput,
         answer=nodes.NodeAnswer,
         status=201,
-        docs=EDITS.refusing("duplicate-node-id"),
+        docs=EDITS_WORKFLOW.refusing("duplicate-node-id"),
     ),
     Route(
         "PUT",
@@ -347,7 +368,7 @@ ROUTES: Final[Sequence[Route]] = (
         nodes.configure,
         body=NodeChanges,
         answer=nodes.NodeAnswer,
-        docs=EDITS.refusing("duplicate-node-id"),
+        docs=EDITS_WORKFLOW.refusing("duplicate-node-id"),
     ),
     Route(
         "DELETE",
@@ -355,7 +376,7 @@ ROUTES: Final[Sequence[Route]] = (
         WRITE,
         nodes.remove,
         answer=nodes.NodeRemoval,
-        docs=EDITS,
+        docs=EDITS_WORKFLOW,
     ),
     Route(
         "PUT",
@@ -364,7 +385,7 @@ ROUTES: Final[Sequence[Route]] = (
         nodes.set_mappings,
         body=nodes.SetMappings,
         answer=nodes.MappingsAnswer,
-        docs=EDITS.refusing("duplicate-node-id"),
+        docs=EDITS_WORKFLOW.refusing("duplicate-node-id"),
     ),
     Route(
         "PUT",
@@ -373,7 +394,7 @@ ROUTES: Final[Sequence[Route]] = (
         nodes.set_pass_through,
         body=nodes.SetPassThrough,
         answer=nodes.PassThroughAnswer,
-        docs=EDITS.refusing("duplicate-node-id"),
+        docs=EDITS_WORKFLOW.refusing("duplicate-node-id"),
     ),
     Route(
         "POST",
@@ -383,7 +404,7 @@ ROUTES: Final[Sequence[Route]] = (
         body=ConnectionInput,
         answer=nodes.ConnectionAnswer,
         status=201,
-        docs=EDITS.refusing("duplicate-connection"),
+        docs=EDITS_WORKFLOW.refusing("duplicate-connection"),
     ),
     Route(
         "DELETE",
@@ -391,6 +412,6 @@ ROUTES: Final[Sequence[Route]] = (
         WRITE,
         nodes.disconnect,
         answer=nodes.ConnectionRemoval,
-        docs=EDITS,
+        docs=EDITS_WORKFLOW,
     ),
 )

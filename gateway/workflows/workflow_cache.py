@@ -61,6 +61,11 @@ class CachedWorkflow:
     catalog: NodeCatalog
     """Node types by which it was validated."""
 
+    @property
+    def is_fresh(self) -> bool:
+        """Whether it may be used without a query; the default language model may change at any time."""
+        return self.fresh_until > monotonic() and not self.workflow.names_default_model
+
 
 class WorkflowCache:
     """Workflows that this process has used recently, by organization and id."""
@@ -80,7 +85,7 @@ class WorkflowCache:
         """
         key = (caller.organization_id, workflow_id)
         kept = self._kept.get(key)
-        if kept and kept.fresh_until > monotonic() and kept.workflow.is_readable_by(caller):
+        if kept and kept.is_fresh and kept.workflow.is_readable_by(caller):
             return kept.workflow
         workflow = await self._load_once(key)
         if workflow is None or not workflow.is_readable_by(caller):
@@ -103,7 +108,7 @@ class WorkflowCache:
             self._organizations.put(workflow_id, organization_id)
         key = (organization_id, workflow_id)
         kept = self._kept.get(key)
-        if kept and kept.fresh_until > monotonic():
+        if kept and kept.is_fresh:
             return kept.workflow
         return await self._load_once(key)
 
@@ -119,11 +124,12 @@ class WorkflowCache:
         found: dict[str, LoadedWorkflow] = {}
         for workflow_id, revision in revisions.items():
             kept = self._kept.get((organization_id, workflow_id))
-            # An invalid one is read again: a custom node type may have been added.
+            # An invalid one is read again: a custom node type may have been added, or a default model named.
             if (
                 kept is not None
                 and kept.workflow.revision == revision
                 and not kept.workflow.validation.errors
+                and not kept.workflow.names_default_model
             ):
                 self._kept.move_to_end((organization_id, workflow_id))
                 found[workflow_id] = kept.workflow

@@ -293,12 +293,6 @@ async def exists(connection: AsyncConnection, workflow_id: str) -> bool:
     )
 
 
-async def has_custom_types(connection: AsyncConnection, organization_id: str) -> bool:
-    """Return whether an organization has node types of its own."""
-    statement = select(col(CustomNodeType.type)).where(col(CustomNodeType.organization_id) == organization_id)
-    return await connection.scalar(statement.limit(1)) is not None
-
-
 async def lock_custom_types(
     connection: AsyncConnection, organization_id: str, nodes: Sequence[StoredNode], catalog: NodeCatalog
 ) -> None:

@@ -18,6 +18,8 @@ from pilotflame.commands.server_connection import connect
 app = new_noun("Manage the language models that workflows may call.")
 MODELS = "/api/v1/ai/models"
 SETTINGS = "/api/v1/ai/settings"
+ECHO = "echo"
+"""Id of the built-in model."""
 COLUMNS = {
     "Id": "id",
     "Name": "name",
@@ -148,6 +150,23 @@ def set_budget(
         show_object(server.request("GET", SETTINGS), output)
 
 
+@app.command("default")
+def set_default(
+    model: Annotated[
+        str | None, Argument(metavar="MODEL", help="Id or exact name of a shared model, or echo.")
+    ] = None,
+    remove: Annotated[bool, Option("--remove", help="Leave the organization without one.")] = False,
+) -> None:
+    """Set or print the model that nodes name by `default`."""
+    server = connect()
+    if remove or model is not None:
+        model_id = None if remove or model is None else find_model(model)
+        found = server.request("PUT", SETTINGS, json={"defaultModelId": model_id})
+    else:
+        found = server.request("GET", SETTINGS)
+    typer.echo(found["defaultModelId"] or "none")
+
+
 def _describe_budget(budget: dict[str, Any]) -> str:
     """Return a line with the spent and reserved part of each limit of a budget."""
     parts = []
@@ -163,7 +182,7 @@ def _describe_budget(budget: dict[str, Any]) -> str:
 
 def find_model(id_or_name: str) -> str:
     """Return the id of a model; raises `CommandError`."""
-    if id_or_name.startswith("model_"):
+    if id_or_name.startswith("model_") or id_or_name == ECHO:
         return id_or_name
     named = id_or_name.removeprefix("@")
     found = [str(one["id"]) for one in connect().iterate(MODELS, "models", {}) if one["name"] == named]

@@ -205,6 +205,64 @@ async def test_a_model_that_workflows_name_is_taken_from_them_only_by_force(
     assert (await people.owner.api.delete(f"{path}?force=true")).status_code == 204
 
 
+SETTINGS = "/api/v1/ai/settings"
+RUN = "/api/v1/workflows/{}/execute"
+
+
+async def create_question(person: UserClient, model: str) -> str:
+    config = {"model": model, "prompt": "Hi"}
+    return await person.create(
+        nodes=[{"id": "start", "nodeId": "manual"}, {"id": "ask", "nodeId": "llm", "config": config}],
+        connections=[{"source": "start", "target": "ask"}],
+    )
+
+
+@pytest.mark.parametrize("text", ["{{AI_MODEL_ID}}", "", "default"])
+async def test_a_workflow_that_names_no_model_is_a_draft(people: OrganizationUsers, text: str) -> None:
+    owner, workflow_id = people.owner, await create_question(people.owner, text)
+    path = f"/api/v1/workflows/{workflow_id}"
+    checked = (await owner.api.post(f"{path}/validate")).json()
+    assert checked["valid"]
+    assert [one["type"] for one in checked["warnings"]] == ["unresolved-model-placeholder"]
+    for refused in (
+        await owner.api.post(RUN.format(workflow_id), json={}),
+        await owner.api.put(f"{path}/status", json={"status": "active"}),
+        await owner.api.post(f"{path}/deploy"),
+    ):
+        assert_refused(refused, 422, "unresolved-model-placeholder")
+        assert [one["path"] for one in refused.json()["error"]["details"]] == ["nodes.ask"]
+
+
+async def test_the_default_model_is_one_that_all_may_use(people: OrganizationUsers) -> None:
+    owner = people.owner
+    model_id = await create_model(owner, await create_provider(owner))
+    workflow_id = await create_question(owner, "default")
+    for given, code in ((model_id, "model-not-shared"), ("model_none", "model-not-found")):
+        refused = await people.admin.api.put(SETTINGS, json={"defaultModelId": given})
+        assert refused.json()["error"]["details"][0]["code"] == code
+    await owner.api.put(f"{MODELS}/{model_id}", json={"isShared": True})
+    body = {"defaultModelId": model_id}
+    assert_refused(await people.colleague.api.put(SETTINGS, json=body), 403, "admin-required")
+    assert (await people.admin.api.put(SETTINGS, json=body)).json()["defaultModelId"] == model_id
+    assert (await people.admin.api.put(SETTINGS, json={})).json()["defaultModelId"] == model_id
+    # Of the same organization only.
+    assert (await people.stranger.api.get(SETTINGS)).json()["defaultModelId"] is None
+    for other, status in ((owner, 201), (people.stranger, 422)):
+        its = workflow_id if other is owner else await create_question(other, "default")
+        assert (await other.api.post(RUN.format(its), json={})).status_code == status
+    scopes = await owner.api.post(f"/api/v1/workflows/{workflow_id}/compute-scopes")
+    assert scopes.json()["scopes"] == [f"models:invoke:{model_id}"]
+    for refused in (
+        await owner.api.put(f"{MODELS}/{model_id}", json={"isShared": False}),
+        await owner.api.delete(f"{MODELS}/{model_id}"),
+    ):
+        assert_refused(refused, 409, "model-in-use")
+    assert (await owner.api.delete(f"{MODELS}/{model_id}?force=true")).status_code == 204
+    assert (await owner.api.get(SETTINGS)).json()["defaultModelId"] is None
+    refused = await owner.api.post(RUN.format(workflow_id), json={})
+    assert_refused(refused, 422, "unresolved-model-placeholder")
+
+
 async def test_a_data_source_of_models_is_deleted_only_by_force(people: OrganizationUsers) -> None:
     source_id = await create_provider(people.owner)
     hidden = await create_model(people.admin, source_id, name="Hidden")

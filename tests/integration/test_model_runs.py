@@ -240,6 +240,39 @@ async def test_a_run_may_call_a_model_as_long_as_its_user_may(
     assert len(served.billed) == 1
 
 
+async def test_a_run_keeps_the_default_model_of_its_acceptance(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    """A later default holds for later runs, of workflows and of those that nodes start."""
+    settings, owner = "/api/v1/ai/settings", people.owner
+    async with serve_models() as served, serve_worker(harness, served.url):
+        source_id = await create_provider(owner, served.url)
+        model_id = await create_model(owner, source_id, isShared=True)
+        asked = await create_question(owner, "default")
+        nodes = [
+            {"id": "start", "nodeId": "manual"},
+            {"id": "sub", "nodeId": "sub-workflow", "config": {"workflowId": asked}},
+        ]
+        outer = await owner.create(nodes=nodes, connections=[{"source": "start", "target": "sub"}])
+        used: list[str] = []
+        executions: list[str] = []
+        for default in (model_id, "echo"):
+            changed = await people.admin.api.put(settings, json={"defaultModelId": default})
+            assert changed.status_code == 200, changed.text
+            for workflow_id, node in ((asked, "ask"), (outer, "sub")):
+                executions.append(await execute_workflow(owner, workflow_id))
+                ended = await wait_until_ended(owner, executions[-1])
+                assert ended["status"] == "completed", ended
+                used.append(json.dumps(ended["outputs"][node]))
+        assert [model_id in output for output in used] == [True, True, False, False]
+        # The recorded definition names the model, whatever the default is now.
+        body = {"definition": "original", "from": ["ask"]}
+        replayed = await owner.api.post(f"/api/v1/executions/{executions[0]}/replay", json=body)
+        assert replayed.status_code == 201, replayed.text
+        ended = await wait_until_ended(owner, replayed.json()["executionId"])
+        assert (ended["status"], len(served.billed)) == ("completed", 3)
+
+
 def find_call(city: str) -> ScriptedAnswer:
     return ScriptedAnswer("", tool_calls=[{"name": "find", "arguments": f'{{"city": "{city}"}}'}])
 

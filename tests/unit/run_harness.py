@@ -61,6 +61,7 @@ class MadeUpNodeTypes:
     """Catalog of these node types, which accepts every config."""
 
     kinds: Mapping[str, MadeUpNodeType]
+    default_model_id: str | None = None
 
     def get(self, type: str, version: str | None = None) -> NodeType:  # noqa: A002, ARG002 - the protocol's words
         kind = self.kinds[type]

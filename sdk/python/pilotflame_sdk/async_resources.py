@@ -54,9 +54,9 @@ class AsyncAiSettings(AsyncResource):
         """Show the settings of the organization for language models."""
         return cast("t.AiSettings", await self._client.request("GET", "/api/v1/ai/settings"))
 
-    async def update(self, *, month_budget: Any = None) -> t.AiSettings:
+    async def update(self, *, month_budget: Any = None, default_model_id: str | None = None) -> t.AiSettings:
         """Change the settings of the organization for language models; only admins may."""
-        return cast("t.AiSettings", await self._client.request("PUT", "/api/v1/ai/settings", fields={"monthBudget": month_budget}))
+        return cast("t.AiSettings", await self._client.request("PUT", "/api/v1/ai/settings", fields={"monthBudget": month_budget, "defaultModelId": default_model_id}))
 
 
 class AsyncApprovals(AsyncResource):

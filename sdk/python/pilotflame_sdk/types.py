@@ -372,7 +372,7 @@ DriftSeverity = Literal['critical', 'warning']
 ExecutionStatus = Literal['cancelled', 'completed', 'failed', 'pending', 'running', 'stopped', 'waiting']
 
 
-FindingType = Literal['agent-exfiltration-path', 'broken-connection', 'cycle', 'disconnected-node', 'duplicate-node-id', 'empty-workflow', 'inline-secret', 'invalid-config', 'invalid-port', 'loop-body-entered', 'loops-too-deep', 'missing-config', 'missing-trigger', 'multiple-triggers', 'no-worker', 'not-runnable', 'tool-not-accepted', 'tool-withheld', 'unknown-node-type', 'unresolved-mapping']
+FindingType = Literal['agent-exfiltration-path', 'broken-connection', 'cycle', 'disconnected-node', 'duplicate-node-id', 'empty-workflow', 'inline-secret', 'invalid-config', 'invalid-port', 'loop-body-entered', 'loops-too-deep', 'missing-config', 'missing-trigger', 'multiple-triggers', 'no-worker', 'not-runnable', 'tool-not-accepted', 'tool-withheld', 'unknown-node-type', 'unresolved-mapping', 'unresolved-model-placeholder']
 
 
 FixAction = Literal['remove-connection', 'rename-config', 'set-config', 'set-input-mapping', 'set-node-type', 'set-pass-through-value', 'set-port', 'set-version']
@@ -479,6 +479,7 @@ class AiSettings(TypedDict):
 
     organizationId: str
     monthBudget: MonthBudget | None
+    defaultModelId: str | None
     updatedAt: str | None
 
 
