@@ -23,7 +23,8 @@ from sqlmodel import Field, SQLModel, col
 from json_text import decoding
 from models.access import ApiCaller, User, UserRole
 from models.column_types import JsonTextColumn, TimestampColumn
-from models.encryption import EncryptedText, SecretVault
+from models.encryption import EncryptedText, SecretVault, VaultError
+from models.timestamps import to_microseconds
 
 
 class DataSource(SQLModel, table=True):
@@ -93,6 +94,23 @@ def decrypt_secrets(vault: SecretVault, source: DataSource) -> dict[str, str]:
         object_id=source.id,
     )
     return decoding.decode(text, dict[str, str])
+
+
+def fingerprint_secrets(vault: SecretVault, source: DataSource) -> str | None:
+    """Return a fingerprint of a data source's secrets, which changes whenever they are set; None without secrets,
+    and for those that can't be decrypted.
+
+    It has the time at which they were set: otherwise their owner could compare guesses with the earlier fingerprint,
+    and so read a secret that nobody is shown.
+    """
+    if not source.secret_names:
+        return None
+    try:
+        secrets = decrypt_secrets(vault, source)
+    except VaultError:
+        return None
+    text = msgspec.json.encode([to_microseconds(source.secrets_set_at), sorted(secrets.items())])
+    return vault.fingerprint(text, organization_id=source.organization_id, object_id=source.id)
 
 
 # ── access conditions ───────────────────────────────────────────────────────────────────────────────────────

@@ -84,6 +84,15 @@ class SecretVault:
         except (InvalidTag, ValueError) as error:
             raise SecretCorrupted("The stored secret is corrupt, or belongs to another object") from error
 
+    def fingerprint(self, text: bytes, *, organization_id: str, object_id: str) -> str:
+        """Return a keyed hash of a secret text of one object, 12 hexadecimal digits that reveal nothing of it.
+
+        Another object has another fingerprint of the same text, and so has another current server secret.
+        """
+        key = self._keys[self.secret_id].fingerprint_key
+        bound = _build_associated_data(organization_id, object_id) + b"\n" + text
+        return blake2b(bound, key=key, digest_size=6).hexdigest()
+
 
 class _DerivedKey:
     """Key that is derived at its first use, with a library of 7 MB that many processes never load."""
@@ -91,6 +100,11 @@ class _DerivedKey:
     def __init__(self, secret: bytes, purpose: bytes) -> None:
         self._secret = secret
         self._purpose = purpose
+
+    @cached_property
+    def fingerprint_key(self) -> bytes:
+        """Key of fingerprints; computed once."""
+        return blake2b(self._secret, digest_size=64, person=b"fingerprints").digest()
 
     @cached_property
     def cipher(self) -> AESGCM:

@@ -14,12 +14,14 @@ import ssl
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass
 from enum import StrEnum
 from ipaddress import IPv4Network, IPv6Network
+from typing import Any
 
 from nodes import url_targets
+from nodes.connection_phases import ConnectionPhase, is_recording, note_phase
 from nodes.outbound_connection import (
     ConnectionBroken,
     OutboundConnection,
@@ -402,17 +404,13 @@ class OutboundClient:
 
     async def _connect_to(self, target: UrlTarget, address: IpAddress) -> OutboundConnection:
         loop = asyncio.get_running_loop()
-        is_secure = target.scheme == "https"
         kind = "connection"
         try:
             async with asyncio.timeout(CONNECT_SECONDS):
-                _, connection = await loop.create_connection(
-                    lambda: OutboundConnection(self._limits),
-                    str(address),
-                    target.port,
-                    ssl=self._tls_context() if is_secure else None,
-                    server_hostname=target.host if is_secure else None,
-                )
+                if is_recording():
+                    connection = await self._open_in_phases(target, address)
+                else:
+                    connection = await self._open_at(target, host=str(address), port=target.port)
         except OSError as error:
             if isinstance(error, ssl.SSLError):
                 kind = "trusted connection"
@@ -420,6 +418,29 @@ class OutboundClient:
             raise OutboundUnavailable(OutboundOutageCode.NOT_CONNECTED, message) from error
         connection.made_at = loop.time()
         connection.on_lost = self._discard
+        return connection
+
+    async def _open_in_phases(self, target: UrlTarget, address: IpAddress) -> OutboundConnection:
+        """Open a connection as `_open_at` does, in two steps, so that each can be recorded; raises `OSError`."""
+        from nodes.tcp_sockets import connect_socket  # noqa: PLC0415 - only tests of data sources need it
+
+        with note_phase(ConnectionPhase.TCP):
+            opened = await connect_socket(address, target.port)
+        with note_phase(ConnectionPhase.TLS) if target.scheme == "https" else nullcontext():
+            return await self._open_at(target, sock=opened)
+
+    async def _open_at(self, target: UrlTarget, **place: Any) -> OutboundConnection:  # noqa: ANN401 - passed on
+        """Open a connection, with TLS for `https`, to a checked address or over a connected socket; raises `OSError`.
+
+        `place` has `host` and `port`, or `sock`.
+        """
+        is_secure = target.scheme == "https"
+        _, connection = await asyncio.get_running_loop().create_connection(
+            lambda: OutboundConnection(self._limits),
+            ssl=self._tls_context() if is_secure else None,
+            server_hostname=target.host if is_secure else None,
+            **place,
+        )
         return connection
 
     def _tls_context(self) -> ssl.SSLContext:
@@ -479,14 +500,16 @@ class OutboundClient:
 
     async def _checked_addresses(self, target: UrlTarget) -> list[IpAddress]:
         """Return up to 16 addresses of the target; raises `OutboundRefused` if one of them is not permitted."""
-        if target.address is not None:
-            found = [target.address]
-        else:
-            found = [
-                url_targets.unmap_ipv4(text) for text in (await self._look_up(target.host))[:MAX_ADDRESSES]
-            ]
-        for address in found:
-            require_allowed_address(self._policy, target, address)
+        with note_phase(ConnectionPhase.DNS):
+            if target.address is not None:
+                found = [target.address]
+            else:
+                found = [
+                    url_targets.unmap_ipv4(text)
+                    for text in (await self._look_up(target.host))[:MAX_ADDRESSES]
+                ]
+            for address in found:
+                require_allowed_address(self._policy, target, address)
         return found
 
     async def _look_up(self, name: str) -> Sequence[str]:

@@ -294,7 +294,7 @@ def _require_scopes_of_role(body: CreateKey, role: UserRole) -> None:
 
 
 def _restrict_to_own_keys(caller: ApiCaller) -> str | None:
-    """Return the id of the user whose keys a caller may manage, that is, its own.
+    """Return the id of the owner of the keys that a caller may manage, that is, its own.
 
     None for an admin, who manages all of the organization.
     """

@@ -20,6 +20,7 @@ from models.data_source_types import DataSourceType
 from models.encryption import VaultError
 from models.timestamps import DatabaseClock
 from nodes import redaction
+from nodes.connection_phases import ConnectionPhase, note_phase, record_phases
 from nodes.connections.data_source import ConnectionSource
 from nodes.connections.data_source_policy import ConnectionPolicy, ServerDatabase
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from models.data_source import DataSource
     from models.encryption import SecretVault
     from models.settings import ServerSettings
+    from nodes.connection_phases import PhaseResult
     from nodes.mcp.tool_definitions import ToolDefinition
 
 log = structlog.get_logger()
@@ -55,6 +57,8 @@ class ProbeResult:
     """Tools that a tool server lists."""
     protocol_version: str = ""
     """Version that a tool server has agreed to."""
+    phases: Sequence[PhaseResult] = ()
+    """Phases of the connection that were begun; a failed one is the last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +90,8 @@ class DataSourceProber:
         """
         self.count_test(source.organization_id)
         began = monotonic()
-        found = await self._attempt(source)
+        with record_phases() as recorder:
+            found = await self._attempt(source)
         milliseconds = round((monotonic() - began) * 1000)
         log.info(
             "data source tested",
@@ -94,10 +99,10 @@ class DataSourceProber:
             is_ok=found.is_ok,
             duration_milliseconds=milliseconds,
         )
-        return replace(found, duration_milliseconds=milliseconds)
+        return replace(found, duration_milliseconds=milliseconds, phases=recorder.results)
 
     async def _attempt(self, source: DataSource) -> ProbeResult:
-        """Connect within ten seconds, and return the result, whose message has no secrets and no foreign addresses.
+        """Connect within ten seconds, and return the result; its message has no secrets and no foreign addresses.
 
         Undecryptable secrets, `NodeError` and the time limit are failures.
         """
@@ -144,10 +149,13 @@ class DataSourceProber:
             if source.type in _DATABASES:
                 database = await connections.database(caller, source.id, source.type)
                 seconds = float(limits.DATA_SOURCE_TEST_SECONDS)
-                await database.query("SELECT 1", [], max_rows=1, max_bytes=1_000, timeout_seconds=seconds)
+                with note_phase(ConnectionPhase.QUERY):
+                    await database.query("SELECT 1", [], max_rows=1, max_bytes=1_000, timeout_seconds=seconds)
                 return "The database answers"
             if source.type == DataSourceType.S3:
-                await _list_one(await connections.bucket(caller, source.id))
+                bucket = await connections.bucket(caller, source.id)
+                with note_phase(ConnectionPhase.QUERY):
+                    await _list_one(bucket)
                 return "The bucket can be listed"
             if source.type == DataSourceType.SMTP:
                 server = await connections.mail_server(caller, source.id)
@@ -167,7 +175,8 @@ class DataSourceProber:
         )
         try:
             listing = build_listing_connection(source.settings, secrets)
-            return await model_client.ModelClient(outbound).list_models(listing)
+            with note_phase(ConnectionPhase.QUERY):
+                return await model_client.ModelClient(outbound).list_models(listing)
         finally:
             await outbound.close()
 
@@ -180,8 +189,9 @@ class DataSourceProber:
         )
         try:
             address = mcp_session.build_address(source.settings, secrets)
-            async with mcp_session.open_session(outbound, address) as session:
-                tools = await session.list_tools()
+            with note_phase(ConnectionPhase.QUERY):
+                async with mcp_session.open_session(outbound, address) as session:
+                    tools = await session.list_tools()
         finally:
             await outbound.close()
         return ProbeResult(

@@ -13,7 +13,7 @@ from gateway.http.errors import ApiError
 from gateway.http.text_rules import ProblemCollector
 from gateway.http.wire import Instant, StrictWire, WireStruct, convert, instant
 from models import data_source_types, ids
-from models.data_source import DataSource, encrypt_secrets
+from models.data_source import DataSource, encrypt_secrets, fingerprint_secrets
 from models.data_source_types import DATA_SOURCE_TYPES, DataSourceFields, DataSourceType, to_stored
 
 if TYPE_CHECKING:
@@ -44,7 +44,11 @@ class CreateDataSource(StrictWire):
 
     read_only: ClassVar[Mapping[str, str]] = {
         **dict.fromkeys(
-            ("id", "secretNames", "secretsSetAt", "organizationId", "ownerId", "createdAt", "updatedAt"), ""
+            (
+                *("id", "secretNames", "secretsSetAt", "secretsFingerprint", "organizationId"),
+                *("ownerId", "createdAt", "updatedAt"),
+            ),
+            "",
         ),
         "isPublic": "PUT /api/v1/datasources/:id/visibility",
         "sharedWith": "POST /api/v1/datasources/:id/share",
@@ -79,6 +83,10 @@ class DataSourceShape(WireStruct):
     secret_names: Sequence[str]
     """Names of its secrets."""
     secrets_set_at: Instant
+    secrets_fingerprint: str | None
+    """Keyed hash of the secrets and the time at which they were set, so that it tells nothing of them; null without
+    secrets, and for those that this server can't decrypt.
+    """
     organization_id: str
     owner_id: str
     is_public: bool
@@ -213,8 +221,8 @@ def _require_same_destination(
 # ── answers ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def show_data_source(stored_source: StoredDataSource) -> DataSourceShape:
-    """Return a data source as the API shows it: with the names of its secrets, but without their values."""
+def show_data_source(stored_source: StoredDataSource, vault: SecretVault) -> DataSourceShape:
+    """Return a data source as the API shows it: with names and fingerprint of its secrets, but not their values."""
     source = stored_source.source
     return DataSourceShape(
         id=source.id,
@@ -223,6 +231,7 @@ def show_data_source(stored_source: StoredDataSource) -> DataSourceShape:
         settings=source.settings,
         secret_names=source.secret_names,
         secrets_set_at=instant(source.secrets_set_at),
+        secrets_fingerprint=fingerprint_secrets(vault, source),
         organization_id=source.organization_id,
         owner_id=source.owner_id,
         is_public=source.is_public,

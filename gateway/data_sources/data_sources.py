@@ -21,6 +21,7 @@ from gateway.http.responses import JsonResponse, NoContent
 from gateway.http.wire import Instant, StrictWire, WireStruct, body_of, decode_body, instant, read_json
 from models.audit import AuditAction
 from models.data_source_types import DataSourceType
+from nodes.connection_phases import ConnectionPhase
 
 if TYPE_CHECKING:
     from engine.values import Json
@@ -49,12 +50,23 @@ class NewDataSource(WireStruct):
     data_source_id: str
 
 
+class ConnectionPhaseShape(WireStruct):
+    """Phase of a connection, as the API shows it."""
+
+    phase: ConnectionPhase
+    """`dns` includes the check of the addresses. `query` is the request of servers without a login of their own."""
+    ok: bool
+    duration_ms: int
+
+
 class DataSourceTest(WireStruct):
     """Result of a connection test with the stored settings and secrets."""
 
     ok: bool
     message: str
     duration_ms: int
+    phases: Sequence[ConnectionPhaseShape]
+    """Phases that were begun, in their order; a failed one is the last. Empty for types that are not connected."""
 
 
 class ShareDataSource(StrictWire):
@@ -106,14 +118,14 @@ async def index(request: GatewayRequest) -> JsonResponse:
     part, kind, order = query.page(), query[TYPE], query[SORT]
     async with request.gateway.database.read() as connection:
         count, found = await data_source_rows.page(connection, request.caller, kind, part, order)
-    shown = [data_source_shapes.show_data_source(one) for one in found]
+    shown = [data_source_shapes.show_data_source(one, request.gateway.vault) for one in found]
     return JsonResponse(DataSourceList(count=count, limit=part.limit, offset=part.offset, data_sources=shown))
 
 
 async def show(request: GatewayRequest) -> JsonResponse:
     """Show a data source without its secrets."""
     stored = await request.gateway.data_source_editor.read(request.requested_object)
-    return editing.answer(stored, data_source_shapes.show_data_source(stored))
+    return editing.answer(stored, data_source_shapes.show_data_source(stored, request.gateway.vault))
 
 
 async def test(request: GatewayRequest) -> JsonResponse:
@@ -123,8 +135,14 @@ async def test(request: GatewayRequest) -> JsonResponse:
     """
     stored = await request.gateway.data_source_editor.read(request.requested_object)
     found = await request.gateway.probes.probe(stored.source)
+    phases = [
+        ConnectionPhaseShape(phase=one.phase, ok=one.is_ok, duration_ms=one.milliseconds)
+        for one in found.phases
+    ]
     return JsonResponse(
-        DataSourceTest(ok=found.is_ok, message=found.message, duration_ms=found.duration_milliseconds)
+        DataSourceTest(
+            ok=found.is_ok, message=found.message, duration_ms=found.duration_milliseconds, phases=phases
+        )
     )
 
 
@@ -142,7 +160,9 @@ async def create(request: GatewayRequest) -> JsonResponse:
     source = data_source_shapes.build_data_source(
         request.caller, body, request.gateway.vault, request.gateway.clock()
     )
-    read_only.warn_of_new(request, value, CreateDataSource, lambda: _as_json(StoredDataSource(source, {})))
+    read_only.warn_of_new(
+        request, value, CreateDataSource, lambda: _as_json(request, StoredDataSource(source, {}))
+    )
     compared = editing.without_secrets(value, request.gateway.settings.secret)
     idempotency_key = request.idempotency_key(compared)
     return await request.gateway.data_source_editor.create(request.caller, source, idempotency_key)
@@ -155,7 +175,7 @@ async def update(request: GatewayRequest) -> JsonResponse:
     vault, now = request.gateway.vault, request.gateway.clock()
 
     def change(before: StoredDataSource) -> StoredDataSource:
-        read_only.require_same(value, UpdateDataSource, lambda: _as_json(before))
+        read_only.require_same(value, UpdateDataSource, lambda: _as_json(request, before))
         return data_source_shapes.apply_changes(before, body, vault, now)
 
     try:
@@ -166,7 +186,7 @@ async def update(request: GatewayRequest) -> JsonResponse:
         )
     except DataSourceNameTaken as error:
         raise editing.name_taken(error) from error
-    return editing.answer(after, data_source_shapes.show_data_source(after))
+    return editing.answer(after, data_source_shapes.show_data_source(after, request.gateway.vault))
 
 
 async def delete(request: GatewayRequest) -> NoContent:
@@ -218,13 +238,13 @@ async def set_visibility(request: GatewayRequest) -> JsonResponse:
     is_public = body_of(request, value, SetDataSourceVisibility).is_public
 
     def change(before: StoredDataSource) -> StoredDataSource:
-        read_only.require_same(value, SetDataSourceVisibility, lambda: _as_json(before))
+        read_only.require_same(value, SetDataSourceVisibility, lambda: _as_json(request, before))
         return before.with_columns(is_public=is_public)
 
     after = await request.gateway.data_source_editor.edit(
         request.requested_object, AuditAction.DATA_SOURCE_VISIBILITY_SET, change
     )
-    return editing.answer(after, data_source_shapes.show_data_source(after))
+    return editing.answer(after, data_source_shapes.show_data_source(after, request.gateway.vault))
 
 
 async def _require_user(request: GatewayRequest, user_id: str) -> None:
@@ -253,7 +273,8 @@ def _remove_share(before: StoredDataSource, user_id: str) -> StoredDataSource:
     return replace(before, shared_with=shares.removed(before.shared_with, user_id))
 
 
-def _as_json(stored: StoredDataSource) -> Mapping[str, Json]:
+def _as_json(request: GatewayRequest, stored: StoredDataSource) -> Mapping[str, Json]:
     """Return a data source as the API shows it, as a JSON object."""
-    shown: dict[str, Any] = msgspec.to_builtins(data_source_shapes.show_data_source(stored))
+    shape = data_source_shapes.show_data_source(stored, request.gateway.vault)
+    shown: dict[str, Any] = msgspec.to_builtins(shape)
     return shown

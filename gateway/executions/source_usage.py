@@ -21,6 +21,7 @@ from gateway.http.responses import JsonResponse
 from gateway.http.wire import Instant, WireStruct, instant
 from json_text import decoding
 from models.access import KeyScope
+from models.deployment import Deployment, DeploymentStatus, status_of
 from models.execution import Execution, ExecutionData, SpanRow
 from models.execution_visibility import visibility_condition
 from models.workflow import WorkflowGraph
@@ -55,6 +56,8 @@ class SourceWorkflow(WireStruct):
 
     workflow_id: str
     name: str
+    deployment_status: DeploymentStatus
+    """Its pods take changed settings and secrets within two seconds, and need no restart."""
     nodes: Sequence[SourceNode]
 
 
@@ -153,14 +156,21 @@ async def show(request: GatewayRequest) -> JsonResponse:
 async def _list_workflows(
     connection: AsyncConnection, source_id: str, caller: ApiCaller
 ) -> Sequence[SourceWorkflow]:
-    """Return the workflows that the caller may read and that name the data source, with the nodes that do."""
+    """Return the workflows that the caller may read and that name the data source, with the nodes that do and the
+    state of their deployments.
+    """
     names = dict(await data_source_rows.naming(connection, source_id, caller, WORKFLOWS))
     statement = select(WorkflowGraph).where(col(WorkflowGraph.workflow_id).in_(names))
     graphs = {row["workflow_id"]: row["nodes"] for row in (await connection.execute(statement)).mappings()}
+    deployed = select(Deployment).where(col(Deployment.workflow_id).in_(names))
+    deployments = {
+        row["workflow_id"]: Deployment(**row) for row in (await connection.execute(deployed)).mappings()
+    }
     return [
         SourceWorkflow(
             workflow_id=workflow_id,
             name=name,
+            deployment_status=status_of(deployments.get(workflow_id)),
             nodes=[
                 SourceNode(node_id=node["id"], label=node.get("label") or node["id"], type=node["type"])
                 for node in graphs.get(workflow_id, ())

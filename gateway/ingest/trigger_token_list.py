@@ -1,4 +1,4 @@
-"""Trigger tokens of all workflows that a caller may see, for a review of what outsiders hold."""
+"""Trigger tokens of all workflows that a caller may see, for a review of credentials in other systems."""
 
 from __future__ import annotations
 
@@ -64,9 +64,7 @@ async def index(request: GatewayRequest) -> JsonResponse:
 async def _list_tokens(
     connection: AsyncConnection, caller: ApiCaller, part: PageBounds, now: datetime
 ) -> tuple[int, Sequence[WorkflowTokenShape]]:
-    """Return a page of the tokens that are valid at `now` and whose workflows the caller may read, with the
-    number of all such tokens.
-    """
+    """Return the number of valid tokens at `now`, of workflows that the caller may read, and a page of them."""
     conditions = (is_valid_token(now), is_readable_by(caller))
     of_workflow = col(Workflow.id) == col(SenderToken.workflow_id)
     counted = select(func.count()).select_from(SenderToken).join(Workflow, of_workflow).where(*conditions)

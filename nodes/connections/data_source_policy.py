@@ -17,6 +17,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from engine.run_errors import NodeError
 from models.timestamps import DatabaseClock
 from nodes import url_targets
+from nodes.connection_phases import ConnectionPhase, note_phase
 
 if TYPE_CHECKING:
     from nodes.outbound_http import IpNetwork
@@ -89,12 +90,15 @@ async def resolve_allowed(
     Raises `NodeError` for unresolvable hosts, private addresses that the operator has not allowed, privileged
     ports and the server's own database.
     """
-    found = await _resolve(host, resolve)
-    for address in found:
-        _require_allowed(policy, host, address, port, privileged_ports)
-    for own in policy.own_databases:
-        if (own.port, own.database) == (port, database) and await _is_server_database(own, found, resolve):
-            raise NodeError("The data source is the server's own database", code="address-not-allowed")
+    with note_phase(ConnectionPhase.DNS):
+        found = await _resolve(host, resolve)
+        for address in found:
+            _require_allowed(policy, host, address, port, privileged_ports)
+        for own in policy.own_databases:
+            if (own.port, own.database) == (port, database) and await _is_server_database(
+                own, found, resolve
+            ):
+                raise NodeError("The data source is the server's own database", code="address-not-allowed")
     return found
 
 

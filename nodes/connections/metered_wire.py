@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from struct import Struct
 from typing import Any, Final, Generic, TypeVar
 
+from nodes.connection_phases import ConnectionPhase, note_phase
 from nodes.connections.postgresql_binary import (
     COUNT,
     LearnedTypes,
@@ -204,7 +205,9 @@ class MeteredLoop(Generic[Wire]):
         *args: Any,  # noqa: ANN401 - passed on
         **named: Any,  # noqa: ANN401 - passed on
     ) -> tuple[asyncio.BaseTransport, Any]:
-        transport, self.wire = await self._loop.create_connection(
-            lambda: self._make_wire(protocol_factory()), *args, **named
-        )
+        # Drivers connect first, and begin TLS on that socket by a second call.
+        with note_phase(ConnectionPhase.TLS if named.get("ssl") else ConnectionPhase.TCP):
+            transport, self.wire = await self._loop.create_connection(
+                lambda: self._make_wire(protocol_factory()), *args, **named
+            )
         return transport, self.wire.inner

@@ -17,6 +17,7 @@ from concurrency.loop_share import LoopShare
 from engine.run_errors import NodeError
 from engine.services import QueryRows, UpsertRule
 from nodes import sql_text
+from nodes.connection_phases import ConnectionPhase, note_phase
 from nodes.connections import database_session, sql_values
 from nodes.connections.database_endpoint import CONNECT_SECONDS, connection_error
 from nodes.connections.database_session import RowCollector
@@ -101,7 +102,8 @@ async def open_session(
     # The driver looks up the running loop itself, and accepts no other.
     loop = connection._loop = MeteredLoop(BufferedWire)  # noqa: SLF001 - see above
     try:
-        await connection.connect()
+        with note_phase(ConnectionPhase.AUTH):
+            await connection.connect()
     except errors.MySQLError as error:
         number = _error_number(error)
         if number == ER.BAD_DB_ERROR:

@@ -14,6 +14,7 @@ from engine.run_errors import NodeError
 from engine.services import QueryRows, UpsertRule
 from engine.values import identity_key, value_as_text
 from nodes import sql_text
+from nodes.connection_phases import ConnectionPhase, note_phase
 from nodes.connections import database_session, sql_values
 from nodes.connections.database_endpoint import connection_error
 from nodes.connections.database_session import RowCollector
@@ -84,18 +85,19 @@ async def open_session(
     """
     loop: Any = MeteredLoop(MessageWire)
     try:
-        connection = await asyncpg.connect(
-            loop=loop,
-            connection_class=TypeLearningConnection,
-            host=address,
-            port=endpoint.port,
-            user=endpoint.user,
-            password=endpoint.password,
-            database=endpoint.database or endpoint.user,
-            ssl=context or False,
-            statement_cache_size=0,  # A connection pooler may give each transaction another session.
-            server_settings={"application_name": "pilotflame"},
-        )
+        with note_phase(ConnectionPhase.AUTH):
+            connection = await asyncpg.connect(
+                loop=loop,
+                connection_class=TypeLearningConnection,
+                host=address,
+                port=endpoint.port,
+                user=endpoint.user,
+                password=endpoint.password,
+                database=endpoint.database or endpoint.user,
+                ssl=context or False,
+                statement_cache_size=0,  # A connection pooler may give each transaction another session.
+                server_settings={"application_name": "pilotflame"},
+            )
     except asyncpg.PostgresConnectionError as error:
         raise OSError(str(error)) from error
     except asyncpg.PostgresError as error:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import re
-import socket
 import ssl
 from base64 import b64encode
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
-from ipaddress import IPv4Address
 from typing import TYPE_CHECKING, Final, Self
 
 import aiosmtplib
@@ -19,10 +17,14 @@ from concurrency import offload
 from engine.run_errors import NodeError
 from models.data_source_types import MailTls
 from nodes import config_fields, redaction
+from nodes.connection_phases import ConnectionPhase, note_phase
 from nodes.connections import data_source_policy, database_session
+from nodes.tcp_sockets import connect_socket
 from nodes.url_targets import MAX_PORT
 
 if TYPE_CHECKING:
+    import socket
+
     from aiosmtplib.response import SMTPResponse
 
     from nodes.connections.data_source import ConnectionSource
@@ -133,8 +135,11 @@ class SmtpMailServer:
             with redaction.redact_errors(self._place.login_secrets()), _translate_errors(timeout_seconds):
                 async with asyncio.timeout(timeout_seconds):
                     client = await self._connected()
-                    await self._protect(client)
-                    await self._log_in(client)
+                    if self._place.tls is MailTls.STARTTLS:
+                        with note_phase(ConnectionPhase.TLS):
+                            await self._protect(client)
+                    with note_phase(ConnectionPhase.AUTH):
+                        await self._log_in(client)
                     yield client
             _quit(client)
         finally:
@@ -159,23 +164,25 @@ class SmtpMailServer:
         context = (
             None if place.tls is MailTls.NONE else await offload.run_in_thread(ssl.create_default_context)
         )
+        with note_phase(ConnectionPhase.TCP):
+            opened = await _open_socket(found, place.port)
         client = aiosmtplib.SMTP(
             hostname=place.host,  # The certificate must have this name.
-            sock=await _open_socket(found, place.port),
+            sock=opened,
             use_tls=place.tls is MailTls.TLS,
             start_tls=False,
             tls_context=context,
             local_hostname=CLIENT_NAME,
             timeout=None,
         )
-        with _translate_refusal("connection-failed", "the connection"):
+        # The answer is the server's greeting.
+        greeted = ConnectionPhase.TLS if place.tls is MailTls.TLS else ConnectionPhase.AUTH
+        with _translate_refusal("connection-failed", "the connection"), note_phase(greeted):
             await client.connect()
         return client
 
     async def _protect(self, client: aiosmtplib.SMTP) -> None:
-        """Begin TLS by STARTTLS, if the settings want it; raises `NodeError` unless the server offers it."""
-        if self._place.tls is not MailTls.STARTTLS:
-            return
+        """Begin TLS by STARTTLS; raises `NodeError` unless the server offers it."""
         with _translate_refusal("connection-failed", "EHLO"):
             await client.ehlo()
         if not client.supports_extension("starttls"):
@@ -207,21 +214,13 @@ class SmtpMailServer:
 async def _open_socket(found: Sequence[IpAddress], port: int) -> socket.socket:
     reason = "the server did not answer"
     for address in found:
-        family = socket.AF_INET if isinstance(address, IPv4Address) else socket.AF_INET6
-        opened = socket.socket(family, socket.SOCK_STREAM)
-        opened.setblocking(False)  # noqa: FBT003 - the standard library's own signature
         try:
             async with asyncio.timeout(CONNECT_SECONDS):
-                await asyncio.get_running_loop().sock_connect(opened, (str(address), port))
-            return opened
+                return await connect_socket(address, port)
         except TimeoutError:
-            opened.close()
             reason = f"there was no answer within {CONNECT_SECONDS} s"
         except OSError:
-            opened.close()
-        except BaseException:
-            opened.close()
-            raise
+            continue
     raise _connection_error(reason)
 
 

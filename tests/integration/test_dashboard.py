@@ -193,7 +193,8 @@ async def test_a_data_source_shows_its_users_and_the_failures_of_their_nodes(
             await fail_with(harness, started.json()["executionId"], reason)
     usage = (await people.owner.api.get(f"/api/v1/datasources/{source_id}/usage")).json()
     nodes = [{"nodeId": "step", "label": "Ask", "type": "set"}]
-    assert usage["workflows"] == [{"workflowId": workflow_id, "name": "Customer sync", "nodes": nodes}]
+    named = {"workflowId": workflow_id, "name": "Customer sync", "deploymentStatus": "not-deployed"}
+    assert usage["workflows"] == [{**named, "nodes": nodes}]
     assert (usage["ended"], usage["failed"], usage["lastSuccessAt"]) == (1, 1, None)
     assert sum(hour["failed"] for hour in usage["hours"]) == 1
     assert usage["lastFailure"]["executionId"] == started.json()["executionId"]
@@ -210,6 +211,14 @@ async def test_a_data_source_shows_its_users_and_the_failures_of_their_nodes(
     assert "The CRM is &lt;i&gt;away&lt;/i&gt;" in page
     assert f"DELETE /api/v1/datasources/{source_id}?force=true" in page
     assert "fail without it: Customer sync." in page
+    assert "No deployment restarts; none of them has pods now." in page
+    await deploy_with_pod(harness, people.owner, workflow_id)
+    page = (await browser.get(f"/dashboard/sources?source={source_id}")).text
+    assert "these have pods that take them: " in page
+    assert (await people.owner.api.get(f"/api/v1/datasources/{source_id}")).json()[
+        "secretsFingerprint"
+    ] in page
+    assert "everybody in the organization" in page
     of_colleague = (
         await (await sign_in(harness, people.colleague.key)).get(f"/dashboard/sources?source={source_id}")
     ).text

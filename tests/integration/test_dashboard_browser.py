@@ -307,6 +307,26 @@ async def test_a_new_key_is_shown_once_with_a_command_that_proves_it(visit: Dash
     assert "Proven" in await page.text("main")
 
 
+async def test_a_connection_is_tested_by_phase(visit: DashboardVisit) -> None:
+    page, owner = visit.page, visit.people.owner
+    # A loopback address is refused before any connection.
+    body = {
+        "name": "Tested",
+        "type": "postgresql",
+        "settings": {"host": "127.0.0.1", "database": "d", "user": "u"},
+        "secrets": {"password": "p"},
+    }
+    source_id = (await owner.api.post("/api/v1/datasources", json=body)).json()["dataSourceId"]
+    await visit.show(f"/dashboard/sources?source={source_id}")
+    await page.click("form[data-result] button")
+    await page.wait_for("document.querySelectorAll('#phases dt').length === 1")
+    assert await page.text("#phases dt") == "Name and address"
+    assert (await page.text("#phases dd")).startswith("Failed after ")
+    assert "not a public address" in await page.text("#phases p")
+    assert await visit.find_violations() == []
+    assert not visit.take_problems()
+
+
 async def test_a_trigger_token_is_replaced_with_an_overlap_on_the_page_of_keys(visit: DashboardVisit) -> None:
     page, owner = visit.page, visit.people.owner
     workflow_id = await owner.create(name="Rotated", **QUEUE)

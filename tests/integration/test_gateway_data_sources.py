@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from typing import Any
 
 import httpx2
@@ -95,6 +96,7 @@ async def test_a_data_source_is_shown_with_defaults_and_without_its_secrets(
         "settings": {**DATABASE["settings"], "port": 5432, "tls": "prefer"},
         "secretNames": ["password"],
         "secretsSetAt": found["createdAt"],
+        "secretsFingerprint": found["secretsFingerprint"],
         "organizationId": people.owner.user.organization_id,
         "ownerId": people.owner.user.id,
         "isPublic": False,
@@ -274,6 +276,23 @@ async def test_a_change_keeps_unnamed_fields_and_secrets(
     assert (await stored_sources(harness).find(caller_of(people.owner), source_id)).secrets == {
         "password": "renewed"
     }
+
+
+async def test_a_fingerprint_tells_that_secrets_were_set_and_nothing_of_them(
+    people: OrganizationUsers,
+) -> None:
+    first, second = await create_source(people.owner), await create_source(people.owner)
+    before = (await get_source(people.owner, first))["secretsFingerprint"]
+    assert re.fullmatch("[0-9a-f]{12}", before)
+    # The same secret: guesses in another data source, or set again, can't be compared.
+    assert (await get_source(people.owner, second))["secretsFingerprint"] != before
+    renamed = (await change(people.owner, first, name="Fingerprint")).json()
+    assert renamed["secretsFingerprint"] == before
+    again = (await change(people.owner, first, secrets=DATABASE["secrets"])).json()
+    assert again["secretsFingerprint"] != before
+    body = {"name": "No secret", "type": "sqlite", "settings": {"file": "sales.db"}}
+    without = (await people.owner.api.post(SOURCES, json=body)).json()["dataSourceId"]
+    assert (await get_source(people.owner, without))["secretsFingerprint"] is None
 
 
 @pytest.mark.parametrize("setting", [{"host": "elsewhere.example.com"}, {"port": 1}, {"tls": "disable"}])

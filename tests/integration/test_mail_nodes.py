@@ -480,7 +480,7 @@ async def test_a_mail_server_is_tested_by_logging_in(
     vault = SecretVault(b"a-secret-of-the-server-that-is-long-enough", [])
     probes = DataSourceProber(vault, ServerSettings(data_dir=tmp_path, outbound_allowed_networks=networks))
 
-    async def probed(password: str, **settings: Json) -> tuple[bool, str]:
+    async def probed(password: str, **settings: Json) -> tuple[bool, str, list[tuple[str, bool]]]:
         secrets: dict[str, object] = {"password": password}
         kept = encrypt_secrets(vault, secrets, organization_id="org_1", source_id="ds_001")
         found = await probes.probe(
@@ -505,9 +505,16 @@ async def test_a_mail_server_is_tested_by_logging_in(
                 updated_at=NOW,
             )
         )
-        return found.is_ok, found.message
+        return found.is_ok, found.message, [(one.phase.value, one.is_ok) for one in found.phases]
 
-    assert await probed(PASSWORD) == (True, "The mail server accepts the login")
-    assert await probed("wrong") == (False, "The mail server refused the login (535)")
-    assert (await probed(PASSWORD, port=1))[1].startswith("No connection to the mail server")
+    begun = [("dns", True), ("tcp", True), ("tls", True)]
+    assert await probed(PASSWORD) == (True, "The mail server accepts the login", [*begun, ("auth", True)])
+    assert await probed("wrong") == (
+        False,
+        "The mail server refused the login (535)",
+        [*begun, ("auth", False)],
+    )
+    _, message, phases = await probed(PASSWORD, port=1)
+    assert message.startswith("No connection to the mail server")
+    assert phases == [("dns", True), ("tcp", False)]
     assert mail_node_harness.server.received == []

@@ -719,21 +719,32 @@ async def test_proxies_passwords_and_cookies_of_the_machine_are_left_alone(
 OTHER_PROCESS = """
 import ipaddress, json, sys
 import uvloop
+from nodes.connection_phases import record_phases
 from nodes.outbound_http import OutboundClient, OutboundError, OutboundPolicy
 
 async def resolve(name):
     return ["127.0.0.1"]
 
-async def main():
-    answers = ["aiohttp" in sys.modules]
+async def request_each(urls):
+    answers = []
     outbound = OutboundClient(OutboundPolicy(allowed_networks=(ipaddress.ip_network("127.0.0.1/32"),)), resolve)
-    for url in sys.argv[1:]:
+    for url in urls:
         try:
             answers.append((await outbound.request("GET", url, headers={})).status)
         except OutboundError as error:
             answers.append([error.code, error.message])
     await outbound.close()
-    print(json.dumps(answers))
+    return answers
+
+async def main():
+    had_imported = "aiohttp" in sys.modules
+    answers = await request_each(sys.argv[1:])
+    recorded = []
+    for place in (1, 3):
+        with record_phases() as recorder:
+            answers += await request_each(sys.argv[place : place + 1])
+        recorded.append([[one.phase, one.is_ok] for one in recorder.results])
+    print(json.dumps([had_imported, *answers, recorded]))
 
 uvloop.run(main())
 """
@@ -778,19 +789,22 @@ async def test_https_trusts_the_name_and_not_the_address(tmp_path: Path) -> None
             stdout=subprocess.PIPE,
         )
         output, _ = await process.communicate()
-    had_imported, trusted, downgraded, other_name, bare_address = json.loads(output)
+    had_imported, trusted, downgraded, other_name, bare_address, *again, recorded = json.loads(output)
     assert not had_imported
     assert trusted == 200
+    assert again == [trusted, other_name]
+    begun = [["dns", True], ["tcp", True]]
+    assert recorded == [[*begun, ["tls", True]], [*begun, ["tls", False]]]
     assert downgraded[0] == OutboundRefusalCode.INSECURE_REDIRECT
     assert other_name == [
         OutboundOutageCode.NOT_CONNECTED,
         f"no trusted connection to other.test on port {upstream.port}",
     ]
     assert bare_address[0] == OutboundOutageCode.NOT_CONNECTED
-    assert server_names == ["upstream.test", "other.test", None]
+    assert server_names == ["upstream.test", "other.test", None, "upstream.test", "other.test"]
     assert [request.headers["host"] for request in upstream.requests] == [
         f"upstream.test:{upstream.port}"
-    ] * 2
+    ] * 3
 
 
 async def test_answers_on_the_way_are_passed_over_up_to_the_final_one() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from base64 import b64encode
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from ipaddress import ip_network
@@ -229,7 +229,7 @@ async def exercise_sources(reader: AnswerCollector, ids: Mapping[str, str]) -> N
         await reader.ask("PUT", path, {"secrets": {"password": [CANARY], "token": f"{CANARY}\n", "key": 7}})
         await reader.ask("PUT", path, {"settings": {"host": f"{CANARY}@host", "header": f"{CANARY}\n"}})
         tested = await reader.ask("POST", f"{path}/test")
-        assert set(tested) == {"ok", "message", "durationMs"}
+        assert set(tested) == {"ok", "message", "durationMs", "phases"}
         await reader.ask("DELETE", path)
 
 
@@ -263,7 +263,8 @@ async def probe_source(
     person: UserClient,
     probes: DataSourceProber,
     **settings: Any,  # noqa: ANN401 - any JSON value
-) -> tuple[bool, str]:
+) -> tuple[bool, str, Sequence[tuple[str, bool]]]:
+    """Return success, message and phases of the test of a new data source."""
     body = {"name": uuid4().hex, "type": "postgresql", "settings": settings}
     body["secrets"] = {"password": f"{CANARY}-probed"}
     source_id = (await person.api.post("/api/v1/datasources", json=body)).json()["dataSourceId"]
@@ -272,7 +273,7 @@ async def probe_source(
         row = (await connection.execute(statement)).mappings().one()
     found = await probes.probe(DataSource(**row))
     assert CANARY not in found.message
-    return found.is_ok, found.message
+    return found.is_ok, found.message, [(one.phase.value, one.is_ok) for one in found.phases]
 
 
 async def test_a_data_source_is_tested_by_connecting_to_it(
@@ -280,12 +281,26 @@ async def test_a_data_source_is_tested_by_connecting_to_it(
 ) -> None:
     allowed = harness.gateway.settings.model_copy(update={"outbound_allowed_networks": LOOPBACK})
     probes = DataSourceProber(harness.gateway.vault, allowed)
-    assert await probe_source(harness, people.owner, probes, **server) == (True, "The database answers")
-    for wrong in ({"database": "no_such_database"}, {"user": "nobody_there"}, {"port": 1}):
-        is_ok, message = await probe_source(harness, people.owner, probes, **{**server, **wrong})
+    connected = [("dns", True), ("tcp", True)]
+    whole = [*connected, ("auth", True), ("query", True)]
+    assert await probe_source(harness, people.owner, probes, **server) == (
+        True,
+        "The database answers",
+        whole,
+    )
+    refused = [*connected, ("auth", False)]
+    for wrong, expected in (
+        ({"database": "no_such_database"}, refused),
+        ({"user": "nobody_there"}, refused),
+        ({"port": 1}, [("dns", True), ("tcp", False)]),
+    ):
+        is_ok, message, phases = await probe_source(harness, people.owner, probes, **{**server, **wrong})
         assert (is_ok, message.startswith("No connection")) == (False, True), message
-    is_ok, message = await probe_source(harness, people.owner, harness.gateway.probes, **server)
+        assert phases == expected, message
+    is_ok, message, phases = await probe_source(harness, people.owner, harness.gateway.probes, **server)
     assert (is_ok, "not a public address" in message) == (False, True)
+    # A forbidden address is not connected, so that no time tells whether a server is there.
+    assert phases == [("dns", False)]
 
 
 async def test_an_organisation_tests_only_so_often(
@@ -298,4 +313,5 @@ async def test_an_organisation_tests_only_so_often(
     answers = [await people.owner.api.post(path) for _ in range(3)]
     assert [answer.status_code for answer in answers] == [200, 200, 429]
     assert answers[0].json()["ok"]
+    assert answers[0].json()["phases"] == []
     assert int(answers[2].headers["Retry-After"]) > 0

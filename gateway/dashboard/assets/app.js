@@ -142,6 +142,7 @@ async function submit(form, button) {
       count(true);
     }
     if (form.dataset.says) say(fill(form.dataset.says, String));
+    if (form.dataset.result) (await import("./phases.js")).show(document.getElementById(form.dataset.result), value);
     if (form.dataset.shows) {
       const shown = form.dataset.shows.split(".").reduce((part, name) => part[name], value);
       document.getElementById("shown-value").textContent = shown;

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote
 
@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from gateway.dashboard.page_request import PageRequest
 
 LIMIT: Final = 50
+MAX_USERS: Final = 100
 SHOWN_LOSSES: Final = 5
+ASLEEP: Final = frozenset({"not-deployed", "stopped", "failed"})
+"""Statuses of deployments without pods."""
 PATH: Final = "/dashboard/sources"
 ADDRESS_FIELDS: Final = ("host", "endpoint", "url", "file", "bucket")
 """Settings of which the first that is there says where a source is."""
@@ -24,20 +27,21 @@ ADDRESS_FIELDS: Final = ("host", "endpoint", "url", "file", "bucket")
 
 async def load(page: PageRequest) -> PageData:
     """Ask the API for a page of 50 data sources, by the type and offset of the query, and for the selected one with
-    its use.
+    its use and the names of users.
 
-    Both are None for an unknown one. Raises `ApiError`.
+    Source and use are None for an unknown one, users without a right to see them. Raises `ApiError`.
     """
     given = page.query
     selected = given.get("source", "")
     path = f"/api/v1/datasources/{quote(selected, safe='')}"
-    sources, source, usage = await asyncio.gather(
+    sources, source, usage, users = await asyncio.gather(
         page.get("/api/v1/datasources", type=given.get("type"), limit=LIMIT, offset=given.get("offset")),
         page.get_if_present(path) if selected else no_answer(),
         page.get_if_present(f"{path}/usage") if selected else no_answer(),
+        page.get_if_present("/api/v1/auth/users", limit=MAX_USERS) if selected else no_answer(),
     )
     # It may be deleted between the two answers.
-    return {"sources": sources, "source": source, "usage": source and usage}
+    return {"sources": sources, "source": source, "usage": source and usage, "users": users}
 
 
 async def no_answer() -> None:
@@ -68,6 +72,11 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "hour_labels": [] if usage is None else label_hours(usage["hours"]),
         "share": "" if usage is None or not usage["ended"] else show_share(usage["failed"], usage["ended"]),
         "loses": describe_losses(usage),
+        "address": "" if source is None else _address_of(source["settings"]),
+        "users": list_users(source, data["users"], frame),
+        "awake": [one for one in usage["workflows"] if one["deploymentStatus"] not in ASLEEP]
+        if usage
+        else [],
         "may_change": source is not None
         and frame.visitor is not None
         and frame.may("datasources:write")
@@ -77,6 +86,21 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "type": frame.query.get("type", ""),
         "next": "" if is_last else list_address(frame, PATH, {"offset": str(shown)}),
     }
+
+
+def list_users(
+    source: Mapping[str, Any] | None, users: Mapping[str, Any] | None, frame: PageFrame
+) -> Sequence[str]:
+    """Return the users that may use a data source by name, its owner first; by id without a right to names.
+
+    Empty without a data source, and for one that the whole organization may use.
+    """
+    if source is None or source["isPublic"]:
+        return ()
+    names = {user["id"]: user["name"] or user["email"] for user in users["users"]} if users else {}
+    if frame.visitor:
+        names[frame.visitor["userId"]] = "you"
+    return [names.get(user_id, user_id) for user_id in (source["ownerId"], *source["sharedWith"])]
 
 
 def describe_losses(usage: Mapping[str, Any] | None) -> str:

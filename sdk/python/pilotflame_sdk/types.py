@@ -41,6 +41,8 @@ __all__ = [
     "ComparedSpan",
     "ConflictReason",
     "ConnectionAnswer",
+    "ConnectionPhase",
+    "ConnectionPhaseShape",
     "ConnectionRemoval",
     "CopyResult",
     "CreatedVersion",
@@ -352,6 +354,9 @@ BlockerKind = Literal['change', 'escalate', 'wait']
 
 
 ConflictReason = Literal['edited-since-apply', 'not-applied-before', 'other-set']
+
+
+ConnectionPhase = Literal['auth', 'dns', 'query', 'tcp', 'tls']
 
 
 DataSourceType = Literal['ai-provider', 'api-key', 'http-basic', 'http-bearer', 'mcp-server', 'mysql', 'postgresql', 's3', 'smtp', 'sqlite', 'webhook-secret']
@@ -740,6 +745,14 @@ class ConnectionAnswer(_ConnectionAnswerAlways, total=False):
     warnings: List[ErrorDetail]
 
 
+class ConnectionPhaseShape(TypedDict):
+    """Phase of a connection, as the API shows it."""
+
+    phase: ConnectionPhase
+    ok: bool
+    durationMs: int
+
+
 class ConnectionRemoval(TypedDict):
     """Removed connection."""
 
@@ -776,6 +789,7 @@ class DataSource(TypedDict):
     settings: Dict[str, Any]
     secretNames: List[str]
     secretsSetAt: str
+    secretsFingerprint: str | None
     organizationId: str
     ownerId: str
     isPublic: bool
@@ -821,6 +835,7 @@ class DataSourceTest(TypedDict):
     ok: bool
     message: str
     durationMs: int
+    phases: List[ConnectionPhaseShape]
 
 
 class DataSourceUsage(TypedDict):
@@ -2778,6 +2793,7 @@ class SourceWorkflow(TypedDict):
 
     workflowId: str
     name: str
+    deploymentStatus: DeploymentStatus
     nodes: List[SourceNode]
 
 
