@@ -11,7 +11,13 @@ import msgspec
 MONTH_BUDGET_EXCEEDED: Final = "month-budget-exceeded"
 """Code of a call that the budget of the organization doesn't admit."""
 DECEMBER: Final = 12
-Dollars: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[0-9]{1,9}([.][0-9]{1,9})?$")]
+Dollars: TypeAlias = Annotated[
+    str,
+    msgspec.Meta(
+        pattern=r"^[0-9]{1,9}([.][0-9]{1,9})?$",
+        description="US dollars as a decimal text such as `250` or `0.5`",
+    ),
+]
 BudgetTokens: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=1_000_000_000_000_000)]
 
 

@@ -10,7 +10,7 @@ from engine import name_suggestions
 from engine.node_api import OF_EACH, FieldCompilation
 from engine.values import encode_json
 from nodes import config_fields
-from nodes.config_formats import TEXT_FORMATS
+from nodes.config_formats import PATTERN_DESCRIPTIONS, TEXT_FORMATS
 
 if TYPE_CHECKING:
     from jsonschema_rs import Draft202012Validator, RegexOptions, ValidationError
@@ -285,6 +285,8 @@ def _describe_violation(error: ValidationError, facts: Mapping[str, Any]) -> str
             return f"takes {' or '.join(facts['schema']['required'])}, not both"
         case "pattern" if "pattern" not in facts:
             return "takes too long to be matched by the pattern"
+        case "pattern" if facts["pattern"] in PATTERN_DESCRIPTIONS:
+            return f"must be {PATTERN_DESCRIPTIONS[facts['pattern']]}"
         case keyword if keyword in LIMIT_MESSAGES:
             return LIMIT_MESSAGES[keyword].format_map(facts)
         case "oneOf" if not all(facts["context"]):

@@ -29,7 +29,9 @@ FIELDS: Final[Mapping[str, str]] = {
 ApiKey: TypeAlias = Annotated[str, Meta(min_length=1, max_length=MAX_SECRET_LENGTH)]
 Url: TypeAlias = Annotated[str, Meta(max_length=300)]
 KeyHeader: TypeAlias = Annotated[str, Meta(max_length=100)]
-ToolHash: TypeAlias = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+ToolHash: TypeAlias = Annotated[
+    str, Meta(pattern="^[0-9a-f]{64}$", description="the hash that the list of tools shows")
+]
 
 
 class ToolStatus(StrEnum):

@@ -55,9 +55,15 @@ PARAMETERS: Final = (NODE, ITERATION, TOKEN, OUTCOME)
 class CallbackFailure(WireStruct):
     """Error with which the node fails."""
 
-    code: Annotated[str, Meta(min_length=1, max_length=64, pattern="^[a-z0-9][a-z0-9-]*$")] = (
-        "callback-failed"
-    )
+    code: Annotated[
+        str,
+        Meta(
+            min_length=1,
+            max_length=64,
+            pattern="^[a-z0-9][a-z0-9-]*$",
+            description="lower-case letters, digits and `-`, such as out-of-stock",
+        ),
+    ] = "callback-failed"
     message: Annotated[str, Meta(max_length=limits.DESCRIPTION_LENGTH)] = (
         "The receiver has reported a failure"
     )

@@ -30,7 +30,10 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
-NodeIds = Annotated[list[Annotated[str, Meta(pattern=GRAPH_ID_PATTERN)]], Meta(max_length=limits.NODES)]
+NodeId = Annotated[
+    str, Meta(pattern=GRAPH_ID_PATTERN, description="an id of up to 64 letters, digits, `_` and `-`")
+]
+NodeIds = Annotated[list[NodeId], Meta(max_length=limits.NODES)]
 _SEPARATOR = " "
 
 

@@ -72,7 +72,13 @@ WAIT: Final = IntegerParameter(
 class SignalBody(StrictWire):
     """Signal to an execution."""
 
-    name: Annotated[str, Meta(pattern="^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
+    name: Annotated[
+        str,
+        Meta(
+            pattern="^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$",
+            description="a letter or digit, then up to 63 letters, digits, `_`, `.` and `-`",
+        ),
+    ]
     """Name for which a node of the execution waits, now or later."""
     payload: Any = None
     """Any JSON value that matches the schema of the node."""

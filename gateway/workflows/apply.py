@@ -47,9 +47,18 @@ class ApplyWorkflows(StrictWire):
 
     A field of a config that names a data source accepts `@` and its name in place of its id.
     """
-    set: Annotated[str, Meta(min_length=1, max_length=64, pattern="^[A-Za-z0-9][A-Za-z0-9_.-]*$")] | None = (
-        None
-    )
+    set: (
+        Annotated[
+            str,
+            Meta(
+                min_length=1,
+                max_length=64,
+                pattern="^[A-Za-z0-9][A-Za-z0-9_.-]*$",
+                description="a letter or digit, then letters, digits, `_`, `.` and `-`",
+            ),
+        ]
+        | None
+    ) = None
     """Name of the set to which these workflows belong."""
     prune: Literal["archive", "delete"] | None = None
     """Treatment of members of the set that the request does not have; by default, they stay."""

@@ -9,9 +9,11 @@ import pytest
 
 import nodes.library
 from engine.node_api import OF_EACH, FieldCompilation, NodeEffect, NodeType
-from engine.values import Json
+from engine.values import Json, decode_json, encode_json
 from nodes import catalog
 from nodes.catalog import InvalidCatalogEntry, NodeCatalog, UnknownNodeType
+from nodes.config_formats import PATTERN_DESCRIPTIONS
+from nodes.config_problems import TEMPLATE_SCHEMA
 from tests.each_case import check_each
 from tests.node_calls import call
 
@@ -74,6 +76,13 @@ def test_a_config_is_described_by_a_strict_schema(node_type: NodeType) -> None:
         resource = str(of_field.get("x-resource", "models:invoke"))
         assert re.fullmatch(r"[a-z]+:(read|write|invoke|execute)", resource)
     assert {place.partition(OF_EACH)[0] for place in node_type.compiled} <= set(properties)
+
+
+@check_each(CATALOG.node_types.items())
+def test_the_refusal_of_a_text_says_what_to_write(node_type: NodeType) -> None:
+    patterns = re.findall(r'"pattern":("(?:[^"\\]|\\.)*")', encode_json(node_type.config_schema).decode())
+    conditions = {TEMPLATE_SCHEMA["pattern"], "^hmac-"}
+    assert {decode_json(pattern.encode()) for pattern in patterns} <= PATTERN_DESCRIPTIONS.keys() | conditions
 
 
 @check_each(CATALOG.node_types.items())
@@ -217,6 +226,7 @@ def test_defaults_are_filled_in_at_every_depth_and_nothing_is_changed() -> None:
 
 CONDITION: dict[str, Json] = {"left": "{{ item.x }}", "operator": "equals", "right": 1}
 TOOL: dict[str, Json] = {"name": "look", "description": "Looks.", "target": {}}
+LLM: dict[str, Json] = {"model": "echo", "prompt": "Hello"}
 BOTH_TARGETS: Json = {"node": {"type": "set"}, "workflowId": "wf_1"}
 SUM: dict[str, Json] = {"function": "sum", "field": "x", "as": "total"}
 
@@ -270,13 +280,20 @@ SUM: dict[str, Json] = {"function": "sum", "field": "x", "as": "total"}
         ("template", {"text": "", "items": []}, "each", "each is required", "required"),
         ("tool", TOOL, "target.node", "target.node or target.workflowId is required", "required"),
         ("tool", {**TOOL, "target": BOTH_TARGETS}, "target", "keep the fields of one", "oneOf"),
-        ("csv-parse", {"text": "", "delimiter": ";;"}, "delimiter", "must match", "pattern"),
+        ("csv-parse", {"text": "", "delimiter": ";;"}, "delimiter", "one character", "pattern"),
+        ("llm", {**LLM, "budget": {"maxCost": "5 USD"}}, "budget.maxCost", 'text, such as "0.5"', "pattern"),
         ("filter", {"condition": 1}, "condition", "must be an object, not a number", "type"),
         ("merge", {"mode": "{{ data.mode }}"}, "mode", 'must be one of "all", "any"', "enum"),
         ("switch", {"cases": [{"equals": 1}]}, "cases.0.port", "is required", "required"),
         ("switch", {"cases": [{"port": "a"}]}, "cases.0.equals", "cases.0.condition is required", "required"),
-        ("switch", {"cases": [{"port": "error", "equals": 1}]}, "cases.0.port", "must match", "pattern"),
-        ("switch", {"cases": [{"port": "{{ data }}", "equals": 1}]}, "cases.0.port", "must match", "pattern"),
+        ("switch", {"cases": [{"port": "error", "equals": 1}]}, "cases.0.port", "name of a port", "pattern"),
+        (
+            "switch",
+            {"cases": [{"port": "{{ data }}", "equals": 1}]},
+            "cases.0.port",
+            "name of a port",
+            "pattern",
+        ),
         ("switch", {"cases": ["{{ data.case }}"]}, "cases.0", "must be an object, not a text", "type"),
         ("switch", {"cases": "{{ data.cases }}"}, "cases", "must be a list, not a text", "type"),
         (

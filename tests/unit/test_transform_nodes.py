@@ -550,7 +550,7 @@ async def test_a_node_fails_with_a_reason(
         ("compare", {"before": [], "after": []}, "missing-config", "by is required"),
         ("json-parse", {}, "missing-config", "text is required"),
         ("json-parse", {"text": 1}, "invalid-config", "must be a text"),
-        ("csv-format", {"delimiter": ";;"}, "invalid-config", "must match"),
+        ("csv-format", {"delimiter": ";;"}, "invalid-config", "must be one character"),
         ("csv-format", {"formula": "quote"}, "invalid-config", "did you mean formulas"),
     ],
 )

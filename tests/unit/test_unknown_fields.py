@@ -11,6 +11,7 @@ import pytest
 
 from engine.values import Json
 from gateway import routes
+from gateway.ai_models.ai_settings import UpdateAiSettings
 from gateway.http.errors import ApiError
 from gateway.http.wire import GuardedWire, StrictWire, WireStruct, convert
 from gateway.ingest.email_trigger import ParsedMailRequest
@@ -35,6 +36,14 @@ def iterate_structs(kind: Any) -> Iterator[type[msgspec.Struct]]:  # noqa: ANN40
             yield from iterate_structs(field.type)
     for part in get_args(kind):
         yield from iterate_structs(part)
+
+
+def iterate_patterns(kind: Any) -> Iterator[msgspec.Meta]:  # noqa: ANN401 - any type annotation
+    """Return the constraints with a pattern of the fields inside a type, without those of other body types in it."""
+    if isinstance(kind, msgspec.Meta) and kind.pattern is not None:
+        yield kind
+    for part in get_args(kind):
+        yield from iterate_patterns(part)
 
 
 class InnerBody(GuardedWire):
@@ -79,6 +88,19 @@ def test_every_body_refuses_each_misspelt_field(body: type[msgspec.Struct]) -> N
 def test_no_part_of_a_body_ignores_unknown_fields(body: type[msgspec.Struct]) -> None:
     for part in iterate_structs(body):
         assert part.__struct_config__.forbid_unknown_fields or issubclass(part, GuardedWire), part
+
+
+@check_each(BODIES)
+def test_the_refusal_of_a_text_says_what_to_write(body: type[msgspec.Struct]) -> None:
+    fields = [field for part in iterate_structs(body) for field in msgspec.structs.fields(part)]
+    assert not [field.name for field in fields for one in iterate_patterns(field.type) if not one.description]
+
+
+def test_an_amount_of_dollars_is_described_where_it_is_refused() -> None:
+    said = "monthBudget.maxCost: Expected US dollars as a decimal text such as 250 or 0.5"
+    assert decode_problems({"monthBudget": {"maxCost": "5 USD"}}, UpdateAiSettings) == {
+        "monthBudget.maxCost": ("invalid-value", said)
+    }
 
 
 def test_bodies_outside_of_the_contract_refuse_every_unknown_field() -> None:
