@@ -35,6 +35,10 @@ class ToolEnvironment:
     name: str
     parent: Path = TOOLS
     interpreter: str = sys.executable
+    options: Sequence[str] = ()
+    """Further options of `pip install`."""
+    max_seconds: float | None = None
+    """Maximum duration of the installation of Python packages."""
 
     @property
     def sources(self) -> Path:
@@ -89,7 +93,16 @@ class ToolEnvironment:
             "--disable-pip-version-check",
         ]
         lock = str(self.sources / REQUIREMENTS)
-        _run([*pip, "install", "--quiet", "--no-deps", "--require-hashes", "--requirement", lock])
+        install = [
+            "install",
+            "--quiet",
+            "--no-deps",
+            "--require-hashes",
+            *self.options,
+            "--requirement",
+            lock,
+        ]
+        _run([*pip, *install], max_seconds=self.max_seconds)
         if (self.sources / PACKAGES[0]).exists():
             for name in PACKAGES:
                 shutil.copy(self.sources / name, folder)
@@ -102,6 +115,12 @@ SCHEMATHESIS = ToolEnvironment("schemathesis")
 PYTHON_CLIENT = ToolEnvironment("python_client")
 TYPESCRIPT_CLIENTS = ToolEnvironment("typescript_clients")
 PROVIDER_TYPES = ToolEnvironment("provider_types")
+REAL_MODEL = ToolEnvironment(
+    "real_model",
+    # Its tests are skipped where it can't be installed, which has to be known soon.
+    options=("--only-binary", ":all:", "--retries", "0", "--timeout", "5"),
+    max_seconds=180,
+)
 ALL = (SCHEMATHESIS, PYTHON_CLIENT, TYPESCRIPT_CLIENTS, PROVIDER_TYPES)
 
 
@@ -111,8 +130,13 @@ def _node(folder: Path) -> Path:
     return node
 
 
-def _run(command: Sequence[str], folder: Path | None = None) -> None:
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+def _run(command: Sequence[str], folder: Path | None = None, max_seconds: float | None = None) -> None:
+    try:
+        done = subprocess.run(
+            command, cwd=folder, capture_output=True, text=True, check=False, timeout=max_seconds
+        )
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError(f"{' '.join(command)} took longer than {max_seconds} s") from error
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
 
