@@ -41,9 +41,11 @@ SLOWEST_FILES = (
 """Files whose tests take longest together, in the order in which they start, so that waiting ones run beside others."""
 
 # An example's duration depends on the load of the machine. Examples are the same each time, so that a failure
-# is reproducible everywhere; `--hypothesis-profile=search` generates others.
+# is reproducible everywhere; `--hypothesis-profile=search` generates others, and twice as many.
 settings.register_profile("search", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.register_profile("suite", settings.get_profile("search"), derandomize=True, database=None)
+settings.register_profile(
+    "suite", settings.get_profile("search"), derandomize=True, database=None, max_examples=50
+)
 settings.load_profile("suite")
 
 

@@ -26,7 +26,7 @@ from nodes import catalog
 from tests.node_calls import call
 
 CATALOG = catalog.load_catalog()
-EXAMPLES_OF_A_TYPE = 25
+EXAMPLES_OF_A_TYPE = 12
 FAILURES = (NodeError, ExpressionError, InvalidJson)
 """Errors with which the engine ends a node in an authored message."""
 

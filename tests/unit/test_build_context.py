@@ -5,11 +5,17 @@ from __future__ import annotations
 import tarfile
 from pathlib import Path
 
+import pytest
+
 from deploy.release import build_context
 
 
-def test_the_context_has_the_project_and_nothing_of_this_machine(tmp_path: Path) -> None:
-    archive = build_context.write_context(tmp_path / "dist")
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_context.write_context(tmp_path_factory.mktemp("context") / "dist")
+
+
+def test_the_context_has_the_project_and_nothing_of_this_machine(archive: Path) -> None:
     with tarfile.open(archive) as opened:
         members = opened.getmembers()
     names = [member.name for member in members]
@@ -22,9 +28,6 @@ def test_the_context_has_the_project_and_nothing_of_this_machine(tmp_path: Path)
     assert {(member.uid, member.mtime, member.uname) for member in members} == {(0, 0, "")}
 
 
-def test_two_archives_of_the_same_files_are_equal(tmp_path: Path) -> None:
-    one, other = (
-        build_context.write_context(tmp_path / "one"),
-        build_context.write_context(tmp_path / "other"),
-    )
-    assert one.read_bytes() == other.read_bytes()
+def test_two_archives_of_the_same_files_are_equal(archive: Path, tmp_path: Path) -> None:
+    other = build_context.write_context(tmp_path / "other")
+    assert archive.read_bytes() == other.read_bytes()

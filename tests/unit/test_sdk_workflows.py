@@ -130,7 +130,7 @@ def test_the_module_is_typed(text: str, tmp_path: Path) -> None:
     (tmp_path / "workflow.py").write_text("".join(lines))
     begin = lines[0].count("\n") + 1
     command = ["mypy", "--strict", "--python-version", "3.10", "--config-file", "", "--no-error-summary"]
-    command += ["--no-pretty", "--hide-error-context", "--cache-dir", str(tmp_path / "cache")]
+    command += ["--no-pretty", "--hide-error-context", "--cache-dir", f"{ROOT}/.mypy_cache/workflows"]
     done = subprocess.run(
         [sys.executable, "-m", *command, "workflow.py", "acme_nodes.py"],
         cwd=tmp_path,
