@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from engine.agents import agent
@@ -384,6 +384,74 @@ def test_any_model_is_answered_and_ends_within_its_limits(
                 assert not open_calls, "a tool call without a result"
             open_calls += [call.id for call in message.tool_calls]
         assert not open_calls
+
+
+@dataclass
+class SpendingSimulation(Simulation):
+    """Simulation that checks each request against the budget, with answers of any length and cost, and lost ones."""
+
+    spent: Sequence[tuple[float, int]] = ((0.0, 0),)
+    """Shares of the longest possible answer, and costs, of the answers in turn."""
+    deaths: Sequence[bool] = (False,)
+    """Whether the worker is lost with an answer, in turn."""
+    asked: int = 0
+
+    def ask(self, action: CallModel) -> None:
+        before = [step for step in self.steps if step.number < action.number]
+        input_tokens, limits = estimate_input_tokens(action.request), self.task.limits
+        reserved = input_tokens + action.request.max_tokens
+        losses = action.losses + sum(step.losses for step in before)
+        if limits.max_tokens is not None:
+            assert agent.count_tokens(before) + (losses + 1) * reserved <= limits.max_tokens
+        costs = [call.cost or 0 for step in before for call in step.model_calls]
+        if limits.max_cost is not None:
+            assert sum(costs) + (losses + 1) * max(costs, default=0) <= limits.max_cost
+        self.asked += 1
+        if self.deaths[self.asked % len(self.deaths)]:
+            lost = model_step(
+                action.number, None, StepStatus.STARTED, attempt=action.attempt, losses=action.losses
+            )
+            self.steps = [*before, lost]
+            return
+        super().ask(action)
+        share, cost = self.spent[self.asked % len(self.spent)]
+        usage = TokenUsage(input_tokens, int(share * action.request.max_tokens))
+        record = ModelCallRecord("first", "", usage, cost)
+        self.steps[action.number] = msgspec.structs.replace(self.steps[action.number], model_calls=(record,))
+
+
+@given(
+    answers=st.lists(CALLS | TEXTS | CUT, min_size=1, max_size=8),
+    max_tokens=st.none() | st.integers(0, 30_000),
+    max_cost=st.none() | st.integers(0, 12),
+    spent=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 3)), min_size=1, max_size=5),
+    deaths=st.lists(st.booleans(), min_size=1, max_size=5),
+    has_schema=st.booleans(),
+)
+@example(  # the second loss of an answer takes what was left for it
+    answers=[calls("look", city=1), StoredAnswer("Cold.")],
+    max_tokens=None,
+    max_cost=3,
+    spent=[(0.0, 1)],
+    deaths=[False, False, True, True],
+    has_schema=False,
+)
+def test_spent_and_reserved_never_pass_the_budget(
+    answers: list[StoredAnswer],
+    max_tokens: int | None,
+    max_cost: int | None,
+    spent: list[tuple[float, int]],
+    deaths: list[bool],
+    has_schema: bool,  # noqa: FBT001 - hypothesis passes arguments by name
+) -> None:
+    task = replace(
+        limited(max_tokens=max_tokens, max_cost=max_cost),
+        output_schema={"type": "integer"} if has_schema else None,
+        read_answer=read_number,
+    )
+    run = SpendingSimulation(task, script(*answers), spent=spent, deaths=deaths)
+    run.run()
+    assert max_tokens is None or agent.count_tokens(run.steps) <= max_tokens
 
 
 def test_arguments_of_tool_calls_count_as_input_and_as_conversation() -> None:
