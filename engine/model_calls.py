@@ -176,7 +176,7 @@ class ModelBudget(
 
 
 class NodeSpending(msgspec.Struct, frozen=True):
-    """Node on whose account a model is called."""
+    """Node that pays for the call of a model."""
 
     node: str
     """Node and iteration, whose calls share the budget."""
@@ -209,7 +209,7 @@ class ModelSettlement(msgspec.Struct, frozen=True):
 
 
 class ModelCallRecord(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True):
-    """Record of one call in the journal: what it has cost, and what a repetition of the node continues with."""
+    """Record of one call in the journal: its cost, and the text with which a repetition of the node continues."""
 
     model_id: str
     model: str = ""

@@ -30,6 +30,7 @@ from engine.node_api import (
     MCP_TOOL_TYPE,
     OF_EACH,
     OUTPUT,
+    TOOL_TYPE,
     FieldCompilation,
     NodeEffect,
     NodeResult,
@@ -49,6 +50,10 @@ if TYPE_CHECKING:
 
 EVERY_NODE: Final = ""
 TOOL_RETRY_SECONDS: Final = 1.0
+TOOL_ATTEMPTS: Final = 2
+TOOL_TIMEOUT_SECONDS: Final = 60.0
+TOOL_RESULT_BYTES: Final = 16_000
+"""Limits of nodes that are tools without a `tool`, which has the same by default."""
 STRICT: Final = "settings.strictMappings"
 OUTER_ROOTS: Final = ("trigger", "nodes", "execution", "approval")
 """Roots whose values are the same for all iterations of a loop."""
@@ -116,6 +121,8 @@ class ToolProgram:
     """Calls that a person has to approve, in place of the agent's rule."""
     is_untrusted: bool = False
     """Whether its results may hold text of outsiders."""
+    fills_config: bool = False
+    """Whether the arguments are fields of the node's config, beside the fixed ones."""
 
     @property
     def effect(self) -> NodeEffect:
@@ -517,6 +524,8 @@ def _compile_tool(
     catalog: NodeTypeLookup,
     implementation: Callable[[str], RunNode],
 ) -> ToolProgram:
+    if tool.type != TOOL_TYPE:
+        return _compile_direct_tool(tool, agent, catalog, implementation)
     config = catalog.with_defaults(catalog.get(tool.type, tool.version), tool.config)
     target = agent_wiring.target_of(tool)
     if target is None:
@@ -540,9 +549,41 @@ def _compile_tool(
         parameters=parameters if isinstance(parameters, dict) else {},
         program=compile_node(target, catalog),
         run=run,
-        max_result_bytes=int(_number(config, "maxResultBytes", 16_000)),
+        max_result_bytes=int(_number(config, "maxResultBytes", TOOL_RESULT_BYTES)),
         is_repeated=is_repeated,
         approval=_optional_text(config, "approval"),
+    )
+
+
+def _compile_direct_tool(
+    node: GraphNode,
+    agent: GraphNode,
+    catalog: NodeTypeLookup,
+    implementation: Callable[[str], RunNode],
+) -> ToolProgram:
+    """Compile a node that is connected to an agent without a `tool`; it keeps its own timeout and retries."""
+    from engine.agents import direct_tools  # noqa: PLC0415 - loaded by workflows with such agents
+
+    node_type = catalog.get(node.type, node.version)
+    is_task = node_type.task is not None
+    is_repeated = node.type != MCP_TOOL_TYPE and not node.at_most_once and not agent.at_most_once
+    target = replace(
+        node,
+        timeout_seconds=node.timeout_seconds or (None if is_task else TOOL_TIMEOUT_SECONDS),
+        retry=node.retry if node.has_own_retry else RetryPolicy(TOOL_ATTEMPTS, TOOL_RETRY_SECONDS),
+        at_most_once=not is_repeated,
+    )
+    unfilled = direct_tools.list_unfilled(node, node_type)
+    missing = f"{' and '.join(unfilled)}: a model can't fill it in" if unfilled else None
+    return ToolProgram(
+        name=direct_tools.name_tool(node),
+        description=direct_tools.describe_tool(node, node_type),
+        parameters=direct_tools.build_parameters(node, node_type),
+        program=replace(compile_node(target, catalog), missing=missing),
+        run=task_node.build_runner(target, node_type, catalog) if is_task else implementation(node.type),
+        max_result_bytes=TOOL_RESULT_BYTES,
+        is_repeated=is_repeated,
+        fills_config=True,
     )
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from engine import inline_secrets, mapping_checks, name_suggestions
 from engine.agents.agent_steps import AGENT_TYPE
-from engine.agents.agent_wiring import PROVIDER_PORTS, list_providers
+from engine.agents.agent_wiring import PROVIDER_PORTS, list_direct_tools, list_providers
 from engine.config_places import (
     ExpressionReader,
     NodeExpressions,
@@ -110,6 +110,7 @@ def _inspect_graph(
         *(_agent_findings(graph, types, catalog, traits) if traits or AGENT_TYPE in used_types else ()),
     ):
         findings.add(finding)
+    direct_tools = list_direct_tools(graph)
     reader, scripts = ExpressionReader(), ScriptChecker()
     readings: dict[str, NodeExpressions] = {}
     for node, node_type in known:
@@ -126,12 +127,25 @@ def _inspect_graph(
             placeholders = model_references.list_placeholders(node, graph, catalog)
             for place in placeholders:
                 findings.add(model_references.describe_placeholder(node, place))
-        problems = catalog.config_problems(node_type, node.config)
+        problems = _list_config_problems(node, node_type, catalog, is_direct=node.id in direct_tools)
         for finding in _config_findings(node, problems, readings[node.id], placeholders):
             findings.add(finding)
         for finding in scripts.findings(node, node_type):
             findings.add(finding)
     return InspectedGraph(graph, bodies, types, readings)
+
+
+def _list_config_problems(
+    node: GraphNode, node_type: NodeType, catalog: NodeTypeLookup, *, is_direct: bool
+) -> Sequence[ConfigProblemView]:
+    """Return the problems of a config; without missing fields if the node `is_direct`, a tool without a `tool`.
+
+    A model fills in these fields as far as it may, and checks of agents report the others.
+    """
+    problems = catalog.config_problems(node_type, node.config)
+    if not is_direct:
+        return problems
+    return [problem for problem in problems if problem.keyword != "required" or len(problem.steps) > 1]
 
 
 def _agent_findings(

@@ -255,7 +255,7 @@ class ModelBlockRequest(msgspec.Struct, frozen=True):
 
 
 class ModelReserveRequest(msgspec.Struct, frozen=True):
-    """Reserve what a call of a language model may cost, for a run that this pod holds; idempotent."""
+    """Reserve the highest cost of a call of a language model, for a run that this pod holds; idempotent."""
 
     reservation: ModelReservation
 

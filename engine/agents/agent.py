@@ -285,7 +285,7 @@ def is_conversation_tainted(task: AgentTask, steps: Sequence[AgentStep]) -> bool
 
 
 def is_call_tainted(task: AgentTask, steps: Sequence[AgentStep], call: AgentStep) -> bool:
-    """Return whether text of outsiders may be in the arguments of a recorded call: what its model had read then."""
+    """Return whether text of outsiders may be in the arguments of a recorded call, by the conversation before it."""
     before = [step.number for step in steps if step.kind is StepKind.MODEL and step.number < call.number]
     return is_conversation_tainted(task, steps[: max(before, default=0)])
 

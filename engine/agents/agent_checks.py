@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
-from engine.agents import agent_exposure, tool_reach
+from engine.agents import agent_exposure, direct_tools, tool_reach
 from engine.agents.agent_exposure import NO_TRAITS
 from engine.agents.agent_steps import AGENT_TYPE
 from engine.agents.agent_wiring import (
@@ -17,6 +17,7 @@ from engine.agents.agent_wiring import (
     TYPES_THAT_WAIT,
     has_too_many_tools,
     list_agents,
+    list_providers,
     name_target_config,
     target_of,
 )
@@ -44,8 +45,9 @@ def find_problems(
 
     `traits` has those of called workflows, as far as they are known.
     """
+    providers = list_providers(graph)
     for agent in list_agents(graph.nodes):
-        if agent.id not in types:
+        if agent.id not in types or agent.id in providers:
             continue
         if has_too_many_tools(agent, graph):
             message = f'The agents inside "{agent.label}" have more than {MAX_INNER_TOOLS} tools in all'
@@ -80,7 +82,7 @@ def _check_agent(
     for edge in edges:
         provider = graph.by_id[edge.source]
         yield from _check_provider(provider, edge, graph)
-        if edge.target_port == PORT_OF_TOOLS and provider.type == TOOL_TYPE and provider.id in types:
+        if edge.target_port == PORT_OF_TOOLS and provider.id in types:
             yield from _check_tool(provider, agent, graph, catalog, traits)
             nested = target_of(provider)
             if nested is not None and nested.type == AGENT_TYPE:
@@ -90,7 +92,8 @@ def _check_agent(
                     message = f'Tool "{provider.label}": agents nest at most {MAX_AGENT_DEPTH} deep'
                     suggestion = "Connect its tools to the agent above it."
                     yield GraphFinding(FindingType.INVALID_CONFIG, message, suggestion, provider.id)
-            name = str(provider.config.get("name"))
+            is_direct = provider.type != TOOL_TYPE
+            name = direct_tools.name_tool(provider) if is_direct else str(provider.config.get("name"))
             if name in names:
                 message = f"Two tools of the agent {agent.label!r} have the name {name!r}"
                 suggestion = "Give each a name of its own."
@@ -133,14 +136,13 @@ def _choose_two(untrusted: Sequence[GraphNode], private: Sequence[GraphNode]) ->
 
 def _check_provider(provider: GraphNode, edge: GraphEdge, graph: ParsedGraph) -> Iterator[GraphFinding]:
     """Yield the problems of a node at such a port: its type, and connections that it would ignore."""
-    wanted = MODEL_TYPE if edge.target_port == PORT_OF_MODELS else TOOL_TYPE
-    if provider.type != wanted:
+    if edge.target_port == PORT_OF_MODELS and provider.type != MODEL_TYPE:
         message = (
             f'Node "{provider.label}" ({provider.type}) can\'t be connected to the port {edge.target_port}'
         )
-        suggestion = f"Connect a node of the type {wanted}."
+        suggestion = f"Connect a node of the type {MODEL_TYPE}."
         yield GraphFinding(FindingType.INVALID_CONFIG, message, suggestion, provider.id, edge.id)
-    target = target_of(provider) if provider.type == TOOL_TYPE else None
+    target = target_of(provider)
     is_agent = target is not None and target.type == AGENT_TYPE
     ignored = [
         *(one for one in graph.inbound[provider.id] if not (is_agent and one.target_port in PROVIDER_PORTS)),
@@ -169,6 +171,13 @@ def _check_tool(
         message = f'Tool "{tool.label}": the type {target.type} can\'t be a tool: it starts, loops or waits'
         suggestion = "Use a node that returns a result, a workflow, or a node of your own workers."
         yield GraphFinding(FindingType.INVALID_CONFIG, message, suggestion, tool.id)
+        return
+    if tool.type != TOOL_TYPE:
+        # Its config is checked like that of every node, except for the fields that the model fills in.
+        for name in direct_tools.list_unfilled(tool, node_type):
+            message = f'Tool "{tool.label}" ({tool.type}): {name} is required, and a model can\'t fill it in'
+            yield GraphFinding(FindingType.MISSING_CONFIG, message, f"Set {name} in its config.", tool.id)
+        yield from _check_effect(tool, target, agent, graph, catalog, traits)
         return
     from engine import model_references  # noqa: PLC0415 - loaded with the first agent
 

@@ -108,7 +108,8 @@ def can_send(
         return traits_of(node, traits).can_send
     if node.type == _HTTP_TYPE:
         url = node.config.get("url")
-        return effect is NodeEffect.WRITE or (isinstance(url, str) and free_host.match(url) is not None)
+        # Without an address in its config, the model fills it in.
+        return effect is NodeEffect.WRITE or not isinstance(url, str) or free_host.match(url) is not None
     if node.type == MCP_TOOL_TYPE:
         return effect is NodeEffect.WRITE
     return node.type in _SENDING_TYPES or NAMESPACE_SEPARATOR in node.type

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 from engine.agents import tool_kinds
 from engine.agents.agent_steps import AGENT_TYPE
 from engine.graph import GraphNode, ParsedGraph
+from engine.node_api import TOOL_TYPE
 
 if TYPE_CHECKING:
     from engine.values import Json
@@ -75,7 +76,12 @@ def count_nodes_that_run(
 
 
 def target_of(tool: GraphNode) -> GraphNode | None:
-    """Return the node that does the calls of a `tool` node, with its id; None if the config names none."""
+    """Return the node with the calls of a tool: the target of a `tool`, with its id, or the node itself.
+
+    None for a `tool` whose config names no target.
+    """
+    if tool.type != TOOL_TYPE:
+        return tool
     given = tool.config.get("target")
     kind = tool_kinds.find_kind(given) if isinstance(given, dict) else None
     target = kind.build_target(given) if kind is not None and isinstance(given, dict) else None
@@ -105,6 +111,12 @@ def _iterate_inner_tools(agent: GraphNode, graph: ParsedGraph, depth: int) -> It
             continue
         yield from (each.source for each in graph.inbound[target.id] if each.target_port == PORT_OF_TOOLS)
         yield from _iterate_inner_tools(target, graph, depth + 1)
+
+
+def list_direct_tools(graph: ParsedGraph) -> frozenset[str]:
+    """Return the ids of the nodes that are connected to a port for tools themselves, without a `tool`."""
+    sources = {edge.source for edge in graph.edges if edge.target_port == PORT_OF_TOOLS}
+    return frozenset(node.id for node in graph.nodes if node.id in sources and node.type != TOOL_TYPE)
 
 
 def name_target_config(tool: GraphNode) -> str:

@@ -352,6 +352,9 @@ class VisitTools(AgentTools):
         scope: dict[str, Json] = {**self._call.scope, "args": arguments}
         unresolved: list[str] = []
         rendered = cast("Mapping[str, Json]", tool.program.config.render(scope, unresolved))
+        if tool.fills_config:
+            # As values, behind the rendering: nothing that a model writes is an expression.
+            rendered = {**rendered, **arguments}
         return msgspec.structs.replace(
             self._call,
             config=rendered,

@@ -35,7 +35,7 @@ ToolHash: TypeAlias = Annotated[
 
 
 class ToolStatus(StrEnum):
-    """State of a tool: the last list of its server, compared with what people have accepted."""
+    """State of a tool: the last list of its server, compared with the accepted definitions."""
 
     NEW = "new"
     """Listed, and not accepted."""

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, TypeAlias
 
+from engine.agents.agent_wiring import PROVIDER_PORTS
 from engine.canvas_layout import complete_layout
 from gateway.dashboard.formats import look_of
 
@@ -55,10 +56,13 @@ class MapCard:
 
 @dataclass(frozen=True, slots=True)
 class MapEdge:
-    """Edge as the path of an SVG; `is_taken` is false for a branch that a run did not take."""
+    """Edge as the path of an SVG."""
 
     path: str
     is_taken: bool
+    """False for a branch that a run did not take."""
+    serves: bool = False
+    """Whether its source is a model or a tool of its target, and does not run before it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +117,10 @@ def draw_graph(
         overview = _draw_overview(nodes, states or {}, near, scale)
     cards = _place_cards(shown, states, notes or {}, _find_targets(connections))
     edges = [
-        _draw_edge(cards[edge["sourceNodeId"]], cards[edge["targetNodeId"]])
+        replace(
+            _draw_edge(cards[edge["sourceNodeId"]], cards[edge["targetNodeId"]]),
+            serves=edge.get("targetPort") in PROVIDER_PORTS,
+        )
         for edge in connections
         if edge["sourceNodeId"] in cards and edge["targetNodeId"] in cards
     ]

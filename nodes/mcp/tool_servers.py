@@ -107,7 +107,7 @@ class ToolServerConnection:
 
 
 def _require_accepted(source: ConnectionSource, request: ToolCallRequest) -> ToolPin:
-    """Return what people have accepted of a tool; raises `NodeError` if that isn't what the workflow names."""
+    """Return the acceptance of a tool; raises `NodeError` if the workflow names another definition or effect."""
     pin = source.tools.get(request.tool)
     if pin is None:
         message = f"The tool {request.tool!r} is not accepted: accept its definition at its tool server"

@@ -37,6 +37,15 @@ def test_edges_to_nodes_that_a_run_did_not_reach_are_not_taken() -> None:
     assert [each.is_taken for each in graph.edges] == [True, False]
 
 
+def test_an_edge_from_a_tool_is_drawn_as_one_that_serves() -> None:
+    served = {**edge("a", "b"), "targetPort": "tools"}
+    graph = draw_graph(
+        [node("a", 0, 0), node("b", 250, 0)], [served, {**edge("b", "a"), "targetPort": "input"}]
+    )
+    assert graph is not None
+    assert [each.serves for each in graph.edges] == [True, False]
+
+
 def test_a_graph_without_nodes_has_no_map() -> None:
     assert draw_graph([], []) is None
 

@@ -161,7 +161,7 @@ class ExampleMailServer:
 
 
 class ExampleSubRuns:
-    """Sub-workflow service whose runs the test answers."""
+    """Sub-workflow service with runs that the test answers."""
 
     async def start(
         self,

@@ -36,7 +36,7 @@ def chain(*nodes: tuple[str, Mapping[str, Json]], trigger: str = "manual") -> Pa
 
 
 def agent(*targets: Mapping[str, Json], **config: Json) -> ParsedGraph:
-    """Return an agent whose tools have these targets."""
+    """Return an agent with tools for these targets."""
     nodes: list[Any] = [
         {"id": "start", "type": "manual"},
         {
