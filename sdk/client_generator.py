@@ -7,7 +7,7 @@ with the names of the wire, so that an answer is the JSON that the server sent.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeAlias
@@ -15,6 +15,7 @@ from typing import Any, Final, TypeAlias
 import msgspec
 from pilotflame_sdk import python_code
 
+from gateway.http.route import Route
 from gateway.openapi import openapi_document
 from gateway.routes import TABLE
 from json_text import decoding
@@ -43,7 +44,7 @@ def build_files() -> dict[Path, str]:
     """Return the generated files with their texts."""
     # Members of enumerations become plain texts.
     document = decoding.decode(msgspec.json.encode(openapi_document.build_document(TABLE)))
-    operations = sorted(_read_operations(document), key=lambda one: (one.resource, one.name))
+    operations = sorted(_read_operations(document, TABLE), key=lambda one: (one.resource, one.name))
     schemas = document["components"]["schemas"]
     resources = _write_resources(operations)
     written = {name: (PACKAGE / name).read_text() for name in WRITTEN_BY_HAND}
@@ -72,6 +73,8 @@ class ApiParameter:
     wire_name: str
     annotation: str
     is_required: bool = False
+    sends_null: bool = False
+    """Whether None is sent as null, which means something else than the absence of the field."""
 
 
 @dataclass(frozen=True)
@@ -104,22 +107,35 @@ class ApiOperation:
 # ── reading ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _read_operations(document: Schema) -> Iterator[ApiOperation]:
+def _read_operations(document: Schema, table: Sequence[Route]) -> Iterator[ApiOperation]:
     schemas = document["components"]["schemas"]
+    changed = {(line.method.lower(), line.path): _find_unset_fields(line) for line in table}
     for path, item in document["paths"].items():
         for method in METHODS:
             found = item.get(method)
             if found is not None and found["operationId"] not in OMITTED:
-                yield _read_operation(path, method, found, schemas)
+                yield _read_operation(path, method, found, schemas, changed[method, path])
 
 
-def _read_operation(path: str, method: str, found: Schema, schemas: Schema) -> ApiOperation:
+def _find_unset_fields(line: Route) -> frozenset[str]:
+    """Return the fields of a request's body whose absence differs from all of their values, also from null."""
+    if line.body is None:
+        return frozenset()
+    fields = msgspec.structs.fields(line.body)
+    return frozenset(field.encode_name for field in fields if field.default is msgspec.UNSET)
+
+
+def _read_operation(
+    path: str, method: str, found: Schema, schemas: Schema, unset_fields: Collection[str]
+) -> ApiOperation:
     resource, name = method_name(found["operationId"])
     parameters = [*found.get("parameters", ())]
     body = _json_schema(found.get("requestBody"))
     if body is not None and _is_empty(_resolved(body, schemas)):
         body = None
-    fields = None if body is None else _body_fields(_with_choices(_resolved(body, schemas), schemas))
+    fields = (
+        None if body is None else _body_fields(_with_choices(_resolved(body, schemas), schemas), unset_fields)
+    )
     responses = found["responses"]
     # 202 is the only success of some operations, and an outcome besides 200 or 201 of others.
     successes = [status for status in responses if status in {"200", "201"}] or ["202"]
@@ -183,17 +199,34 @@ def _with_choices(value: Any, schemas: Schema) -> Any:  # noqa: ANN401 - any par
     return {key: _with_choices(one, schemas) for key, one in value.items()}
 
 
-def _body_fields(schema: Schema) -> Sequence[ApiParameter] | None:
-    """Return the fields of a body as parameters; None for a body that is free or has alternatives."""
+def _body_fields(schema: Schema, unset_fields: Collection[str]) -> Sequence[ApiParameter] | None:
+    """Return the fields of a body as parameters; None for a body that is free or has alternatives.
+
+    `unset_fields` are those whose absence differs from null.
+    """
     properties: Mapping[str, Schema] = schema.get("properties", {})
     if not properties:
         return None
     required = set(schema.get("required", ()))
     return [
-        ApiParameter(python_code.argument_name(name), name, _annotation(one, is_input=True), name in required)
+        ApiParameter(
+            *(python_code.argument_name(name), name, _annotation(one, is_input=True), name in required),
+            sends_null=name in required | {*unset_fields} and _takes_null(one),
+        )
         for name, one in properties.items()
         if not one.get("readOnly")
     ]
+
+
+def _takes_null(schema: Schema) -> bool:
+    """Return whether null is among the types of a schema."""
+    kinds = schema.get("type")
+    alternatives = [*schema.get("anyOf", ()), *schema.get("oneOf", ())]
+    return (
+        kinds == "null"
+        or (isinstance(kinds, list) and "null" in kinds)
+        or any(map(_takes_null, alternatives))
+    )
 
 
 def _list_field(schema: Schema) -> str | None:
@@ -310,7 +343,8 @@ def _write_resources(operations: Sequence[ApiOperation]) -> str:
         HEADER.format(title="Methods of the asynchronous client, a class for each resource of the API."),
         "from collections.abc import AsyncIterator, Mapping, Sequence\n",
         "from typing import TYPE_CHECKING, Any, Dict, List, Literal, cast\n\n",
-        "from pilotflame_sdk.async_transport import AsyncResource, AsyncTransport\n\n",
+        "from pilotflame_sdk.async_transport import AsyncResource, AsyncTransport\n",
+        "from pilotflame_sdk.request_coding import ABSENT, Absent\n\n",
         "if TYPE_CHECKING:\n    from pilotflame_sdk import types as t\n",
     ]
     for resource, own in by_resource.items():
@@ -377,12 +411,21 @@ def _keywords(in_query: Sequence[ApiParameter], in_body: Sequence[ApiParameter])
     required = [one for one in in_body if one.is_required]
     optional = [*(one for one in in_body if not one.is_required), *in_query]
     names = [f"{one.name}: {one.annotation}" for one in required]
-    names += [f"{one.name}: {_optional(one.annotation)} = None" for one in optional]
+    names += [
+        f"{one.name}: {_or_absent(one.annotation)} = ABSENT"
+        if one.sends_null
+        else f"{one.name}: {_optional(one.annotation)} = None"
+        for one in optional
+    ]
     return ["*", *names] if names else []
 
 
 def _optional(annotation: str) -> str:
     return annotation if annotation == "Any" or annotation.endswith("| None") else f"{annotation} | None"
+
+
+def _or_absent(annotation: str) -> str:
+    return annotation if annotation == "Any" else f"{annotation} | Absent"
 
 
 def _call_arguments(one: ApiOperation) -> str:
@@ -393,8 +436,14 @@ def _call_arguments(one: ApiOperation) -> str:
     if one.has_free_body:
         parts.append("json=body")
     elif one.in_body is not None:
-        fields = ", ".join(f'"{field.wire_name}": {field.name}' for field in one.in_body)
+        fields = ", ".join(
+            f'"{field.wire_name}": {field.name}' for field in one.in_body if not field.sends_null
+        )
         parts.append(f"fields={{{fields}}}")
+        if nullable := ", ".join(
+            f'"{field.wire_name}": {field.name}' for field in one.in_body if field.sends_null
+        ):
+            parts.append(f"nullable={{{nullable}}}")
     if any(query.wire_name == "wait" for query in one.in_query):
         parts.append("wait=wait or 0")  # the answer may take so much longer
     if one.is_keyed:

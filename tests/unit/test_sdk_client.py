@@ -156,6 +156,23 @@ def test_lists_yield_each_page_by_cursor_or_by_offset() -> None:
     assert [request.url.params["offset"] for request in server.requests] == ["0", "100"]
 
 
+def test_none_is_sent_where_null_differs_from_an_absent_field() -> None:
+    server = ScriptedServer(*[httpx2.Response(200, json={})] * 5)
+    client = server.client()
+    client.ai_settings.update(month_budget=None)
+    client.ai_settings.update()
+    client.workflows.set_log_level("wf_1", level=None)
+    client.ai_models.update("model_1", name=None, price=None)
+    client.workflows.update_node("wf_1", "ask", timeout=5, retry=None)
+    assert [json.loads(request.content) for request in server.requests] == [
+        {"monthBudget": None},
+        {},
+        {"level": None},
+        {"price": None},
+        {"timeout": 5, "retry": None},
+    ]
+
+
 def test_ids_are_quoted_in_paths() -> None:
     server = ScriptedServer(httpx2.Response(200, json={}))
     server.client().workflows.get("wf_1/../../x?y")

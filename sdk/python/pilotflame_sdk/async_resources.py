@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Dict, List, Literal, cast
 
 from pilotflame_sdk.async_transport import AsyncResource, AsyncTransport
+from pilotflame_sdk.request_coding import ABSENT, Absent
 
 if TYPE_CHECKING:
     from pilotflame_sdk import types as t
@@ -42,9 +43,9 @@ class AsyncAiModels(AsyncResource):
         """Test a model with up to three short calls, which its provider bills, and store the abilities that it shows."""
         return cast("t.ModelTest", await self._client.request("POST", f"/api/v1/ai/models/{self._quote(model_id)}/test"))
 
-    async def update(self, model_id: str, *, name: str | None = None, vendor_model_id: str | None = None, data_source_id: str | None = None, type: Literal['self-hosted', 'third-party'] | None = None, context_length: int | None = None, max_output_tokens: int | None = None, price: Any = None, limits: Any = None, is_shared: bool | None = None, force: bool | None = None) -> t.Model:
+    async def update(self, model_id: str, *, name: str | None = None, vendor_model_id: str | None = None, data_source_id: str | None = None, type: Literal['self-hosted', 'third-party'] | None = None, context_length: int | None | Absent = ABSENT, max_output_tokens: int | None | Absent = ABSENT, price: Any = ABSENT, limits: Any = ABSENT, is_shared: bool | None = None, force: bool | None = None) -> t.Model:
         """Change a model; absent fields do not change."""
-        return cast("t.Model", await self._client.request("PUT", f"/api/v1/ai/models/{self._quote(model_id)}", query={"force": force}, fields={"name": name, "vendorModelId": vendor_model_id, "dataSourceId": data_source_id, "type": type, "contextLength": context_length, "maxOutputTokens": max_output_tokens, "price": price, "limits": limits, "isShared": is_shared}))
+        return cast("t.Model", await self._client.request("PUT", f"/api/v1/ai/models/{self._quote(model_id)}", query={"force": force}, fields={"name": name, "vendorModelId": vendor_model_id, "dataSourceId": data_source_id, "type": type, "isShared": is_shared}, nullable={"contextLength": context_length, "maxOutputTokens": max_output_tokens, "price": price, "limits": limits}))
 
 
 class AsyncAiSettings(AsyncResource):
@@ -54,9 +55,9 @@ class AsyncAiSettings(AsyncResource):
         """Show the settings of the organization for language models."""
         return cast("t.AiSettings", await self._client.request("GET", "/api/v1/ai/settings"))
 
-    async def update(self, *, month_budget: Any = None, default_model_id: str | None = None) -> t.AiSettings:
+    async def update(self, *, month_budget: Any = ABSENT, default_model_id: str | None | Absent = ABSENT) -> t.AiSettings:
         """Change the settings of the organization for language models; only admins may."""
-        return cast("t.AiSettings", await self._client.request("PUT", "/api/v1/ai/settings", fields={"monthBudget": month_budget, "defaultModelId": default_model_id}))
+        return cast("t.AiSettings", await self._client.request("PUT", "/api/v1/ai/settings", fields={}, nullable={"monthBudget": month_budget, "defaultModelId": default_model_id}))
 
 
 class AsyncApprovals(AsyncResource):
@@ -518,9 +519,9 @@ class AsyncProviderKeys(AsyncResource):
         """Test a provider key: list the models of the provider with it, which costs nothing."""
         return cast("t.ProviderKeyTest", await self._client.request("POST", f"/api/v1/ai/provider-keys/{self._quote(provider_key_id)}/test"))
 
-    async def update(self, provider_key_id: str, *, name: str | None = None, api_key: str | None = None, base_url: str | None = None, key_header: str | None = None) -> t.ProviderKey:
+    async def update(self, provider_key_id: str, *, name: str | None = None, api_key: str | None = None, base_url: str | None = None, key_header: str | None | Absent = ABSENT) -> t.ProviderKey:
         """Change a provider key; absent fields do not change."""
-        return cast("t.ProviderKey", await self._client.request("PUT", f"/api/v1/ai/provider-keys/{self._quote(provider_key_id)}", fields={"name": name, "apiKey": api_key, "baseUrl": base_url, "keyHeader": key_header}))
+        return cast("t.ProviderKey", await self._client.request("PUT", f"/api/v1/ai/provider-keys/{self._quote(provider_key_id)}", fields={"name": name, "apiKey": api_key, "baseUrl": base_url}, nullable={"keyHeader": key_header}))
 
 
 class AsyncQueue(AsyncResource):
@@ -730,9 +731,9 @@ class AsyncToolServers(AsyncResource):
         """Test a tool server: list its tools, and store nothing."""
         return cast("t.ToolServerTest", await self._client.request("POST", f"/api/v1/ai/tool-servers/{self._quote(tool_server_id)}/test"))
 
-    async def update(self, tool_server_id: str, *, name: str | None = None, url: str | None = None, api_key: str | None = None, key_header: str | None = None) -> t.ToolServer:
+    async def update(self, tool_server_id: str, *, name: str | None = None, url: str | None = None, api_key: str | None = None, key_header: str | None | Absent = ABSENT) -> t.ToolServer:
         """Change a tool server; absent fields do not change."""
-        return cast("t.ToolServer", await self._client.request("PUT", f"/api/v1/ai/tool-servers/{self._quote(tool_server_id)}", fields={"name": name, "url": url, "apiKey": api_key, "keyHeader": key_header}))
+        return cast("t.ToolServer", await self._client.request("PUT", f"/api/v1/ai/tool-servers/{self._quote(tool_server_id)}", fields={"name": name, "url": url, "apiKey": api_key}, nullable={"keyHeader": key_header}))
 
 
 class AsyncTriggers(AsyncResource):
@@ -904,7 +905,7 @@ class AsyncWorkflows(AsyncResource):
 
     async def set_log_level(self, workflow_id: str, *, level: Literal['debug', 'error', 'info', 'warning'] | None, until: str | None = None) -> t.LogLevelShape:
         """Set the log level of a workflow for an hour, or until a time."""
-        return cast("t.LogLevelShape", await self._client.request("PUT", f"/api/v1/workflows/{self._quote(workflow_id)}/log-level", fields={"level": level, "until": until}))
+        return cast("t.LogLevelShape", await self._client.request("PUT", f"/api/v1/workflows/{self._quote(workflow_id)}/log-level", fields={"until": until}, nullable={"level": level}))
 
     async def set_passthrough_values(self, workflow_id: str, node_id: str, *, values: Mapping[str, str] | None = None, pass_through_values: Mapping[str, str] | None = None) -> t.PassThroughAnswer:
         """Replace the pass-through values of a node."""
@@ -954,9 +955,9 @@ class AsyncWorkflows(AsyncResource):
         """Change a workflow; absent fields do not change."""
         return cast("t.Workflow", await self._client.request("PUT", f"/api/v1/workflows/{self._quote(workflow_id)}", fields={"name": name, "description": description, "nodes": nodes, "connections": connections, "tags": tags, "settings": settings, "config": config}))
 
-    async def update_node(self, workflow_id: str, node_id: str, *, config: Mapping[str, Any] | None = None, label: str | None = None, position: Any = None, version: str | None = None, retry: Any = None, timeout: float | None = None, at_most_once: bool | None = None) -> t.NodeAnswer:
+    async def update_node(self, workflow_id: str, node_id: str, *, config: Mapping[str, Any] | None = None, label: str | None = None, position: Any = None, version: str | None | Absent = ABSENT, retry: Any = ABSENT, timeout: float | None | Absent = ABSENT, at_most_once: bool | None | Absent = ABSENT) -> t.NodeAnswer:
         """Merge values into a node's config; null removes a key."""
-        return cast("t.NodeAnswer", await self._client.request("PUT", f"/api/v1/workflows/{self._quote(workflow_id)}/nodes/{self._quote(node_id)}", fields={"config": config, "label": label, "position": position, "version": version, "retry": retry, "timeout": timeout, "atMostOnce": at_most_once}))
+        return cast("t.NodeAnswer", await self._client.request("PUT", f"/api/v1/workflows/{self._quote(workflow_id)}/nodes/{self._quote(node_id)}", fields={"config": config, "label": label, "position": position}, nullable={"version": version, "retry": retry, "timeout": timeout, "atMostOnce": at_most_once}))
 
     async def validate(self, workflow_id: str) -> t.Validation:
         """Validate a workflow's graph and list all errors and warnings, with suggestions."""

@@ -6,6 +6,7 @@ import json as json_coding
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import Enum
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote, urlsplit
 from uuid import uuid4
@@ -28,6 +29,18 @@ NO_CONTENT: Final = 204
 ERROR: Final = 400
 
 
+class Absent(Enum):
+    """Default of fields for which None is a value of its own, such as that which removes a budget."""
+
+    ABSENT = "absent"
+
+    def __repr__(self) -> str:
+        return "ABSENT"
+
+
+ABSENT: Final = Absent.ABSENT
+
+
 @dataclass(frozen=True)
 class ApiRequest:
     """Request to the API, without the address of the server."""
@@ -48,17 +61,22 @@ def build_request(  # noqa: PLR0913 - a parameter for each part of a request
     query: Mapping[str, Any] | None = None,
     json: Any = None,  # noqa: ANN401 - any JSON
     fields: Mapping[str, Any] | None = None,
+    nullable: Mapping[str, Any] | None = None,
     headers: Mapping[str, str] | None = None,
     idempotency_key: str | None = None,
     is_keyed: bool = False,
     wait: float = 0.0,
 ) -> ApiRequest:
-    """Build a request to the API. `fields` is a body without its values of None; `json` is sent as it is.
+    """Build a request to the API. `fields` is a body without its values of None, and `nullable` has further fields of
+    it, whose None is sent as null; `json` is sent as it is.
 
     With `is_keyed` or a key, the request has an `Idempotency-Key`, which makes it repeatable. `wait` is how
     many seconds longer than 15 an answer may take.
     """
-    body = json if fields is None else {name: value for name, value in fields.items() if value is not None}
+    body = json
+    if fields is not None:
+        body = {name: value for name, value in fields.items() if value is not None}
+        body |= {name: value for name, value in (nullable or {}).items() if value is not ABSENT}
     has_body = json is not None or fields is not None
     sent = dict(headers or {})
     if has_body:

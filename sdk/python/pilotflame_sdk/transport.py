@@ -65,7 +65,7 @@ class Transport:
         """Send a request and return the JSON of the answer, its bytes with `is_binary`, None for an empty one.
 
         Lost and temporary failures are repeated as the retry policy says. `query`, `json`, `fields`,
-        `headers` and `idempotency_key` are as in `request_coding.build_request`. Raises `APIError` and
+        `nullable`, `headers` and `idempotency_key` are as in `request_coding.build_request`. Raises `APIError` and
         `TransportError`.
         """
         request = request_coding.build_request(method, path, **parts)
