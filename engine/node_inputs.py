@@ -114,7 +114,7 @@ class NodeInputs:
         visit.model_calls = call_waits.collect_calls(agent, visit.steps, visit.nested_steps)
 
     def unreached(self, frame: SectionFrame, node_id: str) -> NodeVisit:
-        """Return the visit of a node whose input could not be prepared, to record its failure: without input,
+        """Return the visit of a node after a failed preparation of its input, to record the failure: without input,
         with an empty digest.
         """
         return NodeVisit(frame, self._nodes[node_id], None, None, None, b"", self._recorder.clock.now())
@@ -223,7 +223,7 @@ class NodeInputs:
         return caller
 
     def _digest_reads(self, frame: SectionFrame, program: NodeProgram, scope: Mapping[str, Json]) -> bytes:
-        """Return the digest of the values that a node can read outside `data`, for its key.
+        """Return the digest of the values outside `data` within reach of a node, for its key.
 
         `UNKNOWN` in an iteration, and for a loop whose body may see nodes that settle later: such a node is
         never reused alone.

@@ -61,15 +61,21 @@ class ApprovalLink(SQLModel, table=True):
 
 
 class ApprovalVote(SQLModel, table=True):
-    """Answer of one person to a question that needs several approvals."""
+    """Answer of one person to a question, which needs one or several."""
 
     __tablename__ = "approval_vote"
+    __table_args__ = (Index("ix_approval_vote_organization", "organization_id", "created_at", "id"),)
 
     execution_id: str = Field(primary_key=True)
     node_id: str = Field(primary_key=True)
     iteration: str = Field(primary_key=True, default="")
     voter: str = Field(primary_key=True)
     shard: int = Field(sa_column=Column(SmallInteger, nullable=False))
+    id: str | None = None
+    """Id in lists; None, as organization and title, for answers before lists of answers."""
+    organization_id: str | None = None
+    title: str | None = Field(default=None, sa_column=Column(Text))
+    """Title of the question as it was asked."""
     choice: str | None = None
     data: str = Field(sa_column=Column(Text, nullable=False))
     """JSON text."""

@@ -67,6 +67,7 @@ class AuditAction(StrEnum):
     EXECUTIONS_REPLAYED = "executions.replayed"
     EXECUTIONS_DELETED = "executions.deleted"
     INPUT_ANSWERED = "input.answered"
+    INPUT_REASSIGNED = "input.reassigned"
     TASK_RETRIED = "task.retried"
     TASK_CANCELLED = "task.cancelled"
     DATA_SOURCE_CREATED = "data-source.created"

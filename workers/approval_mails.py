@@ -224,7 +224,7 @@ class ApprovalMailer:
     async def _send_all(
         self, request: ClaimedRequest, question: OpenQuestion, notify: Mapping[str, Json]
     ) -> None:
-        """Send the mail of this round to each assignee who has not got it, with an approval link of their
+        """Send the mail of this round to each assignee without one, with an approval link of their
         own; note each one.
 
         Used links get no mail. Raises `NodeError` for a missing setting or a failure of the mail server, and
@@ -246,7 +246,7 @@ class ApprovalMailer:
                 message_id=composition.make_message_id(f"{link.hash}:{request.round}", sender.domain),
                 date=self._database.clock.now(),
                 to=_read_mailboxes(address),
-                subject=_build_subject(question.asked, notify, request.round),
+                subject=_build_subject(question.asked, notify, link.round),
                 text=_build_text(question.asked, f"{self._public_url}/approve/{token}"),
             )
             content = await offload.run_in_thread(_compose_mail, outgoing)
@@ -279,7 +279,7 @@ class ApprovalMailer:
         return await self._database.transaction(store)
 
     async def _read_question(self, request: ClaimedRequest) -> OpenQuestion | None:
-        """Return the open question of a request, with the addresses of assignees who have not voted yet.
+        """Return the open question of a request, with the addresses of assignees without a vote.
 
         None if its answer is no longer awaited. Raises `DatabaseUnavailable`.
         """
@@ -350,7 +350,9 @@ async def _read_users(
     At most 50, ordered by id.
     """
     assignees = approvals.assignees_of(asked.request)
-    addresses = [one.casefold() for one in [*assignees, *_extra_addresses(asked)] if "@" in one]
+    addresses = [
+        one.casefold() for one in [*assignees, *approvals.extra_addresses(asked.request)] if "@" in one
+    ]
     condition: ColumnElement[bool] = or_(
         col(User.id).in_([one for one in assignees if "@" not in one]),
         func.lower(col(User.email)).in_(addresses),
@@ -365,13 +367,13 @@ async def _read_users(
 def _list_recipients(
     asked: WaitingNode, users: Sequence[User], *, starter_id: str, trigger_type: str
 ) -> Mapping[str, str]:
-    """Return the mail addresses by assignee (a user id, or an address without a user), at most 50.
+    """Return the mail addresses by assignee (user id, or address without a user), at most 50.
 
     The user who started the run is left out if they may not answer. The address of a user counts as the user:
     one person has one link and one vote.
     """
     assignees = approvals.assignees_of(asked.request)
-    addresses = [one for one in [*assignees, *_extra_addresses(asked)] if "@" in one]
+    addresses = [one for one in [*assignees, *approvals.extra_addresses(asked.request)] if "@" in one]
     may_self = asked.request.get("allowSelf", not assignees) is True or trigger_type in INTAKE_KINDS
     found = {user.id: user.email for user in users if may_self or user.id != starter_id}
     known = {user.email.casefold() for user in users}
@@ -380,12 +382,6 @@ def _list_recipients(
             known.add(address.casefold())
             found[address] = address
     return dict([*found.items()][:MAX_RECIPIENTS])
-
-
-def _extra_addresses(asked: WaitingNode) -> Sequence[str]:
-    notify = asked.request.get("notify")
-    extra = notify.get("to") if isinstance(notify, dict) else None
-    return [str(one) for one in extra] if isinstance(extra, list) else []
 
 
 def _read_mailboxes(text: str) -> Sequence[headers.Mailbox]:
@@ -402,10 +398,11 @@ def _read_sender(text: str) -> headers.Mailbox:
     return found[0]
 
 
-def _build_subject(asked: WaitingNode, notify: Mapping[str, Json], round_: int) -> str:
+def _build_subject(asked: WaitingNode, notify: Mapping[str, Json], earlier: int) -> str:
+    """Return the subject of a mail to an assignee, a reminder if earlier ones were sent."""
     subject = str(notify.get("subject") or asked.request.get("title") or "A question for you")
     text = " ".join(subject.split())
-    return f"Reminder: {text}" if round_ else text
+    return f"Reminder: {text}" if earlier else text
 
 
 def _build_text(asked: WaitingNode, url: str) -> str:

@@ -100,7 +100,7 @@ def _find_targets(place: Mapping[str, int], edges: Sequence[LaneEdge]) -> Mappin
 
 
 def _add(paths: dict[str, bool], path: str, *, is_taken: bool) -> None:
-    """Add a line to `paths`, whose values tell whether it was taken; of several lines at one place, one that
+    """Add a line to `paths` (true values: taken); of several lines at one place, one that
     was taken counts.
     """
     paths[path] = is_taken or paths.get(path, False)

@@ -87,7 +87,7 @@ class RunTimeline:
 
 @dataclass(slots=True)
 class _RowOrder:
-    """Graph whose nodes are brought into an order."""
+    """Graph for a walk that brings its nodes into an order."""
 
     keys: Mapping[str, tuple[str, int]]
     sources: dict[str, set[str]] = field(default_factory=dict)

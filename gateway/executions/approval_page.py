@@ -100,7 +100,7 @@ class ApprovalQuestion:
     is_early: bool
     """Whether the run has not come to the question."""
     needs_own_link: bool
-    """Whether the link of anyone can't answer, since the question is for certain people."""
+    """Whether the question is for other people: it was assigned to them, or the link is that of anyone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +214,7 @@ async def _store_answer(
 
 
 async def _find_question(request: GatewayRequest) -> ApprovalQuestion | None:
-    """Return the question of the link whose token is in the path, with the run and workflow; None for an
+    """Return the question of the link with the token of the path, with run and workflow; None for an
     unknown token.
 
     A question that was answered or has expired has None as its waiting node.
@@ -250,7 +250,8 @@ async def _find_question(request: GatewayRequest) -> ApprovalQuestion | None:
             users = select(User).where(
                 col(User.id) == link.assignee, col(User.organization_id) == link.organization_id
             )
-            user = (await connection.execute(users)).mappings().first()
+            row = (await connection.execute(users)).mappings().first()
+            user = None if row is None else User(**row)
         is_early = (
             not asked and run.status not in TERMINAL_STATUSES and not await _was_reached(connection, link)
         )
@@ -266,11 +267,14 @@ async def _find_question(request: GatewayRequest) -> ApprovalQuestion | None:
         asked[0] if asked else None,
         "anyone who has this link"
         if is_for_anyone
-        else (link.assignee if user is None else str(user["name"] or user["email"])),
+        else (link.assignee if user is None else user.name or user.email),
         is_started_by and not may_self,
         is_early,
-        is_for_anyone
-        and (bool(approvals.assignees_of(request_body)) or request_body.get("allowSelf") is False),
+        not approvals.is_addressed(request_body, link, user)
+        or (
+            is_for_anyone
+            and (bool(approvals.assignees_of(request_body)) or request_body.get("allowSelf") is False)
+        ),
     )
 
 
@@ -359,7 +363,7 @@ _GONE: Final = _show_message(
 def _show_question(
     question: ApprovalQuestion, *, status: int = 200, problems: Sequence[str] = ()
 ) -> PageResponse:
-    """Return the page of an approval link: the question with its form, or why it can't be answered by this link.
+    """Return the page of an approval link: the question with its form, or the reason of a refusal.
 
     `problems` are shown above the form. A page about a missing right has 403, whatever `status` is.
     """

@@ -6,28 +6,33 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import structlog
-from msgspec import Meta, structs
+from msgspec import Meta
 from sqlalchemy import select
 from sqlmodel import col
 
 from concurrency import offload
-from engine.values import Json, fingerprint
+from engine.values import fingerprint
 from gateway.access import audit_log
-from gateway.executions import acceptance, input_checks
-from gateway.http import errors, idempotency, limits
+from gateway.executions import acceptance, input_checks, question_shapes
+from gateway.executions.question_shapes import AnsweredInputs, AssignedInputs, PendingInputs
+from gateway.http import errors, idempotency, keyset, limits
 from gateway.http.errors import ApiError
+from gateway.http.keyset import AFTER
+from gateway.http.parameters import LIMIT, FlagParameter
 from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse
-from gateway.http.wire import Instant, StrictWire, WireStruct, body_of, optional_instant, read_json
+from gateway.http.wire import StrictWire, WireStruct, body_of, read_json
 from journal import concurrency_limits
 from journal.store import AcceptanceVerdict
 from journal.waits import approvals, node_answers
 from journal.waits.approvals import AnswerRefusal, ApprovalDecision, Approver
 from journal.waits.node_answers import AnswerReception
 from models import access_store, ids
+from models.approval import ApprovalVote
 from models.audit import AuditAction
 from models.execution import Execution
 from models.execution_visibility import visibility_condition
+from models.workflow import Workflow
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
@@ -36,85 +41,24 @@ if TYPE_CHECKING:
     from gateway.executions.acceptance import RunAcceptor
     from journal.store import ExecutionKey, IdempotencyKey
     from journal.waits.approvals import DecisionResult
-    from journal.waits.node_answers import OrganizationWait, WaitingNode
+    from journal.waits.node_answers import WaitingNode
     from models.access import ApiCaller
-    from models.approval import ApprovalRequest
     from models.database import Database
 
 log = structlog.get_logger()
 
+OTHERS: Final = FlagParameter("others", "Also questions that only other people may answer.")
 SHOWN_ITERATIONS: Final = 20
 FORBIDDEN: Final = 403
 
 
-class QuestionMails(WireStruct):
-    """Mails to the assignees of a question."""
-
-    rounds: int
-    """Number of times that all who had not answered got a mail: the question, then reminders."""
-    next_at: Instant | None
-    """Time of the next attempt or reminder; null if none follows."""
-    last_error: str | None
-    """Error of the last attempt, if it failed."""
-
-
-class AwaitedToolCall(WireStruct):
-    """Tool call of an agent that waits for an approval."""
-
-    agent_id: str
-    """Node id of the agent."""
-    tool: str
-    arguments: Mapping[str, Any]
-    """Exact arguments of the call; other ones are another question."""
-    hash: str
-    """SHA-256 of the call in hexadecimal, to which an answer is bound."""
-
-
-class PendingInput(WireStruct):
-    """Node that waits for a person."""
-
-    node_id: str
-    iteration: str
-    """Turn of the enclosing loops; empty outside of loops."""
-    node_label: str
-    title: str
-    description: str
-    schema: Mapping[str, Any] | None
-    """JSON Schema of `data` in the answer; null allows any value."""
-    choices: Sequence[Any]
-    """Allowed values of `choice` in the answer; empty if the answer has no choice."""
-    assignees: Sequence[str]
-    """Ids of users, `role:admin`, or mail addresses; empty: everybody who may execute the workflow."""
-    approvals: int
-    """Number of people who must make the same choice."""
-    requested_at: Instant | None
-    expires_at: Instant | None
-    mails: QuestionMails | None
-    """Mails about the question; null if its node sends none."""
-    tool_call: AwaitedToolCall | None
-    """Tool call of an agent that the question is about; null for other questions."""
-
-
-class PendingInputs(WireStruct):
-    """Nodes of an execution that wait for a person."""
-
-    count: int
-    inputs: Sequence[PendingInput]
-
-
-class AssignedInput(PendingInput, kw_only=True):
-    """Question that the caller may answer."""
-
-    execution_id: str
-    workflow_id: str
-    workflow_name: str
-
-
-class AssignedInputs(WireStruct):
-    """Questions that the caller may answer."""
-
-    count: int
-    inputs: Sequence[AssignedInput]
+ANSWERED: Final = (LIMIT, AFTER)
+_ANSWER_COLUMNS: Final[Sequence[Any]] = (
+    *(col(ApprovalVote.id), col(ApprovalVote.execution_id), col(ApprovalVote.node_id)),
+    *(col(ApprovalVote.iteration), col(ApprovalVote.voter), col(ApprovalVote.choice)),
+    *(col(ApprovalVote.title), col(ApprovalVote.created_at), col(Execution.workflow_id)),
+    col(Workflow.name).label("workflow_name"),
+)
 
 
 class InputAnswer(StrictWire):
@@ -139,39 +83,48 @@ class InputAnswerResult(WireStruct):
 
 
 async def index_assigned(request: GatewayRequest) -> JsonResponse:
-    """List the questions that the caller may answer, in all executions, the newest first; at most 1,000."""
-    caller = request.caller
+    """List the questions that the caller may answer, in all executions, the newest first; at most 1,000.
+
+    With `others`, the list has also those of visible executions that only other people may answer.
+    """
+    caller, shows_others = request.caller, request.query[OTHERS]
     async with request.gateway.database.read() as connection:
         approver = await find_approver(connection, caller)
         found = await node_answers.list_organization_waits(
             connection,
             visibility_condition(caller),
-            lambda one: _is_assigned(one, approver),
+            lambda one: shows_others or question_shapes.find_refusal(one, approver) is None,
             shard=caller.shard,
             at_most=limits.PENDING_INPUTS,
             examined=limits.EXAMINED_QUESTIONS,
         )
-        mails = await approvals.read_requests(connection, [one.execution_id for one in found])
-    assigned = [
-        AssignedInput(
-            execution_id=one.execution_id,
-            workflow_id=one.workflow_id,
-            workflow_name=one.workflow_name,
-            **structs.asdict(
-                _show_wait(one.node, mails.get((one.execution_id, one.node.node_id, one.node.iteration)))
-            ),
-        )
-        for one in found
-    ]
+        shown = await question_shapes.show_waits(connection, found, approver, caller.organization_id)
+    assigned = [one for one in shown if shows_others or one.may_answer]
     return JsonResponse(AssignedInputs(count=len(assigned), inputs=assigned))
 
 
-def _is_assigned(wait: OrganizationWait, approver: Approver) -> bool:
-    """Return whether a person may answer a question."""
-    refusal = approvals.find_refusal(
-        wait.node.request, approver, starter_id=wait.user_id, trigger_type=wait.trigger_type
+async def index_answered(request: GatewayRequest) -> JsonResponse:
+    """List the answers of people to questions in visible executions, the newest first.
+
+    They are kept as long as their executions. Answers before the upgrade to this version are missing.
+    """
+    caller = request.caller
+    bounds = keyset.read_newest_first(request.query)
+    created_at, item_id = col(ApprovalVote.created_at), col(ApprovalVote.id)
+    conditions = (
+        col(ApprovalVote.organization_id) == caller.organization_id,
+        col(Execution.id) == col(ApprovalVote.execution_id),
+        col(Workflow.id) == col(Execution.workflow_id),
+        visibility_condition(caller),
     )
-    return refusal is None
+    async with request.gateway.database.read() as connection:
+        page = await keyset.read_rows(
+            connection, _ANSWER_COLUMNS, conditions, bounds, created_at=created_at, item_id=item_id
+        )
+        voters = {row["voter"] for row in page.rows}
+        names = await access_store.read_user_names(connection, caller.organization_id, voters)
+    answers = [question_shapes.show_answer(row, names.get(row["voter"], row["voter"])) for row in page.rows]
+    return JsonResponse(AnsweredInputs(answers=answers, next=page.next_cursor))
 
 
 async def index(request: GatewayRequest) -> JsonResponse:
@@ -180,7 +133,10 @@ async def index(request: GatewayRequest) -> JsonResponse:
     async with request.gateway.database.read() as connection:
         found = await node_answers.list_input_waits(connection, key)
         mails = await approvals.read_requests(connection, [key.execution_id])
-    shown = [_show_wait(one, mails.get((key.execution_id, one.node_id, one.iteration))) for one in found]
+    shown = [
+        question_shapes.show_wait(one, mails.get((key.execution_id, one.node_id, one.iteration)))
+        for one in found
+    ]
     return JsonResponse(PendingInputs(count=len(found), inputs=shown))
 
 
@@ -200,7 +156,7 @@ async def answer(request: GatewayRequest) -> JsonResponse:
         return _build_response(key, body, idempotency.REPLAYED)
     try:
         async with gateway.database.read() as connection:
-            asked = await _find_waiting_node(connection, key, body)
+            asked = await find_waiting_node(connection, key, body.node_id, body.iteration)
             await require_assigned(connection, key, asked, caller)
     except ApiError as error:
         if error.status == FORBIDDEN:
@@ -303,10 +259,10 @@ async def _is_repeated(
     return earlier is not None
 
 
-async def _find_waiting_node(
-    connection: AsyncConnection, key: ExecutionKey, body: InputAnswer
+async def find_waiting_node(
+    connection: AsyncConnection, key: ExecutionKey, node_id: str, iteration: str | None
 ) -> WaitingNode:
-    """Return the waiting node that an answer is for, by node and iteration.
+    """Return the waiting node that a request is for, by node and iteration.
 
     Raises a 409 error if none waits or it was answered, and 422 if the body names no iteration although several
     wait, or a tool call of an agent: another call may wait at the same node since the caller has read its arguments.
@@ -314,17 +270,17 @@ async def _find_waiting_node(
     waiting = [
         one
         for one in await node_answers.list_input_waits(connection, key)
-        if one.node_id == body.node_id and body.iteration in {None, one.iteration}
+        if one.node_id == node_id and iteration in {None, one.iteration}
     ]
     if len(waiting) > 1:
-        iterations = ", ".join(one.iteration for one in waiting[:SHOWN_ITERATIONS])
-        message = f"iteration is required: {len(waiting)} iterations of a loop wait, {iterations}"
+        shown = ", ".join(one.iteration for one in waiting[:SHOWN_ITERATIONS])
+        message = f"iteration is required: {len(waiting)} iterations of a loop wait, {shown}"
         raise errors.invalid([errors.problem("iteration", "required", message)])
-    if waiting and body.iteration is None and "toolCall" in waiting[0].request:
+    if waiting and iteration is None and "toolCall" in waiting[0].request:
         message = f"iteration is required: it names the tool call, {waiting[0].iteration}"
         raise errors.invalid([errors.problem("iteration", "required", message)])
     if not waiting:
-        is_answered = await node_answers.is_answered(connection, key, body.node_id, body.iteration)
+        is_answered = await node_answers.is_answered(connection, key, node_id, iteration)
         raise refusal_of(AnswerReception.LATE if is_answered else AnswerReception.UNAWAITED)
     return waiting[0]
 
@@ -386,39 +342,3 @@ def _build_response(
         missing_approvals=missing,
     )
     return JsonResponse(taken, headers=headers)
-
-
-def _show_wait(one: WaitingNode, mails: ApprovalRequest | None) -> PendingInput:
-    schema = one.request.get("schema")
-    return PendingInput(
-        node_id=one.node_id,
-        iteration=one.iteration,
-        node_label=one.label,
-        title=str(one.request.get("title") or ""),
-        description=str(one.request.get("description") or ""),
-        schema=schema if isinstance(schema, dict) else None,
-        choices=input_checks.read_choices(one.request),
-        assignees=approvals.assignees_of(one.request),
-        approvals=approvals.needed_approvals(one.request),
-        requested_at=optional_instant(one.started_at),
-        expires_at=optional_instant(one.expires_at),
-        mails=None
-        if mails is None
-        else QuestionMails(
-            rounds=mails.round, next_at=optional_instant(mails.due_at), last_error=mails.error
-        ),
-        tool_call=_show_tool_call(one.request.get("toolCall")),
-    )
-
-
-def _show_tool_call(asked: Json) -> AwaitedToolCall | None:
-    """Return the tool call in the request of a question; None for a question without one."""
-    if not isinstance(asked, dict):
-        return None
-    arguments = asked.get("arguments")
-    return AwaitedToolCall(
-        agent_id=str(asked.get("agentId", "")),
-        tool=str(asked.get("tool", "")),
-        arguments=arguments if isinstance(arguments, dict) else {},
-        hash=str(asked.get("hash", "")),
-    )

@@ -175,6 +175,17 @@ def read_bounds(query: QueryValues, sort: OrderParameter | None = None) -> Keyse
     return KeysetBounds(query[LIMIT], is_descending, cursor)
 
 
+def read_newest_first(query: QueryValues) -> KeysetBounds:
+    """Return limit and beginning of a page of a list without other orders and without `offset`, the newest first.
+
+    Raises a 400 error for a cursor of another order.
+    """
+    cursor = query[AFTER] or PageCursor()
+    if cursor.is_descending is False:
+        raise invalid_query(AFTER.name, "invalid-cursor", _INVALID)
+    return KeysetBounds(query[LIMIT], is_descending=True, cursor=cursor)
+
+
 async def list_rows(
     connection: AsyncConnection,
     columns: Sequence[SQLColumnExpression[Any]],

@@ -1,4 +1,4 @@
-"""Approvals: who may answer a question, votes towards a decision, and the links of assignees.
+"""Approvals: the people of a question, votes towards a decision, and the links of assignees.
 
 A decision locks the row of its run first, so that two votes at once can't each count without the other.
 """
@@ -15,24 +15,27 @@ from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
-from sqlalchemy import insert, select, update
+from sqlalchemy import select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import col
 
 from engine.node_api import OUTPUT, AnswerSource
 from journal.waits import node_answers
 from journal.waits.node_answers import AnswerReception, AnswerResult, WaitingNode
-from models import timestamps
+from models import ids, timestamps
+from models.access import UserRole
 from models.approval import ApprovalLink, ApprovalRequest, ApprovalVote
 from models.database_time import DatabaseTime
 from models.execution import Execution
 from models.ingest import INTAKE_KINDS
 
 if TYPE_CHECKING:
+    from sqlalchemy import Row
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from engine.values import Json
     from journal.store import ExecutionKey
+    from models.access import User
 
 TOKEN_PREFIX: Final = "ap-"  # noqa: S105 - the beginning of every token
 ANYONE: Final = "approval-link"
@@ -48,11 +51,13 @@ class AnswerRefusal(StrEnum):
 
     NOT_ASSIGNED = "not-assigned"
     SELF_APPROVAL = "self-approval"
+    ALREADY_ANSWERED = "already-answered"
+    """They have answered a question that needs several people."""
 
 
 @dataclass(frozen=True, slots=True)
 class Approver:
-    """Person who answers, or wants to know the questions."""
+    """Person with answers to give, or with questions to see."""
 
     user_id: str
     email: str
@@ -95,20 +100,37 @@ def assignees_of(request: Mapping[str, Json]) -> Sequence[str]:
     return [str(one) for one in assignees] if isinstance(assignees, list) else []
 
 
+def extra_addresses(request: Mapping[str, Json]) -> Sequence[str]:
+    """Return the mail addresses that get a link to a question besides its assignees."""
+    notify = request.get("notify")
+    extra = notify.get("to") if isinstance(notify, dict) else None
+    return [str(one) for one in extra] if isinstance(extra, list) else []
+
+
+def allows_self(request: Mapping[str, Json]) -> bool:
+    """Return whether the starter of the run may answer; by default only a question without assignees."""
+    return request.get("allowSelf", not assignees_of(request)) is True
+
+
+def fold_assignee(assignee: str) -> str:
+    """Return an assignee in the form by which it is compared: mail addresses in lower case."""
+    return assignee.casefold() if "@" in assignee else assignee
+
+
 def find_refusal(
     request: Mapping[str, Json], approver: Approver, *, starter_id: str, trigger_type: str
 ) -> AnswerRefusal | None:
-    """Return the reason why a person may not answer a question; None if they may.
+    """Return the reason for a person not to answer a question; None if they may.
 
     They must be among the assignees, if there are any. The person who started the run may answer if
     `allowSelf` says so, by default only a question without assignees.
     """
     assignees = assignees_of(request)
     names = {approver.user_id, approver.email.casefold()} | ({ADMIN_ROLE} if approver.is_admin else set())
-    if assignees and names.isdisjoint(one.casefold() if "@" in one else one for one in assignees):
+    if assignees and names.isdisjoint(fold_assignee(one) for one in assignees):
         return AnswerRefusal.NOT_ASSIGNED
     was_started_by = trigger_type not in INTAKE_KINDS and approver.user_id == starter_id
-    if was_started_by and request.get("allowSelf", not assignees) is not True:
+    if was_started_by and not allows_self(request):
         return AnswerRefusal.SELF_APPROVAL
     return None
 
@@ -149,18 +171,7 @@ async def record_decision(
         if decision.by in votes:
             return DecisionResult(AnswerResult(AnswerReception.LATE))
         votes[decision.by] = own
-        await connection.execute(
-            insert(ApprovalVote).values(
-                execution_id=key.execution_id,
-                node_id=asked.node_id,
-                iteration=asked.iteration,
-                voter=decision.by,
-                shard=key.shard,
-                choice=decision.choice,
-                data=_encode(decision.data).decode(),
-                created_at=DatabaseTime(),
-            )
-        )
+        await _store_vote(connection, key, asked, decision)
         agreeing = [one for one in votes.values() if one["choice"] == decision.choice]
         if len(agreeing) < needed:
             return DecisionResult(AnswerResult(AnswerReception.TAKEN), needed - len(agreeing))
@@ -173,7 +184,33 @@ async def record_decision(
         kind=AnswerSource.INPUT,
         user_id=decision.user_id,
     )
+    if needed == 1 and answer.reception is AnswerReception.TAKEN:
+        await _store_vote(connection, key, asked, decision)
     return DecisionResult(answer)
+
+
+async def _store_vote(
+    connection: AsyncConnection, key: ExecutionKey, asked: WaitingNode, decision: ApprovalDecision
+) -> None:
+    """Store the answer of one person, for the list of answers; one that is stored stays."""
+    dialect: Any = postgresql if connection.dialect.name == "postgresql" else sqlite
+    organization = select(col(Execution.organization_id)).where(
+        col(Execution.id) == key.execution_id, col(Execution.shard) == key.shard
+    )
+    statement = dialect.insert(ApprovalVote).values(
+        execution_id=key.execution_id,
+        node_id=asked.node_id,
+        iteration=asked.iteration,
+        voter=decision.by,
+        shard=key.shard,
+        id=ids.new_id("answer"),
+        organization_id=organization.scalar_subquery(),
+        title=str(asked.request.get("title") or ""),
+        choice=decision.choice,
+        data=_encode(decision.data).decode(),
+        created_at=DatabaseTime(),
+    )
+    await connection.execute(statement.on_conflict_do_nothing())
 
 
 async def _read_votes(
@@ -194,6 +231,58 @@ async def _read_votes(
         row.voter: {"choice": row.choice, "by": row.voter, "at": timestamps.format_timestamp(row.created_at)}
         for row in await connection.execute(statement)
     }
+
+
+async def read_votes(
+    connection: AsyncConnection, execution_ids: Sequence[str]
+) -> dict[tuple[str, str, str], Sequence[ApprovalVote]]:
+    """Return the votes of questions in these runs by execution id, node id and iteration, the earliest first."""
+    found: dict[tuple[str, str, str], list[ApprovalVote]] = {}
+    if execution_ids:
+        statement = (
+            select(ApprovalVote)
+            .where(col(ApprovalVote.execution_id).in_(execution_ids))
+            .order_by(col(ApprovalVote.created_at), col(ApprovalVote.voter))
+        )
+        for row in (await connection.execute(statement)).mappings():
+            vote = ApprovalVote(**row)
+            found.setdefault((vote.execution_id, vote.node_id, vote.iteration), []).append(vote)
+    return {**found}
+
+
+async def lock_run(connection: AsyncConnection, key: ExecutionKey) -> Row[*tuple[str, str, str]] | None:
+    """Lock the row of a run until the end of the transaction, so that no decision about its questions comes between.
+
+    Return its workflow, user and kind of trigger; None if it is gone.
+    """
+    statement = (
+        select(col(Execution.workflow_id), col(Execution.user_id), col(Execution.trigger_type))
+        .where(col(Execution.id) == key.execution_id, col(Execution.shard) == key.shard)
+        .with_for_update()
+    )
+    return (await connection.execute(statement)).first()
+
+
+async def replace_assignees(
+    connection: AsyncConnection, key: ExecutionKey, asked: WaitingNode, assignees: Sequence[str]
+) -> None:
+    """Replace the assignees of a waiting question, in a transaction with the run locked.
+
+    The rule about the user who started the run stays as it was. The question is due for mails again, if it is
+    sent by mail.
+    """
+    request: dict[str, Json] = dict(asked.request)
+    request |= {"assignees": list(assignees), "allowSelf": allows_self(asked.request)}
+    await node_answers.replace_request(connection, key, asked, request)
+    await connection.execute(
+        update(ApprovalRequest)
+        .where(
+            col(ApprovalRequest.execution_id) == key.execution_id,
+            col(ApprovalRequest.node_id) == asked.node_id,
+            col(ApprovalRequest.iteration) == asked.iteration,
+        )
+        .values(due_at=DatabaseTime(), attempts=0, error=None)
+    )
 
 
 async def read_requests(
@@ -222,6 +311,22 @@ def derive_token(secret: bytes, key: ExecutionKey, node_id: str, iteration: str,
 def hash_token(token: str) -> str:
     """Return the stored form of a token: its SHA-256 in hexadecimal."""
     return sha256(token.encode()).hexdigest()
+
+
+def is_addressed(request: Mapping[str, Json], link: ApprovalLink, user: User | None) -> bool:
+    """Return whether the assignee of a link is among the people of a question, or further addresses of `notify`.
+
+    `user` is the assignee of the link, None for an address without a user. Questions without assignees are for
+    everybody who has a link.
+    """
+    assignees = assignees_of(request)
+    if not assignees or link.assignee == ANYONE:
+        return True
+    people = {fold_assignee(one) for one in [*assignees, *extra_addresses(request)]}
+    names = {fold_assignee(link.assignee)}
+    if user is not None:
+        names |= {user.email.casefold()} | ({ADMIN_ROLE} if user.role == UserRole.ADMIN else set())
+    return not people.isdisjoint(names)
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,7 +80,9 @@ class WaitingNode:
     """Request of the node."""
     started_at: datetime | None
     expires_at: datetime | None
-    """End of the wait, after which the node continues without an answer; None: no end."""
+    """End of the wait, after which the node continues without an answer or fails; None: no end."""
+    continues_at_expiry: bool = False
+    """Whether the node continues then, and does not fail."""
 
 
 def encode_output_answer(value: Json, port: str = OUTPUT) -> bytes:
@@ -216,8 +218,27 @@ async def list_input_waits(connection: AsyncConnection, key: ExecutionKey) -> li
         awaits = decoding.decode(row.awaits)
         if awaits["kind"] == AnswerSource.INPUT:
             place = (row.node_id, row.iteration, row.label)
-            found.append(WaitingNode(*place, awaits["request"], row.started_at, row.wake_at))
+            has_default = awaits["expired"] is not None
+            found.append(WaitingNode(*place, awaits["request"], row.started_at, row.wake_at, has_default))
     return found
+
+
+async def replace_request(
+    connection: AsyncConnection, key: ExecutionKey, node: WaitingNode, request: Mapping[str, Json]
+) -> None:
+    """Replace the request of a node that waits for input, in a transaction that has locked its run.
+
+    The executor writes the span of a waiting node only when its wait ends.
+    """
+    is_span = (
+        *_belongs_to_run(SpanRow, key),
+        col(SpanRow.node_id) == node.node_id,
+        col(SpanRow.iteration) == node.iteration,
+        col(SpanRow.status) == SpanStatus.WAITING.value,
+    )
+    awaits = decoding.decode(await connection.scalar(select(col(SpanRow.awaits)).where(*is_span)))
+    text = _encode({**awaits, "request": request}).decode()
+    await connection.execute(update(SpanRow).where(*is_span).values(awaits=text))
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,14 +289,15 @@ def _read_organization_wait(row: Row[*tuple[Any, ...]]) -> OrganizationWait | No
     if awaits["kind"] != AnswerSource.INPUT:
         return None
     place = (row.node_id, row.iteration, row.label)
-    node = WaitingNode(*place, awaits["request"], row.started_at, row.wake_at)
+    has_default = awaits["expired"] is not None
+    node = WaitingNode(*place, awaits["request"], row.started_at, row.wake_at, has_default)
     return OrganizationWait(row.id, row.workflow_id, row.workflow_name, row.user_id, row.trigger_type, node)
 
 
 def organization_waits_statement(
     visible: ColumnElement[bool], shard: int, behind: tuple[str, int] | None = None
 ) -> Select[*tuple[Any, ...]]:
-    """Return the statement of the nodes of a shard that wait for input of a person, by their own index.
+    """Return the statement of the nodes of a shard with input of a person to wait for, by their own index.
 
     Ordered by the ids of their runs, which have the order of time, the newest first; `behind` is the run and the
     sequence number of the last node of the page before. Without the index, each

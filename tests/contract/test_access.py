@@ -614,6 +614,7 @@ DRY_RUN = {"filter": {}, "dryRun": True}
 REPLAY = {"workflowId": "<subscribed>"}
 SIGNAL = {"name": "shipped", "payload": {"parcel": "P-12"}}
 ANSWER = {"nodeId": "approval", "choice": "approve", "data": {}}
+ASSIGNEES = {"nodeId": "approval", "assignees": ["role:admin"]}
 DOCUMENT = {"document": {"format": "pilotflame/workflow", "formatVersion": 1, **NEW}, "references": {}}
 
 ROWS = [
@@ -873,6 +874,7 @@ ROWS = [
     AccessRow("GET", "/api/v1/executions/statistics", READ, OWN),
     run_row("GET", ""),
     AccessRow("GET", "/api/v1/pending-inputs", EXECUTE, OWN),
+    AccessRow("GET", "/api/v1/answered-inputs", READ, OWN),
     run_row("GET", "/progress", query="?wait=0"),
     run_row("GET", "/spans"),
     run_row("GET", "/spans/{sub}"),
@@ -890,6 +892,7 @@ ROWS = [
     AccessRow("GET", "/api/v1/why", READ, OWN),
     AccessRow("GET", f"{EXECUTION}/pending-inputs", READ, READERS, create_waiting_execution),
     AccessRow("POST", f"{EXECUTION}/input", EXECUTE, READERS, create_waiting_execution, ANSWER),
+    AccessRow("POST", f"{EXECUTION}/reassign-input", EXECUTE, READERS, create_waiting_execution, ASSIGNEES),
     run_row("GET", "/signals"),
     run_row("GET", "/state"),
     AccessRow("POST", f"{EXECUTION}/signals", EXECUTE, READERS, create_signalled_execution, SIGNAL, 202),

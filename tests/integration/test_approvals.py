@@ -145,6 +145,129 @@ async def test_a_run_continues_when_enough_people_agree(
     ]
 
 
+async def inbox(person: UserClient, run: str, query: str = "?others=true") -> dict[str, Any]:
+    """Return the question of a run in a person's inbox."""
+    answer = await person.api.get(f"/api/v1/pending-inputs{query}")
+    (found,) = [one for one in answer.json()["inputs"] if one["executionId"] == run]
+    shown: dict[str, Any] = found
+    return shown
+
+
+async def test_an_inbox_says_to_whom_each_question_is_assigned_and_who_has_answered(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    colleague, admin = people.colleague, people.admin
+    async with serve_worker(harness):
+        assignees = [colleague.user.email.upper(), "role:admin"]
+        run = await ask(people, assignees=assignees, approvals=2, expiresInSeconds=3_600, onExpiry="continue")
+        assigned = [(await inbox(one, run))["assignment"] for one in (colleague, admin, people.owner)]
+        assert assigned == ["caller", "role", "others"]
+        shown = await inbox(people.owner, run)
+        assert (shown["mayAnswer"], shown["refusal"], shown["onExpiry"]) == (
+            False,
+            "not-assigned",
+            "continue",
+        )
+        assert (shown["startedBy"], shown["allowsSelf"]) == (people.owner.user.id, False)
+        assert run not in await pending(people.owner)
+        hidden = (await people.stranger.api.get("/api/v1/pending-inputs?others=true")).json()
+        assert run not in [one["executionId"] for one in hidden["inputs"]]
+
+        assert (await say(colleague, run, "yes")).json()["status"] == "counted"
+        shown = await inbox(colleague, run)
+        assert (shown["mayAnswer"], shown["refusal"]) == (False, "already-answered")
+        assert [(one["by"], one["choice"]) for one in shown["votes"]] == [(colleague.user.id, "yes")]
+        assert run not in await pending(colleague)
+        open_to_all = await ask(people)
+        assert (await inbox(admin, open_to_all, ""))["assignment"] == "anyone"
+
+
+async def test_answers_are_listed_with_their_people_the_newest_first(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    nobody = await harness.client()
+    async with serve_worker(harness):
+        first = await ask(people, assignees=[people.colleague.user.id])
+        await say(people.colleague, first, "yes")
+        second = await ask(people, title="More prices?", assignees=["mira@example.com"])
+        link = await make_link(harness, second, "mira@example.com")
+        assert (await nobody.post(link.path, data={"choice": "no"})).status_code == 200
+        await wait_until_ended(people.owner, first)
+    newest = (await people.owner.api.get("/api/v1/answered-inputs?limit=1")).json()
+    (answer,) = newest["answers"]
+    assert (answer["executionId"], answer["title"], answer["choice"]) == (second, "More prices?", "no")
+    assert (answer["by"], answer["byName"]) == ("mira@example.com", "mira@example.com")
+    older = (await people.owner.api.get(f"/api/v1/answered-inputs?after={newest['next']}")).json()
+    assert [(one["executionId"], one["by"]) for one in older["answers"]] == [
+        (first, people.colleague.user.id)
+    ]
+    assert older["next"] is None
+    assert (await people.stranger.api.get("/api/v1/answered-inputs")).json()["answers"] == []
+
+
+# ── assignees ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def assign(person: UserClient, execution_id: str, *assignees: str) -> httpx2.Response:
+    body = {"nodeId": "ask", "assignees": [*assignees]}
+    return await person.api.post(f"{EXECUTIONS}/{execution_id}/reassign-input", json=body)
+
+
+async def test_a_question_is_passed_on_by_those_who_may_answer_it_and_by_admins(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    nobody = await harness.client()
+    owner, colleague, admin = people.owner, people.colleague, people.admin
+    async with serve_worker(harness):
+        run = await ask(people, assignees=[colleague.user.id, "mira@example.com"])
+        link = await make_link(harness, run, "mira@example.com")
+        assert_refused(await assign(owner, run, admin.user.id), 403, "not-assigned")
+        assert_refused(await assign(people.stranger, run, admin.user.id), 404, "not-found")
+        passed = await assign(colleague, run, admin.user.email.upper())
+        assert passed.json()["assignees"] == [admin.user.id], passed.text
+        assert_refused(await say(colleague, run, "yes"), 403, "not-assigned")
+        assert_refused(await assign(colleague, run, colleague.user.id), 403, "not-assigned")
+        assert (await nobody.post(link.path, data={"choice": "yes"})).status_code == 403
+        assert "certain people" in (await nobody.get(link.path)).text
+
+        back = await assign(admin, run, colleague.user.id)
+        assert back.status_code == 200, back.text
+        assert (await inbox(colleague, run, ""))["assignment"] == "caller"
+        assert (await say(colleague, run, "yes")).json()["status"] == "accepted"
+        assert_refused(await assign(admin, run, admin.user.id), 409, "already-answered")
+        await wait_until_ended(owner, run)
+    trail = (await admin.api.get("/api/v1/audit?action=input.reassigned")).json()["entries"]
+    assert [one["userId"] for one in trail] == [admin.user.id, colleague.user.id]
+    assert trail[0]["beforeHash"] == trail[1]["afterHash"]
+
+
+async def test_a_question_is_passed_on_only_to_people_who_can_answer_it(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    owner, colleague, admin = people.owner, people.colleague, people.admin
+    async with serve_worker(harness):
+        run = await ask(people, approvals=2)
+        unknown = await assign(admin, run, people.stranger.user.id, "eve@example.com", "role:admin")
+        assert_refused(unknown, 422, "validation-failed")
+        assert [one["path"] for one in unknown.json()["error"]["details"]] == ["assignees.0", "assignees.1"]
+        assert_refused(await assign(admin, run, admin.user.id), 422, "validation-failed")
+        # A question without assignees lets the user answer who started the run, and so does the one passed on.
+        assert (await assign(owner, run, owner.user.id, admin.user.id)).status_code == 200
+        assert (await say(owner, run, "yes")).json()["status"] == "counted"
+        assert (await assign(admin, run, colleague.user.id)).status_code == 200
+        assert (await say(colleague, run, "yes")).json()["status"] == "accepted"
+        await wait_until_ended(owner, run)
+
+        graph = question()
+        graph.pop("isPublic")
+        private = await execute_workflow(owner, await owner.create(**graph))
+        await wait_for_question(owner, private)
+        refused = await assign(owner, private, colleague.user.id)
+        assert [one["code"] for one in refused.json()["error"]["details"]] == ["no-access"], refused.text
+        assert (await assign(owner, private, "role:admin")).status_code == 200
+        assert_refused(await say(owner, private, "yes"), 403, "not-assigned")
+
+
 # ── links ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -436,13 +559,22 @@ async def test_each_assignee_gets_a_link_of_their_own_and_is_reminded_until_the_
             reminders = (await wait_for_mails(server, 6))[3:]
             assert all(b"Subject: Reminder: Prices" in one.content for one in reminders)
             assert link_in(reminders[1]) == link_in(second)
+            while (await request_row(harness, run)).round == 1:  # noqa: ASYNC110 - as above
+                await asyncio.sleep(0.02)
+            passed_on = await assign(people.admin, run, people.admin.user.id, "mira@example.com")
+            assert passed_on.status_code == 200, passed_on.text
+            subjects = {
+                one.recipients[0]: b"Subject: Reminder: Prices" in one.content
+                for one in (await wait_for_mails(server, 8))[6:]
+            }
+            assert subjects == {people.admin.user.email: False, "mira@example.com": True}
             answered = await nobody.post(link_in(second), data={"choice": "yes"})
             assert answered.status_code == 200
             await wait_until_ended(people.owner, run)
             await make_due(harness, run)
             while (await request_row(harness, run)).due_at is not None:  # noqa: ASYNC110 - as above
                 await asyncio.sleep(0.02)
-            assert len(server.received) == 6
+            assert len(server.received) == 8
     span = (await get_json(people.owner, f"/{run}/spans?node_id=ask"))["spans"][0]
     assert span["outputData"]["by"] == "mira@example.com"
     assert "ap-" not in (await people.owner.api.get(f"{EXECUTIONS}/{run}/spans")).text

@@ -51,7 +51,7 @@ FILTERS = (
 
 @dataclass(frozen=True)
 class ManyRuns:
-    """Organization with many runs, its admin, and a member who may read one of its workflows."""
+    """Organization with many runs, its admin, and a member with access to one of its workflows."""
 
     harness: GatewayHarness
     owner: RunOwner

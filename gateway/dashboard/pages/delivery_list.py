@@ -73,7 +73,7 @@ async def _plan_redrive(page: PageRequest, filters: Mapping[str, str]) -> Any:  
 
 
 def can_redrive(delivery: Mapping[str, Any]) -> bool:
-    """Return whether the kind of a delivery can run again; the API refuses one whose content is not kept."""
+    """Return whether the kind of a delivery can run again; the API refuses one without kept content."""
     reason = delivery["reason"]
     return delivery["route"] in REDRIVEN_ROUTES and not (reason and reason["code"] == INVALID)
 

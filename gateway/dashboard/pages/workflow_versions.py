@@ -159,7 +159,7 @@ def list_parts(
 def _list_connections(
     before: Mapping[str, Any], after: Mapping[str, Any], labels: Mapping[str, str]
 ) -> Sequence[ShownChange]:
-    """Return the connections that one side lacks; a connection whose id alone has changed is the same."""
+    """Return the connections that one side lacks; a connection with another id alone is the same."""
     old, new = [
         dict.fromkeys(
             (edge["sourceNodeId"], edge["sourcePort"], edge["targetNodeId"], edge["targetPort"])

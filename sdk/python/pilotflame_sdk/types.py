@@ -13,11 +13,15 @@ __all__ = [
     "AiSettings",
     "AlertSeverity",
     "AlertState",
+    "AnswerRefusal",
+    "AnsweredInput",
+    "AnsweredInputs",
     "AppliedChange",
     "ApplyAction",
     "ApplyResult",
     "AssignedInput",
     "AssignedInputs",
+    "AssigneeChangeResult",
     "AttemptTimes",
     "AuditAction",
     "AuditEntry",
@@ -99,6 +103,7 @@ __all__ = [
     "ExecutionError",
     "ExecutionList",
     "ExecutionStatus",
+    "ExpiryAction",
     "ExternalReference",
     "FailureCause",
     "Finding",
@@ -203,7 +208,9 @@ __all__ = [
     "ProviderKeyTest",
     "PublishedState",
     "PurgeResult",
+    "QuestionAssignment",
     "QuestionMails",
+    "QuestionVote",
     "ReasonCount",
     "ReferenceUse",
     "RefusedReplay",
@@ -341,10 +348,13 @@ AlertSeverity = Literal['page', 'ticket']
 AlertState = Literal['firing', 'quiet', 'unknown']
 
 
+AnswerRefusal = Literal['already-answered', 'not-assigned', 'self-approval']
+
+
 ApplyAction = Literal['archive', 'conflict', 'create', 'delete', 'unchanged', 'update']
 
 
-AuditAction = Literal['ai-settings.updated', 'connection.added', 'connection.removed', 'data-source.created', 'data-source.deleted', 'data-source.updated', 'data-source.visibility-set', 'dead-letters.muted', 'dead-letters.purged', 'dead-letters.redriven', 'dead-letters.replayed', 'dead-letters.unmuted', 'deliveries.redriven', 'drift.fixed', 'event-token.created', 'event-token.revoked', 'executions.cancelled', 'executions.deleted', 'executions.replayed', 'executions.retried', 'identity.connected', 'input.answered', 'invitation.accepted', 'invitation.created', 'invitation.revoked', 'key.created', 'key.revoked', 'model.created', 'model.deleted', 'model.updated', 'node-type.added', 'node-type.deleted', 'node-type.deprecated', 'node.added', 'node.configured', 'node.removed', 'session.created', 'session.ended', 'share.added', 'share.removed', 'sign-in.refused', 'signing-secret.set', 'task.cancelled', 'task.retried', 'template.saved', 'template.used', 'tools.accepted', 'tools.refreshed', 'trigger-token.revoked', 'trigger-token.set', 'user.created', 'version.created', 'version.restored', 'workflow.built', 'workflow.created', 'workflow.deleted', 'workflow.deployed', 'workflow.duplicated', 'workflow.imported', 'workflow.laid-out', 'workflow.lifecycle-set', 'workflow.log-level-set', 'workflow.scopes-computed', 'workflow.started', 'workflow.status-set', 'workflow.stopped', 'workflow.undeployed', 'workflow.updated', 'workflow.visibility-set']
+AuditAction = Literal['ai-settings.updated', 'connection.added', 'connection.removed', 'data-source.created', 'data-source.deleted', 'data-source.updated', 'data-source.visibility-set', 'dead-letters.muted', 'dead-letters.purged', 'dead-letters.redriven', 'dead-letters.replayed', 'dead-letters.unmuted', 'deliveries.redriven', 'drift.fixed', 'event-token.created', 'event-token.revoked', 'executions.cancelled', 'executions.deleted', 'executions.replayed', 'executions.retried', 'identity.connected', 'input.answered', 'input.reassigned', 'invitation.accepted', 'invitation.created', 'invitation.revoked', 'key.created', 'key.revoked', 'model.created', 'model.deleted', 'model.updated', 'node-type.added', 'node-type.deleted', 'node-type.deprecated', 'node.added', 'node.configured', 'node.removed', 'session.created', 'session.ended', 'share.added', 'share.removed', 'sign-in.refused', 'signing-secret.set', 'task.cancelled', 'task.retried', 'template.saved', 'template.used', 'tools.accepted', 'tools.refreshed', 'trigger-token.revoked', 'trigger-token.set', 'user.created', 'version.created', 'version.restored', 'workflow.built', 'workflow.created', 'workflow.deleted', 'workflow.deployed', 'workflow.duplicated', 'workflow.imported', 'workflow.laid-out', 'workflow.lifecycle-set', 'workflow.log-level-set', 'workflow.scopes-computed', 'workflow.started', 'workflow.status-set', 'workflow.stopped', 'workflow.undeployed', 'workflow.updated', 'workflow.visibility-set']
 
 
 BlockerCode = Literal['awaiting-callback', 'awaiting-event', 'awaiting-input', 'awaiting-signal', 'awaiting-task', 'branch-not-taken', 'broker-down', 'cancel-requested', 'deployment-failed', 'draining', 'no-worker', 'node-running', 'none', 'parallelism', 'parents', 'queued-behind', 'retry-at', 'stopped-manually', 'timer', 'waiting-for-slot', 'waking', 'window-closed', 'worker-lost', 'workflow-paused']
@@ -375,6 +385,9 @@ DriftSeverity = Literal['critical', 'warning']
 
 
 ExecutionStatus = Literal['cancelled', 'completed', 'failed', 'pending', 'running', 'stopped', 'waiting']
+
+
+ExpiryAction = Literal['continue', 'fail']
 
 
 FindingType = Literal['agent-exfiltration-path', 'broken-connection', 'cycle', 'disconnected-node', 'duplicate-node-id', 'empty-workflow', 'inline-secret', 'invalid-config', 'invalid-port', 'loop-body-entered', 'loops-too-deep', 'missing-config', 'missing-trigger', 'multiple-triggers', 'no-worker', 'not-runnable', 'tool-not-accepted', 'tool-withheld', 'unknown-node-type', 'unresolved-mapping', 'unresolved-model-placeholder']
@@ -423,6 +436,9 @@ OverlapPolicy = Literal['allow', 'queue', 'skip']
 
 
 PolicyType = Literal['always-on', 'idle-shutdown', 'on-demand', 'scheduled-window']
+
+
+QuestionAssignment = Literal['anyone', 'caller', 'others', 'role']
 
 
 RegisteredProvider = Literal['anthropic', 'openai-compatible']
@@ -488,6 +504,29 @@ class AiSettings(TypedDict):
     updatedAt: str | None
 
 
+class AnsweredInput(TypedDict):
+    """Answer of a person to a question."""
+
+    id: str
+    executionId: str
+    workflowId: str
+    workflowName: str
+    nodeId: str
+    iteration: str
+    title: str
+    choice: str | None
+    by: str
+    byName: str
+    answeredAt: str
+
+
+class AnsweredInputs(TypedDict):
+    """Page of the answers to questions."""
+
+    answers: List[AnsweredInput]
+    next: str | None
+
+
 class _AppliedChangeAlways(TypedDict):
     name: str
     action: ApplyAction
@@ -511,7 +550,7 @@ class ApplyResult(TypedDict):
 
 
 class AssignedInput(TypedDict):
-    """Question that the caller may answer."""
+    """Question in the inbox of the caller."""
 
     nodeId: str
     iteration: str
@@ -529,13 +568,31 @@ class AssignedInput(TypedDict):
     executionId: str
     workflowId: str
     workflowName: str
+    assignment: QuestionAssignment
+    mayAnswer: bool
+    refusal: AnswerRefusal | None
+    assigneeNames: Dict[str, str]
+    votes: List[QuestionVote]
+    startedBy: str | None
+    startedByName: str | None
+    allowsSelf: bool
+    onExpiry: ExpiryAction | None
 
 
 class AssignedInputs(TypedDict):
-    """Questions that the caller may answer."""
+    """Questions in the inbox of the caller."""
 
     count: int
     inputs: List[AssignedInput]
+
+
+class AssigneeChangeResult(TypedDict):
+    """Question with its new assignees."""
+
+    executionId: str
+    nodeId: str
+    iteration: str
+    assignees: List[str]
 
 
 class AttemptTimes(TypedDict):
@@ -2323,6 +2380,15 @@ class QuestionMails(TypedDict):
     rounds: int
     nextAt: str | None
     lastError: str | None
+
+
+class QuestionVote(TypedDict):
+    """Answer of one person to a question that needs several."""
+
+    by: str
+    byName: str
+    choice: str | None
+    at: str
 
 
 class ReasonCount(TypedDict):
