@@ -58,8 +58,7 @@ class CommandShell:
 def open_shell(folder: Path, **variables: str) -> Iterator[CommandShell]:
     """Run a server, with further variables, and yield a shell that reaches it."""
     data = folder / "data"
-    if "PILOTFLAME_DATABASE_URL" not in variables:
-        asyncio.run(databases.create_data_folder(data))
+    asyncio.run(databases.create_data_folder(data))
     given = command_environment(data, BOOTSTRAP_API_KEY=KEY, METRICS_PORT="0", METRICS_WORKFLOWS="1000")
     log = folder / "log"
     with command_runs.run_command("dev", "--port", "0", given={**given, **variables}, log=log) as dev:
@@ -69,12 +68,10 @@ def open_shell(folder: Path, **variables: str) -> Iterator[CommandShell]:
 
 
 @contextmanager
-def open_server_shell(
-    folder: Path, database_url: str, port: int, redis_url: str | None = None
-) -> Iterator[CommandShell]:
-    """Run the processes of a server in production on a migrated database, and yield a shell that reaches it.
+def open_server_shell(folder: Path, database_url: str, port: int) -> Iterator[CommandShell]:
+    """Run the processes of a server in production on a migrated PostgreSQL, and yield a shell that reaches it.
 
-    Without a URL of Redis, PostgreSQL wakes the processes.
+    Without Redis, the database wakes the processes.
     """
     given = command_environment(
         folder / "data",
@@ -82,7 +79,6 @@ def open_server_shell(
         SECRET_KEY="a secret for tests, and long enough to be one",
         BOOTSTRAP_API_KEY=KEY,
         PORT=str(port),
-        **({} if redis_url is None else {"REDIS_URL": redis_url}),
     )
     with command_runs.run_command("server", given=given, log=folder / "log") as server:
         server.says("scheduler ready")

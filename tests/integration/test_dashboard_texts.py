@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import pytest
 
-from gateway import routes
-from gateway.openapi import openapi_document
+from tests.api_document import read_document
 from tests.integration import input_waits
 from tests.integration.browser import BrowserPage, needs_chromium, open_page, serve_gateway
 from tests.integration.gateway_harness import GatewayHarness, UserClient, create_gateway
@@ -24,7 +22,6 @@ pytestmark = needs_chromium
 HOSTILE = "\"'><img src=x onerror=alert(1)>"
 """Leaves an attribute, a text and a comment, wherever it is not escaped; short enough for tags."""
 MARKUP = "document.querySelectorAll('img[src=x], [onerror], main script, main img').length"
-DOCUMENT: dict[str, Any] = json.loads(json.dumps(openapi_document.build_document(routes.TABLE)))
 
 CONFLICT = 409
 """A repeated name: the same body was accepted before, with the hostile text."""
@@ -182,7 +179,7 @@ def list_texts(
     if "$ref" in schema:
         name = schema["$ref"].rpartition("/")[2]
         if name not in seen:
-            yield from list_texts(DOCUMENT["components"]["schemas"][name], path, seen | {name})
+            yield from list_texts(read_document()["components"]["schemas"][name], path, seen | {name})
         return
     for choices in ("anyOf", "oneOf", "allOf"):
         for one in schema.get(choices, ()):
@@ -199,7 +196,7 @@ def list_texts(
 
 def list_operations() -> Iterator[tuple[str, Sequence[FieldPath]]]:
     """Yield the operations with texts in the JSON body, with their paths."""
-    for path, operations in DOCUMENT["paths"].items():
+    for path, operations in read_document()["paths"].items():
         for method, operation in operations.items():
             content = operation.get("requestBody", {}).get("content", {}) if method != "parameters" else {}
             texts = (

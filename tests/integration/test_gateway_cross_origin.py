@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from typing import Any
-
 import httpx2
 import pytest
 from pydantic import ValidationError
 
 from gateway import routes
 from gateway.http import edge
-from gateway.openapi import openapi_document
 from gateway.settings import GatewaySettings
+from tests.api_document import read_document
 from tests.integration.gateway_harness import GatewayHarness, OrganizationUsers, assert_refused
 
 WORKFLOWS = "/api/v1/workflows"
 PAGE = "https://app.example.com"
-DOCUMENT: dict[str, Any] = json.loads(json.dumps(openapi_document.build_document(routes.TABLE)))
 
 
 def preflight_headers(origin: str, method: str = "POST") -> dict[str, str]:
@@ -37,7 +33,7 @@ async def test_options_of_every_path_tell_the_documented_methods_without_a_key(
 ) -> None:
     anybody = await harness.client()
     also = {line.path: {*line.also_by} for line in routes.TABLE if line.also_by}
-    for path, methods in DOCUMENT["paths"].items():
+    for path, methods in read_document()["paths"].items():
         answer = await anybody.options(path.replace("{", "").replace("}", ""))
         assert (answer.status_code, answer.content) == (204, b""), path
         documented = {method.upper() for method in methods} | also.get(path, set()) | {"OPTIONS"}
@@ -103,13 +99,13 @@ async def test_pages_of_every_origin_may_use_the_api_but_without_credentials(
 def test_scripts_may_read_every_documented_header() -> None:
     answers = [
         response
-        for methods in DOCUMENT["paths"].values()
+        for methods in read_document()["paths"].values()
         for operation in methods.values()
         for response in operation["responses"].values()
     ]
     documented = {
         name
-        for response in [*answers, *DOCUMENT["components"]["responses"].values()]
+        for response in [*answers, *read_document()["components"]["responses"].values()]
         for name in response.get("headers", {})
     }
     assert documented == set(edge.EXPOSED)

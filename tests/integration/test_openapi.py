@@ -35,6 +35,7 @@ from gateway.tasks.worker_presence import WorkerDescription
 from journal.store import ExecutionKey, RunProgressReport
 from journal.tasks.task_polls import TaskPoll
 from pilotflame import command_error
+from tests.api_document import read_document
 from tests.integration.deployed_workflows import answer_for_pods
 from tests.integration.example_data import create_examples, replace_example_ids
 from tests.integration.gateway_harness import (
@@ -55,7 +56,6 @@ WARNING = [
     for line in routes.TABLE
     if openapi_document.may_warn(line)
 ]
-DOCUMENT: dict[str, Any] = json.loads(json.dumps(openapi_document.build_document(routes.TABLE)))
 FOR_SOFTWARE = {
     "cache-control",
     "content-length",
@@ -173,7 +173,7 @@ async def test_the_document_needs_no_key_and_is_kept(
 
 async def test_the_document_is_that_of_the_table_and_holds_no_key(people: OrganizationUsers) -> None:
     served = (await people.admin.api.get("/openapi.json")).text
-    assert json.loads(served) == DOCUMENT
+    assert json.loads(served) == read_document()
     for person in (people.admin, people.owner):
         assert person.key not in served
 
@@ -218,7 +218,7 @@ async def test_the_document_names_the_public_url(harness: GatewayHarness) -> Non
     public = await harness.with_settings(public_url="https://flows.example.com/")
     anybody = await public.client()
     assert (await anybody.get("/openapi.json")).json()["servers"] == [{"url": "https://flows.example.com"}]
-    assert (await (await harness.client()).get("/openapi.json")).json() == DOCUMENT
+    assert (await (await harness.client()).get("/openapi.json")).json() == read_document()
 
 
 # ── accepted examples ───────────────────────────────────────────────────────────────────────────────────────
@@ -260,7 +260,7 @@ async def _check_answered(
     body: Any,  # noqa: ANN401 - any JSON value
 ) -> Any:  # noqa: ANN401 - any JSON value
     """Send a request about a copy of the stage, and check its answer; returns the JSON of it."""
-    said = DOCUMENT["paths"][line.path][line.method.lower()]
+    said = read_document()["paths"][line.path][line.method.lower()]
     ids = {**example_stage.ids, "wf_abc123": example_stage.ids[WORKFLOWS_OF.get(line.path, "wf_abc123")]}
     admin = await harness.client(example_stage.admin.key)
     if line.handler is trigger.start:
@@ -280,7 +280,7 @@ async def _check_answered(
 
 
 def _example_bodies(line: Route) -> list[Any]:
-    body = DOCUMENT["paths"][line.path][line.method.lower()].get("requestBody", {})
+    body = read_document()["paths"][line.path][line.method.lower()].get("requestBody", {})
     return (
         [example["value"] for example in body["content"]["application/json"]["examples"].values()]
         if body
@@ -323,7 +323,7 @@ def _close_schema(value: Any) -> Any:  # noqa: ANN401 - any JSON value
 
 @cache
 def _closed_components() -> Any:  # noqa: ANN401 - any JSON value
-    return _close_schema(DOCUMENT["components"])
+    return _close_schema(read_document()["components"])
 
 
 # ── arbitrary requests ──────────────────────────────────────────────────────────────────────────────────────
@@ -437,8 +437,8 @@ async def place_examples(
     """Return the document with examples of existing objects; each destructive example has an object of its
     own.
     """
-    document = replace_example_ids(DOCUMENT, ids)
-    for path, methods in DOCUMENT["paths"].items():
+    document = replace_example_ids(read_document(), ids)
+    for path, methods in read_document()["paths"].items():
         for method, operation in methods.items():
             if method == "delete" or operation["operationId"] in UNDOING:
                 document["paths"][path][method] = replace_example_ids(

@@ -15,7 +15,7 @@ from docs.tables import ROOT
 from tests import databases
 from tests.command_runs import COMMAND
 from tests.integration.command_shell import CommandShell, open_server_shell, open_shell
-from tests.services import PostgresServer, RedisServer
+from tests.services import PostgresServer
 
 PAGE = (ROOT / "docs/own-nodes-tutorial.md").read_text()
 PANDAS = '''
@@ -72,24 +72,18 @@ def read_blocks(kind: str) -> list[str]:
     return blocks
 
 
-@pytest.fixture(
-    params=["dev on SQLite", "dev on PostgreSQL", "production on SQLite", "production on PostgreSQL"]
-)
+# Each kind of server and of database once: tests/system/test_task_faults.py kills workers on further ones.
+@pytest.fixture(params=["dev on SQLite", "production on PostgreSQL"])
 def shell(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, free_tcp_port: int
 ) -> Iterator[CommandShell]:
-    folder, redis_url = tmp_path_factory.mktemp("shell"), None
-    if request.param.endswith("PostgreSQL"):
+    folder = tmp_path_factory.mktemp("shell")
+    if request.param == "dev on SQLite":
+        opened = open_shell(folder)
+    else:
         postgres: PostgresServer = request.getfixturevalue("postgres")
         database_url = asyncio.run(databases.create_database(postgres, "tutorial"))
-    else:
-        database_url = asyncio.run(databases.create_sqlite_database(folder / "tutorial.db"))
-        redis: RedisServer = request.getfixturevalue("redis_server")
-        redis_url = redis.url
-    if request.param.startswith("dev"):
-        opened = open_shell(folder, PILOTFLAME_DATABASE_URL=database_url)
-    else:
-        opened = open_server_shell(folder, database_url, free_tcp_port, redis_url)
+        opened = open_server_shell(folder, database_url, free_tcp_port)
     with opened as shell:
         yield shell
 

@@ -26,12 +26,11 @@ from gateway.http.wire import WireStruct, is_strict_body
 from gateway.ingest import dead_letters, deliveries, events, organization_dead_letters
 from gateway.openapi import examples, openapi_document
 from gateway.workflows import nodes
+from tests.api_document import read_document
 from tests.each_case import check_each
 from tests.unit.call_graph import CallGraph, CodeDefinition
 
 LINES = [(f"{line.method} {line.path}", line) for line in routes.TABLE]
-DOCUMENT: dict[str, Any] = json.loads(json.dumps(openapi_document.build_document(routes.TABLE)))
-GRAPH = CallGraph()
 CONTRACT = json.loads((Path(__file__).parents[1] / "contract/endpoints.json").read_text())
 
 COMPUTED: dict[str, set[str]] = {
@@ -94,8 +93,14 @@ NO_TRIGGER = COMPUTED["gateway.http.errors.no_such_trigger"]
 """Of these codes, an operation that ingests requests has the one for its kind."""
 
 
+@cache
+def call_graph() -> CallGraph:
+    """Return the call graph of the gateway, which takes a second to build."""
+    return CallGraph()
+
+
 def document_operation(line: Route) -> dict[str, Any]:
-    found: dict[str, Any] = DOCUMENT["paths"][line.path][line.method.lower()]
+    found: dict[str, Any] = read_document()["paths"][line.path][line.method.lower()]
     return found
 
 
@@ -104,7 +109,7 @@ def handler_of(line: Route) -> CodeDefinition:
 
 
 def codes_of(function: CodeDefinition) -> set[str]:
-    return {code for name in GRAPH.codes(function) for code in COMPUTED.get(name, {name})}
+    return {code for name in call_graph().codes(function) for code in COMPUTED.get(name, {name})}
 
 
 def reachable_codes(line: Route) -> set[str]:
@@ -117,20 +122,20 @@ def reachable_codes(line: Route) -> set[str]:
 
 
 def reaches(line: Route, function: str) -> bool:
-    return function in map(str, GRAPH.reached(handler_of(line)))
+    return function in map(str, call_graph().reached(handler_of(line)))
 
 
 # ── the whole ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_tags_are_words_and_unique() -> None:
-    names = [tag["name"] for tag in DOCUMENT["tags"]]
+    names = [tag["name"] for tag in read_document()["tags"]]
     assert [name for name in names if not re.fullmatch(r"[A-Z][a-z]*( [a-z]+)*", name)] == []
     assert len(set(names)) == len(names)
 
 
 def test_server_is_that_of_the_document_unless_an_address_is_set() -> None:
-    assert DOCUMENT["servers"] == [{"url": "/"}]
+    assert read_document()["servers"] == [{"url": "/"}]
     public = openapi_document.build_document(routes.TABLE, server="https://flows.example.com/below")
     assert public["servers"] == [{"url": "https://flows.example.com/below"}]
 
@@ -188,7 +193,7 @@ def test_an_answer_is_documented_with_warnings_where_fields_may_be_ignored(line:
         ]
         references = [schema["$ref"]] if "$ref" in schema else [one["$ref"] for one in schema["anyOf"]]
         for reference in references:
-            named = DOCUMENT["components"]["schemas"][reference.rpartition("/")[2]]
+            named = read_document()["components"]["schemas"][reference.rpartition("/")[2]]
             assert named["properties"]["warnings"]["type"] == "array"
 
 
@@ -197,8 +202,8 @@ def test_every_parameter_of_a_query_is_read(line: Route) -> None:
     known = vars(parameters) | vars(sys.modules[line.handler.__module__])
     read = {
         known.get(node.id)
-        for thing in GRAPH.reached(handler_of(line))
-        for node in ast.walk(GRAPH.modules[thing.module].functions[thing.path])
+        for thing in call_graph().reached(handler_of(line))
+        for node in ast.walk(call_graph().modules[thing.module].functions[thing.path])
         if isinstance(node, ast.Name) and isinstance(known.get(node.id), parameters.QueryParameter)
     }
     # The sender's token is read before the handler is called.
@@ -208,7 +213,7 @@ def test_every_parameter_of_a_query_is_read(line: Route) -> None:
 def test_names_are_given_once() -> None:
     names = [openapi_document.operation_id(line) for line in routes.TABLE]
     assert len(names) == len(set(names))
-    assert [name for name in DOCUMENT["components"]["schemas"] if "." in name or "_" in name] == []
+    assert [name for name in read_document()["components"]["schemas"] if "." in name or "_" in name] == []
 
 
 # ── refusals ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -216,8 +221,8 @@ def test_names_are_given_once() -> None:
 
 def test_every_code_that_the_gateway_refuses_with_has_a_meaning() -> None:
     # Answers to pods are in no document.
-    public = (thing for thing in GRAPH.everything() if not thing.module.startswith("gateway.pods."))
-    named = {code for thing in public for code in GRAPH.codes_of(thing)}
+    public = (thing for thing in call_graph().everything() if not thing.module.startswith("gateway.pods."))
+    named = {code for thing in public for code in call_graph().codes_of(thing)}
     assert {code for name in named for code in COMPUTED.get(name, {name})} == set(ERROR_CODES)
 
 
@@ -226,7 +231,7 @@ def test_every_code_that_the_gateway_refuses_with_has_a_meaning() -> None:
 
 def test_schemas_are_json_schemas() -> None:
     # That the whole is OpenAPI 3.1 is checked by schemathesis, which sends requests by it.
-    for schema in DOCUMENT["components"]["schemas"].values():
+    for schema in read_document()["components"]["schemas"].values():
         jsonschema_rs.meta.validate({"$schema": "https://json-schema.org/draft/2020-12/schema", **schema})
 
 
@@ -237,8 +242,8 @@ def test_every_reference_leads_somewhere() -> None:
         for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
             yield from references(item)
 
-    for reference in references(DOCUMENT):
-        place: Any = DOCUMENT
+    for reference in references(read_document()):
+        place: Any = read_document()
         for key in reference.removeprefix("#/").split("/"):
             place = place[key]
 
@@ -251,7 +256,7 @@ def make_validator(schema: dict[str, Any]) -> jsonschema_rs.Draft202012Validator
 @cache
 def _compile_validator(schema: str) -> jsonschema_rs.Draft202012Validator:
     return jsonschema_rs.Draft202012Validator(
-        {**json.loads(schema), "components": {"schemas": DOCUMENT["components"]["schemas"]}},
+        {**json.loads(schema), "components": {"schemas": read_document()["components"]["schemas"]}},
         validate_formats=True,
     )
 
@@ -275,10 +280,10 @@ def test_examples_of_parameters_match_their_schemas(line: Route) -> None:
 
 def test_examples_of_refusals_are_refusals_with_their_own_code() -> None:
     refused_schema = {"$ref": "#/components/schemas/ErrorResponse"}
-    for code, example in DOCUMENT["components"]["examples"].items():
+    for code, example in read_document()["components"]["examples"].items():
         make_validator(refused_schema).validate(example["value"])
         assert example["value"]["error"]["code"] == code
-    for response in DOCUMENT["components"]["responses"].values():
+    for response in read_document()["components"]["responses"].values():
         for content in response["content"].values():
             assert content["schema"] == refused_schema
             assert {one["$ref"].rpartition("/")[2] for one in content["examples"].values()} == {
@@ -288,19 +293,19 @@ def test_examples_of_refusals_are_refusals_with_their_own_code() -> None:
 
 def test_operations_have_the_tags_that_are_described() -> None:
     used = {tag for line in routes.TABLE for tag in document_operation(line)["tags"]}
-    assert used == {tag["name"] for tag in DOCUMENT["tags"]}
-    assert [tag["name"] for tag in DOCUMENT["tags"] if not tag["description"]] == []
+    assert used == {tag["name"] for tag in read_document()["tags"]}
+    assert [tag["name"] for tag in read_document()["tags"] if not tag["description"]] == []
 
 
 def test_the_settings_that_runs_obey_are_described() -> None:
-    described = DOCUMENT["components"]["schemas"]
+    described = read_document()["components"]["schemas"]
     referred = described["CreateWorkflow"]["properties"]["settings"]["anyOf"][0]["$ref"].rpartition("/")[2]
     assert {"timeout", "concurrency", "onFailure"} <= described[referred]["properties"].keys()
 
 
 @pytest.mark.parametrize("shape", ["Execution", "Progress", "DeadLetter"])
 def test_the_cause_of_an_error_is_described(shape: str) -> None:
-    schemas = DOCUMENT["components"]["schemas"]
+    schemas = read_document()["components"]["schemas"]
     assert schemas[shape]["properties"]["error"]["anyOf"][0]["$ref"] == "#/components/schemas/ExecutionError"
     assert schemas["ExecutionError"]["properties"]["cause"]["$ref"] == "#/components/schemas/FailureCause"
     fields = {"code", "message", "nodeId", "method", "url", "executionId"}
@@ -354,7 +359,7 @@ def test_a_schema_leaves_nothing_to_be_guessed() -> None:
     without a type.
     """
     vague = []
-    for path, schema in iterate_schemas(DOCUMENT):
+    for path, schema in iterate_schemas(read_document()):
         kinds = schema.get("type", [])
         kinds = kinds if isinstance(kinds, list) else [kinds]
         if "object" in kinds and not {"properties", "additionalProperties"} & set(schema):
@@ -364,14 +369,14 @@ def test_a_schema_leaves_nothing_to_be_guessed() -> None:
         if isinstance(schema.get("enum"), list) and not kinds:
             vague.append(f"{path}: words of no type")
         if isinstance(reference := schema.get("$ref"), str):
-            target: Any = DOCUMENT
+            target: Any = read_document()
             for key in reference.removeprefix("#/").split("/"):
                 target = target[key]
     assert vague == []
 
 
 def test_an_input_may_hold_anything() -> None:
-    named = DOCUMENT["components"]["schemas"]
+    named = read_document()["components"]["schemas"]
     assert named["ExecuteRequest"]["properties"]["triggerInputs"]["additionalProperties"] is True
     assert named["PendingInput"]["properties"]["choices"]["items"] == {}
     assert named["ErrorResponse"]["properties"]["success"] == {"type": "boolean", "enum": [False]}
