@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from sqlalchemy import BigInteger, func, literal, select, type_coerce, update
+from sqlalchemy import BigInteger, func, literal, null, select, type_coerce, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import col
 
 from journal.explanations.blockers import BlockerCode
 from models.blocked_interval import BlockedInterval
+from models.column_types import TimestampColumn
 from models.database_time import DatabaseTime
 from models.execution import Execution
 
@@ -28,7 +29,10 @@ if TYPE_CHECKING:
 
 LEAST_MICROSECONDS: Final = 250_000
 """Shortest wait for a slot or a pod that is kept. Shorter ones count as time in the queue."""
-_COLUMNS: Final = ("execution_id", "started_at", "shard", "organization_id", "code", "ended_at")
+_COLUMNS: Final = (
+    *("execution_id", "started_at", "shard", "organization_id", "code", "ended_at"),
+    "pod_started_at",
+)
 INTERVAL_COLUMNS_SQL: Final = "execution_id, started_at, shard, organization_id, code, node_id, ended_at"
 
 
@@ -52,6 +56,7 @@ async def add_ended_intervals(
         col(Execution.organization_id),
         literal(code.value) if isinstance(code, BlockerCode) else code,
         DatabaseTime(),
+        null(),
     ).where(*conditions, start <= DatabaseTime() - LEAST_MICROSECONDS)
     await _insert_intervals(connection, rows)
 
@@ -79,6 +84,7 @@ async def add_waking_intervals(
         col(Execution.organization_id),
         literal(BlockerCode.WAKING.value),
         claimed_at,
+        literal(pod_started_at, TimestampColumn),
     ).where(
         col(Execution.id).in_(execution_ids),
         col(Execution.created_at) < pod_started_at,

@@ -36,3 +36,5 @@ class BlockedInterval(SQLModel, table=True):
     """Time from which the run could be claimed; None while it is blocked."""
     resumed_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
     """Time at which an executor claimed it again; until then it was queued."""
+    pod_started_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
+    """Start of the pod's process that claimed the run after a wake; None for other reasons, and before 0.3."""

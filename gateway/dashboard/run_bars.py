@@ -39,6 +39,18 @@ class StartRow:
     label: str
     bars: Sequence[TimeBar]
     duration_ms: int
+    asleep_since: str = ""
+    """Time since which its pods were asleep; empty if they were not, or if it is not recorded."""
+
+
+@dataclass(frozen=True, slots=True)
+class WakePhase:
+    """Event of the wake before a run, with the time since the event before it."""
+
+    label: str
+    at: str
+    duration_ms: int | None
+    """None for the first event."""
 
 
 def work(states: Iterable[NodeState], now: datetime) -> Iterable[Interval]:
@@ -119,10 +131,37 @@ def ghost(state: NodeState, axis: TimeAxis) -> float | None:
     return round(min(axis.percent(start + previous * MILLISECOND), WHOLE - MIN_WIDTH / 2), 2)
 
 
+def list_phases(wake: Mapping[str, Any] | None) -> Sequence[WakePhase]:
+    """Return the events of the wake before a run in the order of their times, those that are recorded; empty
+    without a wake.
+    """
+    events = (
+        ("acceptedAt", "Accepted"),
+        ("decidedAt", "Pod asked for"),
+        ("podStartedAt", "Pod started"),
+        ("claimedAt", "Claimed"),
+        ("firstNodeAt", "First node"),
+    )
+    # All times have milliseconds and end in Z, so that texts sort as times do.
+    found = sorted((wake[name], label) for name, label in events if wake[name]) if wake else []
+    before = [None, *(at for at, _ in found)]
+    return [
+        WakePhase(label, at, milliseconds_between(earlier, at))
+        for (at, label), earlier in zip(found, before, strict=False)
+    ]
+
+
 def start_row(
-    run: Mapping[str, Any], axis: TimeAxis, now: datetime, waking_seconds: float
+    run: Mapping[str, Any],
+    axis: TimeAxis,
+    now: datetime,
+    waking_seconds: float,
+    wake: Mapping[str, Any] | None = None,
 ) -> StartRow | None:
-    """Return the row of the time before the start of a run; None if it is too short to be seen."""
+    """Return the row of the time before the start of a run; None if it is too short to be seen.
+
+    With a recorded wake, the start of the pod has a color of its own.
+    """
     created, started = parse_instant(run["createdAt"]), parse_instant(run["startedAt"])
     if created is None or (started is None and run["endedAt"] is not None):
         return None
@@ -131,10 +170,16 @@ def start_row(
     if axis.percent(end) < MIN_START_SHARE:
         return None
     woken = min(timedelta(seconds=waking_seconds), end - created)
-    parts = ((created, end - woken, "queued"), (end - woken, end, "lit"))
+    # The pod is asked for, starts, and takes the run. Its clock may differ from that of the database.
+    booted = parse_instant((wake or {}).get("podStartedAt")) or end
+    booted = min(max(booted, end - woken), end)
+    asked = parse_instant((wake or {}).get("decidedAt")) or end - woken
+    asked = min(max(asked, end - woken), booted)
+    parts = ((created, asked, "queued"), (asked, booted, "lit"), (booted, end, "claim"))
     bars = [
         TimeBar(round(axis.percent(first), 2), round(axis.percent(last) - axis.percent(first), 2), tone)
         for first, last, tone in parts
         if last > first
     ]
-    return StartRow("Woke its pod" if woken else "Waited for its start", bars, waited)
+    asleep_since = str((wake or {}).get("asleepSince") or "")
+    return StartRow("Woke its pod" if woken else "Waited for its start", bars, waited, asleep_since)

@@ -101,14 +101,15 @@ def build_timeline(
     critical: Iterable[str] = (),
     *,
     waking_seconds: float = 0.0,
+    wake: Mapping[str, Any] | None = None,
     opened: str = "",
     selected: str = "",
 ) -> RunTimeline:
     """Return the rows of a run: its nodes in order with their bars, lanes and state, and the axis of time.
 
     `graph` is the API's graph of the run; `critical` holds ids of nodes that determine its duration; pods
-    were woken for `waking_seconds` before its start. Of over 300 nodes, uneventful ones are folded into rows,
-    except the row `opened` and the node `selected`.
+    were woken for `waking_seconds` before its start, as `wake` records. Of over 300 nodes, uneventful ones are
+    folded into rows, except the row `opened` and the node `selected`.
     """
     states = {state["nodeId"]: state for state in graph["states"]}
     nodes = {node["id"]: node for node in graph["nodes"]}
@@ -130,7 +131,7 @@ def build_timeline(
     _set_lanes(shown, rows, graph["connections"])
     return RunTimeline(
         shown,
-        run_bars.start_row(run, axis, now, waking_seconds),
+        run_bars.start_row(run, axis, now, waking_seconds, wake),
         axis.folds(),
         axis.ticks(),
         Counter(row.state for row in rows),

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from journal.explanations.blockers import Blocker, NextEvent
     from journal.explanations.run_timing import PathStep, TimeSpent
+    from journal.explanations.run_wake import RunWake
     from models.blocked_interval import BlockedInterval
 
 
@@ -76,6 +77,22 @@ class BlockedIntervalShape(WireStruct, rename={"from_": "from", "node_id": "node
     node_id: str | None
     from_: Instant
     to: Instant | None
+
+
+class WakeShape(WireStruct):
+    """Wake of the pods before the first node of a run; null for times that are not recorded."""
+
+    accepted_at: Instant
+    asleep_since: Instant | None
+    """Last stop of the pods before the wake."""
+    decided_at: Instant | None
+    """Decision to start pods; before `acceptedAt` if an earlier run had woken them already."""
+    reason: str | None
+    """Reason of the decision, as in `GET /workflows/{id}/lifecycle/decisions`."""
+    pod_started_at: Instant | None
+    """Start of the process in the pod, by the clock of its machine."""
+    claimed_at: Instant
+    first_node_at: Instant | None
 
 
 class TimingShape(WireStruct):
@@ -147,6 +164,19 @@ def show_timing(spent: TimeSpent) -> TimingShape:
         waking=_to_seconds(spent.waking),
         running=_to_seconds(spent.running),
         waiting_for={code: _to_seconds(time) for code, time in spent.waiting_for.items()},
+    )
+
+
+def show_wake(wake: RunWake) -> WakeShape:
+    """Return the wake before a run as the API shows it."""
+    return WakeShape(
+        accepted_at=instant(wake.accepted_at),
+        asleep_since=optional_instant(wake.asleep_since),
+        decided_at=optional_instant(wake.decided_at),
+        reason=wake.reason,
+        pod_started_at=optional_instant(wake.pod_started_at),
+        claimed_at=instant(wake.claimed_at),
+        first_node_at=optional_instant(wake.first_node_at),
     )
 
 

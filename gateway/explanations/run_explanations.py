@@ -16,6 +16,7 @@ from gateway.explanations.explanation_shapes import (
     NextEventShape,
     PathStepShape,
     TimingShape,
+    WakeShape,
 )
 from gateway.http import errors
 from gateway.http.parameters import TextParameter
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from journal.explanations.blockers import Explanation
     from journal.explanations.run_facts import RunFacts
     from journal.explanations.run_timing import PathStep
+    from journal.explanations.run_wake import RunWake
     from nodes.catalog import NodeCatalog
 
 NODE = TextParameter("node", "Explain this node of the run.", max_length=64)
@@ -65,6 +67,8 @@ class RunExplanation(WireStruct):
     history: Sequence[BlockedIntervalShape]
     """Past reasons, the earliest first; waits in the queue and under a quarter of a second are left out."""
     timing: TimingShape
+    wake: WakeShape | None
+    """Wake of the pods that the run has waited for before its first node; null if none was woken for it."""
     critical_path: Sequence[PathStepShape]
     """Nodes that determined its end, after its end; empty before."""
     usage: ModelUsageShape | None
@@ -93,8 +97,13 @@ async def show(request: GatewayRequest) -> JsonResponse:
         path: Sequence[PathStep] = ()
         if facts.run.status in TERMINAL_STATUSES:
             path = await run_timing.read_critical_path(connection, facts.run)
+        wake = None
+        if any(interval.code == BlockerCode.WAKING for interval in facts.intervals):
+            from journal.explanations import run_wake  # noqa: PLC0415 - for runs that have waited for a pod
+
+            wake = await run_wake.read_wake(connection, facts.run, facts.intervals)
         calls = await execution_rows.read_model_calls(connection, facts.run.id, caller.shard)
-    return JsonResponse(_show_run(facts, explained, path, node_id, calls))
+    return JsonResponse(_show_run(facts, explained, path, node_id, calls, wake))
 
 
 async def _explain_node(
@@ -141,6 +150,7 @@ def _show_run(
     path: Sequence[PathStep],
     node_id: str | None,
     model_calls: Sequence[str],
+    wake: RunWake | None,
 ) -> RunExplanation:
     run = facts.run
     of_run = explained if node_id is None else run_explanation.explain_run(facts)
@@ -160,6 +170,7 @@ def _show_run(
         unknown=explained.unknown,
         history=[explanation_shapes.show_interval(one) for one in facts.intervals],
         timing=explanation_shapes.show_timing(spent),
+        wake=None if wake is None else explanation_shapes.show_wake(wake),
         critical_path=[explanation_shapes.show_step(one) for one in path],
         usage=model_usage.show_usage(model_calls) if model_calls else None,
     )

@@ -45,7 +45,7 @@ async def runs(migrated_database: MigratedDatabase) -> AsyncIterator[RunDatabase
 
 async def intervals(runs: RunDatabase, key: ExecutionKey) -> list[dict[str, Any]]:
     return await runs.query(
-        "SELECT code, node_id, started_at, ended_at, resumed_at FROM blocked_interval"
+        "SELECT code, node_id, started_at, ended_at, resumed_at, pod_started_at FROM blocked_interval"
         " WHERE execution_id = :id ORDER BY started_at",
         id=key.execution_id,
     )
@@ -219,4 +219,5 @@ async def test_the_start_of_a_pod_counts_for_the_runs_that_waited_for_it(runs: R
     (row,) = await intervals(runs, early)
     assert row["code"] == "waking"
     assert row["ended_at"] - row["started_at"] >= 10_000_000
+    assert row["pod_started_at"] == to_microseconds(pod_started_at)
     assert await intervals(runs, late) == []

@@ -13,7 +13,10 @@ from sqlmodel import col
 
 from execution import due_runs
 from journal import concurrency_limits, process_presence, worker_presence
+from models import ids
 from models.access import Organization
+from models.blocked_interval import BlockedInterval
+from models.deployment import LifecycleDecision
 from models.execution import Execution, Leadership
 from models.schema_migration import HEAD_REVISION
 from models.workflow import WorkflowShare
@@ -69,6 +72,46 @@ async def test_a_run_without_a_worker_says_so_and_a_worker_ends_it(
 
     await database.transaction(end)
     assert (await why(people.owner, f"executions/{second}"))["primary"] == "no-worker"
+
+
+async def test_a_run_shows_the_phases_of_the_wake_before_it(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    workflow_id = await people.owner.create(**GRAPH, status="active")
+    execution_id = await start(people.owner, workflow_id)
+    assert (await why(people.owner, f"executions/{execution_id}"))["wake"] is None
+    now = harness.gateway.clock().replace(microsecond=0)
+    user = people.owner.user
+    of_organization = {"organization_id": user.organization_id, "shard": user.shard}
+    decision = {"workflow_id": workflow_id, "inputs": {}, **of_organization}
+    stop = {"action": "stop", "reason": "idle", "replicas": 0, "at": now - timedelta(hours=1)}
+    wake = {"action": "wake", "reason": "run-due", "replicas": 1, "at": now + timedelta(seconds=1)}
+    later = {"action": "stop", "reason": "idle", "replicas": 0, "at": now + timedelta(hours=1)}
+    waking = {"started_at": now, "code": "waking", "execution_id": execution_id, **of_organization}
+    times = {"pod_started_at": now + timedelta(seconds=2), "ended_at": now + timedelta(seconds=3)}
+
+    async def record(connection: AsyncConnection) -> None:
+        for one in (stop, wake, later):
+            row = {"id": ids.new_id("dec"), **decision, **one}
+            await connection.execute(insert(LifecycleDecision).values(row))
+        await connection.execute(insert(BlockedInterval).values(**waking, **times))
+
+    await harness.gateway.database.transaction(record)
+    shown = (await why(people.owner, f"executions/{execution_id}"))["wake"]
+    assert shown["asleepSince"] == stamp(now - timedelta(hours=1))
+    assert (shown["decidedAt"], shown["reason"]) == (stamp(now + timedelta(seconds=1)), "run-due")
+    assert shown["podStartedAt"] == stamp(now + timedelta(seconds=2))
+    assert shown["claimedAt"] == stamp(now + timedelta(seconds=3))
+    assert shown["firstNodeAt"] is None
+    browser = await harness.browser()
+    assert (await browser.post("/session", json={"key": people.owner.key})).status_code == 201
+    page = await browser.get(f"/dashboard/runs/{execution_id}")
+    for word in ("Wake of its pod", "Pod asked for", "run-due", "+ 1 s"):
+        assert word in page.text
+
+
+def stamp(moment: datetime) -> str:
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 async def test_a_holder_that_the_caller_may_not_see_loses_its_id(

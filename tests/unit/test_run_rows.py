@@ -170,6 +170,11 @@ def test_the_time_before_the_start_has_a_row_with_its_wake() -> None:
     assert start is not None
     assert (start.label, start.duration_ms) == ("Woke its pod", 4_000)
     assert [(bar.tone, bar.x) for bar in start.bars] == [("queued", 0), ("lit", 12.0)]
+    wake = {"asleepSince": at(-60), "decidedAt": at(3.25), "podStartedAt": at(3.75)}
+    recorded = build_timeline(run, graph, START, waking_seconds=1, wake=wake).start
+    assert recorded is not None
+    assert [bar.tone for bar in recorded.bars] == ["queued", "lit", "claim"]
+    assert recorded.asleep_since == at(-60)
     assert build_timeline({**run, "startedAt": at(0.01)}, graph, START).start is None
 
 

@@ -12,6 +12,7 @@ from gateway.dashboard.formats import look_of_wait, milliseconds_between
 from gateway.dashboard.graph_map import draw_graph
 from gateway.dashboard.page import Page, PageData, PageFrame
 from gateway.dashboard.pages import run_node
+from gateway.dashboard.run_bars import list_phases
 from gateway.dashboard.run_rows import build_timeline
 
 if TYPE_CHECKING:
@@ -97,6 +98,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         frame.now,
         [step["nodeId"] for step in why.get("criticalPath", ())],
         waking_seconds=_waking_seconds(run, why.get("history", ())),
+        wake=why.get("wake"),
         opened=frame.query.get("open", ""),
         selected=node_id,
     )
@@ -118,6 +120,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "has_ended": has_ended,
         "api": f"/api/v1/executions/{run['id']}",
         "why": data["why"],
+        "phases": list_phases(why.get("wake")),
         "shares": show_shares(why.get("timing")),
         "timeline": timeline,
         "summary": summarize(timeline),

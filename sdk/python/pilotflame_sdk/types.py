@@ -314,6 +314,7 @@ __all__ = [
     "VersionDifference",
     "VersionHead",
     "VersionList",
+    "Wake",
     "WhoAmI",
     "Window",
     "WorkerCounts",
@@ -2523,6 +2524,7 @@ class RunExplanation(TypedDict):
     unknown: List[str]
     history: List[BlockedInterval]
     timing: Timing
+    wake: Wake | None
     criticalPath: List[PathStep]
     usage: ModelUsage | None
 
@@ -3460,6 +3462,18 @@ class VersionList(TypedDict):
     workflowId: str
     currentVersion: int
     versions: List[VersionHead]
+
+
+class Wake(TypedDict):
+    """Wake of the pods before the first node of a run; null for times that are not recorded."""
+
+    acceptedAt: str
+    asleepSince: str | None
+    decidedAt: str | None
+    reason: str | None
+    podStartedAt: str | None
+    claimedAt: str
+    firstNodeAt: str | None
 
 
 class WhoAmI(TypedDict):
