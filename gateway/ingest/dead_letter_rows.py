@@ -168,13 +168,33 @@ def describe_cause(execution: FailedRun) -> ErrorCause:
     Runs with one fingerprint failed in one node with one code and kind of message: its first 200 characters,
     in which numbers and ids don't count.
     """
-    error: Mapping[str, Any] = execution.error or {}
+    return describe_error(execution.workflow_id, execution.error)
+
+
+def describe_error(workflow_id: str, stored: Mapping[str, Any] | None) -> ErrorCause:
+    """Return the cause of a stored error of a run of a workflow, as `describe_cause` does; None has the code
+    `unknown`.
+    """
+    error: Mapping[str, Any] = stored or {}
     cause: Mapping[str, Any] = error.get("cause") or error
     node_id = cause.get("nodeId") or error.get("nodeId")
     code, message = str(cause.get("code", "unknown")), str(cause.get("message", ""))
-    return ErrorCause(
-        node_id, code, message, _fingerprint(execution.workflow_id, node_id, code, message[:MESSAGE_LENGTH])
+    fingerprint = _fingerprint(workflow_id, node_id, code, message[:MESSAGE_LENGTH])
+    return ErrorCause(node_id, code, message, fingerprint)
+
+
+async def list_last_failures(
+    connection: AsyncConnection, caller: ApiCaller, workflow_id: str, limit: int
+) -> Sequence[FailedRun]:
+    """Return the failed runs of a workflow that the caller may see, those that ended last, up to `limit`."""
+    statement = (
+        select(*_COLUMNS)
+        .where(col(Execution.workflow_id) == workflow_id, _FAILED, visibility_condition(caller))
+        .order_by(col(Execution.ended_at).desc())
+        .limit(limit)
     )
+    await keyset.follow_indexes(connection)
+    return [FailedRun(*row) for row in await connection.execute(statement)]
 
 
 @lru_cache(FINGERPRINTS)

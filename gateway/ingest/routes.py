@@ -40,6 +40,7 @@ from gateway.ingest import (
     intake_samples,
     mail_addresses,
     organization_dead_letters,
+    same_failures,
     schedule,
     schedule_timeline,
     trigger_token_list,
@@ -263,6 +264,13 @@ ROUTES: Final[Sequence[Route]] = (
         organization_dead_letters.index,
         answer=organization_dead_letters.OrganizationDeadLetterList,
         query=organization_dead_letters.LISTED,
+    ),
+    Route(
+        "GET",
+        "/api/v1/executions/{id}/same-failures",
+        READ,
+        same_failures.index,
+        answer=same_failures.SameFailures,
     ),
     Route(
         "GET",

@@ -880,6 +880,7 @@ ROWS = [
     run_row("GET", "/spans/{sub}"),
     run_row("GET", "/spans/{sub}/diff"),
     run_row("GET", "/graph"),
+    run_row("GET", "/same-failures"),
     run_row("GET", "/logs"),
     run_row("GET", "/steps"),
     run_row("GET", "/blobs/{sha256}"),

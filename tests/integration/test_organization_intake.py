@@ -449,3 +449,27 @@ async def test_a_stream_hints_that_something_was_delivered(
         while hint.topic != "deliveries":
             hint = await next_hint(stream)
         assert hint.id == ""
+
+
+async def test_runs_that_failed_the_same_way_are_listed_with_one_of_them(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    workflow_id = await create_active_workflow(people.owner)
+    ids = [await enqueue(people.owner, workflow_id, number) for number in range(5)]
+    await fail_alike(harness, ids[:3], "The row is locked")
+    await fail_alike(harness, ids[3:4], "The disk is full")
+    path = "/api/v1/executions/{}/same-failures"
+    found = await get_json(people.owner, path.format(ids[0]))
+    assert (found["count"], found["nodeId"], found["code"]) == (3, "write", "node-error")
+    assert {one["id"] for one in found["executions"]} == set(ids[:3])
+    assert not found["countIsLowerBound"]
+    assert (await get_json(people.owner, path.format(ids[3])))["count"] == 1
+    pending = await get_json(people.owner, path.format(ids[4]))
+    assert (pending["count"], pending["executions"]) == (0, [])
+    assert_refused(await people.stranger.api.get(path.format(ids[0])), 404, "not-found")
+    browser = await harness.browser()
+    assert (await browser.post("/session", json={"key": people.owner.key})).status_code == 201
+    page = await browser.get(f"/dashboard/runs/{ids[0]}")
+    assert "2 other runs failed the same way" in page.text
+    listed = await browser.get(f"/dashboard/runs?alike={ids[0]}")
+    assert [one in listed.text for one in ids] == [True, True, True, False, False]

@@ -46,7 +46,9 @@ async def load(page: PageRequest) -> PageData:
     state = run_node.choose_state(graph["states"], page.query)
     tab = run_node.choose_tab(page.query, state, graph)
     node, inputs = await asyncio.gather(_load_node(page, path, state, tab), _load_inputs(page, path, run))
-    others = None
+    others, alike = None, None
+    if run["status"] == "failed":
+        alike = await page.get_if_present(f"{path}/same-failures")
     if tab == "diff":
         others = await page.get_if_present(
             "/api/v1/executions",
@@ -59,7 +61,15 @@ async def load(page: PageRequest) -> PageData:
     if wanted and state is None:
         # A node that was not reached has no span: its config is that of the definition.
         graph = await page.get(f"{path}/graph", expand="config")
-    return {"run": run, "graph": graph, "why": why, "inputs": inputs, "others": others, **node}
+    return {
+        "run": run,
+        "graph": graph,
+        "why": why,
+        "inputs": inputs,
+        "others": others,
+        "alike": alike,
+        **node,
+    }
 
 
 async def _load_node(
@@ -120,6 +130,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "has_ended": has_ended,
         "api": f"/api/v1/executions/{run['id']}",
         "why": data["why"],
+        "alike": data["alike"],
         "phases": list_phases(why.get("wake")),
         "shares": show_shares(why.get("timing")),
         "timeline": timeline,

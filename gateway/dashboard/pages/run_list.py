@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import quote
 
 from gateway.dashboard.addresses import list_address
 from gateway.dashboard.page import Page, PageData, PageFrame
@@ -17,6 +18,8 @@ START: Final = "start"
 """Cursor of the first page, as the API has it: pages by cursor cost the same however many runs there are."""
 PATH: Final = "/dashboard/runs"
 NAMED_WORKFLOWS: Final = 100
+ALIKE: Final = "alike"
+"""Parameter of the address: id of a failed run; the list then has the runs that failed in the same way."""
 FILTERS: Final = ("status", "workflow_id", "trigger_type", "parent_id", "since", "until")
 STATES: Final = (
     ("", "All"),
@@ -29,13 +32,17 @@ STATES: Final = (
 
 
 async def load(page: PageRequest) -> PageData:
-    """Ask the API for 50 runs by the filters of the query, and for the names of 100 workflows; raises `ApiError`."""
+    """Ask the API for 50 runs by the filters of the query, or for those that failed as one did, and for the
+    names of 100 workflows; raises `ApiError`.
+    """
     given = page.query
     filters = {name: given[name] for name in FILTERS if given.get(name)}
-    runs, workflows = await asyncio.gather(
-        page.get("/api/v1/executions", **filters, limit=LIMIT, after=given.get("after", START)),
-        page.get("/api/v1/workflows", limit=NAMED_WORKFLOWS),
-    )
+    if ALIKE in given:
+        filters = {}
+        listing = page.get(f"/api/v1/executions/{quote(given[ALIKE], safe='')}/same-failures")
+    else:
+        listing = page.get("/api/v1/executions", **filters, limit=LIMIT, after=given.get("after", START))
+    runs, workflows = await asyncio.gather(listing, page.get("/api/v1/workflows", limit=NAMED_WORKFLOWS))
     return {"runs": runs, "workflows": workflows}
 
 
@@ -51,7 +58,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "count": runs["count"],
         "count_is_lower_bound": runs["countIsLowerBound"],
         "names": {one["id"]: one["name"] for one in data["workflows"]["workflows"]},
-        "filters": filters,
+        "filters": {"failed the same way as": frame.query[ALIKE]} if ALIKE in frame.query else filters,
         "states": [
             (
                 label,
@@ -60,7 +67,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
             )
             for status, label in STATES
         ],
-        "older": list_address(frame, PATH, {**filters, "after": runs["next"]}) if runs["next"] else "",
+        "older": list_address(frame, PATH, {**filters, "after": runs["next"]}) if runs.get("next") else "",
         "newest": "" if is_newest else list_address(frame, PATH, filters),
         "is_newest": is_newest,
     }

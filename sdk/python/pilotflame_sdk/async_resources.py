@@ -588,6 +588,14 @@ class AsyncQueue(AsyncResource):
         await self._client.request("DELETE", f"/api/v1/dead-letters/groups/{self._quote(group_id)}/mute")
 
 
+class AsyncSameFailures(AsyncResource):
+    """Methods of `client.same_failures`."""
+
+    async def list(self, execution_id: str) -> t.SameFailures:
+        """List the executions of the workflow that have failed in the same way: same node, code and kind of message."""
+        return cast("t.SameFailures", await self._client.request("GET", f"/api/v1/executions/{self._quote(execution_id)}/same-failures"))
+
+
 class AsyncSchedule(AsyncResource):
     """Methods of `client.schedule`."""
 
@@ -1006,6 +1014,7 @@ class AsyncResourceClient(AsyncTransport):
         self.node_types = AsyncNodeTypes(self)
         self.provider_keys = AsyncProviderKeys(self)
         self.queue = AsyncQueue(self)
+        self.same_failures = AsyncSameFailures(self)
         self.schedule = AsyncSchedule(self)
         self.schedules = AsyncSchedules(self)
         self.server = AsyncServer(self)

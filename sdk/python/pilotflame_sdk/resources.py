@@ -588,6 +588,14 @@ class Queue(Resource):
         self._client.request("DELETE", f"/api/v1/dead-letters/groups/{self._quote(group_id)}/mute")
 
 
+class SameFailures(Resource):
+    """Methods of `client.same_failures`."""
+
+    def list(self, execution_id: str) -> t.SameFailures:
+        """List the executions of the workflow that have failed in the same way: same node, code and kind of message."""
+        return cast("t.SameFailures", self._client.request("GET", f"/api/v1/executions/{self._quote(execution_id)}/same-failures"))
+
+
 class Schedule(Resource):
     """Methods of `client.schedule`."""
 
@@ -1006,6 +1014,7 @@ class ResourceClient(Transport):
         self.node_types = NodeTypes(self)
         self.provider_keys = ProviderKeys(self)
         self.queue = Queue(self)
+        self.same_failures = SameFailures(self)
         self.schedule = Schedule(self)
         self.schedules = Schedules(self)
         self.server = Server(self)

@@ -228,6 +228,7 @@ __all__ = [
     "RunGraphNode",
     "RunHour",
     "RunStatistics",
+    "SameFailures",
     "Sample",
     "SampleList",
     "Schedule",
@@ -2579,6 +2580,18 @@ class RunStatistics(TypedDict):
     asOf: str
     total: RunCounts
     hours: List[RunHour]
+
+
+class SameFailures(TypedDict):
+    """Runs of a workflow that failed in the same node with the same code and kind of message."""
+
+    executionId: str
+    nodeId: str | None
+    code: str
+    count: int
+    countIsLowerBound: bool
+    firstAt: str | None
+    executions: List[Execution]
 
 
 class Sample(TypedDict):
