@@ -35,7 +35,8 @@ PATHS = (
     "/dashboard/runs/{execution_id}?node=reserve&iteration=3&tab=config",
     "/dashboard/runs/{execution_id}?view=map",
     "/dashboard/runs/{execution_id}?node=write&tab=diff",
-    "/dashboard/runs/{execution_id}/replay?definition=original",
+    "/dashboard/runs/{execution_id}?view=table",
+    "/dashboard/runs/{execution_id}/replay?definition=original&from=lines",
     "/dashboard/workflows",
     "/dashboard/workflows/{orders_id}",
     "/dashboard/workflows/{orders_id}?node=write",
@@ -137,8 +138,13 @@ async def test_a_failed_run_is_resumed_after_a_question_and_replayed_after_its_p
     assert "Reserve stock" in plan
     assert "Reused" in plan
     assert "writes" in plan
+    await visit.page.evaluate("document.querySelector('#from').value = 'lines'")
+    await visit.page.follow("form.filters button[type=submit]")
+    assert await visit.page.value("#from") == "lines"
+    loop = "[...document.querySelectorAll('main tbody tr')].find(row => row.textContent.includes('For each line'))"
+    assert "forced" in await visit.page.wait_for(f"{loop}?.textContent")
     await visit.page.click("input[name=again]")  # it was resumed before
-    await visit.page.follow("main form button[type=submit]")
+    await visit.page.follow("main form.card button[type=submit]")
     assert visit.execution_id not in await visit.page.evaluate("location.pathname")
     assert f"replays {visit.execution_id}" in await visit.page.text(".facts")
 

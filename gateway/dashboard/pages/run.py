@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from gateway.dashboard.addresses import list_address
 from gateway.dashboard.form_fields import list_fields
-from gateway.dashboard.formats import look_of_wait, milliseconds_between
+from gateway.dashboard.formats import SECOND_MS, look_of_wait, milliseconds_between, show_share
 from gateway.dashboard.graph_map import draw_graph
 from gateway.dashboard.page import Page, PageData, PageFrame
 from gateway.dashboard.pages import run_node
@@ -25,6 +25,8 @@ WORDS_OF_TIME: Final = (
     ("waking", "waking a pod", "lit"),
     ("running", "work", "good"),
 )
+VIEWS: Final = {"": "Graph and time", "map": "Map", "table": "Table"}
+"""Labels of the views of the nodes by their names in the address."""
 SHARES: Final = 1_000
 """Units of the bar that shows where the time went."""
 OTHER_RUNS: Final = 6
@@ -102,18 +104,21 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
     has_ended = run["status"] in ENDED
     state = run_node.choose_state(graph["states"], frame.query)
     node_id = frame.query.get("node") or (state["nodeId"] if state else "")
+    shown_view = frame.query.get("view", "") if frame.query.get("view") in VIEWS else ""
+    shows_map = shown_view == "map"
+    steps = {step["nodeId"]: step["seconds"] * SECOND_MS for step in why.get("criticalPath", ())}
+    whole = run["durationMs"] or 0
     timeline = build_timeline(
         run,
         graph,
         frame.now,
-        [step["nodeId"] for step in why.get("criticalPath", ())],
+        steps,
         waking_seconds=_waking_seconds(run, why.get("history", ())),
         wake=why.get("wake"),
         opened=frame.query.get("open", ""),
         selected=node_id,
     )
     name = graph["workflowName"] or run["workflowId"]
-    shows_map = frame.query.get("view") == "map"
     row = next((row for row in timeline.rows if row.id == node_id and not row.folded), None)
     return {
         "title": f"{name}: {run['status']}",
@@ -147,11 +152,16 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         if shows_map
         else None,
         "here": _build_address(frame, node="", at=""),
-        "shows_map": shows_map,
-        "views": (
-            ("Graph and time", _build_address(frame, view=""), not shows_map),
-            ("Map", _build_address(frame, view="map"), shows_map),
-        ),
+        "shown_view": shown_view,
+        "views": [
+            (label, _build_address(frame, view=name), name == shown_view) for name, label in VIEWS.items()
+        ],
+        "path_share": show_share(min(int(sum(steps.values())), whole), whole) if steps and whole else "",
+        "shares_of_path": {
+            node_id: show_share(min(int(spent), whole), whole) if whole else ""
+            for node_id, spent in steps.items()
+        },
+        "states": {state["nodeId"]: state for state in graph["states"]},
         "address_of": lambda node_id: _build_address(
             frame, node=node_id, tab="", iteration="", at="", **{"with": ""}
         ),

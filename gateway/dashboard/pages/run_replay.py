@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from gateway.dashboard.addresses import list_address
 from gateway.dashboard.page import Page, PageData, PageFrame
 
 if TYPE_CHECKING:
     from gateway.dashboard.page_request import PageRequest
 
 DEFINITIONS: Final = (("current", "The workflow as it is now"), ("original", "As it ran"))
+SHOWN_VERSIONS: Final = 50
+MAX_VERSION: Final = 999_999_999
 DECISIONS: Final = {
     "reuse": ("good", "completed", "Reused"),
     "rerun": ("lit", "running", "Runs"),
@@ -28,25 +29,38 @@ async def load(page: PageRequest) -> PageData:
     definition.
     """
     path = f"/api/v1/executions/{page.parameters['id']}"
-    run, plan = await asyncio.gather(
-        page.get(path), page.plan(f"{path}/replay", definition=_choose_definition(page.query))
+    run, graph, plan = await asyncio.gather(
+        page.get(path, summary="true"),
+        page.get(f"{path}/graph"),
+        page.plan(f"{path}/replay", **_choose_options(page.query)),
     )
-    workflow = await page.get_if_present(f"/api/v1/workflows/{run['workflowId']}")
-    run = {name: value for name, value in run.items() if name != "outputs"}
-    return {"run": run, "plan": plan, "workflow": workflow}
+    workflow, versions = await asyncio.gather(
+        page.get_if_present(f"/api/v1/workflows/{run['workflowId']}"),
+        page.get_if_present(f"/api/v1/workflows/{run['workflowId']}/versions", limit=SHOWN_VERSIONS),
+    )
+    return {"run": run, "plan": plan, "workflow": workflow, "graph": graph, "versions": versions}
 
 
-def _choose_definition(query: Mapping[str, str]) -> str:
-    """Return the definition that the query chooses for a replay; the first of `DEFINITIONS` for anything else."""
+def _choose_options(query: Mapping[str, str]) -> dict[str, Any]:
+    """Return the fields of a replay that the query chooses: its definition (the present one by default), the
+    node at which it begins, and whether nodes that read the outside run again.
+    """
     given = query.get("definition", "")
-    return given if given in dict(DEFINITIONS) else DEFINITIONS[0][0]
+    is_version = given.isascii() and given.isdigit() and len(given) < len(str(MAX_VERSION))
+    definition: str | int = given if given in dict(DEFINITIONS) else DEFINITIONS[0][0]
+    options: dict[str, Any] = {"definition": int(given) if is_version and int(given) else definition}
+    if query.get("from"):
+        options["from"] = [query["from"]]
+    if query.get("refresh") == "read":
+        options["refresh"] = ["read"]
+    return options
 
 
 def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
     """Return the template values: the nodes of the plan with their decisions, and the addresses of other plans."""
     run, plan, workflow = data["run"], data["plan"], data["workflow"]
     path = f"/dashboard/runs/{run['id']}"
-    definition = _choose_definition(frame.query)
+    options = _choose_options(frame.query)
     name = workflow["name"] if workflow else run["workflowId"]
     counts = plan["counts"]
     return {
@@ -54,19 +68,32 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "crumbs": (("Runs", f"{frame.root}/dashboard/runs"), (run["id"], frame.root + path), ("Replay", "")),
         "run": run,
         "plan": plan,
-        "labels": {node["id"]: node["label"] for node in (workflow or {}).get("nodes", ())},
+        "labels": {
+            **{node["id"]: node["label"] for node in data["graph"]["nodes"]},
+            **{node["id"]: node["label"] for node in (workflow or {}).get("nodes", ())},
+        },
         "decisions": DECISIONS,
-        "definition": definition,
-        "definitions": [
-            (label, list_address(frame, f"{path}/replay", {"definition": one}), one == definition)
-            for one, label in DEFINITIONS
-        ],
+        "options": options,
+        "sent": {**options, "planHash": plan["planHash"]},
+        "definitions": [*DEFINITIONS, *_list_versions(data["versions"])],
+        "address": f"{frame.root}{path}/replay",
         "writes": [
             node for node in plan["nodes"] if node["effect"] == "write" and node["decision"] != "reuse"
         ],
         "runs": counts["rerun"] + counts["maybe"] + counts["ask"],
         "may_execute": frame.may("workflows:execute"),
     }
+
+
+def _list_versions(versions: Mapping[str, Any] | None) -> Sequence[tuple[str, str]]:
+    """Return number and label of the versions of a workflow, as choices of the definition to run."""
+    return [
+        (
+            str(one["version"]),
+            f"Version {one['version']}" + (f", {one['versionTag']}" if one["versionTag"] else ""),
+        )
+        for one in (versions or {}).get("versions", ())
+    ]
 
 
 PAGE: Final = Page("/dashboard/runs/{id}/replay", "run_replay.html", load, view, "runs")
