@@ -9,6 +9,7 @@ from models import ids
 from models.workflow_names import POD_OWNER_PREFIX
 from telemetry import instruments
 from telemetry.metric_families import BY_WORKFLOW, GROUPS
+from telemetry.process_activity import ACTIVITY
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -69,6 +70,7 @@ def count_claims(claimed: Sequence[ClaimedRun], channel: str) -> None:
     """Count claimed runs; at the first claim of a run, also its time in the queue, unless that is negative or
     over 30 days.
     """
+    ACTIVITY.claims += len(claimed)
     if not instruments.is_exposed:
         return
     instruments.counter("claims_total").inc(len(claimed))

@@ -71,6 +71,7 @@ from nodes import catalog as node_catalog
 from nodes.catalog import NodeCatalog
 from nodes.outbound_http import OutboundClient, OutboundPolicy
 from nodes.sandbox.form_checks import FormChecker
+from telemetry.process_activity import ACTIVITY
 
 if TYPE_CHECKING:
     from gateway.access.openid_sign_in import OpenIdSignIn
@@ -203,6 +204,7 @@ async def assemble_state(
         database, waiting, authenticator, access, LargeOutputs(blobs, settings.public_url)
     )
     live_hints = LiveHints(live_events)
+    ACTIVITY.count_streams = lambda: live_events.open + live_hints.open
     forms = FormChecker()
     probes = DataSourceProber(vault, settings, database.clock)
     pod_logs = PodLogReader(broker)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from functools import cache
 from importlib import metadata
-from typing import TYPE_CHECKING, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import structlog
 
 from models.errors import DatabaseUnavailable
 from telemetry.loop_lag import LoopLagMeter
+from telemetry.process_activity import ActivityMeter
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
     Report: TypeAlias = Callable[[AsyncConnection], Awaitable[None]]
     """Statement of a transaction."""
+    Reporter: TypeAlias = Callable[[int, Mapping[str, Any]], Report]
+    """Returns the next report from the delay of the event loop in milliseconds, and the activity since the last one."""
 
 log = structlog.get_logger()
 
@@ -47,13 +50,10 @@ def host_name() -> str:
 
 
 @asynccontextmanager
-async def report_regularly(
-    database: Database, report: Callable[[int], Report], report_end: Report
-) -> AsyncIterator[None]:
+async def report_regularly(database: Database, report: Reporter, report_end: Report) -> AsyncIterator[None]:
     """Perform a report every five seconds while the context lasts, and another one after it.
 
-    `report` returns the statement of the next report from the delay of the event loop in milliseconds. An
-    unreachable database is no error.
+    `report` returns the statement of the next report. An unreachable database is no error.
     """
     meter = LoopLagMeter()
     tasks = (
@@ -72,11 +72,12 @@ async def report_regularly(
             log.debug("end of process not reported", error=str(error))
 
 
-async def _report_forever(database: Database, report: Callable[[int], Report], meter: LoopLagMeter) -> None:
+async def _report_forever(database: Database, report: Reporter, meter: LoopLagMeter) -> None:
     """Report the process every five seconds until it is canceled; failures are logged."""
+    activity = ActivityMeter()
     while True:
         try:
-            await database.transaction(report(round(meter.seconds * 1_000)))
+            await database.transaction(report(round(meter.seconds * 1_000), activity.take()))
         except DatabaseUnavailable as error:
             log.debug("process not reported", error=str(error))
         except Exception:

@@ -16,6 +16,8 @@ from models.database_time import DatabaseTime
 from models.process_presence import ProcessPresence
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from models.database import Database
@@ -26,12 +28,21 @@ def report_process(database: Database, role: str) -> AbstractAsyncContextManager
     owner = f"{role}:{uuid4().hex}"
     return report_regularly(
         database,
-        lambda lag_ms: partial(store_process, owner=owner, role=role, loop_lag_ms=lag_ms),
+        lambda lag_ms, activity: partial(
+            store_process, owner=owner, role=role, loop_lag_ms=lag_ms, activity=activity
+        ),
         partial(forget_process, owner=owner),
     )
 
 
-async def store_process(connection: AsyncConnection, *, owner: str, role: str, loop_lag_ms: int = 0) -> None:
+async def store_process(
+    connection: AsyncConnection,
+    *,
+    owner: str,
+    role: str,
+    loop_lag_ms: int = 0,
+    activity: Mapping[str, Any] | None = None,
+) -> None:
     """Insert or renew the row of a living process."""
     dialect: Any = postgresql if connection.dialect.name == "postgresql" else sqlite
     statement = dialect.insert(ProcessPresence).values(
@@ -40,13 +51,18 @@ async def store_process(connection: AsyncConnection, *, owner: str, role: str, l
         version=program_version(),
         host=host_name(),
         loop_lag_ms=loop_lag_ms,
+        activity=activity,
         started_at=DatabaseTime(),
         seen_at=DatabaseTime(),
     )
     await connection.execute(
         statement.on_conflict_do_update(
             index_elements=[col(ProcessPresence.owner)],
-            set_={"seen_at": statement.excluded.seen_at, "loop_lag_ms": statement.excluded.loop_lag_ms},
+            set_={
+                "seen_at": statement.excluded.seen_at,
+                "loop_lag_ms": statement.excluded.loop_lag_ms,
+                "activity": statement.excluded.activity,
+            },
         )
     )
 

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from sqlalchemy import BigInteger, func, literal_column, select, type_coerce
+from sqlalchemy import BigInteger, func, literal, literal_column, select, type_coerce, union_all
 from sqlmodel import col
 
 from journal.deployments import wakes
 from journal.explanations import run_counts
 from models.database_time import DatabaseTime
-from models.execution import DELAYED_TARGET, LIMITED_TARGET, SHARED_TARGET, Execution
+from models.execution import (
+    DELAYED_TARGET,
+    ISOLATED_TARGET,
+    LIMITED_TARGET,
+    SHARED_TARGET,
+    UNPARSED_TARGET,
+    Execution,
+)
 from models.execution_status import ExecutionStatus
 from models.schedule import Schedule
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from sqlalchemy import ColumnElement, Select
     from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -23,6 +32,9 @@ SHARED: Final = col(Execution.target) == SHARED_TARGET
 """Runs that any worker may claim."""
 OF_PODS: Final = col(Execution.target) > SHARED_TARGET
 """Runs that pods of a deployment alone may claim."""
+
+SPECIAL_TARGETS: Final = (LIMITED_TARGET, DELAYED_TARGET, UNPARSED_TARGET, ISOLATED_TARGET)
+"""Targets that are neither all workers nor the pods of a deployment."""
 
 
 async def read_oldest_pending(connection: AsyncConnection, of_target: ColumnElement[bool]) -> float:
@@ -39,6 +51,26 @@ async def read_oldest_pending(connection: AsyncConnection, of_target: ColumnElem
     return await _read_seconds(
         connection, select(DatabaseTime() - type_coerce(func.min(some.c.at), BigInteger))
     )
+
+
+async def count_pending(connection: AsyncConnection) -> Sequence[tuple[str, int, bool]]:
+    """Return the queues of pending runs with their number, counted up to 10,000, and whether there are more.
+
+    The queues are `workers`, `pods` for all deployments together, and the special targets by their names.
+    """
+    queues = {
+        "workers": SHARED,
+        "pods": OF_PODS,
+        **{target: col(Execution.target) == target for target in SPECIAL_TARGETS},
+    }
+    statements = []
+    for name, of_target in queues.items():
+        some = (
+            select(literal_column("1")).where(wakes.IS_PENDING, of_target).limit(run_counts.MAX_COUNTED)
+        ).subquery()
+        statements.append(select(literal(name).label("name"), func.count().label("number")).select_from(some))
+    rows = await connection.execute(union_all(*statements))
+    return [(row.name, row.number, row.number >= run_counts.MAX_COUNTED) for row in rows]
 
 
 async def read_schedule_lag(connection: AsyncConnection) -> float:

@@ -46,6 +46,7 @@ from models.errors import DatabaseUnavailable, LockWaitTimeout, PartialCommit
 from models.execution_status import MAX_PERCENT_UNDER_WAY
 from models.timestamps import HOST_TIME
 from telemetry import instruments
+from telemetry.process_activity import ACTIVITY
 
 if TYPE_CHECKING:
     from engine.agents.agent_steps import AgentStep
@@ -146,6 +147,8 @@ class RunRecorder:
             held = await self._store.record(batch)
         except PartialCommit as error:
             held, unwritten, locked = error.held, error.unwritten, error
+        ACTIVITY.commits += 1
+        ACTIVITY.committed_runs += len(batch)
         if instruments.is_exposed:
             instruments.histogram("commit_seconds").observe(time.perf_counter() - begun_at)
             instruments.histogram("commit_batch_size").observe(len(batch))

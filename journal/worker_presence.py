@@ -22,6 +22,8 @@ from models.database_time import DatabaseTime
 from models.worker_presence import WorkerPresence
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from models.database import Database
@@ -36,19 +38,26 @@ def report_presence(
     """
     return report_regularly(
         database,
-        lambda lag_ms: partial(
+        lambda lag_ms, activity: partial(
             store_presence,
             owner=owner,
             concurrency=concurrency,
             held_runs=held_runs(),
             loop_lag_ms=lag_ms,
+            activity=activity,
         ),
         partial(end_presence, owner=owner),
     )
 
 
 async def store_presence(
-    connection: AsyncConnection, *, owner: str, concurrency: int, held_runs: int, loop_lag_ms: int = 0
+    connection: AsyncConnection,
+    *,
+    owner: str,
+    concurrency: int,
+    held_runs: int,
+    loop_lag_ms: int = 0,
+    activity: Mapping[str, Any] | None = None,
 ) -> None:
     """Insert or renew the row of a living worker process, with its number of slots (at its first report) and
     of held runs. `loop_lag_ms` is the delay of its event loop.
@@ -63,6 +72,7 @@ async def store_presence(
         version=program_version(),
         host=host_name(),
         loop_lag_ms=loop_lag_ms,
+        activity=activity,
     )
     await connection.execute(
         statement.on_conflict_do_update(
@@ -71,6 +81,7 @@ async def store_presence(
                 "seen_at": statement.excluded.seen_at,
                 "held_runs": statement.excluded.held_runs,
                 "loop_lag_ms": statement.excluded.loop_lag_ms,
+                "activity": statement.excluded.activity,
             },
         )
     )

@@ -22,6 +22,12 @@ class BlockedInterval(SQLModel, table=True):
             postgresql_where=text("ended_at IS NULL"),
             sqlite_where=text("ended_at IS NULL"),
         ),
+        Index(
+            "ix_blocked_interval_waking",
+            "started_at",
+            postgresql_where=text("code = 'waking'"),
+            sqlite_where=text("code = 'waking'"),
+        ),
     )
 
     execution_id: str = Field(primary_key=True)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from datetime import datetime
+from typing import Any
 
 from sqlalchemy import Column, Integer, text
 from sqlmodel import Field, SQLModel
 
-from models.column_types import TimestampColumn
+from models.column_types import JsonTextColumn, TimestampColumn
 
 
 class ProcessPresence(SQLModel, table=True):
@@ -28,3 +29,5 @@ class ProcessPresence(SQLModel, table=True):
     started_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
     """Time of its first report; None for a process of before 0.2."""
     seen_at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))
+    activity: dict[str, Any] | None = Field(default=None, sa_column=Column(JsonTextColumn))
+    """Activity before its last report, as `telemetry.process_activity` measures it; None before 0.3."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from datetime import datetime
+from typing import Any
 
 from sqlalchemy import Column, Integer, text
 from sqlmodel import Field, SQLModel
 
-from models.column_types import TimestampColumn
+from models.column_types import JsonTextColumn, TimestampColumn
 
 
 class WorkerPresence(SQLModel, table=True):
@@ -30,3 +31,5 @@ class WorkerPresence(SQLModel, table=True):
     """Name of its machine or container; None for a worker of before 0.2."""
     loop_lag_ms: int = Field(default=0, sa_column=Column(Integer, nullable=False, server_default=text("0")))
     """Longest delay of a timer of its event loop in the ten seconds before its last report."""
+    activity: dict[str, Any] | None = Field(default=None, sa_column=Column(JsonTextColumn))
+    """Activity before its last report, as `telemetry.process_activity` measures it; None before 0.3."""

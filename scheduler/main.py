@@ -48,6 +48,7 @@ from scheduler.schedules import ScheduleRunner
 from scheduler.settings import SchedulerSettings
 from telemetry import instruments
 from telemetry.exporter import serve_metrics
+from telemetry.process_activity import ACTIVITY
 
 log = structlog.get_logger()
 
@@ -70,7 +71,14 @@ class PeriodicDuty:
 def list_duties(
     settings: SchedulerSettings, database: Database, store: JournalStore, broker: Broker
 ) -> Sequence[PeriodicDuty]:
-    """Return all periodic duties of the leading scheduler, each with its name, interval in seconds and work."""
+    """Return all periodic duties of the leading scheduler, each with its name, interval in seconds and work.
+
+    From now on the reports of this process have the retention of these settings.
+    """
+    ACTIVITY.retention = {
+        "executions": settings.retention_days,
+        "events": settings.retention_event_days,
+    }
     schedules = ScheduleRunner(database, broker, catalogs.load_catalog())
     awaited = EventMatcher(database, broker)
     counter = RowMetrics(database)

@@ -14,6 +14,8 @@ from sqlmodel import col
 from doctor import alert_states
 from doctor.alert_notices import AlertSeverity
 from doctor.alert_states import AlertState, ProcessFacts
+from gateway.drift import server_figures
+from gateway.drift.server_figures import ServerFigures
 from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse
 from gateway.http.wire import Instant, WireStruct, instant, optional_instant
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncConnection
 
+    from doctor.alert_states import QueueFacts
     from models.database import Database
 
 SHOWN_PROCESSES: Final = 100
@@ -66,6 +69,10 @@ class ServerProcess(WireStruct):
     held_runs: int | None
     concurrency: int | None
     """Runs that a worker holds, and holds at most; null for other roles."""
+    claims_per_second: float | None
+    """Claims of a worker before its last report; null for other roles."""
+    event_streams: int | None
+    """Open event streams of a gateway; null for other roles."""
 
 
 class SchedulerLead(WireStruct):
@@ -121,6 +128,8 @@ class ServerHealth(WireStruct):
     """Processes that reported within a day and have not ended in order, at most 100 workers and 100 others.
     Empty unless `isOperator`.
     """
+    figures: ServerFigures | None
+    """Null unless `isOperator`."""
     alerts: Sequence[ServerAlert]
     """Alerts of all organizations' work, firing ones first; empty unless `isOperator`."""
     lead: SchedulerLead | None
@@ -143,13 +152,20 @@ async def show(request: GatewayRequest) -> JsonResponse:
     latency_ms = _milliseconds_since(begun)
     async with gateway.database.read() as connection:
         is_operator = await access_store.is_operator_organization(connection, request.caller.organization_id)
-        processes = (
-            [*await _list_processes(connection, now), *await _list_workers(connection, now)]
-            if is_operator
-            else []
-        )
         lead = await _find_lead(connection, now)
-        alerts = await _list_alerts(connection, processes, lead) if is_operator else []
+        processes: Sequence[ServerProcess] = ()
+        alerts: Sequence[ServerAlert] = ()
+        figures = None
+        if is_operator:
+            reports: list[ProcessPresence | WorkerPresence] = [
+                *await _read_processes(connection),
+                *await _read_workers(connection),
+            ]
+            processes = [_show_process(one, now) for one in reports]
+            queue = await alert_states.read_queue_facts(connection)
+            alerts = _list_alerts(processes, lead, queue)
+            present = [one.activity or {} for one in reports if _is_present(one.seen_at, now)]
+            figures = await server_figures.read_figures(connection, now, present, queue)
         database = await _measure_database(connection, gateway.database, latency_ms)
     return JsonResponse(
         ServerHealth(
@@ -157,6 +173,7 @@ async def show(request: GatewayRequest) -> JsonResponse:
             is_operator=is_operator,
             version=program_version(),
             processes=processes,
+            figures=figures,
             alerts=alerts,
             lead=lead if lead is None or is_operator else structs.replace(lead, name=None),
             database=database if is_operator else structs.replace(database, bytes=None, tables=()),
@@ -165,8 +182,8 @@ async def show(request: GatewayRequest) -> JsonResponse:
     )
 
 
-async def _list_alerts(
-    connection: AsyncConnection, processes: Sequence[ServerProcess], lead: SchedulerLead | None
+def _list_alerts(
+    processes: Sequence[ServerProcess], lead: SchedulerLead | None, queue: QueueFacts
 ) -> Sequence[ServerAlert]:
     """Return the alerts with their states; a process with all roles does the duties of a leader without a lead."""
     present = [one for one in processes if one.is_present]
@@ -177,7 +194,6 @@ async def _list_alerts(
         versions=frozenset(one.version for one in present),
         longest_loop_lag_ms=max((one.loop_lag_ms for one in present), default=0),
     )
-    alerts = alert_states.evaluate(facts, await alert_states.read_queue_facts(connection))
     return [
         ServerAlert(
             name=alert.notice.name,
@@ -186,7 +202,7 @@ async def _list_alerts(
             summary=alert.notice.summary,
             remedy=alert.notice.remedy,
         )
-        for alert in alerts
+        for alert in alert_states.evaluate(facts, queue)
     ]
 
 
@@ -211,32 +227,17 @@ async def _find_lead(connection: AsyncConnection, now: datetime) -> SchedulerLea
     )
 
 
-async def _list_processes(connection: AsyncConnection, now: datetime) -> Sequence[ServerProcess]:
+async def _read_processes(connection: AsyncConnection) -> Sequence[ProcessPresence]:
     """Return gateways, schedulers and deployers, the newest report of each role first."""
     statement = (
         select(ProcessPresence)
         .order_by(col(ProcessPresence.role), col(ProcessPresence.seen_at).desc())
         .limit(SHOWN_PROCESSES)
     )
-    rows = [ProcessPresence(**row) for row in (await connection.execute(statement)).mappings()]
-    return [
-        ServerProcess(
-            role=one.role,
-            name=one.owner,
-            host=one.host,
-            version=one.version,
-            is_present=_is_present(one.seen_at, now),
-            started_at=optional_instant(one.started_at),
-            seen_at=instant(one.seen_at),
-            loop_lag_ms=one.loop_lag_ms,
-            held_runs=None,
-            concurrency=None,
-        )
-        for one in rows
-    ]
+    return [ProcessPresence(**row) for row in (await connection.execute(statement)).mappings()]
 
 
-async def _list_workers(connection: AsyncConnection, now: datetime) -> Sequence[ServerProcess]:
+async def _read_workers(connection: AsyncConnection) -> Sequence[WorkerPresence]:
     """Return the workers that reported last, the newest report first; those that ended in order are left out."""
     statement = (
         select(WorkerPresence)
@@ -244,22 +245,34 @@ async def _list_workers(connection: AsyncConnection, now: datetime) -> Sequence[
         .order_by(col(WorkerPresence.seen_at).desc())
         .limit(SHOWN_PROCESSES)
     )
-    rows = [WorkerPresence(**row) for row in (await connection.execute(statement)).mappings()]
-    return [
-        ServerProcess(
-            role=ALL_IN_ONE if one.owner.startswith(ALL_IN_ONE_OWNER) else "worker",
-            name=one.owner,
-            host=one.host,
-            version=one.version,
-            is_present=_is_present(one.seen_at, now),
-            started_at=instant(one.started_at),
-            seen_at=instant(one.seen_at),
-            loop_lag_ms=one.loop_lag_ms,
-            held_runs=one.held_runs,
-            concurrency=one.concurrency,
-        )
-        for one in rows
-    ]
+    return [WorkerPresence(**row) for row in (await connection.execute(statement)).mappings()]
+
+
+def _show_process(one: ProcessPresence | WorkerPresence, now: datetime) -> ServerProcess:
+    """Return a process as the API shows it, by its last report."""
+    worker = one if isinstance(one, WorkerPresence) else None
+    activity = one.activity or {}
+    return ServerProcess(
+        role=_name_role(one),
+        name=one.owner,
+        host=one.host,
+        version=one.version,
+        is_present=_is_present(one.seen_at, now),
+        started_at=optional_instant(one.started_at),
+        seen_at=instant(one.seen_at),
+        loop_lag_ms=one.loop_lag_ms,
+        held_runs=worker.held_runs if worker else None,
+        concurrency=worker.concurrency if worker else None,
+        claims_per_second=activity.get("claims") if worker else None,
+        event_streams=activity.get("streams"),
+    )
+
+
+def _name_role(one: ProcessPresence | WorkerPresence) -> str:
+    """Return the role of a process; the workers of `pilotflame dev` have all roles."""
+    if isinstance(one, ProcessPresence):
+        return one.role
+    return ALL_IN_ONE if one.owner.startswith(ALL_IN_ONE_OWNER) else "worker"
 
 
 async def _measure_database(

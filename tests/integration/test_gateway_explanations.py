@@ -81,8 +81,25 @@ async def test_a_run_shows_the_phases_of_the_wake_before_it(
     execution_id = await start(people.owner, workflow_id)
     assert (await why(people.owner, f"executions/{execution_id}"))["wake"] is None
     now = harness.gateway.clock().replace(microsecond=0)
-    user = people.owner.user
-    of_organization = {"organization_id": user.organization_id, "shard": user.shard}
+    await record_wake(harness, people.owner, workflow_id, execution_id, now)
+    shown = (await why(people.owner, f"executions/{execution_id}"))["wake"]
+    assert shown["asleepSince"] == stamp(now - timedelta(hours=1))
+    assert (shown["decidedAt"], shown["reason"]) == (stamp(now + timedelta(seconds=1)), "run-due")
+    assert shown["podStartedAt"] == stamp(now + timedelta(seconds=2))
+    assert shown["claimedAt"] == stamp(now + timedelta(seconds=3))
+    assert shown["firstNodeAt"] is None
+    browser = await harness.browser()
+    assert (await browser.post("/session", json={"key": people.owner.key})).status_code == 201
+    page = await browser.get(f"/dashboard/runs/{execution_id}")
+    for word in ("Wake of its pod", "Pod asked for", "run-due", "+ 1 s"):
+        assert word in page.text
+
+
+async def record_wake(
+    harness: GatewayHarness, person: UserClient, workflow_id: str, execution_id: str, now: datetime
+) -> None:
+    """Store a wake of a run that was accepted now: decided, started and claimed a second after another."""
+    of_organization = {"organization_id": person.user.organization_id, "shard": person.user.shard}
     decision = {"workflow_id": workflow_id, "inputs": {}, **of_organization}
     stop = {"action": "stop", "reason": "idle", "replicas": 0, "at": now - timedelta(hours=1)}
     wake = {"action": "wake", "reason": "run-due", "replicas": 1, "at": now + timedelta(seconds=1)}
@@ -97,17 +114,6 @@ async def test_a_run_shows_the_phases_of_the_wake_before_it(
         await connection.execute(insert(BlockedInterval).values(**waking, **times))
 
     await harness.gateway.database.transaction(record)
-    shown = (await why(people.owner, f"executions/{execution_id}"))["wake"]
-    assert shown["asleepSince"] == stamp(now - timedelta(hours=1))
-    assert (shown["decidedAt"], shown["reason"]) == (stamp(now + timedelta(seconds=1)), "run-due")
-    assert shown["podStartedAt"] == stamp(now + timedelta(seconds=2))
-    assert shown["claimedAt"] == stamp(now + timedelta(seconds=3))
-    assert shown["firstNodeAt"] is None
-    browser = await harness.browser()
-    assert (await browser.post("/session", json={"key": people.owner.key})).status_code == 201
-    page = await browser.get(f"/dashboard/runs/{execution_id}")
-    for word in ("Wake of its pod", "Pod asked for", "run-due", "+ 1 s"):
-        assert word in page.text
 
 
 def stamp(moment: datetime) -> str:
@@ -304,10 +310,11 @@ async def test_an_admin_sees_processes_and_sizes_of_the_database(
     assert sizes == sorted(sizes, reverse=True)
     assert ("execution" in names) is (health["database"]["kind"] == "postgresql")
     assert health["brokerLatencyMs"] is not None
-    # The work of all organizations is in processes and sizes: admins of others see neither.
+    # The work of all organizations is in processes, figures and sizes: admins of others see none.
     elsewhere = (await people.stranger.api.get(path)).json()
     assert (elsewhere["isOperator"], elsewhere["processes"], elsewhere["alerts"]) == (False, [], [])
     assert (elsewhere["database"]["bytes"], elsewhere["database"]["tables"]) == (None, [])
+    assert elsewhere["figures"] is None
     assert elsewhere["database"]["revision"] == HEAD_REVISION
     # A worker that has ended in order is no process of the server any more.
     await database.transaction(partial(worker_presence.end_presence, owner=owner))
@@ -315,3 +322,44 @@ async def test_an_admin_sees_processes_and_sizes_of_the_database(
     await database.transaction(partial(process_presence.forget_process, owner="gateway:health"))
     assert await show_worker() == []
     assert_refused(await people.owner.api.get(path), 403, "admin-required")
+
+
+async def test_figures_of_the_whole_server_add_up_reports_queues_and_wakes(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    workflow_id = await people.owner.create(**GRAPH, status="active")
+    run = await start(people.owner, workflow_id)
+    await record_wake(harness, people.owner, workflow_id, run, harness.gateway.clock())
+    owner = "worker:figures/1"
+    activity: dict[str, Any] = {"claims": 12.5, "commits": 4.0, "commitSize": 3.0, "streams": 7}
+    activity |= {"retention": {"executions": 14, "events": 14}}
+
+    async def report(connection: AsyncConnection) -> None:
+        await worker_presence.store_presence(
+            connection, owner=owner, concurrency=5, held_runs=2, activity=activity
+        )
+
+    await make_operator(harness, people)
+    await harness.gateway.database.transaction(report)
+    health = (await people.admin.api.get("/api/v1/admin/health")).json()
+    [shown] = [one for one in health["processes"] if one["name"] == owner]
+    assert shown["claimsPerSecond"] == 12.5
+    figures = health["figures"]
+    assert figures["claimsPerSecond"] >= 12.5
+    assert figures["eventStreams"] >= 7
+    assert figures["commitSize"] > 0
+    assert {one["target"] for one in figures["queues"]} >= {"workers", "pods", "limited"}
+    assert sum(one["count"] for one in figures["queues"] if one["target"] == "workers") >= 1
+    phases = {one["phase"]: one for one in figures["wakes"]}
+    assert list(phases) == ["decide", "start", "claim", "total"]
+    assert all(one["count"] >= 1 and one["p50"] <= one["p95"] for one in phases.values())
+    oldest = {one["kind"]: one for one in figures["retention"]}
+    assert oldest["executions"]["days"] == 14
+    assert oldest["executions"]["oldestAt"] is not None
+    browser = await harness.browser()
+    assert (await browser.post("/session", json={"key": people.admin.key})).status_code == 201
+    page = (await browser.get("/dashboard/health")).text
+    for word in ("claims a second", "open event streams", "for any worker", "To the start of the pod"):
+        assert word in page
+    assert "are kept for 14 days" in page
+    await harness.gateway.database.transaction(partial(worker_presence.end_presence, owner=owner))

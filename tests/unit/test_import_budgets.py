@@ -21,9 +21,9 @@ BUDGETS = {
     "gateway": (("gateway.settings", "gateway.main"), 534, 400),
     "worker": (("workers.settings", "workers.main"), 250, 330),
     "scheduler": (("scheduler.settings", "scheduler.main"), 182, 345),
-    "deployer": (("workers.deployer.settings", "workers.deployer.main"), 100, 325),
-    "runner": (("runner.settings", "runner.main"), 148, 250),
-    "dev": (("pilotflame.dev", "pilotflame.all_in_one"), 604, 420),
+    "deployer": (("workers.deployer.settings", "workers.deployer.main"), 101, 325),
+    "runner": (("runner.settings", "runner.main"), 149, 250),
+    "dev": (("pilotflame.dev", "pilotflame.all_in_one"), 607, 420),
 }
 LIBRARIES_OF_OTHERS = {"aiohttp", "alembic", "cryptography", "kubernetes", "rich", "typer"}
 """Libraries for blobs of pods, migrations, secrets, clusters and the command line: loaded by their first use."""

@@ -17,6 +17,26 @@ HEALTH_SECONDS: Final = 5.0
 SHOWN_FIXES: Final = 10
 SLOW_LOOP_MS: Final = 1_000
 """Delay of an event loop from which requests visibly wait; the shipped alert has the same bound."""
+QUEUES: Final = {
+    "workers": "for any worker",
+    "pods": "for the pods of their workflows",
+    "limited": "for a free slot",
+    "delayed": "for their time",
+    "intake": "mails to parse",
+    "isolated": "on trial after lost workers",
+}
+"""Words behind the number of pending runs of a queue."""
+PHASES: Final = {
+    "decide": "Accepted to pod asked for",
+    "start": "To the start of the pod",
+    "claim": "To the claim",
+    "total": "Whole",
+}
+AGES: Final = (
+    ("oldestPendingSeconds", "Oldest pending run"),
+    ("scheduleLagSeconds", "latest schedule"),
+    ("deferredDelaySeconds", "latest waiting run"),
+)
 NO_HEALTH: Final[Mapping[str, Any]] = {"database": {"tables": ()}}
 
 
@@ -48,6 +68,14 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "firing_alerts": [one for one in alerts if one["state"] == "firing"],
         "quiet_alerts": sum(one["state"] == "quiet" for one in alerts),
         "unknown_alerts": sum(one["state"] == "unknown" for one in alerts),
+        "queue_words": QUEUES,
+        "phase_words": PHASES,
+        "ages": [
+            (label, figures[name])
+            for figures in [(data["health"] or {}).get("figures")]
+            if figures
+            for name, label in AGES
+        ],
         "slow_loop_ms": SLOW_LOOP_MS,
         "largest": max(
             (one["bytes"] for one in (data["health"] or NO_HEALTH)["database"]["tables"]), default=1

@@ -179,6 +179,7 @@ __all__ = [
     "NodeTypeSchema",
     "NodeTypeVersion",
     "NodeTypeVersions",
+    "OldestRows",
     "OrganizationDeadLetter",
     "OrganizationDeadLetterList",
     "OrganizationDelivery",
@@ -211,6 +212,7 @@ __all__ = [
     "QuestionAssignment",
     "QuestionMails",
     "QuestionVote",
+    "QueueFigure",
     "ReasonCount",
     "ReferenceUse",
     "RefusedReplay",
@@ -239,6 +241,7 @@ __all__ = [
     "ScheduleTimeline",
     "SchedulerLead",
     "ServerAlert",
+    "ServerFigures",
     "ServerHealth",
     "ServerProcess",
     "Session",
@@ -316,6 +319,7 @@ __all__ = [
     "VersionHead",
     "VersionList",
     "Wake",
+    "WakePhase",
     "WhoAmI",
     "Window",
     "WorkerCounts",
@@ -2083,6 +2087,14 @@ class NodeTypeVersions(TypedDict):
     versions: List[NodeTypeVersion]
 
 
+class OldestRows(TypedDict):
+    """Oldest rows that are kept, with the days for which they are."""
+
+    kind: str
+    oldestAt: str | None
+    days: int | None
+
+
 class OrganizationDeadLetter(TypedDict):
     """Dead letter in a list of the whole organization."""
 
@@ -2393,6 +2405,14 @@ class QuestionVote(TypedDict):
     at: str
 
 
+class QueueFigure(TypedDict):
+    """Pending executions of one target."""
+
+    target: str
+    count: int
+    countIsLowerBound: bool
+
+
 class ReasonCount(TypedDict):
     """Number of unfinished runs with one primary reason."""
 
@@ -2693,6 +2713,21 @@ class ServerAlert(TypedDict):
     remedy: str
 
 
+class ServerFigures(TypedDict):
+    """Figures of all organizations' work."""
+
+    claimsPerSecond: float
+    commitsPerSecond: float
+    commitSize: float | None
+    eventStreams: int
+    queues: List[QueueFigure]
+    oldestPendingSeconds: float
+    scheduleLagSeconds: float
+    deferredDelaySeconds: float
+    wakes: List[WakePhase]
+    retention: List[OldestRows]
+
+
 class ServerHealth(TypedDict):
     """Processes of the server, its database and its broker."""
 
@@ -2700,6 +2735,7 @@ class ServerHealth(TypedDict):
     isOperator: bool
     version: str
     processes: List[ServerProcess]
+    figures: ServerFigures | None
     alerts: List[ServerAlert]
     lead: SchedulerLead | None
     database: DatabaseHealth
@@ -2719,6 +2755,8 @@ class ServerProcess(TypedDict):
     loopLagMs: int
     heldRuns: int | None
     concurrency: int | None
+    claimsPerSecond: float | None
+    eventStreams: int | None
 
 
 class Session(TypedDict):
@@ -3487,6 +3525,15 @@ class Wake(TypedDict):
     podStartedAt: str | None
     claimedAt: str
     firstNodeAt: str | None
+
+
+class WakePhase(TypedDict):
+    """Times of one phase of the last wakes, in seconds."""
+
+    phase: str
+    count: int
+    p50: float | None
+    p95: float | None
 
 
 class WhoAmI(TypedDict):
