@@ -2,6 +2,8 @@ import { keepZoom } from "./canvas.js";
 
 // Updates: hints of one event stream per tab make the page load itself again; the answer changes it in place.
 const COALESCE_MS = 250;
+// A page is loading for a fifth of the time at most: a busy server is asked less often.
+const LOADING_SHARE = 5;
 const AGES_MS = 10_000;
 const root = document.documentElement.dataset.root;
 // The only policy: HTML of this server's own pages, in which Jinja2 has escaped every value.
@@ -12,6 +14,7 @@ let timer = 0;
 let isLoading = false;
 let asked = null;
 let loadedAt = -COALESCE_MS;
+let took = 0;
 let tag = "";
 
 function label(state, text) {
@@ -81,6 +84,7 @@ export async function reload({ takesNewRows = true } = {}) {
     label("lost", `Lost · ${clock()}`);
   } finally {
     isLoading = false;
+    took = performance.now() - loadedAt;
     const next = asked;
     asked = null;
     if (next?.takesNewRows) reload(next);
@@ -88,10 +92,10 @@ export async function reload({ takesNewRows = true } = {}) {
   }
 }
 
-// The first hint is followed at once, further ones together, so that a busy run loads four pages a second.
+// The first hint is followed at once, further ones together, so that a busy run loads four pages a second at most.
 function ask() {
   clearTimeout(timer);
-  const wait = Math.max(loadedAt + COALESCE_MS - performance.now(), 0);
+  const wait = Math.max(loadedAt + Math.max(COALESCE_MS, LOADING_SHARE * took) - performance.now(), 0);
   timer = setTimeout(() => reload({ takesNewRows: false }), wait);
 }
 
