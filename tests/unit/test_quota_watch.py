@@ -26,6 +26,14 @@ def test_remaining_quota_is_counted_in_one_unit() -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "expected"),
+    [("2Ei", 2 * 2.0**60), ("3E", 3e18), ("2E3", 2_000), ("5e-1", 0.5), ("1.5Gi", 1.5 * 2**30), ("full", 0)],
+)
+def test_each_form_of_a_quantity_is_read(text: str, expected: float) -> None:
+    assert quota_headroom(make_quota({"limits.memory": text}, {})) == {"limits.memory": expected}
+
+
+@pytest.mark.parametrize(
     ("before", "after", "grows"),
     [
         ({"pods": 0}, {"pods": 1}, True),

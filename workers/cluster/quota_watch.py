@@ -21,7 +21,7 @@ WATCH_SECONDS: Final = 240
 PAUSE_SECONDS: Final = 2.0
 """Pause before quotas are listed again after the end of a stream; doubled by each consecutive failure."""
 MAX_DOUBLINGS: Final = 5
-_QUANTITY: Final = re.compile(r"([+-]?[0-9.]+)([A-Za-z]{0,2})\Z")
+_QUANTITY: Final = re.compile(r"([+-]?[0-9.]+(?:[eE][+-]?[0-9]+)?)([A-Za-z]{0,2})\Z")
 _QUANTITY_UNITS: Final[Mapping[str, float]] = {
     "": 1.0,
     "n": 1e-9,
@@ -32,11 +32,13 @@ _QUANTITY_UNITS: Final[Mapping[str, float]] = {
     "G": 1e9,
     "T": 1e12,
     "P": 1e15,
+    "E": 1e18,
     "Ki": 2.0**10,
     "Mi": 2.0**20,
     "Gi": 2.0**30,
     "Ti": 2.0**40,
     "Pi": 2.0**50,
+    "Ei": 2.0**60,
 }
 _POD_RESOURCES: Final = frozenset(
     {
