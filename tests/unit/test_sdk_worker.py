@@ -262,12 +262,31 @@ async def test_polls_are_short_where_long_ones_fail(
         server.longest_wait = 60
     else:
         monkeypatch.setattr(task_channel, "CUT_SECONDS", 0.0)  # every failure may be a cut
+        monkeypatch.setattr(task_channel, "FIRST_SHORT_POLLS_SECONDS", 600.0)  # longer than this test
         server.lose_answers = 1
     server.add("t")
     async with serving(worker):
         assert (await asyncio.to_thread(server.end, "t"))["kind"] == "complete"
     assert server.waits[:2] == [task_channel.POLL_SECONDS, task_channel.SHORT_POLL_SECONDS]
     assert set(server.waits[1:]) == {task_channel.SHORT_POLL_SECONDS}
+
+
+async def test_polls_are_long_again_soon_after_a_server_has_restarted(
+    server: TaskServerDouble, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = new_worker(server)
+
+    @worker.node("acme/work", "1.0.0")
+    def work() -> str:
+        return "done"
+
+    monkeypatch.setattr(task_channel, "CUT_SECONDS", 0.0)  # the open poll of a restarted server is old
+    monkeypatch.setattr(task_channel, "FIRST_SHORT_POLLS_SECONDS", 0.001)  # over before the poll is repeated
+    server.lose_answers = 1
+    server.add("t")
+    async with serving(worker):
+        assert (await asyncio.to_thread(server.end, "t"))["kind"] == "complete"
+    assert set(server.waits) == {task_channel.POLL_SECONDS}
 
 
 async def test_answers_of_others_are_no_answers(

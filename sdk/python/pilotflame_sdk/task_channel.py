@@ -33,8 +33,12 @@ POLL_SECONDS: Final = 300
 """Time of a poll without tasks, which the server changes by up to a fifth. It sends a space every 25 seconds."""
 SHORT_POLL_SECONDS: Final = 45
 """Time of a poll at older servers, and behind proxies that cut long requests or keep the spaces to themselves."""
-SHORT_POLLS_SECONDS: Final = 3_600.0
-"""Time for which polls stay short after a long one has failed."""
+FIRST_SHORT_POLLS_SECONDS: Final = 60.0
+"""Time for which polls are short after a long one has failed, perhaps by a restart of the server. It doubles with each
+further failure, up to `LONGEST_SHORT_POLLS_SECONDS`.
+"""
+LONGEST_SHORT_POLLS_SECONDS: Final = 3_600.0
+"""Longest time for which polls are short, and that after a server has refused a long one."""
 CUT_SECONDS: Final = 55.0
 """Age from which a poll that fails may have been cut for its length: proxies allow a request a minute."""
 SILENCE_SECONDS: Final = 60.0
@@ -79,6 +83,8 @@ class TaskChannel:
         """Error that no repetition mends, such as a key without the scope."""
         self._short_until = 0.0
         """Time until which polls are short, by the monotonic clock."""
+        self._short_seconds = 0.0
+        """Time for which polls were short after the last failure of a long one; 0 once a long one was answered."""
         self._threads = [
             threading.Thread(target=run, name=f"pilotflame-{name}", daemon=True)
             for name, run in (
@@ -175,9 +181,9 @@ class TaskChannel:
                 answer = _send(server, "claim", body, "tasks", wait=SILENCE_SECONDS - ANSWER_SECONDS)
             except TransportError as error:
                 log.warning("claims wait for the server: %s", error)
-                self._shorten_polls(is_needed=time.monotonic() - begun >= CUT_SECONDS)
+                self._note_failed_poll(begun)
             except APIError as error:
-                self._shorten_polls(is_needed=is_long and error.status in {UNPROCESSABLE, GATEWAY_TIMEOUT})
+                self._note_failed_poll(begun, error.status)
                 if is_long and error.status == UNPROCESSABLE:  # the server is older than long polls
                     continue
                 if error.status not in TEMPORARY:
@@ -185,6 +191,7 @@ class TaskChannel:
                     return
                 log.warning("claims wait for the server: %s", error)
             else:
+                self._note_answered_poll(begun)
                 self._take_answer(request_id, count, answer)
                 return
             if self.draining.is_set():
@@ -192,10 +199,26 @@ class TaskChannel:
             self._closing.wait(pause)
             pause = min(pause * 2, LONGEST_PAUSE)
 
-    def _shorten_polls(self, *, is_needed: bool) -> None:
-        """Send short polls for an hour if a long one has failed because of its length."""
-        if is_needed:
-            self._short_until = time.monotonic() + SHORT_POLLS_SECONDS
+    def _note_failed_poll(self, begun: float, status: int | None = None) -> None:
+        """Send short polls for a time if a long one has failed because of its length, or perhaps did.
+
+        `begun` is its beginning by the monotonic clock, and `status` that of its answer, None without one.
+        """
+        now = time.monotonic()
+        was_cut = now - begun >= CUT_SECONDS if status is None else status in {UNPROCESSABLE, GATEWAY_TIMEOUT}
+        # The poll was short, or the other thread has noted the same failure, if it began before that time.
+        if was_cut and begun >= self._short_until:
+            is_refused = status == UNPROCESSABLE
+            least_seconds = LONGEST_SHORT_POLLS_SECONDS if is_refused else FIRST_SHORT_POLLS_SECONDS
+            self._short_seconds = min(
+                max(2 * self._short_seconds, least_seconds), LONGEST_SHORT_POLLS_SECONDS
+            )
+            self._short_until = now + self._short_seconds
+
+    def _note_answered_poll(self, begun: float) -> None:
+        """Begin with the shortest time again once a poll was answered that a proxy would have cut."""
+        if time.monotonic() - begun >= CUT_SECONDS:
+            self._short_seconds = 0.0
 
     def _take_answer(self, request_id: str, count: int, answer: Mapping[str, Any]) -> None:
         """Start the tasks of an answered claim, ask cancelled ones to stop, and drain if the server says so."""
