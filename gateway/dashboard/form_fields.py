@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from gateway.dashboard.formats import show_whole_json
+
 KINDS: Final = {"string": "text", "integer": "integer", "number": "number", "boolean": "boolean"}
 """Kinds of form fields by the type of a JSON Schema; any other type is written as JSON."""
 BODY_TRIGGERS: Final = frozenset({"manual", "webhook"})
@@ -18,7 +20,7 @@ READ_INPUT: Final = re.compile(rf"\b(?:trigger|data|nodes\.[A-Za-z0-9_-]+)\.body
 
 @dataclass(frozen=True, slots=True)
 class FormField:
-    """Field of a form: `kind` is `text`, `integer`, `number`, `boolean`, `choice`, `json` or `any`."""
+    """Field of a form: `kind` is `text`, `date`, `integer`, `number`, `boolean`, `choice`, `json` or `any`."""
 
     name: str
     label: str
@@ -26,6 +28,8 @@ class FormField:
     is_required: bool
     hint: str
     choices: Sequence[str] = ()
+    default: str = ""
+    """Value before a person enters one; empty without one, `true` for a checked box."""
 
 
 def list_fields(schema: Mapping[str, Any] | None) -> Sequence[FormField]:
@@ -47,6 +51,9 @@ def _build_field(name: str, schema: Any, *, is_required: bool) -> FormField:  # 
     choices = given.get("enum", [])
     is_choice = bool(choices) and all(isinstance(choice, str) for choice in choices)
     kind = "choice" if is_choice else KINDS.get(str(given.get("type")), "json")
+    if kind == "text" and given.get("format") == "date":
+        kind = "date"
+    default = given.get("default")
     return FormField(
         name,
         str(given.get("title") or name),
@@ -54,6 +61,7 @@ def _build_field(name: str, schema: Any, *, is_required: bool) -> FormField:  # 
         is_required,
         str(given.get("description", "")),
         choices if is_choice else (),
+        "" if default is None else default if isinstance(default, str) else show_whole_json(default),
     )
 
 

@@ -7,6 +7,7 @@ import hashlib
 import re
 from collections.abc import AsyncIterator
 from datetime import timedelta
+from typing import Any
 
 import httpx2
 import msgspec
@@ -612,7 +613,7 @@ async def test_a_question_is_shown_with_its_form_to_permitted_users(
     assert "Write 120 rows?" in page.text
     assert f"POST /api/v1/executions/{started['executionId']}/input" in page.text
     assert page.text.count('data-in="data"') == len(fields)
-    assert 'value="approve">Yes, write</button>' in page.text
+    assert re.search(r'value="approve" data-press="y" [^>]*>Yes, write <kbd', page.text)
     assert "<img" not in page.text
     interval = BlockedInterval(
         execution_id=started["executionId"],
@@ -629,6 +630,42 @@ async def test_a_question_is_shown_with_its_form_to_permitted_users(
     assert "No other run waits" in overview
     colleague = await (await sign_in(harness, people.colleague.key)).get("/dashboard/approvals")
     assert "No question waits for you" in colleague.text
+
+
+async def test_an_inbox_has_a_tab_for_each_way_in_which_questions_are_assigned(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    owner, colleague = people.owner, people.colleague
+    workflow_id = await owner.create(name="Price change", status="active", **GRAPH)
+    await owner.api.put(f"/api/v1/workflows/{workflow_id}/visibility", json={"isPublic": True})
+    questions: list[dict[str, Any]] = [
+        {"title": "For the colleague", "assignees": [colleague.user.id], "approvals": 2},
+        {"title": "For everybody", "choices": [], "schema": None},
+        {"title": "For admins", "assignees": ["role:admin"]},
+    ]
+    asked = []
+    for question in questions:
+        started = (await owner.api.post(f"/api/v1/workflows/{workflow_id}/execute", json={})).json()
+        asked.append(started["executionId"])
+        request = {**input_waits.REQUEST, **question}
+        await input_waits.wait_for_input(harness.gateway.database, asked[-1], request=request)
+    browser = await sign_in(harness, colleague.key)
+    mine = (await browser.get("/dashboard/approvals")).text
+    for chip in ("<b>1</b> for me", "<b>1</b> for my groups", "<b>3</b> all open"):
+        assert chip in mine
+    assert ("For the colleague" in mine, "For admins" in mine) == (True, False)
+    groups = (await browser.get("/dashboard/approvals?tab=groups")).text
+    assert "Send the answer <kbd" in groups, "a question without choices has a button, too"
+    assert 'name="note"' in groups
+    shown = (await browser.get(f"/dashboard/approvals?tab=all&question={asked[2]}:approval:")).text
+    assert "This question is for other people." in shown
+    assert "Reassign…" not in shown
+    body = {"nodeId": "approval", "choice": "approve", "data": {}}
+    assert (await colleague.api.post(f"/api/v1/executions/{asked[0]}/input", json=body)).is_success
+    answered = (await browser.get("/dashboard/approvals?tab=answered")).text
+    assert f"/dashboard/runs/{asked[0]}?node=approval" in answered
+    waiting = (await browser.get("/dashboard/approvals")).text
+    assert "You have answered. It waits for other people." in waiting
 
 
 async def test_a_page_without_rights_is_refused_and_not_in_the_navigation(

@@ -365,6 +365,47 @@ async def test_a_question_is_answered_by_its_form(visit: DashboardVisit) -> None
     assert not visit.page.problems
 
 
+async def test_a_key_answers_a_question_after_asking_and_another_person_gets_the_next(
+    visit: DashboardVisit,
+) -> None:
+    page, owner, database = visit.page, visit.people.owner, visit.harness.gateway.database
+    run_ids = []
+    for title in ("The first?", "The second?"):
+        started = await owner.api.post(f"/api/v1/workflows/{visit.workflow_id}/execute", json={})
+        run_ids.append(started.json()["executionId"])
+        await input_waits.wait_for_input(
+            database, run_ids[-1], request={**input_waits.REQUEST, "title": title}
+        )
+    await visit.show("/dashboard/approvals")
+    assert await page.text("#asked") == "The first?"
+    # The address names the question, so that an update shows no other one in its place.
+    await page.wait_for(f"location.search.includes('{run_ids[0]}')")
+    assert await visit.find_violations() == []
+    await visit.press("y")
+    await page.wait_for("document.querySelector('#confirm').open")
+    assert await page.text("#confirm-title") == "Answer “Yes, write” to “The first?”?"
+    await page.click("#confirm [data-confirms]")
+    await page.wait_for("document.querySelector('#asked')?.textContent === 'The second?'")
+    async with database.read() as connection:
+        answers = (await connection.execute(select(WaitAnswer))).mappings().all()
+    (answer,) = [one for one in answers if one["execution_id"] == run_ids[0]]
+    assert '"approve"' in str(answer)
+
+    await page.click("details.confirm summary")
+    await page.fill("#assignees", f" {visit.people.admin.user.email}\nnobody@example.com ")
+    await page.click("details.confirm button")
+    await page.wait_for(
+        "document.querySelector('details.confirm [data-problem]').textContent.includes('nobody@')"
+    )
+    page.problems.clear()  # the browser logs the answer 422
+    await page.fill("#assignees", "role:admin")
+    await page.click("details.confirm button")
+    await page.wait_for("document.querySelector('#asked') === null")
+    await visit.show("/dashboard/approvals?tab=all")
+    assert "all admins" in await page.text("main dl")
+    assert not visit.take_problems()
+
+
 async def test_a_foreign_policy_cannot_make_html(visit: DashboardVisit) -> None:
     await visit.show("/dashboard/runs")
     refused = "(() => { try { document.body.innerHTML = '<p>x'; return false } catch { return true } })()"

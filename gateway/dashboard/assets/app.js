@@ -1,7 +1,7 @@
 // The module of every page in the shell: requests of forms, dialogs, keys, and updates.
 import { watchCanvas } from "./canvas.js";
 import { watchKeys } from "./keys.js";
-import { reload, watch } from "./live.js";
+import { keepAddress, reload, watch } from "./live.js";
 
 const root = document.documentElement.dataset.root;
 
@@ -41,7 +41,7 @@ function confirmed(question) {
 }
 
 // `data-json` fields hold JSON, `data-number` fields a number, `data-any` fields JSON or else text; `data-list` fields of
-// one name become a list, and `data-off` boxes are false unless checked. `data-in` is the path of the object that a field
+// one name become a list, the lines of a `data-lines` field become one, and `data-off` boxes are false unless checked. `data-in` is the path of the object that a field
 // belongs to. `data-before` is the object that a field changes: keys that it lacks are sent as null.
 function bodyOf(form, button) {
   const body = form.dataset.sends ? JSON.parse(form.dataset.sends) : {};
@@ -53,6 +53,10 @@ function bodyOf(form, button) {
     const target = path.reduce((part, name) => (part[name] ??= {}), body);
     if ("list" in field.dataset) {
       (target[field.name] ??= []).push(field.value);
+      continue;
+    }
+    if ("lines" in field.dataset) {
+      target[field.name] = field.value.split(/[\n,]/).map((line) => line.trim()).filter(Boolean);
       continue;
     }
     const isNumber = field.type === "number" || "number" in field.dataset;
@@ -105,7 +109,11 @@ async function copy(button) {
 async function submit(form, button) {
   const [method, path] = form.dataset.request.split(" ");
   const body = bodyOf(form, button);
-  if (body === null || (form.dataset.confirm && !(await confirmed(form.dataset.confirm)))) return;
+  // A button that a single key has pressed asks first.
+  const isByKey = "pressed" in (button?.dataset ?? {});
+  if (isByKey) delete button.dataset.pressed;
+  const question = isByKey ? button.dataset.asks : form.dataset.confirm;
+  if (body === null || (question && !(await confirmed(question)))) return;
   const buttons = form.querySelectorAll("button[type=submit]");
   buttons.forEach((button) => { button.disabled = true; });
   form.querySelector("[data-problem]")?.setAttribute("hidden", "");
@@ -207,6 +215,7 @@ document.addEventListener("click", (event) => {
   else button.closest("dialog").close("confirms" in button.dataset ? "yes" : "");
 });
 
+keepAddress();
 watchKeys();
 watchCanvas();
 watch();

@@ -1,4 +1,5 @@
-// Keys: single letters work outside of fields; rows are the links with `data-row`.
+// Keys: single letters work outside of fields; rows are the links with `data-row`, and `data-press` names the key of a
+// button.
 let waitsForPage = false;
 
 function move(step) {
@@ -17,6 +18,14 @@ function nextFailure() {
 function moveTab(step) {
   const tabs = [...document.querySelectorAll("[data-tab]")];
   tabs[tabs.findIndex((tab) => tab.hasAttribute("aria-current")) + step]?.click();
+}
+
+function press(key) {
+  const button = document.querySelector(`main [data-press="${CSS.escape(key)}"]`);
+  if (!button) return false;
+  button.dataset.pressed = "";
+  button.click();
+  return true;
 }
 
 export function watchKeys() {
@@ -43,6 +52,6 @@ export function watchKeys() {
     if (Object.hasOwn(actions, event.key)) {
       event.preventDefault();
       actions[event.key]();
-    }
+    } else if (press(event.key)) event.preventDefault();
   });
 }

@@ -49,6 +49,12 @@ function holdRows(page) {
   page.querySelector(".title").append(button);
 }
 
+// The address names the object that a page has chosen to show, so that an update shows the same one.
+export function keepAddress() {
+  const { address } = document.querySelector("main [data-address]")?.dataset ?? {};
+  if (address) history.replaceState(null, "", address);
+}
+
 export async function reload({ takesNewRows = true } = {}) {
   if (isLoading) {
     asked = { takesNewRows: takesNewRows || (asked?.takesNewRows ?? false) };
@@ -76,6 +82,7 @@ export async function reload({ takesNewRows = true } = {}) {
         },
       });
       keepZoom();
+      keepAddress();
       document.title = page.title;
       document.querySelector(".live").dataset.topics = page.querySelector(".live")?.dataset.topics ?? "";
     }
