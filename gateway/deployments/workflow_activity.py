@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import and_, case, func, literal_column, or_, select
 from sqlmodel import col
 
 from gateway.executions import run_statistics
-from gateway.http.parameters import LIMIT, OFFSET
+from gateway.http.parameters import LIMIT, OFFSET, ChoiceParameter
 from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse
 from gateway.http.wire import Instant, WireStruct, instant, optional_instant
@@ -18,7 +19,8 @@ from gateway.workflows.workflow_rows import WorkflowFilter
 from gateway.workflows.workflow_shapes import WorkflowSummary
 from gateway.workflows.workflows import SEARCH, STATUS, TAG
 from journal import run_hours
-from models.deployment import Deployment, DeploymentStatus, ObservedState, status_of
+from models import access_store
+from models.deployment import SERVING_STATES, Deployment, DeploymentStatus, ObservedState, status_of
 from models.execution import Execution, ExecutionData
 from models.execution_status import ExecutionStatus
 from models.lifecycle_policy import StoppedReason
@@ -29,7 +31,7 @@ from models.workflow_triggers import TriggerKind, WorkflowTrigger
 if TYPE_CHECKING:
     from datetime import datetime
 
-    from sqlalchemy import ColumnElement, Select
+    from sqlalchemy import ColumnElement, Select, Subquery
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from gateway.executions.run_statistics import CountedHour
@@ -37,7 +39,33 @@ if TYPE_CHECKING:
     from gateway.workflows.workflow_rows import Listed
     from models.access import ApiCaller
 
-LISTED = (STATUS, TAG, SEARCH, LIMIT, OFFSET)
+
+class WorkflowState(StrEnum):
+    """State of a workflow by its runs of 24 hours and its pods; a workflow may have several."""
+
+    FAILING = "failing"
+    """Runs have failed, or its pods can't start."""
+    UNFINISHED = "unfinished"
+    """Runs are pending, running or waiting."""
+    AWAKE = "awake"
+    """Its pods serve."""
+    ASLEEP = "asleep"
+    """It is deployed, and has no pods now."""
+
+
+class ActivityOrder(StrEnum):
+    """Order of a list of workflows."""
+
+    WORST = "worst"
+    """The worst first."""
+    LAST_RUN = "last-run"
+    """By the hour of the last run, the latest first."""
+    NAME = "name"
+
+
+STATE = ChoiceParameter("state", "Only workflows in this state.", WorkflowState)
+ORDER = ChoiceParameter("order", "Order of the list; `worst` by default.", ActivityOrder)
+LISTED = (STATUS, TAG, SEARCH, STATE, ORDER, LIMIT, OFFSET)
 
 
 class NewestRun(WireStruct):
@@ -59,6 +87,8 @@ class WorkflowHour(WireStruct):
 class WorkflowActivity(WorkflowSummary, kw_only=True):
     """Workflow with its pods, its newest run, and the counts of its runs over 24 hours."""
 
+    owner_name: str | None
+    """Name of the owner, or the mail address of one without a name; null for an owner who is gone."""
     triggers: Sequence[TriggerKind]
     """Kinds of its triggers; empty for a workflow that only people and the API start."""
     deployment_status: DeploymentStatus
@@ -86,28 +116,34 @@ class WorkflowActivityList(WireStruct):
     offset: int
     since: Instant
     """Begin of the first of the 24 hours."""
+    states: Mapping[WorkflowState, int]
+    """Number of workflows in each state that match the other filters."""
     workflows: Sequence[WorkflowActivity]
 
 
 async def index(request: GatewayRequest) -> JsonResponse:
     """List the workflows that the caller may read with pods, newest runs and counts of 24 hours, the worst first.
 
-    Those whose pods can't start come first, then those with the latest failed runs, those with unfinished runs,
-    those with the latest runs, and the others by their last change. The counts are a few seconds old, on a server
-    with thousands of runs per minute up to a few minutes.
+    Those without a start of their pods come first, then those with the latest failed runs, those with unfinished
+    runs, those with the latest runs, and the others by their last change; `order` has other orders. The counts are
+    a few seconds old, on a server with thousands of runs per minute up to a few minutes.
     """
     query, caller, now = request.query, request.caller, request.gateway.clock()
-    part = query.page()
+    part, state, order = query.page(), query[STATE], query[ORDER] or ActivityOrder.WORST
     wanted = WorkflowFilter(query[STATUS], query[TAG], query[SEARCH])
     since = run_hours.first_hour(now)
     async with request.gateway.database.read() as connection:
-        count = await workflow_rows.count_workflows(connection, caller, wanted)
-        rows = (await connection.execute(page_statement(caller, wanted, part, since))).all()
+        totals = (await connection.execute(states_statement(caller, wanted, since))).one()
+        listed = page_statement(caller, wanted, part, since, state=state, order=order)
+        rows = (await connection.execute(listed)).all()
         shown = [row.id for row in rows]
         hours = await run_statistics.read_hours(connection, caller.organization_id, shown, now)
         triggers = await _read_triggers(connection, shown)
         deployments = await _read_deployments(connection, shown)
         newest_runs = await _read_newest_runs(connection, shown)
+        owners = {row.owner_id for row in rows}
+        names = await access_store.read_user_names(connection, caller.organization_id, owners)
+    count = totals.total if state is None else getattr(totals, state.value)
     workflows = [
         _show_workflow(
             row,
@@ -115,25 +151,77 @@ async def index(request: GatewayRequest) -> JsonResponse:
             triggers.get(row.id, ()),
             deployments.get(row.id),
             newest_runs.get(row.id),
+            names.get(row.owner_id),
         )
         for row in rows
     ]
     return JsonResponse(
         WorkflowActivityList(
-            count=count, limit=part.limit, offset=part.offset, since=instant(since), workflows=workflows
+            count=count or 0,
+            limit=part.limit,
+            offset=part.offset,
+            since=instant(since),
+            states={one: getattr(totals, one.value) or 0 for one in WorkflowState},
+            workflows=workflows,
         )
     )
 
 
+def states_statement(caller: ApiCaller, wanted: WorkflowFilter, since: datetime) -> Select[*tuple[Any, ...]]:
+    """Return the statement of the number of workflows in each state, by their counts from an hour on, and in total."""
+    sums = _sum_hours(caller, since)
+    return (
+        select(
+            func.count().label("total"),
+            *(
+                func.sum(case((_state_condition(one, sums), 1), else_=0)).label(one.value)
+                for one in WorkflowState
+            ),
+        )
+        .select_from(Workflow)
+        .outerjoin(sums, sums.c.workflow_id == col(Workflow.id))
+        .outerjoin(Deployment, col(Deployment.workflow_id) == col(Workflow.id))
+        .where(*workflow_rows.list_conditions(caller, wanted))
+    )
+
+
 def page_statement(
-    caller: ApiCaller, wanted: WorkflowFilter, part: PageBounds, since: datetime
+    caller: ApiCaller,
+    wanted: WorkflowFilter,
+    part: PageBounds,
+    since: datetime,
+    *,
+    state: WorkflowState | None = None,
+    order: ActivityOrder = ActivityOrder.WORST,
 ) -> Select[*tuple[Any, ...]]:
-    """Return the statement of a page of workflows, the worst first by their counts from an hour on.
+    """Return the statement of a page of workflows in an order, by their counts from an hour on; in any state for None.
 
     Only ids are sorted, without the rest of their rows.
     """
+    sums = _sum_hours(caller, since)
+    terms = _order_terms(order, sums)
+    conditions = [*workflow_rows.list_conditions(caller, wanted)]
+    if state is not None:
+        conditions.append(_state_condition(state, sums))
+    ranked = (
+        select(col(Workflow.id), func.row_number().over(order_by=terms).label("place"))
+        .outerjoin(sums, sums.c.workflow_id == col(Workflow.id))
+        .outerjoin(Deployment, col(Deployment.workflow_id) == col(Workflow.id))
+        .where(*conditions)
+        .order_by(*terms)
+        .limit(part.limit)
+        .offset(part.offset)
+        .subquery()
+    )
+    return (
+        select(*workflow_rows.LISTED).join(ranked, ranked.c.id == col(Workflow.id)).order_by(ranked.c.place)
+    )
+
+
+def _sum_hours(caller: ApiCaller, since: datetime) -> Subquery:
+    """Return the counts of runs by workflow from an hour on."""
     starts_at = col(RunHour.starts_at)
-    sums = (
+    return (
         select(
             col(RunHour.workflow_id).label("workflow_id"),
             func.max(case((col(RunHour.failed) > 0, starts_at), else_=0)).label("failed_at"),
@@ -149,28 +237,39 @@ def page_statement(
         .group_by(col(RunHour.workflow_id))
         .subquery()
     )
-    order: tuple[ColumnElement[Any], ...] = (
+
+
+def _order_terms(order: ActivityOrder, sums: Subquery) -> Sequence[ColumnElement[Any]]:
+    """Return the ORDER BY terms of a list of workflows with the counts of their runs."""
+    last_run = func.coalesce(sums.c.accepted_at, 0).desc()
+    newest = (col(Workflow.updated_at).desc(), col(Workflow.id).desc())
+    if order is ActivityOrder.NAME:
+        return func.lower(col(Workflow.name)).asc(), col(Workflow.id).asc()
+    if order is ActivityOrder.LAST_RUN:
+        return last_run, *newest
+    return (
         case((_CANNOT_START, 1), else_=0).desc(),
         func.coalesce(sums.c.failed_at, 0).desc(),
         func.coalesce(sums.c.failed, 0).desc(),
         case((sums.c.unfinished > 0, 1), else_=0).desc(),
-        func.coalesce(sums.c.accepted_at, 0).desc(),
-        col(Workflow.updated_at).desc(),
-        col(Workflow.id).desc(),
+        last_run,
+        *newest,
     )
-    ranked = (
-        select(col(Workflow.id), func.row_number().over(order_by=order).label("place"))
-        .outerjoin(sums, sums.c.workflow_id == col(Workflow.id))
-        .outerjoin(Deployment, col(Deployment.workflow_id) == col(Workflow.id))
-        .where(*workflow_rows.list_conditions(caller, wanted))
-        .order_by(*order)
-        .limit(part.limit)
-        .offset(part.offset)
-        .subquery()
-    )
-    return (
-        select(*workflow_rows.LISTED).join(ranked, ranked.c.id == col(Workflow.id)).order_by(ranked.c.place)
-    )
+
+
+def _state_condition(state: WorkflowState, sums: Subquery) -> ColumnElement[bool]:
+    """Return the condition of workflows in a state; it may be unknown instead of false."""
+    match state:
+        case WorkflowState.FAILING:
+            return or_(sums.c.failed > 0, _CANNOT_START)
+        case WorkflowState.UNFINISHED:
+            return sums.c.unfinished > 0
+        case WorkflowState.AWAKE:
+            serving = [one.value for one in SERVING_STATES]
+            return and_(col(Deployment.is_deployed), col(Deployment.observed).in_(serving))
+        case WorkflowState.ASLEEP:
+            is_down = col(Deployment.observed) == ObservedState.STOPPED.value
+            return and_(col(Deployment.is_deployed), col(Deployment.replicas) == 0, is_down, ~_FAILED_START)
 
 
 _UNFINISHED = (
@@ -180,11 +279,12 @@ _UNFINISHED = (
     - col(RunHour.stopped)
     - col(RunHour.cancelled)
 )
+_FAILED_START = func.coalesce(col(Deployment.stopped_reason), "") == StoppedReason.FAILED.value
 _CANNOT_START = and_(
     col(Deployment.is_deployed),
     or_(
         col(Deployment.observed).in_((ObservedState.FAILED.value, ObservedState.OUTDATED.value)),
-        col(Deployment.stopped_reason) == StoppedReason.FAILED.value,
+        _FAILED_START,
     ),
 )
 
@@ -261,6 +361,7 @@ def _show_workflow(
     triggers: Sequence[TriggerKind],
     deployment: Deployment | None,
     newest_run: NewestRun | None,
+    owner_name: str | None,
 ) -> WorkflowActivity:
     """Return a workflow as the list shows it."""
     sums = run_statistics.sum_hours([hour for hour in hours if hour is not None])
@@ -268,6 +369,7 @@ def _show_workflow(
     is_failed = deployment is not None and status is DeploymentStatus.FAILED
     return WorkflowActivity(
         **workflow_shapes.summary_fields(row),
+        owner_name=owner_name,
         triggers=triggers,
         deployment_status=status,
         reason=(deployment.observed_reason or deployment.failed_reason) if deployment and is_failed else None,

@@ -207,6 +207,22 @@ async def test_the_worst_workflows_come_first(harness: GatewayHarness, people: O
     assert [one["name"] for one in page["workflows"]] == ["failed once"]
     assert page["count"] == 2
     assert (await get_json(people.admin, "/api/v1/workflows/activity"))["count"] == len(names) + 1
+    assert listed["states"] == {"failing": 3, "unfinished": 1, "awake": 1, "asleep": 0}
+    assert lately["ownerName"] == people.owner.user.name
+    for query, expected in {
+        "state=failing": ["stuck", "failed lately", "failed once"],
+        "state=unfinished": ["waiting"],
+        "state=awake": ["busy"],
+        "state=asleep": [],
+        "order=name": sorted(names),
+        "order=name&state=failing&limit=2&offset=1": ["failed once", "stuck"],
+    }.items():
+        found = await get_json(people.owner, f"/api/v1/workflows/activity?{query}")
+        assert [one["name"] for one in found["workflows"]] == expected, query
+        if "state" in query:
+            assert found["count"] == listed["states"][query.partition("state=")[2].partition("&")[0]]
+    latest = await get_json(people.owner, "/api/v1/workflows/activity?order=last-run")
+    assert {one["name"] for one in latest["workflows"][:2]} == {"busy", "failed lately"}
     assert (await get_json(people.stranger, "/api/v1/workflows/activity"))["workflows"] == []
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from gateway.dashboard.addresses import list_address
@@ -17,9 +17,16 @@ if TYPE_CHECKING:
 LIMIT: Final = 50
 SHOWN_TEMPLATES: Final = 10
 PATH: Final = "/dashboard/workflows"
-FILTERS: Final = ("status", "tag", "search")
+FILTERS: Final = ("status", "tag", "search", "state")
+ORDERS: Final = (("", "Worst first"), ("last-run", "Last run"), ("name", "Name"))
 STATES: Final = (
-    ("", "All"),
+    ("failing", "failing"),
+    ("unfinished", "unfinished"),
+    ("awake", "awake"),
+    ("asleep", "asleep"),
+)
+"""States of workflows by their runs and pods."""
+STATUSES: Final = (
     ("active", "Active"),
     ("paused", "Paused"),
     ("draft", "Draft"),
@@ -44,7 +51,13 @@ async def load(page: PageRequest) -> PageData:
     given = page.query
     filters = {name: given[name] for name in FILTERS if given.get(name)}
     workflows, stats = await asyncio.gather(
-        page.get("/api/v1/workflows/activity", **filters, limit=LIMIT, offset=given.get("offset")),
+        page.get(
+            "/api/v1/workflows/activity",
+            **filters,
+            order=given.get("order"),
+            limit=LIMIT,
+            offset=given.get("offset"),
+        ),
         page.get("/api/v1/workflows/stats"),
     )
     is_first = not filters and workflows["count"] == 0
@@ -56,6 +69,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
     """Return the template values: the workflows with state, bars and shares, and the filters."""
     listed = data["workflows"]
     filters = {name: frame.query[name] for name in FILTERS if frame.query.get(name)}
+    kept = {**filters, **({"order": frame.query["order"]} if frame.query.get("order") else {})}
     shown = listed["offset"] + len(listed["workflows"])
     return {
         "title": "Workflows",
@@ -65,20 +79,34 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "templates": [] if data["templates"] is None else data["templates"]["templates"],
         "may_write": frame.may("workflows:write"),
         "shown": shown,
-        "states": [
-            (
-                label,
-                data["stats"].get(status or "total", 0),
-                list_address(frame, PATH, {**filters, "status": status}),
-                filters.get("status", "") == status,
-            )
-            for status, label in STATES
+        "chips": list_chips(data, frame, kept),
+        "orders": [
+            (label, list_address(frame, PATH, {**filters, "order": order}), kept.get("order", "") == order)
+            for order, label in ORDERS
         ],
         "filters": filters,
-        "next": list_address(frame, PATH, {**filters, "offset": str(shown)})
-        if shown < listed["count"]
-        else "",
+        "order": kept.get("order", ""),
+        "next": list_address(frame, PATH, {**kept, "offset": str(shown)}) if shown < listed["count"] else "",
     }
+
+
+def list_chips(
+    data: PageData, frame: PageFrame, kept: Mapping[str, str]
+) -> Sequence[tuple[str, int, str, bool]]:
+    """Return label, number, address and whether it is on for each chip: all, the states, and the statuses.
+
+    `kept` are the filters and the order of the page. A chip that is on leads to the page without its filter.
+    """
+    everything = {name: value for name, value in kept.items() if name not in {"state", "status"}}
+    counts = data["workflows"]["states"]
+    is_whole = not {"state", "status"} & set(kept)
+    chips = [("All", data["stats"]["total"], list_address(frame, PATH, everything), is_whole)]
+    for name, choices, numbers in (("state", STATES, counts), ("status", STATUSES, data["stats"])):
+        for value, label in choices:
+            is_on = kept.get(name) == value
+            address = list_address(frame, PATH, {**kept, name: "" if is_on else value})
+            chips.append((label, numbers.get(value, 0), address, is_on))
+    return chips
 
 
 def describe_workflow(workflow: Mapping[str, Any]) -> Mapping[str, Any]:

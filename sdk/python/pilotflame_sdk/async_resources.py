@@ -815,13 +815,13 @@ class AsyncWorkers(AsyncResource):
 class AsyncWorkflows(AsyncResource):
     """Methods of `client.workflows`."""
 
-    async def activity(self, *, status: Literal['draft', 'active', 'paused', 'archived'] | None = None, tag: str | None = None, search: str | None = None, limit: int | None = None, offset: int | None = None) -> t.WorkflowActivityList:
+    async def activity(self, *, status: Literal['draft', 'active', 'paused', 'archived'] | None = None, tag: str | None = None, search: str | None = None, state: Literal['failing', 'unfinished', 'awake', 'asleep'] | None = None, order: Literal['worst', 'last-run', 'name'] | None = None, limit: int | None = None, offset: int | None = None) -> t.WorkflowActivityList:
         """List the workflows that the caller may read with pods, newest runs and counts of 24 hours, the worst first."""
-        return cast("t.WorkflowActivityList", await self._client.request("GET", "/api/v1/workflows/activity", query={"status": status, "tag": tag, "search": search, "limit": limit, "offset": offset}))
+        return cast("t.WorkflowActivityList", await self._client.request("GET", "/api/v1/workflows/activity", query={"status": status, "tag": tag, "search": search, "state": state, "order": order, "limit": limit, "offset": offset}))
 
-    def iterate_activity(self, *, status: Literal['draft', 'active', 'paused', 'archived'] | None = None, tag: str | None = None, search: str | None = None) -> AsyncIterator[Any]:
+    def iterate_activity(self, *, status: Literal['draft', 'active', 'paused', 'archived'] | None = None, tag: str | None = None, search: str | None = None, state: Literal['failing', 'unfinished', 'awake', 'asleep'] | None = None, order: Literal['worst', 'last-run', 'name'] | None = None) -> AsyncIterator[Any]:
         """Yield every item of `activity`, page by page."""
-        return self._client.iterate("/api/v1/workflows/activity", "workflows", {"status": status, "tag": tag, "search": search})
+        return self._client.iterate("/api/v1/workflows/activity", "workflows", {"status": status, "tag": tag, "search": search, "state": state, "order": order})
 
     async def add_node(self, workflow_id: str, *, id: str | None = None, node_id: str | None = None, type: str | None = None, node_type: str | None = None, version: str | None = None, node_version: str | None = None, label: str | None = None, position: Any = None, config: Mapping[str, Any] | None = None, input_mappings: Mapping[str, Any] | None = None, pass_through_values: Mapping[str, str] | None = None, retry: Any = None, timeout: float | None = None, at_most_once: bool | None = None) -> t.NodeAnswer:
         """Add a node to a workflow; without a position it is placed beside the others."""

@@ -3609,6 +3609,7 @@ class WorkflowActivity(TypedDict):
     isTemplate: bool
     createdAt: str
     updatedAt: str
+    ownerName: str | None
     triggers: List[TriggerKind]
     deploymentStatus: DeploymentStatus
     reason: str | None
@@ -3629,6 +3630,7 @@ class WorkflowActivityList(TypedDict):
     limit: int
     offset: int
     since: str
+    states: Dict[str, int]
     workflows: List[WorkflowActivity]
 
 
