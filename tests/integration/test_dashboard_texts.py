@@ -123,6 +123,7 @@ WITHOUT_OBJECTS = {
     "POST /api/v1/ai/tool-servers/{id}/accept": "names and hashes of tools",
     "POST /api/v1/workflows/{id}/connections": "the texts of a connection of a workflow",
     "POST /api/v1/dead-letters/groups/{id}/mute": "the reason of a mute, with the runs",
+    "POST /api/v1/executions/{id}/reassign-input": "ids and addresses of people of the organization",
     "POST /api/v1/executions/{id}/replay": "ids and the hash of a plan",
     "POST /api/v1/workflows/{id}/trigger": "tags and metadata as in execute, and needs pods",
     "POST /api/v1/workflows/from-template": "the texts of a workflow, by the same checks",
