@@ -29,6 +29,7 @@ NOUNS: Final = (
     "workers",
     "datasources",
     "models",
+    "tool-servers",
     "deployments",
     "events",
     "queue",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, TypeAlias
 import msgspec
 from msgspec import Meta
 
+from engine.value_difference import compare_values
 from gateway.data_sources.data_source_shapes import CreateDataSource, Name, UpdateDataSource
 from gateway.http import errors, limits
 from gateway.http.text_rules import ProblemCollector
@@ -26,6 +27,9 @@ FIELDS: Final[Mapping[str, str]] = {
     "settings.keyHeader": "keyHeader",
 }
 """Fields of a tool server by those of its data source."""
+COMPARED: Final = ("title", "description", "inputSchema", "hints", "problem")
+"""Fields of a definition in which two are compared."""
+SHOWN_CHANGES: Final = 20
 ApiKey: TypeAlias = Annotated[str, Meta(min_length=1, max_length=MAX_SECRET_LENGTH)]
 Url: TypeAlias = Annotated[str, Meta(max_length=300)]
 KeyHeader: TypeAlias = Annotated[str, Meta(max_length=100)]
@@ -140,6 +144,8 @@ class ToolShape(WireStruct):
     offered: ToolDefinitionShape | None
     """Definition at the last refresh; null if it was not listed any more."""
     accepted: AcceptedToolShape | None
+    changed_paths: Sequence[str]
+    """Places of a changed definition that differ from the accepted one, such as `inputSchema.properties.to`."""
 
 
 class ToolServerSummary(WireStruct):
@@ -304,6 +310,9 @@ def _show_tool(name: str, offered: Mapping[str, Any] | None, accepted: AcceptedT
     return ToolShape(
         name=name,
         status=_find_status(offered, accepted),
+        changed_paths=[]
+        if offered is None or accepted is None
+        else _list_changes(accepted.definition, offered),
         offered=None if offered is None else _show_definition(offered),
         accepted=None
         if accepted is None
@@ -322,6 +331,12 @@ def _find_status(offered: Mapping[str, Any] | None, accepted: AcceptedTool | Non
     if accepted is not None:
         return ToolStatus.ACCEPTED if accepted.hash == offered["hash"] else ToolStatus.CHANGED
     return ToolStatus.UNUSABLE if offered["problem"] else ToolStatus.NEW
+
+
+def _list_changes(accepted: Mapping[str, Any], offered: Mapping[str, Any]) -> Sequence[str]:
+    """Return the paths at which a definition differs from the accepted one, up to 20, without the hash."""
+    sides = [{name: definition[name] for name in COMPARED} for definition in (accepted, offered)]
+    return [change.path for change in compare_values(*sides, at_most=SHOWN_CHANGES).changes]
 
 
 def _show_definition(definition: Mapping[str, Any]) -> ToolDefinitionShape:

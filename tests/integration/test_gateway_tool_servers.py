@@ -136,6 +136,7 @@ async def test_a_changed_definition_has_to_be_accepted_again(
         shown = (await refresh(owner, path))["toolServer"]
         assert statuses_of(shown) == {"add": "changed", "find": "removed"}
         (add, _) = shown["tools"]
+        assert [tool["changedPaths"] for tool in shown["tools"]] == [["description"], []]
         assert "evil" in add["offered"]["description"]
         assert "evil" not in add["accepted"]["definition"]["description"]
         kept = await owner.api.post(f"{path}/accept", json=both)

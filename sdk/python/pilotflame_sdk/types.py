@@ -3273,6 +3273,7 @@ class Tool(TypedDict):
     status: ToolStatus
     offered: ToolDefinition | None
     accepted: AcceptedTool | None
+    changedPaths: List[str]
 
 
 class ToolDefinition(TypedDict):
