@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 from msgspec import UNSET, Meta, Raw, UnsetType, convert, structs
 
 from engine import node_key
+from engine.agents import call_waits
 from engine.agents.agent_steps import StepKind, StepReuse, StepStatus
 from engine.node_api import CONTINUE, NodeEffect
 from engine.run_errors import FailureCause
@@ -251,6 +252,8 @@ class StepShape(WireStruct):
     started_at: Instant
     ended_at: Instant | None
     duration_ms: int | None
+    inner_iteration: str | None
+    """Iteration of the steps of the agent that does a tool call, if one does, under the id of the tool's node."""
     reused: bool
     """Whether a replay has taken it over from the replayed execution, which has its cost."""
     usage: ModelUsageShape | UnsetType = UNSET
@@ -409,6 +412,7 @@ def show_step(step: AgentStep) -> StepShape:
         started_at=instant(step.started_at),
         ended_at=optional_instant(step.ended_at),
         duration_ms=_count_milliseconds(step.started_at, step.ended_at),
+        inner_iteration=call_waits.name_iteration(step) if step.kind is StepKind.TOOL else None,
         reused=step.reuse is StepReuse.REUSED,
         usage=model_usage.sum_records(step.model_calls) if step.model_calls else UNSET,
     )

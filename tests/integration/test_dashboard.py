@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import html
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -33,6 +34,7 @@ from tests.integration import input_waits
 from tests.integration.deployed_workflows import deploy_with_pod
 from tests.integration.gateway_harness import GRAPH, GatewayHarness, OrganizationUsers, create_gateway
 from tests.integration.test_gateway_enqueue import QUEUE
+from tests.integration.test_waiting_runs import execute_workflow, serve_worker
 from tests.services import PostgresServer
 
 MARKUP = "<script>alert(1)</script><img src=x onerror=alert(1)>"
@@ -261,6 +263,47 @@ async def test_use_of_a_data_source_tells_since_when_it_counts_and_no_message_of
     assert "555 0100" in usage["lastFailure"]["message"]
     failure = (await people.colleague.api.get(path)).json()["lastFailure"]
     assert (failure["executionId"], failure["nodeId"], failure["message"]) == (None, "step", "")
+
+
+async def test_turns_of_an_agent_inside_of_another_are_folded_into_its_call(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    """The inner agent waits for an approval of a call, whose arguments are shown as they are."""
+
+    def build_tool(name: str, parameters: Mapping[str, Any], node_type: str, **config: Any) -> dict[str, Any]:  # noqa: ANN401 - any JSON value
+        schema = {"type": "object", "properties": parameters, "required": [*parameters]}
+        target = {"node": {"type": node_type, "config": config}}
+        own = {"name": name, "description": "d", "parameters": schema, "target": target, "approval": "always"}
+        return {"id": name, "nodeId": "tool", "config": own}
+
+    inner = {"model": "echo", "prompt": "Use remember."}
+    nodes: list[dict[str, Any]] = [
+        {"id": "start", "nodeId": "manual"},
+        {"id": "agent", "nodeId": "agent", "config": {"model": "echo", "prompt": "Use research."}},
+        build_tool("research", {}, "agent", **inner),
+        build_tool("remember", {"city": {"const": MARKUP}}, "set", values={"city": "{{ args.city }}"}),
+    ]
+    del nodes[2]["config"]["approval"]
+    edges = [
+        {"source": "start", "target": "agent"},
+        {"source": "research", "target": "agent", "targetPort": "tools"},
+        {"source": "remember", "target": "research", "targetPort": "tools"},
+    ]
+    workflow_id = await people.owner.create(name="Nested", nodes=nodes, connections=edges)
+    async with serve_worker(harness):
+        execution_id = await execute_workflow(people.owner, workflow_id)
+        path = f"/api/v1/executions/{execution_id}"
+        while (run := (await people.owner.api.get(path)).json())["status"] != "waiting":
+            assert run["status"] in {"pending", "running"}, run
+            await asyncio.sleep(0.05)
+    browser = await sign_in(harness, people.owner.key)
+    page = (await browser.get(f"/dashboard/runs/{execution_id}?node=agent")).text
+    _, _, folded = page.partition('<details data-inner="1">')
+    folded, _, _ = folded.partition("</details>")
+    assert "1 turn of its agent" in folded
+    assert "A person has to approve it" in folded
+    assert html.escape(MARKUP) in folded
+    assert "<img" not in page
 
 
 async def test_a_preview_keeps_the_zone_and_delay_that_the_form_leaves(

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias
 
 from engine import values
+from engine.agents import call_approvals
 from engine.agents.agent import StopReason
-from engine.agents.agent_steps import StepKind
+from engine.agents.agent_steps import StepKind, StepStatus
+from engine.agents.agent_wiring import MAX_AGENT_DEPTH
 from engine.model_calls import FinishReason
 from gateway.dashboard.formats import show_json
 
@@ -48,8 +50,11 @@ class ToolCallView:
     step: Step
     state: str
     arguments: str
+    """Whole while a person has to approve the call."""
     result: str
     """Empty without a result."""
+    turns: Sequence[AgentTurn] = ()
+    """Turns of the agent that does the call; empty for other tools."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,16 +83,17 @@ class AgentView:
     lost_attempts: int
 
 
-def view_agent(span: Mapping[str, Any] | None) -> AgentView | None:
-    """Return the turns of the agent in a span with `steps`; None for other nodes."""
+def view_agent(span: Mapping[str, Any] | None, recorded: Sequence[Step] = ()) -> AgentView | None:
+    """Return the turns of the agent in a span with `steps`; None for other nodes.
+
+    `recorded` holds steps of all agents of the run: those of agents that do tool calls are shown inside of the calls.
+    """
     if span is None or "steps" not in span:
         return None
-    turns: list[AgentTurn] = []
-    for step in span["steps"]:
-        if step["kind"] == StepKind.MODEL:
-            turns.append(_view_turn(step, len(turns) + 1))
-        elif turns:
-            turns[-1].calls.append(_view_call(step))
+    inner: dict[str, list[Step]] = {}
+    for step in recorded:
+        inner.setdefault(step["iteration"], []).append(step)
+    turns = _view_turns(span["steps"], inner, 1)
     output = span["outputData"]
     reason = output.get("stopReason") if isinstance(output, dict) else None
     return AgentView(
@@ -96,6 +102,20 @@ def view_agent(span: Mapping[str, Any] | None) -> AgentView | None:
         ENDS.get(reason, "") if isinstance(reason, str) else "",
         sum(step["lostAttempts"] for step in span["steps"]),
     )
+
+
+def _view_turns(
+    steps: Sequence[Step], inner: Mapping[str, Sequence[Step]], depth: int
+) -> Sequence[AgentTurn]:
+    """Return the turns of one agent; `inner` holds the steps of those that do its calls by their iterations."""
+    turns: list[AgentTurn] = []
+    for step in steps:
+        if step["kind"] == StepKind.MODEL:
+            turns.append(_view_turn(step, len(turns) + 1))
+        elif turns:
+            of_call = inner.get(step["innerIteration"], ()) if depth < MAX_AGENT_DEPTH else ()
+            turns[-1].calls.append(_view_call(step, _view_turns(of_call, inner, depth + 1)))
+    return turns
 
 
 def _view_turn(step: Step, number: int) -> AgentTurn:
@@ -111,14 +131,25 @@ def _view_turn(step: Step, number: int) -> AgentTurn:
     )
 
 
-def _view_call(step: Step) -> ToolCallView:
-    arguments, result = step["arguments"], step["result"]
+def _view_call(step: Step, turns: Sequence[AgentTurn]) -> ToolCallView:
+    result = step["result"]
     return ToolCallView(
         step,
         _name_state(step),
-        "" if arguments is None else _cut(show_json(arguments)),
+        _show_arguments(step),
         _show_result(result) if isinstance(result, str) else "",
+        turns,
     )
+
+
+def _show_arguments(step: Step) -> str:
+    """Return the arguments of a call; of one that waits for an approval exactly as the question shows them."""
+    arguments = step["arguments"]
+    if arguments is None:
+        return ""
+    if step["status"] == StepStatus.WAITING and isinstance(arguments, dict):
+        return call_approvals.show_arguments(arguments)
+    return _cut(show_json(arguments))
 
 
 def _name_state(step: Step) -> str:

@@ -29,6 +29,8 @@ VIEWS: Final = {"": "Graph and time", "map": "Map", "table": "Table"}
 """Labels of the views of the nodes by their names in the address."""
 SHARES: Final = 1_000
 """Units of the bar that shows where the time went."""
+SHOWN_STEPS: Final = 500
+"""Steps of all agents of a run that are read for the turns of one."""
 OTHER_RUNS: Final = 6
 """Earlier runs that a node can be compared with by choosing them."""
 KEPT: Final = ("node", "iteration", "tab", "view", "with", "open", "at")
@@ -81,16 +83,20 @@ async def _load_node(
     for absent ones.
     """
     if state is None:
-        return {"span": None, "diff": None}
+        return {"span": None, "diff": None, "steps": None}
     iteration = run_node.choose_iteration(state, page.query)
     of_node = f"{path}/spans/{state['nodeId']}"
-    span, diff = await asyncio.gather(
+    span, diff, steps = await asyncio.gather(
         page.get_if_present(of_node, iteration=iteration),
         page.get_if_present(f"{of_node}/diff", iteration=iteration, **{"with": page.query.get("with")})
         if tab == "diff"
         else asyncio.sleep(0),
+        # Those of the agents inside of an agent are steps of other nodes.
+        page.get_if_present(f"{path}/steps", limit=SHOWN_STEPS)
+        if tab == run_node.STEPS
+        else asyncio.sleep(0),
     )
-    return {"span": span, "diff": diff}
+    return {"span": span, "diff": diff, "steps": steps}
 
 
 async def _load_inputs(page: PageRequest, path: str, run: Mapping[str, Any]) -> Any:  # noqa: ANN401 - any JSON value

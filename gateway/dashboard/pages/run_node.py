@@ -131,7 +131,7 @@ def view_node(
     return {
         "tab": tab,
         "tabs": [(name, label, address(tab=name)) for name, label in _list_tabs(state).items()],
-        "agent": agent_turns.view_agent(span),
+        "agent": agent_turns.view_agent(span, (data["steps"] or {}).get("steps", ())),
         "span": span,
         "defined_config": (defined or {}).get("config"),
         "iteration": iteration,

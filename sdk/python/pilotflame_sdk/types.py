@@ -3036,6 +3036,7 @@ class _StepAlways(TypedDict):
     startedAt: str
     endedAt: str | None
     durationMs: int | None
+    innerIteration: str | None
     reused: bool
 
 
