@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import msgspec
 import structlog
@@ -39,6 +40,9 @@ if TYPE_CHECKING:
     from models.database import Database
 
 log = structlog.get_logger()
+
+_MonthRow: TypeAlias = "tuple[str, int, str, str]"
+"""Organization, number of the month, workflow and model."""
 
 MAX_CACHED_BUDGETS: Final = 1_000
 CACHE_SECONDS: Final = 3_600.0
@@ -154,8 +158,15 @@ class StoredModelLedger:
         ordered = sorted(calls, key=_find_month_row)
 
         async def work(connection: AsyncConnection) -> None:
+            months: dict[_MonthRow, Counter[str]] = {}
             for each in ordered:
-                await _settle(connection, each)
+                created_at = await _settle(connection, each)
+                if created_at is not None:
+                    # That of the reservation, whose budget has admitted the call.
+                    row = (each.caller.organization_id, month_number(created_at), *_find_month_row(each)[1:])
+                    months.setdefault(row, Counter()).update(_count(each.settlement))
+            for row in sorted(months):
+                await _add_to_month(connection, row, months[row])
 
         await self._database.transaction(work)
 
@@ -275,8 +286,8 @@ async def _require_rest(
         raise NodeError(message, code="model-budget-exceeded")
 
 
-async def _settle(connection: AsyncConnection, call: _SettledCall) -> None:
-    """Settle the charge of one call, and add it to its month, unless it is settled already."""
+async def _settle(connection: AsyncConnection, call: _SettledCall) -> datetime | None:
+    """Settle the charge of one call, and return when it was made; None if it is settled already."""
     settlement, usage = call.settlement, call.settlement.usage
     values = {
         "tokens": usage.input_tokens + usage.output_tokens,
@@ -293,39 +304,39 @@ async def _settle(connection: AsyncConnection, call: _SettledCall) -> None:
         )
         .returning(col(ModelCharge.created_at))
     )
-    # The month of the reservation, whose budget has admitted the call.
-    created_at = await connection.scalar(statement)
-    if created_at is not None:
-        await _add_to_month(connection, call.caller, settlement, created_at)
+    created_at: datetime | None = await connection.scalar(statement)
+    return created_at
 
 
 def _find_month_row(call: _SettledCall) -> tuple[str, str, str]:
     return call.caller.organization_id, call.caller.workflow_id, call.settlement.model_id
 
 
-async def _add_to_month(
-    connection: AsyncConnection, caller: RunCaller, settlement: ModelSettlement, at: datetime
-) -> None:
-    """Add a settled call to the sums of its month."""
-    usage, is_priced = settlement.usage, settlement.cost is not None
-    sums = {
+def _count(settlement: ModelSettlement) -> dict[str, int]:
+    """Return what a settled call adds to the sums of its month."""
+    return {
         "calls": 1,
-        "unpriced_calls": 0 if is_priced else 1,
-        "input_tokens": usage.input_tokens,
-        "output_tokens": usage.output_tokens,
+        "unpriced_calls": int(settlement.cost is None),
+        "input_tokens": settlement.usage.input_tokens,
+        "output_tokens": settlement.usage.output_tokens,
         "cost": settlement.cost or 0,
     }
-    row = {
-        "organization_id": caller.organization_id,
-        "month": month_number(at),
-        "workflow_id": caller.workflow_id,
-        "model_id": settlement.model_id,
-        "shard": ids.shard_of(caller.organization_id),
+
+
+async def _add_to_month(connection: AsyncConnection, row: _MonthRow, sums: Mapping[str, int]) -> None:
+    """Add settled calls to the sums of their month."""
+    organization_id, month, workflow_id, model_id = row
+    place = {
+        "organization_id": organization_id,
+        "month": month,
+        "workflow_id": workflow_id,
+        "model_id": model_id,
+        "shard": ids.shard_of(organization_id),
     }
     columns = ModelCost.__table__.c  # type: ignore[attr-defined]  # SQLModel doesn't declare it
     await connection.execute(
         _insert(connection, ModelCost)
-        .values({**row, **sums})
+        .values({**place, **sums})
         .on_conflict_do_update(
             index_elements=["organization_id", "month", "workflow_id", "model_id"],
             set_={name: columns[name] + amount for name, amount in sums.items()},

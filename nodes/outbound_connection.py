@@ -102,7 +102,7 @@ class OutboundConnection(asyncio.Protocol):
     async def open_stream(self, head: bytes, body: bytes) -> StreamedResponse:
         """Send a request and return the final response once its headers have arrived, with its body as a stream.
 
-        The stream raises what `exchange` does. The connection serves no further exchange: abort it at the end.
+        The stream raises what `exchange` does. Call `end_stream` behind it, also after a failure.
         """
         transport, response = self._begin_exchange(is_head=False)
         stream = self._stream = StreamedResponse(transport)
@@ -110,6 +110,12 @@ class OutboundConnection(asyncio.Protocol):
         transport.write(head + body)
         await stream.wait_for_headers()
         return stream
+
+    def end_stream(self) -> None:
+        """Make the connection ready for the next exchange, or close it if its response has not arrived whole."""
+        if not self.is_reusable:
+            self.abort()
+        self._response = self._parser = self._stream = None
 
     def _begin_exchange(self, *, is_head: bool) -> tuple[asyncio.Transport, asyncio.Future[RawResponse]]:
         """Prepare the parser for a response, and return the transport and the future of the response.

@@ -308,11 +308,11 @@ class OutboundClient:
     async def stream(
         self, method: str, url: str, *, headers: Mapping[str, str], body: bytes, idle_seconds: float
     ) -> AsyncIterator[OutboundStream]:
-        """Send a request over a connection of its own, and yield its response while the body arrives.
+        """Send a request over an idle connection or a new one, and yield its response while the body arrives.
 
         Redirects are not followed. The timeout spans the time until the headers, and each pause in the body.
-        At the end of the block the connection is closed, whether or not the response is complete. Raises
-        `OutboundError`, and so does the stream.
+        At the end of the block the connection is closed unless the response is complete. Raises
+        `OutboundError`, and so does the stream. A request on an idle connection that breaks is not repeated.
         """
         require_valid_request(method.upper(), headers)
         call = OutboundCall(method.upper(), parse_target(url), headers, body)
@@ -320,13 +320,14 @@ class OutboundClient:
         try:
             with _translate_failures(call.target, idle_seconds):
                 async with asyncio.timeout(idle_seconds):
-                    connection = await self._connect(call.target)
+                    connection = self._take_kept(call.target) or await self._connect(call.target)
                     response = await connection.open_stream(_request_head(call), body)
                 _require_final_status(call.target, response.status)
             yield OutboundStream(response, call.target, idle_seconds)
         finally:
             if connection is not None:
-                self._discard(connection)
+                connection.end_stream()
+                self._return(connection, call.target)
 
     async def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -464,6 +465,13 @@ class OutboundClient:
             self._discard(connection)
         return None
 
+    def _return(self, connection: OutboundConnection, target: UrlTarget) -> None:
+        """Keep a connection behind an exchange if it can be used again, else close it."""
+        if connection.is_reusable:
+            self._keep(connection, target)
+        else:
+            self._discard(connection)
+
     def _keep(self, connection: OutboundConnection, target: UrlTarget) -> None:
         """Keep a connection for four seconds; it is closed if others wait for a place, or if it is over a
         minute old.
@@ -542,10 +550,7 @@ class OutboundClient:
         except (ResponseInvalid, ResponseTooLarge) as error:
             raise _build_refusal(target, error) from error
         finally:
-            if connection.is_reusable:
-                self._keep(connection, target)
-            else:
-                self._discard(connection)
+            self._return(connection, target)
         return OutboundResponse(response.status, response.headers, response.body, target.url)
 
 

@@ -416,7 +416,7 @@ async def _call_once(tool: ToolProgram, call: NodeCall) -> NodeOutcome:
     """Call a tool's node; one that only computes leaves the loop to others when it takes long."""
     run = tool.run
     if not inspect.iscoroutinefunction(run):
-        return await offload.run_in_thread(cast("Callable[[NodeCall], NodeOutcome]", run), call)
+        return await offload.run(cast("Callable[[NodeCall], NodeOutcome]", run), call)
     if tool.effect is NodeEffect.PURE:
         return await offload.run_coroutine(lambda: cast("Coroutine[Any, Any, NodeOutcome]", run(call)))
     return await cast("Coroutine[Any, Any, NodeOutcome]", run(call))

@@ -843,6 +843,31 @@ async def test_pieces_of_a_stream_arrive_before_its_end() -> None:
 
 
 @pytest.mark.anyio
+@pytest.mark.parametrize(("is_read", "connections"), [(True, 1), (False, 2)])
+async def test_the_connection_of_a_stream_that_has_ended_is_used_again(
+    monkeypatch: pytest.MonkeyPatch, *, is_read: bool, connections: int
+) -> None:
+    monkeypatch.setattr(outbound_http, "KEEP_ALIVE_SECONDS", 60.0)
+
+    async def answer() -> AsyncIterator[bytes]:
+        yield STREAM_HEAD + chunk(b"first")
+        if not is_read and len(upstream.requests) == 1:
+            await asyncio.Event().wait()
+        yield chunk(b"last") + chunk(b"")
+
+    async with serve_upstream(lambda _: answer()) as upstream, open_client() as outbound:
+        url = f"http://127.0.0.1:{upstream.port}/"
+        async with outbound.stream("POST", url, headers={}, body=b"{}", idle_seconds=5) as stream:
+            assert await anext(aiter(stream)) == b"first"
+            if is_read:
+                assert [piece async for piece in stream] == [b"last"]
+        async with outbound.stream("POST", url, headers={}, body=b"{}", idle_seconds=5) as stream:
+            assert b"".join([piece async for piece in stream]) == b"firstlast"
+        assert (await outbound.request("POST", url, headers={}, body=b"x", timeout_seconds=5)).body
+    assert upstream.connections == connections
+
+
+@pytest.mark.anyio
 @pytest.mark.parametrize(
     ("pieces", "code"),
     [
