@@ -45,6 +45,8 @@ class CalendarDay:
     bars: Sequence[CalendarBar]
     failures: Sequence[float]
     """Positions at which a start failed, in percent."""
+    clock_changes: Sequence[float]
+    """Positions at which the clocks of the schedule's zone change, in percent."""
     now_x: float | None
 
 
@@ -109,24 +111,31 @@ def _list_windows(
 
 
 def draw_calendar(
-    up_times: Sequence[UpTime], failures: Sequence[datetime], now: datetime
+    up_times: Sequence[UpTime],
+    failures: Sequence[datetime],
+    clock_changes: Sequence[datetime],
+    now: datetime,
 ) -> Sequence[CalendarDay]:
     """Return the 14 days of the calendar in UTC, the earliest first: seven before today, today, and six after it.
 
-    `failures` are moments to mark.
+    `failures` and `clock_changes` are moments to mark.
     """
     today = start_of_day(now)
     return [
-        _draw_day(today + number * DAY, up_times, failures, now)
+        _draw_day(today + number * DAY, up_times, failures, clock_changes, now)
         for number in range(-PAST_DAYS, FUTURE_DAYS + 1)
     ]
 
 
 def _draw_day(
-    day: datetime, up_times: Sequence[UpTime], failures: Sequence[datetime], now: datetime
+    day: datetime,
+    up_times: Sequence[UpTime],
+    failures: Sequence[datetime],
+    clock_changes: Sequence[datetime],
+    now: datetime,
 ) -> CalendarDay:
     """Return a day with its bars: the parts of `up_times` within it in percent of its width, the failures,
-    and the hours up.
+    changes of the clocks, and the hours up.
     """
     clipped = [
         (max(one.start, day), min(one.end, day + DAY), one.tone)
@@ -144,9 +153,15 @@ def _draw_day(
             CalendarBar(_compute_percent(start - day), max(_compute_percent(end - start), 0.2), tone)
             for start, end, tone in clipped
         ],
-        [_compute_percent(one - day) for one in failures if day <= one < day + DAY],
+        _mark_moments(day, failures),
+        _mark_moments(day, clock_changes),
         _compute_percent(now - day) if is_today else None,
     )
+
+
+def _mark_moments(day: datetime, moments: Sequence[datetime]) -> Sequence[float]:
+    """Return the positions of the moments within a day, in percent of its width."""
+    return [_compute_percent(one - day) for one in moments if day <= one < day + DAY]
 
 
 def _compute_percent(time: timedelta) -> float:

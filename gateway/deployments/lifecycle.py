@@ -163,6 +163,8 @@ class ReplayShape(WireStruct):
     waits: int
     """Runs that would have waited for a start, or for a window to open."""
     total_wait_seconds: float
+    p95_wait_seconds: float
+    """Time within which 95 % of the waits end; 0 without a wait."""
     longest_wait_seconds: float
 
 
@@ -355,8 +357,15 @@ def _replay(replay: PolicyReplay, replicas: int) -> ReplayShape:
         cold_starts=replay.cold_starts,
         waits=len(replay.waits),
         total_wait_seconds=sum(replay.waits, timedelta()).total_seconds(),
+        p95_wait_seconds=_compute_p95(replay.waits).total_seconds(),
         longest_wait_seconds=max(replay.waits, default=timedelta()).total_seconds(),
     )
+
+
+def _compute_p95(waits: Sequence[timedelta]) -> timedelta:
+    """Return the shortest wait that is not exceeded by 95 % of the waits; 0 without any."""
+    ranked = sorted(waits)
+    return ranked[(len(ranked) * 95 + 99) // 100 - 1] if ranked else timedelta()
 
 
 def _show_transition(change: WindowChange, zone: tzinfo) -> TransitionShape:

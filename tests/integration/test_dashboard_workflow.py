@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import AsyncIterator
+from html import unescape
 from typing import Any
 
 import pytest
@@ -113,9 +114,13 @@ async def test_times_awake_are_a_calendar_and_another_policy_is_tried_on_past_ru
     assert page.text.count('<li class="day') == 14
     assert 'class="pre"' in page.text
     assert "deployed, by" in page.text
+    why = (await people.owner.api.get(f"/api/v1/workflows/{workflow_id}/why")).json()["message"]
+    assert why in unescape(page.text)
+    assert re.search(r"<b>Stops at <time [^>]*>\d{4}-", page.text)
     query = "type=scheduled-window&days=all&start=07:00&end=19:00&zone=Europe/Berlin"
     tried = await browser.get(f"{address}?{query}")
     assert "Set “In weekly windows, 07:00 to 19:00 in Europe/Berlin”" in tried.text
+    assert "How long they wait, p95" in tried.text
     assert f"PUT /api/v1/workflows/{workflow_id}/lifecycle" in tried.text
     assert "Europe/Berlin" in tried.text
     present = (await people.owner.api.get(f"/api/v1/workflows/{workflow_id}/lifecycle")).json()

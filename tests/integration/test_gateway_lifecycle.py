@@ -374,6 +374,7 @@ async def test_a_preview_replays_past_runs_under_both_policies(
         "coldStarts": 3,
         "waits": 3,
         "totalWaitSeconds": 30.0,
+        "p95WaitSeconds": 10.0,
         "longestWaitSeconds": 10.0,
     }
     assert replay["candidate"] == {
@@ -381,6 +382,7 @@ async def test_a_preview_replays_past_runs_under_both_policies(
         "coldStarts": 0,
         "waits": 0,
         "totalWaitSeconds": 0.0,
+        "p95WaitSeconds": 0.0,
         "longestWaitSeconds": 0.0,
     }
 

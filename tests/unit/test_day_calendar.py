@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from gateway.dashboard.day_calendar import draw_calendar, list_forecast, list_up_times
@@ -52,10 +52,11 @@ def test_a_forecast_ends_with_the_next_stop_or_follows_the_windows() -> None:
 
 def test_days_have_their_share_of_each_time_up() -> None:
     decisions = [decision("27T06:00", "stop"), decision("26T18:00", "start")]
-    days = draw_calendar(list_up_times(decisions, NOW, is_up=False), [NOW], NOW)
+    days = draw_calendar(list_up_times(decisions, NOW, is_up=False), [NOW], [NOW - timedelta(hours=6)], NOW)
     assert len(days) == 14
     before, today = days[5:8:2]
     assert (before.label, before.hours, before.bars[0].x, before.bars[0].width) == ("Thu 26", 6.0, 75, 25)
     assert days[6].hours == 6.0
     assert (today.is_today, today.now_x, today.failures) == (True, 50, [50])
+    assert [day.clock_changes for day in days if day.clock_changes] == [[25]]
     assert [day.is_future for day in days] == [False] * 8 + [True] * 6

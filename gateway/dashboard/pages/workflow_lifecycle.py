@@ -114,6 +114,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         *list_forecast(lifecycle, data["preview"]["transitions"], frame.now, is_up=is_up),
     ]
     failures = [parse_instant(one["at"]) for one in decisions if one["reason"] == "failed"]
+    changes = [parse_instant(one["at"]) for one in data["preview"]["clockChanges"]]
     page_path = f"{frame.root}/dashboard/workflows/{workflow['id']}"
     present = lifecycle["lifecyclePolicy"]
     return {
@@ -128,7 +129,9 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "is_up": is_up,
         "status": status,
         "policy": describe_policy(present),
-        "days": draw_calendar(up_times, [one for one in failures if one], frame.now),
+        "days": draw_calendar(
+            up_times, [one for one in failures if one], [one for one in changes if one], frame.now
+        ),
         "decisions": [(*WORDS.get(one["action"], WORDS["none"]), one) for one in decisions[:SHOWN_DECISIONS]],
         "clock_changes": data["preview"]["clockChanges"],
         "policies": POLICIES,
@@ -169,7 +172,11 @@ def compare_policies(replay: Mapping[str, Any]) -> Sequence[tuple[str, str, str,
         _compare("Hours its pods are up", now["podHours"], then["podHours"], lambda hours: f"{hours:,.1f}")
     ]
     rows += [_compare(label, now[name], then[name], lambda count: f"{count:,.0f}") for label, name in counts]
-    waits = [("They wait together", "totalWaitSeconds"), ("The longest wait", "longestWaitSeconds")]
+    waits = [
+        ("How long they wait, p95", "p95WaitSeconds"),
+        ("The longest wait", "longestWaitSeconds"),
+        ("They wait together", "totalWaitSeconds"),
+    ]
     rows += [
         _compare(label, now[name], then[name], lambda seconds: show_duration(seconds * 1_000))
         for label, name in waits

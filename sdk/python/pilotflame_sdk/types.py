@@ -2454,6 +2454,7 @@ class Replay(TypedDict):
     coldStarts: int
     waits: int
     totalWaitSeconds: float
+    p95WaitSeconds: float
     longestWaitSeconds: float
 
 
