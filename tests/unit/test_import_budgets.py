@@ -124,3 +124,12 @@ except SystemExit:
         for name in ("arguments", "nouns", "output", "run", "runs", "server_connection")
     }
     assert not loaded & {"httpx2", "pilotflame_sdk", "rich", "sqlalchemy", "starlette", "yaml"}
+
+
+@pytest.mark.parametrize("process", ["worker", "runner"])
+def test_a_process_that_runs_no_model_loads_no_code_of_models(
+    process: str, loaded: Mapping[str, Sequence[str]]
+) -> None:
+    of_models = ("nodes.ai", "nodes.mcp", "nodes.library.agent", "engine.agents.agent", "jsonschema")
+    found = {name for name in loaded[process] if name.startswith(of_models)}
+    assert found <= {"engine.agents.agent_steps", "engine.agents.agent_wiring"}
