@@ -41,6 +41,7 @@ ENTRIES: Final[Sequence[NavigationEntry]] = (
     NavigationEntry("deliveries", "Deliveries", "/dashboard/deliveries", "inbox", "e", "workflows:read"),
     NavigationEntry("schedule", "Schedule", "/dashboard/schedule", "clock", "s", "workflows:read"),
     NavigationEntry("sources", "Data sources", "/dashboard/sources", "db", "b", "datasources:read"),
+    NavigationEntry("models", "Models and tools", "/dashboard/models", "fx", "m", "models:read"),
     NavigationEntry("keys", "Keys and users", "/dashboard/keys", "key", "k"),
     NavigationEntry("audit", "Audit", "/dashboard/audit", "audit", "u", "users:write"),
     NavigationEntry("health", "Health", "/dashboard/health", "health", "h", "workflows:read"),

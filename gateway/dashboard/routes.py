@@ -25,6 +25,7 @@ PAGES: Final[Mapping[str, str]] = {
     "/dashboard/dead-letters": "dead_letter_list",
     "/dashboard/schedule": "schedule_list",
     "/dashboard/sources": "data_source_list",
+    "/dashboard/models": "ai_registry",
     "/dashboard/keys": "access",
     "/dashboard/audit": "audit_list",
     "/dashboard/health": "health",

@@ -30,10 +30,13 @@ from models.execution import Execution, SpanRow
 from models.execution_status import ExecutionStatus
 from models.ingest import SenderToken
 from scheduler.run_hours import RunHourCounter
+from tests.fakes.mcp_server import build_tool, serve_tools
 from tests.integration import input_waits
 from tests.integration.deployed_workflows import deploy_with_pod
 from tests.integration.gateway_harness import GRAPH, GatewayHarness, OrganizationUsers, create_gateway
+from tests.integration.test_gateway_ai_models import allow_loopback, create_model, create_provider
 from tests.integration.test_gateway_enqueue import QUEUE
+from tests.integration.test_gateway_tool_servers import accept_offered, create_tool_server, refresh
 from tests.integration.test_waiting_runs import execute_workflow, serve_worker
 from tests.services import PostgresServer
 
@@ -265,6 +268,40 @@ async def test_use_of_a_data_source_tells_since_when_it_counts_and_no_message_of
     assert (failure["executionId"], failure["nodeId"], failure["message"]) == (None, "step", "")
 
 
+async def test_tools_of_a_server_show_what_has_changed_since_their_acceptance(
+    harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hash that a button accepts is that of the shown definition; texts of the server are shown as text."""
+    allow_loopback(harness, monkeypatch)
+    async with serve_tools(tools=[build_tool("find", "Finds notes.")]) as served:
+        path = await create_tool_server(people.owner, served.url)
+        shown = (await refresh(people.owner, path))["toolServer"]
+        accepted = await people.owner.api.post(f"{path}/accept", json=accept_offered(shown, "find"))
+        assert accepted.status_code == 200, accepted.text
+        served.tools = [build_tool("find", HOSTILE), build_tool("send")]
+        shown = (await refresh(people.owner, path))["toolServer"]
+    source_id = await create_provider(people.owner)
+    model_id = await create_model(people.owner, source_id, price={"input": "0.25", "output": "2"})
+    address = f"/dashboard/models?server={path.rpartition('/')[2]}"
+    owner = (await (await sign_in(harness, people.owner.key)).get(address)).text
+    _, _, changed = owner.partition('data-tool="find"')
+    changed, _, new = changed.partition('data-tool="send"')
+    assert "changed since its acceptance" in changed
+    assert [text in changed for text in ("data-change", "Finds notes.", html.escape(MARKUP))] == [True] * 3
+    for part, tool in ((changed, shown["tools"][0]), (new, shown["tools"][1])):
+        # Once to be read, and once in each of the two buttons.
+        assert part.count(tool["offered"]["hash"]) == 3
+    assert ("Withdraw" in changed, "Withdraw" in new) == (True, False)
+    assert "<img" not in owner
+    assert [text in owner for text in (model_id, "$0.25 in, $2 out", "not tested")] == [True] * 3
+    # Others don't see the model, nor may they accept a tool.
+    await people.owner.api.put(
+        f"/api/v1/datasources/{path.rpartition('/')[2]}/visibility", json={"isPublic": True}
+    )
+    other = (await (await sign_in(harness, people.colleague.key)).get(address)).text
+    assert [text in other for text in ('data-tool="find"', "/accept", model_id)] == [True, False, False]
+
+
 async def test_turns_of_an_agent_inside_of_another_are_folded_into_its_call(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
@@ -439,6 +476,7 @@ async def test_the_dashboard_can_be_removed(harness: GatewayHarness, people: Org
 PAGES = (
     ("/dashboard/schedule", "No workflow has an active schedule"),
     ("/dashboard/sources", "Hostile source"),
+    ("/dashboard/models", "No language model is visible to you."),
     ("/dashboard/keys", "API keys"),
     ("/dashboard/audit", "workflow.created"),
     ("/dashboard/health", "Why runs do not move"),

@@ -47,6 +47,7 @@ PATHS = (
     "/dashboard/approvals",
     "/dashboard/schedule",
     "/dashboard/sources",
+    "/dashboard/models",
     "/dashboard/keys",
     "/dashboard/deliveries",
     "/dashboard/dead-letters",
@@ -57,7 +58,7 @@ PATHS = (
 EMPTY_PATHS = (
     *("/dashboard/overview", "/dashboard/runs", "/dashboard/workflows", "/dashboard/approvals"),
     *("/dashboard/deliveries", "/dashboard/dead-letters", "/dashboard/schedule", "/dashboard/sources"),
-    *("/dashboard/keys", "/dashboard/audit", "/dashboard/health"),
+    *("/dashboard/models", "/dashboard/keys", "/dashboard/audit", "/dashboard/health"),
 )
 """Pages that an admin of an organization without anything sees."""
 

@@ -1,0 +1,155 @@
+"""Language models and tool servers: a test of each, and the tools of one server with their acceptances."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import quote
+
+from engine.value_difference import MISSING, compare_values
+from gateway.dashboard.addresses import list_address
+from gateway.dashboard.formats import show_json, show_value
+from gateway.dashboard.page import Page, PageData, PageFrame
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from gateway.dashboard.page_request import PageRequest
+
+LIMIT: Final = 100
+PATH: Final = "/dashboard/models"
+MAX_CHANGES: Final = 20
+COMPARED: Final = ("title", "description", "inputSchema", "hints", "problem")
+"""Fields in which two definitions of a tool are compared."""
+ABILITIES: Final[Mapping[str, str]] = {
+    "tools": "calls tools",
+    "jsonSchema": "follows schemas",
+}
+"""Abilities of models in words."""
+STATES: Final[Mapping[str, str]] = {
+    "new": "not accepted",
+    "accepted": "accepted",
+    "changed": "changed since its acceptance",
+    "removed": "not listed any more",
+    "unusable": "can't be used",
+}
+"""States of tools in words."""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolChange:
+    """Place in the definition of a tool that differs: the accepted value, and that of the server; None for none."""
+
+    path: str
+    before: str | None
+    after: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class ToolView:
+    """Tool of a server, with its definition as texts."""
+
+    tool: Mapping[str, Any]
+    state: str
+    definition: Mapping[str, Any]
+    """Definition of the server; of a tool that isn't listed any more, the accepted one."""
+    schema: str
+    changes: Sequence[ToolChange]
+    """Differences of a changed definition from the accepted one, at most 20."""
+
+
+async def load(page: PageRequest) -> PageData:
+    """Ask the API for the first 100 models and tool servers, the settings, and the selected tool server.
+
+    Answers that the visitor may not see are None.
+    """
+    selected = page.query.get("server", "")
+    path = f"/api/v1/ai/tool-servers/{quote(selected, safe='')}"
+    models, settings, servers, server = await asyncio.gather(
+        page.get("/api/v1/ai/models", limit=LIMIT),
+        page.get_if_present("/api/v1/ai/settings"),
+        page.get_if_present("/api/v1/ai/tool-servers", limit=LIMIT),
+        page.get_if_present(path) if selected else asyncio.sleep(0),
+    )
+    return {"models": models, "settings": settings, "servers": servers, "server": server}
+
+
+def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
+    """Return the template values: the models with their abilities and prices, and the tool servers with tools."""
+    server, servers = data["server"], data["servers"] or {"count": 0, "toolServers": []}
+    visitor = frame.visitor or {"role": "", "userId": ""}
+    return {
+        "title": "Models and tools",
+        "crumbs": (("Models and tools", ""),),
+        "models": [
+            {
+                **model,
+                "abilities": _list_abilities(model),
+                "prices": _show_prices(model),
+                "isBlocked": _is_blocked(model, frame.now),
+            }
+            for model in data["models"]["models"]
+        ],
+        "model_count": data["models"]["count"],
+        "default_model_id": (data["settings"] or {}).get("defaultModelId"),
+        "servers": servers["toolServers"],
+        "server_count": servers["count"],
+        "server": server,
+        "tools": [] if server is None else [_view_tool(tool) for tool in server["tools"]],
+        "may_test": frame.may("models:write"),
+        "may_change": server is not None
+        and frame.may("datasources:write")
+        and (visitor["role"] == "admin" or visitor["userId"] == server["ownerId"]),
+        "address_of": lambda server_id: list_address(frame, PATH, {"server": server_id}),
+    }
+
+
+def _list_abilities(model: Mapping[str, Any]) -> str:
+    """Return the abilities that the last test has seen, as a text; empty before the first test."""
+    seen = model["capabilities"]
+    if seen is None:
+        return ""
+    return ", ".join(text for name, text in ABILITIES.items() if seen.get(name)) or "answers texts"
+
+
+def _is_blocked(model: Mapping[str, Any], now: datetime) -> bool:
+    """Return whether the provider of a model accepts no calls yet."""
+    until = model["blockedUntil"]
+    return until is not None and datetime.fromisoformat(until) > now
+
+
+def _show_prices(model: Mapping[str, Any]) -> str:
+    """Return the prices of input and output per million tokens; empty if they are unknown."""
+    price = model["price"]
+    return "" if price is None else f"${price['input']} in, ${price['output']} out"
+
+
+def _view_tool(tool: Mapping[str, Any]) -> ToolView:
+    accepted: Mapping[str, Any] = (tool["accepted"] or {}).get("definition", {})
+    definition: Mapping[str, Any] = tool["offered"] or accepted
+    return ToolView(
+        tool=tool,
+        state=STATES.get(tool["status"], tool["status"]),
+        definition=definition,
+        schema=show_json(definition["inputSchema"]),
+        changes=_list_changes(accepted, definition) if tool["status"] == "changed" else (),
+    )
+
+
+def _list_changes(accepted: Mapping[str, Any], offered: Mapping[str, Any]) -> Sequence[ToolChange]:
+    """Return the places in which the definition of the server differs from the accepted one."""
+    before, after = ({name: side[name] for name in COMPARED} for side in (accepted, offered))
+    return [
+        ToolChange(
+            change.path,
+            None if change.before is MISSING else show_value(change.before),
+            None if change.after is MISSING else show_value(change.after),
+        )
+        for change in compare_values(before, after, at_most=MAX_CHANGES).changes
+    ]
+
+
+PAGE: Final = Page(PATH, "ai_registry.html", load, view, "models")
