@@ -29,7 +29,7 @@ class ModelFault(Enum):
     LENGTH = "the answer ends by its length"
     REFUSAL = "the model refuses"
     HUGE = "an answer of more than 10 MB"
-    REDIRECT = "a redirect to another path of the same server"
+    REDIRECT = "a redirect, by itself to another path of the same server"
     REPEATS_KEY = "the key in the text of an error"
     OVERLOADED = "529"
     OVERLOADED_LATE = "an error in the middle of an answer of Anthropic's protocol"
@@ -46,6 +46,8 @@ class ScriptedAnswer:
     tool_calls: Sequence[Mapping[str, Any]] = ()
     retry_after: str = "7"
     """Header of a rate limit."""
+    location: str = "/elsewhere/chat/completions"
+    """Address of a redirect."""
 
 
 @dataclass
@@ -215,7 +217,7 @@ def _build_refusal(line: ScriptedAnswer, request: web.Request) -> web.Response |
         case ModelFault.REPEATS_KEY:
             return _build_error(401, f"Incorrect API key: {key}")
         case ModelFault.REDIRECT:
-            return web.Response(status=307, headers={"location": "/elsewhere/chat/completions"})
+            return web.Response(status=307, headers={"location": line.location})
     return None
 
 

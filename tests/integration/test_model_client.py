@@ -105,6 +105,16 @@ async def test_a_fault_is_a_failure_with_its_consequence(
     assert len(served.requests) == 1
 
 
+async def test_a_redirect_to_another_server_takes_neither_the_key_nor_the_question_there() -> None:
+    async with serve_models() as other, open_model_client() as client:
+        script = ScriptedAnswer(fault=ModelFault.REDIRECT, location=f"{other.url}/chat/completions")
+        async with serve_models(script) as served:
+            with pytest.raises(ModelCallFailed) as failed:
+                await client.complete(model_at(served.url), REQUEST, idempotency_key="k")
+    assert (failed.value.code, failed.value.may_be_billed) == ("model-redirected", False)
+    assert (len(served.requests), other.requests) == (1, [])
+
+
 async def test_anthropic_is_asked_in_its_own_protocol() -> None:
     call = {"name": "get_weather", "arguments": '{"city": "Oslo"}'}
     script = ScriptedAnswer(tool_calls=[call]), ScriptedAnswer(fault=ModelFault.OVERLOADED_LATE)
