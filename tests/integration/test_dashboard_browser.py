@@ -258,19 +258,22 @@ async def test_a_run_asks_its_question_by_the_form_of_its_schema(visit: Dashboar
     schema = {
         "type": "object",
         "required": ["amount"],
-        "properties": {"amount": {"type": "integer", "title": "Amount"}, "note": {"type": "string"}},
+        # The other names are those of properties of forms.
+        "properties": {"amount": {"type": "integer", "title": "Amount"}}
+        | {name: {"type": "string"} for name in ("dataset", "elements", "querySelector")},
     }
     question = {"title": "Pay?", "choices": [{"port": "pay", "label": "Pay it"}], "schema": schema}
     await input_waits.wait_for_input(visit.harness.gateway.database, execution_id, request=question)
     await visit.show(f"/dashboard/runs/{execution_id}")
     assert await visit.find_violations() == []
-    await page.fill("main input[name=amount]", "12")
+    await page.fill("main input[name='.amount']", "12")
+    await page.fill("main input[name='.dataset']", "penguins")
     await page.click("main button[value=pay]")
-    await page.wait_for("document.querySelector('main input[name=amount]') === null")
+    await page.wait_for("document.querySelector('main input[name=\\'.amount\\']') === null")
     async with visit.harness.gateway.database.read() as connection:
         answers = (await connection.execute(select(WaitAnswer))).mappings().all()
     (answer,) = [one for one in answers if one["execution_id"] == execution_id]
-    assert '"amount":12' in str(answer).replace(": ", ":")
+    assert '"amount":12,"dataset":"penguins"' in str(answer).replace(": ", ":").replace(", ", ",")
     assert not visit.take_problems()
 
 
@@ -355,7 +358,7 @@ async def test_a_question_is_answered_by_its_form(visit: DashboardVisit) -> None
     execution_id = started.json()["executionId"]
     await input_waits.wait_for_input(visit.harness.gateway.database, execution_id)
     await visit.show("/dashboard/approvals")
-    await visit.page.fill("main input[name=comment]", "Looks right")
+    await visit.page.fill("main input[name='.comment']", "Looks right")
     await visit.page.click("main button[value=reject]")
     await visit.page.wait_for("document.querySelector('main form') === null")
     async with visit.harness.gateway.database.read() as connection:

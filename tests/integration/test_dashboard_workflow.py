@@ -45,11 +45,11 @@ async def test_a_workflow_shows_figures_of_its_nodes_and_a_form_for_its_inputs(
     assert page.status_code == 200, page.text
     assert "figures of 1 run in 7 days" in page.text
     assert re.search(r'class="note"[^>]*>p95 \d+ ms', page.text)
-    assert 'name="csv"' in page.text
+    assert 'name=".csv"' in page.text
     assert "read by Read" in page.text
     assert "Versions" in page.text
     filled = await browser.get(f"{address}?input=last")
-    assert re.search(r'name="csv"[^>]*>a,b\n1,2</textarea>', filled.text)
+    assert re.search(r'name=".csv"[^>]*>a,b\n1,2</textarea>', filled.text)
     table = await browser.get(f"{address}?view=table")
     assert table.text.count("data-row") >= len(NODES)
     assert "0 %" in table.text

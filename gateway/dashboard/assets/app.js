@@ -41,22 +41,25 @@ function confirmed(question) {
 }
 
 // `data-json` fields hold JSON, `data-number` fields a number, `data-any` fields JSON or else text; `data-list` fields of
-// one name become a list, the lines of a `data-lines` field become one, and `data-off` boxes are false unless checked. `data-in` is the path of the object that a field
-// belongs to. `data-before` is the object that a field changes: keys that it lacks are sent as null.
+// one name become a list, the lines of a `data-lines` field become one, and `data-off` boxes are false unless checked.
+// `data-in` is the path of the object that a field belongs to. `data-before` is the object that a field changes: keys
+// that it lacks are sent as null. A name that users choose begins with a dot, which is left out: as `dataset` it would
+// hide that property of its form.
 function bodyOf(form, button) {
   const body = form.dataset.sends ? JSON.parse(form.dataset.sends) : {};
   if (button?.name) body[button.name] = button.value;
   for (const field of form.elements) {
     const isOff = field.type === "checkbox" && !field.checked;
     if (!field.name || field.type === "submit" || field.value === "" || (isOff && !("off" in field.dataset))) continue;
+    const name = field.name.replace(/^\./, "");
     const path = field.dataset.in ? field.dataset.in.split(".") : [];
-    const target = path.reduce((part, name) => (part[name] ??= {}), body);
+    const target = path.reduce((part, key) => (part[key] ??= {}), body);
     if ("list" in field.dataset) {
-      (target[field.name] ??= []).push(field.value);
+      (target[name] ??= []).push(field.value);
       continue;
     }
     if ("lines" in field.dataset) {
-      target[field.name] = field.value.split(/[\n,]/).map((line) => line.trim()).filter(Boolean);
+      target[name] = field.value.split(/[\n,]/).map((line) => line.trim()).filter(Boolean);
       continue;
     }
     const isNumber = field.type === "number" || "number" in field.dataset;
@@ -78,7 +81,7 @@ function bodyOf(form, button) {
       const before = Object.keys(JSON.parse(field.dataset.before));
       value = { ...Object.fromEntries(before.map((key) => [key, null])), ...value };
     }
-    target[field.name] = value;
+    target[name] = value;
   }
   return body;
 }
