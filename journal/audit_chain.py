@@ -38,6 +38,7 @@ _COLUMNS: Final = (
     *(col(AuditEntry.id), col(AuditEntry.organization_id), col(AuditEntry.user_id), col(AuditEntry.key_id)),
     *(col(AuditEntry.action), col(AuditEntry.object_id), col(AuditEntry.before_hash)),
     *(col(AuditEntry.after_hash), col(AuditEntry.created_at)),
+    *(col(AuditEntry.request_id), col(AuditEntry.address_hash), col(AuditEntry.changes)),
     *(col(AuditEntry.sequence), col(AuditEntry.chain_hash)),
 )
 
@@ -65,11 +66,31 @@ def hash_entry(previous: str, sequence: int, entry: Row[*tuple[object, ...]]) ->
     """Return the SHA-256, in hex, of an entry's place, content and time; `previous` is the hash of the entry
     before it, or "".
     """
-    content = [
+    content = _list_content(previous, sequence, entry)
+    origin = [entry.request_id, entry.address_hash, entry.changes]
+    if any(value is not None for value in origin):
+        content += origin
+    return hashlib.sha256(_encode(content)).hexdigest()
+
+
+def is_hash_of(chain_hash: str | None, previous: str, sequence: int, entry: Row[*tuple[object, ...]]) -> bool:
+    """Return whether a chain hash is that of an entry.
+
+    During an upgrade, a scheduler of an earlier release chains entries without their requests and changes: such a hash
+    is accepted. An entry that was chained with them has none, so it can't be changed either.
+    """
+    if chain_hash == hash_entry(previous, sequence, entry):
+        return True
+    content = _list_content(previous, sequence, entry)
+    return chain_hash == hashlib.sha256(_encode(content)).hexdigest()
+
+
+def _list_content(previous: str, sequence: int, entry: Row[*tuple[object, ...]]) -> list[object]:
+    """Return the content that every chain hash covers: place, author, action, object, hashes and time of an entry."""
+    return [
         *(previous, sequence, entry.id, entry.organization_id, entry.user_id, entry.key_id, entry.action),
         *(entry.object_id, entry.before_hash, entry.after_hash, to_microseconds(entry.created_at)),
     ]
-    return hashlib.sha256(_encode(content)).hexdigest()
 
 
 async def chain_entries(database: Database) -> int:
@@ -167,7 +188,7 @@ async def _find_break(connection: AsyncConnection, organization_id: str, first: 
         if entry.sequence != expected:
             reason = f"the entries {expected} to {entry.sequence - 1} are missing"
             return ChainBreak(organization_id, expected, entry.id, reason)
-        if hash_entry(previous, entry.sequence, entry) != entry.chain_hash:
+        if not is_hash_of(entry.chain_hash, previous, entry.sequence, entry):
             return ChainBreak(
                 organization_id, expected, entry.id, "its content or the entry before it was changed"
             )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from datetime import datetime
 from enum import StrEnum
+from typing import Any
 
 from sqlalchemy import BigInteger, Column, Index, SmallInteger, text
 from sqlmodel import Field, SQLModel
 
-from models.column_types import TimestampColumn
+from models.column_types import JsonTextColumn, TimestampColumn
 
 
 class AuditAction(StrEnum):
@@ -119,6 +120,12 @@ class AuditEntry(SQLModel, table=True):
     after_hash: str | None = None
     """SHA-256 of the object after the change; null for a deleted object."""
     created_at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))
+    request_id: str | None = None
+    """Request that made the change; None for changes by the operator of the server, and in old entries."""
+    address_hash: str | None = None
+    """Keyed hash of the address that the request came from."""
+    changes: list[dict[str, Any]] | None = Field(default=None, sa_column=Column(JsonTextColumn))
+    """First changes by path, with values of harmless fields; None where they are not recorded."""
     sequence: int | None = Field(default=None, sa_column=Column(BigInteger))
     """Place in the chain of its organization, from 1; None until it joins the chain."""
     chain_hash: str | None = None

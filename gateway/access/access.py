@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar, Final
 from msgspec import UNSET, Meta, UnsetType
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from gateway.access import audit_log
+from gateway.access import audit_changes, audit_log
 from gateway.http import errors, limits, read_only, text_rules
 from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse, NoContent
@@ -226,8 +226,20 @@ async def create_key(request: GatewayRequest) -> JsonResponse:
             node_types=_node_types(caller, body.node_types),
         )
         after = audit_log.hash_content(made.row)
+        given = {
+            "name": name,
+            "userId": user_id,
+            "scopes": sorted(made.row.scopes),
+            "expiresAt": None if expires_at is None else instant(expires_at),
+        }
         await audit_log.record_change(
-            connection, caller, AuditAction.KEY_CREATED, made.row.id, before=None, after=after
+            connection,
+            caller,
+            AuditAction.KEY_CREATED,
+            made.row.id,
+            before=None,
+            after=after,
+            changes=audit_changes.list_changes({}, given, shown=given.keys()),
         )
         return made
 

@@ -27,6 +27,15 @@ SORT: Final = sorted_by(audit_log.SORTABLE)
 LISTED: Final = (OBJECT, ACTION, USER, SINCE, UNTIL, LIMIT, OFFSET, AFTER, SORT)
 
 
+class AuditChange(WireStruct):
+    """Change of a value at a path."""
+
+    path: str
+    before: str | None
+    """JSON text, `sha256:` and the hash of a long one, or `(hidden)` where it may be secret; null without a value."""
+    after: str | None
+
+
 class AuditEntryShape(WireStruct):
     """One change, as the API shows it."""
 
@@ -41,6 +50,16 @@ class AuditEntryShape(WireStruct):
     """SHA-256 of the object before the change; null when it was created."""
     after_hash: str | None
     """SHA-256 of the object after the change; null when it was deleted."""
+    request_id: str | None
+    """Request that made the change; null for changes by the operator of the server."""
+    address_hash: str | None
+    """Keyed hash of the address that the request came from: equal addresses have equal hashes."""
+    changes: Sequence[AuditChange] | None
+    """First 20 changes by path; null where they are not recorded."""
+    sequence: int | None
+    """Place in the hash chain of the organization; null in the first seconds."""
+    chain_hash: str | None
+    """SHA-256 of the entry and of the chain hash before it, by which changed or missing entries are found."""
     created_at: Instant
 
 
@@ -83,5 +102,10 @@ def _show_entry(entry: AuditEntry) -> AuditEntryShape:
         key_id=entry.key_id,
         before_hash=entry.before_hash,
         after_hash=entry.after_hash,
+        request_id=entry.request_id,
+        address_hash=entry.address_hash,
+        changes=None if entry.changes is None else [AuditChange(**change) for change in entry.changes],
+        sequence=entry.sequence,
+        chain_hash=entry.chain_hash,
         created_at=instant(entry.created_at),
     )

@@ -13,13 +13,14 @@ from sqlmodel import col
 from engine.values import fingerprint
 from gateway.http import keyset
 from gateway.http.keyset import ListPage
+from gateway.http.request_origin import current_origin
 from models import ids
 from models.access import ApiCaller, ApiKey, User
 from models.audit import AuditAction, AuditEntry
 from models.database_time import PresentTime
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     from sqlalchemy import ColumnElement
     from sqlalchemy.ext.asyncio import AsyncConnection
@@ -71,14 +72,16 @@ async def record_change(
     *,
     before: str | None,
     after: str | None,
+    changes: Sequence[Mapping[str, str | None]] | None = None,
 ) -> None:
-    """Insert an entry for an author's change of an object into the audit trail.
+    """Insert an entry for an author's change of an object into the audit trail, with the request that makes it.
 
     `before` and `after` are hashes of its content, None for an absent object; nothing is inserted if they are
-    equal.
+    equal. `changes` are the first ones by path, as `audit_changes.list_changes` returns them.
     """
     if before == after:
         return
+    origin = current_origin()
     statement = insert(AuditEntry).values(
         id=ids.new_id("audit"),
         organization_id=author.organization_id,
@@ -89,6 +92,9 @@ async def record_change(
         object_id=object_id,
         before_hash=before,
         after_hash=after,
+        request_id=origin.request_id if origin else None,
+        address_hash=origin.address_hash if origin else None,
+        changes=[{**change} for change in changes] if changes else None,
         created_at=PresentTime(),
     )
     await connection.execute(statement)

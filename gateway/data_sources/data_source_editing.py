@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import hmac
-from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 import msgspec
 import structlog
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from engine.values import encode_canonical, fingerprint
-from gateway.access import audit_log
+from gateway.access import audit_changes, audit_log
 from gateway.data_sources import data_source_rows
 from gateway.data_sources.data_source_rows import DataSourceNameTaken, StoredDataSource
 from gateway.http import errors, idempotency, limits, preconditions
 from gateway.http.errors import ApiError
 from gateway.http.responses import JsonResponse
+from gateway.http.wire import instant
 from models.audit import AuditAction
 
 if TYPE_CHECKING:
@@ -28,6 +29,14 @@ if TYPE_CHECKING:
     from models.database import Database
 
 log = structlog.get_logger()
+
+_SHOWN_FIELDS: Final = frozenset(
+    {
+        *("name", "secretsSetAt", "isPublic", "sharedWith"),
+        *(f"settings.{name}" for name in ("host", "port", "database", "tls", "bucket", "region")),
+    }
+)
+"""Fields whose values the audit trail has; user names and URLs may contain credentials."""
 
 Change: TypeAlias = Callable[[StoredDataSource], StoredDataSource]
 """Returns the changed data source; raises `ApiError`. It may be called again and must have no side effects.
@@ -211,7 +220,25 @@ async def _record(
     """Record a change of a data source in the audit trail; `before` is None for a creation, `after` for a deletion."""
     hashes = [None if stored is None else content_hash(stored) for stored in (before, after)]
     object_id = next(stored.source.id for stored in (before, after) if stored is not None)
-    await audit_log.record_change(connection, caller, action, object_id, before=hashes[0], after=hashes[1])
+    changes = None if before is None or after is None else _list_changes(before, after)
+    await audit_log.record_change(
+        connection, caller, action, object_id, before=hashes[0], after=hashes[1], changes=changes
+    )
+
+
+def _list_changes(before: StoredDataSource, after: StoredDataSource) -> Sequence[Mapping[str, str | None]]:
+    """Return the changes of a data source by path for the audit trail; of secrets only the time of their setting."""
+    contents = [
+        {
+            "name": stored.source.name,
+            "settings": stored.source.settings,
+            "secretsSetAt": instant(stored.source.secrets_set_at),
+            "isPublic": stored.source.is_public,
+            "sharedWith": sorted(stored.shared_with),
+        }
+        for stored in (before, after)
+    ]
+    return audit_changes.list_changes(*contents, shown=_SHOWN_FIELDS)
 
 
 async def _require_unused(connection: AsyncConnection, source: DataSource, caller: ApiCaller) -> None:

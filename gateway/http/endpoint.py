@@ -16,6 +16,7 @@ from gateway.http.authentication import name_route
 from gateway.http.errors import ApiError
 from gateway.http.parameters import QueryParameter
 from gateway.http.request import GatewayRequest
+from gateway.http.request_origin import CURRENT_REQUEST
 from gateway.http.responses import JsonResponse, NoContent
 from messages.broker import BrokerUnavailable
 from models import ids
@@ -106,6 +107,7 @@ class PathEndpoint:
             # Before any authentication: browsers send no key with a preflight request.
             return NoContent({"Allow": ", ".join(sorted(allowed))})
         gateway: GatewayState = scope["app"].state.gateway
+        CURRENT_REQUEST.set(scope)
         caller = sender = None
         if operation.access is AccessRule.SENDER:
             sender = await gateway.sender_authenticator.authenticate(scope)

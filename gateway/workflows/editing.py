@@ -7,10 +7,10 @@ owner's mistake. No server is contacted: the test of a data source does that.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 import msgspec
 import structlog
@@ -20,7 +20,7 @@ from sqlmodel import col
 
 from engine.config_places import list_references
 from engine.graph import ParsedGraph
-from gateway.access import audit_log
+from gateway.access import audit_changes, audit_log
 from gateway.http import errors, idempotency, preconditions
 from gateway.http.responses import JsonResponse
 from gateway.workflows import graph_shapes, workflow_documents, workflow_rows
@@ -49,6 +49,16 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
+_AUDITED_COLUMNS: Final[Mapping[str, str]] = {
+    **{name: name for name in ("name", "description", "status", "version", "tags", "settings", "config")},
+    "isPublic": "is_public",
+    "isTemplate": "is_template",
+}
+"""Columns whose changes the audit trail has, by the names that the API gives them."""
+_SHOWN_FIELDS: Final = frozenset(
+    {"name", "status", "version", "tags", "isPublic", "isTemplate", "sharedWith"}
+)
+"""Fields whose values it has too: all others may contain credentials."""
 _encode_sorted = msgspec.json.Encoder(order="sorted").encode
 
 
@@ -67,6 +77,8 @@ class _AppliedEdit:
     after: StoredWorkflow
     hash_before: str
     hash_after: str
+    changes: Sequence[Mapping[str, str | None]] = ()
+    """Changes by path, for the audit trail."""
     named_sources: Sequence[ResourceReference] = ()
     """Data sources that the owner of the workflow must be able to use."""
 
@@ -197,6 +209,7 @@ class WorkflowEditor:
             before.workflow.id,
             before=wanted.hash_before,
             after=None if edited.after.workflow.deleted_at else wanted.hash_after,
+            changes=wanted.changes,
         )
         return edited
 
@@ -305,6 +318,25 @@ def content_hash(stored: StoredWorkflow) -> str:
     return sha256(_encode_sorted(content)).hexdigest()
 
 
+def _list_changes(before: StoredWorkflow, after: StoredWorkflow) -> Sequence[Mapping[str, str | None]]:
+    """Return the changes of an edit for the audit trail: of nodes, connections and settings the paths, of harmless
+    fields also the values.
+    """
+    contents = [
+        {
+            **{
+                name: msgspec.to_builtins(getattr(stored.workflow, column))
+                for name, column in _AUDITED_COLUMNS.items()
+            },
+            "sharedWith": sorted(stored.shared_with),
+            "nodes": audit_changes.by_id(stored.nodes),
+            "connections": audit_changes.by_id(stored.connections),
+        }
+        for stored in (before, after)
+    ]
+    return audit_changes.list_changes(*contents, shown=_SHOWN_FIELDS)
+
+
 def _apply_change(change: Change, before: StoredWorkflow, catalog: NodeCatalog) -> _AppliedEdit | None:
     """Return the changed workflow with hashes of before and after; None if the change has no effect.
 
@@ -316,6 +348,7 @@ def _apply_change(change: Change, before: StoredWorkflow, catalog: NodeCatalog) 
     applied = _AppliedEdit(after, content_hash(before), content_hash(after))
     if applied.hash_after == applied.hash_before and after.workflow.deleted_at is None:
         return None
+    applied = replace(applied, changes=_list_changes(before, after))
     to_check = _nodes_to_check(before, after)
     if to_check is not None:
         passed = frozenset(str(node["id"]) for node in after.nodes) - to_check

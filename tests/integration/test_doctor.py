@@ -7,10 +7,12 @@ import os
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from hashlib import sha256
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from sqlalchemy import insert
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -33,6 +35,7 @@ from models.database import is_sqlite, parse_url
 from models.deployment import Deployment, ObservedState
 from models.schedule import Schedule
 from models.settings import ServerSettings
+from models.timestamps import to_microseconds
 from pilotflame import doctor_command
 from pilotflame.doctor_command import DoctorExit, DoctorRequest, DoctorResult
 from tests.integration.run_database import MigratedDatabase, OwnedWorkflow, RunDatabase, open_run_database
@@ -250,7 +253,13 @@ async def make_audit_trail(runs: RunDatabase, entries: int) -> Organization:
 
             async def add(connection: AsyncConnection, after: str = f"{turn}-{number}") -> None:
                 await audit_log.record_change(
-                    connection, author, AuditAction.KEY_CREATED, "key_1", before=None, after=after
+                    connection,
+                    author,
+                    AuditAction.KEY_CREATED,
+                    "key_1",
+                    before=None,
+                    after=after,
+                    changes=[{"path": "name", "before": None, "after": after}],
                 )
 
             await runs.database.transaction(add)
@@ -268,6 +277,8 @@ CHAINED = "(SELECT id FROM audit_entry WHERE organization_id = :id AND sequence 
         (f"UPDATE audit_entry SET after_hash = NULL WHERE id = {CHAINED}", 3),
         (f"UPDATE audit_entry SET created_at = created_at + 1 WHERE id = {CHAINED}", 3),
         (f"UPDATE audit_entry SET chain_hash = 'f' WHERE id = {CHAINED}", 3),
+        (f"UPDATE audit_entry SET request_id = 'req_2' WHERE id = {CHAINED}", 3),
+        (f"UPDATE audit_entry SET changes = NULL WHERE id = {CHAINED}", 3),
         (f"DELETE FROM audit_entry WHERE id = {CHAINED}", 3),
         (
             f"UPDATE audit_entry SET sequence = NULL, chain_hash = NULL, user_id = 'user_2' WHERE id = {CHAINED}",
@@ -275,7 +286,7 @@ CHAINED = "(SELECT id FROM audit_entry WHERE organization_id = :id AND sequence 
         ),
         ("DELETE FROM audit_entry WHERE organization_id = :id AND sequence = 1", 1),
     ],
-    ids=["author", "hash", "time", "chain", "removed", "chained anew", "first removed"],
+    ids=["author", "hash", "time", "chain", "request", "changes", "removed", "chained anew", "first removed"],
 )
 async def test_a_changed_audit_trail_is_found_at_its_first_changed_entry(
     examine: Callable[..., Any], runs: RunDatabase, tampering: str, sequence: int
@@ -291,6 +302,27 @@ async def test_a_changed_audit_trail_is_found_at_its_first_changed_entry(
         assert not await audit_chain.find_breaks(connection, organization_id=other.id)
         newest = await audit_chain.find_breaks(connection, organization_id=organization.id, newest=2)
         assert not newest, "of a long trail, a request verifies the end alone"
+
+
+async def test_entries_that_an_earlier_release_has_chained_stay_valid(
+    examine: Callable[..., Any], runs: RunDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as earlier:
+        earlier.setattr(audit_chain, "hash_entry", hash_as_earlier_releases)
+        organization = await make_audit_trail(runs, 2)
+    assert (await examine()).exit_code is DoctorExit.CLEAN
+    await runs.query("UPDATE audit_entry SET user_id = 'user_2' WHERE sequence = 2")
+    (finding,) = (await examine()).report.findings
+    assert finding.subject.organization_id == organization.id
+
+
+def hash_as_earlier_releases(previous: str, sequence: int, entry: Any) -> str:  # noqa: ANN401 - a row
+    """Return the chain hash of an entry as releases without requests and changes have computed it."""
+    content = [
+        *(previous, sequence, entry.id, entry.organization_id, entry.user_id, entry.key_id, entry.action),
+        *(entry.object_id, entry.before_hash, entry.after_hash, to_microseconds(entry.created_at)),
+    ]
+    return sha256(msgspec.json.encode(content)).hexdigest()
 
 
 async def test_concurrent_schedulers_make_one_chain(examine: Callable[..., Any], runs: RunDatabase) -> None:

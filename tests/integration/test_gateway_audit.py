@@ -13,6 +13,7 @@ from sqlmodel import col
 
 from gateway.access.bootstrap import bootstrap
 from gateway.http import errors
+from journal import audit_chain
 from models.access import KeyScope, Organization, UserRole
 from models.audit import AuditEntry
 from models.database import Database, parse_url
@@ -33,7 +34,10 @@ AUDIT = "/api/v1/audit"
 KEYS = "/api/v1/auth/keys"
 USERS = "/api/v1/auth/users"
 WORKFLOWS = "/api/v1/workflows"
-FIELDS = {"id", "action", "objectId", "userId", "keyId", "beforeHash", "afterHash", "createdAt"}
+FIELDS = {
+    *("id", "action", "objectId", "userId", "keyId", "beforeHash", "afterHash", "createdAt"),
+    *("requestId", "addressHash", "changes", "sequence", "chainHash"),
+}
 
 
 async def read_trail(person: UserClient, **query: str) -> list[dict[str, Any]]:
@@ -105,6 +109,69 @@ async def test_every_change_of_a_workflow_is_an_entry_that_begins_where_the_last
     assert {(entry["userId"], entry["keyId"]) for entry in entries} == {owner}
     assert all(set(entry) == FIELDS for entry in entries)
     assert all(len(entry["afterHash"]) == 64 for entry in entries[:-1])
+
+
+async def test_an_entry_names_its_request_the_hash_of_its_address_and_its_place_in_the_chain(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    workflow_id = await people.owner.create(**GRAPH)
+    path = f"{WORKFLOWS}/{workflow_id}"
+    elsewhere = await harness.client(people.owner.key, address="10.0.0.99")
+    answers = [
+        await person.put(path, json={"name": name})
+        for person, name in ((people.owner.api, "One"), (people.owner.api, "Two"), (elsewhere, "Three"))
+    ]
+    _, first, second, third = await read_trail(people.admin, objectId=workflow_id)
+    requests = [answer.headers["X-Request-Id"] for answer in answers]
+    assert [entry["requestId"] for entry in (first, second, third)] == requests
+    assert first["addressHash"] == second["addressHash"] != third["addressHash"]
+    assert "10.0.0" not in str([first, second, third])
+    assert first["changes"] == [{"path": "name", "before": '"A workflow"', "after": '"One"'}]
+    assert (first["sequence"], first["chainHash"]) == (None, None)
+    await audit_chain.chain_entries(harness.gateway.database)
+    _, first, second, third = await read_trail(people.admin, objectId=workflow_id)
+    assert [second["sequence"], third["sequence"]] == [first["sequence"] + 1, first["sequence"] + 2]
+    assert len({entry["chainHash"] for entry in (first, second, third)}) == 3
+    async with harness.gateway.database.read() as connection:
+        assert not await audit_chain.find_breaks(connection)
+
+
+async def test_changes_name_paths_and_never_values_that_may_be_secret(people: OrganizationUsers) -> None:
+    secret = "sk-live-4eC39HqLyjWDarjtT1zdp7dc"
+    workflow_id = await people.owner.create(**GRAPH)
+    step = {**STEP, "config": {"values": {"key": secret, "limit": 7_777}}}
+    body = {"name": "n" * 150, "nodes": [TRIGGER, step], "config": {"token": secret}, "tags": ["shop"]}
+    answer = await people.owner.api.put(f"{WORKFLOWS}/{workflow_id}", json=body)
+    assert answer.status_code == 200, answer.text
+    entry = (await read_trail(people.admin, objectId=workflow_id))[-1]
+    changes = {change["path"]: (change["before"], change["after"]) for change in entry["changes"]}
+    assert changes["tags[0]"] == (None, '"shop"')
+    assert changes["name"][1].startswith("sha256:")
+    assert changes["config.token"] == (None, "(hidden)")
+    paths = [path for path in changes if path.startswith(f"nodes.{STEP['id']}.")]
+    assert paths
+    assert all("(hidden)" in changes[path] for path in paths)
+
+    source = {"name": "Mail", "type": "smtp", "settings": {"host": "a.example.com", "username": secret}}
+    source |= {"secrets": {"password": secret}}
+    created = await people.owner.api.post("/api/v1/datasources", json=source)
+    source_id = created.json()["dataSourceId"]
+    settings = {"host": "b.example.com", "username": f"{secret}-2"}
+    edit = {"settings": settings, "secrets": {"password": f"{secret}-2"}}
+    assert (await people.owner.api.put(f"/api/v1/datasources/{source_id}", json=edit)).status_code == 200
+    edited = (await read_trail(people.admin, objectId=source_id))[-1]
+    by_path = {change["path"]: (change["before"], change["after"]) for change in edited["changes"]}
+    assert by_path["settings.host"] == ('"a.example.com"', '"b.example.com"')
+    assert by_path["settings.username"] == ("(hidden)", "(hidden)")
+    assert by_path.keys() == {"settings.host", "settings.username", "secretsSetAt"}
+
+    made = (await people.owner.api.post(KEYS, json={"name": "Job", "scopes": ["workflows:read"]})).json()
+    (created_key,) = await read_trail(people.admin, objectId=made["id"])
+    assert {"path": "name", "before": None, "after": '"Job"'} in created_key["changes"]
+    trail = str(await read_trail(people.admin))
+    assert secret not in trail
+    assert "7777" not in trail
+    assert made["key"] not in trail
 
 
 async def test_refused_requests_and_empty_changes_leave_no_audit_entry(people: OrganizationUsers) -> None:

@@ -148,4 +148,4 @@ async def test_a_deploy_walks_through_few_files(
             assert answer.json()["deploymentStatus"] == "running", answer.text
 
         # Two of these files report the presence of the gateway, which may be due meanwhile.
-        await assert_walks(deploy, through="workers/cluster/manifests.py", at_most=63)
+        await assert_walks(deploy, through="workers/cluster/manifests.py", at_most=67)

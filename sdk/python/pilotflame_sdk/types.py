@@ -24,6 +24,7 @@ __all__ = [
     "AssigneeChangeResult",
     "AttemptTimes",
     "AuditAction",
+    "AuditChange",
     "AuditEntry",
     "AuditEntryList",
     "AwaitedToolCall",
@@ -610,6 +611,14 @@ class AttemptTimes(TypedDict):
     endedAt: str | None
 
 
+class AuditChange(TypedDict):
+    """Change of a value at a path."""
+
+    path: str
+    before: str | None
+    after: str | None
+
+
 class AuditEntry(TypedDict):
     """One change, as the API shows it."""
 
@@ -620,6 +629,11 @@ class AuditEntry(TypedDict):
     keyId: str
     beforeHash: str | None
     afterHash: str | None
+    requestId: str | None
+    addressHash: str | None
+    changes: List[AuditChange] | None
+    sequence: int | None
+    chainHash: str | None
     createdAt: str
 
 
