@@ -170,6 +170,7 @@ METHODS: Final = {
     "trigger_tokensRevoke": "triggers.revoke_token",
     "trigger_tokensShow": "triggers.inbound_address",
     "validationCheck": "workflows.validate",
+    "validationCheckVersion": "workflows.validate_version",
     "validationComputeScopes": "workflows.compute_scopes",
     "versionsCompare": "workflows.compare_versions",
     "versionsCreate": "workflows.create_version",

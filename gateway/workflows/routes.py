@@ -276,6 +276,14 @@ ROUTES: Final[Sequence[Route]] = (
     ),
     Route(
         "POST",
+        "/api/v1/workflows/{id}/versions/{version}/validate",
+        READ,
+        validation.check_version,
+        answer=validation.ValidationShape,
+        docs=TAGGED,
+    ),
+    Route(
+        "POST",
         "/api/v1/workflows/{id}/layout",
         WRITE,
         graph.layout,

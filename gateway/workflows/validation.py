@@ -14,7 +14,7 @@ from engine.validation import validate_graph
 from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse
 from gateway.http.wire import WireStruct
-from gateway.workflows import editing, finding_shapes, graph_shapes, output_samples
+from gateway.workflows import editing, finding_shapes, graph_shapes, output_samples, versions
 from gateway.workflows.finding_shapes import FindingShape
 from journal import definition_snapshot
 from models.audit import AuditAction
@@ -58,8 +58,23 @@ async def check(request: GatewayRequest) -> JsonResponse:
 
     Paths are checked against outputs of earlier runs too. Nothing is changed.
     """
+    return await _answer_findings(request)
+
+
+async def check_version(request: GatewayRequest) -> JsonResponse:
+    """Validate the graph of a version, as `validate` does, before it is restored or deployed.
+
+    Nothing is changed.
+    """
+    return await _answer_findings(request, version=request.path_params["version"])
+
+
+async def _answer_findings(request: GatewayRequest, *, version: str | None = None) -> JsonResponse:
+    """Validate the graph of the requested workflow, or of a version of it, and return the answer with the findings."""
     async with request.gateway.database.read() as connection:
         stored = await editing.find_readable(connection, request.requested_object)
+        if version is not None:
+            stored = await versions.find_restored(connection, stored, version)
         past = await output_samples.recent_outputs(connection, stored.workflow, request.caller)
         catalog = await request.gateway.catalogs.read(connection, request.caller.organization_id)
         unserved = await _unserved_nodes(connection, stored, catalog, request.gateway.clock())

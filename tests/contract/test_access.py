@@ -841,6 +841,7 @@ ROWS = [
     read_row("GET", "/versions"),
     write_row("POST", "/versions", {"versionTag": "v2.0.0"}, status=201),
     read_row("GET", "/versions/{version}"),
+    read_row("POST", "/versions/{version}/validate"),
     write_row("POST", "/versions/{version}/restore"),
     read_row("GET", "/versions/{version}/diff/{other}"),
     read_row("GET", "/share"),

@@ -42,6 +42,7 @@ PATHS = (
     "/dashboard/workflows/{orders_id}?node=write",
     "/dashboard/workflows/{orders_id}?view=table",
     "/dashboard/workflows/{orders_id}/versions",
+    "/dashboard/workflows/{orders_id}/versions?version=1&act=restore",
     "/dashboard/workflows/{orders_id}/lifecycle",
     "/dashboard/workflows/{workflow_id}",
     "/dashboard/approvals",

@@ -93,11 +93,52 @@ async def test_versions_are_compared_by_path_and_restored_from_there(
         assert page.text.count(f"</svg>{state}</span>") >= 2, state
     assert "<img" not in page.text
     assert "<script>" not in page.text
-    assert f"POST {path}/versions/1/restore" in page.text
-    assert f"POST {path}/deploy-version" in page.text
+    for act in ("restore", "deploy"):
+        assert f"{address}?from=current&amp;to=1&amp;act={act}&amp;version=1" in page.text
+    assert f"POST {path}/versions/1/restore" not in page.text, "findings first"
+    restoring = (await browser.get(f"{address}?from=current&to=1&act=restore&version=1")).text
+    assert "Restore version 1?" in restoring
+    assert f"POST {path}/versions/1/restore" in restoring
+    deploying = (await browser.get(f"{address}?from=current&to=1&act=deploy&version=1")).text
+    assert f"POST {path}/deploy-version" in deploying
     same = await browser.get(f"{address}?from=nonsense&to={MARKUP}")
     assert "No differences" in same.text, "the newest version is compared with the workflow as it is now"
     assert "<img" not in same.text
+
+
+async def test_findings_of_a_version_are_shown_before_it_is_restored_or_deployed(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    api = people.owner.api
+    broken = [NODES[0], {**NODES[1], "label": HOSTILE}, NODES[2]]
+    circle = [*EDGES, {"source": "report", "target": "parse"}]
+    workflow_id = await people.owner.create(nodes=broken, connections=circle)
+    path = f"/api/v1/workflows/{workflow_id}"
+    mended = await api.put(path, json={"nodes": NODES, "connections": EDGES})
+    assert mended.status_code == 200, mended.text
+    active = await api.put(f"{path}/status", json={"status": "active"})
+    assert active.status_code == 200, active.text
+    now = (await api.post(f"{path}/validate")).json()
+    earlier = (await api.post(f"{path}/versions/1/validate")).json()
+    assert (now["errors"], earlier["valid"]) == ([], False), earlier
+    message = earlier["errors"][0]["message"]
+    assert "circular" in message.lower() or "cycle" in message.lower(), message
+    assert (await api.post(f"{path}/versions/7/validate")).status_code == 404
+    assert len((await api.get(path)).json()["connections"]) == 2, "nothing is restored"
+
+    browser = await sign_in(harness, people.owner.key)
+    address = f"/dashboard/workflows/{workflow_id}/versions?version=1&act="
+    for act, request in (("restore", "versions/1/restore"), ("deploy", "deploy-version")):
+        page = (await browser.get(address + act)).text
+        assert "1 error" in page
+        assert "It cannot run" in page
+        assert f"POST {path}/{request}" not in page, "the API would refuse it"
+        assert "<img" not in page
+    await api.put(f"{path}/status", json={"status": "draft"})
+    page = (await browser.get(f"{address}restore")).text
+    assert "1 error" in page
+    assert f"POST {path}/versions/1/restore" in page, "a draft may be incomplete"
+    assert "Restore version 1?" not in (await browser.get(f"{address}nonsense")).text
 
 
 async def test_times_awake_are_a_calendar_and_another_policy_is_tried_on_past_runs(

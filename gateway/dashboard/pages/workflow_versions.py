@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 PATH: Final = "/dashboard/workflows/{id}/versions"
 CURRENT: Final = "current"
+ACTS: Final = ("restore", "deploy")
+"""Acts on a version, which show its findings first."""
 MAX_CHANGES: Final = 100
 """Changes that are shown of each node, or of the settings."""
 CONTAINERS: Final = (("settings", "Settings"), ("config", "Config of the workflow"), ("fields", "Workflow"))
@@ -45,21 +47,36 @@ class ChangedPart:
 
 
 async def load(page: PageRequest) -> PageData:
-    """Ask for the workflow and its versions, then for the two that the query chooses and their differences.
+    """Ask for the workflow and its versions, then for the two that the query chooses and their differences, and for
+    the findings of the one to restore or deploy.
 
-    Both and the differences are None without versions. Raises `ApiError`.
+    These are None without versions. Raises `ApiError`.
     """
     path = f"/api/v1/workflows/{page.parameters['id']}"
     workflow, versions = await asyncio.gather(page.get(path), page.get(f"{path}/versions"))
     before, after = choose_versions(versions["versions"], page.query)
     if not before:
-        return {"workflow": workflow, "versions": versions, "diff": None, "before": None, "after": None}
-    diff, first, last = await asyncio.gather(
+        none = dict.fromkeys(("diff", "before", "after", "findings"))
+        return {"workflow": workflow, "versions": versions, **none}
+    chosen = find_chosen_version(versions["versions"], page.query)
+    diff, first, last, findings = await asyncio.gather(
         page.get(f"{path}/versions/{before}/diff/{after}"),
         _load_snapshot(page, path, before, workflow),
         _load_snapshot(page, path, after, workflow),
+        page.preview(f"{path}/versions/{chosen}/validate") if chosen else _no_findings(),
     )
-    return {"workflow": workflow, "versions": versions, "diff": diff, "before": first, "after": last}
+    return {
+        "workflow": workflow,
+        "versions": versions,
+        "diff": diff,
+        "before": first,
+        "after": last,
+        "findings": findings,
+    }
+
+
+async def _no_findings() -> None:
+    """Stand for the findings of a version that nobody wants to restore or deploy."""
 
 
 async def _load_snapshot(
@@ -82,6 +99,13 @@ def choose_versions(versions: Sequence[Mapping[str, Any]], query: Mapping[str, s
     newest = known[-1] if len(known) > 1 else ""
     before, after = query.get("from", newest), query.get("to", CURRENT)
     return (before if before in known else newest, after if after in known else CURRENT)
+
+
+def find_chosen_version(versions: Sequence[Mapping[str, Any]], query: Mapping[str, str]) -> str:
+    """Return the number of the version that the query wants to restore or deploy; empty without a known one."""
+    chosen = query.get("version", "")
+    is_known = any(str(one["version"]) == chosen for one in versions)
+    return chosen if is_known and query.get("act") in ACTS else ""
 
 
 def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
@@ -112,6 +136,10 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "api": f"/api/v1/workflows/{workflow['id']}",
         "may_write": frame.may("workflows:write"),
         "is_active": workflow["status"] == "active",
+        "chosen": find_chosen_version(versions, frame.query),
+        "act": frame.query.get("act", ""),
+        "errors": data["findings"]["errors"] if data["findings"] else (),
+        "cautions": data["findings"]["warnings"] if data["findings"] else (),
     }
 
 

@@ -979,6 +979,10 @@ class AsyncWorkflows(AsyncResource):
         """Validate a workflow's graph and list all errors and warnings, with suggestions."""
         return cast("t.Validation", await self._client.request("POST", f"/api/v1/workflows/{self._quote(workflow_id)}/validate"))
 
+    async def validate_version(self, workflow_id: str, version: str) -> t.Validation:
+        """Validate the graph of a version, as `validate` does, before it is restored or deployed."""
+        return cast("t.Validation", await self._client.request("POST", f"/api/v1/workflows/{self._quote(workflow_id)}/versions/{self._quote(version)}/validate"))
+
     async def version(self, workflow_id: str, version: str) -> t.WorkflowVersion:
         """Show a version with its snapshot of the workflow; that of a template has no credentials."""
         return cast("t.WorkflowVersion", await self._client.request("GET", f"/api/v1/workflows/{self._quote(workflow_id)}/versions/{self._quote(version)}"))
