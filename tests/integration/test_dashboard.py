@@ -67,6 +67,7 @@ async def test_the_root_leads_to_the_sign_in_and_from_there_to_the_wanted_page(
     assert page.url.path == "/sign-in"
     assert page.url.params["next"].startswith("/dashboard")
     assert "API key" in page.text
+    assert '<span class="faint end">localhost:8000</span>' in page.text
     wanted = await browser.get("/dashboard/runs?status=failed")
     assert wanted.url.params["next"] == "/dashboard/runs?status=failed"
     signed_in = await sign_in(harness, people.owner.key)
