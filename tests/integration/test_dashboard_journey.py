@@ -96,7 +96,7 @@ async def test_a_newcomer_runs_breaks_understands_mends_and_replays_the_example(
     plan = await page.text("main")
     assert "Nothing is written to the outside" in plan
     assert "Reused" in plan
-    mended = await start_run(visit, "main form button[type=submit]", "Completed")
+    mended = await start_run(visit, "form[data-request$='/replay'] button[type=submit]", "Completed")
     assert bad in await page.text(".facts")
     outputs = (await owner.api.get(f"/api/v1/executions/{mended}")).json()["outputs"]
     assert (
