@@ -115,6 +115,9 @@ class OutboundConnection(asyncio.Protocol):
         """Make the connection ready for the next exchange, or close it if its response has not arrived whole."""
         if not self.is_reusable:
             self.abort()
+        if self._stream is not None:
+            # Unread pieces of a whole response would keep it from reading the next one.
+            self._stream.resume_reading()
         self._response = self._parser = self._stream = None
 
     def _begin_exchange(self, *, is_head: bool) -> tuple[asyncio.Transport, asyncio.Future[RawResponse]]:

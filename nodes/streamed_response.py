@@ -42,10 +42,8 @@ class StreamedResponse:
             raise StopAsyncIteration
         piece = self._pieces.popleft()
         self._unread -= len(piece)
-        if self._is_paused and self._unread <= MAX_UNREAD_BYTES // 2:
-            self._is_paused = False
-            if not self._transport.is_closing():
-                self._transport.resume_reading()
+        if self._unread <= MAX_UNREAD_BYTES // 2:
+            self.resume_reading()
         return piece
 
     # ── called by the connection ────────────────────────────────────────────────────────────────────────────────
@@ -68,6 +66,13 @@ class StreamedResponse:
         """End the response; readers get `error` after the pieces that have arrived."""
         self._error, self._has_ended = error, True
         self._changed.set()
+
+    def resume_reading(self) -> None:
+        """Let the connection read again if it has stopped."""
+        if self._is_paused:
+            self._is_paused = False
+            if not self._transport.is_closing():
+                self._transport.resume_reading()
 
     async def _wait_until(self, is_reached: Callable[[], bool]) -> None:
         """Wait for a condition or the end of the exchange; raises its error if the condition doesn't hold then."""

@@ -29,6 +29,7 @@ from nodes.outbound_http import (
     OutboundUnavailable,
     ResolveName,
 )
+from nodes.streamed_response import MAX_UNREAD_BYTES
 
 LOOPBACK = OutboundPolicy(allowed_networks=(ip_network("127.0.0.1/32"),))
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
@@ -865,6 +866,23 @@ async def test_the_connection_of_a_stream_that_has_ended_is_used_again(
             assert b"".join([piece async for piece in stream]) == b"firstlast"
         assert (await outbound.request("POST", url, headers={}, body=b"x", timeout_seconds=5)).body
     assert upstream.connections == connections
+
+
+@pytest.mark.anyio
+async def test_a_connection_is_used_again_behind_a_large_response_that_nobody_has_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(outbound_http, "KEEP_ALIVE_SECONDS", 60.0)
+    packed = gzip.compress(bytes(2 * MAX_UNREAD_BYTES))
+    head = b"HTTP/1.1 500 No\r\nContent-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(packed)
+    async with serve_upstream(answer_always(head + packed)) as upstream, open_client() as outbound:
+        url = f"http://127.0.0.1:{upstream.port}/"
+        for _ in range(2):
+            async with outbound.stream("POST", url, headers={}, body=b"", idle_seconds=30) as stream:
+                # Complete on arrival, and far more than a stream keeps unread.
+                assert stream.status == 500
+        assert len((await fetch(outbound, url)).body) == 2 * MAX_UNREAD_BYTES
+    assert upstream.connections == 1
 
 
 @pytest.mark.anyio
