@@ -271,7 +271,7 @@ async def _perform_tool(call: NodeCall, task: AgentTask, step: AgentStep) -> Ste
     """Do one tool call, and record its result; an error is a result for the model.
 
     Return the wait for its result, or the pause, if that is not there yet. Raises a `NodeError` of the agent that does
-    it if another attempt may succeed: that continues its steps.
+    it if another attempt may succeed, which continues its steps, and if its replay has diverged, which no answer mends.
     A resumed run may have lost a tool, or the permission for it, since the call was recorded.
     """
     if step.name not in task.tools:
@@ -289,7 +289,7 @@ async def _perform_tool(call: NodeCall, task: AgentTask, step: AgentStep) -> Ste
         is_tainted = agent.is_call_tainted(task, recorded, step)
         result = await call.tools.perform(step, rest, is_tainted=is_tainted)
     except NodeError as error:
-        if error.retryable and task.tools[step.name].is_agent:
+        if task.tools[step.name].is_agent and (error.retryable or error.code == answer_reuse.DIVERGED_CODE):
             raise
         is_unknown = error.code in UNKNOWN_OUTCOMES and step.effect == NodeEffect.WRITE
         hint = UNKNOWN_HINT if is_unknown else ERROR_HINT

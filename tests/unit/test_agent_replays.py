@@ -12,6 +12,7 @@ from engine.run_records import RunOutcome, RunStatus, SpanStatus
 from tests.unit.test_agent_approvals import build_world as build_asking_world
 from tests.unit.test_agent_approvals import list_questions, work_to_the_end
 from tests.unit.test_agent_runs import TURNS, ScriptedModel, World, compile_agent
+from tests.unit.test_nested_agents import TwoScripts
 from tests.unit.test_nested_agents import build_world as build_nested_world
 
 pytestmark = pytest.mark.anyio
@@ -161,3 +162,25 @@ async def test_a_run_that_ends_at_any_commit_is_replayed_without_a_second_effect
             step.kind.value for step in list_steps(replay, StepReuse.REUSED) if step.node_id == "helper"
         }
     assert inner == {"model", "tool"}, "steps of an unfinished inner agent are taken over too"
+
+
+@pytest.mark.parametrize(
+    ("reuse", "way"),
+    [(StepReuse.BINDING, '"refresh": ["model"]'), (StepReuse.GUARDED, "may repeat calls of send")],
+)
+async def test_another_request_of_an_inner_agent_ends_the_replay_too(reuse: StepReuse, way: str) -> None:
+    first = build_nested_world()
+    model = first.model
+    assert isinstance(model, TwoScripts)
+    # The provider of the inner agent is down from its first write on, so that its call stays without a result.
+    model.on_request = lambda: setattr(model, "busy", len(first.outside.effects))
+    outcome = await first.work()
+    assert outcome is not None
+    assert outcome.status is RunStatus.FAILED
+    model.on_request, model.busy = lambda: None, 0
+    replay = begin_replay(first, reuse)
+    replay.program = build_nested_world(inner={"system": "Be brief."}).program
+    billed = len(model.billed)
+    assert way in await diverge(replay)
+    assert len(model.billed) == billed, "the outer agent doesn't answer the difference"
+    assert len(replay.outside.effects) == 1
