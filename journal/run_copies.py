@@ -21,6 +21,7 @@ from sqlalchemy import (
     select,
     true,
 )
+from sqlalchemy.orm import aliased
 from sqlalchemy.sql.expression import SQLColumnExpression
 from sqlmodel import SQLModel, col
 
@@ -88,6 +89,24 @@ HAS_SETTLED_AGENT: Final = (
     .exists()
 )
 """Condition: the agent of a step has a result."""
+_own = aliased(AgentStepRow)
+IS_LEFT: Final = and_(
+    col(AgentStepRow.reuse).is_not(None),
+    col(AgentStepRow.reuse) != StepReuse.REUSED,
+    select(col(_own.id))
+    .where(
+        *(
+            col(_own.execution_id) == col(AgentStepRow.execution_id),
+            col(_own.shard) == col(AgentStepRow.shard),
+        ),
+        *(col(_own.node_id) == col(AgentStepRow.node_id), col(_own.iteration) == col(AgentStepRow.iteration)),
+        *(col(_own.kind) == StepKind.MODEL, col(_own.reuse).is_(None)),
+        col(_own.number) < col(AgentStepRow.number),
+    )
+    .correlate(AgentStepRow)
+    .exists(),
+)
+"""Condition: a recorded step lies behind a request of the replay itself, which has left that conversation."""
 _NOT_YET: Final = (
     *("due_at", "lease_owner", "lease_until", "deadline_at"),
     *("request", "error", "started_at", "ended_at", "completion_due_at", "completion_outcome"),
@@ -212,7 +231,7 @@ async def insert_replay(
         is_answered = or_(
             col(AgentStepRow.kind) == StepKind.TOOL, col(AgentStepRow.status) == StepStatus.COMPLETED
         )
-        wanted = and_(col(AgentStepRow.node_id).in_(agents), is_answered)
+        wanted = and_(col(AgentStepRow.node_id).in_(agents), is_answered, ~IS_LEFT)
         await _copy_steps(connection, source, new_id, wanted, {"reuse": literal(reuse.value)})
 
 

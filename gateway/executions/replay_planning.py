@@ -656,6 +656,7 @@ async def _count_answers(connection: AsyncConnection, key: ExecutionKey) -> dict
             *(col(AgentStepRow.execution_id) == key.execution_id, col(AgentStepRow.shard) == key.shard),
             col(AgentStepRow.kind) == StepKind.MODEL,
             col(AgentStepRow.status) == StepStatus.COMPLETED,
+            ~run_copies.IS_LEFT,
         )
         .group_by(node_id)
     )

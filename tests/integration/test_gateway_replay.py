@@ -712,6 +712,25 @@ async def test_another_request_ends_a_replay_unless_the_model_is_asked_anew(
     assert len(here.model.billed) == 2 + 3
 
 
+async def test_a_conversation_that_a_replay_has_left_binds_no_later_replay(harness_of: ReplayHarness) -> None:
+    here = harness_of
+    here.model.turns = [AGENT_TURNS[0], AGENT_TURNS[2], AGENT_TURNS[0], AGENT_TURNS[2]]
+    workflow_id, failed = await fail_agent(here, draw_agent(), 4)
+    changed = draw_agent(prompt="Report again.")
+    answer = await here.person.api.put(f"/api/v1/workflows/{workflow_id}", json=changed)
+    assert answer.status_code == 200, answer.text
+    # It leaves the recorded conversation at once, and ends long before it.
+    here.model.on_request = lambda: setattr(here.model, "refusals", int(len(here.model.billed) >= 5))
+    left = await here.replay(failed, definition="current")
+    assert await find_error(here, left) == "model-budget-exceeded"
+    here.model.on_request, here.model.refusals = lambda: None, 0
+    (planned,) = [node for node in (await here.plan(left))["nodes"] if "answers" in node]
+    assert planned["answers"] == {"count": 1, "onDifference": "fail"}
+    replayed = await here.replay(left)
+    assert (await here.show(replayed))["status"] == "completed"
+    assert len(here.model.billed) == 5 + 4
+
+
 async def test_a_higher_limit_continues_the_recorded_conversation(harness_of: ReplayHarness) -> None:
     here = harness_of
     here.model.turns = [AGENT_TURNS[0], AGENT_TURNS[2]]
