@@ -12,7 +12,7 @@ from gateway.http.parameters import LIMIT, OFFSET
 from gateway.http.responses import JsonResponse
 from gateway.http.wire import WireStruct, instant, optional_instant
 from gateway.ingest.trigger_tokens import TriggerTokenShape, is_valid_token
-from models.ingest import SenderToken
+from models.ingest import SenderToken, SenderTokenKind
 from models.workflow import Workflow, is_readable_by
 from models.workflow_triggers import WorkflowTrigger
 
@@ -65,7 +65,9 @@ async def _list_tokens(
     connection: AsyncConnection, caller: ApiCaller, part: PageBounds, now: datetime
 ) -> tuple[int, Sequence[WorkflowTokenShape]]:
     """Return the number of valid tokens at `now`, of workflows that the caller may read, and a page of them."""
-    conditions = (is_valid_token(now), is_readable_by(caller))
+    of_organization = col(SenderToken.organization_id) == caller.organization_id
+    is_for_trigger = col(SenderToken.kind) == SenderTokenKind.TRIGGER
+    conditions = (of_organization, is_for_trigger, is_valid_token(now), is_readable_by(caller))
     of_workflow = col(Workflow.id) == col(SenderToken.workflow_id)
     counted = select(func.count()).select_from(SenderToken).join(Workflow, of_workflow).where(*conditions)
     kind = (

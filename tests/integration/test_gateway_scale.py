@@ -163,12 +163,12 @@ async def test_statistics_count_the_organisation_s_workflows_by_status(
 # ── query plans ─────────────────────────────────────────────────────────────────────────────────────────────
 
 # Keys and the levels of logs are read beside a request whenever their caches are old.
-LISTED_TABLES = re.compile(r"FROM (workflow|workflow_tag)\b")
+LISTED_TABLES = re.compile(r"FROM (workflow|workflow_tag|intake_token)\b")
 
 
 @contextmanager
 def _collect_statements(large_organization: LargeOrganization) -> Iterator[list[tuple[str, Any]]]:
-    """Collect the statements on workflows during a block, with their parameters."""
+    """Collect the statements on workflows and their tokens during a block, with their parameters."""
     sent: list[tuple[str, Any]] = []
 
     def collect(_connection: object, _cursor: object, statement: str, parameters: Any, *_: object) -> None:  # noqa: ANN401 - the driver's own
@@ -227,6 +227,18 @@ async def test_a_tag_is_looked_up_in_the_index_of_tags(large_organization: Large
 async def test_statistics_are_counted_in_the_index_of_statuses(large_organization: LargeOrganization) -> None:
     [plan] = await _explain_request(large_organization, large_organization.member, f"{WORKFLOWS}/stats")
     assert "ix_workflow_listed_by_status" in plan
+
+
+async def test_trigger_tokens_are_looked_up_by_organization_or_workflow(
+    large_organization: LargeOrganization,
+) -> None:
+    for person in large_organization.people:
+        plans = await _explain_request(large_organization, person, "/api/v1/auth/trigger-tokens")
+        assert len(plans) == 2
+        # Those of all organizations together may be many.
+        assert all("SCAN intake_token" not in plan for plan in plans)
+        if large_organization.is_on_sqlite:
+            assert all("USING INDEX ix_intake_token_" in plan for plan in plans)
 
 
 # ── large graphs ────────────────────────────────────────────────────────────────────────────────────────────

@@ -10,7 +10,7 @@ import time
 import tracemalloc
 import zlib
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from ipaddress import ip_network
 from pathlib import Path
@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from nodes import outbound_http
+from nodes.connection_phases import record_phases
 from nodes.outbound_http import (
     MAX_ADDRESSES,
     OutboundClient,
@@ -231,13 +232,18 @@ async def test_a_name_in_an_allowed_network_is_found_by_the_system() -> None:
     assert upstream.requests[0].headers["host"] == f"localhost:{upstream.port}"
 
 
-async def test_the_connection_goes_to_the_checked_address_of_the_name() -> None:
+@pytest.mark.parametrize("phases", [nullcontext, record_phases])
+async def test_the_connection_goes_to_the_checked_address_of_the_name(
+    phases: Callable[[], AbstractContextManager[object]],
+) -> None:
     last = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\nok"
     async with (
+        AsyncExitStack() as stack,
         serve_upstream(lambda request: last if request.target == "/last" else OK) as public,
         serve_upstream(answer_always(OK), host="127.0.0.2", port=public.port) as private,
         open_client(resolve=make_resolver(["127.0.0.1"], ["127.0.0.2"])) as outbound,
     ):
+        stack.enter_context(phases())
         url = f"http://rebinding.test:{public.port}/"
         assert (await fetch(outbound, url)).status == 200
         assert (

@@ -41,6 +41,20 @@ def test_a_text_encrypted_for_one_object_cannot_be_decrypted_for_another(elsewhe
         vault.decrypt(vault.encrypt(TEXT, **HERE), **elsewhere)
 
 
+def test_a_fingerprint_cannot_be_computed_without_the_server_secret_or_for_another_object() -> None:
+    vault = SecretVault(NEW)
+    shown = vault.fingerprint(TEXT, **HERE)
+    assert re.fullmatch("[0-9a-f]{12}", shown)
+    assert SecretVault(NEW).fingerprint(TEXT, **HERE) == shown
+    others = {
+        SecretVault(OLD, [NEW]).fingerprint(TEXT, **HERE),
+        vault.fingerprint(TEXT + b" ", **HERE),
+        vault.fingerprint(TEXT, organization_id="org_2", object_id="ds_1"),
+        vault.fingerprint(TEXT, organization_id="org_1", object_id="ds_2"),
+    }
+    assert len(others - {shown}) == 4
+
+
 def test_every_byte_counts() -> None:
     vault = SecretVault(NEW)
     encrypted = vault.encrypt(TEXT, **HERE)
