@@ -63,9 +63,11 @@ async def index(request: GatewayRequest) -> JsonResponse:
                 connection, caller, execution.workflow_id, EXAMINED
             )
         cause = dead_letter_rows.describe_error(execution.workflow_id, execution.error)
-        alike = [
+        alike: list[FailedRun | Execution] = [
             one for one in failed if dead_letter_rows.describe_cause(one).fingerprint == cause.fingerprint
         ]
+        if failed and all(one.id != execution_id for one in alike):
+            alike.append(execution)  # It ended before those that were read.
         shown = await _read_summaries(connection, caller, [one.id for one in alike[:SHOWN]])
     return JsonResponse(
         SameFailures(

@@ -438,6 +438,28 @@ async def test_a_refusal_of_a_route_becomes_a_page(
     assert page.headers["X-Request-Id"] in page.text
 
 
+async def test_hostile_parameters_of_the_pages_of_runs_are_refused_or_shown_as_text(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    workflow_id = await people.owner.create(name="Asked badly", status="active", **GRAPH)
+    started = await people.owner.api.post(f"/api/v1/workflows/{workflow_id}/execute", json={})
+    run_id = started.json()["executionId"]
+    await fail_with(harness, run_id, HOSTILE)
+    browser = await sign_in(harness, people.owner.key)
+    for given in ("", "..", "\0", "²", "٣", "-1", "9" * 5_000, "999999999", HOSTILE):
+        for path, names in (
+            ("", ("alike",)),
+            (f"/{run_id}", ("view", "open", "iteration")),
+            (f"/{run_id}", ("node", "tab", "with")),
+            (f"/{run_id}/replay", ("definition", "refresh")),
+            (f"/{run_id}/replay", ("from",)),
+        ):
+            page = await browser.get(f"/dashboard/runs{path}", params=dict.fromkeys(names, given))
+            assert page.status_code in {200, 400, 404, 422}, (path, names, given)
+            assert "<img" not in page.text
+            assert "<script>" not in page.text
+
+
 async def test_files_are_compressed_once_and_cached_for_good(harness: GatewayHarness) -> None:
     browser = await harness.browser()
     for name, file in assets.read_files().items():

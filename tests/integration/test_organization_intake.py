@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlmodel import col
 
 from gateway.http import limits
-from gateway.ingest import dead_letter_rows
+from gateway.ingest import dead_letter_rows, same_failures
 from gateway.ingest.redrive_runs import RunRedriver
 from models.dead_letter_mute import DeadLetterMute
 from models.execution import Execution
@@ -473,3 +474,44 @@ async def test_runs_that_failed_the_same_way_are_listed_with_one_of_them(
     assert "2 other runs failed the same way" in page.text
     listed = await browser.get(f"/dashboard/runs?alike={ids[0]}")
     assert [one in listed.text for one in ids] == [True, True, True, False, False]
+
+
+async def test_a_private_run_is_no_same_failure_for_those_who_may_not_see_it(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    workflow_id = await create_active_workflow(people.owner)
+    shown, hidden = [await enqueue(people.owner, workflow_id, number) for number in range(2)]
+    await fail_alike(harness, [shown, hidden], "The row is locked")
+    await people.owner.api.put(f"{WORKFLOWS}/{workflow_id}/visibility", json={"isPublic": True})
+
+    async def hide(connection: AsyncConnection) -> None:
+        await connection.execute(update(Execution).where(col(Execution.id) == hidden).values(is_private=True))
+
+    await harness.gateway.database.transaction(hide)
+    path = "/api/v1/executions/{}/same-failures"
+    assert (await get_json(people.owner, path.format(shown)))["count"] == 2
+    seen = await get_json(people.colleague, path.format(shown))
+    assert (seen["count"], [one["id"] for one in seen["executions"]]) == (1, [shown])
+    assert_refused(await people.colleague.api.get(path.format(hidden)), 404, "not-found")
+
+
+async def test_a_failed_run_counts_itself_behind_more_failures_than_are_read(
+    harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(same_failures, "EXAMINED", 2)
+    workflow_id = await create_active_workflow(people.owner)
+    ids = [await enqueue(people.owner, workflow_id, number) for number in range(3)]
+    await fail_alike(harness, ids, "The row is locked")
+
+    async def order(connection: AsyncConnection) -> None:
+        now = harness.gateway.clock()
+        for minute, execution_id in enumerate(ids):
+            ended = update(Execution).where(col(Execution.id) == execution_id)
+            await connection.execute(ended.values(ended_at=now + timedelta(minutes=minute)))
+
+    await harness.gateway.database.transaction(order)
+    oldest = await get_json(people.owner, f"/api/v1/executions/{ids[0]}/same-failures")
+    assert (oldest["count"], oldest["countIsLowerBound"]) == (3, True)
+    assert [one["id"] for one in oldest["executions"]] == ids[::-1]
+    newest = await get_json(people.owner, f"/api/v1/executions/{ids[2]}/same-failures")
+    assert (newest["count"], newest["countIsLowerBound"]) == (2, True)
