@@ -12,7 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlmodel import col
 
 from execution import due_runs
-from journal import concurrency_limits, process_presence, worker_presence
+from journal import concurrency_limits, process_presence, wake_times, worker_presence
 from models import ids
 from models.access import Organization
 from models.blocked_interval import BlockedInterval
@@ -82,6 +82,7 @@ async def test_a_run_shows_the_phases_of_the_wake_before_it(
     assert (await why(people.owner, f"executions/{execution_id}"))["wake"] is None
     now = harness.gateway.clock().replace(microsecond=0)
     await record_wake(harness, people.owner, workflow_id, execution_id, now)
+    await record_foreign_decision(harness, people.stranger, now + timedelta(seconds=2))
     shown = (await why(people.owner, f"executions/{execution_id}"))["wake"]
     assert shown["asleepSince"] == stamp(now - timedelta(hours=1))
     assert (shown["decidedAt"], shown["reason"]) == (stamp(now + timedelta(seconds=1)), "run-due")
@@ -112,6 +113,18 @@ async def record_wake(
             row = {"id": ids.new_id("dec"), **decision, **one}
             await connection.execute(insert(LifecycleDecision).values(row))
         await connection.execute(insert(BlockedInterval).values(**waking, **times))
+
+    await harness.gateway.database.transaction(record)
+
+
+async def record_foreign_decision(harness: GatewayHarness, person: UserClient, at: datetime) -> None:
+    """Store a decision to start the pods of another workflow."""
+    elsewhere = {"workflow_id": await person.create(**GRAPH), "inputs": {}, "replicas": 1, "at": at}
+    elsewhere |= {"organization_id": person.user.organization_id, "shard": person.user.shard}
+    start = {"id": ids.new_id("dec"), "action": "start", "reason": "requested", **elsewhere}
+
+    async def record(connection: AsyncConnection) -> None:
+        await connection.execute(insert(LifecycleDecision).values(start))
 
     await harness.gateway.database.transaction(record)
 
@@ -315,6 +328,8 @@ async def test_an_admin_sees_processes_and_sizes_of_the_database(
     assert (elsewhere["isOperator"], elsewhere["processes"], elsewhere["alerts"]) == (False, [], [])
     assert (elsewhere["database"]["bytes"], elsewhere["database"]["tables"]) == (None, [])
     assert elsewhere["figures"] is None
+    assert elsewhere["lead"]["name"] is None
+    assert (await people.admin.api.get(path)).json()["lead"]["name"]
     assert elsewhere["database"]["revision"] == HEAD_REVISION
     # A worker that has ended in order is no process of the server any more.
     await database.transaction(partial(worker_presence.end_presence, owner=owner))
@@ -363,3 +378,19 @@ async def test_figures_of_the_whole_server_add_up_reports_queues_and_wakes(
         assert word in page
     assert "are kept for 14 days" in page
     await harness.gateway.database.transaction(partial(worker_presence.end_presence, owner=owner))
+
+
+async def test_wakes_are_timed_by_the_decisions_of_their_own_workflow(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    workflow_id = await people.owner.create(**GRAPH, status="active")
+    now = harness.gateway.clock().replace(microsecond=0) + timedelta(days=30)
+    for number in range(2):
+        run, accepted_at = await start(people.owner, workflow_id), now + timedelta(minutes=number)
+        await record_wake(harness, people.owner, workflow_id, run, accepted_at)
+        await record_foreign_decision(harness, people.stranger, accepted_at + timedelta(seconds=2.5))
+    async with harness.gateway.database.read() as connection:
+        times = await wake_times.read_wake_times(connection, now + timedelta(hours=1))
+        earlier = await wake_times.read_wake_times(connection, now + timedelta(days=2))
+    assert times == {"decide": [1, 1], "start": [1, 1], "claim": [1, 1], "total": [3, 3]}
+    assert earlier == {"decide": [], "start": [], "claim": [], "total": []}
