@@ -228,6 +228,23 @@ async def test_a_list_updates_itself_and_holds_new_rows_back(visit: DashboardVis
     assert not visit.page.problems
 
 
+async def test_a_load_that_took_long_holds_up_no_later_update(visit: DashboardVisit) -> None:
+    page = visit.page
+    await visit.show("/dashboard/runs")
+    await page.wait_for("document.querySelector('.live').dataset.state === 'live'")
+    # Ten minutes pass for the page during each load.
+    await page.evaluate(
+        "(() => { const [now, load] = [performance.now.bind(performance), globalThis.fetch]; let passed = 0;"
+        " performance.now = () => now() + passed;"
+        " globalThis.fetch = (...given) => { passed += 600_000; return load(...given) } })()"
+    )
+    for number in (1, 2):
+        await visit.people.owner.api.post(f"/api/v1/workflows/{visit.workflow_id}/execute", json={})
+        shown = "document.querySelector('[data-shows-new]')?.textContent"
+        await page.wait_for(f"{shown} === 'Show {number} new'")
+    assert not visit.take_problems()
+
+
 async def test_a_ranked_list_keeps_its_order_until_it_is_asked_to_sort(visit: DashboardVisit) -> None:
     page, owner = visit.page, visit.people.owner
     await visit.look(320, "light")  # the button for new rows needs the most space there

@@ -4,6 +4,8 @@ import { keepZoom } from "./canvas.js";
 const COALESCE_MS = 250;
 // A page is loading for a fifth of the time at most: a busy server is asked less often.
 const LOADING_SHARE = 5;
+// A load that took minutes, such as one without a network, does not leave the page behind for longer.
+const MAX_PAUSE_MS = 10_000;
 const AGES_MS = 10_000;
 const root = document.documentElement.dataset.root;
 // The only policy: HTML of this server's own pages, in which Jinja2 has escaped every value.
@@ -102,7 +104,8 @@ export async function reload({ takesNewRows = true } = {}) {
 // The first hint is followed at once, further ones together, so that a busy run loads four pages a second at most.
 function ask() {
   clearTimeout(timer);
-  const wait = Math.max(loadedAt + Math.max(COALESCE_MS, LOADING_SHARE * took) - performance.now(), 0);
+  const pause = Math.min(Math.max(COALESCE_MS, LOADING_SHARE * took), MAX_PAUSE_MS);
+  const wait = Math.max(loadedAt + pause - performance.now(), 0);
   timer = setTimeout(() => reload({ takesNewRows: false }), wait);
 }
 
