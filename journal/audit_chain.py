@@ -67,17 +67,16 @@ def hash_entry(previous: str, sequence: int, entry: Row[*tuple[object, ...]]) ->
     before it, or "".
     """
     content = _list_content(previous, sequence, entry)
-    origin = [entry.request_id, entry.address_hash, entry.changes]
-    if any(value is not None for value in origin):
-        content += origin
+    # Absent ones too: a request that is added to an entry of the operator must break the chain.
+    content += [entry.request_id, entry.address_hash, entry.changes]
     return hashlib.sha256(_encode(content)).hexdigest()
 
 
 def is_hash_of(chain_hash: str | None, previous: str, sequence: int, entry: Row[*tuple[object, ...]]) -> bool:
     """Return whether a chain hash is that of an entry.
 
-    During an upgrade, a scheduler of an earlier release chains entries without their requests and changes: such a hash
-    is accepted. An entry that was chained with them has none, so it can't be changed either.
+    Earlier releases, whose scheduler may also chain new entries during an upgrade, have left out requests and changes:
+    such a hash is accepted, and does not prove these. No entry that was chained with them has such a hash.
     """
     if chain_hash == hash_entry(previous, sequence, entry):
         return True

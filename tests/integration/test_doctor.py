@@ -245,7 +245,7 @@ async def test_a_worker_of_another_version_is_found(
 
 
 async def make_audit_trail(runs: RunDatabase, entries: int) -> Organization:
-    """Make an audit trail in two turns of the scheduler."""
+    """Make an audit trail in two turns of the scheduler; the second entry of each turn has changes."""
     organization = await runs.organization()
     author = ServerOperator(organization.id, organization.shard)
     for turn in range(2):
@@ -259,7 +259,9 @@ async def make_audit_trail(runs: RunDatabase, entries: int) -> Organization:
                     "key_1",
                     before=None,
                     after=after,
-                    changes=[{"path": "name", "before": None, "after": after}],
+                    changes=[{"path": "name", "before": None, "after": after}]
+                    if after.endswith("-1")
+                    else None,
                 )
 
             await runs.database.transaction(add)
@@ -278,7 +280,9 @@ CHAINED = "(SELECT id FROM audit_entry WHERE organization_id = :id AND sequence 
         (f"UPDATE audit_entry SET created_at = created_at + 1 WHERE id = {CHAINED}", 3),
         (f"UPDATE audit_entry SET chain_hash = 'f' WHERE id = {CHAINED}", 3),
         (f"UPDATE audit_entry SET request_id = 'req_2' WHERE id = {CHAINED}", 3),
-        (f"UPDATE audit_entry SET changes = NULL WHERE id = {CHAINED}", 3),
+        (f"UPDATE audit_entry SET address_hash = 'f' WHERE id = {CHAINED}", 3),
+        (f"UPDATE audit_entry SET changes = '[]' WHERE id = {CHAINED}", 3),
+        ("UPDATE audit_entry SET changes = NULL WHERE organization_id = :id AND sequence = 2", 2),
         (f"DELETE FROM audit_entry WHERE id = {CHAINED}", 3),
         (
             f"UPDATE audit_entry SET sequence = NULL, chain_hash = NULL, user_id = 'user_2' WHERE id = {CHAINED}",
@@ -286,7 +290,10 @@ CHAINED = "(SELECT id FROM audit_entry WHERE organization_id = :id AND sequence 
         ),
         ("DELETE FROM audit_entry WHERE organization_id = :id AND sequence = 1", 1),
     ],
-    ids=["author", "hash", "time", "chain", "request", "changes", "removed", "chained anew", "first removed"],
+    ids=[
+        *("author", "hash", "time", "chain", "request added", "address added", "changes added"),
+        *("changes removed", "removed", "chained anew", "first removed"),
+    ],
 )
 async def test_a_changed_audit_trail_is_found_at_its_first_changed_entry(
     examine: Callable[..., Any], runs: RunDatabase, tampering: str, sequence: int
@@ -309,7 +316,7 @@ async def test_entries_that_an_earlier_release_has_chained_stay_valid(
 ) -> None:
     with monkeypatch.context() as earlier:
         earlier.setattr(audit_chain, "hash_entry", hash_as_earlier_releases)
-        organization = await make_audit_trail(runs, 2)
+        organization = await make_audit_trail(runs, 4)
     assert (await examine()).exit_code is DoctorExit.CLEAN
     await runs.query("UPDATE audit_entry SET user_id = 'user_2' WHERE sequence = 2")
     (finding,) = (await examine()).report.findings
