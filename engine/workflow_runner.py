@@ -461,10 +461,12 @@ class WorkflowRunner:
     ) -> None:
         """Finish a node after its task was cancelled before it began: the task itself can't.
 
-        The task gives up its cancellation, whose traceback refers to the task and to values of the run.
+        The task gives up its cancellation, whose traceback refers to the task and to values of the run. Other errors
+        are left to the event loop, which logs those that nobody expects.
         """
-        with suppress(asyncio.CancelledError):
-            task.exception()
+        if task.cancelled():
+            with suppress(asyncio.CancelledError):
+                task.exception()
         pending.close()
         if task in self._worklist.tasks:
             self._finish_task(task)

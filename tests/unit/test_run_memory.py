@@ -11,8 +11,9 @@ from datetime import timedelta
 import pytest
 
 from engine.frames import NodeVisit, SectionFrame
-from engine.node_api import LoopRequest, NodeCall, TimerWait
+from engine.node_api import LoopRequest, NodeCall, NodeOutcome, TimerWait
 from engine.run_errors import NodeError
+from engine.run_progress import RunProgress
 from engine.run_records import RunStatus
 from engine.services import ControlRequest
 from engine.values import Json
@@ -108,6 +109,29 @@ async def test_a_canceled_run_frees_its_values(drawing: str) -> None:
         worker.control.ask(ControlRequest.CANCEL)
         assert (await task).status is RunStatus.CANCELLED
         await asyncio.sleep(0)  # for the callbacks of its last task
+
+
+async def test_an_unexpected_error_of_the_engine_is_left_to_the_event_loop_to_log(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    apply = RunProgress.apply_outcome
+
+    def crash(progress: RunProgress, visit: NodeVisit, outcome: NodeOutcome) -> None:
+        if visit.node_id == "later":
+            raise ZeroDivisionError
+        apply(progress, visit, outcome)
+
+    monkeypatch.setattr(RunProgress, "apply_outcome", crash)
+    loop, logged = asyncio.get_running_loop(), list[object]()
+    handler = loop.get_exception_handler()
+    loop.set_exception_handler(lambda _, context: logged.append(type(context.get("exception"))))
+    try:
+        await SimulatedWorker(compile_drawing("start > later", KINDS)).work()
+        await asyncio.sleep(0)  # for the callbacks of its last task
+        gc.collect()
+    finally:
+        loop.set_exception_handler(handler)
+    assert logged == [ZeroDivisionError]
 
 
 async def test_the_run_of_an_agent_with_failing_tools_frees_its_values() -> None:
