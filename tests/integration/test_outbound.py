@@ -875,6 +875,35 @@ async def test_the_connection_of_a_stream_that_has_ended_is_used_again(
 
 
 @pytest.mark.anyio
+async def test_streams_share_connections_of_one_origin_and_no_headers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(outbound_http, "KEEP_ALIVE_SECONDS", 60.0)
+    async with (
+        serve_upstream(answer_always(OK)) as first,
+        serve_upstream(answer_always(OK)) as second,
+        open_client() as outbound,
+    ):
+        for key, upstream in (("a", first), ("b", first), ("c", second)):
+            url, headers = f"http://127.0.0.1:{upstream.port}/", {"Authorization": key}
+            async with outbound.stream("POST", url, headers=headers, body=b"", idle_seconds=30) as stream:
+                assert b"".join([piece async for piece in stream]) == b"ok"
+    sent = [[request.headers["authorization"] for request in each.requests] for each in (first, second)]
+    assert (sent, first.connections, second.connections) == ([["a", "b"], ["c"]], 1, 1)
+
+
+@pytest.mark.anyio
+async def test_a_connection_that_is_over_a_minute_old_is_not_used_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(outbound_http, "MAX_AGE_SECONDS", -1.0)
+    async with serve_upstream(answer_always(OK)) as upstream, open_client() as outbound:
+        for _ in range(2):
+            await fetch(outbound, f"http://127.0.0.1:{upstream.port}/")
+    assert upstream.connections == 2
+
+
+@pytest.mark.anyio
 async def test_a_connection_is_used_again_behind_a_large_response_that_nobody_has_read(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 import pytest
 
 from engine.agents.agent_steps import AgentStep, StepKind, StepReuse, StepStatus
 from engine.run_records import RunOutcome, RunStatus, SpanStatus
+from engine.values import Json
 from tests.unit.test_agent_approvals import build_world as build_asking_world
 from tests.unit.test_agent_approvals import list_questions, work_to_the_end
 from tests.unit.test_agent_runs import TURNS, ScriptedModel, World, compile_agent
@@ -35,10 +37,10 @@ async def fail_at(world: World, answer: int) -> None:
     model.refusals = 0
 
 
-def begin_replay(world: World, reuse: StepReuse, **agent: str) -> World:
-    """Return the replay of an ended run, which begins with its steps as the journal copies them."""
+def begin_replay(world: World, reuse: StepReuse, **agent: Json) -> World:
+    """Return the replay of an ended run, which begins with its answered steps and all calls of tools."""
     steps = [
-        msgspec.structs.replace(step, reuse=reuse, model_calls=())
+        msgspec.structs.replace(step, reuse=reuse)
         for step in world.steps
         if step.kind is StepKind.TOOL or step.status is StepStatus.COMPLETED
     ]
@@ -93,10 +95,32 @@ async def test_a_replay_that_dies_at_any_commit_repeats_no_effect_and_no_recorde
         assert len(replay.outside.effects) == 4, commit
 
 
-async def test_another_request_ends_a_replay_with_binding_answers() -> None:
+def describe_otherwise(send: dict[str, Json]) -> None:
+    send["description"] = "Sends a letter."
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"prompt": "Another task."},
+        {"system": "Be brief."},
+        {"temperature": 0.5},
+        {"maxTokens": 7},
+        {"outputSchema": {"type": "object"}},
+        {"enabledTools": ["look"]},
+        {"toolMode": "json"},
+        {"fallbackModelIds": ["second"]},
+        {"edit": describe_otherwise},
+    ],
+    ids=lambda changed: next(iter(changed)),
+)
+async def test_another_request_ends_a_replay_with_binding_answers(changed: dict[str, Any]) -> None:
     first = World()
     await fail_at(first, 4)
-    replay = begin_replay(first, StepReuse.BINDING, prompt="Another task.")
+    replay = begin_replay(first, StepReuse.BINDING)
+    given = dict(changed)
+    edits = [given.pop("edit")] if "edit" in given else []
+    replay.program = compile_agent(*edits, **given)
     asked = len(first.model.requests)
     assert '"refresh": ["model"]' in await diverge(replay)
     assert len(replay.model.requests) == asked

@@ -27,6 +27,7 @@ from nodes.catalog import NodeCatalog, load_catalog
 from nodes.custom_types import PINNED, catalog_of_definition
 from tests.custom_types import custom_type
 from tests.unit.test_agent_runs import AGENT, ScriptedModel, World, turn
+from tests.unit.test_nested_agents import TwoScripts, build_helper
 
 pytestmark = pytest.mark.anyio
 
@@ -307,6 +308,33 @@ async def test_a_workflow_that_begins_to_write_is_no_tool_of_a_reader_any_more()
     assert not world.runs.started
     assert [tool.name for tool in world.model.requests[0].tools] == ["look"]
     assert "There is no tool 'child'" in list_results(world)["child Oslo"]
+
+
+async def test_a_workflow_may_not_begin_to_write_for_the_inner_agent_of_a_reader() -> None:
+    nodes: list[Json] = [
+        {"id": "start", "type": "manual"},
+        {"id": "agent", "type": "agent", "config": {**AGENT, "model": "first", "effects": ["read"]}},
+        build_helper(),
+        build_tool("child", {"workflowId": "wf_child"}),
+    ]
+    edges: list[Json] = [
+        {"id": "1", "source": "start", "target": "agent"},
+        {"id": "2", "source": "helper", "target": "agent", "targetPort": "tools"},
+        {"id": "3", "source": "child", "target": "helper", "targetPort": "tools"},
+    ]
+    world = build_world()
+    catalog = build_catalog()
+    graph = ParsedGraph.from_stored({"nodes": nodes, "connections": edges})
+    world.program = WorkflowProgram.compile(graph, catalog, catalog.implementation)
+    world.model = TwoScripts([turn(("helper", "Oslo"))], inner=[turn(("child", "Oslo"))])
+    world.runs.writes = False
+    world.model.on_request = lambda: setattr(world.runs, "writes", True)
+    await work_to_the_end(world)
+    assert {step.name: step.effect for step in world.steps if step.kind == "tool"} == {
+        "helper": "read",
+        "child": "write",
+    }
+    assert world.runs.read_only == [True], "the outer agent may only read"
 
 
 def compile_world(**agent: Json) -> WorkflowProgram:
