@@ -105,11 +105,12 @@ async def record_wake(
     stop = {"action": "stop", "reason": "idle", "replicas": 0, "at": now - timedelta(hours=1)}
     wake = {"action": "wake", "reason": "run-due", "replicas": 1, "at": now + timedelta(seconds=1)}
     later = {"action": "stop", "reason": "idle", "replicas": 0, "at": now + timedelta(hours=1)}
+    again = {"action": "wake", "reason": "request", "replicas": 1, "at": now + timedelta(hours=2)}
     waking = {"started_at": now, "code": "waking", "execution_id": execution_id, **of_organization}
     times = {"pod_started_at": now + timedelta(seconds=2), "ended_at": now + timedelta(seconds=3)}
 
     async def record(connection: AsyncConnection) -> None:
-        for one in (stop, wake, later):
+        for one in (stop, wake, later, again):
             row = {"id": ids.new_id("dec"), **decision, **one}
             await connection.execute(insert(LifecycleDecision).values(row))
         await connection.execute(insert(BlockedInterval).values(**waking, **times))

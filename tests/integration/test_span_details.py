@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from sqlalchemy import update
+from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlmodel import col
+
+from models.execution import SpanRow
 from tests.integration.gateway_harness import GatewayHarness, OrganizationUsers, UserClient
 from tests.integration.test_waiting_runs import execute_workflow, get_json, serve_worker, wait_until_ended
 
@@ -62,6 +67,14 @@ async def test_a_span_shows_the_config_with_which_its_node_ran(
     assert SECRET not in str(sent["config"])
     assert (fixed["effect"], sent["effect"]) == ("pure", "write")
     assert sent["idempotencyKey"] == f"{run}:send:0"
+
+    async def take_key_of_earlier_run(connection: AsyncConnection) -> None:
+        of_node = (col(SpanRow.execution_id) == run, col(SpanRow.node_id) == "send")
+        await connection.execute(update(SpanRow).where(*of_node).values(key_id=runs[0]))
+
+    # A replayed node writes with the key of the run that it repeats.
+    await harness.gateway.database.transaction(take_key_of_earlier_run)
+    assert (await span_of(people.owner, run, "send"))["idempotencyKey"] == f"{runs[0]}:send:0"
     assert (await people.stranger.api.get(f"/api/v1/executions/{run}/spans/note")).status_code == 404
     assert (await people.owner.api.get(f"/api/v1/executions/{run}/spans/none")).status_code == 404
 
