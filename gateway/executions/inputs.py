@@ -295,7 +295,7 @@ async def _store_answer(
     """Store an answer in the journal and the audit trail in one transaction, and return its effect.
 
     None if an earlier request with the same key has stored it. Raises a 409 error for a late or repeated
-    answer, and 422 if the body of the earlier request differs.
+    answer, 403 if the question was passed on meanwhile, and 422 if the body of the earlier request differs.
     """
     caller, answered_at = request.caller, request.gateway.clock()
     decision = ApprovalDecision(caller.user_id, caller.user_id, body.choice, body.data, answered_at)
@@ -318,9 +318,12 @@ async def _store_answer(
 
 
 def refusal_of(reception: AnswerReception) -> ApiError:
-    """Return the 409 error for an answer that was not accepted: too late, after the deadline, or for a node
-    that doesn't wait.
+    """Return the error for an answer that was not accepted: 403 for a question that was passed on meanwhile, and
+    409 for an answer that is late, after the deadline, or for a node that doesn't wait.
     """
+    if reception is AnswerReception.REASSIGNED:
+        message = "The question was assigned to other people meanwhile: read it again"
+        return ApiError(403, "not-assigned", message)
     if reception is AnswerReception.LATE:
         return errors.conflict("already-answered", "This node was answered already")
     if reception is AnswerReception.EXPIRED:

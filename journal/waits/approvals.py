@@ -145,7 +145,8 @@ async def record_decision(
     gets it.
 
     The result says if the answer came late, expired or was not awaited, and how many votes are missing. A
-    second vote of a person is late. The caller has checked that the person may answer.
+    second vote of a person is late. The caller has checked that the person may answer `asked`: an answer to a
+    question that was assigned to other people since then is not taken.
     """
     place = (asked.node_id, asked.iteration)
     own: dict[str, Json] = {
@@ -155,13 +156,14 @@ async def record_decision(
     }
     value: dict[str, Json] = {"data": decision.data, **own}
     needed = needed_approvals(asked.request)
+    await lock_run(connection, key)
+    waiting = {
+        (one.node_id, one.iteration): one for one in await node_answers.list_input_waits(connection, key)
+    }
+    if place in waiting and assignees_of(waiting[place].request) != assignees_of(asked.request):
+        return DecisionResult(AnswerResult(AnswerReception.REASSIGNED))
     if needed > 1:
-        locked = select(col(Execution.id)).where(col(Execution.id) == key.execution_id).with_for_update()
-        await connection.execute(locked)
-        if all(
-            (one.node_id, one.iteration) != place
-            for one in await node_answers.list_input_waits(connection, key)
-        ):
+        if place not in waiting:
             is_answered = await node_answers.is_answered(connection, key, *place)
             reception = AnswerReception.LATE if is_answered else AnswerReception.UNAWAITED
             return DecisionResult(AnswerResult(reception))

@@ -55,6 +55,8 @@ class AnswerReception(StrEnum):
     """Another answer was first."""
     EXPIRED = "expired"
     """The wait of the node has timed out: it continues without an answer."""
+    REASSIGNED = "reassigned"
+    """Its question was assigned to other people meanwhile."""
     UNAWAITED = "unawaited"
     """No node waits for it, or its run has ended."""
 

@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 from urllib.parse import quote
 
@@ -14,13 +15,17 @@ import pytest
 from sqlalchemy import insert, select, update
 from sqlmodel import col
 
+from gateway.executions import input_checks
 from gateway.http import failed_attempts
 from journal.store import ExecutionKey
 from journal.waits import approvals, node_answers
+from models import access_store
+from models.access import Organization, UserRole
 from models.approval import ApprovalLink, ApprovalRequest
 from models.execution import Execution
 from tests import smtp_server
 from tests.http_receiver import run_receiver
+from tests.integration import input_waits
 from tests.integration.gateway_harness import GatewayHarness, OrganizationUsers, UserClient, assert_refused
 from tests.integration.test_waiting_runs import (
     EXECUTIONS,
@@ -208,6 +213,13 @@ async def test_answers_are_listed_with_their_people_the_newest_first(
 # ── assignees ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
+async def find_organization(harness: GatewayHarness, person: UserClient) -> Organization:
+    async with harness.gateway.database.read() as connection:
+        found = await access_store.find_organization(connection, person.user.organization_id)
+    assert found is not None
+    return found
+
+
 async def assign(person: UserClient, execution_id: str, *assignees: str) -> httpx2.Response:
     body = {"nodeId": "ask", "assignees": [*assignees]}
     return await person.api.post(f"{EXECUTIONS}/{execution_id}/reassign-input", json=body)
@@ -241,16 +253,65 @@ async def test_a_question_is_passed_on_by_those_who_may_answer_it_and_by_admins(
     assert trail[0]["beforeHash"] == trail[1]["afterHash"]
 
 
+async def test_an_answer_is_not_taken_from_a_person_whose_question_is_passed_on_meanwhile(
+    harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The question is passed on between the check of its people and the answer."""
+    nobody, admin, check = await harness.client(), people.admin, input_checks.require_valid_inputs
+    next_assignees = ["mira@example.com", admin.user.id]
+
+    async def pass_on(*arguments: Any) -> None:  # noqa: ANN401 - those of the check
+        await check(*arguments)
+        if next_assignees:
+            passed = await assign(admin, run, next_assignees.pop(0))
+            assert passed.status_code == 200, passed.text
+
+    monkeypatch.setattr(input_checks, "require_valid_inputs", pass_on)
+    async with serve_worker(harness):
+        run = await ask(people, assignees=[people.colleague.user.id, "mira@example.com"])
+        link = await make_link(harness, run, "mira@example.com")
+        assert_refused(await say(people.colleague, run, "yes"), 403, "not-assigned")
+        page = await nobody.post(link.path, data={"choice": "yes"})
+        assert (page.status_code, "assigned to other people meanwhile" in page.text) == (403, True)
+        assert (await say(admin, run, "no")).json()["status"] == "accepted"
+        await wait_until_ended(people.owner, run)
+
+
+async def test_a_question_that_is_passed_on_keeps_its_rule_about_the_starter_and_its_end(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    owner, admin, database = people.owner, people.admin, harness.gateway.database
+    graph = question()
+    graph.pop("isPublic")
+    workflow_id = await owner.create(**graph)
+    await make_public(owner, workflow_id)
+    asked = {"title": "Prices?", "assignees": [admin.user.id], "choices": [{"port": "yes"}]}
+    run, late = [await execute_workflow(owner, workflow_id) for _ in range(2)]
+    await input_waits.wait_for_input(database, run, "ask", request=asked)
+    refused = await assign(admin, run, owner.user.id)
+    assert [one["code"] for one in refused.json()["error"]["details"]] == ["too-few"], refused.text
+    assert (await assign(admin, run, owner.user.id, people.colleague.user.id)).status_code == 200
+    assert_refused(await say(owner, run, "yes"), 403, "self-approval")
+    await input_waits.wait_for_input(database, late, "ask", request=asked, expires_in=-timedelta(hours=1))
+    assert_refused(await assign(admin, late, people.colleague.user.id), 409, "input-expired")
+
+
 async def test_a_question_is_passed_on_only_to_people_who_can_answer_it(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     owner, colleague, admin = people.owner, people.colleague, people.admin
     async with serve_worker(harness):
         run = await ask(people, approvals=2)
-        unknown = await assign(admin, run, people.stranger.user.id, "eve@example.com", "role:admin")
+        viewer = await harness.person(await find_organization(harness, owner), UserRole.VIEWER)
+        foreign = (people.stranger.user.id, people.stranger.user.email, viewer.user.id, "eve@example.com")
+        unknown = await assign(admin, run, *foreign, "role:admin")
         assert_refused(unknown, 422, "validation-failed")
-        assert [one["path"] for one in unknown.json()["error"]["details"]] == ["assignees.0", "assignees.1"]
+        named = [one["path"] for one in unknown.json()["error"]["details"]]
+        assert named == [f"assignees.{number}" for number, _ in enumerate(foreign)]
+        assert_refused(await assign(viewer, run, owner.user.id), 403, "scope-required")
         assert_refused(await assign(admin, run, admin.user.id), 422, "validation-failed")
+        for hostile in ("a\0b", "\u202eeve@example.com", "<script>@x", "x" * 10_000, "", "role:viewer"):
+            assert (await assign(admin, run, hostile)).status_code in {400, 422}, hostile
         # A question without assignees lets the user answer who started the run, and so does the one passed on.
         assert (await assign(owner, run, owner.user.id, admin.user.id)).status_code == 200
         assert (await say(owner, run, "yes")).json()["status"] == "counted"
@@ -266,6 +327,11 @@ async def test_a_question_is_passed_on_only_to_people_who_can_answer_it(
         assert [one["code"] for one in refused.json()["error"]["details"]] == ["no-access"], refused.text
         assert (await assign(owner, private, "role:admin")).status_code == 200
         assert_refused(await say(owner, private, "yes"), 403, "not-assigned")
+        assert_refused(await assign(colleague, private, colleague.user.id), 404, "not-found")
+        assert (await say(admin, private, "yes")).json()["status"] == "accepted"
+        for person, may_see in ((owner, True), (admin, True), (colleague, False), (viewer, False)):
+            answers = (await person.api.get("/api/v1/answered-inputs")).json()["answers"]
+            assert (private in [one["executionId"] for one in answers]) is may_see
 
 
 # ── links ───────────────────────────────────────────────────────────────────────────────────────────────────
