@@ -770,6 +770,12 @@ async def test_an_inbox_has_a_tab_for_each_way_in_which_questions_are_assigned(
     assert f"/dashboard/runs/{asked[0]}?node=approval" in answered
     waiting = (await browser.get("/dashboard/approvals")).text
     assert "You have answered. It waits for other people." in waiting
+    body["nodeId"] = "approval"
+    assert (await people.admin.api.post(f"/api/v1/executions/{asked[2]}/input", json=body)).is_success
+    gone = (await browser.get(f"/dashboard/approvals?tab=all&question={asked[2]}:approval:")).text
+    assert "This question no longer waits here" in gone
+    assert "For everybody" in gone
+    assert "data-press" not in gone, "a key or click meant for it must not answer another question"
 
 
 async def test_a_page_without_rights_is_refused_and_not_in_the_navigation(

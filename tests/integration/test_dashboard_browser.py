@@ -405,15 +405,21 @@ async def test_a_key_answers_a_question_after_asking_and_another_person_gets_the
     # The address names the question, so that an update shows no other one in its place.
     await page.wait_for(f"location.search.includes('{run_ids[0]}')")
     assert await visit.find_violations() == []
+    # Typed into a field, the key answers nothing.
+    await page.wait_for("document.querySelector('main [name=\".comment\"]')?.focus() === undefined")
+    await page.wait_for("document.activeElement.name === '.comment'")
     await visit.press("y")
+    assert not await page.evaluate("document.querySelector('#confirm').open")
+    await page.evaluate("document.activeElement.blur()")
+    await visit.press("y", "y")
     await page.wait_for("document.querySelector('#confirm').open")
     assert await page.text("#confirm-title") == "Answer “Yes, write” to “The first?”?"
     await page.click("#confirm [data-confirms]")
     await page.wait_for("document.querySelector('#asked')?.textContent === 'The second?'")
     async with database.read() as connection:
         answers = (await connection.execute(select(WaitAnswer))).mappings().all()
-    (answer,) = [one for one in answers if one["execution_id"] == run_ids[0]]
-    assert '"approve"' in str(answer)
+    (answer,) = [one for one in answers if one["execution_id"] in run_ids]
+    assert (answer["execution_id"], '"approve"' in str(answer)) == (run_ids[0], True)
 
     await page.click("details.confirm summary")
     await page.fill("#assignees", f" {visit.people.admin.user.email}\nnobody@example.com ")

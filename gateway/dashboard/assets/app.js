@@ -149,6 +149,8 @@ async function submit(form, button) {
     const next = fill(form.dataset.then, encodeURIComponent);
     if (next) location.assign(next);
     else {
+      // The page goes on with its next object.
+      if (form.dataset.next) history.replaceState(null, "", form.dataset.next);
       await reload();
       count(true);
     }

@@ -77,6 +77,8 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
             for one in questions
         ],
         "one": None if shown is None else describe_question(shown),
+        # Once a visitor has answered or passed it on, the first of the other ones is open.
+        "next": list_address(frame, PATH, {"tab": tab}),
         # The address names the open question, so that an update never replaces it below a pointer.
         "address": "" if shown is None else question_address(frame, tab, shown),
         "answers": () if answered is None else answered["answers"],
@@ -101,9 +103,12 @@ def question_address(frame: PageFrame, tab: str, question: Mapping[str, Any]) ->
 
 
 def find_shown(questions: Sequence[Mapping[str, Any]], wanted: str | None) -> Mapping[str, Any] | None:
-    """Return the question that the address names, else the first one; None without questions."""
-    named = (one for one in questions if question_id(one) == wanted)
-    return next(named, questions[0] if questions else None)
+    """Return the question that the address names, or the first one if it names none; None if there is no such one.
+
+    Another one in place of a question that somebody has answered could get a click that was meant for that.
+    """
+    named = (one for one in questions if not wanted or question_id(one) == wanted)
+    return next(named, None)
 
 
 def may_assign(question: Mapping[str, Any], frame: PageFrame) -> bool:
