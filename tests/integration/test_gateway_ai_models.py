@@ -237,7 +237,8 @@ async def test_the_default_model_is_one_that_all_may_use(people: OrganizationUse
     owner = people.owner
     model_id = await create_model(owner, await create_provider(owner))
     workflow_id = await create_question(owner, "default")
-    for given, code in ((model_id, "model-not-shared"), ("model_none", "model-not-found")):
+    foreign = await create_model(people.stranger, await create_provider(people.stranger), isShared=True)
+    for given, code in ((model_id, "model-not-shared"), (foreign, "model-not-found")):
         refused = await people.admin.api.put(SETTINGS, json={"defaultModelId": given})
         assert refused.json()["error"]["details"][0]["code"] == code
     await owner.api.put(f"{MODELS}/{model_id}", json={"isShared": True})
@@ -261,6 +262,25 @@ async def test_the_default_model_is_one_that_all_may_use(people: OrganizationUse
     assert (await owner.api.get(SETTINGS)).json()["defaultModelId"] is None
     refused = await owner.api.post(RUN.format(workflow_id), json={})
     assert_refused(refused, 422, "unresolved-model-placeholder")
+
+
+async def test_workflows_of_an_event_have_the_present_default_model(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    """A process that loaded them before another one has changed the settings reads them again."""
+    owner = people.owner
+    model_id = await create_model(owner, await create_provider(owner), isShared=True)
+    assert (await people.admin.api.put(SETTINGS, json={"defaultModelId": "echo"})).status_code == 200
+    workflow_id = await create_question(owner, "default")
+    revision, named = 0, []
+    for default in ("echo", model_id):
+        assert (await people.admin.api.put(SETTINGS, json={"defaultModelId": default})).status_code == 200
+        found = await harness.gateway.workflows.load_several(
+            owner.user.organization_id, {workflow_id: revision}
+        )
+        revision = found[workflow_id].revision
+        named.append(model_id in found[workflow_id].definition)
+    assert named == [False, True]
 
 
 async def test_a_data_source_of_models_is_deleted_only_by_force(people: OrganizationUsers) -> None:

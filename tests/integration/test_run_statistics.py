@@ -192,6 +192,8 @@ async def test_the_worst_workflows_come_first(harness: GatewayHarness, people: O
         generation=1,
     )
     await deploy_with_pod(harness, people.owner, by_name["busy"])
+    asleep = {"observed": ObservedState.STOPPED, "replicas": 0}
+    await deploy_with_pod(harness, people.owner, by_name["quiet"], **asleep)
     await count_runs(harness)
 
     listed = await get_json(people.owner, "/api/v1/workflows/activity")
@@ -207,13 +209,13 @@ async def test_the_worst_workflows_come_first(harness: GatewayHarness, people: O
     assert [one["name"] for one in page["workflows"]] == ["failed once"]
     assert page["count"] == 2
     assert (await get_json(people.admin, "/api/v1/workflows/activity"))["count"] == len(names) + 1
-    assert listed["states"] == {"failing": 3, "unfinished": 1, "awake": 1, "asleep": 0}
+    assert listed["states"] == {"failing": 3, "unfinished": 1, "awake": 1, "asleep": 1}
     assert lately["ownerName"] == people.owner.user.name
     for query, expected in {
         "state=failing": ["stuck", "failed lately", "failed once"],
         "state=unfinished": ["waiting"],
         "state=awake": ["busy"],
-        "state=asleep": [],
+        "state=asleep": ["quiet"],
         "order=name": sorted(names),
         "order=name&state=failing&limit=2&offset=1": ["failed once", "stuck"],
     }.items():

@@ -10,12 +10,13 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import BigInteger, delete, literal, select, update
+from sqlalchemy import BigInteger, bindparam, delete, literal, select, update
 from sqlmodel import col
 
 from journal import concurrency_limits, scheduled_runs
 from messages import broker as brokers
 from messages.local_broker import LocalBroker
+from models.ai_model import AiSettings
 from models.database import Database
 from models.database_time import DatabaseTime
 from models.execution import LIMITED_TARGET, SHARED_TARGET, Execution, ExecutionData
@@ -441,6 +442,32 @@ async def test_a_deployed_version_is_run_by_its_pods_as_it_was_deployed(
         workflow_id,
         own.definition_hash,
     )
+
+
+async def test_a_run_has_the_default_model_of_its_instant(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    """The definition is not kept from an earlier run, though the workflow is the same."""
+    trigger = {"id": "clock", "nodeId": "schedule-trigger", "config": HOURLY}
+    step = {"id": STEP["id"], "nodeId": "llm", "config": {"model": "default", "prompt": "Hi"}}
+    graph = {"nodes": [trigger, step], "connections": [{**EDGE, "sourceNodeId": "clock"}]}
+    settings = "/api/v1/ai/settings"
+    assert (await people.admin.api.put(settings, json={"defaultModelId": "echo"})).status_code == 200
+    workflow_id = await people.owner.create(**graph, status="active")
+    (first, second, *_) = await get_instants(people.owner, workflow_id)
+    broker = await brokers.connect_broker(None)
+    present = [first]
+    moment = bindparam("moment", callable_=lambda: to_microseconds(present[0]), type_=BigInteger())
+    schedules = ScheduleRunner(harness.gateway.database, broker, catalog.load_catalog(), moment)
+    assert await schedules.start_due() == 1
+    await end(harness, workflow_id)
+    is_ours = col(AiSettings.organization_id) == people.admin.user.organization_id
+    await change(harness, update(AiSettings).where(is_ours).values(default_model_id="model_later"))
+    present[0] = second
+    assert await schedules.start_due() == 1
+    await broker.close()
+    hashes = [run.definition_hash for run in await read_runs(harness, workflow_id)]
+    assert len({*hashes}) == 2
 
 
 async def test_a_schedule_that_cannot_be_followed_is_put_off_and_keeps_no_other_from_its_runs(
