@@ -134,6 +134,8 @@ class ReplayCopy:
     """Spans to begin with, as node ids and iterations, by their use."""
     steps: Mapping[str, StepReuse] = field(default_factory=dict)
     """Use of the recorded steps of agents, by their node ids and those of the tools that are agents."""
+    has_outside_trigger: bool = False
+    """Whether the output of the trigger may hold text of outsiders, whatever type the trigger has now."""
 
 
 async def insert_copy(
@@ -207,6 +209,7 @@ async def insert_replay(
         ),
         "resumed_from": null(),
         "replay_of": col(Execution.id),
+        "is_tainted": or_(col(Execution.is_tainted), literal(replay.has_outside_trigger)),
         "write_key_id": literal(new_id),
         "completion_action": literal(replay.completion_action, Text()),
     }

@@ -146,6 +146,8 @@ class PlannedReplay:
     """Nodes in the bodies of these loops."""
     steps: Mapping[str, StepReuse] = field(default_factory=dict)
     """Use of the recorded steps of agents, by their node ids and those of the tools that are agents."""
+    has_outside_trigger: bool = False
+    """Whether the trigger of the recorded definition, whose output the replay has, may hold text of outsiders."""
 
 
 class ReplayPlanner:
@@ -495,7 +497,17 @@ class _Planning:
             },
             bodies={loop_id: program.nodes[loop_id].body for loop_id in kept},
             steps=_choose_steps(plan, program),
+            has_outside_trigger=self.new_trigger is None and _has_outside_trigger(original),
         )
+
+
+def _has_outside_trigger(graph: ParsedGraph) -> bool:
+    """Return whether a node without inbound connections gives texts of outsiders."""
+    from engine.agents import agent_exposure  # noqa: PLC0415 - loaded with the first replay
+
+    return any(
+        agent_exposure.gives_outside_text(node.type) for node in graph.nodes if not graph.inbound[node.id]
+    )
 
 
 def _choose_steps(plan: ReplayPlan, program: WorkflowProgram) -> dict[str, StepReuse]:
@@ -540,6 +552,7 @@ def replay_copy(planned: PlannedReplay, inner: Mapping[ResultUse, Sequence[tuple
         completion_action=actions,
         spans=spans,
         steps=planned.steps,
+        has_outside_trigger=planned.has_outside_trigger,
     )
 
 

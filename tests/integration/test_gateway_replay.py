@@ -731,6 +731,29 @@ async def test_a_conversation_that_a_replay_has_left_binds_no_later_replay(harne
     assert len(here.model.billed) == 5 + 4
 
 
+async def test_a_text_of_outsiders_stays_one_in_a_replay_with_another_trigger(
+    harness_of: ReplayHarness,
+) -> None:
+    here = harness_of
+    here.model.turns = [AGENT_TURNS[1]]
+    mended = draw_agent(effects=WRITING, approval="tainted")
+    sent = {**mended, "nodes": [{"id": "start", "nodeId": "webhook", "config": {}}, *mended["nodes"][1:]]}
+    workflow_id, failed = await fail_agent(here, sent, 0)
+    answer = await here.person.api.put(f"/api/v1/workflows/{workflow_id}", json=mended)
+    assert answer.status_code == 200, answer.text
+    choices: list[tuple[dict[str, Any], int]] = [({}, 0), ({"input": {"body": {}}}, 1)]
+    for given, count in choices:
+        begun = await here.post(failed, definition="current", confirm=["agent"], again=True, **given)
+        assert begun.status_code == 201, begun.text
+        shown = begun.json()
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while shown.get("status") not in {"waiting", *TERMINAL_STATUSES}:
+                here.executor.wake()
+                await asyncio.sleep(0.01)
+                shown = await here.show(begun.json()["executionId"])
+        assert (shown["status"], len(here.ledger.writes)) == ("completed" if count else "waiting", count)
+
+
 async def test_a_higher_limit_continues_the_recorded_conversation(harness_of: ReplayHarness) -> None:
     here = harness_of
     here.model.turns = [AGENT_TURNS[0], AGENT_TURNS[2]]
