@@ -210,6 +210,17 @@ async def test_a_run_that_is_cancelled_inside_an_inner_agent_keeps_the_cost_of_a
     assert len(json.loads(span.model_calls or b"[]")) == len(world.model.billed) == 2
 
 
+async def test_a_run_that_is_cancelled_inside_an_inner_agent_keeps_the_cost_of_its_own_worker() -> None:
+    world = build_world()
+    worker = world.worker()
+    world.outside.on_request = lambda: worker.control.ask(ControlRequest.CANCEL)
+    world.outside.delay_seconds = 30.0
+    assert (await worker.work()).status is RunStatus.CANCELLED
+    world.keep(worker.notebook)
+    (span,) = [span for span in world.spans if span.node_id == "agent"]
+    assert len(json.loads(span.model_calls or b"[]")) == len(world.model.billed) == 2
+
+
 async def test_the_cost_of_an_inner_agent_that_fails_counts_too() -> None:
     world = build_world(inner={"maxIterations": 1, "onLimit": "error"})
     assert await world.work() == RunOutcome(RunStatus.COMPLETED)

@@ -22,7 +22,15 @@ from hypothesis import strategies as st
 
 from engine import span_recorder
 from engine import workflow_runner as engine_run
-from engine.node_api import FieldCompilation, NodeCall, NodeOutcome, NodeResult, RunNode, TimerWait
+from engine.node_api import (
+    FieldCompilation,
+    LoopRequest,
+    NodeCall,
+    NodeOutcome,
+    NodeResult,
+    RunNode,
+    TimerWait,
+)
 from engine.node_key import NodeKey, decode_key
 from engine.program import WorkflowProgram
 from engine.run_errors import FailureCause, HttpRequestName, LeaseLost, NodeError
@@ -499,6 +507,17 @@ async def test_a_timeout_of_a_node_names_itself_as_the_reason() -> None:
         compile_drawing("start > ever", {"ever": read_world(wait_forever)}, {"ever": {"timeout": 0.01}})
     )
     assert require_error(await worker.work()).code == "timeout"
+
+
+async def test_a_node_that_fails_because_of_its_timeout_has_timed_out() -> None:
+    async def ask(call: NodeCall) -> Json:
+        try:
+            return await wait_forever(call)
+        except asyncio.CancelledError:
+            raise NodeError("interrupted") from None
+
+    drawing = compile_drawing("start > ask", {"ask": read_world(ask)}, {"ask": {"timeout": 0.01}})
+    assert require_error(await SimulatedWorker(drawing).work()).code == "timeout"
 
 
 async def test_a_timeout_inside_a_node_is_not_taken_for_the_node_s_own() -> None:
@@ -1368,7 +1387,10 @@ async def test_a_node_that_ends_well_while_it_is_broken_off_has_ended_well() -> 
     assert worker.notebook.statuses == {"start": "completed", "pay": "completed"}
 
 
-async def test_a_node_that_ignores_its_cancellation_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("drawing", ["start > stubborn", "start > loop; loop:continue > stubborn"])
+async def test_a_node_that_ignores_its_cancellation_is_left_behind(
+    monkeypatch: pytest.MonkeyPatch, drawing: str
+) -> None:
     monkeypatch.setattr(engine_run, "CANCEL_SECONDS", 0.05)
     begun, end = asyncio.Event(), asyncio.Event()
     ignored: list[asyncio.Task[Any] | None] = []
@@ -1383,13 +1405,15 @@ async def test_a_node_that_ignores_its_cancellation_is_left_behind(monkeypatch: 
                 continue
         return None
 
-    worker = SimulatedWorker(compile_drawing("start > stubborn", {"stubborn": read_world(ignore)}))
+    loop = pure_node(lambda _call: LoopRequest([1]), loops=True)
+    worker = SimulatedWorker(compile_drawing(drawing, {"loop": loop, "stubborn": read_world(ignore)}))
     work = worker.begin()
     await wait_soon(begun)
     worker.control.ask(ControlRequest.CANCEL)
     assert await asyncio.wait_for(work, PATIENCE_SECONDS) == RunOutcome(RunStatus.CANCELLED)
-    assert worker.notebook.statuses["stubborn"] == "cancelled"
+    spans = [span for span in worker.notebook.rows.values() if span.node_id == "stubborn"]
     end.set()
+    assert [span.status for span in spans] == [SpanStatus.CANCELLED]
     (task,) = ignored
     assert task is not None
     await task
