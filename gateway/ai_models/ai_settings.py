@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
-ModelId: TypeAlias = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+ModelId: TypeAlias = Annotated[
+    str, Meta(pattern=r"^[A-Za-z0-9_-]{1,64}$", description="the id of a language model, or `echo`")
+]
 
 NEVER: Final = datetime.fromtimestamp(0, UTC)
 

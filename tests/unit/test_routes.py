@@ -39,7 +39,8 @@ def test_changes_require_a_scope() -> None:
     # A visitor may always end a session of their own.
     own = {"/api/v1/auth/sessions/{id}"}
     asks = {
-        f"/api/v1/workflows/{{id}}/{path}" for path in ("validate", "lifecycle/preview", "schedule/preview")
+        f"/api/v1/workflows/{{id}}/{path}"
+        for path in ("validate", "versions/{version}/validate", "lifecycle/preview", "schedule/preview")
     }
     public = {
         *("/hooks/{id}", "/mail/{id}", "/api/v1/workflows/events"),
