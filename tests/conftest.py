@@ -1,8 +1,12 @@
+import asyncio
 import gc
+import inspect
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
+from functools import wraps
 from pathlib import Path
+from typing import Any, Final
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -40,6 +44,9 @@ SLOWEST_FILES = (
 )
 """Files whose tests take longest together, in the order in which they start, so that waiting ones run beside others."""
 
+OWN_SHARE: Final = 0.9
+"""Part of a test's time limit after which an asynchronous test ends by itself; the rest is for its end."""
+
 # An example's duration depends on the load of the machine. Examples are the same each time, so that a failure
 # is reproducible everywhere; `--hypothesis-profile=search` generates others, and twice as many.
 settings.register_profile("search", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -61,6 +68,26 @@ def pytest_configure(config: pytest.Config) -> None:
         pytest.MonkeyPatch().setattr(providers, "is_local_module_file", lambda _path: False)
     if MEMORY.is_dir() and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > ROOM_BYTES:
         os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Let an asynchronous test that hangs end by itself, shortly before pytest ends it from outside.
+
+    Ended from outside, it would go on in the event loop that it shares with other tests, and all of those would fail.
+    """
+    if isinstance(item, pytest.Function) and inspect.iscoroutinefunction(item.obj):
+        marker = item.get_closest_marker("timeout")
+        seconds = float(marker.args[0] if marker else item.config.getini("timeout"))
+        item.obj = _end_after(OWN_SHARE * seconds, item.obj)
+
+
+def _end_after(seconds: float, test: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[None]]:
+    @wraps(test)
+    async def limited(**arguments: Any) -> None:  # noqa: ANN401 - those of any test
+        async with asyncio.timeout(seconds):
+            await test(**arguments)
+
+    return limited
 
 
 @pytest.hookimpl(trylast=True)
