@@ -103,6 +103,8 @@ async def test_tools_are_accepted_by_the_hash_of_their_definition(
         assert statuses_of(shown) == {"add": "new", "find": "new", "odd": "unusable"}
         (finding,) = (await validate_agent(owner, path))["warnings"]
         assert (finding["type"], finding["nodeId"]) == ("tool-not-accepted", "find")
+        unseen = await validate_agent(people.stranger, path)
+        assert "tool-not-accepted" not in {one["type"] for one in unseen["warnings"]}
         accepted = await owner.api.post(f"{path}/accept", json=accept_offered(shown, "find", effect="read"))
         assert statuses_of(accepted.json()) == {"add": "new", "find": "accepted", "odd": "unusable"}
         assert (await validate_agent(owner, path))["warnings"] == []
