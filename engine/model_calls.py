@@ -54,7 +54,7 @@ class ToolMode(StrEnum):
     """Way in which a model calls tools."""
 
     AUTO = "auto"
-    """That which a test of the model has shown; native without a test."""
+    """By the result of the model's test; native for a model that was never tested."""
     NATIVE = "native"
     """By the tool calls of its provider's protocol."""
     JSON = "json"

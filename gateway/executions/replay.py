@@ -88,8 +88,9 @@ class ReusedAnswers(WireStruct):
 
     count: int
     on_difference: Literal["fail", "ask"]
-    """What the agent does at the first request that isn't the recorded one: fail with `replay-diverged`, or ask its
-    model from there on."""
+    """Action at the first request that differs from the recorded one: the agent fails with `replay-diverged`, or asks
+    its model from there on.
+    """
 
 
 class NodeReplayShape(WireStruct):
