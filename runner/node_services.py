@@ -179,7 +179,14 @@ class RemoteRunStarter:
         """
         inputs = msgspec.Raw(msgspec.json.encode(trigger_inputs))
         call = StartRunRequest(
-            workflow_id, inputs, node_id, iteration, awaited, caller.write_key_id, caller.is_tainted
+            workflow_id,
+            inputs,
+            node_id,
+            iteration,
+            awaited,
+            write_key_id=caller.write_key_id,
+            is_tainted=caller.is_tainted,
+            is_read_only=caller.is_read_only,
         )
         path = f"/executions/{caller.execution_id}/runs"
         return (await until_available(lambda: self._gateway.call(path, call, StartRunResponse))).execution_id
