@@ -207,6 +207,8 @@ async def test_a_workflow_writes_if_one_that_it_calls_does(run_database: RunData
     caller = structs.replace(caller_of(await run_database.claimed(outer), outer), is_read_only=True)
     assert not await starter.may_write(caller, outer.workflow_id)
     assert await starter.may_write(caller, "wf_missing")
+    foreign = await create_runnable(run_database)
+    assert await starter.may_write(caller, foreign.workflow_id), "its nodes are not told to others"
     assert await start(starter, caller, outer)
 
     post = {"url": "https://a.example", "method": "POST"}
