@@ -6,7 +6,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 import structlog
@@ -15,7 +15,7 @@ from sqlmodel import col
 
 from engine.values import fingerprint
 from gateway.access import audit_log
-from gateway.executions import acceptance, execution_rows
+from gateway.executions import acceptance, execution_rows, resume_runs
 from gateway.executions.cancellation import request_end_of_run
 from gateway.executions.resume_runs import IS_TAKEN_UP
 from gateway.executions.test_runs import TEST
@@ -35,7 +35,9 @@ from models.execution_visibility import visibility_condition
 from models.workflow import Workflow, WorkflowStatus
 
 if TYPE_CHECKING:
-    from sqlalchemy import ColumnElement
+    from datetime import datetime
+
+    from sqlalchemy import ColumnElement, Select
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from gateway.executions.acceptance import RunAcceptor
@@ -90,7 +92,7 @@ def cancellable(caller: ApiCaller) -> ColumnElement[bool]:
 def retryable(caller: ApiCaller) -> ColumnElement[bool]:
     """Return the SQL condition for failed executions that the caller may resume and that were not resumed yet.
 
-    Node tests are excluded: their purpose ends with the test.
+    Node tests are excluded: their purpose ends with the test. So are dead letters that were redriven or purged.
     """
     return _build_repeatable_condition(caller, col(Execution.status) == ExecutionStatus.FAILED)
 
@@ -99,7 +101,7 @@ def replayable(caller: ApiCaller) -> ColumnElement[bool]:
     """Return the SQL condition for ended executions that the caller may replay and that were not resumed or
     replayed yet.
 
-    Node tests are excluded.
+    Node tests are excluded, and dead letters that were redriven or purged.
     """
     return _build_repeatable_condition(caller, col(Execution.status).in_(TERMINAL_STATUSES))
 
@@ -108,7 +110,8 @@ def _build_repeatable_condition(caller: ApiCaller, has_ended: ColumnElement[bool
     # Clients may choose the trigger type `test` for any run, but only a node test is also private.
     is_node_test = and_(col(Execution.trigger_type) == TEST, col(Execution.is_private))
     return and_(
-        visibility_condition(caller), has_ended, ~is_node_test, ~IS_TAKEN_UP, _OPEN.correlate(Execution)
+        *(visibility_condition(caller), has_ended, ~is_node_test, ~IS_TAKEN_UP),
+        *(col(Execution.settled_at).is_(None), _OPEN.correlate(Execution)),
     )
 
 
@@ -270,7 +273,8 @@ async def _resume_unlocked(
     they are resumed one by one and the locked ones are left out.
     """
     try:
-        return await database.transaction(partial(_resume, caller=caller, new_ids=new_ids))
+        now = database.clock.now()
+        return await database.transaction(partial(_resume, caller=caller, new_ids=new_ids, now=now))
     except LockWaitTimeout:
         if len(new_ids) == 1:
             return {}
@@ -281,7 +285,7 @@ async def _resume_unlocked(
 
 
 async def _resume(
-    connection: AsyncConnection, *, caller: ApiCaller, new_ids: Mapping[str, str]
+    connection: AsyncConnection, *, caller: ApiCaller, new_ids: Mapping[str, str], now: datetime
 ) -> dict[str, str | None]:
     """Insert copies of failed executions under new ids, and return their concurrency keys (or None) by failed id.
 
@@ -294,13 +298,20 @@ async def _resume(
     await connection.execute(locked)
     made = select(col(Execution.resumed_from)).where(col(Execution.id).in_(list(new_ids.values())))
     resumed: dict[str, str | None] = dict.fromkeys(await connection.scalars(made))
-    left = select(col(Execution.id), col(Execution.trigger_type), col(Execution.concurrency_key)).where(
-        of_batch, retryable(caller)
+    left: Select[*tuple[Any, ...]] = (
+        select(
+            *(col(Execution.id), col(Execution.status), col(Execution.workflow_id)),
+            *(col(Execution.trigger_type), col(Execution.concurrency_key)),
+        )
+        .where(of_batch, retryable(caller))
+        .order_by(col(Execution.id))  # so that two transactions reserve their keys in one order
     )
     for row in (await connection.execute(left)).all():
-        failed = ExecutionKey(row.id, caller.shard)
+        failed, new_id = ExecutionKey(row.id, caller.shard), new_ids[row.id]
+        if await resume_runs.settle_dead_letter(connection, row, failed, new_id, now) is not None:
+            continue  # a redrive has come first
         await run_copies.insert_copy(
-            connection, failed, new_ids[row.id], caller.user_id, trigger_type=row.trigger_type
+            connection, failed, new_id, caller.user_id, trigger_type=row.trigger_type
         )
         resumed[row.id] = row.concurrency_key
     return resumed

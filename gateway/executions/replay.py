@@ -60,7 +60,7 @@ class ReplayRequest(StrictWire):
     plan_hash: Annotated[str, Meta(min_length=1, max_length=64)] | None = None
     """Hash of the plan that the caller has seen; another plan is refused."""
     again: bool = False
-    """Replay an execution that was resumed or replayed before."""
+    """Replay an execution that was resumed, replayed or redriven before."""
 
     def choice(self) -> ReplayChoice:
         """Return the choices of the body as the planner takes them."""

@@ -43,8 +43,8 @@ async def start_replay(
 ) -> None:
     """Insert the execution `new_id` as a replay of `source` by a plan; nothing changes if it exists already.
 
-    Raises 404, and 409 if the source has not ended, was resumed or replayed before (unless `again`), or its
-    workflow is closed or deleted.
+    Raises 404, and 409 if the source has not ended, was resumed, replayed or redriven before (unless `again`), or
+    its workflow is closed or deleted.
     """
     ended = await resume_runs.lock_ended(connection, source, caller)
     resume_runs.require_ended(ended.status)
@@ -53,7 +53,9 @@ async def start_replay(
         return  # an earlier attempt was committed, but its answer was lost
     if not again:
         await resume_runs.require_not_taken_up(connection, source)
-    await resume_runs.settle_dead_letter(connection, ended, source, new_id, now)
+    redriven = await resume_runs.settle_dead_letter(connection, ended, source, new_id, now)
+    if redriven is not None and not again:
+        raise resume_runs.already_taken_up(redriven)
     await _store_definition(connection, source, caller, planned)
     inner = await _find_inner_spans(connection, source, planned)
     copy = replay_planning.replay_copy(planned, inner)

@@ -56,8 +56,8 @@ async def resume_execution(
     """Insert the execution `new_id` as a copy of a failed one, with its committed results.
 
     Agents without a result begin new conversations unless `keeps_conversations`. Return its concurrency key, None
-    without one. Nothing is inserted if `new_id` exists. Raises a 404 error, and 409 if it has not failed, was resumed
-    or replayed, or its workflow is closed.
+    without one. Nothing is inserted if `new_id` exists. Raises a 404 error, and 409 if it has not failed, was resumed,
+    replayed or redriven, or its workflow is closed.
     """
     earlier = await lock_ended(connection, failed, caller)
     if earlier.status != ExecutionStatus.FAILED:
@@ -68,7 +68,9 @@ async def resume_execution(
     if await connection.scalar(select(col(Execution.id)).where(col(Execution.id) == new_id)) is not None:
         return concurrency_key  # an earlier attempt was committed, but its answer was lost
     await require_not_taken_up(connection, failed)
-    await settle_dead_letter(connection, earlier, failed, new_id, now)
+    redriven = await settle_dead_letter(connection, earlier, failed, new_id, now)
+    if redriven is not None:
+        raise already_taken_up(redriven)
     await run_copies.insert_copy(
         connection,
         failed,
@@ -118,15 +120,23 @@ def require_open(found: Row[Any]) -> None:
 
 async def settle_dead_letter(
     connection: AsyncConnection, ended: Row[Any], source: ExecutionKey, new_id: str, now: datetime
-) -> None:
+) -> str | None:
     """Use up the redrive key of a dead letter, so that a redrive that has read it starts no second run.
 
-    `new_id` is its successor. Other executions have no such key.
+    `new_id` is its successor. Return the id of the run that a redrive has started before, None without one:
+    also for a purged dead letter, and for one whose redriven run was deleted. Other executions have no such key.
     """
     if ended.status != ExecutionStatus.FAILED or ended.trigger_type not in INTAKE_KINDS:
-        return
+        return None
     key = idempotency.redrive_key(ended.workflow_id, source.execution_id)
-    await idempotency.reserve_key(connection, key, shard=source.shard, resource_id=new_id, now=now)
+    successor = await idempotency.reserve_key(
+        connection, key, shard=source.shard, resource_id=new_id, now=now
+    )
+    # A separate statement after the wait for the key, so that it sees the commit of a competing redrive.
+    found: str | None = await connection.scalar(
+        select(col(Execution.id)).where(col(Execution.id) == successor)
+    )
+    return found
 
 
 async def require_not_taken_up(connection: AsyncConnection, ended: ExecutionKey) -> None:
@@ -154,7 +164,9 @@ async def require_not_taken_up(connection: AsyncConnection, ended: ExecutionKey)
 
 
 def already_taken_up(newest: str) -> ApiError:
-    """Return the 409 error for a second resume or replay; its details name the newest execution of the line."""
-    message = f"The execution was resumed or replayed already: continue the newest of its line, {newest}"
+    """Return the 409 error for a second resume, replay or redrive; its details name the newest of the line."""
+    message = (
+        f"The execution was resumed, replayed or redriven already: continue the newest of its line, {newest}"
+    )
     detail = errors.problem("id", "already-resumed", message)
     return errors.conflict("already-resumed", message, details=[{**detail, "executionId": newest}])

@@ -163,7 +163,7 @@ ERROR_CODES: Final[Mapping[str, ErrorCode]] = {
     "email-taken": ErrorCode(409, "The organization has a user with this address."),
     "already-resumed": ErrorCode(
         409,
-        "The execution was resumed or replayed already; `executionId` in `details` is the newest of its line.",
+        "It was resumed, replayed or redriven already; `executionId` in `details` is the newest of its line.",
     ),
     "execution-not-ended": ErrorCode(409, "Only an ended execution can be replayed."),
     "plan-changed": ErrorCode(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import Awaitable, Callable
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import pytest
@@ -311,6 +313,44 @@ async def test_a_dead_letter_that_is_taken_up_during_a_redrive_runs_once(
     executions = await get_json(people.owner, f"/api/v1/executions?workflow_id={workflow_id}")
     assert len(executions["executions"]) == 2
     assert (await get_json(people.owner, DEAD_LETTERS))["deadLetters"] == []
+
+
+@pytest.mark.parametrize("repair", ["resume", "replay", "dead-letters", "bulk-retry", "bulk-replay"])
+async def test_a_dead_letter_that_is_redriven_during_a_repair_runs_once(
+    harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch, repair: str
+) -> None:
+    api, workflow_id = people.owner.api, await create_active_workflow(people.owner)
+    failed_id = await enqueue(people.owner, workflow_id)
+    await fail_alike(harness, [failed_id], "Broken")
+    of_workflow = {"filter": {"workflowId": workflow_id}}
+    redrive = partial(api.post, f"{DEAD_LETTERS}/redrive", json=of_workflow)
+    lock_rows, redriven = harness.gateway.database.transaction, []
+
+    async def redrive_first(work: Callable[[AsyncConnection], Awaitable[Any]]) -> Any:  # noqa: ANN401 - passed on
+        # The first transaction of a repair is its last step, or the audit entry before it.
+        monkeypatch.setattr(harness.gateway.database, "transaction", lock_rows)
+        redriven.extend((await redrive()).json()["executionIds"])
+        return await lock_rows(work)
+
+    monkeypatch.setattr(harness.gateway.database, "transaction", redrive_first)
+    if repair in {"resume", "replay"}:
+        path = f"/api/v1/executions/{failed_id}/{repair}"
+        answer = await api.post(path, json={})
+        assert_refused(answer, 409, "already-resumed")
+        assert [one["executionId"] for one in answer.json()["error"]["details"]] == redriven
+    elif repair == "dead-letters":
+        answer = await api.post(f"{DEAD_LETTERS}/replay", json=of_workflow)
+        assert [one["code"] for one in answer.json()["refused"]] == ["already-resumed"]
+    else:
+        answer = await api.post(f"/api/v1/executions/{repair}", json=of_workflow)
+        assert (answer.status_code, answer.json()["affected"]) == (200, 0)
+    assert len(redriven) == 1
+    executions = await get_json(people.owner, f"/api/v1/executions?workflow_id={workflow_id}")
+    assert {one["id"] for one in executions["executions"]} == {failed_id, *redriven}
+    # Repairs of lists pass it by from now on, and a person who insists replays it.
+    assert (await api.post("/api/v1/executions/bulk-retry", json=of_workflow)).json()["matched"] == 0
+    again = await api.post(f"/api/v1/executions/{failed_id}/replay", json={"again": True})
+    assert again.status_code == 201, again.text
 
 
 async def test_a_muted_group_leaves_the_list_until_its_end_and_is_listed_apart(
