@@ -85,6 +85,11 @@ class AuditAction(StrEnum):
     NODE_TYPE_DEPRECATED = "node-type.deprecated"
     NODE_TYPE_DELETED = "node-type.deleted"
     DRIFT_FIXED = "drift.fixed"
+    DEPLOYMENT_STARTED = "deployment.started"
+    """This and the following are decisions of the system, kept as `LifecycleDecision`."""
+    DEPLOYMENT_WOKEN = "deployment.woken"
+    DEPLOYMENT_DRAINED = "deployment.drained"
+    DEPLOYMENT_STOPPED = "deployment.stopped"
 
 
 class AuditEntry(SQLModel, table=True):
@@ -95,6 +100,10 @@ class AuditEntry(SQLModel, table=True):
         Index("ix_audit_entry_organization", "organization_id", "created_at"),
         Index("ix_audit_entry_object", "organization_id", "object_id", "created_at"),
         Index("ix_audit_entry_action", "organization_id", "action", "created_at"),
+        Index("ix_audit_entry_user", "organization_id", "user_id", "created_at"),
+        Index("ix_audit_entry_key", "organization_id", "key_id", "created_at"),
+        Index("ix_audit_entry_request", "organization_id", "request_id", "created_at"),
+        Index("ix_audit_entry_address", "organization_id", "address_hash", "created_at"),
         Index("ix_audit_entry_chain", "organization_id", "sequence", unique=True),
         Index(
             "ix_audit_entry_unchained",

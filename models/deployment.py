@@ -136,7 +136,13 @@ class LifecycleDecision(SQLModel, table=True):
     """Decision about a deployment, with its reason and inputs."""
 
     __tablename__ = "lifecycle_decision"
-    __table_args__ = (Index("ix_lifecycle_decision_workflow", "workflow_id", "at", "id"),)
+    __table_args__ = (
+        Index("ix_lifecycle_decision_workflow", "workflow_id", "at", "id"),
+        Index("ix_lifecycle_decision_organization", "organization_id", "at"),
+        Index("ix_lifecycle_decision_action", "organization_id", "action", "at"),
+        Index("ix_lifecycle_decision_reason", "organization_id", "reason", "at"),
+        Index("ix_lifecycle_decision_user", "organization_id", "user_id", "at"),
+    )
 
     id: str = Field(primary_key=True)
     organization_id: str

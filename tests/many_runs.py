@@ -104,6 +104,14 @@ SELECT 'audit' || {suffix}, '{organization}', {shard}, '{user}', 'million', 'wor
     {workflow}, '{hash}', '{hash}', {created} FROM {numbers} WHERE number < {records}
 """,
     """
+INSERT INTO lifecycle_decision (id, organization_id, shard, workflow_id, at, action, reason, replicas, user_id, inputs)
+SELECT 'decision' || {suffix}, '{organization}', {shard}, {workflow}, {created},
+    CASE number / {workflows} % 2 WHEN 0 THEN 'wake' ELSE 'stop' END,
+    CASE number / {workflows} % 2 WHEN 0 THEN 'run-due' ELSE 'idle' END, 1 - number / {workflows} % 2,
+    CASE number % 1000 WHEN 0 THEN '{user}' END, '{{}}'
+FROM {numbers} WHERE number < {records}
+""",
+    """
 INSERT INTO run_hour (organization_id, workflow_id, starts_at, accepted, completed, failed, stopped, cancelled,
     run_times, wake_times)
 SELECT '{organization}', CASE number % ({workflows} + 1) WHEN {workflows} THEN '' ELSE 'wf_million_' ||

@@ -1,30 +1,52 @@
-"""Audit trail for admins. Entries are never changed or deleted."""
+"""Audit trail for admins: changes, which are never changed or deleted, and decisions of the system."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final
 
-from gateway.access import audit_log
-from gateway.access.audit_log import AuditFilter
+from gateway.access import audit_rows
+from gateway.access.audit_rows import SYSTEM, AuditFilter, AuditKind, AuditSelection
 from gateway.http import keyset
 from gateway.http.keyset import AFTER, KeysetPage
-from gateway.http.parameters import LIMIT, OFFSET, ChoiceParameter, TextParameter, TimeParameter, sorted_by
+from gateway.http.parameters import (
+    LIMIT,
+    OFFSET,
+    ChoiceParameter,
+    TextParameter,
+    TimeParameter,
+    sorted_by,
+)
 from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse
 from gateway.http.wire import Instant, WireStruct, instant
-from models.audit import AuditAction
+from models.audit import AuditAction, AuditEntry
+from models.lifecycle_policy import LifecycleAction, LifecycleReason
 
 if TYPE_CHECKING:
-    from models.audit import AuditEntry
+    from gateway.access.audit_rows import AuditRow
+    from models.deployment import LifecycleDecision
 
-OBJECT: Final = TextParameter("objectId", "Only changes of this workflow, data source, key or user.")
-ACTION: Final = ChoiceParameter("action", "Only changes of this kind.", AuditAction)
-USER: Final = TextParameter("userId", "Only changes by this user.")
-SINCE: Final = TimeParameter("since", "Only changes from this time on.")
-UNTIL: Final = TimeParameter("until", "Only changes before this time.")
-SORT: Final = sorted_by(audit_log.SORTABLE)
-LISTED: Final = (OBJECT, ACTION, USER, SINCE, UNTIL, LIMIT, OFFSET, AFTER, SORT)
+KIND: Final = ChoiceParameter(
+    "kind",
+    "`change` (default): changes of objects; `decision`: decisions of the system about deployments; `all`: both.",
+    AuditSelection,
+)
+OBJECT: Final = TextParameter("objectId", "Only entries about this workflow, data source, key or user.")
+ACTION: Final = ChoiceParameter("action", "Only entries with this action.", AuditAction)
+USER: Final = TextParameter("userId", "Only entries by this user; `system`: decisions by a policy.")
+KEY: Final = TextParameter("keyId", "Only changes by this key.")
+REQUEST: Final = TextParameter("requestId", "Only changes by this request.")
+ADDRESS: Final = TextParameter("addressHash", "Only changes from the address with this hash.")
+REASON: Final = ChoiceParameter("reason", "Only decisions with this reason.", LifecycleReason)
+SINCE: Final = TimeParameter("since", "Only entries from this time on.")
+UNTIL: Final = TimeParameter("until", "Only entries before this time.")
+SORT: Final = sorted_by(audit_rows.SORTABLE)
+LISTED: Final = (
+    *(KIND, OBJECT, ACTION, USER, KEY, REQUEST, ADDRESS, REASON, SINCE, UNTIL),
+    *(LIMIT, OFFSET, AFTER, SORT),
+)
+DECISION_ACTIONS: Final = {action: name for name, action in audit_rows.LIFECYCLE_ACTIONS.items()}
 
 
 class AuditChange(WireStruct):
@@ -37,21 +59,24 @@ class AuditChange(WireStruct):
 
 
 class AuditEntryShape(WireStruct):
-    """One change, as the API shows it."""
+    """One change or decision, as the API shows it."""
 
     id: str
+    kind: AuditKind
     action: AuditAction
     object_id: str
-    """Changed workflow, data source, key or user."""
+    """Changed workflow, data source, key or user; workflow of a decision."""
     user_id: str
     key_id: str
-    """Key of the author. Both ids are `operator` for a change by the operator of the server."""
+    """Key of the author. Both ids are `operator` for a change by the operator of the server, and `system` for a
+    decision; a decision that a user has asked for names the user.
+    """
     before_hash: str | None
     """SHA-256 of the object before the change; null when it was created."""
     after_hash: str | None
     """SHA-256 of the object after the change; null when it was deleted."""
     request_id: str | None
-    """Request that made the change; null for changes by the operator of the server."""
+    """Request that made the change; null for decisions and for changes by the operator of the server."""
     address_hash: str | None
     """Keyed hash of the address that the request came from: equal addresses have equal hashes."""
     changes: Sequence[AuditChange] | None
@@ -60,6 +85,10 @@ class AuditEntryShape(WireStruct):
     """Place in the hash chain of the organization; null in the first seconds."""
     chain_hash: str | None
     """SHA-256 of the entry and of the chain hash before it, by which changed or missing entries are found."""
+    reason: LifecycleReason | None
+    """Reason of a decision; null for a change."""
+    inputs: Mapping[str, Any] | None
+    """Facts on which a decision is based, such as the policy and the last activity; null for a change."""
     created_at: Instant
 
 
@@ -73,13 +102,31 @@ class AuditEntryList(KeysetPage, kw_only=True):
 
 
 async def index(request: GatewayRequest) -> JsonResponse:
-    """List changes of workflows, data sources, keys and users of the organization, with author and time."""
+    """List changes of workflows, data sources, keys and users of the organization, with author and time.
+
+    With `kind`, the list also has the decisions of the system to start, wake, drain and stop deployments, with reason
+    and inputs. Decisions are kept for 30 days, changes for good.
+    """
     query = request.query
-    part, order = query.page(), query[SORT]
-    wanted = AuditFilter(query[OBJECT], query[ACTION], query[USER], query[SINCE], query[UNTIL])
+    part = query.page()
+    wanted = AuditFilter(
+        selection=query[KIND] or AuditSelection.CHANGE,
+        object_id=query[OBJECT],
+        action=query[ACTION],
+        user_id=query[USER],
+        key_id=query[KEY],
+        request_id=query[REQUEST],
+        address_hash=query[ADDRESS],
+        reason=query[REASON],
+        since=query[SINCE],
+        until=query[UNTIL],
+    )
     bounds = keyset.read_bounds(query, SORT)
+    is_newest_first = SORT.is_newest_first(query[SORT]) is not False
     async with request.gateway.database.read() as connection:
-        page = await audit_log.list_entries(connection, request.caller, wanted, part, order, bounds)
+        page = await audit_rows.list_entries(
+            connection, request.caller, wanted, part, bounds, is_newest_first=is_newest_first
+        )
     return JsonResponse(
         AuditEntryList(
             count=page.count,
@@ -87,15 +134,20 @@ async def index(request: GatewayRequest) -> JsonResponse:
             limit=part.limit,
             offset=part.offset,
             next=page.next_cursor,
-            entries=[_show_entry(one) for one in page.items],
+            entries=[_show_row(one) for one in page.items],
         )
     )
 
 
+def _show_row(row: AuditRow) -> AuditEntryShape:
+    return _show_entry(row) if isinstance(row, AuditEntry) else _show_decision(row)
+
+
 def _show_entry(entry: AuditEntry) -> AuditEntryShape:
-    """Return an entry of the audit trail as the API shows it."""
+    """Return a change as the API shows it."""
     return AuditEntryShape(
         id=entry.id,
+        kind=AuditKind.CHANGE,
         action=AuditAction(entry.action),
         object_id=entry.object_id,
         user_id=entry.user_id,
@@ -107,5 +159,29 @@ def _show_entry(entry: AuditEntry) -> AuditEntryShape:
         changes=None if entry.changes is None else [AuditChange(**change) for change in entry.changes],
         sequence=entry.sequence,
         chain_hash=entry.chain_hash,
+        reason=None,
+        inputs=None,
         created_at=instant(entry.created_at),
+    )
+
+
+def _show_decision(decision: LifecycleDecision) -> AuditEntryShape:
+    """Return a decision about a deployment as the API shows it."""
+    return AuditEntryShape(
+        id=decision.id,
+        kind=AuditKind.DECISION,
+        action=DECISION_ACTIONS[LifecycleAction(decision.action)],
+        object_id=decision.workflow_id,
+        user_id=decision.user_id or SYSTEM,
+        key_id=SYSTEM,
+        before_hash=None,
+        after_hash=None,
+        request_id=None,
+        address_hash=None,
+        changes=None,
+        sequence=None,
+        chain_hash=None,
+        reason=LifecycleReason(decision.reason),
+        inputs=decision.inputs,
+        created_at=instant(decision.at),
     )

@@ -3,35 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import datetime
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 import msgspec
-from sqlalchemy import func, insert, select
-from sqlmodel import col
+from sqlalchemy import insert
 
 from engine.values import fingerprint
-from gateway.http import keyset
-from gateway.http.keyset import ListPage
 from gateway.http.request_origin import current_origin
 from models import ids
-from models.access import ApiCaller, ApiKey, User
+from models.access import ApiKey, User
 from models.audit import AuditAction, AuditEntry
 from models.database_time import PresentTime
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
-    from sqlalchemy import ColumnElement
     from sqlalchemy.ext.asyncio import AsyncConnection
-    from sqlalchemy.sql.expression import SQLColumnExpression
-
-    from gateway.http.keyset import KeysetBounds
-    from gateway.http.parameters import PageBounds
 
 OPERATOR: Final = "operator"
 _NOT_HASHED: Final = {"hash", "secret_id", "last_used_at", "last_route", "last_address_hash"}
-SORTABLE: Final[Mapping[str, SQLColumnExpression[Any]]] = {"createdAt": col(AuditEntry.created_at)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,62 +96,3 @@ def hash_content(row: ApiKey | User) -> str:
     The audit trail stores it, so that a change of the row is provable without its content.
     """
     return fingerprint(msgspec.to_builtins(row.model_dump(exclude=_NOT_HASHED)))
-
-
-@dataclass(frozen=True, slots=True)
-class AuditFilter:
-    """Filter of a list of audit entries."""
-
-    object_id: str | None
-    action: AuditAction | None
-    user_id: str | None
-    since: datetime | None
-    until: datetime | None
-    """Times of the entries: `since` is inclusive, `until` is exclusive."""
-
-
-async def list_entries(
-    connection: AsyncConnection,
-    caller: ApiCaller,
-    wanted: AuditFilter,
-    part: PageBounds,
-    order: ColumnElement[Any],
-    bounds: KeysetBounds | None,
-) -> ListPage[AuditEntry]:
-    """Return a page of the matching entries of the caller's organization, and the number of all that match.
-
-    With `bounds`, the page follows a cursor, its order is fixed and the number counts to 10,000 at most;
-    without, it is the limit and offset of `part` in `order`.
-    """
-    conditions = [col(AuditEntry.organization_id) == caller.organization_id, *_build_conditions(wanted)]
-    item_id = col(AuditEntry.id)
-    if bounds is not None:
-        columns = AuditEntry.__table__.columns  # type: ignore[attr-defined]  # SQLModel adds it
-        created_at = col(AuditEntry.created_at)
-        page = await keyset.list_rows(
-            connection, columns, conditions, bounds, created_at=created_at, item_id=item_id
-        )
-        return page.convert(lambda row: AuditEntry(**row))
-    count = await connection.scalar(select(func.count()).select_from(AuditEntry).where(*conditions))
-    rows = await connection.execute(
-        select(AuditEntry)
-        .where(*conditions)
-        .order_by(order, item_id.desc())
-        .limit(part.limit)
-        .offset(part.offset)
-    )
-    return ListPage(count or 0, [AuditEntry(**row) for row in rows.mappings()])
-
-
-def _build_conditions(wanted: AuditFilter) -> Iterable[ColumnElement[bool]]:
-    """Yield an SQL condition for each field of the filter that is given; `since` is included, `until` excluded."""
-    if wanted.object_id is not None:
-        yield col(AuditEntry.object_id) == wanted.object_id
-    if wanted.action is not None:
-        yield col(AuditEntry.action) == wanted.action
-    if wanted.user_id is not None:
-        yield col(AuditEntry.user_id) == wanted.user_id
-    if wanted.since is not None:
-        yield col(AuditEntry.created_at) >= wanted.since
-    if wanted.until is not None:
-        yield col(AuditEntry.created_at) < wanted.until

@@ -373,7 +373,34 @@ async def test_audited_data_sources_lead_to_their_page(
     assert '<option value="user_gone" selected>' in page
     page = (await browser.get(f"/dashboard/audit?objectId={source_id}")).text
     (address,) = set(re.findall(f'href="([^"]*{source_id})" class="mono" data-row', page))
-    assert 'id="source-title">CRM<' in (await browser.get(address)).text
+    page = (await browser.get(address)).text
+    assert 'id="source-title">CRM<' in page
+    assert f'href="/dashboard/audit?objectId={source_id}"' in page
+
+
+async def test_the_audit_page_shows_decisions_with_reason_and_inputs_and_filters_by_each_cell(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    workflow_id = await people.owner.create(**GRAPH, status="active")
+    assert (await people.owner.api.post(f"/api/v1/workflows/{workflow_id}/deploy")).status_code < 300
+    browser = await sign_in(harness, people.admin.key)
+    links = (await browser.get(f"/dashboard/workflows/{workflow_id}")).text
+    assert f'href="/dashboard/audit?objectId={workflow_id}"' in links
+    page = (await browser.get(f"/dashboard/audit?objectId={workflow_id}")).text
+    for text in ("deployment.started", "workflow.deployed", "Because: deployed", "&#34;lifecyclePolicy&#34;"):
+        assert text in page, text
+    request_id, *_ = re.findall(r"requestId=(req_[a-z0-9]+)", page)
+    page = (await browser.get(f"/dashboard/audit?requestId={request_id}")).text
+    assert page.count("<tr id=") == page.count(f"{request_id}</a>")
+    assert "deployment.started" not in page
+    page = (await browser.get("/dashboard/audit?reason=deployed")).text
+    assert "deployment.started" in page
+    assert "workflow.deployed" not in page
+    assert '<input type="hidden" name="reason" value="deployed">' in page
+    exported = re.findall(r'data-exports="([^"]*)"', page)
+    assert exported == ["/api/v1/audit?kind=all&amp;reason=deployed"]
+    viewer = await sign_in(harness, people.owner.key)
+    assert "/dashboard/audit" not in (await viewer.get(f"/dashboard/workflows/{workflow_id}")).text
 
 
 async def fail_with(harness: GatewayHarness, execution_id: str, text: str) -> None:

@@ -8,15 +8,18 @@ from typing import Any
 
 import httpx2
 import pytest
-from sqlalchemy import select
+from sqlalchemy import insert, select
 from sqlmodel import col
 
 from gateway.access.bootstrap import bootstrap
 from gateway.http import errors
 from journal import audit_chain
+from models import ids
 from models.access import KeyScope, Organization, UserRole
 from models.audit import AuditEntry
 from models.database import Database, parse_url
+from models.deployment import LifecycleDecision
+from models.lifecycle_policy import LifecycleAction, LifecycleReason
 from models.schema_migration import migrate
 from pilotflame import accounts
 from tests.integration.gateway_harness import (
@@ -37,6 +40,7 @@ WORKFLOWS = "/api/v1/workflows"
 FIELDS = {
     *("id", "action", "objectId", "userId", "keyId", "beforeHash", "afterHash", "createdAt"),
     *("requestId", "addressHash", "changes", "sequence", "chainHash"),
+    *("kind", "reason", "inputs"),
 }
 
 
@@ -319,6 +323,103 @@ async def test_the_trail_is_filtered_sorted_and_paged(people: OrganizationUsers)
     )
     for query in ("action=everything", "since=yesterday", "limit=101", "offset=-1", "sort=action"):
         assert_refused(await people.admin.api.get(f"{AUDIT}?{query}"), 400, "invalid-query")
+
+
+async def decide(
+    harness: GatewayHarness, person: UserClient, workflow_id: str, moments: dict[datetime, LifecycleAction]
+) -> list[str]:
+    """Store a decision about a workflow for each moment, with its action; return the ids."""
+    rows = [
+        LifecycleDecision(
+            id=ids.new_id("decision"),
+            organization_id=person.user.organization_id,
+            shard=person.user.shard,
+            workflow_id=workflow_id,
+            at=at,
+            action=action,
+            reason=LifecycleReason.BY_HAND if action is LifecycleAction.START else LifecycleReason.IDLE,
+            replicas=0,
+            user_id=person.user.id if action is LifecycleAction.START else None,
+            inputs={"lastActivityAt": "2026-01-01T00:00:00.000Z"},
+        ).model_dump()
+        for at, action in moments.items()
+    ]
+    await harness.gateway.database.transaction(
+        lambda connection: connection.execute(insert(LifecycleDecision), rows)
+    )
+    return [row["id"] for row in rows]
+
+
+async def test_decisions_of_the_system_stand_among_the_changes_in_the_order_of_time(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    workflow_id = await people.owner.create(**GRAPH)
+    await people.owner.api.put(f"{WORKFLOWS}/{workflow_id}", json={"name": "New"})
+    created, updated = await read_trail(people.admin)
+    first, last = (datetime.fromisoformat(entry["createdAt"]) for entry in (created, updated))
+    # Two of them at the very time of a change, one before and one after both.
+    moments = {
+        first - timedelta(hours=1): LifecycleAction.START,
+        first: LifecycleAction.WAKE,
+        last + timedelta(hours=1): LifecycleAction.STOP,
+    }
+    await decide(harness, people.owner, workflow_id, moments)
+    await decide(harness, people.stranger, "wf_of_others", {first: LifecycleAction.STOP})
+
+    assert await read_trail(people.admin) == [created, updated]
+    entries = await read_trail(people.admin, kind="all")
+    assert sorted(entries, key=lambda entry: entry["createdAt"]) == entries
+    assert sorted(list_actions(entries)) == [
+        *("deployment.started", "deployment.stopped", "deployment.woken"),
+        *("workflow.created", "workflow.updated"),
+    ]
+    decisions = [entry for entry in entries if entry["kind"] == "decision"]
+    assert decisions == await read_trail(people.admin, kind="decision")
+    assert [entry["userId"] for entry in decisions] == [people.owner.user.id, "system", "system"]
+    assert [entry["reason"] for entry in decisions] == ["by-hand", "idle", "idle"]
+    assert {entry["objectId"] for entry in decisions} == {workflow_id}
+    assert decisions[0]["inputs"] == {"lastActivityAt": "2026-01-01T00:00:00.000Z"}
+    assert all(set(entry) == FIELDS for entry in entries)
+
+    for order, expected in (("asc", entries), ("desc", entries[::-1])):
+        walked: list[str] = []
+        cursor: str | None = "start"
+        while cursor is not None:
+            query = {"kind": "all", "sort": f"createdAt:{order}", "limit": "2", "after": cursor}
+            page = (await people.admin.api.get(AUDIT, params=query)).json()
+            assert (page["count"], page["countIsLowerBound"]) == (5, False)
+            walked += [entry["id"] for entry in page["entries"]]
+            cursor = page["next"]
+        assert sorted(walked) == sorted(entry["id"] for entry in expected)
+        times = {entry["id"]: entry["createdAt"] for entry in entries}
+        assert [times[one] for one in walked] == [entry["createdAt"] for entry in expected]
+
+
+async def test_the_trail_is_filtered_by_every_column(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    workflow_id = await people.owner.create(**GRAPH)
+    answer = await people.admin.api.put(f"{WORKFLOWS}/{workflow_id}", json={"name": "New"})
+    later = datetime.now(UTC) + timedelta(hours=1)
+    moments = {later: LifecycleAction.START, later + timedelta(hours=1): LifecycleAction.STOP}
+    await decide(harness, people.owner, workflow_id, moments)
+    created, updated, started, stopped = await read_trail(people.admin, kind="all")
+    for query, expected in (
+        ({"requestId": answer.headers["X-Request-Id"]}, [updated]),
+        ({"keyId": created["keyId"]}, [created]),
+        ({"addressHash": created["addressHash"]}, [created, updated]),
+        ({"reason": "idle"}, [stopped]),
+        ({"action": "deployment.started"}, [started]),
+        ({"userId": people.owner.user.id}, [created, started]),
+        ({"userId": "system"}, [stopped]),
+        ({"objectId": workflow_id, "since": started["createdAt"]}, [started, stopped]),
+        ({"requestId": "req_of_others"}, []),
+        ({"action": "key.created"}, []),
+    ):
+        assert await read_trail(people.admin, kind="all", **query) == expected, query
+    assert await read_trail(people.admin, kind="change", reason="idle") == []
+    for wrong in ("kind=everything", "reason=whim"):
+        assert_refused(await people.admin.api.get(f"{AUDIT}?{wrong}"), 400, "invalid-query")
 
 
 async def test_the_trail_is_for_admins_of_the_organisation_alone(

@@ -1,4 +1,4 @@
-"""Audit trail: changes of objects with their authors, newest first."""
+"""Audit trail: changes of objects with their authors, and decisions of the system, newest first."""
 
 from __future__ import annotations
 
@@ -17,16 +17,27 @@ LIMIT: Final = 50
 START: Final = "start"
 MAX_USERS: Final = 100
 PATH: Final = "/dashboard/audit"
-FILTERS: Final = ("action", "objectId", "userId", "since", "until")
+KINDS: Final = {"all": "changes and decisions", "change": "changes", "decision": "decisions of the system"}
+KIND: Final = "all"
+"""Kind of entries that the page shows at first."""
+FILTERS: Final = ("kind", "action", "objectId", "userId", "requestId", "since", "until")
+LINKED_FILTERS: Final = {"keyId": "key", "addressHash": "address", "reason": "reason"}
+"""Names of filters that a link in a row sets, with their words."""
 OBJECT_PAGES: Final = {"wf_": "workflows/", "ds_": "sources?source="}
 """Beginnings of the addresses of objects, by the prefix of their ids."""
+DECISION_ICONS: Final = {
+    "deployment.started": "awake",
+    "deployment.woken": "waking",
+    "deployment.drained": "draining",
+    "deployment.stopped": "asleep",
+}
 
 
 async def load(page: PageRequest) -> PageData:
     """Ask the API for 50 entries by the filters of the query, and for the names of up to 100 users; raises
     `ApiError`.
     """
-    given = {name: page.query[name] for name in FILTERS if page.query.get(name)}
+    given = {"kind": KIND, **_read_filters(page.query)}
     entries, users = await asyncio.gather(
         page.get("/api/v1/audit", **given, limit=LIMIT, after=page.query.get("after", START)),
         page.get("/api/v1/auth/users", limit=MAX_USERS),
@@ -37,7 +48,7 @@ async def load(page: PageRequest) -> PageData:
 def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
     """Return the template values: the entries with their pages, the filters, and addresses within the list."""
     entries = data["entries"]
-    filters = {name: frame.query[name] for name in FILTERS if frame.query.get(name)}
+    filters = _read_filters(frame.query)
     is_newest = frame.query.get("after", START) == START
     return {
         "title": "Audit",
@@ -49,11 +60,19 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "count_is_lower_bound": entries["countIsLowerBound"],
         "names": {user["id"]: user["name"] or user["email"] for user in data["users"]["users"]},
         "filters": filters,
+        "kinds": KINDS,
+        "linked": [(word, name, filters[name]) for name, word in LINKED_FILTERS.items() if name in filters],
+        "decision_icons": DECISION_ICONS,
         "address_of": lambda **changes: list_address(frame, PATH, {**filters, **changes}),
         "older": list_address(frame, PATH, {**filters, "after": entries["next"]}) if entries["next"] else "",
         "newest": "" if is_newest else list_address(frame, PATH, filters),
-        "export_query": f"?{urlencode(filters)}" if filters else "",
+        "export_query": f"?{urlencode({'kind': KIND, **filters})}",
     }
+
+
+def _read_filters(query: Mapping[str, str]) -> dict[str, str]:
+    """Return the filters of the query that are set, by their names."""
+    return {name: query[name] for name in (*FILTERS, *LINKED_FILTERS) if query.get(name)}
 
 
 def _page_of(frame: PageFrame, object_id: str) -> str:

@@ -27,6 +27,7 @@ __all__ = [
     "AuditChange",
     "AuditEntry",
     "AuditEntryList",
+    "AuditKind",
     "AwaitedToolCall",
     "AwakeSpan",
     "BatchResult",
@@ -361,7 +362,10 @@ AnswerRefusal = Literal['already-answered', 'not-assigned', 'self-approval']
 ApplyAction = Literal['archive', 'conflict', 'create', 'delete', 'unchanged', 'update']
 
 
-AuditAction = Literal['ai-settings.updated', 'connection.added', 'connection.removed', 'data-source.created', 'data-source.deleted', 'data-source.updated', 'data-source.visibility-set', 'dead-letters.muted', 'dead-letters.purged', 'dead-letters.redriven', 'dead-letters.replayed', 'dead-letters.unmuted', 'deliveries.redriven', 'drift.fixed', 'event-token.created', 'event-token.revoked', 'executions.cancelled', 'executions.deleted', 'executions.replayed', 'executions.retried', 'identity.connected', 'input.answered', 'input.reassigned', 'invitation.accepted', 'invitation.created', 'invitation.revoked', 'key.created', 'key.revoked', 'model.created', 'model.deleted', 'model.updated', 'node-type.added', 'node-type.deleted', 'node-type.deprecated', 'node.added', 'node.configured', 'node.removed', 'session.created', 'session.ended', 'share.added', 'share.removed', 'sign-in.refused', 'signing-secret.set', 'task.cancelled', 'task.retried', 'template.saved', 'template.used', 'tools.accepted', 'tools.refreshed', 'trigger-token.revoked', 'trigger-token.set', 'user.created', 'version.created', 'version.restored', 'workflow.built', 'workflow.created', 'workflow.deleted', 'workflow.deployed', 'workflow.duplicated', 'workflow.imported', 'workflow.laid-out', 'workflow.lifecycle-set', 'workflow.log-level-set', 'workflow.scopes-computed', 'workflow.started', 'workflow.status-set', 'workflow.stopped', 'workflow.undeployed', 'workflow.updated', 'workflow.visibility-set']
+AuditAction = Literal['ai-settings.updated', 'connection.added', 'connection.removed', 'data-source.created', 'data-source.deleted', 'data-source.updated', 'data-source.visibility-set', 'dead-letters.muted', 'dead-letters.purged', 'dead-letters.redriven', 'dead-letters.replayed', 'dead-letters.unmuted', 'deliveries.redriven', 'deployment.drained', 'deployment.started', 'deployment.stopped', 'deployment.woken', 'drift.fixed', 'event-token.created', 'event-token.revoked', 'executions.cancelled', 'executions.deleted', 'executions.replayed', 'executions.retried', 'identity.connected', 'input.answered', 'input.reassigned', 'invitation.accepted', 'invitation.created', 'invitation.revoked', 'key.created', 'key.revoked', 'model.created', 'model.deleted', 'model.updated', 'node-type.added', 'node-type.deleted', 'node-type.deprecated', 'node.added', 'node.configured', 'node.removed', 'session.created', 'session.ended', 'share.added', 'share.removed', 'sign-in.refused', 'signing-secret.set', 'task.cancelled', 'task.retried', 'template.saved', 'template.used', 'tools.accepted', 'tools.refreshed', 'trigger-token.revoked', 'trigger-token.set', 'user.created', 'version.created', 'version.restored', 'workflow.built', 'workflow.created', 'workflow.deleted', 'workflow.deployed', 'workflow.duplicated', 'workflow.imported', 'workflow.laid-out', 'workflow.lifecycle-set', 'workflow.log-level-set', 'workflow.scopes-computed', 'workflow.started', 'workflow.status-set', 'workflow.stopped', 'workflow.undeployed', 'workflow.updated', 'workflow.visibility-set']
+
+
+AuditKind = Literal['change', 'decision']
 
 
 BlockerCode = Literal['awaiting-callback', 'awaiting-event', 'awaiting-input', 'awaiting-signal', 'awaiting-task', 'branch-not-taken', 'broker-down', 'cancel-requested', 'deployment-failed', 'draining', 'no-worker', 'node-running', 'none', 'parallelism', 'parents', 'queued-behind', 'retry-at', 'stopped-manually', 'timer', 'waiting-for-slot', 'waking', 'window-closed', 'worker-lost', 'workflow-paused']
@@ -620,9 +624,10 @@ class AuditChange(TypedDict):
 
 
 class AuditEntry(TypedDict):
-    """One change, as the API shows it."""
+    """One change or decision, as the API shows it."""
 
     id: str
+    kind: AuditKind
     action: AuditAction
     objectId: str
     userId: str
@@ -634,6 +639,8 @@ class AuditEntry(TypedDict):
     changes: List[AuditChange] | None
     sequence: int | None
     chainHash: str | None
+    reason: LifecycleReason | None
+    inputs: Dict[str, Any] | None
     createdAt: str
 
 
