@@ -48,10 +48,10 @@ OWN_SHARE: Final = 0.9
 """Part of a test's time limit after which an asynchronous test ends by itself; the rest is for its end."""
 
 # An example's duration depends on the load of the machine. Examples are the same each time, so that a failure
-# is reproducible everywhere; `--hypothesis-profile=search` generates others, and twice as many.
+# is reproducible everywhere; `--hypothesis-profile=search` generates others, and four times as many.
 settings.register_profile("search", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile(
-    "suite", settings.get_profile("search"), derandomize=True, database=None, max_examples=50
+    "suite", settings.get_profile("search"), derandomize=True, database=None, max_examples=25
 )
 settings.load_profile("suite")
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import re
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from models import ids
@@ -17,7 +17,6 @@ RFC_1035 = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?\Z")
 ANY_ID = st.text(alphabet="aAwWfF_-./ é0", max_size=80) | st.text(max_size=80)
 
 
-@settings(max_examples=50)
 @given(st.lists(ANY_ID, min_size=2, max_size=5, unique=True))
 def test_names_are_valid_everywhere_and_never_meet(workflow_ids: list[str]) -> None:
     made = [name(one) for one in workflow_ids for name in (names.workflow_name, names.pods_service_name)]
@@ -32,7 +31,6 @@ def test_an_id_of_our_own_can_be_read_in_its_name() -> None:
     assert len({names.workflow_name(one) for one in lookalikes}) == 4
 
 
-@settings(max_examples=30)
 @given(st.text(max_size=40), st.text(alphabet="$()aA{}%", max_size=20))
 def test_objects_are_valid_and_restricted_for_any_user_input(text: str, value: str) -> None:
     made = manifests.build_objects(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import combinations, pairwise
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.canvas_layout import (
@@ -155,7 +155,6 @@ def test_there_may_be_no_nodes_at_all() -> None:
 
 
 @given(EDGES, PLACES)
-@settings(max_examples=50)
 def test_cards_never_overlap_and_arranging_twice_is_arranging_once(
     edges: list[CardEdge], current: list[CardPosition]
 ) -> None:
@@ -166,14 +165,12 @@ def test_cards_never_overlap_and_arranging_twice_is_arranging_once(
 
 
 @given(FORWARD)
-@settings(max_examples=50)
 def test_without_cycles_every_edge_leads_to_the_right(edges: list[CardEdge]) -> None:
     places = arrange_graph((IDS, edges))
     assert all(places[target][0] - places[source][0] >= COLUMN_WIDTH for source, target in edges)
 
 
 @given(EDGES, PLACES, st.lists(st.booleans(), min_size=12, max_size=12))
-@settings(max_examples=50)
 def test_a_positioned_node_keeps_its_place_and_a_new_one_gets_a_free_one(
     edges: list[CardEdge], places: list[CardPosition], is_known: list[bool]
 ) -> None:
@@ -187,13 +184,11 @@ def test_a_positioned_node_keeps_its_place_and_a_new_one_gets_a_free_one(
 
 
 @given(PLACES)
-@settings(max_examples=50)
 def test_one_more_node_is_put_where_no_other_is(places: list[CardPosition]) -> None:
     assert not any(do_overlap(find_free_position(places), place) for place in places)
 
 
 @given(FORWARD, st.integers(-5_000, 5_000), st.integers(-5_000, 5_000))
-@settings(max_examples=50)
 def test_a_graph_that_is_arranged_may_be_moved_as_a_whole(
     edges: list[CardEdge], right: int, down: int
 ) -> None:

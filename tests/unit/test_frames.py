@@ -2,7 +2,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.values import Json
@@ -26,7 +26,6 @@ def assemble_value(sent: list[bytes]) -> Json:
 
 
 @given(VALUES)
-@settings(max_examples=50)
 def test_a_value_arrives_unchanged_in_any_pieces(value: Json) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(frames, "PIECE_BYTES", 10)

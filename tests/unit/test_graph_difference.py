@@ -3,7 +3,7 @@
 from typing import Any
 
 import msgspec
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.workflows import graph_difference
@@ -83,7 +83,6 @@ graphs = st.lists(
 )
 
 
-@settings(max_examples=50)
 @given(before=graphs, after=graphs)
 def test_back_is_the_mirror_of_there(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> None:
     there, back = item_differences(before, after), item_differences(after, before)

@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import cast
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.agents.agent_steps import AgentStep
@@ -547,7 +547,6 @@ def graphs(draw: st.DrawFn) -> tuple[Nodes, list[dict[str, Json]]]:
 
 
 @given(drawn=graphs(), body=st.sampled_from([{}, {"a": 1}, {"a": {"b": [1]}}, "text", [{"a": 1}]]))
-@settings(max_examples=50)
 def test_paths_reported_as_unresolved_find_nothing_at_run_time(
     drawn: tuple[Nodes, list[dict[str, Json]]], body: Json
 ) -> None:

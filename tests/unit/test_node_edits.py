@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.canvas_layout import CARD_HEIGHT, CARD_WIDTH
@@ -138,7 +138,6 @@ def assert_consistent(stored: StoredWorkflow) -> None:
         assert abs(one.x - other.x) >= CARD_WIDTH or abs(one.y - other.y) >= CARD_HEIGHT
 
 
-@settings(max_examples=50)
 @given(st.lists(types, min_size=6, max_size=6), st.lists(edits, min_size=25, max_size=60))
 def test_any_sequence_of_edits_leaves_a_consistent_graph(kinds: list[str], steps: list[Edit]) -> None:
     stored = empty_workflow()

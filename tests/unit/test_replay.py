@@ -243,7 +243,7 @@ def graphs(draw: st.DrawFn) -> tuple[str, dict[str, dict[str, Json]]]:
     return "; ".join(drawing), options
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(graph=graphs(), trigger=st.integers(0, 3))
 def test_a_replay_of_an_unchanged_definition_and_input_runs_nothing_again(
     graph: tuple[str, dict[str, dict[str, Json]]], trigger: int
@@ -263,7 +263,7 @@ def test_a_replay_of_an_unchanged_definition_and_input_runs_nothing_again(
     asyncio.run(check())
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     graph=graphs(),
     trigger=st.integers(0, 3),

@@ -17,7 +17,7 @@ from typing import Any, cast
 
 import msgspec.structs
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from engine import span_recorder
@@ -1149,7 +1149,6 @@ def draw_race(draw: st.DrawFn) -> tuple[WorkflowProgram, Counter[str]]:
 
 
 @given(draw_race())
-@settings(max_examples=50)
 def test_a_run_with_merges_has_the_same_result_from_any_recorded_state(
     race: tuple[WorkflowProgram, Counter[str]],
 ) -> None:
@@ -1467,14 +1466,10 @@ async def test_work_grows_with_the_size_of_the_graph_and_no_faster(drawn: Callab
     assert await cost(800) < 2.2 * await cost(400)
 
 
-@pytest.mark.parametrize(
-    ("drawing", "nodes"),
-    [(draw_chain(10_000), 10_001), (draw_diamonds(5_000), 10_001)],
-    ids=["deep", "deep and wide"],
-)
-async def test_ten_thousand_nodes_neither_recurse_nor_explode(drawing: str, nodes: int) -> None:
+async def test_ten_thousand_nodes_neither_recurse_nor_explode() -> None:
+    drawing = draw_diamonds(5_000)
     notebook = await run_to_completion(SimulatedWorker(compile_drawing(drawing, CONST)))
-    assert Counter(notebook.statuses.values()) == {"completed": nodes}
+    assert Counter(notebook.statuses.values()) == {"completed": 10_001}
     again = await run_to_completion(
         SimulatedWorker(compile_drawing(drawing, CONST), recorded=list(notebook.spans.values()))
     )

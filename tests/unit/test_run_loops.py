@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import cast
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.frames import SectionFrame
@@ -692,7 +692,6 @@ ANY_BODY: dict[str, MadeUpNodeType] = {
 
 
 @given(draw_body(), st.lists(st.integers(0, 3), max_size=4), st.integers(1, 3))
-@settings(max_examples=50)
 def test_a_loop_collects_the_result_of_each_item_from_any_recovered_state(
     body: str, items: list[Json], concurrency: int
 ) -> None:

@@ -24,6 +24,7 @@ from pilotflame_sdk import (
     TaskCancelled,
     TaskError,
     Worker,
+    held_tasks,
     run_node,
     schemas,
     task_channel,
@@ -301,7 +302,9 @@ async def test_answers_of_others_are_no_answers(
 
     def answer_others_first(path: str, body: Any, headers: Mapping[str, str]) -> Any:  # noqa: ANN401 - any JSON
         replaced[path] += 1
-        return {"status": "maintenance"} if replaced[path] == 1 else answer(path, body, headers)
+        # Otherwise the open poll would last until its end.
+        is_replaced = replaced[path] == 1 and not path.endswith("/stop")
+        return {"status": "maintenance"} if is_replaced else answer(path, body, headers)
 
     monkeypatch.setattr(server, "answer", answer_others_first)
     server.add("t")
@@ -631,22 +634,26 @@ async def test_the_span_of_a_node_is_current_while_its_function_runs(server: Tas
     assert ends["untraced"]["trace"] == "0" * 32
 
 
-async def test_many_log_lines_are_sent_in_several_reports_before_the_end(server: TaskServerDouble) -> None:
-    worker = new_worker(server)
+async def test_many_log_lines_are_sent_in_several_reports_before_the_end(
+    server: TaskServerDouble, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(held_tasks, "MAX_LINES", 20)
+    monkeypatch.setattr(held_tasks, "MAX_REPORT_LINES", 2_000)
+    worker, count = new_worker(server), 23_000
 
     @worker.node("acme/chatty", "1.0.0")
     def chat(task: Task) -> dict[str, int]:
-        for number in range(230_000):
+        for number in range(count):
             task.log(str(number))
-        return {"lines": 230_000}
+        return {"lines": count}
 
     server.add("t1", "acme/chatty")
     async with serving(worker):
         end = await asyncio.to_thread(server.end, "t1")
-    assert end["output"] == {"lines": 230_000}
+    assert end["output"] == {"lines": count}
     items = [one for one in server.items if one["id"] == "t1"]
     lines = [line["message"] for one in items if one["kind"] == "log" for line in one["lines"]]
-    assert lines == [str(number) for number in range(230_000)]
+    assert lines == [str(number) for number in range(count)]
     assert items[-1]["kind"] == "complete"
 
 

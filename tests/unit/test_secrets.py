@@ -3,7 +3,7 @@ from __future__ import annotations
 import time
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from engine import inline_secrets
@@ -138,7 +138,6 @@ PIECES = [
 ]  # fmt: skip
 
 
-@settings(max_examples=50)
 @given(st.recursive(
     st.lists(st.sampled_from(PIECES), max_size=8).map("".join) | st.integers(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["token", "value", "a"]), inner),

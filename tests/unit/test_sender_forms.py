@@ -172,14 +172,12 @@ def test_a_form_that_is_made_to_cost_time_costs_little(content_type: str, made: 
 # ── urlencoded ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@settings(max_examples=50)
 @given(st.lists(st.tuples(st.text(), st.binary()), max_size=5))
 def test_urlencoded_fields_are_decoded(pairs: list[tuple[str, bytes]]) -> None:
     found = parse_body(urlencode(pairs).encode(), URLENCODED)
     assert [(one.name, bytes(one.value)) for one in found.parts] == pairs
 
 
-@settings(max_examples=50)
 @given(st.text(alphabet="%+=ab_\r\n 3Dfé"))
 def test_escapes_are_read_as_everywhere(text: str) -> None:
     raw = text.encode().replace(b"&", b"")

@@ -4,7 +4,7 @@ from functools import cmp_to_key
 from typing import Any, cast
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.graph import ParsedGraph
@@ -29,7 +29,6 @@ VALUES = st.recursive(
     max_leaves=6,
 )
 MANY_VALUES = st.lists(VALUES, max_size=20)
-A_FEW = settings(max_examples=25)
 
 
 def run_node(node_type: str, config: Mapping[str, Json], data: Json = None) -> Any:  # noqa: ANN401 - any JSON
@@ -605,7 +604,6 @@ RECORDS = st.lists(
 )
 
 
-@A_FEW
 @given(records=RECORDS)
 def test_a_sort_by_several_keys_is_that_of_one_comparison_and_stable(records: list[dict[str, Any]]) -> None:
     marked: list[Any] = [{**record, "place": place} for place, record in enumerate(records)]
@@ -623,7 +621,6 @@ def test_a_sort_by_several_keys_is_that_of_one_comparison_and_stable(records: li
     assert run_node("sort", config, marked)["items"] == sorted(marked, key=cmp_to_key(compared))
 
 
-@A_FEW
 @given(values=MANY_VALUES)
 def test_sorting_is_total_and_deterministic(values: list[Json]) -> None:
     once = run_node("sort", {}, values)["items"]
@@ -641,7 +638,6 @@ def _sort_identity(value: Json) -> object:
     return identity_key(value) if not isinstance(value, list | dict) else encode_json(value)
 
 
-@A_FEW
 @given(values=MANY_VALUES)
 def test_of_equal_values_one_is_left_and_all_others_stay(values: list[Json]) -> None:
     output = run_node("dedupe", {}, values)
@@ -652,7 +648,6 @@ def test_of_equal_values_one_is_left_and_all_others_stay(values: list[Json]) -> 
     assert run_node("dedupe", {}, left)["removed"] == 0
 
 
-@A_FEW
 @given(records=RECORDS, table=RECORDS)
 def test_a_lookup_of_each_match_is_a_join(records: list[Any], table: list[Any]) -> None:
     config: dict[str, Json] = {
@@ -676,7 +671,6 @@ KEYED = st.dictionaries(st.text("abc", max_size=2), st.integers(0, 2), max_size=
 )
 
 
-@A_FEW
 @given(before=KEYED, after=KEYED)
 def test_every_item_of_two_lists_is_told_once_and_the_way_back_mirrors_it(before: Any, after: Any) -> None:  # noqa: ANN401 - JSON
     there = run_node("compare", {"by": ["key"], "before": before, "after": after})
@@ -689,7 +683,6 @@ def test_every_item_of_two_lists_is_told_once_and_the_way_back_mirrors_it(before
     assert there["counts"]["changed"] == back["counts"]["changed"]
 
 
-@A_FEW
 @given(values=MANY_VALUES, size=st.integers(1, 8), parts=st.lists(st.text("ab "), min_size=1))
 def test_split_texts_can_be_joined_again(values: list[Json], size: int, parts: list[str]) -> None:
     batches = run_node("split", {"mode": "batches", "size": size}, values)["items"]
@@ -698,7 +691,6 @@ def test_split_texts_can_be_joined_again(values: list[Json], size: int, parts: l
     assert run_node("split", {"mode": "text", "separator": ", "}, ", ".join(parts))["items"] == parts
 
 
-@A_FEW
 @given(values=MANY_VALUES)
 def test_json_is_read_back_unchanged(values: list[Json]) -> None:
     read = run_node("json-parse", {"text": "{{ data }}"}, encode_json(values).decode())["value"]
@@ -712,7 +704,6 @@ def test_json_is_read_back_unchanged(values: list[Json]) -> None:
 TEXTS = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]))
 
 
-@A_FEW
 @given(
     rows=st.lists(st.fixed_dictionaries({"a": TEXTS, "b, c": SCALARS, "": TEXTS}), max_size=5),
     delimiter=st.sampled_from([",", ";", "\t", "|", " ", "="]),

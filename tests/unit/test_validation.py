@@ -8,7 +8,7 @@ from types import FrameType
 from typing import cast
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from docs.tables import ROOT
@@ -463,7 +463,6 @@ EDGES = st.fixed_dictionaries({
     edges=st.lists(EDGES, max_size=8),
     samples=st.dictionaries(IDS, st.lists(VALUES, max_size=2), max_size=3),
 )
-@settings(max_examples=50)
 def test_any_graph_gives_findings_and_no_exception(
     nodes: list[dict[str, Json]], edges: list[dict[str, Json]], samples: dict[str, list[Json]]
 ) -> None:

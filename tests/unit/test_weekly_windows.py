@@ -88,7 +88,7 @@ def draw_windows() -> st.SearchStrategy[tuple[WeeklyWindow, ...]]:
     return st.lists(one, min_size=1, max_size=3).map(tuple)
 
 
-@settings(max_examples=100)
+@settings(max_examples=50)
 @given(around=st.sampled_from(AROUND), chosen=draw_windows())
 def test_a_schedule_matches_a_check_of_every_minute(
     around: tuple[str, datetime], chosen: tuple[WeeklyWindow, ...]
