@@ -53,6 +53,17 @@ class AiModel(SQLModel, table=True):
     updated_at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))
 
 
+class AiModelShare(SQLModel, table=True):
+    """Permission of another user to see and use a model."""
+
+    __tablename__ = "ai_model_share"
+    __table_args__ = (Index("ix_ai_model_share_user", "user_id"),)
+
+    model_id: str = Field(primary_key=True, foreign_key="ai_model.id")
+    user_id: str = Field(primary_key=True, foreign_key="user_account.id")
+    shared_at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))
+
+
 class AiSettings(SQLModel, table=True):
     """Settings of an organization for language models; without a row, all have their defaults."""
 
@@ -68,7 +79,10 @@ class AiSettings(SQLModel, table=True):
 
 
 def is_readable_by(caller: ApiCaller) -> ColumnElement[bool]:
-    """Return the SQL condition under which a caller may see and use a model: as admin or owner, or if it is shared."""
+    """Return the SQL condition under which a caller may see and use a model: as admin, owner or guest.
+
+    Guests are users it is shared with; with `is_shared` it is open to the whole organization.
+    """
     own = true() if caller.is_admin else _is_open_to(caller.user_id)
     return and_(col(AiModel.organization_id) == caller.organization_id, own)
 
@@ -88,4 +102,5 @@ def is_usable_by(organization_id: str, user_id: str) -> ColumnElement[bool]:
 
 
 def _is_open_to(user_id: str) -> ColumnElement[bool]:
-    return or_(col(AiModel.owner_id) == user_id, col(AiModel.is_shared))
+    shared = select(col(AiModelShare.model_id)).where(col(AiModelShare.user_id) == user_id)
+    return or_(col(AiModel.owner_id) == user_id, col(AiModel.is_shared), col(AiModel.id).in_(shared))

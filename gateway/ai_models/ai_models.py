@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from gateway.ai_models import model_editing, model_rows, model_shapes
+from gateway.ai_models.model_rows import StoredModel
 from gateway.ai_models.model_shapes import CapabilitiesShape, CreateModel, ModelShape, UpdateModel
 from gateway.http import read_only
 from gateway.http.parameters import LIMIT, OFFSET, FlagParameter, sorted_by
 from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse, NoContent
 from gateway.http.wire import WireStruct, body_of, read_json
-from models.ai_model import AiModel
 
 if TYPE_CHECKING:
     from engine.values import Json
@@ -82,15 +82,17 @@ async def create(request: GatewayRequest) -> JsonResponse:
 async def update(request: GatewayRequest) -> JsonResponse:
     """Change a model; absent fields do not change.
 
-    Only its owner and admins may. A model that workflows name is replaced by another one, or taken from the
-    organization, with `force` alone.
+    Only its owner and admins may. A model that workflows name is replaced by another one, or taken from users,
+    with `force` alone.
     """
     value = await read_json(request)
     body = body_of(request, value, UpdateModel)
 
-    def change(before: AiModel) -> AiModel:
+    now = request.gateway.clock()
+
+    def change(before: StoredModel) -> StoredModel:
         read_only.require_same(value, UpdateModel, lambda: _as_json(before))
-        return model_shapes.apply_changes(before, body)
+        return model_shapes.apply_changes(before, body, now)
 
     return _answer(
         await model_editing.edit(
@@ -108,7 +110,7 @@ async def delete(request: GatewayRequest) -> NoContent:
 
 async def test(request: GatewayRequest) -> JsonResponse:
     """Test a model with up to three short calls, which its provider bills, and store the abilities that it shows."""
-    model = await model_editing.read(request.gateway.database, request.requested_object)
+    model = (await model_editing.read(request.gateway.database, request.requested_object)).model
     found = await request.gateway.model_prober.probe(model)
     if found.capabilities is not None:
         await request.gateway.model_prober.store(model, found.capabilities)
@@ -122,10 +124,10 @@ async def test(request: GatewayRequest) -> JsonResponse:
     )
 
 
-def _answer(model: AiModel) -> JsonResponse:
-    return JsonResponse(model_shapes.show_model(model), headers=model_editing.entity_tag(model))
+def _answer(stored: StoredModel) -> JsonResponse:
+    return JsonResponse(model_shapes.show_model(stored), headers=model_editing.entity_tag(stored.model))
 
 
-def _as_json(model: AiModel) -> Mapping[str, Json]:
-    shown: dict[str, Any] = msgspec.to_builtins(model_shapes.show_model(model))
+def _as_json(stored: StoredModel) -> Mapping[str, Json]:
+    shown: dict[str, Any] = msgspec.to_builtins(model_shapes.show_model(stored))
     return shown

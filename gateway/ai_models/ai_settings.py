@@ -135,7 +135,7 @@ async def _require_shared(connection: AsyncConnection, caller: ApiCaller, model_
     if found is None:
         message = "There is no language model with this id"
         raise errors.invalid([errors.problem("defaultModelId", "model-not-found", message)])
-    if not found.is_shared:
+    if not found.model.is_shared:
         message = "Share the model with the organization first (isShared): runs of all users would name it"
         raise errors.invalid([errors.problem("defaultModelId", "model-not-shared", message)])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, TypeAlias
 
 import msgspec
@@ -11,10 +11,11 @@ import structlog
 from engine.values import fingerprint
 from gateway.access import audit_log
 from gateway.ai_models import model_rows
-from gateway.ai_models.model_rows import ModelNameTaken
+from gateway.ai_models.model_rows import ModelNameTaken, StoredModel
 from gateway.data_sources import data_source_rows
 from gateway.http import errors, idempotency, limits, preconditions
 from gateway.http.responses import JsonResponse
+from models import access_store
 from models.ai_model import AiModel
 from models.audit import AuditAction
 from models.data_source_types import AiProviderProtocol, DataSourceType
@@ -30,19 +31,19 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
-Change: TypeAlias = Callable[[AiModel], AiModel]
+Change: TypeAlias = Callable[[StoredModel], StoredModel]
 """Returns the changed model; raises `ApiError`. It may be called again and must have no side effects."""
 
 
-async def find_readable(connection: AsyncConnection, requested: RequestedObject) -> AiModel:
-    """Return the requested model; raises a 404 error if it is missing or the caller may not see it."""
+async def find_readable(connection: AsyncConnection, requested: RequestedObject) -> StoredModel:
+    """Return the requested model with its shares; raises a 404 error if it is missing or the caller may not see it."""
     found = await model_rows.find(connection, requested.id, requested.caller)
     if found is None:
         raise errors.not_found("model")
     return found
 
 
-async def read(database: Database, requested: RequestedObject) -> AiModel:
+async def read(database: Database, requested: RequestedObject) -> StoredModel:
     """Return the requested model, read in a transaction of its own; raises a 404 error."""
     async with database.read() as connection:
         return await find_readable(connection, requested)
@@ -51,7 +52,7 @@ async def read(database: Database, requested: RequestedObject) -> AiModel:
 async def create(
     database: Database,
     caller: ApiCaller,
-    model: AiModel,
+    stored: StoredModel,
     idempotency_key: IdempotencyKey | None,
     *,
     provider: str | None,
@@ -60,8 +61,10 @@ async def create(
 
     `provider` is the protocol that the caller has named; None for that of the data source.
 
-    Raises a 409 error for a taken name or too many models, and 422 for a data source that the caller may not use.
+    Raises a 409 error for a taken name or too many models, and 422 for a data source that the caller may not use, and
+    for users that it can't be shared with.
     """
+    model = stored.model
 
     async def insert(connection: AsyncConnection) -> str:
         if idempotency_key is not None:
@@ -77,8 +80,9 @@ async def create(
             message = f"An organization may have at most {limits.MODELS:,} models"
             raise errors.conflict("too-many-models", message)
         await _require_provider(connection, model, caller, provider)
-        await model_rows.add(connection, model)
-        await _record(connection, caller, AuditAction.MODEL_CREATED, None, model)
+        await _require_guests(connection, model, stored.shared_with)
+        await model_rows.add(connection, stored)
+        await _record(connection, caller, AuditAction.MODEL_CREATED, None, stored)
         return model.id
 
     try:
@@ -92,33 +96,39 @@ async def create(
     return JsonResponse(shown, status=201, headers=entity_tag(model))
 
 
-async def edit(database: Database, requested: RequestedObject, change: Change, *, is_forced: bool) -> AiModel:
+async def edit(
+    database: Database, requested: RequestedObject, change: Change, *, is_forced: bool
+) -> StoredModel:
     """Apply `change` to the requested model, and return the stored result.
 
     Raises 404, 403, 412 if `If-Match` names another revision, 409 for a taken name or a concurrent edit, and the
     errors of `change`; then nothing is written. A model that workflows use is replaced by another one, or taken from
     the organization, only if `is_forced`; else 409.
     """
-    done: AiModel | None = None
+    done: StoredModel | None = None
 
-    async def work(connection: AsyncConnection) -> AiModel:
+    async def work(connection: AsyncConnection) -> StoredModel:
         nonlocal done
-        if done is not None and await model_rows.exists(connection, done.id, revision=done.revision):
+        if done is not None and await model_rows.exists(
+            connection, done.model.id, revision=done.model.revision
+        ):
             # Repeated because the answer to the commit was lost: the change is committed.
             return done
         before = await find_readable(connection, requested)
-        preconditions.require_owner(requested.caller, before.owner_id, what="model")
-        preconditions.require_match(requested.if_match, entity_tag(before)["ETag"], what="model")
+        preconditions.require_owner(requested.caller, before.model.owner_id, what="model")
+        preconditions.require_match(requested.if_match, entity_tag(before.model)["ETag"], what="model")
         after = change(before)
         if content_hash(after) == content_hash(before):
             return before
-        after.revision, after.updated_at = before.revision + 1, database.clock.now()
-        if after.data_source_id != before.data_source_id:
-            await _require_provider(connection, after, requested.caller, before.provider)
+        model, was = after.model, before.model
+        model.revision, model.updated_at = was.revision + 1, database.clock.now()
+        if model.data_source_id != was.data_source_id:
+            await _require_provider(connection, model, requested.caller, was.provider)
+        await _require_guests(connection, model, after.shared_with.keys() - before.shared_with.keys())
         if not is_forced and _changes_for_users(before, after):
-            await _require_unused(connection, before, requested.caller)
-        if before.is_shared and not after.is_shared:
-            await _remove_default(connection, before, is_forced=is_forced)
+            await _require_unused(connection, was, requested.caller)
+        if was.is_shared and not model.is_shared:
+            await _remove_default(connection, was, is_forced=is_forced)
         if not await model_rows.save(connection, before, after):
             raise errors.conflict(
                 "edit-conflict", "Another request changed this model at the same time: try again"
@@ -132,7 +142,7 @@ async def edit(database: Database, requested: RequestedObject, change: Change, *
     except ModelNameTaken as error:
         raise name_taken(error) from error
     if after is done:
-        log.info(AuditAction.MODEL_UPDATED, model_id=after.id, revision=after.revision)
+        log.info(AuditAction.MODEL_UPDATED, model_id=after.model.id, revision=after.model.revision)
     return after
 
 
@@ -149,12 +159,13 @@ async def delete(database: Database, requested: RequestedObject, *, is_forced: b
         if is_done and not await model_rows.exists(connection, requested.id):
             return
         before = await find_readable(connection, requested)
-        preconditions.require_owner(requested.caller, before.owner_id, what="model")
-        preconditions.require_match(requested.if_match, entity_tag(before)["ETag"], what="model")
+        model = before.model
+        preconditions.require_owner(requested.caller, model.owner_id, what="model")
+        preconditions.require_match(requested.if_match, entity_tag(model)["ETag"], what="model")
         if not is_forced:
-            await _require_unused(connection, before, requested.caller)
-        await _remove_default(connection, before, is_forced=is_forced)
-        await model_rows.remove(connection, before)
+            await _require_unused(connection, model, requested.caller)
+        await _remove_default(connection, model, is_forced=is_forced)
+        await model_rows.remove(connection, model)
         await _record(connection, requested.caller, AuditAction.MODEL_DELETED, before, None)
         is_done = True
 
@@ -167,13 +178,10 @@ def entity_tag(model: AiModel) -> dict[str, str]:
     return {"ETag": f'"{model.revision}"'}
 
 
-def content_hash(model: AiModel) -> str:
-    """Return the SHA-256 of all content of a model that clients or tests set, in hexadecimal."""
-    return fingerprint(
-        msgspec.to_builtins(
-            model.model_dump(exclude={"id", "blocked_until", "revision", "created_at", "updated_at"})
-        )
-    )
+def content_hash(stored: StoredModel) -> str:
+    """Return the SHA-256 of all content of a model that clients or tests set, with its shares, in hexadecimal."""
+    content = stored.model.model_dump(exclude={"id", "blocked_until", "revision", "created_at", "updated_at"})
+    return fingerprint([msgspec.to_builtins(content), sorted(stored.shared_with)])
 
 
 def name_taken(error: ModelNameTaken) -> ApiError:
@@ -182,13 +190,29 @@ def name_taken(error: ModelNameTaken) -> ApiError:
     return errors.conflict("model-name-taken", message)
 
 
-def _changes_for_users(before: AiModel, after: AiModel) -> bool:
+def _changes_for_users(before: StoredModel, after: StoredModel) -> bool:
     """Return whether workflows that name a model get another one, or may lose it."""
-    is_other = (after.vendor_model_id, after.data_source_id) != (
-        before.vendor_model_id,
-        before.data_source_id,
-    )
-    return is_other or (before.is_shared and not after.is_shared)
+    was, model = before.model, after.model
+    is_other = (model.vendor_model_id, model.data_source_id) != (was.vendor_model_id, was.data_source_id)
+    if is_other or model.is_shared:
+        return is_other
+    return was.is_shared or bool(before.shared_with.keys() - after.shared_with.keys())
+
+
+async def _require_guests(connection: AsyncConnection, model: AiModel, user_ids: Iterable[str]) -> None:
+    """Raise a 422 error unless a model may be shared with users: others than its owner, of its organization."""
+    guests = sorted(user_ids)
+    known = await access_store.read_user_names(connection, model.organization_id, guests)
+    problems = [
+        errors.problem("sharedWith", "user-not-found", f"There is no user {user_id!r} in your organization")
+        for user_id in guests
+        if user_id not in known
+    ]
+    if model.owner_id in guests:
+        message = "sharedWith must not name the owner of the model, who may use it anyway"
+        problems.append(errors.problem("sharedWith", "own-user", message))
+    if problems:
+        raise errors.invalid(problems)
 
 
 async def _require_unused(connection: AsyncConnection, model: AiModel, caller: ApiCaller) -> None:
@@ -239,12 +263,12 @@ async def _record(
     connection: AsyncConnection,
     caller: ApiCaller,
     action: AuditAction,
-    before: AiModel | None,
-    after: AiModel | None,
+    before: StoredModel | None,
+    after: StoredModel | None,
 ) -> None:
     """Add an audit entry about a model: hashes of its content before and after, None for a model that didn't
     or doesn't exist.
     """
-    hashes = [None if model is None else content_hash(model) for model in (before, after)]
-    object_id = next(model.id for model in (before, after) if model is not None)
+    hashes = [None if stored is None else content_hash(stored) for stored in (before, after)]
+    object_id = next(stored.model.id for stored in (before, after) if stored is not None)
     await audit_log.record_change(connection, caller, action, object_id, before=hashes[0], after=hashes[1])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeAlias
 
@@ -12,6 +12,7 @@ from msgspec import Meta
 from engine.model_calls import ModelProvider
 from engine.model_limits import CallRate, TokenRate
 from engine.model_prices import Price
+from gateway.ai_models.model_rows import StoredModel
 from gateway.http import limits, text_rules
 from gateway.http.text_rules import ProblemCollector
 from gateway.http.wire import Instant, StrictWire, WireStruct, instant
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 Name: TypeAlias = Annotated[str, text_rules.is_allowed_text(limits.MODEL_NAME_LENGTH, min_length=1)]
 TokenCount: TypeAlias = Annotated[int, Meta(ge=1, le=limits.MODEL_TOKENS)]
+Guests: TypeAlias = Annotated[Sequence[Annotated[str, Meta(max_length=64)]], Meta(max_length=limits.SHARES)]
 
 
 class ModelType(StrEnum):
@@ -96,6 +98,8 @@ class CreateModel(StrictWire):
     """Calls that would exceed them wait."""
     is_shared: bool = False
     """True if the whole organization may use it."""
+    shared_with: Guests = ()
+    """Ids of further users who may use it."""
 
 
 class UpdateModel(StrictWire):
@@ -114,6 +118,8 @@ class UpdateModel(StrictWire):
     price: PriceShape | msgspec.UnsetType | None = msgspec.UNSET
     limits: LimitsShape | msgspec.UnsetType | None = msgspec.UNSET
     is_shared: bool | msgspec.UnsetType = msgspec.UNSET
+    shared_with: Guests | msgspec.UnsetType = msgspec.UNSET
+    """Replaces the ids of the users who may use it."""
 
 
 class ModelShape(WireStruct):
@@ -135,16 +141,18 @@ class ModelShape(WireStruct):
     blocked_until: Instant | None
     """Time until which the provider accepts no calls, as it has said; null or past if it accepts them."""
     is_shared: bool
+    shared_with: Sequence[str]
+    """Ids of the users that it is shared with."""
     organization_id: str
     owner_id: str
     created_at: Instant
     updated_at: Instant
 
 
-def build_model(caller: ApiCaller, body: CreateModel, now: datetime) -> AiModel:
+def build_model(caller: ApiCaller, body: CreateModel, now: datetime) -> StoredModel:
     """Return a new model of the caller, not stored yet; raises a 422 error for invalid texts.
 
-    Its insertion sets the provider if the body leaves it to the data source.
+    Its insertion sets the provider if the body leaves it to the data source, and checks the users.
     """
     problems = ProblemCollector()
     model = AiModel(
@@ -166,16 +174,23 @@ def build_model(caller: ApiCaller, body: CreateModel, now: datetime) -> AiModel:
         updated_at=now,
     )
     problems.raise_any()
-    return model
+    return StoredModel(model, dict.fromkeys(body.shared_with, now))
 
 
-def apply_changes(before: AiModel, body: UpdateModel) -> AiModel:
-    """Return a model with the changes of a body, not stored yet; raises a 422 error for invalid texts."""
-    problems = ProblemCollector()
+def apply_changes(stored: StoredModel, body: UpdateModel, now: datetime) -> StoredModel:
+    """Return a model with the changes of a body, not stored yet; raises a 422 error for invalid texts.
+
+    Users that it is newly shared with have it since `now`.
+    """
+    problems, before = ProblemCollector(), stored.model
     given = {
         field.name: getattr(body, field.name)
         for field in msgspec.structs.fields(body)
         if getattr(body, field.name) is not msgspec.UNSET
+    }
+    shared_with = {
+        user_id: stored.shared_with.get(user_id, now)
+        for user_id in given.pop("shared_with", stored.shared_with)
     }
     for name, path in (("name", "name"), ("vendor_model_id", "vendorModelId")):
         if name in given:
@@ -188,11 +203,12 @@ def apply_changes(before: AiModel, body: UpdateModel) -> AiModel:
     changed = AiModel(**{**before.model_dump(), **given})
     if (changed.vendor_model_id, changed.data_source_id) != (before.vendor_model_id, before.data_source_id):
         changed.capabilities = changed.tested_at = changed.blocked_until = None
-    return changed
+    return StoredModel(changed, shared_with)
 
 
-def show_model(model: AiModel) -> ModelShape:
+def show_model(stored: StoredModel) -> ModelShape:
     """Return a model in the form in which the API shows it."""
+    model = stored.model
     seen, price, limited = model.capabilities, model.price, model.limits
     return ModelShape(
         id=model.id,
@@ -209,6 +225,7 @@ def show_model(model: AiModel) -> ModelShape:
         tested_at=None if model.tested_at is None else instant(model.tested_at),
         blocked_until=None if model.blocked_until is None else instant(model.blocked_until),
         is_shared=model.is_shared,
+        shared_with=list(stored.shared_with),
         organization_id=model.organization_id,
         owner_id=model.owner_id,
         created_at=instant(model.created_at),

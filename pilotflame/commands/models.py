@@ -33,8 +33,10 @@ PriceOption = Annotated[
     str | None,
     Option("--price", help='Dollars per million tokens, as JSON: {"input": "0.25", "output": "2"}.'),
 ]
-
-
+GuestsOption = Annotated[
+    str | None,
+    Option("--share-with", help="Ids of the users who may use it, with commas between; empty for nobody."),
+]
 COST_COLUMNS = {
     "Workflow": "workflowName",
     "Id": "workflowId",
@@ -69,6 +71,7 @@ def create_model(
     source: Annotated[str, Option("--datasource", help="Id or name of the provider's data source.")],
     price: PriceOption = None,
     shared: Annotated[bool, Option("--shared", help="Let the whole organization use it.")] = False,
+    guests: GuestsOption = None,
 ) -> None:
     """Register a model of a provider and print its id."""
     body: dict[str, Any] = {
@@ -76,6 +79,7 @@ def create_model(
         "vendorModelId": vendor,
         "dataSourceId": find_source(source),
         "isShared": shared,
+        "sharedWith": _split_ids(guests or ""),
     }
     if price is not None:
         body["price"] = read_object(price, "--price")
@@ -90,6 +94,7 @@ def update_model(
     shared: Annotated[
         bool | None, Option("--shared/--private", help="Let the whole organization use it, or not.")
     ] = None,
+    guests: GuestsOption = None,
     force: ForceOption = False,
 ) -> None:
     """Change a model; options that are not given change nothing."""
@@ -97,6 +102,7 @@ def update_model(
         "name": name,
         "price": None if price is None else read_object(price, "--price"),
         "isShared": shared,
+        "sharedWith": None if guests is None else _split_ids(guests),
     }
     changes = {field: value for field, value in body.items() if value is not None}
     connect().request("PUT", f"{MODELS}/{find_model(model)}", json=changes, query=FORCED if force else None)
@@ -178,6 +184,11 @@ def _describe_budget(budget: dict[str, Any]) -> str:
         counts = [budget[name] for name in ("spentTokens", "reservedTokens", "maxTokens")]
         parts.append("{:,} tokens spent and {:,} reserved of {:,}".format(*counts))
     return "; ".join(parts)
+
+
+def _split_ids(text: str) -> list[str]:
+    """Return the ids of a text with commas between."""
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def find_model(id_or_name: str) -> str:

@@ -112,14 +112,14 @@ TEMPLATE_WRITERS = expect_access(stranger=NOT_FOUND, colleague=NOT_OWNER, guest=
 KEY_HOLDERS = expect_access(stranger=NOT_FOUND, colleague=NOT_FOUND, guest=NOT_FOUND, owner=OK)
 SESSION_HOLDERS: Expected = {**KEY_HOLDERS, CallerKind.WRONG_SCOPE: OK}
 MODEL_USERS = expect_access(
-    stranger=NOT_FOUND, colleague=NOT_FOUND, guest=NOT_FOUND, owner=OK, colleague_of_public=OK
+    stranger=NOT_FOUND, colleague=NOT_FOUND, guest=OK, owner=OK, colleague_of_public=OK
 )
 MODEL_MAKERS: Expected = {
     caller: "422 validation-failed" if answer == OK else answer for caller, answer in OWN.items()
 }
 """Creation of a model whose data source nobody may use."""
 MODEL_OWNERS = expect_access(
-    stranger=NOT_FOUND, colleague=NOT_FOUND, guest=NOT_FOUND, owner=OK, colleague_of_public=NOT_OWNER
+    stranger=NOT_FOUND, colleague=NOT_FOUND, guest=NOT_OWNER, owner=OK, colleague_of_public=NOT_OWNER
 )
 ADMINS = expect_access(stranger=OK, colleague=NOT_ADMIN, guest=NOT_ADMIN, owner=NOT_ADMIN)
 """Operations of admins in their own organization."""
@@ -526,6 +526,7 @@ async def create_ai_model(cast: AccessCast, is_public: bool) -> str:  # noqa: FB
         "vendorModelId": "m",
         "dataSourceId": source.json()["dataSourceId"],
         "isShared": is_public,
+        "sharedWith": [cast.users[CallerKind.GUEST].id],
     }
     response = await cast.owner.api.post(MODELS, json=body)
     model_id: str = response.json()["modelId"]

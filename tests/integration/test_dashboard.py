@@ -301,6 +301,16 @@ async def test_tools_of_a_server_show_what_has_changed_since_their_acceptance(
     )
     other = (await (await sign_in(harness, people.colleague.key)).get(address)).text
     assert [text in other for text in ('data-tool="find"', "/accept", model_id)] == [True, False, False]
+    # Shared with a user, who may not share it on.
+    shared = {"sharedWith": [people.colleague.user.id]}
+    await people.owner.api.put(f"/api/v1/ai/models/{model_id}", json=shared)
+    form = f'data-request="PUT /api/v1/ai/models/{model_id}"'
+    pages = [
+        (await (await sign_in(harness, key)).get("/dashboard/models")).text
+        for key in (people.owner.key, people.colleague.key)
+    ]
+    assert [form in page for page in pages] == [True, False]
+    assert f"{people.owner.user.id}, you, and admins" in pages[1]
 
 
 async def test_turns_of_an_agent_inside_of_another_are_folded_into_its_call(

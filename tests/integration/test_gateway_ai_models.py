@@ -84,6 +84,7 @@ async def test_a_model_is_registered_listed_changed_and_deleted(people: Organiza
         "testedAt": None,
         "blockedUntil": None,
         "isShared": False,
+        "sharedWith": [],
         "organizationId": people.owner.user.organization_id,
         "ownerId": people.owner.user.id,
         "createdAt": found["createdAt"],
@@ -180,10 +181,42 @@ async def test_a_model_is_seen_and_used_by_its_owner_until_it_is_shared(
         await models.find(caller_of(people.stranger), model_id)
 
 
+async def test_a_model_is_used_by_the_users_that_it_is_shared_with(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    guest, models = people.colleague.user.id, stored_models(harness)
+    model_id = await create_model(people.owner, await create_provider(people.owner), sharedWith=[guest])
+    shown = await get_model(people.colleague, model_id)
+    assert shown["sharedWith"] == [guest]
+    assert (await people.colleague.api.get(MODELS)).json()["models"] == [shown]
+    assert (await models.find(caller_of(people.colleague), model_id)).key == KEY
+    path = f"{MODELS}/{model_id}"
+    assert_refused(await people.colleague.api.put(path, json={"sharedWith": []}), 403, "not-owner")
+    unchanged = await people.owner.api.put(path, json=shown)
+    assert (unchanged.status_code, unchanged.json()) == (200, shown)
+    for user_id, code in ((people.stranger.user.id, "user-not-found"), (people.owner.user.id, "own-user")):
+        refused = await people.owner.api.put(path, json={"sharedWith": [guest, user_id]})
+        assert_refused(refused, 422, "validation-failed")
+        assert [one["code"] for one in refused.json()["error"]["details"]] == [code]
+    body = {"name": "Other", "vendorModelId": "m", "dataSourceId": shown["dataSourceId"]}
+    refused = await people.owner.api.post(MODELS, json={**body, "sharedWith": [people.stranger.user.id]})
+    assert_refused(refused, 422, "validation-failed")
+    # Shared once more, it is the same share.
+    again = await people.owner.api.put(path, json={"sharedWith": [guest, people.admin.user.id, guest]})
+    assert set(again.json()["sharedWith"]) == {guest, people.admin.user.id}
+    ended = await people.owner.api.put(path, json={"sharedWith": [people.admin.user.id]})
+    assert ended.json()["sharedWith"] == [people.admin.user.id]
+    assert_refused(await people.colleague.api.get(path), 404, "not-found")
+    with pytest.raises(NodeError):
+        await models.find(caller_of(people.colleague), model_id)
+    assert (await people.owner.api.delete(path)).status_code == 204
+
+
 async def test_a_model_that_workflows_name_is_taken_from_them_only_by_force(
     people: OrganizationUsers,
 ) -> None:
-    model_id = await create_model(people.owner, await create_provider(people.owner), isShared=True)
+    shared = {"isShared": True, "sharedWith": [people.colleague.user.id]}
+    model_id = await create_model(people.owner, await create_provider(people.owner), **shared)
     config = {"model": "echo", "prompt": "Hi", "fallbackModelIds": [model_id]}
     workflow_id = await people.owner.create(
         nodes=[{"id": "start", "nodeId": "manual"}, {"id": "ask", "nodeId": "llm", "config": config}],
@@ -198,8 +231,13 @@ async def test_a_model_that_workflows_name_is_taken_from_them_only_by_force(
         assert_refused(response, 409, "model-in-use")
         (problem,) = response.json()["error"]["details"]
         assert problem["path"] == f"workflows.{workflow_id}"
-    renamed = await people.owner.api.put(path, json={"name": "Tiny", "price": PRICE})
-    assert renamed.status_code == 200
+    # Nobody loses it by the end of a single share, since the whole organization may use it.
+    for guests in ([], [people.colleague.user.id]):
+        kept = await people.owner.api.put(path, json={"sharedWith": guests, "price": PRICE})
+        assert kept.status_code == 200
+    unshared = await people.owner.api.put(f"{path}?force=true", json={"isShared": False})
+    assert (unshared.json()["isShared"], unshared.json()["sharedWith"]) == (False, shared["sharedWith"])
+    assert_refused(await people.owner.api.put(path, json={"sharedWith": []}), 409, "model-in-use")
     forced = await people.owner.api.put(f"{path}?force=true", json={"vendorModelId": "scripted-2"})
     assert forced.json()["vendorModelId"] == "scripted-2"
     assert (await people.owner.api.delete(f"{path}?force=true")).status_code == 204

@@ -40,6 +40,16 @@ STATES: Final[Mapping[str, str]] = {
 
 
 @dataclass(frozen=True, slots=True)
+class ModelGuest:
+    """User that a model may be shared with."""
+
+    id: str
+    name: str
+    is_guest: bool
+    """Whether it is shared with the user."""
+
+
+@dataclass(frozen=True, slots=True)
 class ToolChange:
     """Place in the definition of a tool that differs: the accepted value, and that of the server; None for none."""
 
@@ -62,25 +72,27 @@ class ToolView:
 
 
 async def load(page: PageRequest) -> PageData:
-    """Ask the API for the first 100 models and tool servers, the settings, and the selected tool server.
+    """Ask the API for the first 100 models, tool servers and users, the settings, and the selected tool server.
 
     Answers that the visitor may not see are None.
     """
     selected = page.query.get("server", "")
     path = f"/api/v1/ai/tool-servers/{quote(selected, safe='')}"
-    models, settings, servers, server = await asyncio.gather(
+    models, settings, servers, users, server = await asyncio.gather(
         page.get("/api/v1/ai/models", limit=LIMIT),
         page.get_if_present("/api/v1/ai/settings"),
         page.get_if_present("/api/v1/ai/tool-servers", limit=LIMIT),
+        page.get_if_present("/api/v1/auth/users", limit=LIMIT),
         page.get_if_present(path) if selected else asyncio.sleep(0),
     )
-    return {"models": models, "settings": settings, "servers": servers, "server": server}
+    return {"models": models, "settings": settings, "servers": servers, "users": users, "server": server}
 
 
 def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
     """Return the template values: the models with their abilities and prices, and the tool servers with tools."""
     server, servers = data["server"], data["servers"] or {"count": 0, "toolServers": []}
     visitor = frame.visitor or {"role": "", "userId": ""}
+    names = {user["id"]: user["name"] or user["email"] for user in (data["users"] or {"users": ()})["users"]}
     return {
         "title": "Models and tools",
         "crumbs": (("Models and tools", ""),),
@@ -90,6 +102,10 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
                 "abilities": _list_abilities(model),
                 "prices": _show_prices(model),
                 "isBlocked": _is_blocked(model, frame.now),
+                "users": _list_users(model, {**names, visitor["userId"]: "you"}),
+                "guests": None if data["users"] is None else _list_guests(model, names),
+                "mayShare": frame.may("models:write")
+                and (visitor["role"] == "admin" or visitor["userId"] == model["ownerId"]),
             }
             for model in data["models"]["models"]
         ],
@@ -113,6 +129,24 @@ def _list_abilities(model: Mapping[str, Any]) -> str:
     if seen is None:
         return ""
     return ", ".join(text for name, text in ABILITIES.items() if seen.get(name)) or "answers texts"
+
+
+def _list_users(model: Mapping[str, Any], names: Mapping[str, str]) -> str:
+    """Return the users of a model as a text, by name, or by id without a right to names."""
+    if model["isShared"]:
+        return "everybody in the organization"
+    users = [names.get(user_id, user_id) for user_id in (model["ownerId"], *model["sharedWith"])]
+    return f"{', '.join(users)}, and admins"
+
+
+def _list_guests(model: Mapping[str, Any], names: Mapping[str, str]) -> Sequence[ModelGuest]:
+    """Return the users that a model may be shared with; those that it is shared with are among them, listed or not."""
+    shared_with = model["sharedWith"]
+    others = [user_id for user_id in names if user_id != model["ownerId"] and user_id not in shared_with]
+    return [
+        ModelGuest(user_id, names.get(user_id, user_id), is_guest=user_id in shared_with)
+        for user_id in (*shared_with, *others)
+    ]
 
 
 def _is_blocked(model: Mapping[str, Any], now: datetime) -> bool:

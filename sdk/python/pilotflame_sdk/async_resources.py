@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 class AsyncAiModels(AsyncResource):
     """Methods of `client.ai_models`."""
 
-    async def create(self, *, name: str, vendor_model_id: str, data_source_id: str, type: Literal['self-hosted', 'third-party'] | None = None, provider: Literal['anthropic', 'openai-compatible'] | None = None, context_length: int | None = None, max_output_tokens: int | None = None, price: Any = None, limits: Any = None, is_shared: bool | None = None, idempotency_key: str | None = None) -> t.NewModel:
+    async def create(self, *, name: str, vendor_model_id: str, data_source_id: str, type: Literal['self-hosted', 'third-party'] | None = None, provider: Literal['anthropic', 'openai-compatible'] | None = None, context_length: int | None = None, max_output_tokens: int | None = None, price: Any = None, limits: Any = None, is_shared: bool | None = None, shared_with: Sequence[str] | None = None, idempotency_key: str | None = None) -> t.NewModel:
         """Register a model of a provider."""
-        return cast("t.NewModel", await self._client.request("POST", "/api/v1/ai/models", fields={"name": name, "vendorModelId": vendor_model_id, "dataSourceId": data_source_id, "type": type, "provider": provider, "contextLength": context_length, "maxOutputTokens": max_output_tokens, "price": price, "limits": limits, "isShared": is_shared}, idempotency_key=idempotency_key, is_keyed=True))
+        return cast("t.NewModel", await self._client.request("POST", "/api/v1/ai/models", fields={"name": name, "vendorModelId": vendor_model_id, "dataSourceId": data_source_id, "type": type, "provider": provider, "contextLength": context_length, "maxOutputTokens": max_output_tokens, "price": price, "limits": limits, "isShared": is_shared, "sharedWith": shared_with}, idempotency_key=idempotency_key, is_keyed=True))
 
     async def delete(self, model_id: str, *, force: bool | None = None) -> None:
         """Delete a model; with `force`, even if workflows name it, whose runs then fail."""
@@ -43,9 +43,9 @@ class AsyncAiModels(AsyncResource):
         """Test a model with up to three short calls, which its provider bills, and store the abilities that it shows."""
         return cast("t.ModelTest", await self._client.request("POST", f"/api/v1/ai/models/{self._quote(model_id)}/test"))
 
-    async def update(self, model_id: str, *, name: str | None = None, vendor_model_id: str | None = None, data_source_id: str | None = None, type: Literal['self-hosted', 'third-party'] | None = None, context_length: int | None | Absent = ABSENT, max_output_tokens: int | None | Absent = ABSENT, price: Any = ABSENT, limits: Any = ABSENT, is_shared: bool | None = None, force: bool | None = None) -> t.Model:
+    async def update(self, model_id: str, *, name: str | None = None, vendor_model_id: str | None = None, data_source_id: str | None = None, type: Literal['self-hosted', 'third-party'] | None = None, context_length: int | None | Absent = ABSENT, max_output_tokens: int | None | Absent = ABSENT, price: Any = ABSENT, limits: Any = ABSENT, is_shared: bool | None = None, shared_with: Sequence[str] | None = None, force: bool | None = None) -> t.Model:
         """Change a model; absent fields do not change."""
-        return cast("t.Model", await self._client.request("PUT", f"/api/v1/ai/models/{self._quote(model_id)}", query={"force": force}, fields={"name": name, "vendorModelId": vendor_model_id, "dataSourceId": data_source_id, "type": type, "isShared": is_shared}, nullable={"contextLength": context_length, "maxOutputTokens": max_output_tokens, "price": price, "limits": limits}))
+        return cast("t.Model", await self._client.request("PUT", f"/api/v1/ai/models/{self._quote(model_id)}", query={"force": force}, fields={"name": name, "vendorModelId": vendor_model_id, "dataSourceId": data_source_id, "type": type, "isShared": is_shared, "sharedWith": shared_with}, nullable={"contextLength": context_length, "maxOutputTokens": max_output_tokens, "price": price, "limits": limits}))
 
 
 class AsyncAiSettings(AsyncResource):

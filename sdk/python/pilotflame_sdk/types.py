@@ -1760,6 +1760,7 @@ class Model(TypedDict):
     testedAt: str | None
     blockedUntil: str | None
     isShared: bool
+    sharedWith: List[str]
     organizationId: str
     ownerId: str
     createdAt: str
