@@ -383,8 +383,13 @@ def list_references(graph: ParsedGraph, catalog: NodeTypeLookup) -> list[Resourc
             found.source_types,
         )
         for found in iterate_resource_texts(graph.nodes, catalog)
-        if _ID.fullmatch(found.text) and not found.is_default_model
+        if is_resource_id(found.text) and not found.is_default_model
     ]
+
+
+def is_resource_id(text: str) -> bool:
+    """Return whether a text that refers to a resource is an id, and no template."""
+    return _ID.fullmatch(text) is not None
 
 
 def iterate_resource_texts(nodes: Sequence[GraphNode], catalog: NodeTypeLookup) -> Iterator[ResourceText]:

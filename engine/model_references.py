@@ -12,6 +12,7 @@ from engine.config_places import (
     MODELS_KIND,
     NodeSection,
     format_place,
+    is_resource_id,
     iterate_resource_texts,
     may_name_model,
 )
@@ -57,6 +58,26 @@ def describe_placeholder(node: GraphNode, found: ResourceText) -> GraphFinding:
     message = f"{place} is {f'the placeholder {shown}' if shown else 'empty'}"
     suggestion = "Name a language model: its id, default for that of the organization, or echo."
     return GraphFinding(kind, message, suggestion, node.id)
+
+
+def find_model_users(graph: ParsedGraph, catalog: NodeTypeLookup) -> dict[str, str]:
+    """Return the ids of the models that a graph names, each with the id of the first node that names it.
+
+    The default model counts with its own id, and a tool names the model of its target. Placeholders and expressions
+    name none, and neither does the own model of an agent if another node provides it.
+    """
+    found: dict[str, str] = {}
+    for node in graph.nodes:
+        if not may_name_model(node.type, catalog):
+            continue
+        for one in iterate_resource_texts([node], catalog):
+            is_ignored = one.steps[-1] == MODEL_FIELD and _is_served(one.node, graph)
+            if one.kind != MODELS_KIND or is_ignored or _names_none(one.text, catalog):
+                continue
+            model_id = catalog.default_model_id if one.is_default_model else one.text
+            if model_id is not None and is_resource_id(model_id):
+                found.setdefault(model_id, node.id)
+    return found
 
 
 def names_default(nodes: Sequence[Mapping[str, Any]], catalog: NodeTypeLookup) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Protocol, cast
 
 from engine.agents import agent_wiring
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from models.access import ApiCaller
 
 MANUAL_KIND: Final = "manual"
+EMPTY: Final[Mapping[str, str]] = MappingProxyType({})
 
 
 class NodeTypeRegistry(NodeTypeLookup, Protocol):
@@ -90,6 +92,8 @@ class LoadedWorkflow:
     """Whether it was deployed at the last look-up."""
     names_default_model: bool = False
     """Whether the definition changes with the default language model of the organization, at the same revision."""
+    models: Mapping[str, str] = EMPTY
+    """Language models that its nodes name: id of the first node that names it, by the model's id."""
 
     @property
     def trigger_kind(self) -> str | None:
@@ -143,6 +147,7 @@ def load_workflow(
         total_nodes=agent_wiring.count_nodes_that_run(row.nodes, row.connections),
         is_deployed=is_deployed,
         names_default_model=names_default_model(row.nodes, catalog),
+        models=find_models(row.nodes, row.connections, catalog),
     )
 
 
@@ -153,6 +158,18 @@ def names_default_model(nodes: Sequence[Mapping[str, Json]], catalog: NodeTypeLo
     from engine import model_references  # noqa: PLC0415 - loaded with the first node that calls a model
 
     return model_references.names_default(nodes, catalog)
+
+
+def find_models(
+    nodes: Sequence[dict[str, Json]], connections: Sequence[dict[str, Json]], catalog: NodeTypeLookup
+) -> Mapping[str, str]:
+    """Return the ids of the language models that a stored graph names, each with the id of a node that names it."""
+    if not any(may_name_model(str(node["type"]), catalog) for node in nodes):
+        return EMPTY
+    from engine import model_references  # noqa: PLC0415 - loaded with the first node that calls a model
+
+    graph = ParsedGraph.from_stored(build_definition(nodes, connections, {}))
+    return model_references.find_model_users(graph, catalog)
 
 
 def effective_settings(settings: Mapping[str, Json]) -> dict[str, Json]:

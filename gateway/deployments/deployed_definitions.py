@@ -45,6 +45,8 @@ class DeployedDefinition:
     settings: Mapping[str, Json]
     trigger: TriggerNode | None
     total_nodes: int
+    models: Mapping[str, str]
+    """As in `LoadedWorkflow`."""
 
 
 class DeployedDefinitions:
@@ -76,6 +78,7 @@ class DeployedDefinitions:
             validation=ValidationResult(),
             trigger=deployed.trigger,
             total_nodes=deployed.total_nodes,
+            models=deployed.models,
         )
 
     async def trigger_kind(self, key: DefinitionKey) -> str:
@@ -111,5 +114,9 @@ def _parse_definition(text: str, catalog: NodeCatalog) -> DeployedDefinition:
     definition: dict[str, Any] = decoding.decode(text)
     nodes = definition["nodes"]
     return DeployedDefinition(
-        text, definition["settings"], definition_snapshot.find_trigger(nodes, catalog), len(nodes)
+        text,
+        definition["settings"],
+        definition_snapshot.find_trigger(nodes, catalog),
+        len(nodes),
+        definition_snapshot.find_models(nodes, definition["connections"], catalog),
     )

@@ -444,6 +444,7 @@ class WorkflowRunAcceptor:
         """
         try:
             run = await self._plan_run(caller, plan, workflow)
+            await self._require_models(caller, run.workflow)
             await self._backlog.require_capacity(workflow.organization_id, workflow.id)
         except ApiError:
             # A repeated request gets its first answer, even if the workflow has changed since.
@@ -488,6 +489,19 @@ class WorkflowRunAcceptor:
         if accepted.verdict is AcceptanceVerdict.FULL:
             raise errors.concurrency_limit()
         return accepted
+
+    async def _require_models(self, caller: ApiCaller, workflow: LoadedWorkflow) -> None:
+        """Raise a 403 error if the workflow names a language model that the caller may not use."""
+        if not workflow.models:
+            return
+        from gateway.ai_models import model_access  # noqa: PLC0415 - loaded with the first workflow that names a model
+
+        await model_access.require_usable(
+            self._database,
+            workflow.models,
+            organization_id=caller.organization_id,
+            user_id=caller.user_id,
+        )
 
     async def _plan_run(self, caller: ApiCaller, plan: RunPlanner, workflow: LoadedWorkflow) -> RunRequest:
         """Return the run that `plan` makes of the workflow; if it refuses, of the workflow as it is stored now.

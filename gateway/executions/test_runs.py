@@ -165,12 +165,16 @@ def _with_definition(
         # outputs.
         text = b'%b,"pinned":%b}' % (text[:-1], encode_json(definition["pinned"]))
     graph = pruning.prune_graph(ParsedGraph.from_stored(definition), catalog)
+    running = {node.id for node in graph.nodes} - piece.pinned.keys()
     return replace(
         workflow,
         definition=text.decode(),
         definition_hash=sha256(text).hexdigest(),
         validation=_filter_findings(find_errors(graph, catalog), piece),
         total_nodes=len(remove_providers(graph).nodes),
+        models=definition_snapshot.find_models(
+            [node for node in nodes if node["id"] in running], connections, catalog
+        ),
     )
 
 

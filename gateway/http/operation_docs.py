@@ -165,6 +165,7 @@ TAKES_IN: Final = OperationDoc(
         "workflow-archived",
         "workflow-changed",
         "unresolved-model-placeholder",
+        "model-not-usable",
     ),
 )
 

@@ -135,6 +135,11 @@ ERROR_CODES: Final[Mapping[str, ErrorCode]] = {
         "A page of another site requests a change with the session of a browser: send `X-API-Key` instead.",
     ),
     "network-not-allowed": ErrorCode(403, "The trigger does not accept requests from this address."),
+    "model-not-usable": ErrorCode(
+        403,
+        "The workflow names a language model that the user of the run may not use, or that doesn't exist."
+        " `details` lists the nodes.",
+    ),
     "not-owner": ErrorCode(403, "Only the object's owner and admins of the organization may do this."),
     "not-found": ErrorCode(404, "The object does not exist, or the caller may not see it."),
     "method-not-allowed": ErrorCode(405, "The path has other methods: see the header `Allow`."),

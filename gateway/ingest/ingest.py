@@ -297,6 +297,20 @@ class RequestIngestor:
             graph_shapes.require_valid(workflow.validation)
         return RunTarget(workflow, workflow.trigger, assigned_deployment_id, is_deferred, is_held)
 
+    async def require_models(self, target: RunTarget) -> None:
+        """Raise a 403 error if the target names a language model that its owner may not use, for whom it runs."""
+        workflow = target.workflow
+        if not workflow.models:
+            return
+        from gateway.ai_models import model_access  # noqa: PLC0415 - loaded with the first workflow that names a model
+
+        await model_access.require_usable(
+            self._database,
+            workflow.models,
+            organization_id=workflow.organization_id,
+            user_id=workflow.owner_id,
+        )
+
     async def _ingest_first(self, taken: IngestResult) -> AcceptanceResult:
         """Return the run of the first request with the same key; raises a 503 error if it isn't stored yet."""
         async with self._database.read() as connection:

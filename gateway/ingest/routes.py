@@ -142,7 +142,7 @@ ROUTES: Final[Sequence[Route]] = (
             sends=(*ARRIVES.sends, *RATES, PREFERENCE_APPLIED),
             also={200: OtherSuccess(ENDED, enqueue.EndedEnqueueResult)},
         ).refusing(
-            *("queue-full", "workflow-paused"),
+            *("queue-full", "workflow-paused", "model-not-usable"),
             *("invalid-idempotency-key", "idempotency-mismatch", "no-queue-trigger", "no-signing-secret"),
             *("invalid-signature", "duplicate-header", "no-verification", "trigger-not-ready"),
             *("invalid-event", "malformed-form"),
@@ -158,7 +158,7 @@ ROUTES: Final[Sequence[Route]] = (
         status=201,
         query=(TOKEN,),
         docs=replace(ARRIVES, takes=(IDEMPOTENCY_KEY,), sends=(REPLAYED, *RATES)).refusing(
-            *("queue-full", "workflow-paused"),
+            *("queue-full", "workflow-paused", "model-not-usable"),
             *("invalid-idempotency-key", "idempotency-mismatch", "no-queue-trigger", "no-signing-secret"),
             *("invalid-signature", "duplicate-header", "no-verification", "trigger-not-ready"),
             *("invalid-event", "malformed-form"),

@@ -255,6 +255,62 @@ async def create_question(person: UserClient, model: str) -> str:
     )
 
 
+async def test_a_run_is_refused_whose_user_may_not_use_its_models(people: OrganizationUsers) -> None:
+    """Runs of `execute` have the rights of their caller, those of a queue the rights of the workflow's owner."""
+    owner, colleague = people.owner, people.colleague
+    model_id = await create_model(owner, await create_provider(owner))
+    foreign = await create_model(people.stranger, await create_provider(people.stranger), isShared=True)
+    agent = {"model": "echo", "prompt": "Hi"}
+    target = {
+        "node": {"type": "llm", "config": {"model": "echo", "prompt": "Hi", "fallbackModelIds": [model_id]}}
+    }
+    tool = {"name": "ask", "description": "d", "parameters": {"type": "object"}, "target": target}
+    nodes = [
+        {"id": "agent", "nodeId": "agent", "config": agent},
+        {"id": "tool", "nodeId": "tool", "config": tool},
+    ]
+    connections = [
+        {"source": "start", "target": "agent"},
+        {"source": "tool", "target": "agent", "targetPort": "tools"},
+    ]
+    for author in (owner, colleague):
+        path = "/api/v1/workflows/{}/{}"
+        workflow_id, queue_id = [
+            await author.create(
+                nodes=[{"id": "start", "nodeId": trigger}, *nodes],
+                connections=connections,
+                status="active",
+            )
+            for trigger in ("manual", "queue-trigger")
+        ]
+        for made in (workflow_id, queue_id):
+            shown = await author.api.put(path.format(made, "visibility"), json={"isPublic": True})
+            assert shown.status_code == 200, shown.text
+        batch: dict[str, Any] = {"messages": [{"data": {}}]}
+        for caller in (owner, colleague):
+            responses = [
+                (caller, await caller.api.post(path.format(workflow_id, "execute"), json={})),
+                (author, await caller.api.post(path.format(queue_id, "enqueue"), json={"data": {}})),
+                (author, await caller.api.post(path.format(queue_id, "enqueue-batch"), json=batch)),
+            ]
+            for user, response in responses:
+                if user is owner:
+                    assert response.status_code == 201, response.text
+                    continue
+                assert_refused(response, 403, "model-not-usable")
+                assert model_id in response.json()["error"]["message"]
+                assert [one["path"] for one in response.json()["error"]["details"]] == ["nodes.tool"]
+    # Only the nodes that run count, and models of other organizations are as absent ones.
+    part = await colleague.api.post(path.format(workflow_id, "execute"), json={"upTo": "start"})
+    assert part.status_code == 201, part.text
+    tested = f"/api/v1/workflows/{await create_question(owner, model_id)}/nodes/ask/test"
+    assert (await owner.api.post(tested, json={"wait": 0})).status_code == 202
+    for absent in (foreign, "model_absent"):
+        unknown = await create_question(owner, absent)
+        assert_refused(await owner.api.post(RUN.format(unknown), json={}), 403, "model-not-usable")
+        assert (await owner.api.post(f"/api/v1/workflows/{unknown}/validate")).status_code == 200
+
+
 @pytest.mark.parametrize("text", ["{{AI_MODEL_ID}}", "", "default"])
 async def test_a_workflow_that_names_no_model_is_a_draft(people: OrganizationUsers, text: str) -> None:
     owner, workflow_id = people.owner, await create_question(people.owner, text)

@@ -229,14 +229,20 @@ async def test_a_failed_call_hides_the_key_and_counts_nothing(
 async def test_a_run_may_call_a_model_as_long_as_its_user_may(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
-    async with serve_models() as served, serve_worker(harness, served.url):
-        model_id = await create_model(people.owner, await create_provider(people.owner, served.url))
-        for is_shared, status in ((False, "failed"), (True, "completed"), (False, "failed")):
-            path = f"{MODELS}/{model_id}?force=true"
-            await people.owner.api.put(path, json={"isShared": is_shared})
-            _, ended = await ask_model(people.colleague, model_id)
+    """A share that ends after the acceptance of a run ends its calls too."""
+    guest, shared = people.colleague, {"sharedWith": [people.colleague.user.id]}
+    async with serve_models() as served:
+        model_id = await create_model(people.owner, await create_provider(people.owner, served.url), **shared)
+        path = f"{MODELS}/{model_id}?force=true"
+        workflow_id = await create_question(guest, model_id)
+        for guests, status in (([guest.user.id], "completed"), ([], "failed")):
+            execution_id = await execute_workflow(guest, workflow_id)
+            assert (await people.owner.api.put(path, json={"sharedWith": guests})).status_code == 200
+            async with serve_worker(harness, served.url):
+                ended = await wait_until_ended(guest, execution_id)
             assert ended["status"] == status
     assert ended["error"]["cause"]["code"] == "model-not-found"
+    assert model_id in ended["error"]["cause"]["message"]
     assert len(served.billed) == 1
 
 
