@@ -151,6 +151,10 @@ class InboundRequest(msgspec.Struct, kw_only=True):
     status: int = 201
     """HTTP status of the response."""
     outcome: str = "accepted"
+    reason: str | None = None
+    """Reason of a deferral: `code: message`."""
+    not_before: datetime | None = None
+    """Earliest start of its runs, if it is known."""
     event: EmittedEvent | None = None
     answer: str | None = None
     """Result of an event, as JSON text. Without it, the ids of accepted runs are stored if there are several.

@@ -94,7 +94,7 @@ class Delivery(SQLModel, table=True):
     status: int = Field(sa_column=Column(SmallInteger, nullable=False))
     """HTTP status of the answer."""
     reason: str | None = None
-    """Reason of a refusal: `code: message`, without secrets."""
+    """Reason of a refusal or deferral: `code: message`, without secrets."""
     execution_id: str | None = None
     """Id of its run, if it has started exactly one; that of the first delivery for a duplicate."""
     event_id: str | None = None
@@ -113,6 +113,8 @@ class Delivery(SQLModel, table=True):
     """
     redriven_from: str | None = None
     """Delivery that this one redrives."""
+    not_before: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
+    """Earliest start of its run, as known at its arrival; None for a start at once, or at an unknown time."""
     created_at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -16,15 +17,16 @@ from gateway.http.parameters import FlagParameter
 from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse, NoContent
 from gateway.http.text_rules import ProblemCollector
-from gateway.http.wire import Instant, StrictWire, WireStruct, decode_body, instant
+from gateway.http.wire import Instant, StrictWire, WireStruct, decode_body, instant, optional_instant
 from gateway.ingest import dead_letter_rows
 from gateway.ingest.dead_letter_rows import (
     CompletedRunsFilter,
     DeadLetterFilter,
     ErrorCause,
     FailedRun,
+    FailureKind,
 )
-from gateway.ingest.organization_dead_letters import FIRST_PAGE, KIND, SINCE, UNTIL, WORKFLOW
+from gateway.ingest.organization_dead_letters import FAILURE, FIRST_PAGE, KIND, SINCE, UNTIL, WORKFLOW
 from gateway.workflows import editing, workflow_rows
 from models import access_store, dead_letter_mute
 from models.audit import AuditAction
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
     from models.workflow import Workflow
 
 MUTED: Final = FlagParameter("muted", "Only muted groups, in place of the others.")
-GROUPED: Final = (WORKFLOW, KIND, SINCE, UNTIL, MUTED)
+GROUPED: Final = (WORKFLOW, KIND, FAILURE, SINCE, UNTIL, MUTED)
 
 
 class MuteShape(WireStruct):
@@ -51,6 +53,14 @@ class MuteShape(WireStruct):
     ends_at: Instant
 
 
+class FailureCounts(WireStruct):
+    """Numbers of dead letters by kind of failure, whatever kind is listed."""
+
+    failed: int
+    crashed: int
+    timed_out: int
+
+
 class DeadLetterGroup(WireStruct):
     """Dead letters with the same workflow, node, code and kind of message."""
 
@@ -59,6 +69,7 @@ class DeadLetterGroup(WireStruct):
     workflow_name: str
     node_id: str | None
     code: str
+    failure: FailureKind
     message: str
     """Message of the newest one; the others may differ in numbers, ids and quoted texts."""
     count: int
@@ -89,6 +100,7 @@ class DeadLetterGroups(WireStruct):
     oldest_at: Instant | None
     muted_groups: int
     """Number of mutes that have not ended; their groups are listed with `muted=true`."""
+    failures: FailureCounts
     groups: Sequence[DeadLetterGroup]
 
 
@@ -146,13 +158,24 @@ async def index(request: GatewayRequest) -> JsonResponse:
             connection, [failed.workflow_id for failed in found.rows]
         )
     collected = _collect(found.rows)
+    counts = Counter[FailureKind]()
+    for group in collected:
+        counts[group.cause.kind] += group.count
+    if query[FAILURE] is not None:
+        collected = [group for group in collected if group.cause.kind is query[FAILURE]]
+    oldest_at = min((group.oldest.created_at for group in collected), default=None)
     facts = await _compare_with_present(request, collected[: limits.EXPLAINED_GROUPS], heads)
     return JsonResponse(
         DeadLetterGroups(
-            count=len(found.rows),
+            count=sum(group.count for group in collected),
             count_is_lower_bound=found.last_examined is not None,
-            oldest_at=instant(found.rows[-1].created_at) if found.rows else None,
+            oldest_at=optional_instant(oldest_at),
             muted_groups=len(mutes),
+            failures=FailureCounts(
+                failed=counts[FailureKind.FAILED],
+                crashed=counts[FailureKind.CRASHED],
+                timed_out=counts[FailureKind.TIMED_OUT],
+            ),
             groups=[
                 _show_group(
                     group,
@@ -319,6 +342,7 @@ def _show_group(
         workflow_name=name,
         node_id=group.cause.node_id,
         code=group.cause.code,
+        failure=group.cause.kind,
         message=group.cause.message,
         count=group.count,
         first_at=instant(group.oldest.created_at),

@@ -10,21 +10,24 @@ import re
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime
+from enum import StrEnum
 from functools import lru_cache
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeVar
 
 import msgspec
-from sqlalchemy import Text, column, func, literal, literal_column, select, union_all, update
+from sqlalchemy import Text, column, func, literal, literal_column, or_, select, text, union_all, update
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlmodel import col
 
+from engine.run_records import EXPIRED_CODE, TIMEOUT_CODE
 from gateway.executions.resume_runs import IS_TAKEN_UP
 from gateway.http import idempotency, keyset, limits
 from gateway.http.keyset import KeysetBounds, PageCursor
 from gateway.ingest import delivery_rows
-from models.execution import Execution, ExecutionData, Idempotency
-from models.execution_status import ExecutionStatus
+from journal.tasks.task_moves import START_TIMEOUT_CODE
+from models.execution import UNSUCCESSFUL_CONDITION, Execution, ExecutionData, Idempotency
+from models.execution_status import TERMINAL_STATUSES, ExecutionStatus
 from models.execution_visibility import visibility_condition
 from models.ingest import INTAKE_KINDS, Delivery
 from models.workflow import Workflow, is_readable_by
@@ -52,6 +55,25 @@ _VARIABLE: Final = re.compile(
 """Parts of an error message that differ between errors with one cause: quoted texts, ids and numbers."""
 # Literals, not bound parameters: databases use a partial index only for a condition that they can read.
 _FAILED: Final = col(Execution.status) == literal_column(f"'{ExecutionStatus.FAILED}'")
+
+
+class FailureKind(StrEnum):
+    """Kind of the failure of a dead letter."""
+
+    FAILED = "failed"
+    """A node ended the run with an error."""
+    CRASHED = "crashed"
+    """Its workers died three times in a row."""
+    TIMED_OUT = "timed-out"
+    """Run, node or wait took too long."""
+
+
+_KINDS_BY_CODE: Final = {
+    "crashed": FailureKind.CRASHED,
+    TIMEOUT_CODE: FailureKind.TIMED_OUT,
+    EXPIRED_CODE: FailureKind.TIMED_OUT,
+    START_TIMEOUT_CODE: FailureKind.TIMED_OUT,
+}
 
 
 class IntakeRow(Protocol):
@@ -119,6 +141,10 @@ class ErrorCause:
     message: str
     fingerprint: str
 
+    @property
+    def kind(self) -> FailureKind:
+        return _KINDS_BY_CODE.get(self.code, FailureKind.FAILED)
+
 
 @dataclass(frozen=True, slots=True)
 class DeadLetterFilter:
@@ -132,6 +158,7 @@ class DeadLetterFilter:
     """Fingerprints of which one must match; None: any."""
     without_groups: frozenset[str] = frozenset()
     """Fingerprints that are left out."""
+    failure: FailureKind | None = None
     since: datetime | None = None
     until: datetime | None = None
     """Times of acceptance: `since` is inclusive, `until` is exclusive."""
@@ -141,15 +168,43 @@ class DeadLetterFilter:
     """Only runs of workflows of this user."""
 
     def allows_cause(self, failed: FailedRun) -> bool:
-        """Return whether a failed run has a wanted error; it is only read if the filter names groups."""
-        if self.group is None and self.only_groups is None and not self.without_groups:
+        """Return whether a failed run has a wanted error; it is only read if the filter names groups or a kind."""
+        is_any = self.group is None and self.only_groups is None and not self.without_groups
+        if is_any and self.failure is None:
             return True
-        fingerprint = describe_cause(failed).fingerprint
+        cause = describe_cause(failed)
+        fingerprint = cause.fingerprint
         return (
-            (self.group is None or fingerprint == self.group)
+            (self.failure is None or cause.kind is self.failure)
+            and (self.group is None or fingerprint == self.group)
             and (self.only_groups is None or fingerprint in self.only_groups)
             and fingerprint not in self.without_groups
         )
+
+
+@dataclass(frozen=True, slots=True)
+class RunSuccessor:
+    """Run that was started in place of a dead letter."""
+
+    id: str
+    status: str
+
+
+@dataclass(frozen=True, slots=True)
+class SettledRun:
+    """Former dead letter with its successor: None for a purged one, and if the successor is no longer kept."""
+
+    failed: FailedRun
+    successor: RunSuccessor | None
+
+
+@dataclass(frozen=True, slots=True)
+class SettledRows:
+    """Page of former dead letters."""
+
+    rows: Sequence[SettledRun]
+    last_examined: FailedRun | None
+    """Last row that was read, unless all were: others follow behind it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,8 +255,8 @@ async def list_last_failures(
 @lru_cache(FINGERPRINTS)
 def _fingerprint(workflow_id: str, node_id: str | None, code: str, message: str) -> str:
     """Return the fingerprint of an error; most of thousands of runs have failed with the same few errors."""
-    text = msgspec.json.encode([workflow_id, node_id, code, _VARIABLE.sub("…", message)])
-    return sha256(text).hexdigest()[:FINGERPRINT_LENGTH]
+    cause = msgspec.json.encode([workflow_id, node_id, code, _VARIABLE.sub("…", message)])
+    return sha256(cause).hexdigest()[:FINGERPRINT_LENGTH]
 
 
 async def find_dead_letters(
@@ -217,9 +272,52 @@ async def find_dead_letters(
     A dead letter is a failed run of an inbound request that was neither redriven nor purged. About as many
     failed runs as `examined` are read at most, so there may be fewer although others follow.
     """
-    statement = select(*_COLUMNS).where(*_build_failure_conditions(caller, wanted))
+    is_open = (col(Execution.settled_at).is_(None), ~IS_TAKEN_UP)
+    statement = select(*_COLUMNS).where(*_build_failure_conditions(caller, wanted), *is_open)
     source = _RowSource(FailedRun, statement, col(Execution.created_at), col(Execution.id))
     return await _find_open(connection, caller, source, bounds, wanted.allows_cause, examined)
+
+
+async def find_settled(
+    connection: AsyncConnection,
+    caller: ApiCaller,
+    wanted: DeadLetterFilter,
+    bounds: KeysetBounds,
+    *,
+    is_live: bool,
+    examined: int,
+) -> SettledRows:
+    """Return the runs after a cursor that were dead letters until they were redriven, resumed, replayed or purged.
+
+    With `is_live`, those whose successor has not ended; otherwise the others. About as many rows as `examined` are
+    read at most, so there may be fewer than the limit of `bounds` although others follow.
+    """
+    is_settled = or_(col(Execution.settled_at).is_not(None), IS_TAKEN_UP)
+    statement = select(*_COLUMNS).where(
+        # As the partial index of unsuccessful runs has it: the index of open dead letters has no settled ones.
+        text(UNSUCCESSFUL_CONDITION),
+        *_build_failure_conditions(caller, wanted),
+        is_settled,
+    )
+    source = _RowSource(FailedRun, statement, col(Execution.created_at), col(Execution.id))
+    found: list[SettledRun] = []
+    count, last = 0, None
+    await keyset.follow_indexes(connection)
+    async for batch, is_last in _read_batches(connection, source, bounds):
+        successors = await _find_successors(connection, caller, batch)
+        for row in batch:
+            count, last = count + 1, row
+            successor = successors.get(row.id)
+            is_running = successor is not None and successor.status not in TERMINAL_STATUSES
+            if is_running is is_live and wanted.allows_cause(row):
+                found.append(SettledRun(row, successor))
+                if len(found) == bounds.limit:
+                    return SettledRows(found, None if is_last and row is batch[-1] else row)
+        if is_last:
+            return SettledRows(found, None)
+        if count >= examined:
+            break
+    return SettledRows(found, last)
 
 
 async def mark_settled(connection: AsyncConnection, execution_ids: Sequence[str], now: datetime) -> None:
@@ -319,12 +417,10 @@ def _count_completed(wanted: CompletedRunsFilter) -> ColumnElement[int]:
 def _build_failure_conditions(caller: ApiCaller, wanted: DeadLetterFilter) -> Iterable[ColumnElement[bool]]:
     yield col(Execution.organization_id) == caller.organization_id
     yield _FAILED
-    yield col(Execution.settled_at).is_(None)
     yield col(Execution.trigger_type).in_(INTAKE_KINDS)
     yield col(Execution.parent_id).is_(None)
     yield col(Execution.is_private).is_(False)
     yield visibility_condition(caller)
-    yield ~IS_TAKEN_UP
     # Runs of a deleted workflow can't be redriven.
     workflow = select(col(Workflow.id)).where(col(Workflow.id) == col(Execution.workflow_id))
     if wanted.owner_id is not None:
@@ -409,15 +505,38 @@ async def _find_settled(
     connection: AsyncConnection, caller: ApiCaller, rows: Sequence[Row]
 ) -> frozenset[str]:
     """Return the ids of the rows that were redriven by a list, or purged: their redrive key is used."""
+    return frozenset(await _read_redrive_keys(connection, caller, rows))
+
+
+async def _find_successors(
+    connection: AsyncConnection, caller: ApiCaller, rows: Sequence[FailedRun]
+) -> Mapping[str, RunSuccessor]:
+    """Return the runs that redrives, resumes and replays have started in place of failed ones, by the ids of these."""
+    successor_ids = await _read_redrive_keys(connection, caller, rows)
+    statement = select(col(Execution.id), col(Execution.status)).where(
+        col(Execution.id).in_(successor_ids.values()),
+        col(Execution.organization_id) == caller.organization_id,
+    )
+    found = {row.id: RunSuccessor(row.id, row.status) for row in await connection.execute(statement)}
+    return {key: found[successor_id] for key, successor_id in successor_ids.items() if successor_id in found}
+
+
+async def _read_redrive_keys(
+    connection: AsyncConnection, caller: ApiCaller, rows: Sequence[Row]
+) -> Mapping[str, str]:
+    """Return the objects to which the redrive keys of rows belong, by the ids of these; rows without one are left out.
+
+    The object is the id of a run, or `purged`.
+    """
     if not rows:
-        return frozenset()
+        return {}
     scope_of = {row.workflow_id: idempotency.redrive_key(str(row.workflow_id), "").scope for row in rows}
     pairs = [(scope_of[row.workflow_id], row.id) for row in rows]
     scope, key = _list_pairs(pairs, is_sqlite=connection.dialect.name == "sqlite")
-    statement = select(col(Idempotency.key)).where(
+    statement = select(col(Idempotency.key), col(Idempotency.resource_id)).where(
         col(Idempotency.shard) == caller.shard, col(Idempotency.scope) == scope, col(Idempotency.key) == key
     )
-    return frozenset(await connection.scalars(statement))
+    return {row.key: row.resource_id for row in await connection.execute(statement)}
 
 
 def _list_pairs(

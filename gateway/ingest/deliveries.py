@@ -14,7 +14,7 @@ from gateway.http.parameters import LIMIT, OFFSET, ChoiceParameter, TextParamete
 from gateway.http.refusals import ErrorReason
 from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse, location
-from gateway.http.wire import Instant, StrictWire, WireStruct, decode_body, instant
+from gateway.http.wire import Instant, StrictWire, WireStruct, decode_body, instant, optional_instant
 from gateway.ingest import dead_letter_rows, delivery_rows, redrive_runs
 from gateway.ingest.delivery_rows import DeliveryFilter
 from gateway.workflows import editing, workflow_rows
@@ -24,16 +24,29 @@ from models.audit import AuditAction
 from models.ingest import DeliveryOutcome, IngestRoute
 
 if TYPE_CHECKING:
+    from gateway.ingest.delivery_rows import MailHead
     from models.ingest import Delivery
 
 OUTCOME: Final = ChoiceParameter("outcome", "Only deliveries with this outcome.", DeliveryOutcome)
 ROUTE: Final = ChoiceParameter("route", "Only deliveries of this route.", IngestRoute)
+REASON: Final = TextParameter(
+    "reason", "Only deliveries with this code of a refusal or deferral, such as `outside-window`."
+)
 SINCE: Final = TimeParameter("since", "Only deliveries from this time on.")
 UNTIL: Final = TimeParameter("until", "Only deliveries before this time.")
-LISTED: Final = (OUTCOME, ROUTE, SINCE, UNTIL, LIMIT, OFFSET, AFTER)
+LISTED: Final = (OUTCOME, ROUTE, REASON, SINCE, UNTIL, LIMIT, OFFSET, AFTER)
 WORKFLOW: Final = TextParameter("workflow_id", "Only deliveries of this workflow.")
-LISTED_ALL: Final = (WORKFLOW, OUTCOME, ROUTE, SINCE, UNTIL, LIMIT, AFTER)
+LISTED_ALL: Final = (WORKFLOW, OUTCOME, ROUTE, REASON, SINCE, UNTIL, LIMIT, AFTER)
 FIRST_PAGE: Final = PageCursor()
+
+
+class MailSummary(WireStruct):
+    """Mail of a delivery in a list."""
+
+    from_: str = msgspec.field(name="from")
+    subject: str
+    attachments: int
+    """Number of attached files."""
 
 
 class DeliveryShape(WireStruct):
@@ -53,7 +66,11 @@ class DeliveryShape(WireStruct):
     status: int
     """HTTP status of the answer."""
     reason: ErrorReason | None
-    """Reason of a refusal."""
+    """Reason of a refusal or deferral: of these `workflow-paused`, `outside-window`, `stopped-manually` or
+    `not-deployed`.
+    """
+    not_before: Instant | None
+    """Earliest start of the run, as known at the arrival; null for a start at once, or at an unknown time."""
     execution_id: str | None
     """Run of the delivery when it has exactly one; a duplicate has the run of the first delivery."""
     execution_ids: list[str]
@@ -61,6 +78,8 @@ class DeliveryShape(WireStruct):
     event_id: str | None
     redriven_from: str | None
     """Delivery that this one redrives."""
+    mail: MailSummary | None
+    """Null unless it is a mail whose content is parsed and kept, with at most 100,000 characters."""
     created_at: Instant
 
 
@@ -93,9 +112,13 @@ class OrganizationDeliveryList(WireStruct):
 
 
 class DeliverySelection(StrictWire):
-    """Filter of the deliveries of an organization to redrive; unlike a list, it names the outcome."""
+    """Filter of the deliveries of an organization to redrive; unlike a list, it names the outcome or the deliveries."""
 
-    outcome: DeliveryOutcome
+    outcome: DeliveryOutcome | None = None
+    delivery_ids: Annotated[list[str], msgspec.Meta(max_length=limits.REDRIVEN_AT_ONCE)] = msgspec.field(
+        default_factory=list
+    )
+    """Only these; required without `outcome`."""
     workflow_id: str | None = None
     route: IngestRoute | None = None
     created_after: Annotated[datetime, msgspec.Meta(tz=True)] | None = None
@@ -152,11 +175,12 @@ async def index(request: GatewayRequest) -> JsonResponse:
     """List the deliveries of a workflow with their outcomes."""
     query = request.query
     part = query.page()
-    wanted = DeliveryFilter(query[OUTCOME], query[ROUTE], query[SINCE], query[UNTIL])
+    wanted = DeliveryFilter(query[OUTCOME], query[ROUTE], query[SINCE], query[UNTIL], reason=query[REASON])
     bounds = keyset.read_bounds(query)
     async with request.gateway.database.read() as connection:
         stored = await editing.find_readable(connection, request.requested_object)
         page = await delivery_rows.list_deliveries(connection, stored.workflow, wanted, part, bounds)
+        mails = await delivery_rows.read_mail_heads(connection, page.items)
     return JsonResponse(
         DeliveryList(
             count=page.count,
@@ -164,7 +188,7 @@ async def index(request: GatewayRequest) -> JsonResponse:
             limit=part.limit,
             offset=part.offset,
             next=page.next_cursor,
-            deliveries=[_show_delivery(one) for one in page.items],
+            deliveries=[_show_delivery(one, mails.get(one.id)) for one in page.items],
         )
     )
 
@@ -176,7 +200,9 @@ async def index_all(request: GatewayRequest) -> JsonResponse:
     examines 10,000 deliveries, so that a page may be shorter than `limit` although another follows.
     """
     query = request.query
-    wanted = DeliveryFilter(query[OUTCOME], query[ROUTE], query[SINCE], query[UNTIL], query[WORKFLOW])
+    wanted = DeliveryFilter(
+        query[OUTCOME], query[ROUTE], query[SINCE], query[UNTIL], query[WORKFLOW], query[REASON]
+    )
     bounds = KeysetBounds(query[LIMIT], is_descending=True, cursor=query[AFTER] or FIRST_PAGE)
     if bounds.cursor.is_descending is False:
         raise errors.invalid_query(AFTER.name, "invalid-cursor", "after must be a cursor of this list")
@@ -184,9 +210,11 @@ async def index_all(request: GatewayRequest) -> JsonResponse:
         page = await delivery_rows.list_of_organization(connection, request.caller, wanted, bounds)
         workflow_ids = [one.workflow_id for one in page.items if one.workflow_id is not None]
         names = await dead_letter_rows.read_workflow_names(connection, workflow_ids)
+        mails = await delivery_rows.read_mail_heads(connection, page.items)
     shown = [
         OrganizationDelivery(
-            **msgspec.structs.asdict(_show_delivery(one)), workflow_name=names.get(one.workflow_id or "")
+            **msgspec.structs.asdict(_show_delivery(one, mails.get(one.id))),
+            workflow_name=names.get(one.workflow_id or ""),
         )
         for one in page.items
     ]
@@ -202,15 +230,23 @@ async def index_all(request: GatewayRequest) -> JsonResponse:
 
 
 async def redrive_all(request: GatewayRequest) -> JsonResponse:
-    """Run workflows again on the content of the organization's deliveries with one outcome, the oldest first.
+    """Run workflows again on the content of deliveries of the organization, by outcome or by id, the oldest first.
 
     At most 1,000 are redriven at a time; `remaining` counts others, up to 2,000 in all. The oldest 100,000
     deliveries that match are examined. Repeated requests run each delivery once.
     """
     body = await decode_body(request, RedriveOrganizationDeliveries)
     chosen = body.filter
+    if chosen.outcome is None and not chosen.delivery_ids:
+        message = "filter needs outcome or deliveryIds: without them it would select all deliveries"
+        raise errors.invalid([errors.problem("filter", "required", message)])
     wanted = DeliveryFilter(
-        chosen.outcome, chosen.route, chosen.created_after, chosen.created_before, chosen.workflow_id
+        chosen.outcome,
+        chosen.route,
+        chosen.created_after,
+        chosen.created_before,
+        chosen.workflow_id,
+        delivery_ids=chosen.delivery_ids,
     )
     bounds = KeysetBounds(limits.REDRIVE_COUNT, is_descending=False, cursor=FIRST_PAGE)
     async with request.gateway.database.read() as connection:
@@ -237,7 +273,10 @@ async def redrive_all(request: GatewayRequest) -> JsonResponse:
 
 async def show(request: GatewayRequest) -> JsonResponse:
     """Show a delivery with its outcome."""
-    return JsonResponse(_show_delivery(await _find_readable(request, request.path_params["id"])))
+    found = await _find_readable(request, request.path_params["id"])
+    async with request.gateway.database.read() as connection:
+        mails = await delivery_rows.read_mail_heads(connection, [found])
+    return JsonResponse(_show_delivery(found, mails.get(found.id)))
 
 
 async def redrive(request: GatewayRequest) -> JsonResponse:
@@ -317,8 +356,8 @@ async def _find_readable(request: GatewayRequest, delivery_id: str) -> Delivery:
     return found
 
 
-def _show_delivery(delivery: Delivery) -> DeliveryShape:
-    """Return a delivery as the API shows it."""
+def _show_delivery(delivery: Delivery, mail: MailHead | None) -> DeliveryShape:
+    """Return a delivery as the API shows it; `mail` is None unless it is a mail whose content is known."""
     reason = None
     if delivery.reason is not None:
         code, _, message = delivery.reason.partition(": ")
@@ -336,7 +375,11 @@ def _show_delivery(delivery: Delivery) -> DeliveryShape:
         execution_id=delivery.execution_id,
         execution_ids=_several_runs(delivery),
         event_id=delivery.event_id,
+        not_before=optional_instant(delivery.not_before),
         redriven_from=delivery.redriven_from,
+        mail=None
+        if mail is None
+        else MailSummary(from_=mail.from_, subject=mail.subject, attachments=len(mail.attachments)),
         created_at=instant(delivery.created_at),
     )
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final
 
+import msgspec
 from sqlalchemy import and_, exists, func, literal, literal_column, or_, select
 from sqlmodel import col
 
 from gateway.executions.resume_runs import IS_TAKEN_UP
 from gateway.http import idempotency, keyset, limits
 from gateway.http.keyset import ListPage
+from json_text import decoding
 from models.column_types import TimestampColumn
 from models.execution import Execution, ExecutionData, Idempotency
 from models.execution_status import ExecutionStatus
@@ -61,6 +64,21 @@ class DeliveryFilter:
     until: datetime | None
     """Arrival times: `since` is inclusive, `until` is exclusive."""
     workflow_id: str | None = None
+    reason: str | None = None
+    """Code of the reason of a refusal or deferral."""
+    delivery_ids: Sequence[str] = ()
+    """Only these; empty: all."""
+
+
+class MailHead(msgspec.Struct, frozen=True):
+    """Fields of a mail by which a person recognizes it."""
+
+    from_: str = msgspec.field(name="from")
+    subject: str = ""
+    attachments: Sequence[msgspec.Raw] = ()
+
+
+_decode_head: Final = decoding.build_decoder(MailHead).decode
 
 
 async def find_delivery(connection: AsyncConnection, delivery_id: str, caller: ApiCaller) -> Delivery | None:
@@ -110,7 +128,7 @@ async def list_of_organization(
     A page examines 5,000 rows at most, so it may be short or empty although `next_cursor` names another one.
     """
     within = [col(Delivery.organization_id) == caller.organization_id, *_outcome_conditions(wanted)]
-    residual = [*_route_conditions(wanted), *visible_conditions(caller)]
+    residual = [*_residual_conditions(wanted), *visible_conditions(caller)]
     if wanted.workflow_id is not None:
         # By the index of the workflow, with another organization checked once.
         is_own = exists().where(
@@ -247,6 +265,28 @@ async def read_input(connection: AsyncConnection, execution_ids: Sequence[str]) 
     return {row.execution_id: row.trigger for row in await connection.execute(statement)}
 
 
+async def read_mail_heads(connection: AsyncConnection, deliveries: Sequence[Delivery]) -> dict[str, MailHead]:
+    """Return sender, subject and attachments of the mails among deliveries by the ids of these.
+
+    Mails that are not parsed yet or not kept are left out, and those over 100,000 characters.
+    """
+    mails = [one for one in deliveries if one.route == IngestRoute.EMAIL]
+    if not mails:
+        return {}
+    given = await read_input(connection, [one.execution_id for one in mails if one.execution_id is not None])
+    texts = {one.id: given[one.execution_id] for one in mails if one.execution_id in given}
+    statement = select(col(Delivery.id), col(Delivery.payload)).where(
+        col(Delivery.id).in_([one.id for one in mails if one.execution_id is None]),
+        func.length(col(Delivery.payload)) <= SHOWN_CHARACTERS,
+    )
+    texts |= {row.id: row.payload for row in await connection.execute(statement)}
+    heads = {}
+    for delivery_id, text in texts.items():
+        with suppress(msgspec.DecodeError):  # not parsed yet
+            heads[delivery_id] = _decode_head(text)
+    return heads
+
+
 def _select_workflow(workflow: Workflow) -> Iterable[ColumnElement[bool]]:
     yield col(Delivery.workflow_id) == workflow.id
     # Checked once, not row by row: the organization is in another index, which has the same order.
@@ -258,7 +298,7 @@ def _select_workflow(workflow: Workflow) -> Iterable[ColumnElement[bool]]:
 def conditions(wanted: DeliveryFilter) -> Iterable[ColumnElement[bool]]:
     """Yield the SQL conditions of a filter of deliveries; fields that are None filter nothing."""
     yield from _outcome_conditions(wanted)
-    yield from _route_conditions(wanted)
+    yield from _residual_conditions(wanted)
     yield from _time_conditions(wanted)
     if wanted.workflow_id is not None:
         yield col(Delivery.workflow_id) == wanted.workflow_id
@@ -276,9 +316,14 @@ def _outcome_conditions(wanted: DeliveryFilter) -> Iterable[ColumnElement[bool]]
         yield col(Delivery.outcome) != literal_column(f"'{DeliveryOutcome.ACCEPTED}'")
 
 
-def _route_conditions(wanted: DeliveryFilter) -> Iterable[ColumnElement[bool]]:
+def _residual_conditions(wanted: DeliveryFilter) -> Iterable[ColumnElement[bool]]:
+    """Yield the SQL conditions of a filter that no index has."""
     if wanted.route is not None:
         yield col(Delivery.route) == wanted.route
+    if wanted.reason is not None:
+        yield col(Delivery.reason).startswith(f"{wanted.reason}: ", autoescape=True)
+    if wanted.delivery_ids:
+        yield col(Delivery.id).in_(wanted.delivery_ids)
 
 
 def _time_conditions(wanted: DeliveryFilter) -> Iterable[ColumnElement[bool]]:

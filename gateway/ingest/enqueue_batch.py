@@ -21,9 +21,10 @@ from gateway.http.responses import JsonResponse
 from gateway.http.wire import StrictWire, WireStruct, body_of, json_of
 from gateway.ingest import delivery_log
 from gateway.ingest.enqueue import QUEUE, BatchMessage, QueueMessage, check_message, find_signed_key
+from gateway.ingest.ingest import describe_deferral
 from journal.store import AcceptanceResult, AcceptanceVerdict, IdempotencyKey, InboundRequest
 from json_text import decoding
-from models.ingest import Delivery, DeliveryOutcome, IngestRoute
+from models.ingest import Delivery, IngestRoute
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -172,8 +173,8 @@ async def _ingest_messages(
             gateway.ingestor.build_run(target, one.body.planned(now, one.idempotency_key, callback_url))
             for one in planned
         ]
-        outcome = DeliveryOutcome.DEFERRED if target.is_deferred else DeliveryOutcome.ACCEPTED
-        return msgspec.structs.replace(inbound, runs=runs, status=201, outcome=outcome, idempotency=key)
+        deferred = describe_deferral(target.deferral)
+        return msgspec.structs.replace(inbound, runs=runs, status=201, idempotency=key, **deferred)
 
     accepted: Sequence[AcceptanceResult] = ()
     try:

@@ -20,13 +20,13 @@ from gateway.executions import acceptance
 from gateway.http import errors, idempotency, limits
 from gateway.http.errors import ApiError
 from gateway.ingest.event_subscriptions import SUBSCRIBING
-from gateway.ingest.ingest import RunInput, RunTarget
+from gateway.ingest.ingest import RunDeferral, RunInput, RunTarget, describe_deferral, find_deferral
 from gateway.workflows import graph_shapes
 from journal.store import AcceptanceVerdict, EmittedEvent
 from json_text import decoding
 from models import ids
 from models.execution import Execution
-from models.ingest import Delivery, DeliveryOutcome
+from models.ingest import Delivery
 from models.ingest import EventRecord as EventRow
 from models.workflow import WorkflowStatus
 from models.workflow_triggers import TriggerKind, matching_patterns, parse_patterns
@@ -80,23 +80,33 @@ class EventDispatchPlan:
 
     outcomes: list[WorkflowEventOutcome] = field(default_factory=list)
     runs: list[IngestedRun] = field(default_factory=list)
-    deferred: int = 0
+    deferrals: list[RunDeferral | None] = field(default_factory=list)
+    """For each run the reason why it starts later, None for a start at once."""
     refusal: ApiError | None = None
     """Refusal for the last workflow without capacity."""
     has_other: bool = False
     """Whether there are outcomes other than such refusals."""
 
-    def add(self, workflow: LoadedWorkflow, run: IngestedRun, *, is_deferred: bool) -> None:
+    @property
+    def deferral(self) -> RunDeferral | None:
+        """Reason of the run that may start first; None if a run starts at once, and without runs."""
+        found = [one for one in self.deferrals if one is not None]
+        if not found or len(found) < len(self.deferrals):
+            return None
+        dated = [(one.not_before, one.reason) for one in found if one.not_before is not None]
+        return RunDeferral(min(dated)[1], min(dated)[0]) if dated else found[0]
+
+    def add(self, workflow: LoadedWorkflow, run: IngestedRun, deferral: RunDeferral | None) -> None:
         """Add a run of an event for a workflow to the plan, with its outcome, which is corrected if it gets
         no concurrency slot.
 
-        `is_deferred` means that the run starts later, since its workflow is paused or asleep.
+        `deferral` says why the run starts later, since its workflow is paused or asleep; None: it starts at once.
         """
         full = errors.concurrency_limit()
         error = None if run.may_wait else (full.code, full.message)
         self.outcomes.append(WorkflowEventOutcome(workflow.id, workflow.name, run.execution_id, error))
         self.runs.append(run)
-        self.deferred += is_deferred
+        self.deferrals.append(deferral)
         self.has_other = True
 
     def fail(self, workflow: LoadedWorkflow, code: str, message: str) -> None:
@@ -171,20 +181,15 @@ class EventDispatcher:
         async def plan() -> InboundRequest:
             nonlocal planned
             planned = await self._plan_dispatch(inbound.organization_id, RunInput(trigger, text))
-            outcome = (
-                DeliveryOutcome.DEFERRED
-                if 0 < len(planned.runs) == planned.deferred
-                else DeliveryOutcome.ACCEPTED
-            )
             answer = _encode(planned.outcomes).decode()
             return msgspec.structs.replace(
                 inbound,
                 runs=planned.runs,
                 status=ANSWERED,
-                outcome=outcome,
                 event=emitted,
                 answer=answer,
                 idempotency=idempotency_key,
+                **describe_deferral(planned.deferral),
             )
 
         try:
@@ -260,12 +265,12 @@ class EventDispatcher:
         except ApiError as error:
             planned.refuse(workflow, error)
             return
-        is_deferred = is_held or (counted is not None and counted.refusal is not None)
+        deferral = find_deferral(None if counted is None else counted.refusal, is_held=is_held)
         assigned_deployment_id = None if counted is None else workflow.id
         run = self._ingestor.build_run(
-            RunTarget(workflow, trigger, assigned_deployment_id, is_deferred, is_held), message
+            RunTarget(workflow, trigger, assigned_deployment_id, deferral, is_held), message
         )
-        planned.add(workflow, run, is_deferred=is_deferred)
+        planned.add(workflow, run, deferral)
 
     async def _repeat_result(
         self, inbound: InboundRequest, verdict: AcceptanceVerdict, delivery_id: str

@@ -6,7 +6,7 @@ come from the cache; a plan is made again when a workflow has changed in the mea
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Final, TypeAlias
@@ -27,6 +27,7 @@ from journal.store import AcceptanceResult, AcceptanceVerdict, DefinitionKey, In
 from journal.waits import completion
 from models import ids
 from models.ingest import Delivery, DeliveryOutcome
+from models.lifecycle_policy import StartRefusalCode
 from models.workflow import WorkflowStatus
 from telemetry import run_origin
 
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from journal.store import IdempotencyKey, InboundRequest
     from models.access import ApiCaller
     from models.database import Database
+    from models.lifecycle_policy import StartRefusal
 
 
 _encode = msgspec.json.Encoder().encode
@@ -55,6 +57,51 @@ WritePlanner: TypeAlias = Callable[[], Awaitable["InboundRequest"]]
 
 
 @dataclass(frozen=True, slots=True)
+class RunDeferral:
+    """Reason why the run of an accepted request may not start now."""
+
+    reason: str
+    """Code and sentence, as a delivery stores them."""
+    not_before: datetime | None = None
+    """Earliest start; None if it depends on a person."""
+
+
+PAUSED: Final = RunDeferral("workflow-paused: The workflow is paused: the run starts when it is active again")
+_REASONS: Final[Mapping[StartRefusalCode, str]] = {
+    StartRefusalCode.OUTSIDE_WINDOW: "outside-window: The run starts when the window of the workflow opens",
+    StartRefusalCode.STOPPED_MANUALLY: "stopped-manually: The deployment was stopped: the run starts after its start",
+    StartRefusalCode.NOT_DEPLOYED: "not-deployed: The workflow is being undeployed: the run starts once it is deployed",
+}
+
+
+def find_deferral(refusal: StartRefusal | None, *, is_held: bool) -> RunDeferral | None:
+    """Return the reason why a run may not start now, from the refusal of its deployment's start; None if it may.
+
+    `is_held` means that its workflow is paused.
+    """
+    if is_held:
+        return PAUSED
+    return None if refusal is None else RunDeferral(_REASONS[refusal.code], refusal.opens_at)
+
+
+def describe_deferral(
+    deferral: RunDeferral | None, delay_until: datetime | None = None
+) -> Mapping[str, object]:
+    """Return outcome, reason and earliest start of a delivery, as fields of its request.
+
+    `delay_until` is the time to which the sender has delayed its run.
+    """
+    if deferral is None:
+        return {"outcome": DeliveryOutcome.ACCEPTED, "reason": None, "not_before": delay_until}
+    times = [one for one in (deferral.not_before, delay_until) if one is not None]
+    return {
+        "outcome": DeliveryOutcome.DEFERRED,
+        "reason": deferral.reason,
+        "not_before": max(times, default=None),
+    }
+
+
+@dataclass(frozen=True, slots=True)
 class RunTarget:
     """Workflow that a request runs, as it will be executed."""
 
@@ -63,10 +110,14 @@ class RunTarget:
     trigger: TriggerNode
     assigned_deployment_id: str | None
     """Deployment whose pods execute the run; None for any worker."""
-    is_deferred: bool
-    """The run may not start now."""
+    deferral: RunDeferral | None = None
+    """Reason why the run may not start now."""
     is_held: bool = False
     """The run starts only after the workflow is resumed from its pause."""
+
+    @property
+    def is_deferred(self) -> bool:
+        return self.deferral is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,9 +249,13 @@ class RequestIngestor:
             runs[:] = [self.build_run(target, await plan(target))]
             if not runs[0].trigger.startswith(large_values.SEPARATE_BODY):
                 inbound.payload = runs[0].trigger
-            outcome = DeliveryOutcome.DEFERRED if target.is_deferred else DeliveryOutcome.ACCEPTED
+            delay_until = None if target.is_held else runs[0].delay_until
             return msgspec.structs.replace(
-                inbound, runs=runs, status=status, outcome=outcome, idempotency=own_key
+                inbound,
+                runs=runs,
+                status=status,
+                idempotency=own_key,
+                **describe_deferral(target.deferral, delay_until),
             )
 
         try:
@@ -285,17 +340,18 @@ class RequestIngestor:
         is_held = workflow.status is WorkflowStatus.PAUSED
         if workflow.status is not WorkflowStatus.ACTIVE and not is_held:
             raise errors.workflow_not_active()
-        assigned_deployment_id, is_deferred = None, is_held
+        assigned_deployment_id, refusal = None, None
         if workflow.is_deployed:
             found = await self._activation.count(workflow.id)
             if found is not None:
                 workflow = await self._deployed.load(workflow, found.deployment)
-                assigned_deployment_id, is_deferred = workflow.id, is_held or found.refusal is not None
+                assigned_deployment_id, refusal = workflow.id, found.refusal
         if workflow.trigger is None or workflow.trigger.kind != kind:
             raise errors.no_such_trigger(kind)
         if workflow.validation.errors:
             graph_shapes.require_valid(workflow.validation)
-        return RunTarget(workflow, workflow.trigger, assigned_deployment_id, is_deferred, is_held)
+        deferral = find_deferral(refusal, is_held=is_held)
+        return RunTarget(workflow, workflow.trigger, assigned_deployment_id, deferral, is_held)
 
     async def require_models(self, target: RunTarget) -> None:
         """Raise a 403 error if the target names a language model that its owner may not use, for whom it runs."""

@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
-from typing import Annotated, Final, Literal
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 import msgspec
 
@@ -16,25 +17,52 @@ from gateway.executions.bulk_replay import ReplayOptions
 from gateway.executions.replay_planning import CURRENT
 from gateway.http import errors, idempotency, limits
 from gateway.http.keyset import AFTER, KeysetBounds, PageCursor
-from gateway.http.parameters import LIMIT, FlagParameter, TextParameter, TimeParameter
+from gateway.http.parameters import LIMIT, ChoiceParameter, FlagParameter, TextParameter, TimeParameter
 from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse
 from gateway.http.wire import StrictWire, WireStruct, decode_body
 from gateway.ingest import dead_letter_rows, dead_letters, delivery_rows, redrive_runs
-from gateway.ingest.dead_letter_rows import DeadLetterFilter, FailedRun
+from gateway.ingest.dead_letter_rows import (
+    DeadLetterFilter,
+    FailedRun,
+    FailureKind,
+    SettledRows,
+    SettledRun,
+)
 from gateway.ingest.dead_letters import DeadLetter, PurgeResult
 from gateway.ingest.deliveries import counted
 from journal.store import AcceptanceResult
 from models import ids
 from models.audit import AuditAction
+from models.execution_status import ExecutionStatus
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from models.access import ApiCaller
 
 WORKFLOW: Final = TextParameter("workflow_id", "Only dead letters of this workflow.")
 KIND: Final = TextParameter("trigger_type", "Only dead letters of this kind of trigger, such as `email`.")
 GROUP: Final = TextParameter("group", "Only dead letters of this group, by its id.")
 SINCE: Final = TimeParameter("since", "Only runs accepted from this time on.")
 UNTIL: Final = TimeParameter("until", "Only runs accepted before this time.")
+FAILURE: Final = ChoiceParameter("failure", "Only dead letters of this kind of failure.", FailureKind)
 OLDEST_FIRST: Final = FlagParameter("oldest_first", "Begin with the oldest instead of the newest.")
-LISTED: Final = (WORKFLOW, KIND, GROUP, SINCE, UNTIL, OLDEST_FIRST, LIMIT, AFTER)
+
+
+class DeadLetterState(StrEnum):
+    """State of a dead letter."""
+
+    OPEN = "open"
+    """A person has to decide."""
+    REDRIVING = "redriving"
+    """The run that was started in its place has not ended."""
+    SETTLED = "settled"
+    """It was purged, or the run in its place has ended: a failed one is a dead letter of its own."""
+
+
+STATE: Final = ChoiceParameter("state", "Dead letters in this state; default: `open`.", DeadLetterState)
+LISTED: Final = (WORKFLOW, KIND, GROUP, FAILURE, STATE, SINCE, UNTIL, OLDEST_FIRST, LIMIT, AFTER)
 FIRST_PAGE: Final = PageCursor()
 
 
@@ -45,6 +73,11 @@ class OrganizationDeadLetter(DeadLetter, kw_only=True):
     workflow_name: str
     group: str
     """Id of the group of dead letters with the same cause."""
+    failure: FailureKind
+    state: DeadLetterState
+    successor_id: str | None
+    """Run that was started in its place; null for an open or purged one."""
+    successor_status: ExecutionStatus | None
     completed_nodes: int
     total_nodes: int
 
@@ -68,6 +101,7 @@ class DeadLetterSelection(StrictWire):
     trigger_type: str | None = None
     group: str | None = None
     """Id of a group."""
+    failure: FailureKind | None = None
     created_after: Annotated[datetime, msgspec.Meta(tz=True)] | None = None
     """Accepted at this time or later."""
     created_before: Annotated[datetime, msgspec.Meta(tz=True)] | None = None
@@ -81,6 +115,7 @@ class DeadLetterSelection(StrictWire):
             workflow_id=self.workflow_id,
             trigger_type=self.trigger_type,
             group=self.group,
+            failure=self.failure,
             since=self.created_after,
             until=self.created_before,
             execution_ids=self.execution_ids,
@@ -109,13 +144,14 @@ class ReplayDeadLetters(ReplayOptions, kw_only=True):
 async def index(request: GatewayRequest) -> JsonResponse:
     """List the failed runs of inbound requests of the organization that are neither redriven nor purged.
 
-    Members see those of workflows that they may read.
+    With `state`, those that are redriven now, or settled. Members see those of workflows that they may read.
     """
     query = request.query
     wanted = DeadLetterFilter(
         workflow_id=query[WORKFLOW],
         trigger_type=query[KIND],
         group=query[GROUP],
+        failure=query[FAILURE],
         since=query[SINCE],
         until=query[UNTIL],
     )
@@ -125,13 +161,12 @@ async def index(request: GatewayRequest) -> JsonResponse:
             AFTER.name, "invalid-cursor", "after must be a cursor of this list in the same order"
         )
     bounds = KeysetBounds(query[LIMIT], is_descending, cursor)
+    state = query[STATE] or DeadLetterState.OPEN
     async with request.gateway.database.read() as connection:
-        found = await dead_letter_rows.find_dead_letters(
-            connection, request.caller, wanted, bounds, examined=limits.EXAMINED_DEAD_LETTERS
-        )
-        given = await delivery_rows.read_input(connection, [failed.id for failed in found.rows])
+        found = await _find_in_state(connection, request.caller, wanted, bounds, state)
+        given = await delivery_rows.read_input(connection, [one.failed.id for one in found.rows])
         names = await dead_letter_rows.read_workflow_names(
-            connection, [failed.workflow_id for failed in found.rows]
+            connection, [one.failed.workflow_id for one in found.rows]
         )
     last = found.last_examined
     outputs = request.gateway.large_outputs
@@ -142,14 +177,39 @@ async def index(request: GatewayRequest) -> JsonResponse:
             ),
             workflow_id=failed.workflow_id,
             workflow_name=names.get(failed.workflow_id, failed.workflow_id),
-            group=dead_letter_rows.describe_cause(failed).fingerprint,
+            group=cause.fingerprint,
+            failure=cause.kind,
+            state=state,
+            successor_id=successor.id if successor else None,
+            successor_status=ExecutionStatus(successor.status) if successor else None,
             completed_nodes=failed.completed_nodes,
             total_nodes=failed.total_nodes,
         )
-        for failed in found.rows
+        for one in found.rows
+        for failed, successor, cause in [
+            (one.failed, one.successor, dead_letter_rows.describe_cause(one.failed))
+        ]
     ]
     next_cursor = None if last is None else bounds.cursor_behind(last.created_at, last.id)
     return JsonResponse(OrganizationDeadLetterList(limit=bounds.limit, next=next_cursor, dead_letters=shown))
+
+
+async def _find_in_state(
+    connection: AsyncConnection,
+    caller: ApiCaller,
+    wanted: DeadLetterFilter,
+    bounds: KeysetBounds,
+    state: DeadLetterState,
+) -> SettledRows:
+    """Return a page of the dead letters in a state, each with its successor, None for open ones."""
+    examined = limits.EXAMINED_DEAD_LETTERS
+    if state is not DeadLetterState.OPEN:
+        is_live = state is DeadLetterState.REDRIVING
+        return await dead_letter_rows.find_settled(
+            connection, caller, wanted, bounds, is_live=is_live, examined=examined
+        )
+    found = await dead_letter_rows.find_dead_letters(connection, caller, wanted, bounds, examined=examined)
+    return SettledRows([SettledRun(failed, None) for failed in found.rows], found.last_examined)
 
 
 async def redrive(request: GatewayRequest) -> JsonResponse:

@@ -252,7 +252,8 @@ _INGESTED_RUN_TYPES = (*_RUN_TYPES, "text", "bigint", "boolean")
 _INGESTED_RUN_COLUMNS = f"{_RUN_COLUMNS}, delivery_id, delay_until, is_unread"
 _INGEST_TYPES = (
     *("text", "smallint", "text", "text", "text", "text", "text", "text", "integer", "text", "smallint"),
-    *("text", "text", "text", "text", "text", "text", "text", "text", "text", "text", "bigint", "boolean"),
+    *("text", "text", "text", "text", "text", "text", "text", "text", "bigint"),
+    *("text", "text", "text", "bigint", "boolean"),
 )
 
 
@@ -345,8 +346,8 @@ WITH item AS (
 ), arrival AS (
     SELECT * FROM unnest({unnest_sql(_FIRST_INGEST, _INGEST_TYPES)}) AS arrival (
         id, shard, organization_id, workflow_id, user_id, route, sender, content_hash, content_bytes, outcome, status,
-        execution_id, event_id, event_type, event_source, event_data, answer, redriven_from, scope, key, fingerprint,
-        lifetime, brings_runs)
+        execution_id, event_id, event_type, event_source, event_data, answer, redriven_from, reason, not_before,
+        scope, key, fingerprint, lifetime, brings_runs)
 ), new_definition AS ({_definitions_sql(len(_INGESTED_RUN_TYPES) + 1)}
 ), current AS ({_CURRENT}
 ), stale AS (
@@ -376,12 +377,12 @@ WITH item AS (
     WHERE event_id IS NOT NULL ON CONFLICT DO NOTHING
 ), new_delivery AS (
     INSERT INTO delivery (id, shard, organization_id, workflow_id, user_id, route, sender, content_hash, content_bytes,
-        outcome, status, execution_id, event_id, answer, redriven_from, created_at)
+        outcome, status, execution_id, event_id, answer, redriven_from, reason, not_before, created_at)
     SELECT id, shard, organization_id, workflow_id, user_id, route, sender, content_hash, content_bytes,
         outcome, status, execution_id, event_id,
         CASE WHEN execution_id IS NULL AND event_id IS NULL AND brings_runs THEN
             (SELECT json_agg(winner.id ORDER BY winner.id) FROM winner WHERE winner.delivery_id = fresh.id)::text
-        ELSE answer END, redriven_from, {NOW} FROM fresh
+        ELSE answer END, redriven_from, reason, not_before, {NOW} FROM fresh
     -- A request without new runs is a duplicate; the first delivery has the details.
     WHERE id IN (SELECT delivery_id FROM winner) OR NOT brings_runs OR event_id IS NOT NULL
     ON CONFLICT DO NOTHING
@@ -511,6 +512,8 @@ def _ingest_row(one: InboundRequest, without: Collection[str]) -> tuple[Any, ...
         event.data if event else None,
         one.answer,
         one.redriven_from,
+        one.reason,
+        to_microseconds(one.not_before) if one.not_before else None,
         key.scope if key else None,
         key.key if key else None,
         key.fingerprint if key else None,

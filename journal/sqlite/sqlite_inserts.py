@@ -126,8 +126,9 @@ def _insert_delivery(
         answer = msgspec.json.encode(accepted_ids).decode()
     connection.execute(
         "INSERT INTO delivery (id, shard, organization_id, workflow_id, user_id, route, sender, content_hash,"
-        " content_bytes, outcome, status, execution_id, event_id, answer, redriven_from, created_at)"
-        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
+        " content_bytes, outcome, status, execution_id, event_id, answer, redriven_from,"
+        " reason, not_before, created_at)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
         (
             one.delivery_id,
             one.shard,
@@ -144,6 +145,8 @@ def _insert_delivery(
             one.event.event_id if one.event else None,
             answer,
             one.redriven_from,
+            one.reason,
+            to_microseconds(one.not_before) if one.not_before else None,
             now,
         ),
     )

@@ -33,6 +33,7 @@ from tests.integration.gateway_harness import (
 )
 from tests.integration.second_gateway import run_second_gateway
 from tests.integration.simulated_cluster import SimulatedCluster, run_simulated_cluster
+from tests.integration.test_gateway_enqueue import QUEUE
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
@@ -577,6 +578,24 @@ async def test_a_run_outside_the_window_is_deferred_to_its_opening_and_let_go_by
     await activity.decide_and_apply(harness.gateway.database, workflow_id, lambda _: by_hand)
     assert await wake_for_runs(harness, workflow_id) is wakes.WakeOutcome.RELEASED
     await wait_until(lambda: has_status(harness, execution_id, "completed"))
+
+
+async def test_a_delivery_outside_the_window_names_its_opening_and_one_after_a_stop_by_hand_none(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    for stopped, policy, code in (
+        (StoppedReason.SCHEDULE, closed_policy(), "outside-window"),
+        (StoppedReason.MANUAL, {"type": "always-on"}, "stopped-manually"),
+    ):
+        workflow_id = await deploy(harness, people.owner, QUEUE, **{**ASLEEP, "stopped_reason": stopped})
+        await set_policy(people.owner, workflow_id, policy)
+        harness.gateway.workflows.forget(people.owner.user.organization_id, workflow_id)
+        path = f"/api/v1/workflows/{workflow_id}"
+        assert (await people.owner.api.post(f"{path}/enqueue", json={"message": 1})).status_code == 201
+        [found] = (await people.owner.api.get(f"{path}/deliveries")).json()["deliveries"]
+        assert (found["outcome"], found["reason"]["code"]) == ("deferred", code)
+        assert (found["notBefore"] is not None) == (stopped is StoppedReason.SCHEDULE)
+        assert (found["notBefore"] or "9") > found["createdAt"]
 
 
 async def test_workers_take_runs_of_undeployed_workflows(

@@ -21,7 +21,13 @@ from models.dead_letter_mute import DeadLetterMute
 from models.execution import Execution
 from models.execution_status import ExecutionStatus
 from tests.integration.browser import serve_gateway
-from tests.integration.gateway_harness import GatewayHarness, OrganizationUsers, UserClient, assert_refused
+from tests.integration.gateway_harness import (
+    STEP,
+    GatewayHarness,
+    OrganizationUsers,
+    UserClient,
+    assert_refused,
+)
 from tests.integration.test_gateway_deliveries import enqueue, get_json
 from tests.integration.test_gateway_enqueue import WORKFLOWS, create_active_workflow
 from tests.integration.test_live_hints import next_hint, open_stream
@@ -32,14 +38,18 @@ DEAD_LETTERS = "/api/v1/dead-letters"
 
 
 async def fail_alike(
-    harness: GatewayHarness, execution_ids: list[str], message: str, node_id: str = "write"
+    harness: GatewayHarness,
+    execution_ids: list[str],
+    message: str,
+    node_id: str = "write",
+    code: str = "node-error",
 ) -> None:
     """End runs with an error each, whose message has the id of the run in quotes."""
 
     async def fail(connection: AsyncConnection) -> None:
         for execution_id in execution_ids:
             error = {
-                "code": "node-error",
+                "code": code,
                 "message": f'{message} "{execution_id}"',
                 "nodeId": node_id,
                 "attempt": 1,
@@ -136,13 +146,89 @@ async def test_deliveries_of_one_outcome_are_redriven_once(people: OrganizationU
     assert_refused(await api.post(path, json={**chosen, "dryrun": True}), 422, "validation-failed")
     foreign = await people.stranger.api.post(path, json=chosen)
     assert (foreign.status_code, foreign.json()["matched"]) == (200, 0)
-    first = (await api.post(path, json={**chosen, "limit": 1})).json()
-    assert (first["matched"], first["redriven"], first["remaining"]) == (2, 1, 1)
+    newest = (await get_json(people.owner, DELIVERIES))["deliveries"][0]["id"]
+    by_id = {"filter": {"deliveryIds": [newest, "dlv_unknown"]}}
+    assert (await people.stranger.api.post(path, json=by_id)).json()["matched"] == 0
+    first = (await api.post(path, json=by_id)).json()
+    assert (first["matched"], first["redriven"], first["remaining"]) == (1, 1, 0)
     second = (await api.post(path, json=chosen)).json()
     assert (second["matched"], second["redriven"], second["errors"]) == (1, 1, {})
     assert (await api.post(path, json=chosen)).json()["matched"] == 0
     trail = await get_json(people.admin, "/api/v1/audit?action=deliveries.redriven")
     assert trail["count"] == 2
+
+
+async def test_deliveries_name_their_mail_and_the_reason_and_time_of_a_later_start(
+    people: OrganizationUsers,
+) -> None:
+    owner = people.owner
+    mails = await create_active_workflow(owner, nodes=[{"id": "start", "nodeId": "email-trigger"}, STEP])
+    queue = await create_active_workflow(owner)
+    mail = {"from": "Mira <mira@example.org>", "subject": "Order 7", "text": "Please"}
+    path = f"{WORKFLOWS}/{mails}/email-trigger"
+    assert (await owner.api.post(path, json=mail)).status_code == 201
+    for mode, code in (("paused", 201), ("draft", 409)):
+        await owner.api.put(f"{WORKFLOWS}/{mails}/status", json={"status": mode})
+        assert (await owner.api.post(path, json={**mail, "subject": mode})).status_code == code
+    delayed = {"message": 1, "delaySeconds": 3_600}
+    assert (await owner.api.post(f"{WORKFLOWS}/{queue}/enqueue", json=delayed)).status_code == 201
+
+    found = (await get_json(owner, DELIVERIES))["deliveries"]
+    [later] = [one for one in found if one["workflowId"] == queue]
+    accepted, deferred, rejected = sorted(
+        (one for one in found if one["workflowId"] == mails), key=lambda one: one["outcome"]
+    )
+    assert (later["outcome"], later["mail"]) == ("accepted", None)
+    assert later["notBefore"] > later["createdAt"]
+    summary = {"from": "Mira <mira@example.org>", "attachments": 0}
+    assert accepted["mail"] == {**summary, "subject": "Order 7"}
+    assert (accepted["reason"], accepted["notBefore"]) == (None, None)
+    assert (deferred["outcome"], deferred["reason"]["code"]) == ("deferred", "workflow-paused")
+    assert (deferred["notBefore"], deferred["mail"]) == (None, {**summary, "subject": "paused"})
+    assert (rejected["outcome"], rejected["mail"]) == ("rejected", {**summary, "subject": "draft"})
+    for listed in (DELIVERIES, f"{WORKFLOWS}/{mails}/deliveries"):
+        of_reason = await get_json(owner, f"{listed}?reason=workflow-paused")
+        assert [one["id"] for one in of_reason["deliveries"]] == [deferred["id"]]
+        assert (await get_json(owner, f"{listed}?reason=workflow%25"))["deliveries"] == []
+    assert (await get_json(owner, f"{DELIVERIES}/{rejected['id']}"))["mail"] == rejected["mail"]
+
+
+async def test_dead_letters_are_listed_by_kind_of_failure_and_by_state(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    owner, workflow_id = people.owner, await create_active_workflow(people.owner)
+    runs = [await enqueue(owner, workflow_id, number) for number in range(5)]
+    await fail_alike(harness, runs[:3], "Broken")
+    await fail_alike(harness, runs[3:4], "Slow", code="timeout")
+    await fail_alike(harness, runs[4:], "3 workers in a row died", code="crashed")
+    every = await get_json(owner, f"{DEAD_LETTERS}/groups")
+    assert (every["count"], every["failures"]) == (5, {"failed": 3, "crashed": 1, "timedOut": 1})
+    late = await get_json(owner, f"{DEAD_LETTERS}/groups?failure=timed-out")
+    assert (late["count"], late["failures"]) == (1, every["failures"])
+    assert [(one["failure"], one["count"]) for one in late["groups"]] == [("timed-out", 1)]
+    [crashed] = await walk(owner, f"{DEAD_LETTERS}?failure=crashed", "deadLetters")
+    assert (crashed["executionId"], crashed["failure"], crashed["state"]) == (runs[4], "crashed", "open")
+
+    async def list_in(state: str, person: UserClient = owner) -> list[tuple[str, str | None, str | None]]:
+        found = await walk(person, f"{DEAD_LETTERS}?state={state}&limit=1", "deadLetters")
+        assert {one["state"] for one in found} <= {state}
+        return [(one["executionId"], one["successorId"], one["successorStatus"]) for one in found]
+
+    path, api = f"{DEAD_LETTERS}/redrive", owner.api
+    [again] = (await api.post(path, json={"filter": {"executionIds": runs[:1]}})).json()["executionIds"]
+    timed_out = await api.post(f"{DEAD_LETTERS}/purge", json={"filter": {"failure": "timed-out"}})
+    assert timed_out.json()["purged"] == 1
+    replay = await api.post(f"/api/v1/executions/{runs[1]}/replay", json={})
+    replayed = replay.json()["executionId"]
+    assert [one[0] for one in await list_in("open")] == [runs[4], runs[2]]
+    assert await list_in("redriving") == [(runs[1], replayed, "pending"), (runs[0], again, "pending")]
+    assert await list_in("settled") == [(runs[3], None, None)]
+    await fail_alike(harness, [again], "Broken")
+    assert await list_in("settled") == [(runs[3], None, None), (runs[0], again, "failed")]
+    assert [one[0] for one in await list_in("open")] == [again, runs[4], runs[2]]
+    assert await list_in("settled", people.colleague) == []
+    assert await list_in("redriving", people.stranger) == []
+    assert_refused(await api.get(f"{DEAD_LETTERS}?state=lost"), 400, "invalid-query")
 
 
 async def test_dead_letters_of_all_workflows_are_grouped_by_their_cause(

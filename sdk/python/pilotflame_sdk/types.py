@@ -65,6 +65,7 @@ __all__ = [
     "DeadLetterGroup",
     "DeadLetterGroups",
     "DeadLetterList",
+    "DeadLetterState",
     "DecidedTask",
     "Decision",
     "DecisionList",
@@ -108,6 +109,8 @@ __all__ = [
     "ExpiryAction",
     "ExternalReference",
     "FailureCause",
+    "FailureCounts",
+    "FailureKind",
     "Finding",
     "FindingType",
     "Fix",
@@ -146,6 +149,7 @@ __all__ = [
     "LogLevelShape",
     "LogList",
     "MailReceipt",
+    "MailSummary",
     "MappingsAnswer",
     "MisfirePolicy",
     "Model",
@@ -383,6 +387,9 @@ ConnectionPhase = Literal['auth', 'dns', 'query', 'tcp', 'tls']
 DataSourceType = Literal['ai-provider', 'api-key', 'http-basic', 'http-bearer', 'mcp-server', 'mysql', 'postgresql', 's3', 'smtp', 'sqlite', 'webhook-secret']
 
 
+DeadLetterState = Literal['open', 'redriving', 'settled']
+
+
 DeliveryOutcome = Literal['accepted', 'deferred', 'duplicate', 'rejected', 'shed']
 
 
@@ -399,6 +406,9 @@ ExecutionStatus = Literal['cancelled', 'completed', 'failed', 'pending', 'runnin
 
 
 ExpiryAction = Literal['continue', 'fail']
+
+
+FailureKind = Literal['crashed', 'failed', 'timed-out']
 
 
 FindingType = Literal['agent-exfiltration-path', 'broken-connection', 'cycle', 'disconnected-node', 'duplicate-node-id', 'empty-workflow', 'inline-secret', 'invalid-config', 'invalid-port', 'loop-body-entered', 'loops-too-deep', 'missing-config', 'missing-trigger', 'multiple-triggers', 'no-worker', 'not-runnable', 'tool-not-accepted', 'tool-withheld', 'unknown-node-type', 'unresolved-mapping', 'unresolved-model-placeholder']
@@ -967,6 +977,7 @@ class DeadLetterGroup(TypedDict):
     workflowName: str
     nodeId: str | None
     code: str
+    failure: FailureKind
     message: str
     count: int
     firstAt: str
@@ -985,6 +996,7 @@ class DeadLetterGroups(TypedDict):
     countIsLowerBound: bool
     oldestAt: str | None
     mutedGroups: int
+    failures: FailureCounts
     groups: List[DeadLetterGroup]
 
 
@@ -1039,10 +1051,12 @@ class Delivery(TypedDict):
     outcome: DeliveryOutcome
     status: int
     reason: ErrorReason | None
+    notBefore: str | None
     executionId: str | None
     executionIds: List[str]
     eventId: str | None
     redrivenFrom: str | None
+    mail: MailSummary | None
     createdAt: str
 
 
@@ -1426,6 +1440,14 @@ class FailureCause(_FailureCauseAlways, total=False):
     executionId: str | None
 
 
+class FailureCounts(TypedDict):
+    """Numbers of dead letters by kind of failure, whatever kind is listed."""
+
+    failed: int
+    crashed: int
+    timedOut: int
+
+
 class _FindingAlways(TypedDict):
     type: FindingType
     message: str
@@ -1729,6 +1751,13 @@ class MailReceipt(_MailReceiptAlways, total=False):
 
     trigger_type: str
     warnings: List[ErrorDetail]
+
+
+MailSummary = TypedDict('MailSummary', {
+    'from': 'str',
+    'subject': 'str',
+    'attachments': 'int',
+})
 
 
 class _MappingsAnswerAlways(TypedDict):
@@ -2129,6 +2158,10 @@ class OrganizationDeadLetter(TypedDict):
     workflowId: str
     workflowName: str
     group: str
+    failure: FailureKind
+    state: DeadLetterState
+    successorId: str | None
+    successorStatus: ExecutionStatus | None
     completedNodes: int
     totalNodes: int
 
@@ -2153,10 +2186,12 @@ class OrganizationDelivery(TypedDict):
     outcome: DeliveryOutcome
     status: int
     reason: ErrorReason | None
+    notBefore: str | None
     executionId: str | None
     executionIds: List[str]
     eventId: str | None
     redrivenFrom: str | None
+    mail: MailSummary | None
     createdAt: str
     workflowName: str | None
 
