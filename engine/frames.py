@@ -13,7 +13,7 @@ from datetime import datetime
 from enum import Enum
 from heapq import heapify, heappush
 from types import MappingProxyType
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Final, cast
 
 import msgspec
 
@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from engine.program import NodeProgram
     from engine.run_records import NodeSpan, RunError
     from engine.values import Json
+
+
+NO_PORT: Final = ""
+"""Port by which a node leaves that is left out: none of its edges is taken."""
 
 
 class SectionFrame:

@@ -36,6 +36,8 @@ class ReplayDecision(StrEnum):
     """It runs unless its input turns out to be the recorded one."""
     ASK = "ask"
     """It is a write that would be repeated: it runs only if it is confirmed."""
+    SKIP = "skip"
+    """It does not run: it is a write that is left out and has no result, or only such nodes lead to it."""
 
 
 class ReplayReasonCode(StrEnum):
@@ -57,6 +59,8 @@ class ReplayReasonCode(StrEnum):
     REMOVED_NODE = "removed-node"
     UPSTREAM_MAYBE = "upstream-maybe"
     WRITE_NEEDS_CONFIRM = "write-needs-confirm"
+    LEFT_OUT = "left-out"
+    UPSTREAM_LEFT_OUT = "upstream-left-out"
 
 
 class ResultUse(StrEnum):
@@ -71,6 +75,8 @@ class ResultUse(StrEnum):
     """Used if the key turns out to be the same; the node runs otherwise."""
     UNCONFIRMED = "unconfirmed"
     """Used if the key turns out to be the same; the node fails otherwise."""
+    LEFT_OUT = "left-out"
+    """The node starts as skipped."""
     ITERATIONS = "turns"
     """The completed iterations of a loop are kept, and the failed ones run again."""
 
@@ -115,6 +121,10 @@ class ReplayOptions:
     """Whether agents ask their models where a request isn't the recorded one."""
     confirmed: frozenset[str] = frozenset()
     """Writes that may be repeated."""
+    left_out: frozenset[str] = frozenset()
+    """Writes outside of loops, and loops that write, that do not run: their results are reused, and without one they
+    are skipped.
+    """
     failed_only: bool = False
     """Whether loops keep completed iterations although their bodies have changed."""
 
@@ -165,14 +175,18 @@ class ReplayPlan:
     """Plan of a replay."""
 
     nodes: tuple[NodeReplay, ...]
-    """In the order of the graph; skipped nodes are omitted."""
+    """In the order of the graph; nodes on branches that are not taken are omitted."""
     removed: tuple[str, ...]
     """Recorded nodes that the definition to run lacks."""
 
     @property
     def predicted_seconds(self) -> float:
         """Sum of the recorded durations, in seconds, of the nodes that run or may run."""
-        return sum(node.seconds for node in self.nodes if node.decision is not ReplayDecision.REUSE)
+        return sum(
+            node.seconds
+            for node in self.nodes
+            if node.decision not in {ReplayDecision.REUSE, ReplayDecision.SKIP}
+        )
 
     @property
     def unconfirmed(self) -> tuple[str, ...]:

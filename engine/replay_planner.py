@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, cast
 from engine import approval_links, values
 from engine.agents.agent_steps import StepReuse
 from engine.expressions import ExpressionError
-from engine.frames import SectionFrame
+from engine.frames import NO_PORT, SectionFrame
 from engine.node_api import NodeEffect
 from engine.node_inputs import NodeInputs
 from engine.node_key import NodeKey, decode_key
@@ -120,6 +120,7 @@ class _NodePlanner:
         it no longer has.
         """
         self._decide_reachable()
+        self._show_skipped()
         for node_id in self._graph.order:
             if node_id in self._frame.section.graph.by_id and node_id not in self._decisions | dict.fromkeys(
                 self._skipped
@@ -162,9 +163,40 @@ class _NodePlanner:
             port = self._known_port(chosen, decision)
             if port is not None:
                 self._known.add(chosen)
+            elif decision.decision is ReplayDecision.SKIP:
+                self._skip([chosen])
+                port = NO_PORT
+            if port is not None:
                 step = self._frame.plan.settle(chosen, port)
                 ready += [one for one in step.ready if one not in ready]
                 self._skip(step.skipped)
+
+    def _show_skipped(self) -> None:
+        """Decide about the nodes that are skipped since a write before them is left out, so that the plan has them."""
+        for node_id in self._graph.order:
+            if node_id in self._skipped and node_id not in self._decisions and self._left_out_before(node_id):
+                self._decisions[node_id] = self._skip_behind(node_id)
+
+    def _left_out_before(self, node_id: str) -> list[str]:
+        """Return the nodes right before a node that the plan skips."""
+        before = dict.fromkeys(edge.source for edge in self._graph.inbound[node_id])
+        return [
+            other
+            for other in before
+            if other in self._decisions and self._decisions[other].decision is ReplayDecision.SKIP
+        ]
+
+    def _skip_behind(self, node_id: str) -> NodeReplay:
+        reason = ReplayReason(ReplayReasonCode.UPSTREAM_LEFT_OUT, tuple(self._left_out_before(node_id)))
+        return self._make(node_id, ReplayDecision.SKIP, [reason], ResultUse.NONE)
+
+    def _leave_out(self, node_id: str, span: NodeSpan | None) -> NodeReplay:
+        """Return the decision that a write does not run: its result is reused, and without one it is skipped."""
+        reason = ReplayReason(ReplayReasonCode.LEFT_OUT)
+        has_result = span is not None and span.port is not None and node_id not in self._facts.expired
+        if has_result:
+            return self._make(node_id, ReplayDecision.REUSE, [reason], ResultUse.SETTLED)
+        return self._make(node_id, ReplayDecision.SKIP, [reason], ResultUse.LEFT_OUT)
 
     def _skip(self, node_ids: Iterable[str]) -> None:
         self._skipped.update(node_ids)
@@ -241,6 +273,8 @@ class _NodePlanner:
     def _decide(self, node_id: str) -> NodeReplay:
         """Decide about a node with known inputs."""
         span, program = self._recorded.get(node_id), self._program.nodes[node_id]
+        if node_id in self._options.left_out:
+            return self._leave_out(node_id, span)
         if span is None:
             return self._start(node_id)
         if span.port is None:
@@ -337,10 +371,19 @@ class _NodePlanner:
         A result that may still fit is kept as a candidate; a write behind a changed node needs a
         confirmation.
         """
-        span, program = self._recorded.get(node_id), self._program.nodes[node_id]
-        if span is None:
-            return self._start(node_id)
-        if span.status is SpanStatus.SKIPPED:
+        span = self._recorded.get(node_id)
+        if node_id in self._options.left_out:
+            return self._leave_out(node_id, span)
+        skipped = self._left_out_before(node_id)
+        if skipped and {edge.source for edge in self._graph.inbound[node_id]} <= {*skipped, *self._skipped}:
+            return self._skip_behind(node_id)
+        return self._start(node_id) if span is None else self._decide_recorded_behind(node_id, span)
+
+    def _decide_recorded_behind(self, node_id: str, span: NodeSpan) -> NodeReplay:
+        """Decide about a node with a recorded span, whose input is known only when the replay runs."""
+        program = self._program.nodes[node_id]
+        # A skipped write with a request was left out of a replay, and may have happened before it.
+        if span.status is SpanStatus.SKIPPED and span.resolved_config is None:
             return self._run(node_id, ReplayReason(ReplayReasonCode.NO_RESULT), decision=ReplayDecision.MAYBE)
         is_forced = node_id in self._forced
         key = decode_key(span.hashes)

@@ -10,7 +10,7 @@ from hashlib import sha256
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 from engine import answer_payloads, run_records, values
-from engine.frames import NodeVisit, SectionFrame, SleepingNode, WakeAction
+from engine.frames import NO_PORT, NodeVisit, SectionFrame, SleepingNode, WakeAction
 from engine.loops import LoopScheduler
 from engine.node_api import (
     ERROR,
@@ -339,6 +339,9 @@ class RunProgress:
         Call this in the order in which nodes settled, so that an eager node is reached by the branch that was
         first.
         """
+        if span.status is SpanStatus.SKIPPED:
+            self._leave_out(frame, span.node_id)
+            return
         output = values.restore_json(span.output) if span.output is not None else None
         frame.outputs[span.node_id] = frame.nodes[span.node_id] = output
         frame.digests[span.node_id] = sha256(span.output or b"").digest()
@@ -347,6 +350,15 @@ class RunProgress:
             self.schedule_successors(frame, frame.plan.settle(span.node_id, span.port))
         elif span.error is not None:
             self._fail_frame(frame, span.error)
+        self._on_node_settled(frame)
+
+    def _leave_out(self, frame: SectionFrame, node_id: str) -> None:
+        """Skip a node that was reached, since the run begins with it as skipped, and take none of its edges."""
+        frame.skipped.add(node_id)
+        self._recorder.count(frame, frame.share_of(node_id))
+        if node_id in frame.section.bodies:
+            self.skip_body(frame.section.bodies[node_id], frame)
+        self.schedule_successors(frame, frame.plan.settle(node_id, NO_PORT))
         self._on_node_settled(frame)
 
     def reuse(self, visit: NodeVisit, candidate: NodeSpan) -> None:
@@ -371,7 +383,9 @@ class RunProgress:
         frame.skipped.update(step.skipped)
         for node_id in step.skipped:
             self._recorder.count(frame, frame.share_of(node_id))
-            if node_id not in frame.recorded:
+            recorded = frame.recorded.get(node_id)
+            # A replay may begin with a result of a node that it then does not reach.
+            if recorded is None or recorded.port is not None:
                 self._recorder.record_skipped(self._nodes[node_id].node, frame.iteration)
                 if node_id in frame.section.bodies:
                     self.skip_body(frame.section.bodies[node_id], frame)

@@ -136,6 +136,8 @@ class ReplayCopy:
     """Use of the recorded steps of agents, by their node ids and those of the tools that are agents."""
     has_outside_trigger: bool = False
     """Whether the output of the trigger may hold text of outsiders, whatever type the trigger has now."""
+    left_out: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    """Labels and types of the nodes that begin as skipped, by their ids."""
 
 
 async def insert_copy(
@@ -229,6 +231,8 @@ async def insert_replay(
         ]
         if copies:
             await connection.execute(_new_span(source, new_id, _span_changes(use, source, key_id)), copies)
+    if replay.left_out:
+        await _leave_out(connection, source, new_id, replay.left_out, key_id)
     for reuse in sorted(set(replay.steps.values())):
         agents = [node_id for node_id, use in replay.steps.items() if use is reuse]
         is_answered = or_(
@@ -236,6 +240,44 @@ async def insert_replay(
         )
         wanted = and_(col(AgentStepRow.node_id).in_(agents), is_answered, ~IS_LEFT)
         await _copy_steps(connection, source, new_id, wanted, {"reuse": literal(reuse.value)})
+
+
+async def _leave_out(
+    connection: AsyncConnection,
+    source: ExecutionKey,
+    new_id: str,
+    nodes: Mapping[str, tuple[str, str]],
+    key_id: str,
+) -> None:
+    """Insert spans of skipped nodes into a replay.
+
+    One with a recorded request keeps it: a later replay must know that the write may have happened.
+    """
+    empty = (
+        *("port", "error", "output", "output_blob", "input_node", "input", "input_blob", "started_at"),
+        *("ended_at", "wake_at", "awaits", "reused_from", "model_calls", "unresolved"),
+    )
+    changes: dict[str, SQLColumnExpression[Any]] = {
+        "status": literal(SpanStatus.SKIPPED.value),
+        "key_id": func.coalesce(col(SpanRow.key_id), literal(key_id)),
+        **{name: null() for name in empty},
+    }
+    for node_id, (label, node_type) in nodes.items():
+        span = {"new_id": ids.new_id("span"), "of_node": node_id, "of_iteration": ""}
+        result = await connection.execute(_new_span(source, new_id, changes), [span])
+        if result.rowcount:
+            continue
+        row = SpanRow(
+            execution_id=new_id,
+            node_id=node_id,
+            shard=source.shard,
+            id=span["new_id"],
+            sequence=0,
+            label=label,
+            type=node_type,
+            status=SpanStatus.SKIPPED,
+        )
+        await connection.execute(insert(SpanRow).values(row.model_dump()))
 
 
 def _span_changes(use: ResultUse, source: ExecutionKey, key_id: str) -> dict[str, SQLColumnExpression[Any]]:

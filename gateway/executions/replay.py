@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
@@ -53,6 +53,10 @@ class ReplayRequest(StrictWire):
     first request on that isn't the recorded one."""
     confirm: NodeIds = msgspec.field(default_factory=list)
     """Writes that may be repeated, with a new idempotency key."""
+    skip: NodeIds = msgspec.field(default_factory=list)
+    """Writes that do not run: their recorded output is used again, and without one they are skipped, with the nodes
+    that only they lead to. A loop that writes is left out as a whole.
+    """
     failed_only: bool = False
     """Loops keep their completed iterations although their bodies have changed."""
     dry_run: bool = False
@@ -71,6 +75,7 @@ class ReplayRequest(StrictWire):
             refreshes_reads="read" in self.refresh,
             refreshes_models="model" in self.refresh,
             confirmed=frozenset(self.confirm),
+            left_out=frozenset(self.skip),
             failed_only=self.failed_only,
         )
 
@@ -104,6 +109,8 @@ class NodeReplayShape(WireStruct):
     """Whether a loop runs its failed iterations alone."""
     confirmed: bool
     """Whether `confirm` names this write, which would be asked for otherwise."""
+    skippable: bool
+    """Whether `skip` may name it: a write outside of loops, or a loop that writes."""
     answers: ReusedAnswers | UnsetType = UNSET
     """Recorded answers of an agent that are used again; absent without any."""
 
@@ -115,10 +122,12 @@ class ReplayCounts(WireStruct):
     rerun: int
     maybe: int
     ask: int
+    skip: int | UnsetType = UNSET
+    """Nodes that do not run since writes are left out; absent without any."""
 
 
 class ReplayPlanShape(WireStruct):
-    """Plan of a replay: nodes in the order of the graph, without those that are skipped."""
+    """Plan of a replay: nodes in the order of the graph, without those on branches that are not taken."""
 
     execution_id: str
     definition: str
@@ -146,7 +155,7 @@ async def replay(request: GatewayRequest) -> JsonResponse:
     A key consists of the type, code, config, mappings, input and data sources of a node. Nodes with another key run
     again, and those behind them only if their input changes. With `{"definition": "current"}`, a failed execution
     continues behind the last good node with the mended workflow. A completed write is never repeated unless `confirm`
-    names it. `dryRun` returns the plan. An execution is replayed once, or with `again`.
+    names it; `skip` leaves writes out. `dryRun` returns the plan. An execution is replayed once, or with `again`.
     """
     value = await read_json(request)
     body = body_of(request, value, ReplayRequest)
@@ -252,15 +261,15 @@ def show_plan(planned: PlannedReplay) -> ReplayPlanShape:
         execution_id=planned.execution_id,
         definition=planned.definition.label,
         plan_hash=planned.hash,
-        counts=ReplayCounts(**counts),
+        counts=ReplayCounts(**{name: count for name, count in counts.items() if count or name != "skip"}),
         predicted_seconds=round(planned.plan.predicted_seconds, 3),
-        nodes=[_show_node(node) for node in nodes],
+        nodes=[_show_node(node, planned.writes) for node in nodes],
         removed=planned.plan.removed,
     )
 
 
-def _show_node(node: NodeReplay) -> NodeReplayShape:
-    """Return the decision about a node as the API shows it."""
+def _show_node(node: NodeReplay, writes: Collection[str]) -> NodeReplayShape:
+    """Return the decision about a node as the API shows it; `writes` may be left out."""
     return NodeReplayShape(
         node_id=node.node_id,
         decision=node.decision,
@@ -268,6 +277,7 @@ def _show_node(node: NodeReplay) -> NodeReplayShape:
         reasons=[ReplayReasonShape(code=reason.code, paths=reason.paths) for reason in node.reasons],
         failed_only=node.failed_only,
         confirmed=node.confirmed,
+        skippable=node.node_id in writes,
         answers=UNSET
         if node.answer_reuse is None
         else ReusedAnswers(

@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from engine.agents.agent_steps import StepReuse
+    from engine.graph import GraphNode
     from engine.node_api import NodeCall
     from engine.program import AgentProgram
     from engine.run_clock import RunClock
@@ -93,6 +94,7 @@ class ReplayChoice:
     refreshes_reads: bool = False
     refreshes_models: bool = False
     confirmed: frozenset[str] = frozenset()
+    left_out: frozenset[str] = frozenset()
     failed_only: bool = False
 
 
@@ -148,6 +150,10 @@ class PlannedReplay:
     """Use of the recorded steps of agents, by their node ids and those of the tools that are agents."""
     has_outside_trigger: bool = False
     """Whether the trigger of the recorded definition, whose output the replay has, may hold text of outsiders."""
+    left_out: Mapping[str, GraphNode] = field(default_factory=dict)
+    """Nodes that the replay begins with as skipped, by their ids."""
+    writes: frozenset[str] = frozenset()
+    """Nodes that a replay may leave out: writes outside of loops, and loops that write."""
 
 
 class ReplayPlanner:
@@ -182,6 +188,7 @@ class ReplayPlanner:
             refreshes_reads=choice.refreshes_reads,
             refreshes_models=choice.refreshes_models,
             confirmed=choice.confirmed,
+            left_out=choice.left_out,
             failed_only=choice.failed_only,
         )
         trigger = None
@@ -413,6 +420,7 @@ class _Planning:
                 chosen = ParsedGraph.from_stored(self._chosen.content)
                 self._rewired_agents = agent_wiring.find_rewired_agents(recorded, chosen)
             self._require_known_nodes(self._program.graph)
+            _require_left_out_writes(self._choice, self._program)
         row = self.recorded.row
         facts = ReplayFacts(
             caller=RunCaller(
@@ -449,6 +457,7 @@ class _Planning:
         problems = [
             *_unknown_nodes("from", self._choice.forced, graph),
             *_unknown_nodes("confirm", self._choice.confirmed, graph),
+            *_unknown_nodes("skip", self._choice.left_out, graph),
         ]
         if problems:
             raise errors.invalid(problems)
@@ -477,6 +486,7 @@ class _Planning:
             self._choice.refreshes_reads,
             self._choice.refreshes_models,
             self._choice.failed_only,
+            *([[*sorted(self._choice.left_out)]] if self._choice.left_out else ()),
         ]
         return PlannedReplay(
             execution_id=self.recorded.key.execution_id,
@@ -498,7 +508,45 @@ class _Planning:
             bodies={loop_id: program.nodes[loop_id].body for loop_id in kept},
             steps=_choose_steps(plan, program),
             has_outside_trigger=self.new_trigger is None and _has_outside_trigger(original),
+            left_out={
+                node.node_id: program.graph.by_id[node.node_id]
+                for node in plan.nodes
+                if node.use is ResultUse.LEFT_OUT
+            },
+            writes=_find_skippable(program),
         )
+
+
+def _find_skippable(program: WorkflowProgram) -> frozenset[str]:
+    """Return the nodes that a replay may leave out: writes outside of loops, and loops that write."""
+    inside = {inner for node in program.nodes.values() for inner in node.body}
+    return frozenset(
+        node_id
+        for node_id, node in program.nodes.items()
+        if node_id not in inside
+        and (node.is_write or any(program.nodes[inner].is_write for inner in node.body))
+    )
+
+
+def _require_left_out_writes(choice: ReplayChoice, program: WorkflowProgram) -> None:
+    """Raise a 422 error if the choices leave out a node that does not write, is in a loop, or shall run."""
+    problems: list[dict[str, Json]] = []
+    skippable = _find_skippable(program)
+    for node_id in sorted(choice.left_out):
+        around = sorted(one for one, other in program.nodes.items() if node_id in other.body)
+        if node_id in choice.confirmed | choice.forced:
+            message = f"The node {node_id} is left out by `skip`: remove it from `from` and `confirm`, or from `skip`"
+            problems.append(errors.problem("skip", "ambiguous", message))
+        elif around:
+            message = (
+                f"The node {node_id} is in a loop: leave out the loop {around[0]} with all of its iterations"
+            )
+            problems.append(errors.problem("skip", "in-loop", message))
+        elif node_id not in skippable:
+            message = f"The node {node_id} writes nothing: only writes are left out"
+            problems.append(errors.problem("skip", "not-a-write", message))
+    if problems:
+        raise errors.invalid(problems)
 
 
 def _has_outside_trigger(graph: ParsedGraph) -> bool:
@@ -553,6 +601,7 @@ def replay_copy(planned: PlannedReplay, inner: Mapping[ResultUse, Sequence[tuple
         spans=spans,
         steps=planned.steps,
         has_outside_trigger=planned.has_outside_trigger,
+        left_out={node_id: (node.label, node.type) for node_id, node in planned.left_out.items()},
     )
 
 

@@ -301,6 +301,14 @@ def replay(
     confirmed: Annotated[
         list[str] | None, Option("--confirm", help="Write that may be repeated; may be repeated.")
     ] = None,
+    left_out: Annotated[
+        list[str] | None,
+        Option(
+            "--skip",
+            help="Write that does not run: its recorded output is used again, or without one it is skipped with"
+            " the nodes that only it leads to; may be repeated.",
+        ),
+    ] = None,
     failed_only: Annotated[
         bool, Option("--failed-only", help="Keep completed iterations of loops with changed bodies.")
     ] = False,
@@ -325,6 +333,7 @@ def replay(
         "definition": "current" if current else "original",
         "input": None if given is None else read_object(given, "--input"),
         "confirm": confirmed or [],
+        "skip": left_out or [],
         "refresh": refreshed or [],
         "failed_only": failed_only,
     }
@@ -336,7 +345,9 @@ def replay(
     asked = [node["nodeId"] for node in plan["nodes"] if node["decision"] == "ask"]
     if asked and not dry_run:
         named = " ".join(f"--confirm {node_id}" for node_id in asked)
-        raise CommandError(f"The replay would repeat writes. To allow that, add {named}")
+        raise CommandError(
+            f"The replay would repeat writes. To allow that, add {named}; to leave a write out, --skip and its id"
+        )
     if not dry_run:
         started: Mapping[str, Any] = client.executions.replay(
             execution, plan_hash=plan["planHash"], again=again, **chosen

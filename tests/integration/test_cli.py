@@ -319,7 +319,7 @@ def test_a_failed_run_is_found_and_replayed_with_the_mended_workflow(shell: Comm
     nodes: list[dict[str, Any]] = [
         {"id": "start", "type": "manual"},
         {"id": "note", "type": "set", "config": {"values": {"n": 1}}},
-        {"id": "ask", "type": "http-request", "config": {"url": "http://127.0.0.1/"}},
+        {"id": "ask", "type": "http-request", "config": {"method": "POST", "url": "http://127.0.0.1/"}},
     ]
     edges = [{"source": "start", "target": "note"}, {"source": "note", "target": "ask"}]
     broken = {"name": "Mended", "nodes": nodes, "connections": edges}
@@ -329,6 +329,8 @@ def test_a_failed_run_is_found_and_replayed_with_the_mended_workflow(shell: Comm
     assert [line.split()[0] for line in listed.splitlines()[1:]] == [failed]
     assert "address-not-allowed" in listed
     assert json.loads(shell.output("runs", "get", failed))["status"] == "failed"
+    left_out = json.loads(shell.output("replay", failed, "--skip", "ask", "--dry-run", "--json"))
+    assert left_out["counts"] == {"reuse": 2, "rerun": 0, "maybe": 0, "ask": 0, "skip": 1}
     mended = {**nodes[2], "type": "set", "config": {"values": {"ok": True}}}
     shell.output("apply", shell.file("m.json", json.dumps({**broken, "nodes": [*nodes[:2], mended]})))
     plan = shell.output("replay", failed, "--current", "--dry-run").splitlines()

@@ -490,11 +490,50 @@ async def test_hostile_parameters_of_the_pages_of_runs_are_refused_or_shown_as_t
             (f"/{run_id}", ("node", "tab", "with")),
             (f"/{run_id}/replay", ("definition", "refresh")),
             (f"/{run_id}/replay", ("from",)),
+            (f"/{run_id}/replay", ("skip",)),
         ):
             page = await browser.get(f"/dashboard/runs{path}", params=dict.fromkeys(names, given))
             assert page.status_code in {200, 400, 404, 422}, (path, names, given)
             assert "<img" not in page.text
             assert "<script>" not in page.text
+
+
+async def test_the_page_of_a_plan_leaves_a_write_out_and_says_what_follows(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    pay = {
+        "id": "step",
+        "nodeId": "http-request",
+        "label": "Pay",
+        "config": {"method": "POST", "url": "http://a/"},
+    }
+    behind = {"id": "thank", "nodeId": "set", "config": {"values": {"done": True}}}
+    edges = [
+        {"sourceNodeId": "start", "targetNodeId": "step"},
+        {"sourceNodeId": "step", "targetNodeId": "thank"},
+    ]
+    nodes = [{"id": "start", "nodeId": "manual"}, pay, behind]
+    workflow_id = await people.owner.create(status="active", nodes=nodes, connections=edges)
+    started = await people.owner.api.post(f"/api/v1/workflows/{workflow_id}/execute", json={})
+    run_id = started.json()["executionId"]
+    await fail_with(harness, run_id, "http-422")
+    browser = await sign_in(harness, people.owner.key)
+    path = f"/dashboard/runs/{run_id}/replay"
+    page = (await browser.get(path)).text
+    (address,) = re.findall(rf'href="({path}\?skip=step)">Leave it out', page)
+    page = (await browser.get(address)).text
+    for text in (
+        "Left out: it has no recorded output",
+        "Only writes that are left out lead to it",
+        "1 write is left out and sends nothing",
+        "and 2 nodes are skipped",
+        "Nothing is written to the outside.",
+        '<input type="hidden" name="skip" value="step">',
+        f'<a href="{path}">Run it after all',
+    ):
+        assert text in page, text
+    (sent,) = re.findall(r'data-sends="([^"]*planHash[^"]*)"', page)
+    assert "&#34;skip&#34;: [&#34;step&#34;]" in sent
 
 
 async def test_files_are_compressed_once_and_cached_for_good(harness: GatewayHarness) -> None:

@@ -253,6 +253,112 @@ async def test_writes_are_repeated_only_if_they_are_named(harness_of: ReplayHarn
     assert json.loads(here.ledger.writes[-1][2] or b"") == {"data": {"n": 2}}
 
 
+async def test_a_write_that_is_left_out_sends_nothing_and_the_nodes_behind_it_go_on_or_are_skipped(
+    harness_of: ReplayHarness,
+) -> None:
+    here = harness_of
+    nodes = [
+        step("note", n="{{ data.body.n }}"),
+        post("pay"),
+        step("thank", done=True),
+        step("log", done=True),
+    ]
+    edges = ("start > note > pay > thank", "note > log")
+    workflow_id = await here.create(nodes, *edges)
+    done = await here.run(workflow_id, inputs={"n": 1})
+    plan = await here.plan(done, input={"n": 2}, skip=["pay"])
+    assert decisions(plan) == {
+        "start": "rerun",
+        "note": "rerun",
+        "pay": "reuse",
+        "thank": "maybe",
+        "log": "maybe",
+    }
+    (pay,) = [node for node in plan["nodes"] if node["nodeId"] == "pay"]
+    assert (pay["reasons"], pay["skippable"]) == ([{"code": "left-out", "paths": []}], True)
+    assert plan["planHash"] != (await here.plan(done, input={"n": 2}))["planHash"]
+    stale = await here.post(done, input={"n": 2}, confirm=["pay"], planHash=plan["planHash"])
+    assert_refused(stale, 409, "plan-changed")
+    replayed = await here.replay(done, input={"n": 2}, skip=["pay"], planHash=plan["planHash"])
+    assert (await here.show(replayed))["status"] == "completed"
+    spans = await here.spans(replayed)
+    assert {name: span["reusedFrom"] for name, span in spans.items()} == {
+        "start": None,
+        "note": None,
+        "pay": done,
+        "thank": done,
+        "log": None,
+    }
+    assert here.ledger.paths == ["/pay"]
+
+    here.ledger.failing = {"/pay": 0}
+    failed = await here.run(workflow_id, inputs={"n": 3})
+    plan = await here.plan(failed, skip=["pay"])
+    assert {name: what for name, what in decisions(plan).items() if what == "skip"} == {
+        "pay": "skip",
+        "thank": "skip",
+    }
+    assert plan["counts"]["skip"] == 2
+    replayed = await here.replay(failed, skip=["pay"])
+    assert (await here.show(replayed))["status"] == "completed"
+    spans = await here.spans(replayed)
+    assert {name: span["status"] for name, span in spans.items()} == {
+        "start": "completed",
+        "note": "completed",
+        "log": "completed",
+        "pay": "skipped",
+        "thank": "skipped",
+    }
+    assert here.ledger.paths == ["/pay", "/pay"]
+    # It may have happened before it was left out: the same request keeps its key, and another is refused.
+    refused = await here.show(await here.replay(replayed, input={"n": 4}))
+    assert (refused["status"], refused["error"]["cause"]["code"]) == ("failed", "write-needs-confirm")
+    here.ledger.failing = {}
+    again = await here.replay(replayed, again=True)
+    assert (await here.show(again))["status"] == "completed"
+    assert here.ledger.writes[-1][1] == f"{failed}:pay:0"
+
+
+async def test_a_write_that_was_never_reached_and_a_loop_that_writes_are_left_out(
+    harness_of: ReplayHarness,
+) -> None:
+    here = harness_of
+    loop = {"id": "loop", "nodeId": "loop", "config": {"items": [1, 2]}}
+    nodes = [post("first"), loop, post("each"), post("last"), step("end", done=True)]
+    workflow_id = await here.create(
+        nodes, "start > first > loop", "loop:continue > each", "loop:done > last > end"
+    )
+    here.ledger.failing = {"/first": 422}
+    failed = await here.run(workflow_id)
+    here.ledger.failing = {}
+    plan = await here.plan(failed, skip=["last"])
+    assert decisions(plan)["last"] == decisions(plan)["end"] == "skip"
+    skippable = {node["nodeId"] for node in plan["nodes"] if node["skippable"]}
+    assert skippable == {"first", "loop", "last"}
+    replayed = await here.replay(failed, skip=["last"])
+    spans = await here.spans(replayed)
+    assert (spans["last"]["status"], spans["end"]["status"]) == ("skipped", "skipped")
+    assert Counter(here.ledger.paths) == {"/first": 2, "/each": 2}
+    without = await here.replay(failed, skip=["loop"], again=True)
+    spans = await here.spans(without)
+    assert {name for name, span in spans.items() if span["status"] == "skipped"} == {
+        "loop",
+        "each",
+        "last",
+        "end",
+    }
+    assert Counter(here.ledger.paths) == {"/first": 3, "/each": 2}
+    for body, code in (
+        ({"skip": ["each"]}, "in-loop"),
+        ({"skip": ["end"]}, "not-a-write"),
+        ({"skip": ["pey"]}, "unknown-node"),
+        ({"skip": ["last"], "confirm": ["last"]}, "ambiguous"),
+    ):
+        refused = await here.post(failed, "replay", **body)
+        assert_refused(refused, 422, "validation-failed")
+        assert [one["code"] for one in refused.json()["error"]["details"]] == [code]
+
+
 async def test_an_unchanged_output_stops_the_rerun_and_a_changed_one_a_write(
     harness_of: ReplayHarness,
 ) -> None:

@@ -169,7 +169,11 @@ def use_spans(past: PastRun, plan: ReplayPlan, program: WorkflowProgram) -> list
             found += [used] if (used := use_span(span, node)) else []
         elif span.iteration:
             found += [used] if (used := use_inner(span, plan, past, program)) else []
-    return found
+    left_out = [node.node_id for node in plan.nodes if node.use is ResultUse.LEFT_OUT]
+    graph = program.graph.by_id
+    return found + [
+        NodeSpan(one, graph[one].label, graph[one].type, SpanStatus.SKIPPED, 0, None) for one in left_out
+    ]
 
 
 def use_span(span: NodeSpan, node: NodeReplay) -> NodeSpan | None:
@@ -315,6 +319,79 @@ def test_an_edit_reruns_exactly_the_nodes_with_changed_keys(
         assert not {name for name in recorder.calls if name.startswith("pay")} & done
 
     asyncio.run(check())
+
+
+@settings(max_examples=60, deadline=None)
+@given(graph=graphs(), trigger=st.integers(0, 3), data=st.data())
+def test_a_write_that_is_left_out_never_runs_and_the_plan_says_what_follows(
+    graph: tuple[str, dict[str, dict[str, Json]]], trigger: int, data: st.DataObject
+) -> None:
+    drawing, options = graph
+    names = sorted(options)
+    writes = frozenset(name for name in names if name.startswith("pay"))
+    left_out = frozenset(data.draw(st.sets(st.sampled_from(sorted(writes))) if writes else st.just(set())))
+    broken = data.draw(st.sampled_from(["", *names]))
+    edited = data.draw(st.sampled_from(names))
+
+    async def check() -> None:
+        recorder = NodeRecorder(broken={broken}, error="http-409")
+        past = await run_first(compile_drawing(drawing, recorder.kinds, options), trigger)
+        recorder.broken.clear()
+        recorder.calls.clear()
+        program = compile_drawing(drawing, recorder.kinds, {**options, edited: {"config": {"by": 7}}})
+        plan = plan_of(past, program, left_out=left_out, confirmed=writes - left_out)
+        ended, notebook = await run_again(past, plan, program)
+        assert ended == RunOutcome(RunStatus.COMPLETED)
+        assert not left_out & {*recorder.calls}
+        outputs = {span.node_id: span.output for span in past.spans if span.port is not None}
+        for node in plan.nodes:
+            span = notebook.spans[node.node_id]
+            if node.decision is ReplayDecision.SKIP:
+                assert span.status is SpanStatus.SKIPPED, (node, drawing)
+            if node.node_id in left_out:
+                assert (node.decision is ReplayDecision.REUSE) == (node.node_id in outputs)
+                if span.status is SpanStatus.COMPLETED:
+                    assert span.output == outputs[node.node_id]
+
+    asyncio.run(check())
+
+
+async def test_a_write_that_is_left_out_gives_its_recorded_output_or_none_to_the_nodes_behind_it() -> None:
+    recorder = NodeRecorder()
+    drawing = "start > add > pay > add2; start > pay2 > parity; pay2 > add3; start > add3"
+    past = await run_first(compile_drawing(drawing, recorder.kinds))
+    recorder.calls.clear()
+    changed = compile_drawing(drawing, recorder.kinds, {"add": {"config": {"by": 1}}})
+    plan = plan_of(past, changed, left_out=frozenset({"pay"}))
+    assert decisions(plan)["pay"] == "reuse"
+    assert (reasons(plan, "pay"), plan.unconfirmed) == (["left-out"], ())
+    ended, notebook = await run_again(past, plan, changed)
+    assert (ended, recorder.calls) == (RunOutcome(RunStatus.COMPLETED), ["add"])
+    assert notebook.spans["pay"].reused_from == notebook.spans["add2"].reused_from == EARLIER
+
+    behind = {"pay2", "parity", "add3"}
+    unfinished = PastRun(past.program, past.trigger, [one for one in past.spans if one.node_id not in behind])
+    recorder.calls.clear()
+    plan = plan_of(unfinished, left_out=frozenset({"pay2"}))
+    assert {node.node_id for node in plan.nodes if node.decision is ReplayDecision.SKIP} == {"pay2", "parity"}
+    assert reasons(plan, "parity") == ["upstream-left-out"]
+    ended, notebook = await run_again(unfinished, plan)
+    assert (ended, recorder.calls) == (RunOutcome(RunStatus.COMPLETED), ["add3"])
+    assert (notebook.status("pay2"), notebook.status("parity")) == ("skipped", "skipped")
+    hashes = {plan_of(unfinished, left_out=frozenset(one)).digest() for one in ((), ("pay2",), ("pay",))}
+    assert len(hashes) == 3
+
+
+async def test_a_write_that_may_have_happened_before_it_was_left_out_is_asked_for_later() -> None:
+    recorder = NodeRecorder(broken={"pay"}, error="timed-out")
+    program = compile_drawing("start > add > pay", recorder.kinds)
+    past = await run_first(program)
+    left = [
+        replace(span, status=SpanStatus.SKIPPED, error=None) if span.node_id == "pay" else span
+        for span in past.spans
+    ]
+    changed = compile_drawing("start > add > pay", recorder.kinds, {"pay": {"config": {"by": 1}}})
+    assert plan_of(PastRun(program, past.trigger, left), changed).unconfirmed == ("pay",)
 
 
 # ── failures ────────────────────────────────────────────────────────────────────────────────────────────────

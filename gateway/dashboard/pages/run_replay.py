@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
+from gateway.dashboard.addresses import list_address
 from gateway.dashboard.page import Page, PageData, PageFrame
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ DECISIONS: Final = {
     "rerun": ("lit", "running", "Runs"),
     "maybe": ("warn", "waiting", "Runs if its input changes"),
     "ask": ("bad", "alert", "Would write again"),
+    "skip": ("off", "skipped", "Skipped"),
 }
 
 
@@ -43,7 +45,7 @@ async def load(page: PageRequest) -> PageData:
 
 def _choose_options(query: Mapping[str, str]) -> dict[str, Any]:
     """Return the fields of a replay that the query chooses: its definition (the present one by default), the
-    node at which it begins, and whether nodes that read the outside run again.
+    node at which it begins, the writes that are left out, and whether nodes that read the outside run again.
     """
     given = query.get("definition", "")
     is_version = given.isascii() and given.isdigit() and len(given) < len(str(MAX_VERSION))
@@ -51,6 +53,8 @@ def _choose_options(query: Mapping[str, str]) -> dict[str, Any]:
     options: dict[str, Any] = {"definition": int(given) if is_version and int(given) else definition}
     if query.get("from"):
         options["from"] = [query["from"]]
+    if query.get("skip"):
+        options["skip"] = query["skip"].split(",")
     if query.get("refresh") == "read":
         options["refresh"] = ["read"]
     return options
@@ -61,6 +65,8 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
     run, plan, workflow = data["run"], data["plan"], data["workflow"]
     path = f"/dashboard/runs/{run['id']}"
     options = _choose_options(frame.query)
+    left_out: list[str] = options.get("skip", [])
+    address = f"{frame.root}{path}/replay"
     name = workflow["name"] if workflow else run["workflowId"]
     counts = plan["counts"]
     return {
@@ -76,13 +82,25 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "options": options,
         "sent": {**options, "planHash": plan["planHash"]},
         "definitions": [*DEFINITIONS, *_list_versions(data["versions"])],
-        "address": f"{frame.root}{path}/replay",
+        "address": address,
+        "left_out": left_out,
+        "skip_address": lambda node_id: _choose_skips(frame, f"{path}/replay", left_out, node_id),
         "writes": [
-            node for node in plan["nodes"] if node["effect"] == "write" and node["decision"] != "reuse"
+            node
+            for node in plan["nodes"]
+            if node["effect"] == "write" and node["decision"] not in ("reuse", "skip")
         ],
         "runs": counts["rerun"] + counts["maybe"] + counts["ask"],
         "may_execute": frame.may("workflows:execute"),
     }
+
+
+def _choose_skips(frame: PageFrame, path: str, left_out: Sequence[str], node_id: str) -> str:
+    """Return the address of the plan that leaves a node out, or no longer does, with the same other choices."""
+    chosen = [one for one in left_out if one != node_id]
+    if node_id not in left_out:
+        chosen.append(node_id)
+    return list_address(frame, path, {**frame.query, "skip": ",".join(chosen)})
 
 
 def _list_versions(versions: Mapping[str, Any] | None) -> Sequence[tuple[str, str]]:

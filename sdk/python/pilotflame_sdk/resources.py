@@ -359,9 +359,9 @@ class Executions(Resource):
         """Show the progress of an execution: when it has ended, or after `wait` seconds at the latest."""
         return cast("t.Progress", self._client.request("GET", f"/api/v1/executions/{self._quote(execution_id)}/progress", query={"wait": wait}, wait=wait or 0))
 
-    def replay(self, execution_id: str, *, from_: Sequence[str] | None = None, definition: Literal['current', 'original'] | int | None = None, input: Mapping[str, Any] | None = None, refresh: Sequence[Literal['model', 'read']] | None = None, confirm: Sequence[str] | None = None, failed_only: bool | None = None, dry_run: bool | None = None, plan_hash: str | None = None, again: bool | None = None, idempotency_key: str | None = None) -> t.ReplayResult:
+    def replay(self, execution_id: str, *, from_: Sequence[str] | None = None, definition: Literal['current', 'original'] | int | None = None, input: Mapping[str, Any] | None = None, refresh: Sequence[Literal['model', 'read']] | None = None, confirm: Sequence[str] | None = None, skip: Sequence[str] | None = None, failed_only: bool | None = None, dry_run: bool | None = None, plan_hash: str | None = None, again: bool | None = None, idempotency_key: str | None = None) -> t.ReplayResult:
         """Replay an ended execution: start a new one that reuses each result whose node has the same key."""
-        return cast("t.ReplayResult", self._client.request("POST", f"/api/v1/executions/{self._quote(execution_id)}/replay", fields={"from": from_, "definition": definition, "input": input, "refresh": refresh, "confirm": confirm, "failedOnly": failed_only, "dryRun": dry_run, "planHash": plan_hash, "again": again}, idempotency_key=idempotency_key, is_keyed=True))
+        return cast("t.ReplayResult", self._client.request("POST", f"/api/v1/executions/{self._quote(execution_id)}/replay", fields={"from": from_, "definition": definition, "input": input, "refresh": refresh, "confirm": confirm, "skip": skip, "failedOnly": failed_only, "dryRun": dry_run, "planHash": plan_hash, "again": again}, idempotency_key=idempotency_key, is_keyed=True))
 
     def resume(self, execution_id: str, *, fresh: bool | None = None, idempotency_key: str | None = None) -> t.ResumeResult:
         """Resume a failed execution: start a new one from its committed results."""

@@ -2515,13 +2515,17 @@ class Replay(TypedDict):
     longestWaitSeconds: float
 
 
-class ReplayCounts(TypedDict):
-    """Number of nodes by decision."""
-
+class _ReplayCountsAlways(TypedDict):
     reuse: int
     rerun: int
     maybe: int
     ask: int
+
+
+class ReplayCounts(_ReplayCountsAlways, total=False):
+    """Number of nodes by decision."""
+
+    skip: int
 
 
 class ReplayResult(TypedDict):
