@@ -196,6 +196,34 @@ def is_serving(deployment: Deployment) -> bool:
     return deployment.observed in SERVING_STATES
 
 
+def is_desired(deployment: Deployment) -> bool:
+    """Return whether pods that take new runs are desired: their desired number is positive, and none drains."""
+    return deployment.replicas > 0 and deployment.drain_until is None
+
+
+def is_ready(deployment: Deployment) -> bool:
+    """Return whether a deployment is desired and was last observed with pods that claim runs."""
+    return is_desired(deployment) and is_serving(deployment)
+
+
+def has_failed_to_start(deployment: Deployment) -> bool:
+    """Return whether a deployment has no pods and failed to start any since its desired state last changed."""
+    return status_of(deployment) is DeploymentStatus.FAILED and deployment.observed not in SERVING_STATES
+
+
+def blocked_reason(deployment: Deployment) -> str | None:
+    """Return the observed reason why pods wait for capacity of the cluster; None if they aren't blocked, or
+    aren't desired.
+    """
+    is_blocked = (
+        is_desired(deployment)
+        and deployment.observed not in SERVING_STATES
+        and deployment.observed_generation == deployment.generation
+        and deployment.observed_reason_code in BLOCKING_REASONS
+    )
+    return deployment.observed_reason if is_blocked else None
+
+
 def stopped_reason_of(deployment: Deployment | None) -> StoppedReason | None:
     """Return the reason why a deployment is down; None while it is up, or if it never existed."""
     if deployment is None or deployment.stopped_reason is None:

@@ -27,6 +27,7 @@ from journal.deployments.wakes import StartRefused
 from journal.group_commit import GroupCommit
 from messages import wakeups
 from models import lifecycle_policy
+from models.deployment import blocked_reason, has_failed_to_start, is_desired, is_ready
 from models.errors import DatabaseUnavailable
 from models.execution_status import TERMINAL_STATUSES, ExecutionStatus
 from models.lifecycle_policy import LifecycleAction, StartRefusal, StartRefusalCode, StoppedReason
@@ -169,9 +170,9 @@ class DeploymentActivator:
         deployment = await self._counts.submit(workflow_id)
         if deployment is None:
             raise errors.not_deployed()
-        if not wakes.is_desired(deployment):
+        if not is_desired(deployment):
             await self._check_policy(workflow_id)
-        if not wakes.is_ready(deployment) and self._queues[workflow_id] > limits.WAKES_WAITING:
+        if not is_ready(deployment) and self._queues[workflow_id] > limits.WAKES_WAITING:
             raise errors.not_ready("Too many requests wait here for the workflow to start: try again")
         return deployment
 
@@ -184,7 +185,7 @@ class DeploymentActivator:
         deployment = await self._counts.submit(workflow_id)
         if deployment is None:
             return None
-        if wakes.is_desired(deployment):
+        if is_desired(deployment):
             return CountedDeployment(deployment, None)
         async with self._database.read() as connection:
             seen = await activity.read_activity(connection, workflow_id)
@@ -201,7 +202,7 @@ class DeploymentActivator:
         Workflows that aren't deployed are omitted.
         """
         found = await wakes.record_activities(self._database, workflow_ids)
-        stopped = [workflow_id for workflow_id, one in found.items() if not wakes.is_desired(one)]
+        stopped = [workflow_id for workflow_id, one in found.items() if not is_desired(one)]
         seen: Mapping[str, DeploymentActivity] = {}
         if stopped:
             async with self._database.read() as connection:
@@ -382,13 +383,13 @@ class DeploymentActivator:
         if seen is None or not seen.deployment.is_deployed:
             return None  # its runs belong to the workers now
         deployment = seen.deployment
-        has_failed = wakes.has_failed(deployment)
+        has_failed = has_failed_to_start(deployment)
         if not is_first and (has_failed or deployment.stopped_reason == StoppedReason.FAILED):
             reason = deployment.failed_reason or deployment.observed_reason
             return StartFailure(reason or "unknown reason")
-        if wakes.is_desired(deployment) and not has_failed:
-            blocked_reason = None if is_first else wakes.blocked_reason(deployment)
-            return None if blocked_reason is None else StartBlockage(blocked_reason)
+        if is_desired(deployment) and not has_failed:
+            reason = None if is_first else blocked_reason(deployment)
+            return None if reason is None else StartBlockage(reason)
         try:
             settled = await activity.decide_and_apply(self._database, workflow_id, wakes.decide_for_run)
         except StartRefused as error:

@@ -12,12 +12,12 @@ from gateway.access import audit_log
 from gateway.http import errors
 from gateway.workflows import editing
 from journal import definition_snapshot
-from journal.deployments import activity, desired_state, wakes
+from journal.deployments import activity, desired_state
 from journal.deployments.desired_state import DeployRequest
 from messages import wakeups
 from models import deployment_token
 from models.audit import AuditAction
-from models.deployment import DeploymentStatus, status_of
+from models.deployment import DeploymentStatus, blocked_reason, status_of
 from models.lifecycle_policy import LifecycleAction
 
 if TYPE_CHECKING:
@@ -178,7 +178,7 @@ class DeployerClient:
                         deployment = await desired_state.find_deployment(connection, workflow_id)
                     if deployment is None or waiter.is_over or is_reached(deployment):
                         return deployment
-                    if has_failed(deployment) or wakes.blocked_reason(deployment) is not None:
+                    if has_failed(deployment) or blocked_reason(deployment) is not None:
                         return deployment
                     if was_watched or not await waiting.watch([key]):
                         await waiter.changed.wait()

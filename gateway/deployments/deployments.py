@@ -14,10 +14,17 @@ from gateway.http.responses import JsonResponse
 from gateway.http.wire import GuardedWire, Instant, StrictWire, WireStruct, decode_body, optional_instant
 from gateway.workflows import editing, graph_shapes, version_rows, workflow_rows
 from journal import definition_snapshot
-from journal.deployments import desired_state, wakes
+from journal.deployments import desired_state
 from models import lifecycle_policy
 from models.audit import AuditAction
-from models.deployment import MAX_REPLICAS, DeploymentStatus, status_of, stopped_reason_of
+from models.deployment import (
+    MAX_REPLICAS,
+    DeploymentStatus,
+    has_failed_to_start,
+    is_desired,
+    status_of,
+    stopped_reason_of,
+)
 from models.lifecycle_policy import LifecycleAction, LifecycleReason, LifecycleVerdict, StoppedReason
 from models.workflow import WorkflowStatus
 
@@ -294,7 +301,7 @@ async def start(request: GatewayRequest) -> JsonResponse:
     replicas = (await decode_body(request, StartDeployment)).replicas
 
     def started(seen: DeploymentActivity) -> LifecycleVerdict:
-        is_up = wakes.is_desired(seen.deployment) and not wakes.has_failed(seen.deployment)
+        is_up = is_desired(seen.deployment) and not has_failed_to_start(seen.deployment)
         if is_up and seen.deployment.replicas == replicas:
             return LifecycleVerdict(LifecycleAction.NONE, LifecycleReason.IN_USE)
         return LifecycleVerdict(LifecycleAction.START, LifecycleReason.BY_HAND)
@@ -380,11 +387,11 @@ def _is_running(deployment: Deployment) -> bool:
 
 
 def _is_up_or_overtaken(deployment: Deployment) -> bool:
-    return _is_running(deployment) or not wakes.is_desired(deployment)
+    return _is_running(deployment) or not is_desired(deployment)
 
 
 def _is_down_or_overtaken(deployment: Deployment) -> bool:
-    is_overtaken = wakes.is_desired(deployment) or not deployment.is_deployed
+    is_overtaken = is_desired(deployment) or not deployment.is_deployed
     return is_overtaken or status_of(deployment) is DeploymentStatus.STOPPED
 
 

@@ -27,9 +27,9 @@ from gateway.http.responses import JsonResponse
 from gateway.http.text_rules import ProblemCollector
 from gateway.http.wire import GuardedWire, WireStruct, body_of, read_json
 from journal import run_outputs
-from journal.deployments import wakes
 from journal.run_outputs import OutputsTooLarge
 from journal.store import AcceptanceVerdict, DefinitionKey, ExecutionKey
+from models.deployment import is_ready
 from models.execution import Execution
 from models.execution_status import TERMINAL_STATUSES, ExecutionStatus
 from models.lifecycle_policy import StartRefusal
@@ -210,7 +210,7 @@ async def _plan_run(
     deployment = await request.gateway.activation.ask(workflow.id)
     if workflow.status is WorkflowStatus.DRAFT:
         raise errors.workflow_not_active()
-    times.is_cold = not wakes.is_ready(deployment)
+    times.is_cold = not is_ready(deployment)
     times.definition_hash = deployment.definition_hash
     deployed = await request.gateway.deployed.load(workflow, deployment)
     given = body.inputs or body.trigger_inputs or {}

@@ -12,7 +12,7 @@ from sqlmodel import col
 from journal.deployments import activity, wakes
 from models import database_time, deployment_token
 from models.database_time import DatabaseTime
-from models.deployment import Deployment, DeploymentStatus, status_of
+from models.deployment import Deployment, DeploymentStatus, is_desired, status_of
 from models.deployment_token import TokenBearer
 from models.execution import (
     DELAYED_TARGET,
@@ -118,7 +118,7 @@ def _is_desired(deployment: Deployment, order: DeployRequest) -> bool:
         deployment.is_deployed
         and deployment.definition_hash == order.definition_hash
         and deployment.version == order.version
-        and wakes.is_desired(deployment)
+        and is_desired(deployment)
         and status_of(deployment) is not DeploymentStatus.FAILED
     )
 

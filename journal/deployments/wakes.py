@@ -24,12 +24,9 @@ from journal.explanations.blockers import BlockerCode
 from models import lifecycle_policy
 from models.database_time import DatabaseTime
 from models.deployment import (
-    BLOCKING_REASONS,
-    SERVING_STATES,
     Deployment,
-    DeploymentStatus,
-    is_serving,
-    status_of,
+    has_failed_to_start,
+    is_desired,
 )
 from models.execution import ISOLATED_TARGET, SHARED_TARGET, Execution
 from models.execution_status import ExecutionStatus
@@ -109,23 +106,6 @@ class WakeOutcome(Enum):
     """It is no longer deployed: any worker may claim its runs."""
 
 
-def is_desired(deployment: Deployment) -> bool:
-    """Return whether a deployment should have pods that take new runs: its desired number is positive, and it
-    is not draining.
-    """
-    return deployment.replicas > 0 and deployment.drain_until is None
-
-
-def is_ready(deployment: Deployment) -> bool:
-    """Return whether a deployment is desired and was last observed with pods that claim runs."""
-    return is_desired(deployment) and is_serving(deployment)
-
-
-def has_failed(deployment: Deployment) -> bool:
-    """Return whether a deployment has no pods and failed to start any since its desired state last changed."""
-    return status_of(deployment) is DeploymentStatus.FAILED and deployment.observed not in SERVING_STATES
-
-
 async def record_activities(database: Database, workflow_ids: Collection[str]) -> dict[str, Deployment]:
     """Record activity of several deployments; return the deployed ones by workflow id.
 
@@ -136,19 +116,6 @@ async def record_activities(database: Database, workflow_ids: Collection[str]) -
     return await database.transaction(partial(_record_activities, workflow_ids=sorted(set(workflow_ids))))
 
 
-def blocked_reason(deployment: Deployment) -> str | None:
-    """Return the observed reason why pods wait for capacity of the cluster; None if they aren't blocked, or
-    aren't desired.
-    """
-    is_blocked = (
-        is_desired(deployment)
-        and deployment.observed not in SERVING_STATES
-        and deployment.observed_generation == deployment.generation
-        and deployment.observed_reason_code in BLOCKING_REASONS
-    )
-    return deployment.observed_reason if is_blocked else None
-
-
 def decide_lifecycle(seen: DeploymentActivity) -> LifecycleVerdict:
     """Decide about a deployment by its policy; one whose pods failed to start is stopped, and retried later
     by the policy.
@@ -156,7 +123,7 @@ def decide_lifecycle(seen: DeploymentActivity) -> LifecycleVerdict:
     Raises `ZoneInfoNotFoundError` for an unknown time zone.
     """
     situation = seen.situation
-    if situation.is_up and has_failed(seen.deployment):
+    if situation.is_up and has_failed_to_start(seen.deployment):
         return lifecycle_policy.stop_decision(situation, LifecycleReason.FAILED, StoppedReason.FAILED)
     return activity.decide_by_policy(seen)
 
@@ -171,7 +138,7 @@ def decide_for_run(seen: DeploymentActivity) -> LifecycleVerdict:
     refusal = lifecycle_policy.start_refusal(seen.policy, seen.situation, seen.now)
     if refusal is not None:
         raise StartRefused(refusal)
-    if is_desired(seen.deployment) and not has_failed(seen.deployment):
+    if is_desired(seen.deployment) and not has_failed_to_start(seen.deployment):
         return LifecycleVerdict(LifecycleAction.NONE, LifecycleReason.IN_USE)
     return LifecycleVerdict(LifecycleAction.WAKE, LifecycleReason.RUN_DUE)
 

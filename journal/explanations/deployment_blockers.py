@@ -6,10 +6,9 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Final
 from zoneinfo import ZoneInfoNotFoundError
 
-from journal.deployments import wakes
 from journal.explanations.blockers import Blocker, BlockerCode, BlockerKind, SuggestedRequest
 from models import lifecycle_policy, timestamps
-from models.deployment import DeploymentStatus, status_of
+from models.deployment import DeploymentStatus, blocked_reason, is_desired, is_ready, status_of
 from models.lifecycle_policy import LifecycleAction, LifecycleReason, StartRefusalCode
 
 if TYPE_CHECKING:
@@ -35,9 +34,9 @@ def find_blocker(
             since,
         )
     deployment = seen.deployment
-    if wakes.is_ready(deployment):
+    if is_ready(deployment):
         return None
-    if wakes.is_desired(deployment):
+    if is_desired(deployment):
         return _starting_blocker(seen, last, now, since)
     try:
         refusal = lifecycle_policy.start_refusal(seen.policy, seen.situation, now)
@@ -87,7 +86,7 @@ def _starting_blocker(
     started_at = last.at if last is not None and last.action in _STARTS else None
     begun_at = max(filter(None, (started_at, since)), default=None)
     is_applied = deployment.observed_generation == deployment.generation
-    blocked = wakes.blocked_reason(deployment)
+    blocked = blocked_reason(deployment)
     reason = deployment.observed_reason_code if is_applied else None
     text = blocked or (deployment.observed_reason if is_applied else None) or "Its pods start"
     return Blocker(

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 from zoneinfo import ZoneInfoNotFoundError
 
-from journal.deployments import wakes
 from journal.explanations import deployment_blockers
 from journal.explanations.blockers import Blocker, BlockerCode, NextEvent, SuggestedRequest
 from journal.explanations.run_explanation import workflow_paused
 from models import lifecycle_policy
-from models.deployment import DeploymentStatus, status_of
+from models.deployment import DeploymentStatus, is_desired, status_of
 from models.lifecycle_policy import LifecycleAction, LifecycleReason, StoppedReason
 from models.workflow import WorkflowStatus
 
@@ -74,7 +73,7 @@ def explain_deployment(
         return DeploymentExplanation(status, reason, REASON_TEXTS[reason], None, paused, None)
     decision = _decide(seen)
     blocker = deployment_blockers.find_blocker(seen, last, seen.now, since=None)
-    if blocker is not None and blocker.code is BlockerCode.WAKING and not wakes.is_desired(seen.deployment):
+    if blocker is not None and blocker.code is BlockerCode.WAKING and not is_desired(seen.deployment):
         blocker = None  # a run starts it: being asleep is no reason that keeps a run waiting
     return DeploymentExplanation(
         status,

@@ -16,9 +16,15 @@ from kubernetes.aio import client
 from sqlalchemy import func, insert, select, update
 from sqlmodel import col
 
-from journal.deployments import wakes
 from models.database import Database
-from models.deployment import Deployment, DeploymentStatus, LifecycleDecision, ObservedState, status_of
+from models.deployment import (
+    Deployment,
+    DeploymentStatus,
+    LifecycleDecision,
+    ObservedState,
+    is_ready,
+    status_of,
+)
 from models.deployment_token import DeploymentToken
 from models.ids import new_id
 from models.lifecycle_policy import StoppedReason
@@ -129,7 +135,7 @@ async def test_pods_that_cannot_be_replaced_serve_on_beside_the_failed_deploy(
         assert shown["readyDefinitionHash"] == before.definition_hash != shown["definitionHash"]
         await lifecycle_policies.keep_policies(database, harness.gateway.broker)
         kept = await read_deployment(harness, workflow_id)
-        assert (kept.generation, wakes.is_ready(kept)) == (failed.generation, True)
+        assert (kept.generation, is_ready(kept)) == (failed.generation, True)
     async with run_test_deployer(harness, cluster.reopen, cluster="kubernetes"):
         healed = await wait_for_deployment(harness, workflow_id, is_running)
         assert (healed.observed_definition_hash, healed.observed_reason) == (failed.definition_hash, None)

@@ -12,8 +12,14 @@ import pytest
 from sqlalchemy import select
 from sqlmodel import col
 
-from journal.deployments import wakes
-from models.deployment import Deployment, DeploymentStatus, LifecycleDecision, ObservedState, status_of
+from models.deployment import (
+    Deployment,
+    DeploymentStatus,
+    LifecycleDecision,
+    ObservedState,
+    is_ready,
+    status_of,
+)
 from scheduler import lifecycle_policies
 from tests.cluster.cluster_harness import DriverUnderTest, open_fake_cluster, turn_until
 from tests.cluster.fake_api import FakeApiServer
@@ -333,7 +339,7 @@ async def test_a_deployer_without_permissions_stops_no_serving_pods(
         api.cut_watches()
         unknown = await wait_for_deployment(harness, workflow_id, is_unknown)
         assert str(refusal) in (unknown.observed_reason or "")
-        assert (unknown.ready_addresses, wakes.is_ready(unknown)) == (before.ready_addresses, True)
+        assert (unknown.ready_addresses, is_ready(unknown)) == (before.ready_addresses, True)
         await lifecycle_policies.keep_policies(harness.gateway.database, harness.gateway.broker)
         kept = await read_deployment(harness, workflow_id)
         assert (kept.replicas, kept.generation) == (1, before.generation)

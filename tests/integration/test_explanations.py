@@ -16,14 +16,13 @@ from sqlalchemy import delete, insert, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 from structlog.testing import capture_logs
 
-from journal.deployments import wakes
 from journal.explanations import run_explanation, run_facts
 from journal.explanations.blockers import Explanation
 from journal.presence_reports import ABSENT_SECONDS
 from journal.store import ClaimQuery
 from models import ids
 from models.access import ApiCaller, KeyScope, UserRole
-from models.deployment import Deployment, ObservedState
+from models.deployment import Deployment, ObservedState, is_ready
 from models.execution import Execution
 from models.loss_limits import MAX_ISOLATION_LOSSES
 from models.worker_presence import WorkerPresence
@@ -252,7 +251,7 @@ async def _takes(database: RunDatabase, place: OwnedWorkflow, run: Execution, wo
     if target == place.workflow_id:
         async with database.database.read() as connection:
             row = (await connection.execute(select(Deployment))).mappings().first()
-        can_claim = row is not None and row["is_deployed"] and wakes.is_ready(Deployment(**row))
+        can_claim = row is not None and row["is_deployed"] and is_ready(Deployment(**row))
     else:
         can_claim = workers == "free" and target == "shared"
     if not can_claim:
