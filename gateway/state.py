@@ -255,7 +255,7 @@ async def assemble_state(
                 callbacks=CallbackChecker(database, settings.outbound_allowed_networks),
                 rates=rates,
                 backlog=backlog,
-                deployer=DeployerClient(database, broker, acceptances, waiting, settings.settle_seconds),
+                deployer=DeployerClient(database, broker, waiting, settings.settle_seconds),
                 activation=activation,
                 deployed=deployed,
                 waiting=waiting,

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-    from gateway.executions.acceptance import RunAcceptor
     from gateway.executions.long_poll import ExecutionPollHub
     from gateway.http.preconditions import RequestedObject
     from gateway.workflows.stored_workflow import StoredWorkflow
@@ -140,13 +139,11 @@ class DeployerClient:
         self,
         database: Database,
         broker: Broker,
-        acceptances: RunAcceptor,
         waiting: ExecutionPollHub,
         settle_seconds: float,
     ) -> None:
         self._database = database
         self._broker = broker
-        self._acceptances = acceptances
         self._waiting = waiting
         self._settle_seconds = settle_seconds
 
@@ -157,7 +154,7 @@ class DeployerClient:
         A lost notification only delays them.
         """
         await wakeups.wake_deployer(self._broker, workflow_id)
-        self._acceptances.wake_workers()
+        await wakeups.wake_workers(self._broker)
 
     async def await_state(
         self, workflow_id: str, is_reached: Callable[[Deployment], bool]
