@@ -14,9 +14,9 @@ from gateway.access import audit_log
 from gateway.access.audit_log import ServerOperator
 from gateway.access.session_shapes import hash_session
 from gateway.http import session_cookies
-from gateway.http.client_address import client_of_scope
 from gateway.http.errors import ApiError
 from gateway.http.failed_attempts import FailedAttempts
+from gateway.http.request_origin import client_of_scope
 from gateway.http.wire import StrictWire
 from models import access_store, browser_session
 from models.access import KEY_PREFIX, ApiCaller, hash_key, visible_prefix

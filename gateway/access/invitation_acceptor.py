@@ -12,9 +12,9 @@ from engine.values import fingerprint
 from gateway.access import audit_log
 from gateway.access.session_shapes import hash_session
 from gateway.http import errors
-from gateway.http.client_address import client_of_scope
 from gateway.http.errors import ApiError
 from gateway.http.failed_attempts import FailedAttempts
+from gateway.http.request_origin import client_of_scope
 from models import access_store, browser_session, invitation
 from models.access import SCOPES_OF_ROLES, ApiCaller, User, UserRole
 from models.audit import AuditAction

@@ -25,9 +25,9 @@ from engine.run_records import CANDIDATE_STATUSES
 from engine.values import InvalidJson
 from gateway.executions import input_checks, inputs
 from gateway.http import errors
-from gateway.http.client_address import client_of_scope
 from gateway.http.errors import ApiError
 from gateway.http.request import GatewayRequest
+from gateway.http.request_origin import client_of_scope
 from journal.store import ExecutionKey
 from journal.waits import approvals, node_answers
 from journal.waits.approvals import ApprovalDecision

@@ -14,10 +14,10 @@ from engine.run_limits import RunLimits
 from engine.values import InvalidJson
 from gateway.executions import answered_runs
 from gateway.http import errors, limits, wire
-from gateway.http.client_address import client_of_scope
 from gateway.http.errors import ApiError
 from gateway.http.parameters import ChoiceParameter, TextParameter
 from gateway.http.request import GatewayRequest
+from gateway.http.request_origin import client_of_scope
 from gateway.http.responses import JsonResponse
 from gateway.http.wire import WireStruct
 from journal.waits import callbacks, node_answers

@@ -17,8 +17,8 @@ import structlog
 from concurrency.single_flight import SingleFlight
 from concurrency.ttl_cache import TTLCache
 from gateway.http import errors
-from gateway.http.client_address import client_of_scope
 from gateway.http.failed_attempts import FailedAttempts
+from gateway.http.request_origin import client_of_scope
 from gateway.http.sessions import SessionAuthenticator
 from journal.group_commit import GroupCommit
 from models import access_store

@@ -18,8 +18,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from gateway.http import errors, metrics
 from gateway.http.byte_budget import ByteBudget, ByteHolding
-from gateway.http.client_address import client_of
 from gateway.http.connection_budget import ConnectionBudget, ConnectionPhase
+from gateway.http.request_origin import client_of
 from models import ids
 
 if TYPE_CHECKING:

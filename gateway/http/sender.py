@@ -14,10 +14,10 @@ import structlog
 from concurrency.single_flight import SingleFlight
 from concurrency.ttl_cache import TTLCache
 from gateway.http import errors
-from gateway.http.client_address import client_of_scope
 from gateway.http.errors import ApiError
 from gateway.http.failed_attempts import FailedAttempts
 from gateway.http.parameters import TextParameter
+from gateway.http.request_origin import client_of_scope
 from journal.group_commit import GroupCommit
 from models import sender_tokens
 from models.access import ApiCaller, KeyScope

@@ -16,8 +16,8 @@ import structlog
 
 from concurrency import offload
 from gateway.http import errors
-from gateway.http.client_address import client_of
 from gateway.http.errors import ApiError
+from gateway.http.request_origin import client_of
 from gateway.http.sender import RequestSender, refuse_sender
 from gateway.ingest import trigger_secrets
 from journal.unparsed_mail import ScreeningRules, UnparsedMail

@@ -9,9 +9,9 @@ from time import monotonic
 from typing import TYPE_CHECKING, Final
 
 from execution.pod_api import RUNNER_HEADER
-from gateway.http.client_address import client_of_scope
 from gateway.http.errors import ApiError
 from gateway.http.failed_attempts import FailedAttempts
+from gateway.http.request_origin import client_of_scope
 from gateway.pods.lease_checks import LeaseHolder
 from journal.group_commit import GroupCommit
 from models import deployment_token

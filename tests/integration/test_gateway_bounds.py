@@ -20,10 +20,10 @@ from starlette.types import ASGIApp
 from gateway import main
 from gateway.http import connection_budget
 from gateway.http.byte_budget import UNCOUNTED_BYTES, ByteBudget, ByteHolding
-from gateway.http.client_address import client_of
 from gateway.http.connection_budget import SPENT_PART, ConnectionBudget, ConnectionPhase, connections_for
 from gateway.http.edge import EdgeLayer
 from gateway.http.proxies import TrustedProxies
+from gateway.http.request_origin import client_of
 from gateway.settings import GatewaySettings
 from models.settings import InvalidSettings
 from tests.integration.gateway_harness import SECRET
