@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar, Final
 from msgspec import UNSET, Meta, UnsetType
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from gateway.access import audit_changes, audit_log
+from gateway.access import audit_log
 from gateway.http import errors, limits, read_only, text_rules
 from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse, NoContent
@@ -239,7 +239,7 @@ async def create_key(request: GatewayRequest) -> JsonResponse:
             made.row.id,
             before=None,
             after=after,
-            changes=audit_changes.list_changes({}, given, shown=given.keys()),
+            changes=audit_log.list_changes({}, given, shown=given.keys()),
         )
         return made
 

@@ -1,13 +1,20 @@
-"""Audit entries, written in the transaction of the change, so that both are stored or neither."""
+"""Audit entries, written in the transaction of the change, so that both are stored or neither.
+
+They name the changes of an object by path. Entries are kept for good, so a credential that somebody has written into a
+config must never enter them: values are recorded of chosen fields alone, of all others only the path.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Protocol
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import msgspec
 from sqlalchemy import insert
 
+from engine.value_difference import MISSING, compare_values
 from engine.values import fingerprint
 from gateway.http.request_origin import current_origin
 from models import ids
@@ -16,11 +23,17 @@ from models.audit import AuditAction, AuditEntry
 from models.database_time import PresentTime
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
     from sqlalchemy.ext.asyncio import AsyncConnection
 
+    from engine.value_difference import Missing
+    from engine.values import Json
+
 OPERATOR: Final = "operator"
+MAX_CHANGES: Final = 20
+MAX_PATH: Final = 200
+MAX_TEXT: Final = 100
+"""Characters of a value as JSON that are recorded; longer ones are recorded as a hash."""
+HIDDEN: Final = "(hidden)"
 _NOT_HASHED: Final = {"hash", "secret_id", "last_used_at", "last_route", "last_address_hash"}
 
 
@@ -67,7 +80,7 @@ async def record_change(
     """Insert an entry for an author's change of an object into the audit trail, with the request that makes it.
 
     `before` and `after` are hashes of its content, None for an absent object; nothing is inserted if they are
-    equal. `changes` are the first ones by path, as `audit_changes.list_changes` returns them.
+    equal. `changes` are the first ones by path, as `list_changes` returns them.
     """
     if before == after:
         return
@@ -88,6 +101,46 @@ async def record_change(
         created_at=PresentTime(),
     )
     await connection.execute(statement)
+
+
+def list_changes(
+    before: Mapping[str, Any], after: Mapping[str, Any], *, shown: Collection[str]
+) -> Sequence[Mapping[str, str | None]]:
+    """Return the first 20 paths at which two contents differ, as `path`, `before` and `after`.
+
+    Values are JSON text for fields in `shown` and parts of them, "(hidden)" for all others, and None on a side without
+    a value. The contents are JSON objects.
+    """
+    difference = compare_values({**before}, {**after}, at_most=MAX_CHANGES)
+    return [
+        {
+            "path": change.path[:MAX_PATH],
+            "before": _show(change.before, is_shown=_is_within(change.path, shown)),
+            "after": _show(change.after, is_shown=_is_within(change.path, shown)),
+        }
+        for change in difference.changes
+    ]
+
+
+def _is_within(path: str, fields: Collection[str]) -> bool:
+    """Return whether a path is one of the fields, or leads into one."""
+    return any(path == field or path.startswith((f"{field}.", f"{field}[")) for field in fields)
+
+
+def _show(value: Json | Missing, *, is_shown: bool) -> str | None:
+    if value is MISSING:
+        return None
+    if not is_shown:
+        return HIDDEN
+    text = msgspec.json.encode(value)
+    if len(text) <= MAX_TEXT:
+        return text.decode()
+    return f"sha256:{sha256(text).hexdigest()}"
+
+
+def by_id(items: Sequence[Mapping[str, Any]]) -> dict[str, Json]:
+    """Return items by their ids, so that paths name them instead of their positions."""
+    return {str(item["id"]): {**item} for item in items}
 
 
 def hash_content(row: ApiKey | User) -> str:

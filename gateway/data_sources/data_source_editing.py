@@ -11,7 +11,7 @@ import structlog
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from engine.values import encode_canonical, fingerprint
-from gateway.access import audit_changes, audit_log
+from gateway.access import audit_log
 from gateway.data_sources import data_source_rows
 from gateway.data_sources.data_source_rows import DataSourceNameTaken, StoredDataSource
 from gateway.http import errors, idempotency, limits, preconditions
@@ -238,7 +238,7 @@ def _list_changes(before: StoredDataSource, after: StoredDataSource) -> Sequence
         }
         for stored in (before, after)
     ]
-    return audit_changes.list_changes(*contents, shown=_SHOWN_FIELDS)
+    return audit_log.list_changes(*contents, shown=_SHOWN_FIELDS)
 
 
 async def _require_unused(connection: AsyncConnection, source: DataSource, caller: ApiCaller) -> None:

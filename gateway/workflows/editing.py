@@ -20,7 +20,7 @@ from sqlmodel import col
 
 from engine.config_places import list_references
 from engine.graph import ParsedGraph
-from gateway.access import audit_changes, audit_log
+from gateway.access import audit_log
 from gateway.http import errors, idempotency, preconditions
 from gateway.http.responses import JsonResponse
 from gateway.workflows import graph_shapes, workflow_documents, workflow_rows
@@ -329,12 +329,12 @@ def _list_changes(before: StoredWorkflow, after: StoredWorkflow) -> Sequence[Map
                 for name, column in _AUDITED_COLUMNS.items()
             },
             "sharedWith": sorted(stored.shared_with),
-            "nodes": audit_changes.by_id(stored.nodes),
-            "connections": audit_changes.by_id(stored.connections),
+            "nodes": audit_log.by_id(stored.nodes),
+            "connections": audit_log.by_id(stored.connections),
         }
         for stored in (before, after)
     ]
-    return audit_changes.list_changes(*contents, shown=_SHOWN_FIELDS)
+    return audit_log.list_changes(*contents, shown=_SHOWN_FIELDS)
 
 
 def _apply_change(change: Change, before: StoredWorkflow, catalog: NodeCatalog) -> _AppliedEdit | None:
