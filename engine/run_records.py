@@ -82,6 +82,14 @@ class RunError:
         return {"code": self.code, "message": self.message, "nodeId": self.node_id, "attempt": self.attempt}
 
 
+def encode_error(error: RunError | None) -> str | None:
+    """Return an error as JSON text for a row and the API, with its cause if it has one; None for no error."""
+    if error is None:
+        return None
+    shown = error.as_json() if error.cause is None else {**error.as_json(), "cause": error.cause}
+    return msgspec.json.encode(shown).decode()
+
+
 class NodeSpan(msgspec.Struct, frozen=True):
     """Record of one node in one run; a later row replaces an earlier one."""
 

@@ -31,17 +31,17 @@ from engine.run_records import (
     RunOutcome,
     RunStatus,
     SpanStatus,
+    encode_error,
 )
 from engine.services import ControlRequest, RunControl
-from journal import ended_runs
 from journal.blobs import large_values
 from journal.blobs.blob_storage import BlobsUnavailable
 from journal.explanations.blockers import BlockerCode, code_of_wait
 from journal.group_commit import GroupCommit
-from journal.store import LeaseRenewal, RunWrite
+from journal.store import STATUS_AFTER, LeaseRenewal, RunWrite
 from json_text import decoding
 from models import task_states
-from models.ended_execution import EndedExecution
+from models.ended_execution import MAX_NOTIFIED_BYTES, EndedExecution
 from models.errors import DatabaseUnavailable, LockWaitTimeout, PartialCommit
 from models.execution_status import MAX_PERCENT_UNDER_WAY
 from models.timestamps import HOST_TIME
@@ -159,9 +159,7 @@ class RunRecorder:
             tasks = {
                 task_states.watch_key(write.organization_id): "" for write in written if write.organization_id
             }
-            outcomes = [
-                ended_runs.ended_execution(one) for one in written if one.execution_id in self._whole_runs
-            ]
+            outcomes = [_ended_execution(one) for one in written if one.execution_id in self._whole_runs]
             self._on_committed(
                 {write.execution_id: write.channel for write in written} | tasks,
                 [one for one in outcomes if one],
@@ -663,3 +661,29 @@ class LeaseKeeper:
             if answer.request is not None:
                 self._loop.call_soon_threadsafe(self._on_request, lease, answer.request)
         return locked
+
+
+def _ended_execution(write: RunWrite) -> EndedExecution | None:
+    """Return status, error and outputs of a run that ends with this write, for a notification.
+
+    None if the run does not end, a value is stored as a blob, or the outcome is too large. The write must
+    hold all records of the run.
+    """
+    if write.end is None or write.end in UNFINISHED_STATUSES:
+        return None
+    newest = {span.node_id: span for span in write.spans if not span.iteration}
+    if any(span.output_blob is not None for span in newest.values()):
+        return None
+    outputs = tuple(
+        (node_id, span.output.decode())
+        for node_id, span in newest.items()
+        if span.ended_at is not None and span.output is not None
+    )
+    error = encode_error(write.error)
+    size = len(error or "") + sum(len(node_id) + len(text) for node_id, text in outputs)
+    if size > MAX_NOTIFIED_BYTES:
+        return None
+    status = STATUS_AFTER[write.end].value
+    return EndedExecution(
+        write.execution_id, status, write.completed_nodes, write.progress, error, outputs, size
+    )

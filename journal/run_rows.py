@@ -10,9 +10,8 @@ import msgspec
 from engine.agents.agent_steps import AgentStep, StepKind, StepReuse, StepStatus
 from engine.model_calls import ModelCallRecord, sum_cost
 from engine.run_errors import FailureCause
-from engine.run_records import NodeSpan, RunError, SpanStatus
+from engine.run_records import NodeSpan, RunError, SpanStatus, encode_error
 from engine.task_node import NewTask
-from journal.ended_runs import encode_error
 from journal.explanations.blockers import BlockerCode
 from journal.store import ClaimedRun
 from json_text import decoding

@@ -275,6 +275,17 @@ class LeaseRenewal:
     token: int
 
 
+STATUS_AFTER: Final = {
+    RunStatus.COMPLETED: ExecutionStatus.COMPLETED,
+    RunStatus.FAILED: ExecutionStatus.FAILED,
+    RunStatus.STOPPED: ExecutionStatus.STOPPED,
+    RunStatus.CANCELLED: ExecutionStatus.CANCELLED,
+    RunStatus.WAITING: ExecutionStatus.WAITING,
+    RunStatus.RELEASED: ExecutionStatus.PENDING,
+}
+"""Status of an execution after a write with this end."""
+
+
 class RunWrite(msgspec.Struct):
     """Records of one run to write; nothing is written unless the run still holds its token."""
 

@@ -28,9 +28,8 @@ from journal import concurrency_limits, run_outputs
 from journal.blobs.blob_reference import BlobReference, InvalidBlobReference
 from journal.blobs.blob_storage import BlobLost, BlobOwner, BlobsUnavailable
 from journal.blobs.blob_store import BlobTooLarge
-from journal.ended_runs import STATUS_AFTER
 from journal.run_outputs import OutputsTooLarge
-from journal.store import ExecutionKey
+from journal.store import STATUS_AFTER, ExecutionKey
 from journal.waits import completion, node_answers
 from journal.waits.completion import NO_ACTION, CompletionAction, CompletionOutcome
 from json_text import decoding

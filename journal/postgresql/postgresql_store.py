@@ -19,10 +19,9 @@ import asyncpg
 import msgspec
 
 from engine.agents.agent_steps import AgentStep
-from engine.run_records import NodeSpan, RunStatus
+from engine.run_records import NodeSpan, RunStatus, encode_error
 from journal import run_rows
 from journal.blocked_intervals import INTERVAL_COLUMNS_SQL, LEAST_MICROSECONDS
-from journal.ended_runs import STATUS_AFTER, encode_error
 from journal.explanations.blockers import BlockerCode
 from journal.postgresql.postgresql_inserts import PostgresqlInserts
 from journal.postgresql.postgresql_text import NOW, lock_wait_sql, looked_up_sql, transpose_rows, unnest_sql
@@ -60,6 +59,7 @@ from journal.run_rows import (
 )
 from journal.store import (
     DIRECT_TOKEN,
+    STATUS_AFTER,
     AcceptanceResult,
     ClaimedRun,
     ClaimQuery,

@@ -15,10 +15,9 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from engine.agents.agent_steps import AgentStep
-from engine.run_records import NodeSpan, RunStatus
+from engine.run_records import NodeSpan, RunStatus, encode_error
 from journal import run_rows
 from journal.blocked_intervals import INTERVAL_COLUMNS_SQL, LEAST_MICROSECONDS
-from journal.ended_runs import STATUS_AFTER, encode_error
 from journal.explanations.blockers import BlockerCode
 from journal.run_rows import (
     ATTEMPT_CHANGES,
@@ -55,6 +54,7 @@ from journal.run_rows import (
 from journal.sqlite import sqlite_inserts
 from journal.store import (
     DIRECT_TOKEN,
+    STATUS_AFTER,
     AcceptanceResult,
     ClaimedRun,
     ClaimQuery,

@@ -113,7 +113,7 @@ async def test_an_execution_walks_through_few_files(
         answer = await people.owner.api.post(f"/api/v1/workflows/{workflow_id}/execute", json={})
         await wait_for_end(ended, answer.json()["executionId"])
 
-    await assert_walks(execute, through="nodes/library/set.py", at_most=51)
+    await assert_walks(execute, through="nodes/library/set.py", at_most=50)
 
 
 async def test_a_mail_of_sendgrid_walks_through_few_files(
@@ -128,7 +128,7 @@ async def test_a_mail_of_sendgrid_walks_through_few_files(
         assert answer.status_code == 201, answer.text
         await wait_for_end(ended, answer.json()["executionId"])
 
-    await assert_walks(send, through="nodes/library/email_trigger.py", at_most=66, attempts=len(MAILS))
+    await assert_walks(send, through="nodes/library/email_trigger.py", at_most=65, attempts=len(MAILS))
 
 
 async def test_a_deploy_walks_through_few_files(
@@ -147,5 +147,5 @@ async def test_a_deploy_walks_through_few_files(
             answer = await people.owner.api.post(path, json={})
             assert answer.json()["deploymentStatus"] == "running", answer.text
 
-        # Two of these files report the presence of the gateway, which may be due meanwhile.
-        await assert_walks(deploy, through="workers/cluster/manifests.py", at_most=67)
+        # One walk may be longer: the presence of the gateway is reported meanwhile.
+        await assert_walks(deploy, through="workers/cluster/manifests.py", at_most=60)

@@ -34,10 +34,18 @@ from engine.node_api import (
 from engine.node_key import NodeKey, decode_key
 from engine.program import WorkflowProgram
 from engine.run_errors import FailureCause, HttpRequestName, LeaseLost, NodeError
-from engine.run_records import SETTLED_STATUSES, NodeSpan, RunError, RunOutcome, RunStatus, SpanStatus
+from engine.run_records import (
+    SETTLED_STATUSES,
+    NodeSpan,
+    RunError,
+    RunOutcome,
+    RunStatus,
+    SpanStatus,
+    encode_error,
+)
 from engine.services import ControlRequest, RunControl
 from engine.values import Json, decode_json
-from journal import ended_runs, run_rows
+from journal import run_rows
 from tests.unit.run_harness import (
     FAST_RETRY,
     PATIENCE_SECONDS,
@@ -978,8 +986,7 @@ async def test_a_failed_request_is_the_cause_of_a_failed_run_also_after_a_crash(
 def restore_errors(spans: Iterable[NodeSpan]) -> list[NodeSpan]:
     """Return spans with their errors as read back from rows."""
     return [
-        msgspec.structs.replace(span, error=run_rows.decode_error(ended_runs.encode_error(span.error)))
-        for span in spans
+        msgspec.structs.replace(span, error=run_rows.decode_error(encode_error(span.error))) for span in spans
     ]
 
 
