@@ -6,7 +6,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Final
 
 from models import ids
-from models.workflow_names import POD_OWNER_PREFIX
+from models.pod_identity import POD_OWNER_PREFIX
 from telemetry import instruments
 from telemetry.metric_families import BY_WORKFLOW, GROUPS
 from telemetry.process_activity import ACTIVITY

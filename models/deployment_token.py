@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from sqlalchemy import Column, Index, SmallInteger, UniqueConstraint, func, insert, select, update
 from sqlmodel import Field, SQLModel, col
 
-from models import ids, runner_tokens
+from models import ids, pod_identity
 from models.column_types import TimestampColumn
 
 if TYPE_CHECKING:
@@ -56,9 +56,9 @@ async def ensure_token(
     """
     found = (await connection.execute(_is_valid(bearer.workflow_id).limit(1))).first()
     if found is not None:
-        token = runner_tokens.derive_token(found.id, secret)
+        token = pod_identity.derive_token(found.id, secret)
         # Under another secret of the server the derived token differs: then issue a new one.
-        if runner_tokens.hash_token(token) == found.hash:
+        if pod_identity.hash_token(token) == found.hash:
             return token
     return await issue_token(connection, bearer, secret=secret, token_id=token_id, now=now)
 
@@ -70,14 +70,14 @@ async def issue_token(
 
     The text can be derived again from id and secret. Earlier tokens stay valid until they are revoked.
     """
-    token = runner_tokens.derive_token(token_id, secret)
+    token = pod_identity.derive_token(token_id, secret)
     await connection.execute(
         insert(DeploymentToken).values(
             id=token_id,
             workflow_id=bearer.workflow_id,
             organization_id=bearer.organization_id,
             shard=bearer.shard,
-            hash=runner_tokens.hash_token(token),
+            hash=pod_identity.hash_token(token),
             created_at=now,
         )
     )
@@ -139,7 +139,7 @@ async def find_bearers(database: Database, tokens: Sequence[str]) -> list[TokenB
     """Return the bearer of each token in their order, None for an unknown or revoked one; raises
     `DatabaseUnavailable`.
     """
-    hashes = [runner_tokens.hash_token(token) for token in tokens]
+    hashes = [pod_identity.hash_token(token) for token in tokens]
     statement = select(
         col(DeploymentToken.hash),
         col(DeploymentToken.workflow_id),
@@ -155,7 +155,7 @@ async def find_bearers(database: Database, tokens: Sequence[str]) -> list[TokenB
 async def wakeup_keys(connection: AsyncConnection, workflow_id: str) -> Sequence[str]:
     """Return the keys under which pods of a deployment get wakeups, that of the newest token first."""
     rows = await connection.execute(_is_valid(workflow_id))
-    return [runner_tokens.wakeup_key(row.hash) for row in rows]
+    return [pod_identity.wakeup_key(row.hash) for row in rows]
 
 
 def new_token_id() -> str:

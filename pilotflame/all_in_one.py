@@ -34,9 +34,9 @@ from messages import broker as brokers
 from models import access, access_store, ids, schema_migration
 from models import database as databases
 from models.database import Database
+from models.pod_identity import POD_OWNER_PREFIX
 from models.schema_migration import OutdatedDatabase
 from models.worker_processes import ALL_IN_ONE_OWNER
-from models.workflow_names import POD_OWNER_PREFIX
 from pilotflame import data_dir
 from pilotflame.command_error import CommandError
 from pilotflame.dev import begin_migration

@@ -14,8 +14,8 @@ from engine.run_errors import NodeError
 from execution.pod_api import NODE_ERROR_HEADER, PREFIX, RETRYABLE, RUNNER_HEADER
 from json_text import decoding
 from models.errors import DatabaseUnavailable
+from models.pod_identity import PodProcess
 from models.timestamps import DatabaseClock
-from models.workflow_names import PodProcess
 from runner.gateway_connections import CONNECT_SECONDS, GatewayConnections
 
 if TYPE_CHECKING:

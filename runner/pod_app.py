@@ -11,7 +11,7 @@ from starlette.applications import Starlette
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
-from models import runner_tokens
+from models import pod_identity
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -35,7 +35,7 @@ class PodLifecycle:
         """Seconds that runs may take to finish once it drains."""
         self.stage = PodPhase.STARTING
         self.wakeup: Callable[[], None] = lambda: None
-        self._wakeup_key = runner_tokens.wakeup_key(runner_tokens.hash_token(token)).encode()
+        self._wakeup_key = pod_identity.wakeup_key(pod_identity.hash_token(token)).encode()
 
     def is_gateway_token(self, authorization: str) -> bool:
         """Return, in constant time, whether an `Authorization` header has the token with which the gateway

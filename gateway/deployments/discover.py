@@ -16,7 +16,7 @@ from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse
 from gateway.http.wire import WireStruct
 from journal.store import DefinitionKey
-from models import workflow_names
+from models import pod_identity
 from models.deployment import Deployment
 from models.workflow import Workflow, WorkflowStatus, is_listed_for
 
@@ -81,7 +81,7 @@ async def index(request: GatewayRequest) -> JsonResponse:
             mode="production",
             endpoints=TriggerEndpoints(proxy_url=_trigger_url(settings, row.id)),
             deployment=PodLocation(
-                pod_name=workflow_names.workflow_name(row.id), namespace=_choose_namespace(settings)
+                pod_name=pod_identity.workflow_name(row.id), namespace=_choose_namespace(settings)
             ),
         )
         for row in found
@@ -115,7 +115,7 @@ async def _list_deployed_workflows(
 
 def _trigger_url(settings: GatewaySettings, workflow_id: str) -> str:
     if settings.cluster == "kubernetes":
-        name = workflow_names.workflow_name(workflow_id)
+        name = pod_identity.workflow_name(workflow_id)
         return f"http://{name}.{settings.kubernetes_namespace}.svc.cluster.local{TRIGGER_PATH}"
     address = settings.public_url or f"http://{settings.host}:{settings.port}"
     return f"{address.rstrip('/')}/api/v1/workflows/{workflow_id}/trigger"

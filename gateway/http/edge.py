@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.http.protocol import INTERNAL
-from models import ids, workflow_names
+from models import ids, pod_identity
 from telemetry import instruments, log_context, tracing
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ _PREFLIGHT: Final = [
 _VARY: Final = (b"vary", b"Origin")
 
 TRIGGER_PATH: Final = "/trigger"
-_HOST_PREFIX: Final = workflow_names.PREFIX.encode()
+_HOST_PREFIX: Final = pod_identity.PREFIX.encode()
 
 
 class EdgeLayer:
@@ -328,5 +328,5 @@ def _workflow_of(scope: Scope) -> str | None:
             if not host.startswith(_HOST_PREFIX):
                 return None
             first = host.partition(b":")[0].partition(b".")[0]
-            return workflow_names.parse_workflow_id(first.decode("latin-1"))
+            return pod_identity.parse_workflow_id(first.decode("latin-1"))
     return None

@@ -23,8 +23,8 @@ from models.database_time import DatabaseTime
 from models.deployment import Deployment
 from models.execution import Execution, LogRow, SpanRow, WaitAnswer
 from models.execution_status import ExecutionStatus
+from models.pod_identity import PodProcess, lease_owner
 from models.workflow import Definition
-from models.workflow_names import PodProcess, lease_owner
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

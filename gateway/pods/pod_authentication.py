@@ -16,7 +16,7 @@ from gateway.pods.lease_checks import LeaseHolder
 from journal.group_commit import GroupCommit
 from models import deployment_token
 from models.deployment_token import TokenBearer
-from models.workflow_names import PodProcess
+from models.pod_identity import PodProcess
 
 if TYPE_CHECKING:
     from starlette.requests import HTTPConnection

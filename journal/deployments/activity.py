@@ -31,9 +31,9 @@ from models.lifecycle_policy import (
     LifecycleVerdict,
     StoppedReason,
 )
+from models.pod_identity import PodProcess, lease_owner, lease_owner_prefix
 from models.timestamps import from_microseconds
 from models.workflow import Workflow
-from models.workflow_names import PodProcess, lease_owner, lease_owner_prefix
 from telemetry import instruments
 
 if TYPE_CHECKING:

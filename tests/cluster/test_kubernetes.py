@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from models import workflow_names as names
+from models import pod_identity as names
 from tests.cluster.cluster_harness import NAMESPACE, DriverUnderTest, cluster_layout, turn_until
 from tests.cluster.fake_api import FakeApiServer
 from tests.cluster.fake_api.api_errors import KubernetesError, forbidden_error, too_many_requests_error

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models import ids
-from models import workflow_names as names
+from models import pod_identity as names
 from tests.cluster.cluster_harness import cluster_layout, desired_deployment
 from tests.cluster.fake_api import object_rules
 from tests.cluster.fake_api.schema import KINDS

@@ -16,7 +16,7 @@ from sqlmodel import col
 
 from models.deployment import ObservedState
 from models.execution import Execution
-from models.workflow_names import PodProcess, lease_owner_prefix
+from models.pod_identity import PodProcess, lease_owner_prefix
 from tests.cluster.cluster_harness import open_fake_cluster
 from tests.http_receiver import run_receiver
 from tests.integration.deployers import (

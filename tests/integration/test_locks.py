@@ -29,7 +29,7 @@ from journal.waits import children, completion
 from models import postgresql_sessions as sessions
 from models.database import Database, parse_url
 from models.errors import DatabaseUnavailable, LockWaitTimeout, PartialCommit
-from models.workflow_names import PodProcess
+from models.pod_identity import PodProcess
 from tests.integration.lock_holders import (
     PROMPT_SECONDS,
     hold_transaction_open,

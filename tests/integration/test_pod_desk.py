@@ -15,7 +15,7 @@ from gateway.pods.lease_checks import LeaseHolder
 from gateway.pods.poll_hub import PodPollHub
 from messages import broker as brokers
 from messages.broker import Broker
-from models.workflow_names import PodProcess
+from models.pod_identity import PodProcess
 
 if TYPE_CHECKING:
     from tests.integration.gateway_harness import GatewayHarness

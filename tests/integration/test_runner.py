@@ -56,9 +56,9 @@ from models.ai_model import AiModel
 from models.data_source import DataSource
 from models.deployment import Deployment
 from models.deployment_token import TokenBearer
+from models.pod_identity import PodProcess, lease_owner
 from models.signing_secrets import SigningSecret
 from models.timestamps import to_microseconds
-from models.workflow_names import PodProcess, lease_owner
 from nodes.ai.model_connection import ModelConnection
 from runner import gateway_client
 from runner import main as pod_services

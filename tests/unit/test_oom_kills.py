@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from models import oom_kills
-from models.workflow_names import PodProcess
+from models.pod_identity import PodProcess
 from tests.unit.test_pod_processes import NOON, SECOND
 from workers.cluster import pod_status
 from workers.deployer import reconcile

@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from models.workflow_names import PodProcess
+from models.pod_identity import PodProcess
 from workers.cluster.driver import ObservedDeployment, ObservedPod
 from workers.deployer import reconcile
 

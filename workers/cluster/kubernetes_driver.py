@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from models import workflow_names as names
+from models import pod_identity as names
 from workers.cluster import kubernetes_api, manifests, pod_status
 from workers.cluster.driver import (
     ClusterError,

@@ -22,7 +22,7 @@ import msgspec
 import structlog
 
 from json_text import decoding
-from models import workflow_names as names
+from models import pod_identity as names
 from workers.cluster.atomic_files import replace_file
 from workers.cluster.driver import (
     ChangedWorkflows,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
 
-from models import workflow_names as names
+from models import pod_identity as names
 from workers.cluster.dns_endpoints import DnsEndpoint
 from workers.cluster.driver import (
     HOST_VARIABLE,

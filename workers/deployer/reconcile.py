@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection
 
     from models.deployment import Deployment
-    from models.workflow_names import PodProcess
+    from models.pod_identity import PodProcess
     from workers.cluster.driver import ObservedDeployment, ObservedPod
 
 

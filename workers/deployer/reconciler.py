@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from messages.broker import Broker
     from models.database import Database
     from models.deployment import Deployment
-    from models.workflow_names import PodProcess
+    from models.pod_identity import PodProcess
     from workers.cluster.driver import ClusterConnection, ClusterDriver, ObservedDeployment, ObservedPod
     from workers.deployer.deployment_rows import DeploymentSnapshot, ObservedStatus
     from workers.deployer.settings import DeployerSettings

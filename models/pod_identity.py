@@ -1,9 +1,13 @@
-"""Names of a deployed workflow: of its objects in Kubernetes, and of its pods' processes in leases.
+"""Identity of a deployed workflow's pods: names of its objects in Kubernetes and of processes in leases, and tokens.
 
 Names of objects are made from the id of the workflow and valid as Deployment, Service and label value. Those of
 Services are the most limited up to Kubernetes 1.35: RFC 1035, a letter first, 63 characters. A process has the name
 `pod:<workflow>:<pod>/<start>`, since a pod may restart under its name, and nobody renews the leases of its earlier
 process.
+
+With tokens, pods and the gateway authenticate each other. A token is derived from the server's secret and a row's id.
+So the deployer can derive it again, and nobody stores it. Rows store its hash. The gateway authenticates to pods with a
+key that is derived from this hash, so that it never sends the token itself.
 """
 
 from __future__ import annotations
@@ -29,6 +33,11 @@ _MAX_NAME_LENGTH = MAX_LENGTH - len(PODS_SUFFIX)
 POD_OWNER_PREFIX: Final = "pod:"
 """Prefix of the lease owner names of all pods."""
 _NAME: Final = re.compile(r"(?P<pod>[A-Za-z0-9_-]{1,64})/(?P<milliseconds>[0-9]{13})")
+
+
+_BEGIN_OF_TOKENS: Final = "rt-" + "00"
+"""Prefix, and a code that is reserved for routing between regions."""
+_TOKEN_CHARACTERS: Final = 52
 
 
 def workflow_name(workflow_id: str) -> str:
@@ -103,3 +112,21 @@ def lease_owner(workflow_id: str, process: PodProcess) -> str:
 def lease_owner_prefix(workflow_id: str) -> str:
     """Return the beginning that the lease owner names of all pods of a workflow share."""
     return f"{POD_OWNER_PREFIX}{workflow_id}:"
+
+
+def derive_token(token_id: str, secret: bytes) -> str:
+    """Derive a pod's token from its id and the server's secret: `rt-`, a routing code of two characters, 260 bits."""
+    key = blake2b(secret, digest_size=64, person=b"runner tokens").digest()
+    number = int.from_bytes(blake2b(token_id.encode(), key=key, digest_size=33).digest(), "big")
+    digits = "".join(ids.ALPHABET[number >> 5 * place & 31] for place in range(_TOKEN_CHARACTERS))
+    return _BEGIN_OF_TOKENS + digits
+
+
+def hash_token(token: str) -> str:
+    """Return the stored hash of a token, unkeyed, since a token has too many random bits to be guessed."""
+    return blake2b(token.encode(), digest_size=32, person=b"runner token").hexdigest()
+
+
+def wakeup_key(hashed: str) -> str:
+    """Derive the key that authenticates wakeups of a pod, from the hash of its token."""
+    return blake2b(hashed.encode(), digest_size=32, person=b"runner wakeups").hexdigest()
