@@ -1,11 +1,13 @@
-"""Strict JSON: values that either database can store and return unchanged."""
+"""Strict JSON: values that either database can store and return unchanged, and their differences by path."""
 
 from __future__ import annotations
 
 import json
 import re
 import sys
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
 from hashlib import sha256
 from types import NoneType
 from typing import Any, Final, Literal, TypeAlias
@@ -55,6 +57,7 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _ESCAPED_NUL = rb"\u0000"
 _ERROR_POSITION = re.compile(r"\(byte (\d+)\)")
 _NO_NUMBERS = (b"NaN", b"Infinity", b"-Infinity")
+_PLAIN_KEY: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*\Z")
 _RAW_SURROGATE = re.compile(rb"\xed[\xa0-\xbf]")
 _UNPAIRED_AT_END = re.compile(rb'\\u[dD][89abAB][0-9a-fA-F]{2}"')
 
@@ -362,6 +365,93 @@ def identity_key(value: Json) -> Hashable:
     if type(value) is dict:
         return ("object", frozenset((key, identity_key(item)) for key, item in value.items()))
     return (bool, value) if type(value) is bool else value  # type: ignore[return-value]  # a scalar
+
+
+# ── differences by path, such as `rows[0].currency` ─────────────────────────────────────────────────────────
+
+
+class Missing(Enum):
+    """Marker of a side that has no value at a path."""
+
+    MISSING = "missing"
+
+
+MISSING: Final = Missing.MISSING
+
+
+@dataclass(frozen=True, slots=True)
+class PathChange:
+    """Values at a path that differ; a side without a value has `MISSING`."""
+
+    path: str
+    """Empty for the whole value."""
+    before: Json | Missing
+    after: Json | Missing
+
+
+@dataclass(frozen=True, slots=True)
+class ValueDifference:
+    """Differences between two values."""
+
+    changes: Sequence[PathChange]
+    equal_paths: int
+    """Number of equal values that are neither objects nor lists."""
+    is_cut: bool
+    """Whether there are more changes."""
+
+
+def compare_values(before: Json | Missing, after: Json | Missing, *, at_most: int) -> ValueDifference:
+    """Return the first `at_most` differences of two values, with their paths, and the number of equal values seen.
+
+    Lists are compared by position. The result says whether there are more differences.
+    """
+    changes: list[PathChange] = []
+    equal = 0
+    # A stack instead of recursion: values may be nested deeper than Python's calls.
+    left: list[Iterator[tuple[str, Json | Missing, Json | Missing]]] = [iter([("", before, after)])]
+    while left:
+        pair = next(left[-1], None)
+        if pair is None:
+            left.pop()
+            continue
+        path, one, other = pair
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            left.append(_pair_fields(path, one, other))
+        elif isinstance(one, list) and isinstance(other, list):
+            left.append(_pair_items(path, one, other))
+        elif one is MISSING or other is MISSING or not equal_json(one, other):
+            if one is not other:
+                if len(changes) >= at_most:
+                    return ValueDifference(changes, equal, is_cut=True)
+                changes.append(PathChange(path, one, other))
+        else:
+            equal += 1
+    return ValueDifference(changes, equal, is_cut=False)
+
+
+def _pair_fields(
+    path: str, before: Mapping[str, Json], after: Mapping[str, Json]
+) -> Iterator[tuple[str, Json | Missing, Json | Missing]]:
+    for key in {**before, **after}:
+        yield _join_path(path, key), before.get(key, MISSING), after.get(key, MISSING)
+
+
+def _pair_items(
+    path: str, before: Sequence[Json], after: Sequence[Json]
+) -> Iterator[tuple[str, Json | Missing, Json | Missing]]:
+    for index in range(max(len(before), len(after))):
+        yield (
+            f"{path}[{index}]",
+            before[index] if index < len(before) else MISSING,
+            after[index] if index < len(after) else MISSING,
+        )
+
+
+def _join_path(path: str, key: str) -> str:
+    if not _PLAIN_KEY.match(key):
+        escaped = key.replace("\\", "\\\\").replace('"', '\\"')
+        return f'{path}["{escaped}"]'
+    return f"{path}.{key}" if path else key
 
 
 # ── errors ──────────────────────────────────────────────────────────────────────────────────────────────────

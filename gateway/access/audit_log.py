@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 import msgspec
 from sqlalchemy import insert
 
-from engine.value_difference import MISSING, compare_values
-from engine.values import fingerprint
+from engine.values import MISSING, compare_values, fingerprint
 from gateway.http.request_origin import current_origin
 from models import ids
 from models.access import ApiKey, User
@@ -25,8 +24,7 @@ from models.database_time import PresentTime
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-    from engine.value_difference import Missing
-    from engine.values import Json
+    from engine.values import Json, Missing
 
 OPERATOR: Final = "operator"
 MAX_CHANGES: Final = 20

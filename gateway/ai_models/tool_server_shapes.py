@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, TypeAlias
 import msgspec
 from msgspec import Meta
 
-from engine.value_difference import compare_values
+from engine.values import compare_values
 from gateway.data_sources.data_source_shapes import CreateDataSource, Name, UpdateDataSource
 from gateway.http import errors, limits
 from gateway.http.text_rules import ProblemCollector

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, cast
 
 from msgspec import UNSET, Meta, Raw, UnsetType, field
 
-from engine.value_difference import MISSING, compare_values
+from engine.values import MISSING, compare_values
 from gateway.executions import execution_shapes, run_graph_rows, span_details
 from gateway.executions.execution_rows import ShownSpanStatus
 from gateway.executions.executions import ITERATION
@@ -24,8 +24,7 @@ from json_text import decoding
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-    from engine.value_difference import PathChange
-    from engine.values import Json
+    from engine.values import Json, PathChange
     from gateway.executions.execution_shapes import SpanDetailsShape
     from gateway.executions.span_details import SpanDetails
     from gateway.state import GatewayState

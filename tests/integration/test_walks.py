@@ -33,7 +33,7 @@ GRAPH: Final[dict[str, Any]] = {
 }
 MAILS: Final = ("sg_parsed_basic", "sg_raw_mime", "sg_raw_mime_lf", "sg_parsed_latin1")
 """Mails that are sent one after another."""
-ATTEMPTS: Final = 8
+ATTEMPTS: Final = 16
 
 
 @pytest.fixture

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from engine.value_difference import MISSING, PathChange, compare_values
-from engine.values import Json
+from engine.values import MISSING, Json, PathChange, compare_values
 
 
 def test_changes_name_their_path() -> None:

@@ -9,7 +9,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote
 
-from engine.value_difference import MISSING, compare_values
+from engine.values import MISSING, compare_values
 from gateway.dashboard.addresses import list_address
 from gateway.dashboard.formats import show_json, show_value
 from gateway.dashboard.page import Page, PageData, PageFrame

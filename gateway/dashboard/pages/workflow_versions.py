@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from engine.value_difference import MISSING, compare_values
+from engine.values import MISSING, compare_values
 from gateway.dashboard.addresses import list_address
 from gateway.dashboard.formats import show_value
 from gateway.dashboard.graph_map import draw_graph
 from gateway.dashboard.page import Page, PageData, PageFrame
 
 if TYPE_CHECKING:
-    from engine.value_difference import PathChange
+    from engine.values import PathChange
     from gateway.dashboard.page_request import PageRequest
 
 PATH: Final = "/dashboard/workflows/{id}/versions"
