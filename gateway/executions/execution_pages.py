@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
-from sqlalchemy import and_, exists, literal_column, select
+from sqlalchemy import and_, exists, literal_column
 from sqlmodel import col
 
 from gateway.executions import execution_rows
 from gateway.http import keyset, limits
-from gateway.http.keyset import KeysetBounds, ListPage
+from gateway.http.keyset import KeysetBounds, ListPage, RowSource
 from models.execution import Execution, ExecutionData
 from models.execution_label import ExecutionLabel
 from models.execution_status import ExecutionStatus
@@ -22,7 +21,7 @@ from models.workflow import Workflow
 if TYPE_CHECKING:
     from sqlalchemy import ColumnElement
     from sqlalchemy.ext.asyncio import AsyncConnection
-    from sqlalchemy.sql.expression import FromClause, Select, SQLColumnExpression
+    from sqlalchemy.sql.expression import FromClause
 
     from gateway.executions.execution_rows import ExecutionFilter
     from models.access import ApiCaller
@@ -32,20 +31,9 @@ _INDEXED_STATUSES: Final = (
     (ExecutionStatus.FAILED, ExecutionStatus.STOPPED, ExecutionStatus.CANCELLED),
 )
 """Statuses of the indexes `ix_execution_live` and `ix_execution_unsuccessful`, in the order of their conditions."""
-
-
-@dataclass(frozen=True, slots=True)
-class _RunSource:
-    """Part of an index, in the order of the list."""
-
-    table: FromClause
-    """Executions, joined with the table of the index unless that is their own."""
-    created_at: SQLColumnExpression[Any]
-    item_id: SQLColumnExpression[Any]
-    within: Sequence[ColumnElement[bool]]
-    """Conditions that the index decides."""
-    residual: Sequence[ColumnElement[bool]]
-    """Conditions for which each row is read."""
+FEW_RUNS: Final = 500
+"""Number of runs up to which all of a workflow are examined for those of a status, wherever they are in the table."""
+_COLUMNS: Final = tuple(Execution.__table__.columns)  # type: ignore[attr-defined]  # SQLModel adds it
 
 
 async def list_page(
@@ -53,41 +41,47 @@ async def list_page(
 ) -> ListPage[Execution]:
     """Return a page of the executions that the caller may see and that match, by a cursor.
 
-    Its count is at most 10,000 and may be a lower bound; the cursor of the next page is None on the last one.
+    A page examines at most 10,000 rows of each index, so it may be short or empty although `next_cursor` names
+    another one. Its count is at most 10,000 and may be a lower bound.
     """
     await keyset.follow_indexes(connection)
     found: list[tuple[datetime, Execution]] = []
+    edges: list[datetime] = []
     count, is_lower_bound = 0, False
     for source in await _choose_sources(connection, caller, wanted):
-        rows = await connection.execute(_select_page(source, bounds))
-        for row in rows.mappings():
-            columns = dict(row)
-            found.append((columns.pop("listed_at"), Execution(**columns)))
-        counted = await keyset.count_examined(
-            connection, source.table, source.within, source.residual, source.created_at
-        )
+        columns = (*_COLUMNS, source.created_at.label("listed_at"))
+        examined = await keyset.read_examined(connection, columns, source, bounds)
+        if examined.edge is not None and len(examined.rows) <= bounds.limit:
+            edges.append(examined.edge)
+        for row in examined.rows:
+            columns_of_run = dict(row)
+            found.append((columns_of_run.pop("listed_at"), Execution(**columns_of_run)))
+        counted = await keyset.count_page(connection, source, bounds, examined)
         count, is_lower_bound = count + counted.count, is_lower_bound or counted.is_lower_bound
-    found.sort(key=lambda one: (one[0], one[1].id), reverse=bounds.is_descending)
-    shown = found[: bounds.limit]
-    last = shown[-1] if len(found) > bounds.limit else None
+    runs, next_cursor = _cut_page(found, edges, bounds)
     return ListPage(
-        min(count, limits.KEYSET_COUNT),
-        [execution for _, execution in shown],
-        None if last is None else bounds.cursor_behind(last[0], last[1].id),
-        is_lower_bound or count > limits.KEYSET_COUNT,
+        min(count, limits.KEYSET_COUNT), runs, next_cursor, is_lower_bound or count > limits.KEYSET_COUNT
     )
 
 
-def _select_page(source: _RunSource, bounds: KeysetBounds) -> Select[*tuple[Any, ...]]:
-    """Return the query of a page's rows from one source, and one more, which shows whether another page follows."""
-    # One more than shown: then another page follows.
-    return (
-        select(Execution, source.created_at.label("listed_at"))
-        .select_from(source.table)
-        .where(*source.within, *source.residual, *bounds.condition(source.created_at, source.item_id))
-        .order_by(*bounds.order(source.created_at, source.item_id))
-        .limit(bounds.limit + 1)
-    )
+def _cut_page(
+    found: Sequence[tuple[datetime, Execution]], edges: Sequence[datetime], bounds: KeysetBounds
+) -> tuple[Sequence[Execution], str | None]:
+    """Return the runs of a page in order, and the cursor of the next one, from the runs of all indexes.
+
+    The page ends at the first of `edges`: behind it, an index has rows that were not examined.
+    """
+    edge = (max if bounds.is_descending else min)(edges, default=None)
+    if edge is not None:
+        found = [one for one in found if (one[0] >= edge if bounds.is_descending else one[0] <= edge)]
+    ordered = sorted(found, key=lambda one: (one[0], one[1].id), reverse=bounds.is_descending)
+    shown = ordered[: bounds.limit]
+    if len(ordered) > bounds.limit:
+        last = shown[-1]
+        next_cursor: str | None = bounds.cursor_behind(last[0], last[1].id)
+    else:
+        next_cursor = None if edge is None else bounds.cursor_behind_time(edge)
+    return [execution for _, execution in shown], next_cursor
 
 
 # ── choice of the index ─────────────────────────────────────────────────────────────────────────────────────
@@ -95,7 +89,7 @@ def _select_page(source: _RunSource, bounds: KeysetBounds) -> Select[*tuple[Any,
 
 async def _choose_sources(
     connection: AsyncConnection, caller: ApiCaller, wanted: ExecutionFilter
-) -> Sequence[_RunSource]:
+) -> Sequence[RowSource]:
     """Return the queries whose rows together are the list; no run is in two of them, and each uses an index.
 
     A list by labels begins with the rarest label, one of children with the parent, one of failed or open runs
@@ -113,19 +107,22 @@ async def _choose_sources(
             *execution_rows.column_conditions(wanted),
             *_of_workflow(wanted),
         ]
-        return [_RunSource(_get_table(), created_at, col(Execution.id), within, residual)]
-    indexes = [_INDEXED_STATUSES[0], _INDEXED_STATUSES[1]]
-    if wanted.statuses and ExecutionStatus.COMPLETED not in wanted.statuses:
-        return [
-            _of_status(caller, wanted, status, index)
-            for index in indexes
-            for status in index
-            if status in wanted.statuses
-        ]
-    return [_by_time(caller, wanted)]
+        return [RowSource(_get_table(), created_at, col(Execution.id), within, residual)]
+    by_time = _by_time(caller, wanted)
+    if not wanted.statuses or ExecutionStatus.COMPLETED in wanted.statuses:
+        return [by_time]
+    by_status = [
+        _of_status(caller, wanted, status, index)
+        for index in _INDEXED_STATUSES
+        for status in index
+        if status in wanted.statuses
+    ]
+    if wanted.workflow_id is not None and await keyset.has_at_most(connection, by_time, FEW_RUNS):
+        return [by_time]
+    return by_status
 
 
-def _by_time(caller: ApiCaller, wanted: ExecutionFilter) -> _RunSource:
+def _by_time(caller: ApiCaller, wanted: ExecutionFilter) -> RowSource:
     within = [col(ExecutionData.organization_id) == caller.organization_id]
     if wanted.workflow_id is not None:
         # Checked once, not run by run: the organization is in another index, which has the same order.
@@ -141,7 +138,7 @@ def _by_time(caller: ApiCaller, wanted: ExecutionFilter) -> _RunSource:
         *_build_status_condition(wanted),
     ]
     table = _get_table().join(ExecutionData.__table__, execution_rows.SAME_RUN)  # type: ignore[attr-defined]  # SQLModel adds it
-    return _RunSource(table, created_at, col(ExecutionData.execution_id), within, residual)
+    return RowSource(table, created_at, col(ExecutionData.execution_id), within, residual)
 
 
 def _of_status(
@@ -149,7 +146,7 @@ def _of_status(
     wanted: ExecutionFilter,
     status: ExecutionStatus,
     index: Sequence[ExecutionStatus],
-) -> _RunSource:
+) -> RowSource:
     """Return the source for runs of one status that an index lists."""
     # Literals, not bound parameters: databases use a partial index only for a condition that they can read.
     is_indexed = col(Execution.status).in_([literal_column(f"'{one}'") for one in index])
@@ -161,12 +158,12 @@ def _of_status(
         *execution_rows.time_conditions(wanted, created_at),
     ]
     residual = [*_build_visibility(caller), *execution_rows.column_conditions(wanted), *_of_workflow(wanted)]
-    return _RunSource(_get_table(), created_at, col(Execution.id), within, residual)
+    return RowSource(_get_table(), created_at, col(Execution.id), within, residual)
 
 
 async def _select_by_rarest_label(
     connection: AsyncConnection, caller: ApiCaller, wanted: ExecutionFilter
-) -> _RunSource:
+) -> RowSource:
     """Return the source for runs with the rarest of the labels; the others are checked run by run."""
     rarest = wanted.labels[0]
     if len(wanted.labels) > 1:
@@ -194,7 +191,7 @@ async def _select_by_rarest_label(
         col(ExecutionLabel.shard) == col(Execution.shard),
     )
     table = _get_table().join(ExecutionLabel.__table__, same_run)  # type: ignore[attr-defined]  # SQLModel adds it
-    return _RunSource(table, created_at, col(ExecutionLabel.execution_id), within, residual)
+    return RowSource(table, created_at, col(ExecutionLabel.execution_id), within, residual)
 
 
 def _has_label(caller: ApiCaller, label: tuple[str, str]) -> Sequence[ColumnElement[bool]]:

@@ -215,7 +215,11 @@ class ResumeResult(WireStruct):
 
 
 async def index(request: GatewayRequest) -> JsonResponse:
-    """List the executions of the workflows that the caller may read."""
+    """List the executions of the workflows that the caller may read.
+
+    With `after`, one request examines 10,000 executions for filters that no index has, so that a page may be
+    shorter than `limit`, or empty, although another follows.
+    """
     query = request.query
     part, order = query.page(), query[SORT]
     wanted = ExecutionFilter(

@@ -10,7 +10,7 @@ import re
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 from msgspec import UNSET, UnsetType
@@ -39,6 +39,9 @@ Shown = TypeVar("Shown")
 START: Final = "start"
 """Cursor of the first page."""
 _CURSOR: Final = re.compile(r"([ad])([0-9]{1,16})\.([A-Za-z0-9_-]{1,64})\Z")
+_BEFORE_IDS: Final = "-"
+"""Text that sorts before every id."""
+_MICROSECOND: Final = timedelta(microseconds=1)
 _INVALID: Final = "after must be `start`, or the `next` of an answer of this list in the same order"
 
 
@@ -126,6 +129,12 @@ class KeysetBounds:
             return created_at.desc(), item_id.desc()
         return created_at.asc(), item_id.asc()
 
+    def cursor_behind_time(self, moment: datetime) -> str:
+        """Return the cursor of the page after all items of a time, as the text that clients send."""
+        if self.is_descending:
+            return self.cursor_behind(moment, _BEFORE_IDS)
+        return self.cursor_behind(moment + _MICROSECOND, _BEFORE_IDS)
+
     def cursor_behind(self, created_at: datetime, item_id: str) -> str:
         """Return the cursor of the page after an item, as the text that clients send."""
         text = f"{'d' if self.is_descending else 'a'}{to_microseconds(created_at)}.{item_id}"
@@ -203,6 +212,28 @@ async def list_rows(
     return ListPage(counted.count, page.rows, page.next_cursor, counted.is_lower_bound)
 
 
+async def list_examined(
+    connection: AsyncConnection,
+    columns: Sequence[SQLColumnExpression[Any]],
+    source: RowSource,
+    bounds: KeysetBounds,
+) -> ListPage[RowMapping]:
+    """Return a page of the rows of a source that match, with their number; `columns` contain `created_at` and `id`.
+
+    At most 10,000 rows are examined for the page, and 5,000 for the number, so that a page may be short, or
+    empty, although another follows.
+    """
+    found = await read_examined(connection, columns, source, bounds)
+    counted = await count_page(connection, source, bounds, found)
+    rows, next_cursor = found.rows, None
+    if len(rows) > bounds.limit:
+        rows = rows[: bounds.limit]
+        next_cursor = bounds.cursor_behind(rows[-1]["created_at"], rows[-1]["id"])
+    elif found.edge is not None:
+        next_cursor = bounds.cursor_behind_time(found.edge)
+    return ListPage(counted.count, rows, next_cursor, counted.is_lower_bound)
+
+
 @dataclass(frozen=True, slots=True)
 class RowPage:
     """Rows of a page, and the cursor of the next one; None on the last page."""
@@ -236,12 +267,86 @@ async def read_rows(
     return RowPage(rows, next_cursor)
 
 
+@dataclass(frozen=True, slots=True)
+class RowSource:
+    """Part of an index, in the order of a list."""
+
+    table: FromClause
+    """Table of the rows, joined with that of the index unless that is its own."""
+    created_at: SQLColumnExpression[Any]
+    item_id: SQLColumnExpression[Any]
+    within: Sequence[ColumnElement[bool]]
+    """Conditions that the index decides, on the table of the index alone."""
+    residual: Sequence[ColumnElement[bool]]
+    """Conditions for which each row is read."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExaminedRows:
+    """Matching rows among those that a page examines, one more than the page shows at most."""
+
+    rows: Sequence[RowMapping]
+    edge: datetime | None
+    """Time up to which rows were examined, with all rows of this time; None if no row is behind them."""
+
+
+async def read_examined(
+    connection: AsyncConnection,
+    columns: Sequence[SQLColumnExpression[Any]],
+    source: RowSource,
+    bounds: KeysetBounds,
+) -> ExaminedRows:
+    """Return the rows of a source that match, among the first 10,000 after the cursor.
+
+    Without residual conditions, each row matches and none is examined in vain. The transaction follows indexes
+    from then on.
+    """
+    await follow_indexes(connection)
+    edge = await _find_edge(connection, source, bounds) if source.residual else None
+    inside = []
+    if edge is not None:
+        moment = literal(edge, TimestampColumn)
+        inside = [source.created_at >= moment if bounds.is_descending else source.created_at <= moment]
+    statement = (
+        select(*columns)
+        .select_from(source.table)
+        .where(
+            *source.within, *inside, *source.residual, *bounds.condition(source.created_at, source.item_id)
+        )
+        .order_by(*bounds.order(source.created_at, source.item_id))
+        .limit(bounds.limit + 1)
+    )
+    return ExaminedRows((await connection.execute(statement)).mappings().all(), edge)
+
+
+async def _find_edge(connection: AsyncConnection, source: RowSource, bounds: KeysetBounds) -> datetime | None:
+    """Return the time of the last row that a page examines; None if the list has no more than these.
+
+    The times alone are read, without the ids that order rows of one time: then the index has all columns.
+    """
+    behind = []
+    if bounds.cursor.created_at is not None:
+        moment = literal(bounds.cursor.created_at, TimestampColumn)
+        behind = [source.created_at <= moment if bounds.is_descending else source.created_at >= moment]
+    statement = (
+        select(source.created_at)
+        .where(*source.within, *behind)
+        .order_by(source.created_at.desc() if bounds.is_descending else source.created_at.asc())
+        .offset(limits.EXAMINED_FOR_PAGE - 1)
+        .limit(1)
+    )
+    edge: datetime | None = await connection.scalar(statement)
+    return edge
+
+
 async def follow_indexes(connection: AsyncConnection) -> None:
-    """Turn off table scans, full sorts, hash and merge joins and JIT in PostgreSQL for the rest of a transaction.
+    """Turn off table scans, full sorts, hash and merge joins, parallel workers and JIT in PostgreSQL for the rest of a
+    transaction.
 
     Lists are then read in the order of their indexes. After many inserts, or by an unlucky sample, PostgreSQL
     estimates the rows of a filter wrongly by orders of magnitude, and would read and sort a whole table for one
-    page. SQLite needs nothing and is left alone.
+    page. The start of parallel workers takes longer than all rows that a page examines. SQLite needs nothing and
+    is left alone.
     """
     if connection.dialect.name == "postgresql":
         await share_transaction(connection)
@@ -254,7 +359,8 @@ _FOLLOW_INDEXES: Final = select(
     *(
         func.set_config(name, "off", true())
         for name in ("enable_seqscan", "enable_sort", "enable_hashjoin", "enable_mergejoin", "jit")
-    )
+    ),
+    func.set_config("max_parallel_workers_per_gather", "0", true()),
 )
 
 
@@ -273,26 +379,36 @@ async def count_rows(
     return BoundedCount(min(count, limits.KEYSET_COUNT), count > limits.KEYSET_COUNT)
 
 
-async def count_examined(
-    connection: AsyncConnection,
-    table: FromClause,
-    within: Sequence[ColumnElement[bool]],
-    residual: Sequence[ColumnElement[bool]],
-    created_at: SQLColumnExpression[Any],
+async def count_page(
+    connection: AsyncConnection, source: RowSource, bounds: KeysetBounds, page: ExaminedRows
 ) -> BoundedCount:
-    """Count the rows that match among the newest 5,000 rows of an index; a lower bound if there are more.
+    """Count the rows of a source that match, of which a page was read; a lower bound if there may be more.
 
-    `within` are the conditions that the index decides; for those of `residual`, each row is read.
+    A first page that is not full has all rows among those that it has examined. For any other page, the newest
+    5,000 rows of the source are examined.
     """
-    if not residual:
+    if bounds.cursor.created_at is None and len(page.rows) <= bounds.limit:
+        return BoundedCount(len(page.rows), is_lower_bound=page.edge is not None)
+    return await _count_examined(connection, source)
+
+
+async def has_at_most(connection: AsyncConnection, source: RowSource, number: int) -> bool:
+    """Return whether the index of a source has at most this number of rows."""
+    some = select(source.created_at).where(*source.within).limit(number + 1).subquery()
+    return (await connection.scalar(select(func.count()).select_from(some)) or 0) <= number
+
+
+async def _count_examined(connection: AsyncConnection, source: RowSource) -> BoundedCount:
+    """Count the rows that match among the newest 5,000 rows of a source; a lower bound if there are more."""
+    if not source.residual:
         # From the table of the index alone.
-        return await count_rows(connection, within, created_at)
-    matches = case((and_(*residual), 1), else_=0).label("matches")
+        return await count_rows(connection, source.within, source.created_at)
+    matches = case((and_(*source.residual), 1), else_=0).label("matches")
     examined = (
         select(matches)
-        .select_from(table)
-        .where(*within)
-        .order_by(created_at.desc())
+        .select_from(source.table)
+        .where(*source.within)
+        .order_by(source.created_at.desc())
         .limit(limits.EXAMINED_RUNS)
         .subquery()
     )

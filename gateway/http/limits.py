@@ -32,8 +32,12 @@ PENDING_INPUTS: Final = 1_000
 """Questions in the list of those that a person may answer."""
 EXAMINED_QUESTIONS: Final = 50_000
 """Waiting nodes of an organization that a list of its questions examines."""
+QUESTIONS_OF_PAGE: Final = 500
+"""Waiting nodes of an organization that a page of its questions by `after` examines."""
 EXAMINED_RUNS: Final = 5_000
 """Executions that a list with `after` examines to count those that match."""
+EXAMINED_FOR_PAGE: Final = 10_000
+"""Executions, or deliveries, that a page of a list with `after` examines."""
 EXAMINED_DEAD_LETTERS: Final = 2_000
 """Failed executions that a list of the dead letters of an organization examines."""
 REDRIVE_COUNT: Final = 2_000

@@ -172,7 +172,11 @@ class DeliveryRedriveResults(WireStruct):
 
 
 async def index(request: GatewayRequest) -> JsonResponse:
-    """List the deliveries of a workflow with their outcomes."""
+    """List the deliveries of a workflow with their outcomes.
+
+    With `after`, one request examines 10,000 deliveries for `outcome` and `route`, so that a page may be shorter
+    than `limit` although another follows.
+    """
     query = request.query
     part = query.page()
     wanted = DeliveryFilter(query[OUTCOME], query[ROUTE], query[SINCE], query[UNTIL], reason=query[REASON])

@@ -9,14 +9,13 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
-from sqlalchemy import and_, exists, func, literal, literal_column, or_, select
+from sqlalchemy import and_, exists, func, literal_column, or_, select
 from sqlmodel import col
 
 from gateway.executions.resume_runs import IS_TAKEN_UP
-from gateway.http import idempotency, keyset, limits
-from gateway.http.keyset import ListPage
+from gateway.http import idempotency, keyset
+from gateway.http.keyset import ListPage, RowSource
 from json_text import decoding
-from models.column_types import TimestampColumn
 from models.execution import Execution, ExecutionData, Idempotency
 from models.execution_status import ExecutionStatus
 from models.ingest import INTAKE_KINDS, Delivery, DeliveryOutcome, IngestRoute
@@ -99,16 +98,15 @@ async def list_deliveries(
 ) -> ListPage[Delivery]:
     """Return a page of the matching deliveries of a workflow, the newest first, with their number.
 
-    With `bounds`, the page follows a cursor and the number goes to 10,000; None means limit and offset of
-    `part`.
+    With `bounds`, the page follows a cursor and the number goes to 10,000, and a page of one outcome or route
+    examines 10,000 rows at most. None means limit and offset of `part`.
     """
+    if bounds is not None:
+        within = [*_select_workflow(workflow), *_time_conditions(wanted)]
+        residual = [*_outcome_conditions(wanted), *_residual_conditions(wanted)]
+        return await _list_examined(connection, within, residual, bounds)
     of_list = [*_select_workflow(workflow), *conditions(wanted)]
     created_at, item_id = col(Delivery.created_at), col(Delivery.id)
-    if bounds is not None:
-        page = await keyset.list_rows(
-            connection, LISTED, of_list, bounds, created_at=created_at, item_id=item_id
-        )
-        return page.convert(lambda row: Delivery(**row))
     count = await connection.scalar(select(func.count()).select_from(Delivery).where(*of_list))
     rows = await connection.execute(
         select(*LISTED)
@@ -125,7 +123,7 @@ async def list_of_organization(
 ) -> ListPage[Delivery]:
     """Return a page of the matching deliveries that the caller may see, with a count that may be a lower bound.
 
-    A page examines 5,000 rows at most, so it may be short or empty although `next_cursor` names another one.
+    A page examines 10,000 rows at most, so it may be short or empty although `next_cursor` names another one.
     """
     within = [col(Delivery.organization_id) == caller.organization_id, *_outcome_conditions(wanted)]
     residual = [*_residual_conditions(wanted), *visible_conditions(caller)]
@@ -137,49 +135,20 @@ async def list_of_organization(
         within = [col(Delivery.workflow_id) == wanted.workflow_id, is_own]
         residual += _outcome_conditions(wanted)
     within += _time_conditions(wanted)
-    created_at, item_id = col(Delivery.created_at), col(Delivery.id)
+    return await _list_examined(connection, within, residual, bounds)
+
+
+async def _list_examined(
+    connection: AsyncConnection,
+    within: Sequence[ColumnElement[bool]],
+    residual: Sequence[ColumnElement[bool]],
+    bounds: KeysetBounds,
+) -> ListPage[Delivery]:
+    """Return a page of deliveries by the conditions that an index decides, and those for which each row is read."""
     table: FromClause = Delivery.__table__  # type: ignore[attr-defined]  # SQLModel adds it
-    page = await keyset.read_rows(
-        connection, LISTED, [*within, *residual], bounds, created_at=created_at, item_id=item_id
-    )
-    counted = await keyset.count_examined(connection, table, within, residual, created_at)
-    # Most rows may be of workflows that the caller may not read: a page examines a limited number of them.
-    edge = await _find_edge(connection, within, bounds) if residual else None
-    inside = () if edge is None else (_is_not_behind(edge, created_at, item_id),)
-    page = await keyset.read_rows(
-        connection, LISTED, [*within, *inside, *residual], bounds, created_at=created_at, item_id=item_id
-    )
-    next_cursor = page.next_cursor
-    if next_cursor is None and edge is not None:
-        next_cursor = bounds.cursor_behind(edge.created_at, edge.id)
-    return ListPage(
-        counted.count, [Delivery(**row) for row in page.rows], next_cursor, counted.is_lower_bound
-    )
-
-
-async def _find_edge(
-    connection: AsyncConnection, within: Sequence[ColumnElement[bool]], bounds: KeysetBounds
-) -> Any:  # noqa: ANN401 - a row of two columns
-    """Return time and id of the last row that a page examines; None if it reaches the end of the list."""
-    await keyset.follow_indexes(connection)
-    created_at, item_id = col(Delivery.created_at), col(Delivery.id)
-    statement = (
-        select(created_at, item_id)
-        .where(*within, *bounds.condition(created_at, item_id))
-        .order_by(*bounds.order(created_at, item_id))
-        .offset(limits.EXAMINED_RUNS - 1)
-        .limit(1)
-    )
-    return (await connection.execute(statement)).first()
-
-
-def _is_not_behind(
-    edge: Any,  # noqa: ANN401 - see above
-    created_at: SQLColumnExpression[Any],
-    item_id: SQLColumnExpression[Any],
-) -> ColumnElement[bool]:
-    moment = literal(edge.created_at, TimestampColumn)
-    return and_(created_at >= moment, or_(created_at > moment, item_id >= edge.id))
+    source = RowSource(table, col(Delivery.created_at), col(Delivery.id), within, residual)
+    page = await keyset.list_examined(connection, LISTED, source, bounds)
+    return page.convert(lambda row: Delivery(**row))
 
 
 def visible_conditions(caller: ApiCaller) -> Iterable[ColumnElement[bool]]:

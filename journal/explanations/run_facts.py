@@ -434,7 +434,8 @@ async def _read_children(
         )
         .where(
             col(Execution.parent_id) == run.id,
-            literal_column("parent_id IS NOT NULL AND ended_at IS NULL", Boolean),
+            # In the words of the index: as a Boolean expression, SQLite would compare it with 1 and not use it.
+            text("parent_id IS NOT NULL AND ended_at IS NULL"),
         )
         .order_by(col(Execution.created_at))
         .limit(MAX_HOLDERS)

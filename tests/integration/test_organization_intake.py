@@ -114,6 +114,7 @@ async def test_a_page_of_deliveries_examines_a_bounded_number_of_them(
     people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(limits, "EXAMINED_RUNS", 3)
+    monkeypatch.setattr(limits, "EXAMINED_FOR_PAGE", 3)
     mine, hidden = await create_active_workflow(people.owner), await create_active_workflow(people.admin)
     first = await enqueue(people.owner, mine)
     for _ in range(7):
