@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy import ColumnElement, Select, Subquery
     from sqlalchemy.ext.asyncio import AsyncConnection
+    from sqlalchemy.sql.expression import Label, SQLColumnExpression
 
     from gateway.executions.run_statistics import CountedHour
     from gateway.http.parameters import PageBounds
@@ -196,25 +197,32 @@ def page_statement(
 ) -> Select[*tuple[Any, ...]]:
     """Return the statement of a page of workflows in an order, by their counts from an hour on; in any state for None.
 
-    Only ids are sorted, without the rest of their rows.
+    Only ids are sorted, without the rest of their rows, and only as far as the page reaches: a number of each row
+    would need all of them in order.
     """
     sums = _sum_hours(caller, since)
-    terms = _order_terms(order, sums)
+    terms: list[tuple[Label[Any], bool]] = [
+        (term.label(f"rank_{number}"), is_descending)
+        for number, (term, is_descending) in enumerate(_list_order_terms(order, sums))
+    ]
     conditions = [*workflow_rows.list_conditions(caller, wanted)]
     if state is not None:
         conditions.append(_state_condition(state, sums))
     ranked = (
-        select(col(Workflow.id), func.row_number().over(order_by=terms).label("place"))
+        select(col(Workflow.id), *(term for term, _ in terms))
         .outerjoin(sums, sums.c.workflow_id == col(Workflow.id))
         .outerjoin(Deployment, col(Deployment.workflow_id) == col(Workflow.id))
         .where(*conditions)
-        .order_by(*terms)
+        .order_by(*(term.desc() if is_descending else term.asc() for term, is_descending in terms))
         .limit(part.limit)
         .offset(part.offset)
         .subquery()
     )
+    ranks = [(ranked.c[term.name], is_descending) for term, is_descending in terms]
     return (
-        select(*workflow_rows.LISTED).join(ranked, ranked.c.id == col(Workflow.id)).order_by(ranked.c.place)
+        select(*workflow_rows.LISTED)
+        .join(ranked, ranked.c.id == col(Workflow.id))
+        .order_by(*(rank.desc() if is_descending else rank.asc() for rank, is_descending in ranks))
     )
 
 
@@ -239,19 +247,26 @@ def _sum_hours(caller: ApiCaller, since: datetime) -> Subquery:
     )
 
 
-def _order_terms(order: ActivityOrder, sums: Subquery) -> Sequence[ColumnElement[Any]]:
-    """Return the ORDER BY terms of a list of workflows with the counts of their runs."""
-    last_run = func.coalesce(sums.c.accepted_at, 0).desc()
-    newest = (col(Workflow.updated_at).desc(), col(Workflow.id).desc())
+def _list_order_terms(
+    order: ActivityOrder, sums: Subquery
+) -> Sequence[tuple[SQLColumnExpression[Any], bool]]:
+    """Return the terms by which workflows with the counts of their runs are sorted, and whether the greatest come
+    first.
+    """
+    last_run = (func.coalesce(sums.c.accepted_at, 0), True)
+    newest: Sequence[tuple[SQLColumnExpression[Any], bool]] = (
+        (col(Workflow.updated_at), True),
+        (col(Workflow.id), True),
+    )
     if order is ActivityOrder.NAME:
-        return func.lower(col(Workflow.name)).asc(), col(Workflow.id).asc()
+        return (func.lower(col(Workflow.name)), False), (col(Workflow.id), False)
     if order is ActivityOrder.LAST_RUN:
         return last_run, *newest
     return (
-        case((_CANNOT_START, 1), else_=0).desc(),
-        func.coalesce(sums.c.failed_at, 0).desc(),
-        func.coalesce(sums.c.failed, 0).desc(),
-        case((sums.c.unfinished > 0, 1), else_=0).desc(),
+        (case((_CANNOT_START, 1), else_=0), True),
+        (func.coalesce(sums.c.failed_at, 0), True),
+        (func.coalesce(sums.c.failed, 0), True),
+        (case((sums.c.unfinished > 0, 1), else_=0), True),
         last_run,
         *newest,
     )

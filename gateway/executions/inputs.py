@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import structlog
@@ -14,11 +14,16 @@ from concurrency import offload
 from engine.values import fingerprint
 from gateway.access import audit_log
 from gateway.executions import acceptance, input_checks, question_shapes
-from gateway.executions.question_shapes import AnsweredInputs, AssignedInputs, PendingInputs
+from gateway.executions.question_shapes import (
+    AnsweredInputs,
+    AssignedInputs,
+    PendingInputs,
+    QuestionAssignment,
+)
 from gateway.http import errors, idempotency, keyset, limits
 from gateway.http.errors import ApiError
-from gateway.http.keyset import AFTER
-from gateway.http.parameters import LIMIT, FlagParameter
+from gateway.http.keyset import AFTER, KeysetBounds
+from gateway.http.parameters import LIMIT, ChoicesParameter, FlagParameter
 from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse
 from gateway.http.wire import StrictWire, WireStruct, body_of, read_json
@@ -26,12 +31,13 @@ from journal import concurrency_limits
 from journal.store import AcceptanceVerdict
 from journal.waits import approvals, node_answers
 from journal.waits.approvals import AnswerRefusal, ApprovalDecision, Approver
-from journal.waits.node_answers import AnswerReception
+from journal.waits.node_answers import AnswerReception, WaitPosition
 from models import access_store, ids
 from models.approval import ApprovalVote
 from models.audit import AuditAction
 from models.execution import Execution
 from models.execution_visibility import visibility_condition
+from models.timestamps import from_microseconds, to_microseconds
 from models.workflow import Workflow
 
 if TYPE_CHECKING:
@@ -39,15 +45,20 @@ if TYPE_CHECKING:
 
     from gateway.access.audit_log import ChangeAuthor
     from gateway.executions.acceptance import RunAcceptor
+    from gateway.http.keyset import PageCursor
     from journal.store import ExecutionKey, IdempotencyKey
     from journal.waits.approvals import DecisionResult
-    from journal.waits.node_answers import WaitingNode
+    from journal.waits.node_answers import OrganizationWait, WaitingNode
     from models.access import ApiCaller
     from models.database import Database
 
 log = structlog.get_logger()
 
 OTHERS: Final = FlagParameter("others", "Also questions that only other people may answer.")
+ASSIGNMENT: Final = ChoicesParameter(
+    "assignment", "With `after`, only questions that are assigned in one of these ways.", QuestionAssignment
+)
+ASSIGNED: Final = (OTHERS, ASSIGNMENT, LIMIT, AFTER)
 SHOWN_ITERATIONS: Final = 20
 FORBIDDEN: Final = 403
 
@@ -85,15 +96,24 @@ class InputAnswerResult(WireStruct):
 async def index_assigned(request: GatewayRequest) -> JsonResponse:
     """List the questions that the caller may answer, in all executions, the newest first; at most 1,000.
 
-    With `others`, the list has also those of visible executions that only other people may answer.
+    With `others`, the list has also those of visible executions that only other people may answer. With `after`,
+    it has pages of `limit` questions, however many are open. A page examines 500 questions, or as many that name
+    the caller for `assignment=caller`, so that it may be shorter although another follows.
     """
     caller, shows_others = request.caller, request.query[OTHERS]
+    cursor = request.query[AFTER]
     async with request.gateway.database.read() as connection:
         approver = await find_approver(connection, caller)
+
+        def may_show(one: OrganizationWait) -> bool:
+            return shows_others or question_shapes.find_refusal(one, approver) is None
+
+        if cursor is not None:
+            return await _show_page(connection, request, cursor, approver, may_show)
         found = await node_answers.list_organization_waits(
             connection,
             visibility_condition(caller),
-            lambda one: shows_others or question_shapes.find_refusal(one, approver) is None,
+            may_show,
             shard=caller.shard,
             at_most=limits.PENDING_INPUTS,
             examined=limits.EXAMINED_QUESTIONS,
@@ -101,6 +121,59 @@ async def index_assigned(request: GatewayRequest) -> JsonResponse:
         shown = await question_shapes.show_waits(connection, found, approver, caller.organization_id)
     assigned = [one for one in shown if shows_others or one.may_answer]
     return JsonResponse(AssignedInputs(count=len(assigned), inputs=assigned))
+
+
+async def _show_page(
+    connection: AsyncConnection,
+    request: GatewayRequest,
+    cursor: PageCursor,
+    approver: Approver,
+    may_show: Callable[[OrganizationWait], bool],
+) -> JsonResponse:
+    """Return the page of questions behind a cursor that may be shown and have a wanted assignment.
+
+    A cursor of this list has the sequence number of a node in place of a time, and the id of its run.
+    """
+    caller, wanted = request.caller, request.query[ASSIGNMENT]
+    bounds = KeysetBounds(request.query[LIMIT], is_descending=True, cursor=cursor)
+    if cursor.is_descending is False:
+        raise errors.invalid_query(AFTER.name, "invalid-cursor", "after must be a cursor of this list")
+    behind = None
+    if cursor.created_at is not None:
+        behind = WaitPosition(cursor.item_id, to_microseconds(cursor.created_at))
+    own = (caller.user_id, *filter(None, [approver.email]))
+    page = await node_answers.read_organization_waits(
+        connection,
+        visibility_condition(caller),
+        caller.shard,
+        behind,
+        limit=limits.QUESTIONS_OF_PAGE,
+        mentions=own if list(wanted) == [QuestionAssignment.CALLER] else (),
+    )
+    counts = dict.fromkeys(QuestionAssignment, 0)
+    matching = []
+    for position, wait in page.waits:
+        if may_show(wait):
+            assignment = question_shapes.find_assignment(approvals.assignees_of(wait.node.request), approver)
+            counts[assignment] += 1
+            if not wanted or assignment in wanted:
+                matching.append((position, wait))
+    listed = matching[: bounds.limit]
+    last = listed[-1][0] if len(matching) > bounds.limit else page.behind
+    shown = await question_shapes.show_waits(
+        connection, [wait for _, wait in listed], approver, caller.organization_id
+    )
+    return JsonResponse(
+        AssignedInputs(
+            count=len(matching),
+            count_is_lower_bound=page.behind is not None,
+            next=None
+            if last is None
+            else bounds.cursor_behind(from_microseconds(last.sequence), last.execution_id),
+            inputs=[one for one in shown if request.query[OTHERS] or one.may_answer],
+            assignments=counts,
+        )
+    )
 
 
 async def index_answered(request: GatewayRequest) -> JsonResponse:

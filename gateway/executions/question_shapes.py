@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
-from msgspec import structs
+from msgspec import UNSET, UnsetType, structs
 
 from gateway.executions import input_checks
+from gateway.http.keyset import KeysetPage
 from gateway.http.wire import Instant, WireStruct, instant, optional_instant
 from journal.waits import approvals
 from journal.waits.approvals import AnswerRefusal
@@ -137,11 +138,16 @@ class AssignedInput(PendingInput, kw_only=True):
     """Action if nobody answers in time; null without an end."""
 
 
-class AssignedInputs(WireStruct):
-    """Questions in the inbox of the caller."""
+class AssignedInputs(KeysetPage, kw_only=True):
+    """Questions in the inbox of the caller; with `after`, a page of them.
+
+    `count` is the number of those that match; with `after`, among the 500 that a page examines.
+    """
 
     count: int
     inputs: Sequence[AssignedInput]
+    assignments: Mapping[QuestionAssignment, int] | UnsetType = UNSET
+    """With `after`, the number of questions of each assignment among those that the page examines."""
 
 
 class AnsweredInput(WireStruct):
@@ -215,7 +221,7 @@ def _show_wait(
         execution_id=wait.execution_id,
         workflow_id=wait.workflow_id,
         workflow_name=wait.workflow_name,
-        assignment=_find_assignment(assignees, approver),
+        assignment=find_assignment(assignees, approver),
         may_answer=reason is None,
         refusal=reason,
         assignee_names={one: names[one] for one in assignees if one in names},
@@ -242,7 +248,7 @@ def _find_expiry_action(node: WaitingNode) -> ExpiryAction | None:
     return ExpiryAction.CONTINUE if node.continues_at_expiry else ExpiryAction.FAIL
 
 
-def _find_assignment(assignees: Sequence[str], approver: Approver) -> QuestionAssignment:
+def find_assignment(assignees: Sequence[str], approver: Approver) -> QuestionAssignment:
     """Return the way in which a question with these assignees is assigned, as a person sees it."""
     if not assignees:
         return QuestionAssignment.ANYONE

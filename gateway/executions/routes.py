@@ -260,7 +260,7 @@ ROUTES: Final[Sequence[Route]] = (
         "/api/v1/pending-inputs",
         EXECUTE,
         inputs.index_assigned,
-        query=(inputs.OTHERS,),
+        query=inputs.ASSIGNED,
         answer=question_shapes.AssignedInputs,
     ),
     Route(

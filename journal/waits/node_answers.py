@@ -13,7 +13,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
-from sqlalchemy import BigInteger, and_, insert, or_, select, text, type_coerce, update
+from sqlalchemy import BigInteger, and_, case, insert, or_, select, text, type_coerce, update
 from sqlmodel import col
 
 from engine.node_api import OUTPUT, AnswerSource
@@ -255,6 +255,23 @@ class OrganizationWait:
     node: WaitingNode
 
 
+@dataclass(frozen=True, slots=True)
+class WaitPosition:
+    """Position of a waiting node in a list of the nodes of an organization."""
+
+    execution_id: str
+    sequence: int
+
+
+@dataclass(frozen=True, slots=True)
+class WaitsPage:
+    """Nodes that wait for input of a person among those that one statement has examined."""
+
+    waits: Sequence[tuple[WaitPosition, OrganizationWait]]
+    behind: WaitPosition | None
+    """Position of the last examined node; None if there are no others."""
+
+
 async def list_organization_waits(
     connection: AsyncConnection,
     visible: ColumnElement[bool],
@@ -271,18 +288,38 @@ async def list_organization_waits(
     `examined` nodes are.
     """
     found: list[OrganizationWait] = []
-    behind: tuple[str, int] | None = None
+    behind: WaitPosition | None = None
     for _ in range(0, examined, QUESTIONS_PAGE):
-        statement = organization_waits_statement(visible, shard, behind).limit(QUESTIONS_PAGE)
-        rows = (await connection.execute(statement)).all()
-        for row in rows:
-            wait = _read_organization_wait(row)
-            if wait is not None and matches(wait):
-                found.append(wait)
-        if len(rows) < QUESTIONS_PAGE or len(found) >= at_most:
+        page = await read_organization_waits(connection, visible, shard, behind, limit=QUESTIONS_PAGE)
+        found += [wait for _, wait in page.waits if matches(wait)]
+        behind = page.behind
+        if behind is None or len(found) >= at_most:
             break
-        behind = (rows[-1].id, rows[-1].sequence)
     return found[:at_most]
+
+
+async def read_organization_waits(
+    connection: AsyncConnection,
+    visible: ColumnElement[bool],
+    shard: int,
+    behind: WaitPosition | None,
+    *,
+    limit: int,
+    mentions: Sequence[str] = (),
+) -> WaitsPage:
+    """Return the nodes that wait for input of a person among `limit` nodes behind a position, newest runs first.
+
+    With `mentions`, only nodes whose request has one of these texts anywhere are examined, in any case of letters.
+    """
+    statement = organization_waits_statement(visible, shard, behind, limit=limit, mentions=mentions)
+    rows = (await connection.execute(statement)).all()
+    waits = [
+        (WaitPosition(row.execution_id, row.sequence), wait)
+        for row in rows
+        if row.is_open and (wait := _read_organization_wait(row)) is not None
+    ]
+    last = rows[-1] if len(rows) == limit else None
+    return WaitsPage(waits, None if last is None else WaitPosition(last.execution_id, last.sequence))
 
 
 def _read_organization_wait(row: Row[*tuple[Any, ...]]) -> OrganizationWait | None:
@@ -293,17 +330,24 @@ def _read_organization_wait(row: Row[*tuple[Any, ...]]) -> OrganizationWait | No
     place = (row.node_id, row.iteration, row.label)
     has_default = awaits["expired"] is not None
     node = WaitingNode(*place, awaits["request"], row.started_at, row.wake_at, has_default)
-    return OrganizationWait(row.id, row.workflow_id, row.workflow_name, row.user_id, row.trigger_type, node)
+    return OrganizationWait(
+        row.execution_id, row.workflow_id, row.workflow_name, row.user_id, row.trigger_type, node
+    )
 
 
 def organization_waits_statement(
-    visible: ColumnElement[bool], shard: int, behind: tuple[str, int] | None = None
+    visible: ColumnElement[bool],
+    shard: int,
+    behind: WaitPosition | None = None,
+    *,
+    limit: int,
+    mentions: Sequence[str] = (),
 ) -> Select[*tuple[Any, ...]]:
-    """Return the statement of the nodes of a shard with input of a person to wait for, by their own index.
+    """Return the statement of `limit` nodes of a shard with input of a person to wait for, by their own index.
 
-    Ordered by the ids of their runs, which have the order of time, the newest first; `behind` is the run and the
-    sequence number of the last node of the page before. Without the index, each
-    waiting run would be joined with its spans, whatever it waits for.
+    Ordered by the ids of their runs, which have the order of time, the newest first; `behind` is the last node
+    of the page before. `is_open` of a row is 1 if its run satisfies the condition, waits, and has no answer for
+    the node. Each row is examined once: a join that dropped some would read on for a full page.
     """
     asked = (
         select(
@@ -316,7 +360,14 @@ def organization_waits_statement(
             text(f"span.{AWAITS_INPUT_CONDITION}"),
             col(SpanRow.status) == SpanStatus.WAITING.value,
             *_follow(behind),
+            *(
+                [or_(*(col(SpanRow.awaits).icontains(one, autoescape=True) for one in mentions))]
+                if mentions
+                else ()
+            ),
         )
+        .order_by(col(SpanRow.execution_id).desc(), col(SpanRow.sequence))
+        .limit(limit)
         .cte("asked")
         # Without statistics, PostgreSQL would begin with the waiting runs.
         .prefix_with("MATERIALIZED")
@@ -326,32 +377,32 @@ def organization_waits_statement(
         col(WaitAnswer.node_id) == asked.c.node_id,
         col(WaitAnswer.iteration) == asked.c.iteration,
     )
+    is_open = and_(
+        visible,
+        col(Execution.status) == ExecutionStatus.WAITING.value,
+        ~answered.correlate(asked).exists(),
+    )
     return (
         select(
-            *(col(Execution.id), col(Execution.workflow_id), col(Execution.user_id)),
+            *(asked.c.execution_id, col(Execution.workflow_id), col(Execution.user_id)),
             *(col(Execution.trigger_type), col(Workflow.name).label("workflow_name")),
             *(asked.c.node_id, asked.c.iteration, asked.c.label, asked.c.sequence),
             *(asked.c.awaits, asked.c.started_at, asked.c.wake_at),
+            case((is_open, 1), else_=0).label("is_open"),
         )
         .select_from(asked)
-        .join(Execution, col(Execution.id) == asked.c.execution_id)
-        .join(Workflow, col(Workflow.id) == col(Execution.workflow_id))
-        .where(
-            visible,
-            col(Execution.status) == ExecutionStatus.WAITING.value,
-            ~answered.correlate(asked).exists(),
-        )
+        .outerjoin(Execution, col(Execution.id) == asked.c.execution_id)
+        .outerjoin(Workflow, col(Workflow.id) == col(Execution.workflow_id))
         .order_by(asked.c.execution_id.desc(), asked.c.sequence)
     )
 
 
-def _follow(behind: tuple[str, int] | None) -> Iterable[ColumnElement[bool]]:
-    """Yield the conditions of nodes after a run and sequence number, in the order of pages; none without them."""
+def _follow(behind: WaitPosition | None) -> Iterable[ColumnElement[bool]]:
+    """Yield the conditions of nodes after a position, in the order of pages; none without one."""
     if behind is None:
         return
-    execution_id, sequence = behind
-    yield col(SpanRow.execution_id) <= execution_id
-    yield or_(col(SpanRow.execution_id) < execution_id, col(SpanRow.sequence) > sequence)
+    yield col(SpanRow.execution_id) <= behind.execution_id
+    yield or_(col(SpanRow.execution_id) < behind.execution_id, col(SpanRow.sequence) > behind.sequence)
 
 
 async def _receive_answer(

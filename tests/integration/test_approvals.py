@@ -16,7 +16,7 @@ from sqlalchemy import insert, select, update
 from sqlmodel import col
 
 from gateway.executions import input_checks
-from gateway.http import failed_attempts
+from gateway.http import failed_attempts, limits
 from journal.store import ExecutionKey
 from journal.waits import approvals, node_answers
 from models import access_store
@@ -26,7 +26,13 @@ from models.execution import Execution
 from tests import smtp_server
 from tests.http_receiver import run_receiver
 from tests.integration import input_waits
-from tests.integration.gateway_harness import GatewayHarness, OrganizationUsers, UserClient, assert_refused
+from tests.integration.gateway_harness import (
+    GRAPH,
+    GatewayHarness,
+    OrganizationUsers,
+    UserClient,
+    assert_refused,
+)
 from tests.integration.test_waiting_runs import (
     EXECUTIONS,
     execute_workflow,
@@ -190,6 +196,57 @@ async def test_an_inbox_says_to_whom_each_question_is_assigned_and_who_has_answe
         assert run not in await pending(colleague)
         open_to_all = await ask(people)
         assert (await inbox(admin, open_to_all, ""))["assignment"] == "anyone"
+
+
+async def test_pages_of_an_inbox_have_each_question_once_and_find_own_ones_behind_those_of_others(
+    harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "QUESTIONS_OF_PAGE", 2)
+    workflow_id = await people.owner.create(**{**GRAPH, "name": "Asked often", "status": "active"})
+    await make_public(people.owner, workflow_id)
+    asked = []
+    for assignees in (
+        [people.colleague.user.email.upper()],
+        ["role:admin"],
+        ["role:admin"],
+        [],
+        ["role:admin"],
+    ):
+        asked.append(await execute_workflow(people.owner, workflow_id))
+        request = {**input_waits.REQUEST, "assignees": assignees}
+        await input_waits.wait_for_input(harness.gateway.database, asked[-1], request=request)
+    for person, query, expected in (
+        (people.admin, "others=true", asked[::-1]),
+        (people.colleague, "others=true", asked[::-1]),
+        (people.colleague, "", [asked[3], asked[0]]),
+        (people.colleague, "others=true&assignment=role,anyone", [asked[3]]),
+        (people.stranger, "others=true", []),
+    ):
+        assert await _walk_inbox(person, query, limit=1) == expected, query
+    mine = "/api/v1/pending-inputs?after=start&assignment=caller"
+    page = (await people.colleague.api.get(mine)).json()
+    assert [one["executionId"] for one in page["inputs"]] == [asked[0]], (
+        "only those that name a person are examined"
+    )
+    assert (page["count"], page["countIsLowerBound"], page["next"]) == (1, False, None)
+    first = (await people.admin.api.get("/api/v1/pending-inputs?after=start&limit=1")).json()
+    assert (first["count"], first["countIsLowerBound"]) == (2, True)
+    assert first["assignments"] == {"caller": 0, "role": 1, "anyone": 1, "others": 0}
+    refused = await people.admin.api.get("/api/v1/pending-inputs?after=nonsense")
+    assert_refused(refused, 400, "invalid-query")
+
+
+async def _walk_inbox(person: UserClient, query: str, *, limit: int) -> list[str]:
+    """Return the runs of the questions on all pages of an inbox."""
+    found: list[str] = []
+    cursor: str | None = "start"
+    while cursor is not None:
+        answer = await person.api.get(f"/api/v1/pending-inputs?{query}&after={cursor}&limit={limit}")
+        assert answer.status_code == 200, answer.text
+        found += [one["executionId"] for one in answer.json()["inputs"]]
+        assert len(answer.json()["inputs"]) <= limit
+        cursor = answer.json()["next"]
+    return found
 
 
 async def test_answers_are_listed_with_their_people_the_newest_first(

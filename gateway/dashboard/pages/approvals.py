@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from gateway.dashboard.addresses import list_address
 from gateway.dashboard.form_fields import list_fields
+from gateway.dashboard.formats import show_count
 from gateway.dashboard.page import Page, PageData, PageFrame
 
 if TYPE_CHECKING:
@@ -15,12 +17,15 @@ if TYPE_CHECKING:
 PATH: Final = "/dashboard/approvals"
 ANSWERED: Final = "answered"
 SHOWN_ANSWERS: Final = 50
-TABS: Final[Mapping[str, tuple[str, frozenset[str]]]] = {
-    "mine": ("for me", frozenset({"caller"})),
-    "groups": ("for my groups", frozenset({"role", "anyone"})),
-    "all": ("all open", frozenset({"caller", "role", "anyone", "others"})),
+SHOWN_QUESTIONS: Final = 50
+START: Final = "start"
+"""Cursor of the first page, as the API has it."""
+TABS: Final[Mapping[str, tuple[str, str]]] = {
+    "mine": ("for me", "caller"),
+    "groups": ("for my groups", "role,anyone"),
+    "all": ("all open", ""),
 }
-"""Label of each tab, and the assignments that it shows."""
+"""Label of each tab, and the assignments that it shows; empty for all."""
 REFUSALS: Final = {
     "not-assigned": "This question is for other people.",
     "self-approval": "You have started this run, and may not answer its question.",
@@ -31,65 +36,101 @@ NEVER: Final = "9999"
 
 
 async def load(page: PageRequest) -> PageData:
-    """Ask the API for the open questions, also those of others, and on the tab of answers for 50 of these.
+    """Ask the API for 50 open questions of the visitor, and of the open tab, or for 50 answers; raises `ApiError`.
 
-    The questions are None for visitors who may answer none. Raises `ApiError`.
+    Another request for one question of all tells their number by assignment. The questions are None for visitors
+    who may answer none. Without a tab in the query, the first one with questions is open.
     """
-    pending = await page.get_if_present("/api/v1/pending-inputs", others="true")
-    answered = None
-    if page.query.get("tab") == ANSWERED:
-        after = page.query.get("after")
-        answered = await page.get("/api/v1/answered-inputs", limit=SHOWN_ANSWERS, after=after)
-    return {"pending": pending, "answered": answered}
+    given = page.query
+    after = given.get("after", START)
+
+    async def ask(tab: str, *, limit: int = SHOWN_QUESTIONS, cursor: str = START) -> Any:  # noqa: ANN401 - a JSON answer
+        return await page.get_if_present(
+            "/api/v1/pending-inputs", others="true", assignment=TABS[tab][1], limit=limit, after=cursor
+        )
+
+    mine, everything = await asyncio.gather(ask("mine"), ask("all", limit=1))
+    if given.get("tab") == ANSWERED:
+        cursor = given.get("after")
+        answered = await page.get("/api/v1/answered-inputs", limit=SHOWN_ANSWERS, after=cursor)
+        return {"mine": mine, "all": everything, "tab": ANSWERED, "questions": None, "answered": answered}
+    questions, tab = mine, given.get("tab", "")
+    if everything is not None:
+        tab = tab if tab in TABS else find_first_tab(mine, everything)
+        if tab != "mine" or after != START:
+            questions = await ask(tab, cursor=after)
+    return {"mine": mine, "all": everything, "tab": tab or "mine", "questions": questions, "answered": None}
+
+
+def find_first_tab(mine: Mapping[str, Any], everything: Mapping[str, Any]) -> str:
+    """Return the name of the first tab that has questions, `mine` if there are none."""
+    counts = count_tabs(mine, everything)
+    return next((tab for tab in TABS if counts[tab][0]), "mine")
+
+
+def count_tabs(
+    mine: Mapping[str, Any] | None, everything: Mapping[str, Any] | None
+) -> Mapping[str, tuple[int, bool]]:
+    """Return the number of questions of each tab, and whether there may be more."""
+    if mine is None or everything is None:
+        return dict.fromkeys(TABS, (0, False))
+    counts, is_lower_bound = everything["assignments"], everything["countIsLowerBound"]
+    groups = sum(counts[one] for one in TABS["groups"][1].split(","))
+    return {
+        "mine": (mine["count"], mine["countIsLowerBound"]),
+        "groups": (groups, is_lower_bound),
+        "all": (everything["count"], is_lower_bound),
+    }
 
 
 def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
     """Return the template values: the tabs with their counts, the questions of the open one, and the open question.
 
-    Without a tab in the query, the first one with questions is open.
+    The questions of a page are sorted by their end, the earliest first.
     """
-    found = [] if data["pending"] is None else data["pending"]["inputs"]
-    listed = sorted(found, key=lambda one: (one["expiresAt"] or NEVER, one["requestedAt"] or NEVER))
-    by_tab = {
-        tab: [one for one in listed if one["assignment"] in assignments]
-        for tab, (_, assignments) in TABS.items()
-    }
-    answered = data["answered"]
-    first = next((tab for tab, questions in by_tab.items() if questions), "mine")
-    wanted = frame.query.get("tab", "")
-    tab = ANSWERED if answered is not None else wanted if wanted in TABS else first
-    questions = by_tab.get(tab, [])
+    tab, answered = data["tab"], data["answered"]
+    counts = count_tabs(data["mine"], data["all"])
+    found = data["questions"] or {"inputs": (), "next": None}
+    questions = sorted(
+        found["inputs"], key=lambda one: (one["expiresAt"] or NEVER, one["requestedAt"] or NEVER)
+    )
+    cursor = frame.query.get("after", "")
+    after = {} if cursor in {"", START} else {"after": cursor}
     shown = find_shown(questions, frame.query.get("question"))
+    following = found["next"] if answered is None else answered["next"]
     return {
         "title": "Approvals",
         "crumbs": (("Approvals", ""),),
-        "count": len(listed),
+        "count": show_bounded(*counts["all"]),
         "tabs": [
             *(
-                (len(by_tab[name]), label, list_address(frame, PATH, {"tab": name}), name == tab)
+                (show_bounded(*counts[name]), label, list_address(frame, PATH, {"tab": name}), name == tab)
                 for name, (label, _) in TABS.items()
             ),
             (None, "Answered", list_address(frame, PATH, {"tab": ANSWERED}), tab == ANSWERED),
         ],
         "tab": tab,
         "questions": [
-            {**one, "address": question_address(frame, tab, one), "is_open": one is shown}
+            {**one, "address": question_address(frame, tab, one, after), "is_open": one is shown}
             for one in questions
         ],
         "one": None if shown is None else describe_question(shown),
         # Once a visitor has answered or passed it on, the first of the other ones is open.
-        "next": list_address(frame, PATH, {"tab": tab}),
+        "next": list_address(frame, PATH, {"tab": tab, **after}),
         # The address names the open question, so that an update never replaces it below a pointer.
-        "address": "" if shown is None else question_address(frame, tab, shown),
+        "address": "" if shown is None else question_address(frame, tab, shown, after),
         "answers": () if answered is None else answered["answers"],
-        "older": ""
-        if answered is None or not answered["next"]
-        else list_address(frame, PATH, {"tab": ANSWERED, "after": answered["next"]}),
-        "is_newest": not frame.query.get("after"),
-        "newest": list_address(frame, PATH, {"tab": ANSWERED}),
-        "may_answer": data["pending"] is not None,
+        "older": list_address(frame, PATH, {"tab": tab, "after": following}) if following else "",
+        "is_newest": not after,
+        "newest": list_address(frame, PATH, {"tab": tab}),
+        "may_answer": data["mine"] is not None,
         "may_assign": shown is not None and may_assign(shown, frame),
     }
+
+
+def show_bounded(count: int, is_lower_bound: bool) -> str:  # noqa: FBT001 - the pair of a count
+    """Return a number of questions as text, with `+` if there may be more."""
+    return f"{show_count(count)}+" if is_lower_bound else show_count(count)
 
 
 def question_id(question: Mapping[str, Any]) -> str:
@@ -97,9 +138,11 @@ def question_id(question: Mapping[str, Any]) -> str:
     return f"{question['executionId']}:{question['nodeId']}:{question['iteration']}"
 
 
-def question_address(frame: PageFrame, tab: str, question: Mapping[str, Any]) -> str:
-    """Return the address of the page with a question open on a tab."""
-    return list_address(frame, PATH, {"tab": tab, "question": question_id(question)})
+def question_address(
+    frame: PageFrame, tab: str, question: Mapping[str, Any], after: Mapping[str, str]
+) -> str:
+    """Return the address of the page with a question open on a tab; `after` is the parameter of its page."""
+    return list_address(frame, PATH, {"tab": tab, "question": question_id(question), **after})
 
 
 def find_shown(questions: Sequence[Mapping[str, Any]], wanted: str | None) -> Mapping[str, Any] | None:

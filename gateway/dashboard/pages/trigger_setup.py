@@ -13,6 +13,8 @@ from gateway.http.errors import ApiError
 if TYPE_CHECKING:
     from gateway.dashboard.page_request import PageRequest
 
+START: Final = "start"
+"""Cursor of the first page, as the API has it: a list by cursor does not count all rows."""
 SHOWN_ROWS: Final = 8
 SOURCES: Final = 100
 PATH: Final = "/dashboard/workflows/{id}/trigger"
@@ -77,7 +79,7 @@ async def load(page: PageRequest) -> PageData:
         # An event is for all workflows: its delivery names none.
         page.get_if_present("/api/v1/deliveries", route="events", limit=SHOWN_ROWS)
         if is_event
-        else page.get_if_present(f"{path}/deliveries", limit=SHOWN_ROWS),
+        else page.get_if_present(f"{path}/deliveries", limit=SHOWN_ROWS, after=START),
         page.get_if_present(f"{path}/intake-samples", limit=SHOWN_ROWS),
         page.get_if_present("/api/v1/datasources", limit=SOURCES),
         page.get_if_present(f"{path}/schedule"),

@@ -71,9 +71,9 @@ class AsyncApprovals(AsyncResource):
         """List the answers of people to questions in visible executions, the newest first."""
         return cast("t.AnsweredInputs", await self._client.request("GET", "/api/v1/answered-inputs", query={"limit": limit, "after": after}))
 
-    async def list(self, *, others: bool | None = None) -> t.AssignedInputs:
+    async def list(self, *, others: bool | None = None, assignment: Sequence[Literal['caller', 'role', 'anyone', 'others']] | None = None, limit: int | None = None, after: str | None = None) -> t.AssignedInputs:
         """List the questions that the caller may answer, in all executions, the newest first; at most 1,000."""
-        return cast("t.AssignedInputs", await self._client.request("GET", "/api/v1/pending-inputs", query={"others": others}))
+        return cast("t.AssignedInputs", await self._client.request("GET", "/api/v1/pending-inputs", query={"others": others, "assignment": assignment, "limit": limit, "after": after}))
 
     async def reassign(self, execution_id: str, *, node_id: str, assignees: Sequence[str], iteration: str | None = None) -> t.AssigneeChangeResult:
         """Assign an open question to other people of the organization, instead of its present assignees."""

@@ -600,11 +600,17 @@ class AssignedInput(TypedDict):
     onExpiry: ExpiryAction | None
 
 
-class AssignedInputs(TypedDict):
-    """Questions in the inbox of the caller."""
-
+class _AssignedInputsAlways(TypedDict):
     count: int
     inputs: List[AssignedInput]
+
+
+class AssignedInputs(_AssignedInputsAlways, total=False):
+    """Questions in the inbox of the caller; with `after`, a page of them."""
+
+    next: str | None
+    countIsLowerBound: bool
+    assignments: Dict[str, int]
 
 
 class AssigneeChangeResult(TypedDict):
