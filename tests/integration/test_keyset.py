@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -222,7 +223,7 @@ def _collect_statements(harness: GatewayHarness) -> Iterator[list[tuple[str, Any
     def collect(_connection: object, _cursor: object, statement: str, parameters: Any, *_: object) -> None:  # noqa: ANN401 - the driver's own
         # Processes read log levels by themselves, from a table of few rows.
         others = ("api_key", "set_config", "workflow_log_level")
-        if statement.startswith("SELECT") and not any(one in statement for one in others):
+        if statement.startswith(("SELECT", "WITH")) and not any(one in statement for one in others):
             sent.append((statement, parameters))
 
     engine = harness.gateway.database.engine.sync_engine
@@ -276,20 +277,12 @@ INDEXES: Mapping[str, str] = {
     f"/api/v1/deliveries?workflow_id={many_runs.workflow_id(0)}": "ix_delivery_workflow",
     "/api/v1/dead-letters": "ix_execution_unsettled",
     "/api/v1/answered-inputs": "ix_approval_vote_organization",
-    f"{EXECUTIONS}/{many_runs.run_id(6)}/why": "ix_execution_children",
 }
-
-
-def _name_first_page(path: str) -> str:
-    """Return the path of the first page of a list; other paths, and those with a cursor, as they are."""
-    if "after=" in path or path.endswith("/why"):
-        return path
-    return f"{path}{'&' if '?' in path else '?'}after=start"
 
 
 async def test_no_list_reads_a_table_from_end_to_end_or_a_payload(many: ManyRuns) -> None:
     for path in dict.fromkeys(itertools.chain(PAGES, INDEXES)):
-        asked = _name_first_page(path)
+        asked = path if "after=" in path else f"{path}{'&' if '?' in path else '?'}after=start"
         for person in (many.admin, many.member):
             with _collect_statements(many.harness) as sent:
                 answer = await person.api.get(asked)
@@ -305,6 +298,48 @@ async def test_no_list_reads_a_table_from_end_to_end_or_a_payload(many: ManyRuns
                 )
             if path in INDEXES and person is many.admin:
                 assert INDEXES[path] in "\n".join(plans)
+
+
+FAILED, WAITING, PENDING = (many_runs.run_id(1_000 + number) for number in (1, 6, 7))
+DASHBOARD = (
+    *(
+        "overview",
+        "runs",
+        "runs?trigger_type=email",
+        f"runs?workflow_id={many_runs.workflow_id(3)}&status=failed",
+    ),
+    *(
+        f"runs/{FAILED}",
+        f"runs/{FAILED}?node=clean",
+        f"runs/{WAITING}",
+        f"runs/{PENDING}",
+        f"runs?alike={FAILED}",
+    ),
+    *("workflows", "workflows?state=failing&order=name", "workflows?search=Million", "approvals"),
+    *(
+        f"workflows/{many_runs.workflow_id(0)}{part}"
+        for part in ("", "?view=table", "/trigger", "/versions", "/lifecycle")
+    ),
+    *("approvals?tab=all", "approvals?tab=answered", "deliveries", "deliveries?outcome=rejected&route=hook"),
+    *("dead-letters", "schedule", "sources", "models", "keys", "audit", "audit?action=drift.fixed", "health"),
+)
+WHOLE_READS = re.compile(
+    rf"(?:Seq Scan on|SCAN) (?:{'|'.join(LARGE_TABLES)})(?![a-z_])"
+    # These indexes contain unfinished runs alone.
+    r"(?! USING (?:COVERING )?INDEX ix_execution_(?:running|pending|waiting|live))"
+)
+"""Steps of plans that read a large table, or an index of all its rows, from end to end."""
+
+
+async def test_no_page_of_the_dashboard_reads_a_large_table_from_end_to_end(many: ManyRuns) -> None:
+    for path in DASHBOARD:
+        with _collect_statements(many.harness) as sent:
+            answer = await many.admin.api.get(f"/dashboard/{path}")
+        assert answer.status_code == 200, (path, answer.text)
+        assert sent, path
+        for statement, parameters in sent:
+            plan = await _explain(many, statement, parameters)
+            assert not WHOLE_READS.search(plan), (path, statement, plan)
 
 
 async def test_no_statistics_lead_to_a_scan_of_a_large_table(many: ManyRuns) -> None:
@@ -332,7 +367,7 @@ async def test_no_statistics_lead_to_a_scan_of_a_large_table(many: ManyRuns) -> 
     await flush()
     before = await count_scans()
     for path in dict.fromkeys(itertools.chain(PAGES, INDEXES)):
-        asked = _name_first_page(path)
+        asked = path if "after=" in path else f"{path}{'&' if '?' in path else '?'}after=start"
         await _read(many.admin, asked)
     await flush()
     assert await count_scans() == before
