@@ -176,7 +176,17 @@ async def fill(url: URL, owner: RunOwner, runs: int) -> None:
     try:
         for statement in _statements(owner, runs, _POSTGRESQL):
             await connection.execute(statement)
-        # As autovacuum would have done during so many inserts.
+    finally:
+        await connection.close()
+    await analyze(url)
+
+
+async def analyze(url: URL) -> None:
+    """Let PostgreSQL count the rows, as autovacuum would have done during so many inserts; SQLite needs nothing."""
+    if is_sqlite(url):
+        return
+    connection = await asyncpg.connect(url.set(drivername="postgresql").render_as_string(hide_password=False))
+    try:
         await connection.execute("VACUUM (ANALYZE)")
         await connection.execute("CHECKPOINT")
     finally:
