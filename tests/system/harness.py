@@ -47,7 +47,7 @@ on_many_processes = pytest.mark.parametrize("shared_deployment", ["postgresql"],
 CLAIMING = "-claiming"
 """Ends the names of deployments whose workers claim all runs: gateways send them none."""
 on_both_run_paths = pytest.mark.parametrize(
-    "shared_deployment", ["sqlite", f"sqlite{CLAIMING}", "postgresql", f"postgresql{CLAIMING}"], indirect=True
+    "shared_deployment", ["sqlite", f"postgresql{CLAIMING}"], indirect=True
 )
 on_many_processes_and_both_run_paths = pytest.mark.parametrize(
     "shared_deployment", ["postgresql", f"postgresql{CLAIMING}"], indirect=True
@@ -57,7 +57,7 @@ on_many_processes_and_both_run_paths = pytest.mark.parametrize(
 TWO_GATEWAYS = "postgresql-two-gateways"
 WITHOUT_REDIS = "postgresql-alone"
 on_all_deployments = pytest.mark.parametrize(
-    "shared_deployment", ["sqlite", "postgresql", TWO_GATEWAYS, WITHOUT_REDIS], indirect=True
+    "shared_deployment", ["sqlite", TWO_GATEWAYS, WITHOUT_REDIS], indirect=True
 )
 """For what must hold with a second gateway, and with PostgreSQL in place of Redis, too."""
 
