@@ -65,23 +65,3 @@ def open_shell(folder: Path, **variables: str) -> Iterator[CommandShell]:
         address = dev.says(r"Pilotflame runs on (\S+)")[1]
         yield CommandShell({**given, "PILOTFLAME_URL": address, "PILOTFLAME_API_KEY": KEY}, folder)
         assert dev.stop() == 0
-
-
-@contextmanager
-def open_server_shell(folder: Path, database_url: str, port: int) -> Iterator[CommandShell]:
-    """Run the processes of a server in production on a migrated PostgreSQL, and yield a shell that reaches it.
-
-    Without Redis, the database wakes the processes.
-    """
-    given = command_environment(
-        folder / "data",
-        DATABASE_URL=database_url,
-        SECRET_KEY="a secret for tests, and long enough to be one",
-        BOOTSTRAP_API_KEY=KEY,
-        PORT=str(port),
-    )
-    with command_runs.run_command("server", given=given, log=folder / "log") as server:
-        server.says("scheduler ready")
-        address = f"http://127.0.0.1:{port}"
-        yield CommandShell({**given, "PILOTFLAME_URL": address, "PILOTFLAME_API_KEY": KEY}, folder)
-        assert server.stop() == 0

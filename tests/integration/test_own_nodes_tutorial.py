@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import re
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from docs.tables import ROOT
-from tests import databases
 from tests.command_runs import COMMAND
-from tests.integration.command_shell import CommandShell, open_server_shell, open_shell
-from tests.services import PostgresServer
+from tests.integration.command_shell import CommandShell, open_shell
 
 PAGE = (ROOT / "docs/own-nodes-tutorial.md").read_text()
 PANDAS = '''
@@ -72,19 +70,9 @@ def read_blocks(kind: str) -> list[str]:
     return blocks
 
 
-# Each kind of server and of database once: tests/system/test_task_faults.py kills workers on further ones.
-@pytest.fixture(params=["dev on SQLite", "production on PostgreSQL"])
-def shell(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, free_tcp_port: int
-) -> Iterator[CommandShell]:
-    folder = tmp_path_factory.mktemp("shell")
-    if request.param == "dev on SQLite":
-        opened = open_shell(folder)
-    else:
-        postgres: PostgresServer = request.getfixturevalue("postgres")
-        database_url = asyncio.run(databases.create_database(postgres, "tutorial"))
-        opened = open_server_shell(folder, database_url, free_tcp_port)
-    with opened as shell:
+@pytest.fixture
+def shell(tmp_path: Path) -> Iterator[CommandShell]:
+    with open_shell(tmp_path) as shell:
         yield shell
 
 
