@@ -19,8 +19,8 @@ from gateway.http.key_refusals import KeyRefusals
 from models import access_store
 from models.access import ApiKey, KeyScope, UserRole
 from models.database import Database, parse_url
-from models.schema_migration import migrate
 from models.settings import InvalidSettings
+from tests import databases
 from tests.integration.gateway_harness import GRAPH, SECRET, GatewayHarness, assert_refused
 from tests.services import PostgresServer
 
@@ -409,10 +409,10 @@ async def test_a_key_that_an_admin_made_has_no_more_rights_than_its_user(harness
 async def empty_database(
     request: pytest.FixtureRequest, postgres: PostgresServer, tmp_path: Path
 ) -> AsyncIterator[Database]:
-    url = f"sqlite:///{tmp_path}/empty.db"
     if request.param == "postgresql":
-        url = await postgres.create_database("gateway_bootstrap")
-    await migrate(parse_url(url))
+        url = await databases.create_database(postgres, "gateway_bootstrap")
+    else:
+        url = await databases.create_sqlite_database(tmp_path / "empty.db")
     database = Database(parse_url(url))
     yield database
     await database.close()

@@ -20,8 +20,8 @@ from models.audit import AuditEntry
 from models.database import Database, parse_url
 from models.deployment import LifecycleDecision
 from models.lifecycle_policy import LifecycleAction, LifecycleReason
-from models.schema_migration import migrate
 from pilotflame import accounts
+from tests import databases
 from tests.integration.gateway_harness import (
     GRAPH,
     STEP,
@@ -288,8 +288,7 @@ async def test_changes_at_the_command_line_are_audited_as_the_operator_s(
 
 
 async def test_the_first_user_and_key_are_traced_as_the_operator_s(tmp_path: Path) -> None:
-    database = Database(parse_url(f"sqlite:///{tmp_path}/empty.db"))
-    await migrate(database.url)
+    database = Database(parse_url(await databases.create_sqlite_database(tmp_path / "empty.db")))
     await bootstrap(database, "sk-of-the-settings-0123", b"a secret of more than thirty-two characters")
     columns = select(col(AuditEntry.action), col(AuditEntry.key_id)).order_by(col(AuditEntry.id))
     async with database.read() as connection:

@@ -19,7 +19,6 @@ from gateway.settings import GatewaySettings
 from journal.store_factory import open_store
 from messages import broker as brokers
 from models.database import Database, parse_url
-from models.schema_migration import migrate
 from models.settings import InvalidSettings
 from tests import databases
 from tests.integration.gateway_harness import SECRET, assert_refused
@@ -136,7 +135,7 @@ async def test_a_connection_serves_one_request_after_another(address: Address) -
 async def run_gateway_on(
     database_url: str, redis_url: str | None, folder: Path
 ) -> AsyncIterator[httpx2.AsyncClient]:
-    """Run a gateway on servers that tests may stop."""
+    """Run a gateway on a migrated database and on servers that tests may stop."""
     settings = GatewaySettings(
         data_dir=folder,
         database_url=database_url,
@@ -144,7 +143,6 @@ async def run_gateway_on(
         bootstrap_api_key=SecretStr(KEY),
     )
     url = parse_url(database_url)
-    await migrate(url)
     database, store, broker = Database(url), await open_store(url), await brokers.connect_broker(redis_url)
     app = main.create_app(lambda: state.assemble_state(settings, database, store, broker))
     transport = httpx2.ASGITransport(app)
@@ -162,7 +160,7 @@ async def run_gateway_on(
 async def test_without_its_database_it_lives_but_is_not_ready(
     postgres: PostgresServer, tmp_path: Path
 ) -> None:
-    url = await postgres.create_database("gateway_readiness")
+    url = await databases.create_database(postgres, "gateway_readiness")
     async with run_gateway_on(url, None, tmp_path) as client:
         assert (await client.get("/readyz")).status_code == 200
         postgres.stop()
@@ -182,7 +180,8 @@ async def test_without_its_database_it_lives_but_is_not_ready(
 async def test_without_its_broker_it_is_not_ready_and_still_serves(
     redis_server: RedisServer, tmp_path: Path
 ) -> None:
-    async with run_gateway_on(f"sqlite:///{tmp_path}/test.db", redis_server.url, tmp_path) as client:
+    url = await databases.create_sqlite_database(tmp_path / "test.db")
+    async with run_gateway_on(url, redis_server.url, tmp_path) as client:
         assert (await client.get("/readyz")).status_code == 200
         redis_server.stop()
         try:
