@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from enum import StrEnum
 from typing import Annotated, Any, Final, Self, TypeAlias
 
@@ -208,6 +209,13 @@ class ModelSettlement(msgspec.Struct, frozen=True):
     cost: Nanodollars | None
 
 
+class CalledModel(msgspec.Struct, frozen=True, rename="camel"):
+    """Model at its provider, as it was asked for."""
+
+    provider: ModelProvider
+    name: str
+
+
 class ModelCallRecord(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True):
     """Record of one call in the journal: its cost, and the text with which a repetition of the node continues."""
 
@@ -225,6 +233,12 @@ class ModelCallRecord(msgspec.Struct, frozen=True, rename="camel", omit_defaults
     """Time for which the node waits after this call, since its provider has asked for it; None without a wait."""
     text: str | None = None
     """Text of an answer that the model was asked to correct; None for others."""
+    called: CalledModel | None = None
+    """Model at its provider; None if no request was made."""
+    began_at: datetime | None = None
+    """Time of the request, by the clock of the run; None without one."""
+    ended_at: datetime | None = None
+    """Time of the answer or failure."""
 
 
 def sum_usage(records: Sequence[ModelCallRecord]) -> TokenUsage:
@@ -253,6 +267,7 @@ class ModelReply(msgspec.Struct, frozen=True):
     answer: ChatAnswer
     cost: int | None
     """Nano-dollars; None if the price is unknown."""
+    called: CalledModel | None = None
 
 
 class ModelCallFailed(NodeError):
@@ -274,13 +289,15 @@ class ModelCallFailed(NodeError):
         """Whether another model may be asked: not for requests that any model would refuse."""
         self.may_be_billed = may_be_billed
         """Whether the provider may have begun to answer."""
+        self.called: CalledModel | None = None
+        """Model that was asked; None if no request was made."""
         self.book_return = book_return
         """Books a later attempt, which nobody else is told to make at the same time, and returns the seconds until
         then; None if attempts have no order. Not called if another model answers."""
 
     def with_message(self, message: str) -> Self:
         """Return a copy of this failure with another message."""
-        return type(self)(
+        copied = type(self)(
             message,
             code=self.code,
             retryable=self.retryable,
@@ -289,6 +306,8 @@ class ModelCallFailed(NodeError):
             may_be_billed=self.may_be_billed,
             book_return=self.book_return,
         )
+        copied.called = self.called
+        return copied
 
 
 def estimate_tokens(text: str) -> int:

@@ -333,6 +333,10 @@ class ModelCallLog:
     def add(self, record: ModelCallRecord) -> None:
         """Record a call together with the next state of the node."""
 
+    def now(self) -> datetime | None:
+        """Return the time by the clock of the run; None without a run."""
+        return None
+
     async def commit(self) -> None:
         """Make the recorded calls durable, so that none of them is made again."""
 

@@ -21,6 +21,7 @@ from json_text import decoding
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+    from datetime import datetime
 
     from engine.agents.agent_steps import AgentStep
     from engine.expressions import ExpressionPath
@@ -278,6 +279,9 @@ class VisitModelCalls(ModelCallLog):
     def add(self, record: ModelCallRecord) -> None:
         """Add a call to the record of the node, which its next state commits."""
         self._visit.model_calls.append(record)
+
+    def now(self) -> datetime:
+        return self._recorder.clock.now()
 
     async def commit(self) -> None:
         """Commit the record of the node. If the lease is lost, it waits for the runner, which cancels the node then."""

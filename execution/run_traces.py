@@ -1,27 +1,31 @@
-"""Spans of runs: a segment for each claim, and a span for each attempt of a node, from the records of its commit."""
+"""Spans of runs from the records of their commits.
+
+A segment for each claim, a span for each attempt of a node, and one for each call of a language model and each tool
+call of an agent.
+"""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import structlog
 
+from engine.agents.agent_steps import AGENT_TYPE
 from engine.run_records import SETTLED_STATUSES, SpanStatus
 from models import ids
-from telemetry import log_context
+from telemetry import log_context, tracing
 
 if TYPE_CHECKING:
+    from engine.agents.agent_steps import AgentStep
     from engine.run_records import AttemptSpan, NodeSpan, RunError
+    from execution.call_spans import CallSpans
     from journal.store import ClaimedRun
     from telemetry.tracing import RunTrace, Tracer
 
 log = structlog.get_logger()
-
-_CODE: Final = re.compile(r"[a-z][a-z0-9-]{0,63}")
 
 
 def begin_segment(tracer: Tracer, run: ClaimedRun, now: datetime) -> SegmentTrace:
@@ -52,7 +56,7 @@ def error_code(error: RunError | None) -> str | None:
     """
     if error is None:
         return None
-    return error.code if _CODE.fullmatch(error.code) else "error"
+    return tracing.limit_code(error.code)
 
 
 @dataclass(slots=True)
@@ -60,9 +64,12 @@ class SegmentTrace:
     """Trace of a claimed run, which turns committed records into spans."""
 
     run: RunTrace
+    _calls: CallSpans | None = None
 
-    def add_committed(self, spans: Sequence[NodeSpan], attempts: Sequence[AttemptSpan]) -> None:
-        """Send a trace span for each ended attempt in these records, which are stored by now.
+    def add_committed(
+        self, spans: Sequence[NodeSpan], attempts: Sequence[AttemptSpan], steps: Sequence[AgentStep]
+    ) -> None:
+        """Send a trace span for each ended attempt, and each call of a model or tool, in these stored records.
 
         Iterations of loops and reused results are left out. The record of a node counts only for its first
         attempt; later ones have records of their own. A run that is not sampled sends nothing. Failures are
@@ -71,6 +78,11 @@ class SegmentTrace:
         if not self.run.is_sampled:
             return
         try:
+            for span in spans:
+                if span.model_calls is not None or span.type == AGENT_TYPE:
+                    self.calls.add_node(span)
+            for step in steps:
+                self.calls.add_step(step)
             for attempt in attempts:
                 self._add(attempt, attempt.attempt)
             for span in spans:
@@ -84,16 +96,30 @@ class SegmentTrace:
         has_ended = record.status in SETTLED_STATUSES or record.status is SpanStatus.FAILED
         if not has_ended or record.started_at is None or record.ended_at is None:
             return
-        self.run.add_node(
-            record.node_id,
-            record.type,
-            record.iteration,
-            attempt,
+        node_id, iteration, name = record.node_id, record.iteration, record.type
+        attributes = self.run.node_attributes(node_id, name, iteration, attempt, record.status.value)
+        if name == AGENT_TYPE:
+            described = self.calls.describe_agent(node_id, iteration)
+            name, attributes = described.name, {**attributes, **described.attributes}
+        self.run.add_span(
+            name,
+            "internal",
+            self.run.node_context(node_id, iteration, attempt),
+            self.run.context,
             record.started_at,
             record.ended_at,
-            record.status.value,
+            attributes,
             error_code(record.error),
         )
+
+    @property
+    def calls(self) -> CallSpans:
+        """Spans of the calls of this segment, loaded with the first one."""
+        if self._calls is None:
+            from execution.call_spans import CallSpans  # noqa: PLC0415 - loaded with the first call of a model
+
+            self._calls = CallSpans(self.run)
+        return self._calls
 
     def end(self, now: datetime, status: str, error: str | None) -> None:
         """Send the span of the segment, which ends at `now` with a status and the code of an error, if any."""

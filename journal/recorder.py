@@ -90,7 +90,7 @@ class _AwaitedAnswer(msgspec.Struct):
 _decode_awaits = decoding.build_decoder(_AwaitedAnswer).decode
 
 
-OnDurable: TypeAlias = Callable[[Sequence[NodeSpan], Sequence[AttemptSpan]], None]
+OnDurable: TypeAlias = "Callable[[Sequence[NodeSpan], Sequence[AttemptSpan], Sequence[AgentStep]], None]"
 OnCommitted: TypeAlias = Callable[[Mapping[str, str], Sequence[EndedExecution]], None]
 
 
@@ -457,7 +457,7 @@ class RunJournal:
         if not await self._repeat_until_done(lambda: self._recorder.submit(write, is_whole_run=is_whole)):
             raise LeaseLost
         if self.on_durable is not None:
-            self.on_durable(write.spans, write.attempts)
+            self.on_durable(write.spans, write.attempts, write.steps)
         self.has_new_result = self.has_new_result or write.has_new_result
 
     async def _repeat_until_done(self, begin: Callable[[], asyncio.Future[T]]) -> T:

@@ -20,7 +20,7 @@ from hashlib import blake2b
 from typing import Final, Literal, TypeAlias
 from urllib.parse import urlsplit
 
-Attributes: TypeAlias = Mapping[str, str | int]
+Attributes: TypeAlias = Mapping[str, str | int | tuple[str, ...]]
 SpanKind: TypeAlias = Literal["internal", "server", "producer", "consumer", "client"]
 
 HEADER: Final = "traceparent"
@@ -31,6 +31,7 @@ UNTRACED_ROUTES: Final = ("/health", "/docs", "none")
 FIRST_SERVER_ERROR: Final = 500
 SAMPLE_STEPS: Final = 1 << 56
 """Number of values of the random part of a trace id that decides whether it is sampled."""
+_CODE: Final = re.compile(r"[a-z][a-z0-9-]{0,63}")
 _TRACEPARENT: Final = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
 
 
@@ -78,6 +79,11 @@ def parse_traceparent(text: str) -> TraceContext | None:
     if not trace_id.strip("0") or not span_id.strip("0"):
         return None
     return TraceContext(trace_id, span_id, is_sampled=bool(int(flags, 16) & 1))
+
+
+def limit_code(code: str) -> str:
+    """Return a code of an error for a trace: letters, digits and hyphens; `error` for others, which may hold data."""
+    return code if _CODE.fullmatch(code) else "error"
 
 
 def derive_id(size: int, *parts: str | int) -> str:
@@ -197,23 +203,11 @@ class RunTrace:
         span_id = _node_span_id(self.execution_id, node_id, iteration, attempt)
         return TraceContext(self.trace_id, span_id, self.is_sampled)
 
-    def add_node(
-        self,
-        node_id: str,
-        node_type: str,
-        iteration: str,
-        attempt: int,
-        started_at: datetime,
-        ended_at: datetime,
-        status: str,
-        error: str | None,
-    ) -> None:
-        """Send the span of one attempt of a node, from its start, or the start of this claim if later, to its end.
-
-        So the time of a wait before this claim is not part of it. `iteration` is empty outside of loops;
-        `error` is None for success.
-        """
-        attributes: dict[str, str | int] = {
+    def node_attributes(
+        self, node_id: str, node_type: str, iteration: str, attempt: int, status: str
+    ) -> dict[str, str | int | tuple[str, ...]]:
+        """Return the attributes of the span of one attempt of a node; `iteration` is empty outside of loops."""
+        attributes: dict[str, str | int | tuple[str, ...]] = {
             "pilotflame.execution.id": self.execution_id,
             "pilotflame.node.id": node_id,
             "pilotflame.node.type": node_type,
@@ -222,20 +216,32 @@ class RunTrace:
         }
         if iteration:
             attributes["pilotflame.node.iteration"] = iteration
+        return attributes
+
+    def part_context(self, *parts: str | int) -> TraceContext:
+        """Return the trace context of a part of a node's work, such as a call, by the values that identify it."""
+        return TraceContext(
+            self.trace_id, derive_id(SPAN_BYTES, "part", self.execution_id, *parts), self.is_sampled
+        )
+
+    def add_span(
+        self,
+        name: str,
+        kind: SpanKind,
+        context: TraceContext,
+        parent: TraceContext,
+        started_at: datetime,
+        ended_at: datetime,
+        attributes: Attributes,
+        error: str | None,
+    ) -> None:
+        """Send a span of this claim from its start, or the start of the claim if later, to its end.
+
+        So the time of a wait before this claim is not part of it. `error` is None for success.
+        """
         since = max(started_at, min(self.started_at, ended_at))
-        context = self.node_context(node_id, iteration, attempt)
         self.tracer.send(
-            FinishedSpan(
-                node_type,
-                "internal",
-                context,
-                self.context,
-                since,
-                max(since, ended_at),
-                attributes,
-                (),
-                error,
-            )
+            FinishedSpan(*(name, kind, context, parent, since, max(since, ended_at), attributes, (), error))
         )
 
     def end(self, now: datetime, status: str, error: str | None) -> None:

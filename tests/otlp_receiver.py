@@ -85,7 +85,12 @@ def _decode(process: str, span: Any) -> ReceivedSpan:  # noqa: ANN401 - a genera
 
 
 def _attributes(pairs: Any) -> dict[str, Any]:  # noqa: ANN401 - generated messages
-    return {pair.key: getattr(pair.value, pair.value.WhichOneof("value")) for pair in pairs}
+    return {pair.key: _decode_value(pair.value) for pair in pairs}
+
+
+def _decode_value(value: Any) -> Any:  # noqa: ANN401 - generated messages
+    found = getattr(value, value.WhichOneof("value"))
+    return [_decode_value(one) for one in found.values] if hasattr(found, "values") else found
 
 
 @asynccontextmanager

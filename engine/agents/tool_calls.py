@@ -200,8 +200,10 @@ def _withdraw_waits(
 class ToolModelCalls(ModelCallLog):
     """Calls of language models by one tool call, which its step records."""
 
-    def __init__(self) -> None:
+    def __init__(self, now: Callable[[], datetime]) -> None:
+        """`now` is the clock of the run."""
         self._records: list[ModelCallRecord] = []
+        self._now = now
 
     @property
     def recorded(self) -> Sequence[ModelCallRecord]:
@@ -209,6 +211,9 @@ class ToolModelCalls(ModelCallLog):
 
     def add(self, record: ModelCallRecord) -> None:
         self._records.append(record)
+
+    def now(self) -> datetime:
+        return self._now()
 
 
 class RefusedApprovalLinks(ApprovalLinkService):
@@ -294,7 +299,7 @@ class VisitTools(AgentTools):
                 return await self._run_agent(tool, tool.program.agent, step, rest, is_tainted=is_tainted)
             if tool.is_awaited:
                 return await self._await_result(tool, step, is_tainted=is_tainted)
-            calls = ToolModelCalls()
+            calls = ToolModelCalls(self._steps.now)
             call = self._build_call(tool, step, calls, is_tainted=is_tainted)
             outcome = await _call_with_retries(tool, call)
             return ToolResult(_show_outcome(outcome, tool.max_result_bytes), calls.recorded)
@@ -308,7 +313,7 @@ class VisitTools(AgentTools):
     ) -> ToolResult | StepWait | StepPause:
         """Let another agent do a call, in steps of its own behind those of earlier attempts, within a budget."""
         steps = self._steps.nest(tool, step)
-        built = self._build_call(tool, step, ToolModelCalls(), is_tainted=is_tainted)
+        built = self._build_call(tool, step, ToolModelCalls(self._steps.now), is_tainted=is_tainted)
         call = msgspec.structs.replace(
             built,
             config=_limit_budget(built.config, rest),
@@ -335,7 +340,7 @@ class VisitTools(AgentTools):
         if (begun := self._steps.find_wait(tool, step)) is not None:
             return begun
         call = msgspec.structs.replace(
-            self._build_call(tool, step, ToolModelCalls(), is_tainted=is_tainted),
+            self._build_call(tool, step, ToolModelCalls(self._steps.now), is_tainted=is_tainted),
             node_id=tool.program.node.id,
             iteration=call_waits.name_iteration(step),
         )

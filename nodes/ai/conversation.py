@@ -129,25 +129,38 @@ async def ask_first(
     spending = NodeSpending(f"{call.node_id}:{call.iteration}", budget)
     for number, model_id in enumerate(model_ids):
         own_key = f"{key}:{number}" if number else key
+        began_at = call.model_calls.now()
         try:
             reply = await call.services.models.complete(
                 call.caller, model_id, request, idempotency_key=own_key, spending=spending
             )
         except ModelCallFailed as failure:
             failures.append(failure.with_message(f"{model_id}: {failure.message}"))
+            failed = ModelCallRecord(
+                model_id,
+                error=failure.code,
+                called=failure.called,
+                began_at=began_at,
+                ended_at=call.model_calls.now(),
+            )
             if number + 1 == len(model_ids) or not failure.can_fall_back:
                 raised = _choose_failure(failures)
                 if raised.book_return is not None:
                     raised.retry_after_seconds = raised.book_return()
                 wait = raised.retry_after_seconds if raised.retryable else None
                 milliseconds = None if wait is None else ceil(wait * 1000)
-                note_failure(ModelCallRecord(model_id, error=failure.code, wait_milliseconds=milliseconds))
+                note_failure(msgspec.structs.replace(failed, wait_milliseconds=milliseconds))
                 raise raised from failure
-            note_failure(ModelCallRecord(model_id, error=failure.code))
+            note_failure(failed)
             call.log("warning", f"{model_id}: {failure.message}: {model_ids[number + 1]} is asked instead")
             continue
         answer = reply.answer
-        record = ModelCallRecord(model_id, answer.model, answer.usage, reply.cost, answer.finish_reason)
+        record = ModelCallRecord(
+            *(model_id, answer.model, answer.usage, reply.cost, answer.finish_reason),
+            called=reply.called,
+            began_at=began_at,
+            ended_at=call.model_calls.now(),
+        )
         return answer, record
     raise NodeError("The node names no model", code="missing-config")
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from engine.model_calls import (
+    CalledModel,
     ChatRequest,
     ModelCallFailed,
     ModelReply,
@@ -68,7 +69,7 @@ class ModelCaller:
         """
         if model_id == ECHO_MODEL_ID:
             answer = await self._client.complete(ECHO_MODEL, request, idempotency_key=idempotency_key)
-            return ModelReply(answer, 0)
+            return ModelReply(answer, 0, CalledModel(ECHO_MODEL.provider, ECHO_MODEL_ID))
         model = await self._connections.find(caller, model_id)
         if model.max_output_tokens is not None and model.max_output_tokens < request.max_tokens:
             request = msgspec.structs.replace(request, max_tokens=model.max_output_tokens)
@@ -98,6 +99,7 @@ class ModelCaller:
         try:
             answer = await self._client.complete(model, request, idempotency_key=idempotency_key)
         except ModelCallFailed as failure:
+            failure.called = CalledModel(model.provider, model.vendor_model_id)
             if is_reserved and not failure.may_be_billed:
                 await ledger.release(caller, charge_key)
             if failure.code == RATE_LIMITED and failure.retry_after_seconds:
@@ -107,7 +109,7 @@ class ModelCaller:
         cost = None if model.price is None else compute_cost(answer.usage, model.price)
         settlement = ModelSettlement(charge_key, reservation.node, model.id, answer.usage, cost)
         await ledger.settle(caller, settlement, is_reserved=is_reserved)
-        return ModelReply(answer, cost)
+        return ModelReply(answer, cost, CalledModel(model.provider, model.vendor_model_id))
 
     async def close(self) -> None:
         """Close the connections to providers, and store the costs that are not stored yet."""

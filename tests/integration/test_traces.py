@@ -19,9 +19,11 @@ from telemetry import log_context, tracing
 from telemetry.trace_export import run_tracer
 from telemetry.trace_settings import TraceSettings
 from tests.custom_types import custom_graph, custom_type
+from tests.fakes.model_server import ModelFault, ScriptedAnswer, serve_models
 from tests.http_receiver import HttpReceiver, run_receiver
 from tests.integration.gateway_harness import GatewayHarness, UserClient, create_gateway
 from tests.integration.task_workers import TaskWorkerClient
+from tests.integration.test_gateway_ai_models import create_model, create_provider
 from tests.otlp_receiver import OtlpReceiver, ReceivedSpan, run_otlp_receiver
 from tests.services import PostgresServer
 from tests.system.wait_conditions import wait_until
@@ -317,3 +319,74 @@ async def test_a_task_carries_the_span_of_its_node(collector: OtlpReceiver, user
     node = node_of(await received_nodes(collector, execution_id, 2), "work")
     context = tracing.parse_traceparent(task["traceparent"])
     assert context == tracing.TraceContext(node.trace_id, node.span_id, is_sampled=True)
+
+
+async def test_calls_of_models_and_tools_have_spans_by_the_conventions_for_generative_ai(
+    collector: OtlpReceiver, user: UserClient
+) -> None:
+    """An agent calls a tool, and an `llm` its second model; no text of their conversations is in a span."""
+    wanted = [{"name": "find", "arguments": json.dumps({"city": SECRET})}]
+    script = (
+        ScriptedAnswer("", tool_calls=wanted),
+        ScriptedAnswer(f"Cold in {SECRET}."),
+        ScriptedAnswer(fault=ModelFault.SERVER_ERROR),
+    )
+    async with serve_models(*script) as served:
+        model_id = await create_model(user, await create_provider(user, served.url))
+        target = {"node": {"type": "set", "config": {"values": {"city": "{{ args.city }}"}}}}
+        schema = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+        tool = {"name": "find", "description": "d", "parameters": schema, "target": target}
+        prompt = {"prompt": f"What of {SECRET}?"}
+        workflow_id = await user.create(
+            nodes=[
+                {"id": "start", "nodeId": "manual"},
+                {"id": "helper", "nodeId": "agent", "config": {"model": model_id, **prompt}},
+                {"id": "tool", "nodeId": "tool", "config": tool},
+                {
+                    "id": "ask",
+                    "nodeId": "llm",
+                    "config": {"model": model_id, "fallbackModelIds": ["echo"], **prompt},
+                },
+            ],
+            connections=[
+                {"source": "start", "target": "helper"},
+                {"source": "helper", "target": "ask"},
+                {"source": "tool", "target": "helper", "targetPort": "tools"},
+            ],
+        )
+        execution_id, _ = await run_to_end(user, workflow_id, {"traceparent": CALLER})
+    spans = await received(collector, execution_id, 3)
+    agent, ask = node_of(spans, "helper"), node_of(spans, "ask")
+    conversation = f"{execution_id}:helper:0"
+    assert agent.name == "invoke_agent helper"
+    assert agent.attributes["gen_ai.operation.name"] == "invoke_agent"
+    inside = {
+        (span.name, *span.attributes.get("gen_ai.response.finish_reasons", ())): span
+        for span in spans
+        if span.parent_id == agent.span_id
+    }
+    assert len(inside) == 3
+    first, called = inside["chat scripted-1", "tool_call"], inside["execute_tool find",]
+    assert not inside["chat scripted-1", "stop"].is_error
+    usage = {"input_tokens": 100, "output_tokens": 20, "cache_read.input_tokens": 0}
+    usage["cache_creation.input_tokens"] = 0
+    assert first.kind == "client"
+    assert first.attributes == {
+        "pilotflame.execution.id": execution_id,
+        "pilotflame.model.id": model_id,
+        "gen_ai.operation.name": "chat",
+        "gen_ai.provider.name": "openai",
+        "gen_ai.request.model": "scripted-1",
+        "gen_ai.response.model": first.attributes["gen_ai.response.model"],
+        "gen_ai.response.finish_reasons": ["tool_call"],
+        "gen_ai.conversation.id": conversation,
+        **{f"gen_ai.usage.{name}": count for name, count in usage.items()},
+    }
+    assert (called.kind, called.is_error) == ("internal", False)
+    expected = {"gen_ai.tool.name": "find", "gen_ai.conversation.id": conversation}
+    assert called.attributes.items() >= expected.items()
+    assert called.attributes["gen_ai.tool.call.id"]
+    asked = {span.name: span for span in spans if span.parent_id == ask.span_id}
+    assert asked["chat scripted-1"].attributes["error.type"] == "model-unavailable"
+    assert asked["chat echo"].attributes["gen_ai.provider.name"] == "echo"
+    assert SECRET.encode() not in b"".join(collector.bodies)
