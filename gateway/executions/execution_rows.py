@@ -107,6 +107,8 @@ class ExecutionFilter:
     """Accepted at `since` or later, and before `until`."""
     labels: Sequence[tuple[str, str]] = ()
     """Metadata as key and value, and tags as `TAG_KEY` and tag; a match has all of them."""
+    condition: ColumnElement[bool] | None = None
+    """Further condition on rows of executions, such as that of a reason to wait."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,9 +198,13 @@ def _build_conditions(wanted: ExecutionFilter) -> Iterable[ColumnElement[bool]]:
 
 
 def column_conditions(wanted: ExecutionFilter) -> Iterable[ColumnElement[bool]]:
-    """Yield the SQL conditions of a filter on columns that no index of a list has: the trigger type."""
+    """Yield the SQL conditions of a filter on columns that no index of a list has: the trigger type, and its
+    further condition.
+    """
     if wanted.trigger_type is not None:
         yield col(Execution.trigger_type) == wanted.trigger_type
+    if wanted.condition is not None:
+        yield wanted.condition
 
 
 def is_child_of(parent_id: str) -> Sequence[ColumnElement[bool]]:

@@ -18,6 +18,7 @@ from gateway.executions import model_usage
 from gateway.executions.execution_rows import ShownSpanStatus, SpanKind
 from gateway.executions.model_usage import ModelUsageShape
 from gateway.http.wire import Instant, WireStruct, instant, optional_instant
+from journal.held_runs import UNTIL_RESUMED
 from journal.waits.completion import CompletionAction, CompletionOutcome
 from models.execution_label import TAG_KEY
 from models.execution_status import ExecutionStatus
@@ -114,6 +115,10 @@ class ExecutionShape(WireStruct):
     root_id: str | None
     """First execution of the tree of sub-workflows."""
     created_at: Instant
+    not_before: Instant | None
+    """Earliest start of a run that was delayed or deferred and has not started; null without one, as while its
+    workflow is paused.
+    """
     started_at: Instant | None
     ended_at: Instant | None
     updated_at: Instant
@@ -291,6 +296,7 @@ def show_summary(execution: Execution, labels: Sequence[RunLabel]) -> ExecutionS
         parent_id=execution.parent_id,
         root_id=execution.root_id,
         created_at=instant(execution.created_at),
+        not_before=optional_instant(_find_earliest_start(execution)),
         started_at=optional_instant(execution.started_at),
         ended_at=optional_instant(execution.ended_at),
         updated_at=instant(execution.updated_at),
@@ -298,6 +304,12 @@ def show_summary(execution: Execution, labels: Sequence[RunLabel]) -> ExecutionS
         tags=[value for key, value in labels if key == TAG_KEY],
         metadata={key: value for key, value in labels if key != TAG_KEY},
     )
+
+
+def _find_earliest_start(execution: Execution) -> datetime | None:
+    """Return the earliest start of a deferred run; None for one that is not deferred, or waits for a person."""
+    is_deferred = execution.status == ExecutionStatus.WAITING and execution.started_at is None
+    return execution.due_at if is_deferred and execution.due_at != UNTIL_RESUMED else None
 
 
 def show_lease(execution: Execution) -> LeaseShape | None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
+from concurrency.ttl_cache import TTLCache
 from gateway.explanations.run_explanations import is_broker_reachable
 from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse
@@ -16,6 +17,9 @@ from models import access_store
 
 if TYPE_CHECKING:
     from models.worker_presence import WorkerPresence
+
+RECENT_SECONDS: Final = 1.0
+"""Time for which an answer is given again: an open overview asks up to four times a second."""
 
 
 class ReasonCount(WireStruct):
@@ -28,6 +32,8 @@ class ReasonCount(WireStruct):
     """True if there may be more; each kind is counted up to 10,000."""
     oldest_since: Instant | None
     """Earliest time since which one of them has this reason."""
+    until: Instant | None
+    """Earliest known end of the reason, such as the next opening of a window; null without one."""
     meaning: str
     remedy: str
 
@@ -67,11 +73,26 @@ class OrganizationExplanation(WireStruct):
     """Facts that could not be read."""
 
 
+_recent: Final = TTLCache[tuple[int, str], OrganizationExplanation](RECENT_SECONDS, 1_000)
+"""Last answer by gateway and organization: everybody in it sees the same counts."""
+
+
 async def show(request: GatewayRequest) -> JsonResponse:
     """Count the unfinished runs of the organization by the reason that keeps them from moving.
 
-    Runs in the queue of the workers count as `queued-behind`, and running ones as `node-running`.
+    Runs in the queue of the workers count as `queued-behind`, and running ones as `node-running`. The counts are
+    at most a second old.
     """
+    key = (id(request.gateway), request.caller.organization_id)
+    shape = _recent.get(key)
+    if shape is None:
+        shape = await _explain_organization(request)
+        _recent.put(key, shape)
+    return JsonResponse(shape)
+
+
+async def _explain_organization(request: GatewayRequest) -> OrganizationExplanation:
+    """Return the counts of the caller's organization as of now."""
     gateway = request.gateway
     is_reachable = await is_broker_reachable(gateway.broker)
     async with gateway.database.read_snapshot() as connection:
@@ -85,12 +106,13 @@ async def show(request: GatewayRequest) -> JsonResponse:
             count=found.count,
             count_is_lower_bound=found.is_lower_bound,
             oldest_since=optional_instant(found.oldest_since),
+            until=optional_instant(found.until),
             meaning=BLOCKER_RULES[code].meaning,
             remedy=BLOCKER_RULES[code].remedy,
         )
         for code, found in counts.by_code.items()
     ]
-    shape = OrganizationExplanation(
+    return OrganizationExplanation(
         as_of=instant(counts.now),
         reasons=sorted(reasons, key=lambda reason: (-reason.count, reason.code)),
         workers=WorkerCounts(
@@ -102,7 +124,6 @@ async def show(request: GatewayRequest) -> JsonResponse:
         ),
         unknown=[] if is_reachable else ["broker: Redis does not answer"],
     )
-    return JsonResponse(shape)
 
 
 def _state_of(present: Sequence[WorkerPresence]) -> WorkerState:

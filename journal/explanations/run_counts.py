@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final
 
-from sqlalchemy import and_, case, func, literal, literal_column, select, union_all
+from sqlalchemy import case, func, literal, literal_column, select, union_all
 from sqlmodel import col
 
 from journal.deployments import activity, wakes
@@ -35,12 +35,33 @@ if TYPE_CHECKING:
     from sqlalchemy import ColumnElement, Select
     from sqlalchemy.ext.asyncio import AsyncConnection
 
+    from journal.deployments.activity import DeploymentActivity
+
 MAX_COUNTED: Final = 10_000
 """Largest number of runs of one kind that is counted."""
-_WORKER_QUEUES: Final = (SHARED_TARGET, ISOLATED_TARGET, UNPARSED_TARGET, ISOLATED_UNPARSED_TARGET)
+WORKER_QUEUES: Final = (SHARED_TARGET, ISOLATED_TARGET, UNPARSED_TARGET, ISOLATED_UNPARSED_TARGET)
 # Literals instead of bound parameters: the databases use a partial index only for a condition that they can
 # read.
-_IS_RUNNING: Final = col(Execution.status) == literal_column(f"'{ExecutionStatus.RUNNING}'")
+IS_RUNNING: Final = col(Execution.status) == literal_column(f"'{ExecutionStatus.RUNNING}'")
+IS_HELD: Final = col(Execution.due_at) == UNTIL_RESUMED
+"""Deferred runs that a paused workflow holds."""
+RUNNING_CODE: Final = case(
+    (col(Execution.lease_until) < DatabaseTime(), BlockerCode.WORKER_LOST.value),
+    (col(Execution.request).is_not(None), BlockerCode.CANCEL_REQUESTED.value),
+    else_=BlockerCode.NODE_RUNNING.value,
+)
+"""Code of a running run."""
+WAITING_CODES: Final = (
+    BlockerCode.TIMER,
+    BlockerCode.RETRY_AT,
+    BlockerCode.AWAITING_EVENT,
+    BlockerCode.AWAITING_INPUT,
+    BlockerCode.AWAITING_TASK,
+    BlockerCode.AWAITING_CALLBACK,
+    BlockerCode.AWAITING_SIGNAL,
+    BlockerCode.NODE_RUNNING,
+)
+"""Codes of started runs that wait, by their open blocked intervals."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +71,16 @@ class CodeCount:
     count: int
     is_lower_bound: bool
     oldest_since: datetime | None
+    until: datetime | None = None
+    """Earliest known end, such as the next opening of a window."""
+
+
+@dataclass(frozen=True, slots=True)
+class PodReason:
+    """Reason why the pods of a deployment claim no run, and its end if that is known."""
+
+    code: BlockerCode
+    until: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,42 +98,58 @@ async def count_runs(connection: AsyncConnection, organization_id: str | None = 
     Each kind is counted up to 10,000. Runs in the queue of the workers all count as queued, or as without a
     worker. The result has the reports of up to 1,000 workers.
     """
+    now, present = await read_workers(connection)
+    totals = _CodeTotals()
+    pods = await list_deployed_targets(connection, organization_id)
+    seen = await activity.read_activities(connection, pods) if pods else {}
+    for target, row in await _count_pending(connection, organization_id, pods):
+        if target in pods:
+            totals.add(find_pod_reason(seen.get(target), now, otherwise=BlockerCode.QUEUED_BEHIND), row)
+        else:
+            totals.add(PodReason(queue_code(target, present, now)), row)
+    for target, row in await _count_deferred(connection, organization_id, pods):
+        if target in pods:
+            totals.add(find_pod_reason(seen.get(target), now, otherwise=BlockerCode.WAKING), row)
+        else:
+            totals.add(PodReason(BlockerCode(target)), row)
+    for code, row in [
+        *await _count_waiting(connection, organization_id),
+        *await _count_running(connection, organization_id),
+    ]:
+        totals.add(PodReason(code), row)
+    return RunCounts(now, totals.found, present)
+
+
+async def read_workers(connection: AsyncConnection) -> tuple[datetime, Sequence[WorkerPresence]]:
+    """Return the time of the database, and the reports of up to 1,000 workers, the last one first."""
     now = from_microseconds(await connection.scalar(select(DatabaseTime())) or 0)
     workers = await connection.execute(
         select(WorkerPresence).order_by(col(WorkerPresence.seen_at).desc()).limit(1_000)
     )
-    present = [WorkerPresence(**row) for row in workers.mappings()]
-    totals = _CodeTotals()
-    pods = await _list_deployed_targets(connection, organization_id)
-    for target, row in await _count_pending(connection, organization_id, pods):
-        code = await _pending_code(connection, target, present, now)
-        totals.add(code, row)
-    for code, row in [
-        *await _count_deferred(connection, organization_id, pods, now),
-        *await _count_waiting(connection, organization_id),
-        *await _count_running(connection, organization_id),
-    ]:
-        totals.add(code, row)
-    return RunCounts(now, totals.found, present)
+    return now, [WorkerPresence(**row) for row in workers.mappings()]
 
 
 class _CodeTotals:
     def __init__(self) -> None:
         self.found: dict[BlockerCode, CodeCount] = {}
 
-    def add(self, code: BlockerCode, row: Any) -> None:  # noqa: ANN401 - a row with `number` and `oldest`
-        """Add the count and the oldest time of a row to the total of a code; a row with the count 0 changes
+    def add(self, reason: PodReason, row: Any) -> None:  # noqa: ANN401 - a row with `number` and `oldest`
+        """Add the count and the oldest time of a row to the total of a reason; a row with the count 0 changes
         nothing.
         """
         if not row.number:
             return
-        before = self.found.get(code, CodeCount(0, is_lower_bound=False, oldest_since=None))
-        oldest = [one for one in (before.oldest_since, _to_datetime(row.oldest)) if one is not None]
-        self.found[code] = CodeCount(
+        before = self.found.get(reason.code, CodeCount(0, is_lower_bound=False, oldest_since=None))
+        self.found[reason.code] = CodeCount(
             before.count + row.number,
             before.is_lower_bound or row.number >= MAX_COUNTED,
-            min(oldest, default=None),
+            _earlier(before.oldest_since, _to_datetime(row.oldest)),
+            _earlier(before.until, reason.until),
         )
+
+
+def _earlier(one: datetime | None, other: datetime | None) -> datetime | None:
+    return min((at for at in (one, other) if at is not None), default=None)
 
 
 def _to_datetime(value: datetime | int | None) -> datetime | None:
@@ -123,7 +170,7 @@ def _select_organization(organization_id: str | None) -> Sequence[ColumnElement[
     return () if organization_id is None else (col(Execution.organization_id) == organization_id,)
 
 
-async def _list_deployed_targets(connection: AsyncConnection, organization_id: str | None) -> Sequence[str]:
+async def list_deployed_targets(connection: AsyncConnection, organization_id: str | None) -> Sequence[str]:
     """Return the ids of deployed workflows with pending or deferred runs, of an organization or (None) of
     all, sorted.
 
@@ -158,7 +205,7 @@ async def _count_pending(
     """Return target and count of the pending runs of each target: the queues of workers, the runs without a
     slot, and `pods`.
     """
-    targets = [*_WORKER_QUEUES, LIMITED_TARGET, *pods]
+    targets = [*WORKER_QUEUES, LIMITED_TARGET, *pods]
     statement = union_all(
         *(
             _count_bounded(
@@ -173,64 +220,38 @@ async def _count_pending(
     return [(str(row.label), row) for row in await connection.execute(statement)]
 
 
-async def _pending_code(
-    connection: AsyncConnection, target: str, workers: Sequence[WorkerPresence], now: datetime
-) -> BlockerCode:
-    """Return the reason why the pending runs of a target wait: no slot, no living worker, their deployment,
-    or the queue.
-    """
+def queue_code(target: str, workers: Sequence[WorkerPresence], now: datetime) -> BlockerCode:
+    """Return the reason why the pending runs of a queue wait: no slot, no living worker, or the queue itself."""
     if target == LIMITED_TARGET:
         return BlockerCode.WAITING_FOR_SLOT
-    if target in _WORKER_QUEUES:
-        present = run_explanation.present_workers(workers, now)
-        return BlockerCode.QUEUED_BEHIND if present else BlockerCode.NO_WORKER
-    return await _deployment_code(connection, target, now, otherwise=BlockerCode.QUEUED_BEHIND)
+    present = run_explanation.present_workers(workers, now)
+    return BlockerCode.QUEUED_BEHIND if present else BlockerCode.NO_WORKER
 
 
-async def _deployment_code(
-    connection: AsyncConnection, workflow_id: str, now: datetime, *, otherwise: BlockerCode
-) -> BlockerCode:
-    """Return the code of the blocker of a deployment; `otherwise` if it has none."""
-    seen = await activity.read_activity(connection, workflow_id)
+def find_pod_reason(seen: DeploymentActivity | None, now: datetime, *, otherwise: BlockerCode) -> PodReason:
+    """Return the code and the known end of the blocker of a deployment; `otherwise` if it has none."""
     blocker = deployment_blockers.find_blocker(seen, None, now, since=None)
-    return otherwise if blocker is None else blocker.code
+    return PodReason(otherwise) if blocker is None else PodReason(blocker.code, blocker.until)
 
 
 async def _count_deferred(
-    connection: AsyncConnection, organization_id: str | None, pods: Sequence[str], now: datetime
-) -> Sequence[tuple[BlockerCode, Any]]:
-    """Return the reason, with count and oldest time, of accepted runs that may not start yet.
+    connection: AsyncConnection, organization_id: str | None, pods: Sequence[str]
+) -> Sequence[tuple[str, Any]]:
+    """Return the target or code, with count and oldest time, of accepted runs that may not start yet.
 
     They are held by a paused workflow, delayed to a time, or deferred by one of the deployments `pods`.
     """
-    is_held = col(Execution.due_at) == UNTIL_RESUMED
-    of_delayed = and_(
-        wakes.IS_DEFERRED, col(Execution.target) == DELAYED_TARGET, *_select_organization(organization_id)
-    )
+    of_delayed = (wakes.IS_DEFERRED, col(Execution.target) == DELAYED_TARGET)
+    of_organization = _select_organization(organization_id)
     statement = union_all(
-        _count_bounded(BlockerCode.WORKFLOW_PAUSED.value, of_delayed, is_held),
-        _count_bounded(BlockerCode.TIMER.value, of_delayed, ~is_held),
+        _count_bounded(BlockerCode.WORKFLOW_PAUSED.value, *of_delayed, IS_HELD, *of_organization),
+        _count_bounded(BlockerCode.TIMER.value, *of_delayed, ~IS_HELD, *of_organization),
         *(
-            _count_bounded(
-                target,
-                wakes.IS_DEFERRED,
-                col(Execution.target) == target,
-                *_select_organization(organization_id),
-            )
+            _count_bounded(target, wakes.IS_DEFERRED, col(Execution.target) == target, *of_organization)
             for target in pods
         ),
     )
-    found: list[tuple[BlockerCode, Any]] = []
-    for row in await connection.execute(statement):
-        code = (
-            await _deployment_code(connection, row.label, now, otherwise=BlockerCode.WAKING)
-            if row.label in pods and row.number
-            else BlockerCode(row.label)
-            if row.label in {*BlockerCode}
-            else BlockerCode.WAKING
-        )
-        found.append((code, row))
-    return found
+    return [(str(row.label), row) for row in await connection.execute(statement)]
 
 
 async def _count_waiting(
@@ -243,18 +264,8 @@ async def _count_waiting(
     is_open: list[ColumnElement[bool]] = [col(BlockedInterval.ended_at).is_(None)]
     if organization_id is not None:
         is_open.append(col(BlockedInterval.organization_id) == organization_id)
-    codes = [
-        BlockerCode.TIMER,
-        BlockerCode.RETRY_AT,
-        BlockerCode.AWAITING_EVENT,
-        BlockerCode.AWAITING_INPUT,
-        BlockerCode.AWAITING_TASK,
-        BlockerCode.AWAITING_CALLBACK,
-        BlockerCode.AWAITING_SIGNAL,
-        BlockerCode.NODE_RUNNING,
-    ]
     statements = []
-    for code in codes:
+    for code in WAITING_CODES:
         some = (
             select(col(BlockedInterval.started_at).label("at"))
             .where(*is_open, col(BlockedInterval.code) == code.value)
@@ -277,14 +288,9 @@ async def _count_running(
     """Return reasons and counts of running runs: their lease has ended, they were asked to stop, or a node is
     at work.
     """
-    code = case(
-        (col(Execution.lease_until) < DatabaseTime(), BlockerCode.WORKER_LOST.value),
-        (col(Execution.request).is_not(None), BlockerCode.CANCEL_REQUESTED.value),
-        else_=BlockerCode.NODE_RUNNING.value,
-    ).label("label")
     some = (
-        select(code, col(Execution.updated_at).label("at"))
-        .where(_IS_RUNNING, *_select_organization(organization_id))
+        select(RUNNING_CODE.label("label"), col(Execution.updated_at).label("at"))
+        .where(IS_RUNNING, *_select_organization(organization_id))
         .limit(MAX_COUNTED)
         .subquery()
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -195,8 +196,18 @@ async def test_a_workflow_says_why_its_pods_are_up_or_down(
     stopped = await why(people.owner, f"workflows/{workflow_id}")
     assert (stopped["primary"], stopped["stoppedReason"]) == ("stopped-manually", "manual")
     assert (await why(people.owner, f"executions/{execution_id}"))["primary"] == "stopped-manually"
-    counts = await why(people.owner, "")
-    assert {one["code"]: one["count"] for one in counts["reasons"]} == {"stopped-manually": 1}
+    reason = await await_reason(people.owner, "stopped-manually")
+    assert (reason["count"], reason["until"]) == (1, None)
+    assert await list_by_reason(people.owner, "stopped-manually") == [execution_id]
+    assert await list_by_reason(people.owner, "waking") == []
+
+    soon = datetime.now(UTC) + timedelta(hours=36)
+    window = {"days": [soon.isoweekday() % 7], "startTime": "08:00", "endTime": "09:00"}
+    policy = {"type": "scheduled-window", "schedule": {"timezone": "UTC", "windows": [window]}}
+    assert (await people.owner.api.put(f"{path}/lifecycle", json=policy)).status_code == 200
+    reason = await await_reason(people.owner, "window-closed")
+    assert reason["until"] == f"{soon:%Y-%m-%d}T08:00:00.000Z"
+    assert await list_by_reason(people.owner, "window-closed,waking") == [execution_id]
 
     assert (await people.owner.api.put(f"{path}/status", json={"status": "paused"})).status_code == 200
     assert (await why(people.owner, f"workflows/{workflow_id}"))["primary"] == "workflow-paused"
@@ -237,7 +248,32 @@ async def test_counts_cover_every_unfinished_run_of_the_organization_alone(
     for reason in counts["reasons"]:
         assert reason["oldestSince"] is not None
         assert not reason["countIsLowerBound"]
+        assert len(await list_by_reason(people.owner, reason["code"])) == reason["count"]
+    assert sorted(await list_by_reason(people.owner, "no-worker,waiting-for-slot")) == sorted(started[:3])
+    assert await list_by_reason(people.owner, "no-worker", status="running") == []
+    assert await list_by_reason(people.stranger, "no-worker") == []
     assert (await why(people.stranger, ""))["reasons"] == []
+
+
+async def await_reason(person: UserClient, code: str) -> dict[str, Any]:
+    """Return the only reason of an organization's runs once it has this code: an answer is given for a second."""
+    while True:
+        reason: dict[str, Any]
+        [reason] = (await why(person, ""))["reasons"]
+        if reason["code"] == code:
+            return reason
+        await asyncio.sleep(0.1)
+
+
+async def list_by_reason(person: UserClient, reason: str, **filters: str) -> list[str]:
+    """Return the ids of the runs that wait for a reason, which both ways to page through a list agree on."""
+    query = {"reason": reason, "limit": "50", **filters}
+    by_offset = (await person.api.get("/api/v1/executions", params=query)).json()
+    by_cursor = (await person.api.get("/api/v1/executions", params={**query, "after": "start"})).json()
+    found = [one["id"] for one in by_offset["executions"]]
+    assert found == [one["id"] for one in by_cursor["executions"]]
+    assert by_offset["count"] == by_cursor["count"] == len(found)
+    return found
 
 
 async def make_operator(harness: GatewayHarness, people: OrganizationUsers) -> None:

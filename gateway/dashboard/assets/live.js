@@ -47,7 +47,9 @@ function holdRows(page) {
   button.id = "new-rows";
   button.className = "button small";
   button.dataset.showsNew = "";
-  button.textContent = added.length && loaded.matches("[data-newest]") ? `Show ${added.length} new` : "Sort again";
+  const isNew = added.length && loaded.matches("[data-newest]");
+  button.textContent = isNew ? `${added.length} new` : "Sort again";
+  if (isNew) button.title = "Show them";
   page.querySelector(".title").append(button);
 }
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote
 
 from gateway.dashboard.addresses import list_address
+from gateway.dashboard.formats import look_of_wait, show_moment
 from gateway.dashboard.page import Page, PageData, PageFrame
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ PATH: Final = "/dashboard/runs"
 NAMED_WORKFLOWS: Final = 100
 ALIKE: Final = "alike"
 """Parameter of the address: id of a failed run; the list then has the runs that failed in the same way."""
-FILTERS: Final = ("status", "workflow_id", "trigger_type", "parent_id", "since", "until")
+FILTERS: Final = ("status", "reason", "workflow_id", "trigger_type", "parent_id", "since", "until")
 STATES: Final = (
     ("", "All"),
     ("running", "Running"),
@@ -58,7 +59,10 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "count": runs["count"],
         "count_is_lower_bound": runs["countIsLowerBound"],
         "names": {one["id"]: one["name"] for one in data["workflows"]["workflows"]},
-        "filters": {"failed the same way as": frame.query[ALIKE]} if ALIKE in frame.query else filters,
+        "filters": filters,
+        "tags": [f"failed the same way as {frame.query[ALIKE]}"]
+        if ALIKE in frame.query
+        else describe_filters(filters, {one["id"]: one["name"] for one in data["workflows"]["workflows"]}),
         "states": [
             (
                 label,
@@ -71,6 +75,27 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "newest": "" if is_newest else list_address(frame, PATH, filters),
         "is_newest": is_newest,
     }
+
+
+def describe_filters(filters: Mapping[str, str], names: Mapping[str, str]) -> Sequence[str]:
+    """Return the filters besides the state in words, such as `wait for a free slot`; `names` are those of workflows."""
+    words = {
+        "reason": lambda value: " or ".join(f"wait {look_of_wait(one)[0]}" for one in value.split(",")),
+        "workflow_id": lambda value: f"of {names.get(value, value)}",
+        "trigger_type": lambda value: f"trigger {value}",
+        "parent_id": lambda value: f"started by {value}",
+        "since": lambda value: f"accepted from {_show_time(value)}",
+        "until": lambda value: f"accepted before {_show_time(value)}",
+    }
+    return [words[name](value) for name, value in filters.items() if name in words]
+
+
+def _show_time(text: str) -> str:
+    """Return a time of the address as text in UTC; one that the API refuses as it is."""
+    try:
+        return show_moment(text)
+    except ValueError:
+        return text
 
 
 PAGE: Final = Page(PATH, "run_list.html", load, view, "runs", ("executions",))
