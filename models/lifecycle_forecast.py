@@ -36,12 +36,28 @@ class PastRun:
 class PolicyReplay:
     """Cost and delay of past runs under a policy."""
 
-    pod_time: timedelta
-    """Total time for which one pod would have been up."""
+    up_times: Sequence[tuple[datetime, datetime]]
+    """Start and end of each time for which one pod would have been up, in order."""
     cold_starts: int
     """Number of runs that would have started the pod."""
     waits: Sequence[timedelta]
     """Waits of runs for a pod, without runs that would not have waited."""
+
+    @property
+    def pod_time(self) -> timedelta:
+        """Total time for which one pod would have been up."""
+        return sum((end - start for start, end in self.up_times), timedelta())
+
+    def sum_pod_time(self, since: datetime, until: datetime) -> timedelta:
+        """Return for how long one pod would have been up between two times."""
+        return sum(
+            (
+                min(end, until) - max(start, since)
+                for start, end in self.up_times
+                if start < until and end > since
+            ),
+            timedelta(),
+        )
 
 
 def policy_changes(policy: DeploymentPolicy, now: datetime) -> Sequence[WindowChange]:
@@ -75,7 +91,7 @@ def replay_runs(
     """
     match policy:
         case AlwaysOnPolicy():
-            return PolicyReplay(until - since, 0, [])
+            return PolicyReplay([(since, until)], 0, [])
         case IdleShutdownPolicy(minutes):
             return _replay_on_demand(runs, timedelta(minutes=minutes), until)
         case OnDemandPolicy():
@@ -85,29 +101,26 @@ def replay_runs(
 
 
 def _replay_on_demand(runs: Sequence[PastRun], keep: timedelta, until: datetime) -> PolicyReplay:
-    """Return pod time and cold starts with pods that start for a run and stay up for `keep` after the last one."""
-    pod_time, cold_starts = timedelta(), 0
-    up_since = up_until = None
+    """Return times up and cold starts with pods that start for a run and stay up for `keep` after the last one."""
+    up_times: list[tuple[datetime, datetime]] = []
     for run in runs:
-        if up_since is None or up_until is None or run.accepted_at >= up_until:
-            if up_since is not None and up_until is not None:
-                pod_time += up_until - up_since
-            up_since = up_until = run.accepted_at
-            cold_starts += 1
-        up_until = max(up_until, run.ended_at + keep)
-    if up_since is not None and up_until is not None:
-        pod_time += max(min(up_until, until) - up_since, timedelta())
-    return PolicyReplay(pod_time, cold_starts, [COLD_START] * cold_starts)
+        end = run.ended_at + keep
+        if up_times and run.accepted_at < up_times[-1][1]:
+            up_times[-1] = (up_times[-1][0], max(up_times[-1][1], end))
+        else:
+            up_times.append((run.accepted_at, end))
+    cold_starts = len(up_times)
+    if up_times:
+        up_times[-1] = (up_times[-1][0], min(up_times[-1][1], until))
+    return PolicyReplay(up_times, cold_starts, [COLD_START] * cold_starts)
 
 
 def _replay_schedule(
     schedule: WindowSchedule, runs: Sequence[PastRun], since: datetime, until: datetime
 ) -> PolicyReplay:
-    """Return pod time and waits with pods that are up while a schedule is open; earlier runs wait for its opening."""
+    """Return times up and waits with pods that are up while a schedule is open; earlier runs wait for its opening."""
     spans = [*_open_spans(schedule, since, until)]
-    pod_time = sum(
-        (min(closes_at, until) - opens_at for opens_at, closes_at in spans if opens_at < until), timedelta()
-    )
+    up_times = [(opens_at, min(closes_at, until)) for opens_at, closes_at in spans if opens_at < until]
     waits: list[timedelta] = []
     place = 0
     for run in runs:
@@ -115,7 +128,7 @@ def _replay_schedule(
             place += 1
         if place < len(spans) and run.accepted_at < spans[place][0]:
             waits.append(spans[place][0] - run.accepted_at)
-    return PolicyReplay(pod_time, 0, waits)
+    return PolicyReplay(up_times, 0, waits)
 
 
 def _open_spans(

@@ -48,7 +48,7 @@ from scheduler.schedules import ScheduleRunner
 from scheduler.settings import SchedulerSettings
 from telemetry import instruments
 from telemetry.exporter import serve_metrics
-from telemetry.process_activity import ACTIVITY
+from telemetry.process_activity import ACTIVITY, DutyTick
 
 log = structlog.get_logger()
 
@@ -57,6 +57,8 @@ FINISH_SECONDS: Final = 2.0
 WATCH_SECONDS: Final = 1.0
 SET_BACK_SECONDS: Final = 0.5
 """Seconds above which a backward step of the clock is not mere correction: it was set."""
+_NOT_LEADING: Final = object()
+"""Result of a duty that another process does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,8 +237,11 @@ async def _run_duty(duty: PeriodicDuty, running: set[asyncio.Task[None]]) -> Non
         task.add_done_callback(running.discard)
     begun_at = time.monotonic()
     try:
-        await duty.do()
-        instruments.histogram("tick_seconds", duty.name).observe(time.monotonic() - begun_at)
+        done = await duty.do()
+        ended_at = time.monotonic()
+        instruments.histogram("tick_seconds", duty.name).observe(ended_at - begun_at)
+        if done is not _NOT_LEADING:
+            ACTIVITY.duties[duty.name] = DutyTick(duty.every_seconds, ended_at - begun_at, ended_at)
     except DatabaseUnavailable as error:
         log.warning("database not reached", duty=duty.name, error=str(error))
     except Exception:
@@ -265,10 +270,9 @@ async def _run_leadership(
 
 
 def _while_leading(is_true: Callable[[], bool], duty: PeriodicDuty) -> PeriodicDuty:
-    """Return a duty that does its work only while `is_true()` holds."""
+    """Return a duty that does its work only while `is_true()` holds, and returns `_NOT_LEADING` otherwise."""
 
-    async def do() -> None:
-        if is_true():
-            await duty.do()
+    async def do() -> object:
+        return await duty.do() if is_true() else _NOT_LEADING
 
     return replace(duty, do=do)

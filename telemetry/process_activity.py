@@ -11,6 +11,17 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 
+@dataclass(frozen=True, slots=True)
+class DutyTick:
+    """Last tick of a periodic duty."""
+
+    every_seconds: float
+    seconds: float
+    """Time that it took."""
+    ended_at: float
+    """End, by the monotonic clock of the process."""
+
+
 @dataclass(slots=True, eq=False)
 class ProcessActivity:
     """Numbers of one process since its start."""
@@ -25,6 +36,8 @@ class ProcessActivity:
     """Returns the number of open event streams; None in processes without any."""
     retention: Mapping[str, int] = field(default_factory=dict)
     """Retention by name, in days; empty unless the process deletes old rows."""
+    duties: dict[str, DutyTick] = field(default_factory=dict)
+    """Last ticks of periodic duties by name; empty in processes other than the leading scheduler."""
 
 
 ACTIVITY: Final = ProcessActivity()
@@ -41,7 +54,8 @@ class ActivityMeter:
 
     def take(self) -> dict[str, Any]:
         """Return the activity since the last call as JSON: `claims` and `commits` per second, `commitSize` as
-        the mean number of executions in a commit, `streams`, and `retention`; without those that do not apply.
+        the mean number of executions in a commit, `streams`, `retention`, and `duties` with the age of their last
+        ticks; without those that do not apply.
         """
         now, activity = time.monotonic(), self._activity
         seconds = max(now - self._at, 0.001)
@@ -61,4 +75,13 @@ class ActivityMeter:
             shown["streams"] = activity.count_streams()
         if activity.retention:
             shown["retention"] = dict(activity.retention)
+        if activity.duties:
+            shown["duties"] = {
+                name: {
+                    "every": tick.every_seconds,
+                    "seconds": round(tick.seconds, 3),
+                    "age": round(now - tick.ended_at, 1),
+                }
+                for name, tick in activity.duties.items()
+            }
         return shown

@@ -15,6 +15,7 @@ SECOND_MS: Final = 1_000
 MINUTE_MS: Final = 60_000
 HOUR_MS: Final = 3_600_000
 DAY_MS: Final = 86_400_000
+WEEK_DAYS: Final = 7
 LEAST_PERCENT: Final = 0.1
 WHOLE_PERCENT: Final = 10
 """Share from which on percents have no digit behind the point."""
@@ -99,6 +100,21 @@ WAITS: Final[Mapping[str, tuple[str, str]]] = {
     "broker-down": ("for Redis", "bad"),
 }
 """Words behind "waiting" or a number of runs, and their tone, by the code of the reason."""
+LIFECYCLE_REASONS: Final[Mapping[str, str]] = {
+    "always-on": "it is always on",
+    "window-open": "its window opened",
+    "run-due": "a run was due",
+    "idle": "nothing happened for its idle time",
+    "no-more-runs": "no run was left",
+    "window-closed": "its window closed",
+    "drained": "its runs had ended",
+    "drain-time-over": "its time to end runs was over",
+    "by-hand": "by hand",
+    "deployed": "it was deployed",
+    "undeployed": "it was undeployed",
+    "failed": "its pods could not start",
+}
+"""Words for the reasons of starts and stops of pods."""
 TRIGGER_ICONS: Final[Mapping[str, str]] = {
     "manual": "hand",
     "http": "http",
@@ -148,9 +164,14 @@ def icon_of_trigger(kind: str) -> str:
     return TRIGGER_ICONS.get(kind, "hand")
 
 
+def parse_moment(text: str) -> datetime:
+    """Return a time in an API answer (ISO 8601) as an aware datetime in UTC."""
+    return datetime.fromisoformat(text).astimezone(UTC)
+
+
 def parse_instant(text: str | None) -> datetime | None:
     """Return a time in an API answer (ISO 8601) as an aware datetime in UTC; None for None."""
-    return None if text is None else datetime.fromisoformat(text).astimezone(UTC)
+    return None if text is None else parse_moment(text)
 
 
 def milliseconds_between(start: str | None, end: str | None) -> int | None:
@@ -207,6 +228,19 @@ def show_clock(text: str | None) -> str:
     """Return the time of day of a time in an API answer, in UTC, such as `02:47:12`; empty for None."""
     moment = parse_instant(text)
     return "" if moment is None else f"{moment:%H:%M:%S}"
+
+
+def show_day_time(text: str | None, now: datetime) -> str:
+    """Return a time in an API answer as `14:32` today, `Fri 21:00` within a week, else `21 Nov 14:32`, in UTC.
+
+    Empty for None.
+    """
+    moment = parse_instant(text)
+    if moment is None:
+        return ""
+    days = abs((moment.date() - now.date()).days)
+    day = "" if days == 0 else f"{moment:%a} " if days < WEEK_DAYS else f"{moment.day} {moment:%b} "
+    return f"{day}{moment:%H:%M}"
 
 
 def show_count(number: int) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from zoneinfo import ZoneInfo
 
 from gateway.deployments import lifecycle_rows, lifecycle_shapes
-from gateway.deployments.lifecycle_rows import DAY_SECONDS
+from gateway.deployments.lifecycle_rows import DAY, DAY_SECONDS, TimeRange
 from gateway.deployments.lifecycle_shapes import LifecyclePolicy, PolicyPreviewRequest, PolicyShape
 from gateway.http import limits, read_only
 from gateway.http.parameters import LIMIT, OFFSET
@@ -27,7 +27,7 @@ from gateway.http.wire import (
 )
 from gateway.workflows import editing
 from journal.deployments import activity
-from models import lifecycle_forecast, lifecycle_policy
+from models import access_store, lifecycle_forecast, lifecycle_policy
 from models.audit import AuditAction
 from models.deployment import DeploymentStatus, status_of, stopped_reason_of
 from models.lifecycle_forecast import COLD_START, PREVIEW_TIME, PolicyReplay
@@ -122,6 +122,8 @@ class DecisionShape(WireStruct):
     """Desired number of pods after the decision."""
     user_id: str | None
     """User who requested it; null for a decision by the policy."""
+    user_name: str | None
+    """Name of the user, or the mail address of one without; null for a decision by the policy."""
     inputs: Mapping[str, Any]
     """Facts on which the decision is based."""
 
@@ -168,6 +170,14 @@ class ReplayShape(WireStruct):
     longest_wait_seconds: float
 
 
+class ReplayDay(WireStruct):
+    """Pod time of past runs on one day, under both policies."""
+
+    starts_at: Instant
+    current_pod_hours: float
+    candidate_pod_hours: float
+
+
 class PolicyComparison(WireStruct):
     """Present and candidate policy applied to the same past runs, as if all had executed in pods."""
 
@@ -178,6 +188,8 @@ class PolicyComparison(WireStruct):
     """Assumed wait of a run for stopped pods to start."""
     current: ReplayShape
     candidate: ReplayShape
+    days: Sequence[ReplayDay]
+    """Pod time of each day in UTC, the earliest first."""
 
 
 class PolicyPreview(WireStruct):
@@ -247,8 +259,13 @@ async def history(request: GatewayRequest) -> JsonResponse:
     async with request.gateway.database.read() as connection:
         workflow = await editing.find_readable_row(connection, request.requested_object)
         count, found = await lifecycle_rows.list_decisions(connection, workflow.id, part)
+        by_users = [one.user_id for one in found if one.user_id is not None]
+        names = await access_store.read_user_names(connection, request.caller.organization_id, by_users)
     shape = DecisionList(
-        count=count, limit=part.limit, offset=part.offset, decisions=[_show_decision(one) for one in found]
+        count=count,
+        limit=part.limit,
+        offset=part.offset,
+        decisions=[_show_decision(one, names) for one in found],
     )
     return JsonResponse(shape)
 
@@ -291,6 +308,7 @@ async def preview(request: GatewayRequest) -> JsonResponse:
             cold_start_seconds=COLD_START.total_seconds(),
             current=_replay(before, replicas),
             candidate=_replay(after, replicas),
+            days=_replay_days(before, after, replicas, TimeRange(since, now)),
         ),
     )
     return JsonResponse(shape, headers=editing.entity_tag(workflow))
@@ -329,7 +347,7 @@ def _show_usage(used: PodUsage, replicas: int) -> UsageShape:
     )
 
 
-def _show_decision(row: LifecycleDecision) -> DecisionShape:
+def _show_decision(row: LifecycleDecision, names: Mapping[str, str]) -> DecisionShape:
     return DecisionShape(
         id=row.id,
         at=instant(row.at),
@@ -338,6 +356,7 @@ def _show_decision(row: LifecycleDecision) -> DecisionShape:
         stopped_reason=None if row.stopped_reason is None else StoppedReason(row.stopped_reason),
         replicas=row.replicas,
         user_id=row.user_id,
+        user_name=None if row.user_id is None else names.get(row.user_id),
         inputs=row.inputs,
     )
 
@@ -360,6 +379,26 @@ def _replay(replay: PolicyReplay, replicas: int) -> ReplayShape:
         p95_wait_seconds=_compute_p95(replay.waits).total_seconds(),
         longest_wait_seconds=max(replay.waits, default=timedelta()).total_seconds(),
     )
+
+
+def _replay_days(
+    current: PolicyReplay, candidate: PolicyReplay, replicas: int, shown: TimeRange
+) -> Sequence[ReplayDay]:
+    """Return the pod hours of all replicas on each day of a time, under two policies."""
+    day, found = lifecycle_rows.start_of_day(shown.since.astimezone(UTC)), []
+    while day < shown.until:
+        hours = [
+            round(
+                one.sum_pod_time(max(day, shown.since), day + DAY).total_seconds() * replicas / HOUR_SECONDS,
+                3,
+            )
+            for one in (current, candidate)
+        ]
+        found.append(
+            ReplayDay(starts_at=instant(day), current_pod_hours=hours[0], candidate_pod_hours=hours[1])
+        )
+        day += DAY
+    return found
 
 
 def _compute_p95(waits: Sequence[timedelta]) -> timedelta:

@@ -6,17 +6,18 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final
 
-from sqlalchemy import BigInteger, and_, case, func, literal, select, type_coerce
+from sqlalchemy import BigInteger, and_, case, func, literal, select, type_coerce, union_all
 from sqlmodel import col
 
 from gateway.http import limits
+from models import timestamps
 from models.column_types import TimestampColumn
-from models.deployment import LifecycleDecision
+from models.deployment import Deployment, LifecycleDecision
 from models.execution import Execution, ExecutionData
 from models.lifecycle_forecast import PastRun
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from sqlalchemy import Select
     from sqlalchemy.ext.asyncio import AsyncConnection
@@ -25,9 +26,29 @@ if TYPE_CHECKING:
 
 USAGE_TIME: Final = timedelta(days=7)
 """Time over which the use of pods is measured."""
+DAY: Final = timedelta(days=1)
 DAY_SECONDS: Final = 86_400
+LISTED_DECISIONS: Final = 1_000
+"""Number of decisions that are read for a time, the newest."""
 _SECOND_MICROSECONDS: Final = 1_000_000
 _INSTANT: Final = TimestampColumn()
+
+
+@dataclass(frozen=True, slots=True)
+class TimeRange:
+    """Time from an instant up to another."""
+
+    since: datetime
+    until: datetime
+
+    def overlap(self, since: datetime, until: datetime) -> timedelta:
+        """Return the length of the part of this time that lies between two instants."""
+        return max(min(self.until, until) - max(self.since, since), timedelta())
+
+
+def start_of_day(moment: datetime) -> datetime:
+    """Return midnight of the moment's day in its time zone."""
+    return moment.replace(hour=0, minute=0, second=0, microsecond=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +79,38 @@ async def list_decisions(
         .offset(part.offset)
     )
     return count or 0, [LifecycleDecision(**row) for row in rows.mappings()]
+
+
+async def read_decisions(
+    connection: AsyncConnection, workflow_ids: Sequence[str], since: datetime
+) -> Sequence[LifecycleDecision]:
+    """Return decisions since a time (the newest 1,000), and the last one of each workflow before it, by
+    workflow and time.
+
+    The earlier one tells whether its pods ran at that time.
+    """
+    if not workflow_ids:
+        return []
+    of_workflows = col(LifecycleDecision.workflow_id).in_(workflow_ids)
+    earlier = (
+        select(col(LifecycleDecision.workflow_id), func.max(col(LifecycleDecision.at)).label("at"))
+        .where(of_workflows, col(LifecycleDecision.at) < since)
+        .group_by(col(LifecycleDecision.workflow_id))
+        .subquery()
+    )
+    is_earlier = and_(
+        earlier.c.workflow_id == col(LifecycleDecision.workflow_id),
+        earlier.c.at == col(LifecycleDecision.at),
+    )
+    before = await connection.execute(select(LifecycleDecision).join(earlier, is_earlier))
+    after = await connection.execute(
+        select(LifecycleDecision)
+        .where(of_workflows, col(LifecycleDecision.at) >= since)
+        .order_by(col(LifecycleDecision.at).desc())
+        .limit(LISTED_DECISIONS)
+    )
+    found = [LifecycleDecision(**row) for rows in (before, after) for row in rows.mappings()]
+    return sorted(found, key=lambda one: (one.workflow_id, one.at, one.id))
 
 
 async def read_usage(connection: AsyncConnection, workflow_id: str, now: datetime) -> PodUsage | None:
@@ -95,6 +148,80 @@ def usage_statement(workflow_id: str, now: datetime) -> Select[Any]:
     return select(
         func.min(steps.c.at).label("first"),
         func.coalesce(func.sum(steps.c.replicas * length), 0).label("pod_microseconds"),
+    )
+
+
+async def sum_pod_time(
+    connection: AsyncConnection, workflow_ids: Sequence[str], ranges: Sequence[TimeRange]
+) -> Sequence[float]:
+    """Return the pod time of some workflows together within each of some consecutive times, in seconds.
+
+    It is the desired number of pods over time, by the decisions; pods that fail to start count too.
+    """
+    found: Mapping[int, int] = {}
+    if workflow_ids and ranges:
+        rows = await connection.execute(pod_time_statement(workflow_ids, ranges))
+        found = {row.number: row.pod_microseconds for row in rows}
+    return [float(found.get(number, 0)) / _SECOND_MICROSECONDS for number in range(len(ranges))]
+
+
+def pod_time_statement(workflow_ids: Sequence[str], ranges: Sequence[TimeRange]) -> Select[Any]:
+    """Return the statement that sums the desired pods of some workflows over each of some consecutive times.
+
+    A row has the `number` of the time and `pod_microseconds`. The last decision before the first time gives the
+    number of pods at its start.
+    """
+    since, until = ranges[0].since, ranges[-1].until
+    decision = LifecycleDecision
+    before = (
+        select(col(decision.replicas))
+        .where(col(decision.workflow_id) == col(Deployment.workflow_id), col(decision.at) < since)
+        .order_by(col(decision.at).desc(), col(decision.id).desc())
+        .limit(1)
+        .correlate(Deployment)
+        .scalar_subquery()
+    )
+    steps = union_all(
+        select(
+            col(Deployment.workflow_id).label("workflow_id"),
+            literal(since, _INSTANT).label("at"),
+            literal("").label("id"),
+            func.coalesce(before, 0).label("replicas"),
+        ).where(col(Deployment.workflow_id).in_(workflow_ids)),
+        select(
+            *(col(decision.workflow_id), col(decision.at), col(decision.id), col(decision.replicas)),
+        ).where(
+            col(decision.workflow_id).in_(workflow_ids), col(decision.at) >= since, col(decision.at) < until
+        ),
+    ).subquery()
+    following = func.lead(steps.c.at).over(
+        partition_by=steps.c.workflow_id, order_by=(steps.c.at, steps.c.id)
+    )
+    spans = select(
+        type_coerce(steps.c.at, BigInteger).label("start"),
+        type_coerce(func.coalesce(following, literal(until, _INSTANT)), BigInteger).label("end"),
+        steps.c.replicas,
+    ).subquery()
+    bounds = union_all(
+        *(
+            select(
+                literal(number, BigInteger).label("number"),
+                literal(timestamps.to_microseconds(one.since), BigInteger).label("start"),
+                literal(timestamps.to_microseconds(one.until), BigInteger).label("end"),
+            )
+            for number, one in enumerate(ranges)
+        )
+    ).subquery()
+    start = case((spans.c.start > bounds.c.start, spans.c.start), else_=bounds.c.start)
+    end = case((spans.c.end < bounds.c.end, spans.c.end), else_=bounds.c.end)
+    return (
+        select(bounds.c.number, func.sum(spans.c.replicas * (end - start)).label("pod_microseconds"))
+        .select_from(bounds)
+        .join(
+            spans,
+            and_(spans.c.replicas > 0, spans.c.start < bounds.c.end, spans.c.end > bounds.c.start),
+        )
+        .group_by(bounds.c.number)
     )
 
 

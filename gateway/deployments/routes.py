@@ -11,6 +11,7 @@ from gateway.deployments import (
     deployments,
     discover,
     lifecycle,
+    lifecycle_calendar,
     trigger,
     workflow_activity,
 )
@@ -32,6 +33,13 @@ TRIGGER = "/api/v1/workflows/{id}/trigger"
 
 ROUTES: Final[Sequence[Route]] = (
     Route("GET", "/api/v1/deployments", READ, deployment_list.index, answer=deployment_list.DeploymentList),
+    Route(
+        "GET",
+        "/api/v1/deployments/usage",
+        READ,
+        lifecycle_calendar.show_usage,
+        answer=lifecycle_calendar.PodTime,
+    ),
     Route(
         "GET",
         "/api/v1/workflows/activity",
@@ -150,6 +158,13 @@ ROUTES: Final[Sequence[Route]] = (
         lifecycle.history,
         query=lifecycle.LISTED,
         answer=lifecycle.DecisionList,
+    ),
+    Route(
+        "GET",
+        "/api/v1/workflows/{id}/lifecycle/calendar",
+        READ,
+        lifecycle_calendar.show,
+        answer=lifecycle_calendar.LifecycleCalendar,
     ),
     Route(
         "POST",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -84,6 +84,17 @@ class SchedulerLead(WireStruct):
     lease_until: Instant
 
 
+class SchedulerDuty(WireStruct):
+    """Periodic duty of the leading scheduler."""
+
+    name: str
+    every_seconds: float
+    last_at: Instant
+    """End of its last tick that ended well, by the last report of the process."""
+    seconds: float
+    """Time that it took."""
+
+
 class TableSize(WireStruct):
     """Size of a table with its indexes."""
 
@@ -134,6 +145,8 @@ class ServerHealth(WireStruct):
     """Alerts of all organizations' work, firing ones first; empty unless `isOperator`."""
     lead: SchedulerLead | None
     """Null if no scheduler ever led, as in a server of one process."""
+    duties: Sequence[SchedulerDuty]
+    """Last ticks of the leading scheduler, by name; empty unless `isOperator`."""
     database: DatabaseHealth
     broker_latency_ms: float | None
     """Null if the broker does not answer."""
@@ -156,6 +169,7 @@ async def show(request: GatewayRequest) -> JsonResponse:
         processes: Sequence[ServerProcess] = ()
         alerts: Sequence[ServerAlert] = ()
         figures = None
+        duties: Sequence[SchedulerDuty] = ()
         if is_operator:
             reports: list[ProcessPresence | WorkerPresence] = [
                 *await _read_processes(connection),
@@ -164,6 +178,7 @@ async def show(request: GatewayRequest) -> JsonResponse:
             processes = [_show_process(one, now) for one in reports]
             queue = await alert_states.read_queue_facts(connection)
             alerts = _list_alerts(processes, lead, queue)
+            duties = _list_duties(reports)
             present = [one.activity or {} for one in reports if _is_present(one.seen_at, now)]
             figures = await server_figures.read_figures(connection, now, present, queue)
         database = await _measure_database(connection, gateway.database, latency_ms)
@@ -175,6 +190,7 @@ async def show(request: GatewayRequest) -> JsonResponse:
             processes=processes,
             figures=figures,
             alerts=alerts,
+            duties=duties,
             lead=lead if lead is None or is_operator else structs.replace(lead, name=None),
             database=database if is_operator else structs.replace(database, bytes=None, tables=()),
             broker_latency_ms=await _ping_broker(request),
@@ -203,6 +219,22 @@ def _list_alerts(
             remedy=alert.notice.remedy,
         )
         for alert in alert_states.evaluate(facts, queue)
+    ]
+
+
+def _list_duties(reports: Sequence[ProcessPresence | WorkerPresence]) -> Sequence[SchedulerDuty]:
+    """Return the last tick of each periodic duty, of whichever process did it last, by name."""
+    found: dict[str, tuple[datetime, Mapping[str, float]]] = {}
+    for one in reports:
+        for name, tick in ((one.activity or {}).get("duties") or {}).items():
+            ended_at = one.seen_at - timedelta(seconds=tick["age"])
+            if name not in found or ended_at > found[name][0]:
+                found[name] = (ended_at, tick)
+    return [
+        SchedulerDuty(
+            name=name, every_seconds=tick["every"], last_at=instant(ended_at), seconds=tick["seconds"]
+        )
+        for name, (ended_at, tick) in sorted(found.items())
     ]
 
 

@@ -31,6 +31,7 @@ from models.workflow import Workflow, WorkflowStatus, is_listed_for
 from models.workflow_triggers import WorkflowTrigger
 
 if TYPE_CHECKING:
+    from sqlalchemy import Select
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from gateway.http.parameters import PageBounds
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
     from models.schedule_timetable import ScheduleTimetable
 
 SHOWN_RUNS: Final = 5
+OVERDUE: Final = timedelta(seconds=10)
+"""Delay of a run from which on its schedule is overdue."""
 _MICROSECOND: Final = timedelta(microseconds=1)
 
 
@@ -83,6 +86,8 @@ class LastRun(WireStruct):
     execution_id: str
     status: ExecutionStatus | None
     """Null when the execution was deleted."""
+    lag_seconds: float | None
+    """Time from the planned start, jitter included, to the acceptance; null when the execution was deleted."""
 
 
 class SkippedInstant(WireStruct):
@@ -107,6 +112,8 @@ class WorkflowSchedule(WireStruct):
     """Next five instants; for an inactive schedule, as if it were activated now."""
     last_run: LastRun | None
     last_passed_over: SkippedInstant | None
+    overdue_since: Instant | None
+    """Time at which its next run was due if that is over ten seconds ago: no scheduler leads, or it is behind."""
 
 
 class ListedSchedule(WorkflowSchedule, kw_only=True):
@@ -153,7 +160,7 @@ async def index(request: GatewayRequest) -> JsonResponse:
         ListedSchedule(
             workflow_name=listed.workflow.name,
             **msgspec.structs.asdict(
-                _show_schedule(listed.workflow, listed.trigger, listed.row, listed.last_status, now)
+                _show_schedule(listed.workflow, listed.trigger, listed.row, listed.last, now)
             ),
         )
         for listed in found
@@ -165,9 +172,9 @@ async def show(request: GatewayRequest) -> JsonResponse:
     """Show the next and last runs of a workflow's schedule, and whether the schedule is active."""
     async with request.gateway.database.read() as connection:
         stored = await editing.find_readable(connection, request.requested_object)
-        row, status = await _read_row(connection, stored.workflow.id)
+        row, last = await _read_row(connection, stored.workflow.id)
     trigger = definition_snapshot.find_trigger(stored.nodes, request.gateway.catalog)
-    shown = _show_schedule(stored.workflow, trigger, row, status, request.gateway.clock())
+    shown = _show_schedule(stored.workflow, trigger, row, last, request.gateway.clock())
     return editing.answer(stored, shown)
 
 
@@ -190,11 +197,17 @@ async def preview(request: GatewayRequest) -> JsonResponse:
 
 
 @dataclass(frozen=True, slots=True)
+class _LastExecution:
+    status: str
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
 class _ListedRow:
     workflow: Workflow
     trigger: TriggerNode
     row: Schedule
-    last_status: str | None
+    last: _LastExecution | None
 
 
 async def _list_rows(
@@ -210,7 +223,7 @@ async def _list_rows(
         col(WorkflowTrigger.kind) == SCHEDULE_KIND,
     )
     matching = (
-        select(Schedule, Workflow, WorkflowTrigger, col(Execution.status))
+        select(Schedule, Workflow, WorkflowTrigger, col(Execution.status), col(Execution.created_at))
         .join(Workflow, col(Workflow.id) == col(Schedule.workflow_id))
         .join(WorkflowTrigger, is_schedule)
         .outerjoin(Execution, col(Execution.id) == col(Schedule.last_execution_id))
@@ -226,7 +239,7 @@ async def _list_rows(
 
 
 def _split_row(values: Sequence[Any]) -> _ListedRow:
-    """Return the objects of a result row that has the columns of three tables, one after the other, then a status."""
+    """Return the objects of a result row with three tables, then status and acceptance of the last run."""
     objects: list[Any] = []
     position = 0
     for table in (Schedule, Workflow, WorkflowTrigger):
@@ -235,13 +248,24 @@ def _split_row(values: Sequence[Any]) -> _ListedRow:
         position += len(names)
     row, workflow, trigger = objects
     node = TriggerNode(trigger.node_id, trigger.kind, trigger.config)
-    return _ListedRow(workflow, node, row, values[position])
+    return _ListedRow(workflow, node, row, _find_last(*values[position : position + 2]))
 
 
-async def _read_row(connection: AsyncConnection, workflow_id: str) -> tuple[Schedule | None, str | None]:
-    """Return the row of a schedule, and the status of its last run; None for each that is missing."""
-    statement = (
-        select(Schedule, col(Execution.status))
+def _find_last(status: str | None, created_at: datetime | None) -> _LastExecution | None:
+    """Return the last run of a schedule from the columns of an outer join; None if it was deleted, or never was."""
+    return None if status is None or created_at is None else _LastExecution(status, created_at)
+
+
+async def _read_row(
+    connection: AsyncConnection, workflow_id: str
+) -> tuple[Schedule | None, _LastExecution | None]:
+    """Return the row of a schedule, and its last run; None for each that is missing."""
+    statement: Select[*tuple[Any, ...]] = (
+        select(
+            Schedule,
+            col(Execution.status).label("last_status"),
+            col(Execution.created_at).label("last_created_at"),
+        )
         .outerjoin(Execution, col(Execution.id) == col(Schedule.last_execution_id))
         .where(col(Schedule.workflow_id) == workflow_id)
     )
@@ -249,21 +273,21 @@ async def _read_row(connection: AsyncConnection, workflow_id: str) -> tuple[Sche
     if row is None:
         return None, None
     columns = dict(row)
-    status: str | None = columns.pop("status")
-    return Schedule(**columns), status
+    last = _find_last(columns.pop("last_status"), columns.pop("last_created_at"))
+    return Schedule(**columns), last
 
 
 def _show_schedule(
     workflow: Workflow,
     trigger: TriggerNode | None,
     row: Schedule | None,
-    status: str | None,
+    last: _LastExecution | None,
     now: datetime,
 ) -> WorkflowSchedule:
     """Return the schedule of a workflow as the API shows it, with its next five runs.
 
     It is inactive without an active workflow and a valid schedule trigger, and says why. `row` None means
-    that it was never active; `status` is that of the last run.
+    that it was never active; `last` is its last run.
     """
     shape = WorkflowSchedule(
         workflow_id=workflow.id,
@@ -273,8 +297,9 @@ def _show_schedule(
         node_id=None,
         policy=None,
         next_runs=[],
-        last_run=_last_run(row, status),
+        last_run=_show_last_run(row, last, timedelta()),
         last_passed_over=_show_last_skipped(row),
+        overdue_since=None,
     )
     if trigger is None or trigger.kind != SCHEDULE_KIND:
         shape.inactive_reason = InactiveReason.NO_SCHEDULE
@@ -287,9 +312,12 @@ def _show_schedule(
         shape.problem = str(error)
         return shape
     shape.policy = _show_policy(wanted)
+    shape.last_run = _show_last_run(row, last, wanted.start_delay(workflow.id))
     if shape.inactive_reason is None and shape.problem:
         shape.inactive_reason = InactiveReason.INVALID
     shape.is_active = shape.inactive_reason is None
+    if shape.is_active and row is not None and row.due_at is not None and row.due_at < now - OVERDUE:
+        shape.overdue_since = instant(row.due_at)
     since, anchor = now, now.replace(microsecond=0)
     if row is not None and row.next_run_at is not None:
         since, anchor = row.next_run_at - _MICROSECOND, row.anchor_at
@@ -330,14 +358,17 @@ def _show_policy(wanted: ScheduleTimetable) -> SchedulePolicy:
     )
 
 
-def _last_run(row: Schedule | None, status: str | None) -> LastRun | None:
-    """Return the last run of a schedule; None if it never started one."""
+def _show_last_run(row: Schedule | None, last: _LastExecution | None, delay: timedelta) -> LastRun | None:
+    """Return the last run of a schedule, which starts runs with a delay; None if it never started one."""
     if row is None or row.last_run_at is None or row.last_execution_id is None:
         return None
     return LastRun(
         scheduled_at=instant(row.last_run_at),
         execution_id=row.last_execution_id,
-        status=None if status is None else ExecutionStatus(status),
+        status=None if last is None else ExecutionStatus(last.status),
+        lag_seconds=None
+        if last is None
+        else round(max((last.created_at - row.last_run_at - delay).total_seconds(), 0.0), 3),
     )
 
 

@@ -6,44 +6,67 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
+from enum import StrEnum
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Final
 
-from sqlalchemy import and_, func, or_, select
+from sqlalchemy import BigInteger, and_, case, func, literal_column, or_, select, text, type_coerce
 from sqlmodel import col
 
 from engine.triggers import SCHEDULE_KIND
+from gateway.deployments import lifecycle_calendar, lifecycle_rows
+from gateway.deployments.lifecycle_calendar import AwakeSpan, TimeSpan
+from gateway.deployments.lifecycle_rows import TimeRange
 from gateway.http import limits
 from gateway.http.parameters import OFFSET, IntegerParameter
 from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse
 from gateway.http.wire import Instant, WireStruct, instant
+from journal.explanations.blockers import BlockerCode
+from journal.held_runs import UNTIL_RESUMED
 from models import lifecycle_policy, schedule_timetable, weekly_windows
+from models.blocked_interval import BlockedInterval
 from models.deployment import Deployment, LifecycleDecision
+from models.execution import DELAYED_TARGET, LIVE_CONDITION, Execution
+from models.execution_status import ExecutionStatus
 from models.lifecycle_policy import LifecycleAction, LifecycleReason, ScheduledWindowPolicy
 from models.schedule import Schedule
 from models.schedule_timetable import InvalidTimetable
+from models.timestamps import from_microseconds
 from models.workflow import Workflow, WorkflowStatus, is_listed_for
 from models.workflow_triggers import WorkflowTrigger
 
 if TYPE_CHECKING:
+    from sqlalchemy import ColumnElement, Select, Subquery
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from models.access import ApiCaller
     from models.schedule_timetable import ScheduleTimetable
-    from models.weekly_windows import WindowSchedule
 
 PAST_SHARE: Final = 4
 """The past that is shown is this fraction of the future."""
+MAX_WAITING: Final = 10_000
+"""Waiting runs of an organization that are examined."""
+DUE_PARTS: Final = 100
 SHOWN_TICKS: Final = 48
 """Times of one schedule: more are dense, and are shown as one band."""
-SHOWN_DECISIONS: Final = 1_000
 LIMIT: Final = IntegerParameter(
     "limit", "Maximum number of workflows.", 20, minimum=1, maximum=limits.TIMELINE_LANES
 )
 HOURS: Final = IntegerParameter("hours", "Hours of the future that are shown.", 24, minimum=1, maximum=336)
 LISTED: Final = (HOURS, LIMIT, OFFSET)
 _MICROSECOND: Final = timedelta(microseconds=1)
+
+
+class DueKind(StrEnum):
+    """Kind of the wait that ends."""
+
+    TIMER = "timer"
+    """A node, or a delayed run, waits for a time."""
+    RETRY = "retry"
+    """A node is tried again."""
+    DEFERRED = "deferred"
+    """A run was deferred until pods of its workflow may start."""
 
 
 class ScheduleTick(WireStruct):
@@ -56,21 +79,13 @@ class ScheduleTick(WireStruct):
     """Whether the clocks of the zone change within the hour before."""
 
 
-class TimeSpan(WireStruct):
-    """Time from one instant to another."""
+class DueRuns(WireStruct):
+    """Runs of a workflow that become due at about the same time."""
 
-    start: Instant
-    end: Instant
-
-
-class AwakeSpan(TimeSpan):
-    """Time for which a workflow had pods."""
-
-    reason: LifecycleReason | None
-    """Reason of the start; null if it began before the timeline."""
-    is_by_hand: bool
-    is_open: bool
-    """Whether it has pods now."""
+    at: Instant
+    """Earliest of them."""
+    kind: DueKind
+    count: int
 
 
 class TimelineDecision(WireStruct):
@@ -99,6 +114,8 @@ class TimelineLane(WireStruct):
     windows: Sequence[TimeSpan]
     """Windows of a `scheduled-window` policy."""
     awake: Sequence[AwakeSpan]
+    due: Sequence[DueRuns]
+    """Waiting runs that become due within the timeline, by time: those among the first 10,000 of the organization."""
 
 
 class TimelineClockChange(WireStruct):
@@ -155,7 +172,10 @@ async def timeline(request: GatewayRequest) -> JsonResponse:
     )
     async with request.gateway.database.read() as connection:
         count, rows = await _list_rows(connection, request.caller, query[LIMIT], query[OFFSET])
-        decisions = await _read_decisions(connection, [row.workflow.id for row in rows], shown.since)
+        due = await read_due_runs(connection, request.caller, [row.workflow.id for row in rows], shown)
+        decisions = await lifecycle_rows.read_decisions(
+            connection, [row.workflow.id for row in rows], shown.since
+        )
     by_workflow = {
         workflow_id: [*of_workflow]
         for workflow_id, of_workflow in groupby(decisions, key=lambda one: one.workflow_id)
@@ -174,8 +194,11 @@ async def timeline(request: GatewayRequest) -> JsonResponse:
             count=count,
             limit=query[LIMIT],
             offset=query[OFFSET],
-            workflows=[_build_lane(row, by_workflow.get(row.workflow.id, ()), shown) for row in rows],
-            decisions=ledger[:SHOWN_DECISIONS],
+            workflows=[
+                _build_lane(row, by_workflow.get(row.workflow.id, ()), due.get(row.workflow.id, ()), shown)
+                for row in rows
+            ],
+            decisions=ledger,
             clock_changes=list_clock_changes({zone for row in rows for zone in _zones(row)}, shown),
         )
     )
@@ -184,8 +207,8 @@ async def timeline(request: GatewayRequest) -> JsonResponse:
 async def _list_rows(
     connection: AsyncConnection, caller: ApiCaller, limit: int, offset: int
 ) -> tuple[int, Sequence[_LaneRow]]:
-    """Return the number of workflows with an active schedule or a deployment that the caller may read, and a
-    page of them.
+    """Return the number of workflows with an active schedule, a deployment or waiting runs that the caller may
+    read, and a page of them.
     """
     is_schedule = and_(
         col(WorkflowTrigger.workflow_id) == col(Workflow.id), col(WorkflowTrigger.kind) == SCHEDULE_KIND
@@ -199,7 +222,11 @@ async def _list_rows(
         .outerjoin(Deployment, is_deployed)
         .where(
             is_listed_for(caller),
-            or_(col(Schedule.next_run_at).is_not(None), col(Deployment.workflow_id).is_not(None)),
+            or_(
+                col(Schedule.next_run_at).is_not(None),
+                col(Deployment.workflow_id).is_not(None),
+                col(Workflow.id).in_(select(_select_waiting(caller).c.workflow_id)),
+            ),
         )
     )
     ids = matching.with_only_columns(col(Workflow.id)).subquery()
@@ -221,36 +248,89 @@ async def _read_schedules(connection: AsyncConnection, workflow_ids: Sequence[st
     return {row["workflow_id"]: Schedule(**row) for row in rows.mappings()}
 
 
-async def _read_decisions(
-    connection: AsyncConnection, workflow_ids: Sequence[str], since: datetime
-) -> Sequence[LifecycleDecision]:
-    """Return decisions since a time (the newest 1,000), and the last one of each workflow before it, by
-    workflow and time.
-
-    The earlier one tells whether its pods ran at that time.
+def _select_waiting(caller: ApiCaller) -> Subquery:
+    """Return the first 10,000 waiting runs of the caller's organization that have a due time, by the index of
+    live runs.
     """
-    if not workflow_ids:
-        return []
-    of_workflows = col(LifecycleDecision.workflow_id).in_(workflow_ids)
-    earlier = (
-        select(col(LifecycleDecision.workflow_id), func.max(col(LifecycleDecision.at)).label("at"))
-        .where(of_workflows, col(LifecycleDecision.at) < since)
-        .group_by(col(LifecycleDecision.workflow_id))
+    return (
+        select(
+            *(col(Execution.id), col(Execution.workflow_id), col(Execution.due_at)),
+            (col(Execution.started_at).is_(None) & (col(Execution.target) != DELAYED_TARGET)).label(
+                "is_deferred"
+            ),
+        )
+        .where(
+            text(f"execution.{LIVE_CONDITION}"),
+            col(Execution.organization_id) == caller.organization_id,
+            col(Execution.status) == literal_column(f"'{ExecutionStatus.WAITING}'"),
+            col(Execution.is_private) == literal_column("false"),
+            col(Execution.due_at) < UNTIL_RESUMED,
+        )
+        .limit(MAX_WAITING)
         .subquery()
     )
-    is_earlier = and_(
-        earlier.c.workflow_id == col(LifecycleDecision.workflow_id),
-        earlier.c.at == col(LifecycleDecision.at),
+
+
+async def read_due_runs(
+    connection: AsyncConnection, caller: ApiCaller, workflow_ids: Sequence[str], shown: TimelineRange
+) -> Mapping[str, Sequence[DueRuns]]:
+    """Return the waiting runs of some workflows that become due within a range, by workflow and in order.
+
+    Those of one kind within the hundredth part of the range are counted together.
+    """
+    if not workflow_ids:
+        return {}
+    found: dict[str, list[DueRuns]] = {}
+    for row in await connection.execute(due_statement(caller, workflow_ids, shown)):
+        due = DueRuns(at=instant(from_microseconds(row.at)), kind=DueKind(row.kind), count=row.number)
+        found.setdefault(row.workflow_id, []).append(due)
+    return found
+
+
+def due_statement(
+    caller: ApiCaller, workflow_ids: Sequence[str], shown: TimelineRange
+) -> Select[*tuple[Any, ...]]:
+    """Return the statement that counts waiting runs by workflow, kind, and part of a range."""
+    waiting = _select_waiting(caller)
+    retries = (
+        select(col(BlockedInterval.execution_id))
+        .where(
+            col(BlockedInterval.execution_id) == waiting.c.id,
+            col(BlockedInterval.code) == BlockerCode.RETRY_AT.value,
+            col(BlockedInterval.ended_at).is_(None),
+        )
+        .correlate(waiting)
+        .exists()
     )
-    before = await connection.execute(select(LifecycleDecision).join(earlier, is_earlier))
-    after = await connection.execute(
-        select(LifecycleDecision)
-        .where(of_workflows, col(LifecycleDecision.at) >= since)
-        .order_by(col(LifecycleDecision.at).desc())
-        .limit(SHOWN_DECISIONS)
+    kind = case(
+        (waiting.c.is_deferred, DueKind.DEFERRED.value),
+        (retries, DueKind.RETRY.value),
+        else_=DueKind.TIMER.value,
     )
-    found = [LifecycleDecision(**row) for rows in (before, after) for row in rows.mappings()]
-    return sorted(found, key=lambda one: (one.workflow_id, one.at, one.id))
+    due_at = type_coerce(waiting.c.due_at, BigInteger)
+    step: ColumnElement[int] = literal_column(
+        str(max((shown.until - shown.now) // DUE_PARTS // _MICROSECOND, 1))
+    )
+    some = (
+        select(
+            waiting.c.workflow_id,
+            kind.label("kind"),
+            due_at.label("at"),
+            (due_at // step).label("part"),
+        )
+        .where(
+            waiting.c.workflow_id.in_(workflow_ids),
+            waiting.c.due_at > shown.now,
+            waiting.c.due_at <= shown.until,
+        )
+        .subquery()
+    )
+    earliest = func.min(some.c.at).label("at")
+    return (
+        select(some.c.workflow_id, some.c.kind, earliest, func.count().label("number"))
+        .group_by(some.c.workflow_id, some.c.kind, some.c.part)
+        .order_by(earliest)
+    )
 
 
 def _zones(row: _LaneRow) -> Iterable[str]:
@@ -284,8 +364,13 @@ def list_clock_changes(zones: Iterable[str], shown: TimelineRange) -> Sequence[T
 # ── lanes ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _build_lane(row: _LaneRow, decisions: Sequence[LifecycleDecision], shown: TimelineRange) -> TimelineLane:
-    """Return the lane of a workflow on the timeline: coming runs, windows, and the times with pods."""
+def _build_lane(
+    row: _LaneRow,
+    decisions: Sequence[LifecycleDecision],
+    due: Sequence[DueRuns],
+    shown: TimelineRange,
+) -> TimelineLane:
+    """Return the lane of a workflow on the timeline: coming and waiting runs, windows, and the times with pods."""
     ticks, are_cut = _ticks(row, shown)
     schedule = row.schedule
     return TimelineLane(
@@ -296,8 +381,9 @@ def _build_lane(row: _LaneRow, decisions: Sequence[LifecycleDecision], shown: Ti
         ticks_are_cut=are_cut,
         last_run_at=instant(schedule.last_run_at) if schedule and schedule.last_run_at else None,
         last_execution_id=schedule.last_execution_id if schedule else None,
-        windows=[*_windows(row, shown)],
-        awake=[*_awake_spans(decisions, shown)],
+        windows=_list_windows(row, shown),
+        due=due,
+        awake=[*lifecycle_calendar.list_awake_spans(decisions, shown.since, shown.now)],
     )
 
 
@@ -329,53 +415,17 @@ def _show_tick(at: datetime, timetable: ScheduleTimetable) -> ScheduleTick:
     )
 
 
-def _windows(row: _LaneRow, shown: TimelineRange) -> Iterable[TimeSpan]:
-    """Yield the windows of a deployed workflow within the range, cut to it; none under another policy than
+def _list_windows(row: _LaneRow, shown: TimelineRange) -> Sequence[TimeSpan]:
+    """Return the windows of a deployed workflow within the range, cut to it; none under another policy than
     `scheduled-window`.
     """
+    if row.deployment_id is None:
+        return []
     policy = lifecycle_policy.parse_policy(lifecycle_policy.effective_policy(row.workflow.lifecycle))
-    if row.deployment_id is None or not isinstance(policy, ScheduledWindowPolicy):
-        return
-    opened_at = shown.since if weekly_windows.is_open(policy.schedule, shown.since) else None
-    for change in _changes(policy.schedule, shown):
-        if change.is_open:
-            opened_at = change.at
-        elif opened_at is not None:
-            yield TimeSpan(start=instant(opened_at), end=instant(change.at))
-            opened_at = None
-    if opened_at is not None:
-        yield TimeSpan(start=instant(opened_at), end=instant(shown.until))
-
-
-def _changes(schedule: WindowSchedule, shown: TimelineRange) -> Iterable[weekly_windows.WindowChange]:
-    """Return the openings and closings of a schedule within the range, in order."""
-    return weekly_windows.window_changes(schedule, shown.since, shown.until)
-
-
-def _awake_spans(decisions: Sequence[LifecycleDecision], shown: TimelineRange) -> Iterable[AwakeSpan]:
-    """Yield the times with pods within the range, from the decisions about a deployment, ordered by time."""
-    begun: LifecycleDecision | None = None
-    for one in decisions:
-        if one.replicas > 0 and begun is None:
-            begun = one
-        elif one.replicas == 0 and begun is not None:
-            if one.at > shown.since:
-                yield _show_span(begun, one.at, shown, is_open=False)
-            begun = None
-    if begun is not None:
-        yield _show_span(begun, shown.now, shown, is_open=True)
-
-
-def _show_span(begun: LifecycleDecision, end: datetime, shown: TimelineRange, *, is_open: bool) -> AwakeSpan:
-    """Return a time with pods, cut to the range; its reason is None if it began before."""
-    is_inside = begun.at >= shown.since
-    return AwakeSpan(
-        start=instant(max(begun.at, shown.since)),
-        end=instant(end),
-        reason=LifecycleReason(begun.reason) if is_inside else None,
-        is_by_hand=begun.user_id is not None,
-        is_open=is_open,
-    )
+    return [
+        TimeSpan(start=instant(one.since), end=instant(one.until))
+        for one in lifecycle_calendar.list_windows(policy, TimeRange(shown.since, shown.until))
+    ]
 
 
 def _show_decision(one: LifecycleDecision, name: str) -> TimelineDecision:

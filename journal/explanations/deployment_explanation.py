@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC
 from typing import TYPE_CHECKING, Final
 from zoneinfo import ZoneInfoNotFoundError
 
@@ -16,6 +17,8 @@ from models.lifecycle_policy import LifecycleAction, LifecycleReason, StoppedRea
 from models.workflow import WorkflowStatus
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     from journal.deployments.activity import DeploymentActivity
     from journal.explanations.run_facts import LastDecision
     from models.lifecycle_policy import LifecycleVerdict
@@ -43,6 +46,10 @@ REASON_TEXTS: Final[Mapping[LifecycleReason, str]] = {
     LifecycleReason.FAILED: "Its pods could not start",
 }
 """Text of each reason of a lifecycle decision."""
+_TIMED: Final = frozenset(
+    {LifecycleReason.WINDOW_OPEN, LifecycleReason.WINDOW_CLOSED, LifecycleReason.STARTED_BY_HAND}
+)
+"""Reasons that hold until a time that is known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +85,7 @@ def explain_deployment(
     return DeploymentExplanation(
         status,
         decision.reason,
-        REASON_TEXTS[decision.reason],
+        _describe(decision, seen),
         StoppedReason(seen.deployment.stopped_reason) if seen.deployment.stopped_reason else None,
         [*paused, *([blocker] if blocker is not None else [])],
         _next_event(seen),
@@ -91,6 +98,25 @@ def _decide(seen: DeploymentActivity) -> LifecycleVerdict:
         return lifecycle_policy.decide(seen.policy, seen.situation, seen.now)
     except ZoneInfoNotFoundError:
         return lifecycle_policy.LifecycleVerdict(LifecycleAction.NONE, LifecycleReason.WINDOW_CLOSED)
+
+
+def _describe(decision: LifecycleVerdict, seen: DeploymentActivity) -> str:
+    """Return the reason of a decision as a sentence, with the times of an idle deployment that stops later."""
+    since, until = seen.situation.last_activity_at, decision.check_at
+    if decision.reason is LifecycleReason.NOT_IDLE_YET and since is not None and until is not None:
+        times = [_show_time(at, seen.now) for at in (since, until)]
+        return f"Idle since {times[0]}; stops {times[1]} UTC unless a request comes"
+    text = REASON_TEXTS[decision.reason]
+    if decision.reason in _TIMED and until is not None:
+        return f"{text}, until {_show_time(until, seen.now)} UTC"
+    return text
+
+
+def _show_time(at: datetime, now: datetime) -> str:
+    """Return a time of today in UTC such as `14:32`, another one with its date."""
+    shown = at.astimezone(UTC)
+    is_today = shown.date() == now.astimezone(UTC).date()
+    return f"{shown:%H:%M}" if is_today else f"{shown:%Y-%m-%d %H:%M}"
 
 
 def _next_event(seen: DeploymentActivity) -> NextEvent | None:

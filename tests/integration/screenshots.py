@@ -20,7 +20,7 @@ from sqlmodel import col
 
 from models import ids
 from models.access import Organization, User
-from models.deployment import LifecycleDecision
+from models.deployment import Deployment, LifecycleDecision
 from models.execution import Leadership
 from models.run_hour import RunHour
 from scheduler.run_hours import RunHourCounter
@@ -271,9 +271,13 @@ async def _deploy_sample(harness: GatewayHarness, user: UserClient) -> str:
         for number, day in enumerate(days)
         for hour, action, reason in ((7, "start", "window-open"), (19, "stop", "window-closed"))
     ]
-    await harness.gateway.database.transaction(
-        lambda connection: connection.execute(insert(LifecycleDecision).values(rows))
-    )
+    first = update(Deployment).where(col(Deployment.workflow_id) == workflow_id)
+
+    async def record(connection: AsyncConnection) -> None:
+        await connection.execute(insert(LifecycleDecision).values(rows))
+        await connection.execute(first.values(created_at=rows[0]["at"]))
+
+    await harness.gateway.database.transaction(record)
     return workflow_id
 
 

@@ -157,7 +157,8 @@ async def test_times_awake_are_a_calendar_and_another_policy_is_tried_on_past_ru
     assert "deployed, by" in page.text
     why = (await people.owner.api.get(f"/api/v1/workflows/{workflow_id}/why")).json()["message"]
     assert why in unescape(page.text)
-    assert re.search(r"<b>Stops at <time [^>]*>\d{4}-", page.text)
+    assert re.search(r"<b>Stops <time datetime=.\d{4}-[^>]*>[^<]*\d\d:\d\d</time> UTC</b>", page.text)
+    assert "pod hours a day" in page.text
     query = "type=scheduled-window&days=all&start=07:00&end=19:00&zone=Europe/Berlin"
     tried = await browser.get(f"{address}?{query}")
     assert "Set “In weekly windows, 07:00 to 19:00 in Europe/Berlin”" in tried.text

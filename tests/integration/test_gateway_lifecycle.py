@@ -10,6 +10,8 @@ import pytest
 from sqlalchemy import insert, update
 from sqlmodel import col
 
+from gateway.deployments import lifecycle_rows
+from gateway.deployments.lifecycle_rows import DAY, TimeRange
 from models import ids
 from models.deployment import Deployment, LifecycleDecision, ObservedState
 from models.execution_status import ExecutionStatus
@@ -277,11 +279,94 @@ async def test_the_use_of_pods_counts_from_the_first_deployment(
     assert body["podSecondsPerDay"] == pytest.approx(43_200, rel=0.001)
 
 
+async def test_pod_time_is_summed_over_several_workflows_and_times(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    now, workflow_ids = datetime.now(UTC), []
+    for replicas in ({10: 2, 9: 0, 5: 1}, {8: 3, 6: 1, 4: 0}):
+        workflow_ids.append(await people.owner.create(**GRAPH))
+        await deploy_with_pod(harness, people.owner, workflow_ids[-1])
+        await record_replicas(harness, people.owner, workflow_ids[-1], replicas, now=now)
+    times = [now - HOUR * hours for hours in (9.5, 7.5, 4.5, 0)]
+    ranges = [TimeRange(*one) for one in pairwise(times)]
+    async with harness.gateway.database.read() as connection:
+        found = await lifecycle_rows.sum_pod_time(connection, workflow_ids, ranges)
+        assert await lifecycle_rows.sum_pod_time(connection, [], ranges) == [0, 0, 0]
+    # The first one had two pods up to nine hours ago, and one since five; the other three, then one for two hours.
+    assert found == pytest.approx([one * 3600 for one in (1 + 1.5, 0.5 + 4.5 + 1.5, 4.5 + 0.5)])
+
+
+async def test_a_calendar_has_windows_and_the_times_with_pods_past_and_to_come(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    workflow_id = await people.owner.create(**GRAPH)
+    opens_at = datetime.now(UTC) + 12 * HOUR
+    window = {
+        "days": [*range(7)],
+        "startTime": f"{opens_at:%H}:00",
+        "endTime": f"{opens_at + HOUR:%H}:00",
+    }
+    policy = {"type": "scheduled-window", "schedule": {"timezone": "UTC", "windows": [window]}}
+    put = await people.owner.api.put(lifecycle_path(workflow_id), json=policy)
+    assert put.status_code == 200, put.text
+    asleep = {"replicas": 0, "observed": ObservedState.STOPPED, "stopped_reason": StoppedReason.SCHEDULE}
+    created_at = datetime.now(UTC) - 30 * DAY
+    await deploy_with_pod(
+        harness, people.owner, workflow_id, last_replicas=2, created_at=created_at, **asleep
+    )
+    await record_replicas(harness, people.owner, workflow_id, {240: 2, 160: 0, 100: 2, 76: 1, 52: 0})
+    shown = await get_lifecycle(people.owner, workflow_id, "/calendar")
+    since, now, until = (datetime.fromisoformat(shown[name]) for name in ("since", "now", "until"))
+    assert (len(shown["days"]), until - since) == (14, 14 * DAY)
+    assert [(one["reason"], one["isOpen"]) for one in shown["awake"]] == [(None, False), ("run-due", False)]
+    used = (now - 160 * HOUR - since) * 2 + 48 * HOUR + 24 * HOUR
+    assert sum(day["podSeconds"] for day in shown["days"]) == pytest.approx(used.total_seconds(), rel=0.001)
+    whole = sum(day["alwaysOnPodSeconds"] for day in shown["days"])
+    assert whole == pytest.approx(2 * (now - since).total_seconds(), rel=0.001)
+    assert len(shown["windows"]) == 14
+    coming = [one for one in shown["windows"] if one["start"] > shown["now"]]
+    assert shown["planned"] == coming
+    assert sum(day["plannedPodSeconds"] for day in shown["days"]) == pytest.approx(
+        2 * 3600 * len(coming), rel=0.1
+    )
+    assert (shown["hold"], shown["failedStarts"]) == (None, [])
+
+    by_hand = {"replicas": 1, "observed": ObservedState.RUNNING, "stopped_reason": None}
+    await change_deployment(harness, workflow_id, {**by_hand, "started_by_hand_at": datetime.now(UTC)})
+    held = await get_lifecycle(people.owner, workflow_id, "/calendar")
+    assert held["planned"][0] == {"start": held["now"], "end": held["hold"]["until"]}
+    assert held["hold"]["until"] == coming[0]["end"]
+    why = (await people.owner.api.get(f"/api/v1/workflows/{workflow_id}/why")).json()
+    assert why["message"].startswith("A user has started it outside its window, until ")
+    assert_refused(await people.stranger.api.get(lifecycle_path(workflow_id, "/calendar")), 404, "not-found")
+
+
+async def test_pod_time_of_today_counts_the_deployments_that_the_caller_may_read(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    workflow_id = await people.owner.create(**GRAPH)
+    created_at = datetime.now(UTC) - 30 * DAY
+    await deploy_with_pod(harness, people.owner, workflow_id, last_replicas=2, created_at=created_at)
+    await record_replicas(harness, people.owner, workflow_id, {48: 1})
+    shown = (await people.owner.api.get("/api/v1/deployments/usage")).json()
+    assert shown["alwaysOnPodSeconds"] == pytest.approx(2 * shown["podSeconds"], abs=1)
+    length = datetime.fromisoformat(shown["asOf"]) - datetime.fromisoformat(shown["since"])
+    assert shown["podSeconds"] == pytest.approx(length.total_seconds(), abs=1)
+    for person in (people.colleague, people.stranger):
+        unseen = (await person.api.get("/api/v1/deployments/usage")).json()
+        assert (unseen["podSeconds"], unseen["alwaysOnPodSeconds"]) == (0, 0)
+
+
 async def record_replicas(
-    harness: GatewayHarness, person: UserClient, workflow_id: str, replicas: dict[int, int]
+    harness: GatewayHarness,
+    person: UserClient,
+    workflow_id: str,
+    replicas: dict[int, int],
+    *,
+    now: datetime | None = None,
 ) -> None:
     """Have had so many pods from so many hours ago on."""
-    now = datetime.now(UTC)
+    now = now or datetime.now(UTC)
     rows = [
         LifecycleDecision(
             id=ids.new_id("decision"),

@@ -10,7 +10,8 @@ import pytest
 from sqlalchemy import delete, insert, update
 from sqlmodel import col
 
-from gateway.deployments import deployment_list, workflow_activity
+from gateway.deployments import deployment_list, lifecycle_rows, workflow_activity
+from gateway.deployments.lifecycle_rows import TimeRange
 from gateway.executions import run_statistics
 from gateway.http.parameters import PageBounds
 from gateway.workflows.workflow_rows import WorkflowFilter
@@ -283,11 +284,21 @@ async def test_counts_and_lists_are_read_by_indexes(
             caller, everything, PageBounds(50, 0), since
         ),
         "ix_execution_data_workflow": workflow_activity.newest_runs_statement(["one", "other"]),
+        "ix_lifecycle_decision_workflow": lifecycle_rows.pod_time_statement(
+            ["one", "other"], [TimeRange(since, since + HOUR), TimeRange(since + HOUR, since + 2 * HOUR)]
+        ),
         "ix_deployment_organization": deployment_list.deployments_statement(caller),
     }
     for index, statement in statements.items():
         plan = await explain_statement(harness.gateway.database, statement)
         assert index in plan
-        for table in ("execution", "execution_data", "blocked_interval", "run_hour", "workflow"):
+        for table in (
+            "execution",
+            "execution_data",
+            "blocked_interval",
+            "run_hour",
+            "workflow",
+            "lifecycle_decision",
+        ):
             assert f"SCAN {table}'" not in plan
             assert f"Seq Scan on {table} " not in plan

@@ -13,8 +13,10 @@ from gateway.dashboard.page import PageFrame, render
 from gateway.dashboard.pages import schedule_list
 from gateway.ingest import schedule_timeline
 from models import ids
+from models.blocked_interval import BlockedInterval
 from models.deployment import Deployment, LifecycleDecision
-from tests.integration.gateway_harness import GatewayHarness, OrganizationUsers, assert_refused
+from tests.integration.deployed_workflows import run
+from tests.integration.gateway_harness import GRAPH, GatewayHarness, OrganizationUsers, assert_refused
 from tests.integration.test_dashboard import sign_in
 from tests.integration.test_gateway_deliveries import get_json
 from tests.integration.test_gateway_enqueue import WORKFLOWS
@@ -165,15 +167,78 @@ def test_a_change_of_the_clocks_is_marked_and_described(before: str, after: str,
     frame = PageFrame("", "", since, {}, {}, visitor=None)
     page = render(
         schedule_list.PAGE,
-        {"schedules": {"schedules": [], "count": 0, "offset": 0}, "timeline": timeline},
+        {
+            "schedules": {"schedules": [], "count": 0, "offset": 0},
+            "timeline": timeline,
+            "scheduler": None,
+        },
         frame,
     )
     assert f"Clocks go {sentence} in Europe/Berlin" in page
     assert page.count('class="shift" x1="25.0%"') == 1
 
 
+def test_starts_of_several_workflows_in_one_minute_collide_unless_they_are_dense() -> None:
+    def lane(name: str, *times: str, **fields: Any) -> dict[str, Any]:  # noqa: ANN401 - any field of a lane
+        ticks = [{"at": f"2026-01-01T{one}Z", "localTime": one, "isByClockChange": False} for one in times]
+        return timeline_lane(workflowName=name, ticks=ticks, **fields)
+
+    lanes = [
+        lane("Nightly", "03:00:00", "04:00:00"),
+        lane("Sync", "03:00:40"),
+        lane("Busy", "04:00:00", ticksAreCut=True),
+    ]
+    collisions = schedule_list.find_collisions(lanes)
+    assert collisions == {"2026-01-01T03:00": ["Nightly", "Sync"]}
+    start = datetime(2026, 1, 1, tzinfo=UTC)
+    axis = schedule_list.TimeAxis(start, start, start + timedelta(hours=12))
+    first, second = schedule_list.build_marks(lanes[0], axis, collisions)
+    assert (first.kind, second.kind) == ("clash", "tick")
+    assert first.title.endswith("in the same minute as Sync")
+
+
+def test_a_duty_is_late_after_three_intervals_and_a_report() -> None:
+    now = datetime(2026, 1, 1, 1, tzinfo=UTC)
+    duties = [
+        {"name": "late", "everySeconds": 5, "lastAt": "2026-01-01T00:59:00Z", "seconds": 0.1},
+        {"name": "on time", "everySeconds": 60, "lastAt": "2026-01-01T00:58:00Z", "seconds": 0.1},
+    ]
+    assert schedule_list.list_late_duties({"duties": duties}, now) == ["late"]
+    assert schedule_list.list_late_duties(None, now) == []
+
+
+async def test_waiting_runs_lie_on_the_lane_of_their_workflow_by_the_kind_of_their_wait(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    workflow_id = await people.owner.create(name="Waits", status="active", **GRAPH)
+    now = harness.gateway.clock()
+    due_at = [now + timedelta(hours=hours) for hours in (5, 5.01, 9, 12, 30)]
+    retried = await run(
+        harness, people.owner, workflow_id, status="waiting", due_at=due_at[0], started_at=now
+    )
+    for number, target in ((1, workflow_id), (2, workflow_id), (3, "delayed"), (4, "delayed")):
+        await run(harness, people.owner, workflow_id, status="waiting", due_at=due_at[number], target=target)
+    interval = BlockedInterval(
+        execution_id=retried,
+        started_at=now,
+        shard=people.owner.user.shard,
+        organization_id=people.owner.user.organization_id,
+        code="retry-at",
+    )
+    statement = insert(BlockedInterval).values(interval.model_dump())
+    await harness.gateway.database.transaction(lambda connection: connection.execute(statement))
+    [lane] = (await get_json(people.owner, TIMELINE))["workflows"]
+    kinds = [(one["kind"], one["count"]) for one in lane["due"]]
+    assert kinds == [("retry", 1), ("deferred", 1), ("deferred", 1), ("timer", 1)]
+    assert (await get_json(people.stranger, TIMELINE))["workflows"] == []
+    page = await (await sign_in(harness, people.owner.key)).get("/dashboard/schedule")
+    assert page.text.count('class="due deferred"') == 2
+    assert "1 run to be tried again" in page.text
+
+
 def timeline_lane(**fields: Any) -> dict[str, Any]:  # noqa: ANN401 - any field of a lane
-    return {"windows": [], "awake": [], "ticks": [], "ticksAreCut": False, "lastRunAt": None, **fields}
+    empty: dict[str, list[Any]] = {name: [] for name in ("windows", "awake", "ticks", "due")}
+    return {**empty, "workflowName": "Nightly", "ticksAreCut": False, "lastRunAt": None, **fields}
 
 
 @pytest.mark.parametrize(
@@ -188,6 +253,10 @@ def timeline_lane(**fields: Any) -> dict[str, Any]:  # noqa: ANN401 - any field 
             timeline_lane(ticks=[{"at": "2026-01-01T09:00:00Z", "localTime": "", "isByClockChange": True}]),
             [("clock", 75.0, 0)],
         ),
+        (
+            timeline_lane(due=[{"at": "2026-01-01T06:00:00Z", "kind": "retry", "count": 3}]),
+            [("retry", 50.0, 0)],
+        ),
         (timeline_lane(lastRunAt="2026-01-01T03:00:00Z"), [("ran", 25.0, 0)]),
         (timeline_lane(lastRunAt="2025-12-31T03:00:00Z"), []),
     ],
@@ -197,5 +266,5 @@ def test_marks_lie_at_their_share_of_the_time(
 ) -> None:
     start = datetime(2026, 1, 1, tzinfo=UTC)
     axis = schedule_list.TimeAxis(start, start + timedelta(hours=2), start + timedelta(hours=12))
-    assert [(one.kind, one.x, one.width) for one in schedule_list.build_marks(lane, axis)] == marks
+    assert [(one.kind, one.x, one.width) for one in schedule_list.build_marks(lane, axis, {})] == marks
     assert axis.labels(3) == [(25.0, "03"), (50.0, "06"), (75.0, "09")]

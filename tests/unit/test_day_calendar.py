@@ -1,62 +1,71 @@
-"""Calendar of a deployment: past times up from its decisions, and the times in which it will be up."""
+"""Calendar of a deployment: windows below times up, past and planned, in percent of each day."""
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any
 
-from gateway.dashboard.day_calendar import draw_calendar, list_forecast, list_up_times
-
-NOW = datetime(2026, 11, 28, 12, tzinfo=UTC)
-
-
-def decision(at: str, action: str, user_id: str | None = None, reason: str = "run-due") -> dict[str, Any]:
-    return {"at": f"2026-11-{at}:00.000Z", "action": action, "userId": user_id, "reason": reason}
+from gateway.dashboard.day_calendar import draw_calendar
+from gateway.dashboard.policy_chart import draw_policy_chart
 
 
-def policy(kind: str, next_stop: str | None = None) -> dict[str, Any]:
-    return {
-        "lifecyclePolicy": {"type": kind},
-        "nextTransition": "stop" if next_stop else None,
-        "nextTransitionAt": next_stop,
-    }
+def at(text: str) -> str:
+    return f"2026-11-{text}:00.000Z"
 
 
-def test_starts_and_stops_become_times_up_and_a_start_by_a_user_has_its_tone() -> None:
-    decisions = [
-        decision("28T10:00", "wake"),
-        decision("27T18:00", "stop"),
-        decision("27T17:00", "none"),
-        decision("27T06:00", "start", "user_1", "by-hand"),
-        decision("26T18:00", "stop"),
+def span(start: str, end: str, **fields: Any) -> dict[str, Any]:  # noqa: ANN401 - any JSON value
+    return {"start": at(start), "end": at(end), **fields}
+
+
+CALENDAR: dict[str, Any] = {
+    "now": at("28T12:00"),
+    "days": [
+        {
+            "startsAt": at(f"{day}T00:00"),
+            "podSeconds": 3_600 * hours,
+            "alwaysOnPodSeconds": 86_400,
+            "plannedPodSeconds": 7_200,
+        }
+        for day, hours in ((27, 10.5), (28, 3), (29, 0))
+    ],
+    "windows": [span("27T18:00", "28T06:00")],
+    "awake": [
+        span("27T21:00", "28T03:00", isByHand=False, reason="window-open"),
+        span("28T10:00", "28T11:00", isByHand=True, reason="by-hand"),
+        span("27T01:00", "27T02:00", isByHand=True, reason="deployed"),
+    ],
+    "planned": [span("28T23:00", "29T01:00")],
+    "failedStarts": [at("28T06:00")],
+}
+
+
+def test_a_day_has_its_part_of_each_time_and_windows_lie_below() -> None:
+    first, today, last = draw_calendar(CALENDAR, [datetime(2026, 11, 29, 12, tzinfo=UTC)])
+    assert [(one.tone, one.x, one.width) for one in first.bars] == [
+        ("window", 75, 25),
+        ("up", 87.5, 12.5),
+        ("up", 4.17, 4.17),
     ]
-    found = list_up_times(decisions, NOW, is_up=True)
-    assert [(one.start.day, one.end.day, one.tone) for one in found] == [(27, 27, "hand"), (28, 28, "up")]
-    assert found[1].end == NOW
-    assert len(list_up_times(decisions, NOW, is_up=False)) == 1, "a start without a stop is not known to last"
+    assert [one.tone for one in today.bars] == ["window", "up", "hand", "pre"]
+    assert first.bars[1].title == "up, 21:00 to 24:00"
+    assert [(one.tone, one.title) for one in last.bars] == [("pre", "will be up, 00:00 to 01:00")]
+    assert (today.is_today, today.now_x, today.failures) == (True, 50, [25])
+    assert (last.is_future, last.clock_changes, last.now_x) == (True, [50], None)
 
 
-def test_a_forecast_ends_with_the_next_stop_or_follows_the_windows() -> None:
-    (idle,) = list_forecast(policy("idle-shutdown", "2026-11-28T12:30:00.000Z"), (), NOW, is_up=True)
-    assert (idle.end.hour, idle.end.minute) == (12, 30)
-    (always,) = list_forecast(policy("always-on"), (), NOW, is_up=True)
-    assert always.end == datetime(2026, 12, 5, tzinfo=UTC)
-    assert list_forecast(policy("on-demand"), (), NOW, is_up=False) == ()
-    changes = [
-        {"at": "2026-11-28T18:00:00.000Z", "action": "stop"},
-        {"at": "2026-11-29T08:00:00.000Z", "action": "start"},
+def test_hours_are_those_so_far_and_for_days_to_come_those_planned() -> None:
+    days = draw_calendar(CALENDAR, [])
+    assert [(one.label, one.hours) for one in days] == [("Fri 27", 10.5), ("Sat 28", 3.0), ("Sun 29", 2.0)]
+
+
+def test_bars_of_two_policies_have_one_scale_of_round_hours() -> None:
+    days = [
+        {"startsAt": at("27T00:00"), "currentPodHours": 6, "candidatePodHours": 1.5},
+        {"startsAt": at("28T00:00"), "currentPodHours": 0, "candidatePodHours": 0},
     ]
-    windows = list_forecast(policy("scheduled-window"), changes, NOW, is_up=True)
-    assert [(one.start.day, one.end.day) for one in windows] == [(28, 28), (29, 5)]
-
-
-def test_days_have_their_share_of_each_time_up() -> None:
-    decisions = [decision("27T06:00", "stop"), decision("26T18:00", "start")]
-    days = draw_calendar(list_up_times(decisions, NOW, is_up=False), [NOW], [NOW - timedelta(hours=6)], NOW)
-    assert len(days) == 14
-    before, today = days[5:8:2]
-    assert (before.label, before.hours, before.bars[0].x, before.bars[0].width) == ("Thu 26", 6.0, 75, 25)
-    assert days[6].hours == 6.0
-    assert (today.is_today, today.now_x, today.failures) == (True, 50, [50])
-    assert [day.clock_changes for day in days if day.clock_changes] == [[25]]
-    assert [day.is_future for day in days] == [False] * 8 + [True] * 6
+    chart = draw_policy_chart(days)
+    assert chart.top_hours == 8
+    first = chart.days[0]
+    assert (first.current_height, first.candidate_height) == (72, 18)
+    assert first.current_x + first.width == first.candidate_x == first.center
+    assert draw_policy_chart([]).days == []

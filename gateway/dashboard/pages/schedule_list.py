@@ -1,41 +1,35 @@
-"""Schedules of all workflows on one timeline with windows and pods, their rows, and the starts and stops."""
+"""Schedules of all workflows on one timeline with windows, pods and waiting runs, and the scheduler that leads."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final
 
 from gateway.dashboard.addresses import list_address
-from gateway.dashboard.formats import parse_instant
+from gateway.dashboard.formats import LIFECYCLE_REASONS, parse_instant, parse_moment
 from gateway.dashboard.page import Page, PageData, PageFrame
 
 if TYPE_CHECKING:
     from gateway.dashboard.page_request import PageRequest
 
 LIMIT: Final = 20
+HEALTH_SECONDS: Final = 5.0
+"""Age up to which the last ticks of the scheduler are shown again."""
+LATE_TICKS: Final = 3
+"""Intervals after which the tick of a duty is late."""
+LATE_SECONDS: Final = 30.0
+"""Time by which a report of a process may be old: a tick within it is not late."""
+SHOWN_COLLISIONS: Final = 5
+MINUTE_TEXT: Final = len("2026-01-01T00:00")
+DUE_WORDS: Final = {"timer": "waiting", "retry": "to be tried again", "deferred": "deferred until pods start"}
 SHOWN_DECISIONS: Final = 12
 PATH: Final = "/dashboard/schedule"
 RANGES: Final = (("24", "24 hours"), ("168", "7 days"))
 RULER_STEPS: Final = {24: 3, 168: 24}
 """Hours between two labels of the ruler, by the hours of the range."""
-REASONS: Final = {
-    "always-on": "it is always on",
-    "window-open": "its window opened",
-    "run-due": "a run was due",
-    "idle": "nothing happened for its idle time",
-    "no-more-runs": "no run was left",
-    "window-closed": "its window closed",
-    "drained": "its runs had ended",
-    "drain-time-over": "its time to end runs was over",
-    "by-hand": "by hand",
-    "deployed": "it was deployed",
-    "undeployed": "it was undeployed",
-    "failed": "its pods could not start",
-}
-"""Words for the reasons of starts and stops."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,16 +37,20 @@ class LaneMark:
     """Shape on a lane: position and width in percent of the range."""
 
     kind: str
-    """`window`, `awake`, `hand`, `tick`, `clock`, `ran` or `dense`."""
+    """`window`, `awake`, `hand`, `tick`, `clash` with another workflow, `clock`, `ran`, `dense`, or `timer`, `retry`
+    and `deferred` for waiting runs.
+    """
     x: float
     width: float
     title: str
 
 
 async def load(page: PageRequest) -> PageData:
-    """Ask the API for 20 schedules and their timeline over 24 hours or, by the query, 7 days; raises `ApiError`."""
+    """Ask the API for 20 schedules and their timeline over 24 hours or, by the query, 7 days; for admins also for
+    the leading scheduler. Raises `ApiError`.
+    """
     hours = page.query.get("hours")
-    schedules, timeline = await asyncio.gather(
+    schedules, timeline, health = await asyncio.gather(
         page.get("/api/v1/schedules", limit=LIMIT, offset=page.query.get("offset")),
         page.get(
             "/api/v1/schedules/timeline",
@@ -60,8 +58,10 @@ async def load(page: PageRequest) -> PageData:
             limit=LIMIT,
             offset=page.query.get("offset"),
         ),
+        page.get_recent("/api/v1/admin/health", seconds=HEALTH_SECONDS),
     )
-    return {"schedules": schedules, "timeline": timeline}
+    scheduler = None if health is None else {name: health[name] for name in ("lead", "duties", "isOperator")}
+    return {"schedules": schedules, "timeline": timeline, "scheduler": scheduler}
 
 
 def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
@@ -75,15 +75,23 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
     hours = hours if hours in dict(RANGES) else RANGES[0][0]
     next_page = list_address(frame, PATH, {"offset": str(shown), "hours": hours})
     axis = TimeAxis.of(timeline)
+    collisions = find_collisions(timeline["workflows"])
     return {
         "title": "Schedule",
         "crumbs": (("Schedule", ""),),
         "schedules": [{**one, "timing": describe_timing(one["policy"])} for one in listed["schedules"]],
         "count": listed["count"],
-        "lanes": [{**lane, "marks": build_marks(lane, axis)} for lane in timeline["workflows"]],
+        "lanes": [{**lane, "marks": build_marks(lane, axis, collisions)} for lane in timeline["workflows"]],
+        "collisions": [
+            (at, names) for at, names in collisions.items() if parse_moment(f"{at}Z") <= axis.until
+        ][:SHOWN_COLLISIONS],
+        "collision_count": len(collisions),
+        "has_due": any(lane["due"] for lane in timeline["workflows"]),
+        "scheduler": data["scheduler"],
+        "late_duties": list_late_duties(data["scheduler"], frame.now),
         "now_x": axis.x(axis.now),
         "clock_changes": [
-            (axis.x(_instant(one["at"])), describe_clock_change(one), one["at"])
+            (axis.x(parse_moment(one["at"])), describe_clock_change(one), one["at"])
             for one in timeline["clockChanges"]
         ],
         "labels": axis.labels(RULER_STEPS[int(hours)]),
@@ -92,7 +100,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         ],
         "decisions": timeline["decisions"][:SHOWN_DECISIONS],
         "more_decisions": max(len(timeline["decisions"]) - SHOWN_DECISIONS, 0),
-        "reasons": REASONS,
+        "reasons": LIFECYCLE_REASONS,
         "may_run": frame.may("workflows:execute"),
         "may_write": frame.may("workflows:write"),
         "next": "" if is_last else next_page,
@@ -110,7 +118,7 @@ class TimeAxis:
     @classmethod
     def of(cls, timeline: Mapping[str, Any]) -> TimeAxis:
         """Return the axis with the bounds and the present time of a timeline of the API."""
-        return cls(*(_instant(timeline[name]) for name in ("since", "now", "until")))
+        return cls(*(parse_moment(timeline[name]) for name in ("since", "now", "until")))
 
     def x(self, at: datetime) -> float:
         """Return the position of a time in percent of the range; times outside of it are at its ends."""
@@ -129,24 +137,59 @@ class TimeAxis:
         return [(self.x(at), at.strftime(name)) for at in times if at < self.until]
 
 
-def build_marks(lane: Mapping[str, Any], axis: TimeAxis) -> Sequence[LaneMark]:
-    """Return the shapes of a schedule's lane, those below others first: windows, times awake, planned starts,
-    the last run.
+def find_collisions(lanes: Sequence[Mapping[str, Any]]) -> Mapping[str, Sequence[str]]:
+    """Return the minutes in which several workflows start, as `2026-01-01T00:00`, with their names, in order.
+
+    Schedules whose starts are dense don't count: they would collide with every other one.
+    """
+    found: dict[str, list[str]] = {}
+    for lane in lanes:
+        if not lane["ticksAreCut"]:
+            for minute in dict.fromkeys(one["at"][:MINUTE_TEXT] for one in lane["ticks"]):
+                found.setdefault(minute, []).append(lane["workflowName"])
+    return {minute: names for minute, names in sorted(found.items()) if len(names) > 1}
+
+
+def list_late_duties(scheduler: Mapping[str, Any] | None, now: datetime) -> Sequence[str]:
+    """Return the names of the duties whose last tick is over three intervals and half a minute ago."""
+    return [
+        one["name"]
+        for one in ([] if scheduler is None else scheduler["duties"])
+        if (now - parse_moment(one["lastAt"])).total_seconds()
+        > LATE_TICKS * one["everySeconds"] + LATE_SECONDS
+    ]
+
+
+def build_marks(
+    lane: Mapping[str, Any], axis: TimeAxis, collisions: Mapping[str, Sequence[str]]
+) -> Sequence[LaneMark]:
+    """Return the shapes of a schedule's lane, those below others first: windows, times awake, waiting runs, planned
+    starts, the last run.
 
     If the API has cut the planned starts, a single shape shows that they are dense.
     """
     marks = [_span("window", one, "window", axis) for one in lane["windows"]]
     for one in lane["awake"]:
-        why = REASONS.get(one["reason"] or "", "")
+        why = LIFECYCLE_REASONS.get(one["reason"] or "", "")
         title = f"awake{', ' if why else ''}{why}"
         marks.append(_span("hand" if one["isByHand"] else "awake", one, title, axis))
+    for one in lane["due"]:
+        runs = "run" if one["count"] == 1 else "runs"
+        title = f"{one['count']:,} {runs} {DUE_WORDS[one['kind']]}, from {one['at'][11:16]} UTC on"
+        marks.append(LaneMark(one["kind"], axis.x(parse_moment(one["at"])), 0, title))
     ticks = lane["ticks"]
     if lane["ticksAreCut"]:
-        first, last = axis.x(_instant(ticks[0]["at"])), axis.x(axis.until)
+        first, last = axis.x(parse_moment(ticks[0]["at"])), axis.x(axis.until)
         return [*marks, LaneMark("dense", first, max(last - first, 0.5), "runs again and again")]
     for one in ticks:
-        kind = "clock" if one["isByClockChange"] else "tick"
-        marks.append(LaneMark(kind, axis.x(_instant(one["at"])), 0, f"will run at {one['localTime']}"))
+        names = collisions.get(one["at"][:MINUTE_TEXT], ())
+        kind = "clock" if one["isByClockChange"] else "clash" if names else "tick"
+        title = f"will run at {one['localTime']}"
+        if names:
+            title += (
+                f", in the same minute as {', '.join(name for name in names if name != lane['workflowName'])}"
+            )
+        marks.append(LaneMark(kind, axis.x(parse_moment(one["at"])), 0, title))
     ran_at = parse_instant(lane["lastRunAt"])
     if ran_at is not None and ran_at >= axis.since:
         marks.append(LaneMark("ran", axis.x(ran_at), 0, f"ran at {lane['lastRunAt']}"))
@@ -155,12 +198,8 @@ def build_marks(lane: Mapping[str, Any], axis: TimeAxis) -> Sequence[LaneMark]:
 
 def _span(kind: str, span: Mapping[str, Any], title: str, axis: TimeAxis) -> LaneMark:
     """Return the shape for a span of time, at least 0.3 percent wide."""
-    start, end = axis.x(_instant(span["start"])), axis.x(_instant(span["end"]))
+    start, end = axis.x(parse_moment(span["start"])), axis.x(parse_moment(span["end"]))
     return LaneMark(kind, start, round(max(end - start, 0.3), 2), title)
-
-
-def _instant(text: str) -> datetime:
-    return datetime.fromisoformat(text).astimezone(UTC)
 
 
 def describe_clock_change(change: Mapping[str, Any]) -> str:

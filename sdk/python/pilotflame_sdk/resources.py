@@ -335,13 +335,13 @@ class Executions(Resource):
         """Show the graph of an execution: the definition that ran, and the state of each node."""
         return cast("t.RunGraph", self._client.request("GET", f"/api/v1/executions/{self._quote(execution_id)}/graph", query={"expand": expand}))
 
-    def list(self, *, workflow_id: str | None = None, status: Sequence[Literal['pending', 'running', 'waiting', 'completed', 'failed', 'stopped', 'cancelled']] | None = None, trigger_type: str | None = None, parent_id: str | None = None, since: str | None = None, until: str | None = None, tag: str | None = None, metadata: Mapping[str, str] | None = None, limit: int | None = None, offset: int | None = None, after: str | None = None, sort: Literal['createdAt', 'createdAt:asc', 'createdAt:desc', 'startedAt', 'startedAt:asc', 'startedAt:desc', 'endedAt', 'endedAt:asc', 'endedAt:desc'] | None = None) -> t.ExecutionList:
+    def list(self, *, workflow_id: str | None = None, status: Sequence[Literal['pending', 'running', 'waiting', 'completed', 'failed', 'stopped', 'cancelled']] | None = None, reason: Sequence[Literal['queued-behind', 'waiting-for-slot', 'no-worker', 'waking', 'draining', 'window-closed', 'stopped-manually', 'workflow-paused', 'deployment-failed', 'retry-at', 'timer', 'awaiting-event', 'awaiting-input', 'awaiting-task', 'awaiting-callback', 'awaiting-signal', 'worker-lost', 'node-running', 'cancel-requested', 'broker-down', 'none', 'parents', 'branch-not-taken', 'parallelism']] | None = None, trigger_type: str | None = None, parent_id: str | None = None, since: str | None = None, until: str | None = None, tag: str | None = None, metadata: Mapping[str, str] | None = None, limit: int | None = None, offset: int | None = None, after: str | None = None, sort: Literal['createdAt', 'createdAt:asc', 'createdAt:desc', 'startedAt', 'startedAt:asc', 'startedAt:desc', 'endedAt', 'endedAt:asc', 'endedAt:desc'] | None = None) -> t.ExecutionList:
         """List the executions of the workflows that the caller may read."""
-        return cast("t.ExecutionList", self._client.request("GET", "/api/v1/executions", query={"workflow_id": workflow_id, "status": status, "trigger_type": trigger_type, "parent_id": parent_id, "since": since, "until": until, "tag": tag, "metadata": metadata, "limit": limit, "offset": offset, "after": after, "sort": sort}))
+        return cast("t.ExecutionList", self._client.request("GET", "/api/v1/executions", query={"workflow_id": workflow_id, "status": status, "reason": reason, "trigger_type": trigger_type, "parent_id": parent_id, "since": since, "until": until, "tag": tag, "metadata": metadata, "limit": limit, "offset": offset, "after": after, "sort": sort}))
 
-    def iterate(self, *, workflow_id: str | None = None, status: Sequence[Literal['pending', 'running', 'waiting', 'completed', 'failed', 'stopped', 'cancelled']] | None = None, trigger_type: str | None = None, parent_id: str | None = None, since: str | None = None, until: str | None = None, tag: str | None = None, metadata: Mapping[str, str] | None = None, sort: Literal['createdAt', 'createdAt:asc', 'createdAt:desc', 'startedAt', 'startedAt:asc', 'startedAt:desc', 'endedAt', 'endedAt:asc', 'endedAt:desc'] | None = None) -> Iterator[Any]:
+    def iterate(self, *, workflow_id: str | None = None, status: Sequence[Literal['pending', 'running', 'waiting', 'completed', 'failed', 'stopped', 'cancelled']] | None = None, reason: Sequence[Literal['queued-behind', 'waiting-for-slot', 'no-worker', 'waking', 'draining', 'window-closed', 'stopped-manually', 'workflow-paused', 'deployment-failed', 'retry-at', 'timer', 'awaiting-event', 'awaiting-input', 'awaiting-task', 'awaiting-callback', 'awaiting-signal', 'worker-lost', 'node-running', 'cancel-requested', 'broker-down', 'none', 'parents', 'branch-not-taken', 'parallelism']] | None = None, trigger_type: str | None = None, parent_id: str | None = None, since: str | None = None, until: str | None = None, tag: str | None = None, metadata: Mapping[str, str] | None = None, sort: Literal['createdAt', 'createdAt:asc', 'createdAt:desc', 'startedAt', 'startedAt:asc', 'startedAt:desc', 'endedAt', 'endedAt:asc', 'endedAt:desc'] | None = None) -> Iterator[Any]:
         """Yield every item of `list`, page by page."""
-        return self._client.iterate("/api/v1/executions", "executions", {"workflow_id": workflow_id, "status": status, "trigger_type": trigger_type, "parent_id": parent_id, "since": since, "until": until, "tag": tag, "metadata": metadata, "sort": sort}, has_cursor=True)
+        return self._client.iterate("/api/v1/executions", "executions", {"workflow_id": workflow_id, "status": status, "reason": reason, "trigger_type": trigger_type, "parent_id": parent_id, "since": since, "until": until, "tag": tag, "metadata": metadata, "sort": sort}, has_cursor=True)
 
     def logs(self, execution_id: str, *, level: Sequence[Literal['debug', 'info', 'warning', 'error']] | None = None, follow: bool | None = None, limit: int | None = None, offset: int | None = None) -> t.LogList:
         """List the log lines of an execution, the oldest first, or follow them."""
@@ -454,6 +454,18 @@ class Keys(Resource):
     def revoke(self, key_id: str) -> None:
         """Revoke an API key; it stops working at once."""
         self._client.request("DELETE", f"/api/v1/auth/keys/{self._quote(key_id)}")
+
+
+class LifecycleCalendar(Resource):
+    """Methods of `client.lifecycle_calendar`."""
+
+    def get(self, workflow_id: str) -> t.LifecycleCalendar:
+        """Show when a workflow had pods in the last seven days, and when it will have some in the next six."""
+        return cast("t.LifecycleCalendar", self._client.request("GET", f"/api/v1/workflows/{self._quote(workflow_id)}/lifecycle/calendar"))
+
+    def show_usage(self) -> t.PodTime:
+        """Show the pod time of the caller's deployments since midnight in UTC, and without any stop."""
+        return cast("t.PodTime", self._client.request("GET", "/api/v1/deployments/usage"))
 
 
 class ModelCosts(Resource):
@@ -1014,6 +1026,7 @@ class ResourceClient(Transport):
         self.executions = Executions(self)
         self.invitations = Invitations(self)
         self.keys = Keys(self)
+        self.lifecycle_calendar = LifecycleCalendar(self)
         self.model_costs = ModelCosts(self)
         self.node_types = NodeTypes(self)
         self.provider_keys = ProviderKeys(self)

@@ -40,6 +40,8 @@ __all__ = [
     "BulkReplayResult",
     "BulkResult",
     "BulkRetryResult",
+    "CalendarDay",
+    "CalendarHold",
     "CanvasPosition",
     "Capabilities",
     "ChangedItem",
@@ -85,6 +87,8 @@ __all__ = [
     "DriftReport",
     "DriftSeverity",
     "DriftSubject",
+    "DueKind",
+    "DueRuns",
     "Effect",
     "EmitEventResult",
     "EndRequestResult",
@@ -140,6 +144,7 @@ __all__ = [
     "Lease",
     "Lifecycle",
     "LifecycleAction",
+    "LifecycleCalendar",
     "LifecycleReason",
     "Limits",
     "ListedDeployment",
@@ -202,6 +207,7 @@ __all__ = [
     "PodLine",
     "PodLocation",
     "PodLog",
+    "PodTime",
     "Policy",
     "PolicyComparison",
     "PolicyPreview",
@@ -226,6 +232,7 @@ __all__ = [
     "RemovedSecret",
     "Replay",
     "ReplayCounts",
+    "ReplayDay",
     "ReplayResult",
     "ResolvedNode",
     "ResumeResult",
@@ -245,6 +252,7 @@ __all__ = [
     "SchedulePreview",
     "ScheduleTick",
     "ScheduleTimeline",
+    "SchedulerDuty",
     "SchedulerLead",
     "ServerAlert",
     "ServerFigures",
@@ -400,6 +408,9 @@ DriftClass = Literal['asleep-against-window', 'audit-chain-broken', 'awake-again
 
 
 DriftSeverity = Literal['critical', 'warning']
+
+
+DueKind = Literal['deferred', 'retry', 'timer']
 
 
 ExecutionStatus = Literal['cancelled', 'completed', 'failed', 'pending', 'running', 'stopped', 'waiting']
@@ -790,6 +801,23 @@ class BulkRetryResult(TypedDict):
     newExecutionIds: List[str]
 
 
+class CalendarDay(TypedDict):
+    """Day in UTC."""
+
+    startsAt: str
+    podSeconds: float
+    alwaysOnPodSeconds: float
+    plannedPodSeconds: float
+
+
+class CalendarHold(TypedDict):
+    """Start by a user that keeps the pods awake outside the windows of the policy."""
+
+    since: str
+    userId: str | None
+    until: str | None
+
+
 class CanvasPosition(TypedDict):
     """Position on the canvas."""
 
@@ -1033,6 +1061,7 @@ class Decision(TypedDict):
     stoppedReason: StoppedReason | None
     replicas: int
     userId: str | None
+    userName: str | None
     inputs: Dict[str, Any]
 
 
@@ -1185,6 +1214,14 @@ class DriftSubject(TypedDict):
 
     type: str
     id: str
+
+
+class DueRuns(TypedDict):
+    """Runs of a workflow that become due at about the same time."""
+
+    at: str
+    kind: DueKind
+    count: int
 
 
 class _EffectAlways(TypedDict):
@@ -1377,6 +1414,7 @@ class _ExecutionAlways(TypedDict):
     parentId: str | None
     rootId: str | None
     createdAt: str
+    notBefore: str | None
     startedAt: str | None
     endedAt: str | None
     updatedAt: str
@@ -1647,6 +1685,7 @@ class LastRun(TypedDict):
     scheduledAt: str
     executionId: str
     status: ExecutionStatus | None
+    lagSeconds: float | None
 
 
 class LayoutResult(TypedDict):
@@ -1675,6 +1714,21 @@ class Lifecycle(TypedDict):
     nextTransition: TransitionKind | None
     nextTransitionAt: str | None
     usage: Usage | None
+
+
+class LifecycleCalendar(TypedDict):
+    """Two weeks of a workflow's pods: seven days before today, today, and six after it."""
+
+    workflowId: str
+    since: str
+    now: str
+    until: str
+    days: List[CalendarDay]
+    awake: List[AwakeSpan]
+    planned: List[TimeSpan]
+    windows: List[TimeSpan]
+    failedStarts: List[str]
+    hold: CalendarHold | None
 
 
 class Limits(TypedDict, total=False):
@@ -1716,6 +1770,7 @@ class ListedSchedule(TypedDict):
     nextRuns: List[UpcomingRun]
     lastRun: LastRun | None
     lastPassedOver: SkippedInstant | None
+    overdueSince: str | None
     workflowName: str
 
 
@@ -2319,6 +2374,15 @@ class PodLog(TypedDict):
     lines: List[PodLine]
 
 
+class PodTime(TypedDict):
+    """Pod time of the deployments that the caller may read, today in UTC."""
+
+    since: str
+    asOf: str
+    podSeconds: float
+    alwaysOnPodSeconds: float
+
+
 class _PolicyAlways(TypedDict):
     type: PolicyType
 
@@ -2339,6 +2403,7 @@ class PolicyComparison(TypedDict):
     coldStartSeconds: float
     current: Replay
     candidate: Replay
+    days: List[ReplayDay]
 
 
 class PolicyPreview(TypedDict):
@@ -2484,6 +2549,7 @@ class ReasonCount(TypedDict):
     count: int
     countIsLowerBound: bool
     oldestSince: str | None
+    until: str | None
     meaning: str
     remedy: str
 
@@ -2532,6 +2598,14 @@ class ReplayCounts(_ReplayCountsAlways, total=False):
     """Number of nodes by decision."""
 
     skip: int
+
+
+class ReplayDay(TypedDict):
+    """Pod time of past runs on one day, under both policies."""
+
+    startsAt: str
+    currentPodHours: float
+    candidatePodHours: float
 
 
 class ReplayResult(TypedDict):
@@ -2763,6 +2837,15 @@ class ScheduleTimeline(TypedDict):
     clockChanges: List[TimelineClockChange]
 
 
+class SchedulerDuty(TypedDict):
+    """Periodic duty of the leading scheduler."""
+
+    name: str
+    everySeconds: float
+    lastAt: str
+    seconds: float
+
+
 class SchedulerLead(TypedDict):
     """Lead of the scheduler that does the duties of which there is one."""
 
@@ -2806,6 +2889,7 @@ class ServerHealth(TypedDict):
     figures: ServerFigures | None
     alerts: List[ServerAlert]
     lead: SchedulerLead | None
+    duties: List[SchedulerDuty]
     database: DatabaseHealth
     brokerLatencyMs: float | None
 
@@ -3324,6 +3408,7 @@ class TimelineLane(TypedDict):
     lastExecutionId: str | None
     windows: List[TimeSpan]
     awake: List[AwakeSpan]
+    due: List[DueRuns]
 
 
 class Timing(TypedDict):
@@ -3788,6 +3873,7 @@ class WorkflowSchedule(TypedDict):
     nextRuns: List[UpcomingRun]
     lastRun: LastRun | None
     lastPassedOver: SkippedInstant | None
+    overdueSince: str | None
 
 
 class WorkflowScopes(TypedDict):

@@ -1,0 +1,297 @@
+"""Endpoints of the calendar of a workflow's pods, and of the pod time of an organization; spans of calendars."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Final
+from zoneinfo import ZoneInfoNotFoundError
+
+from sqlalchemy import select
+from sqlmodel import col
+
+from gateway.deployments import deployment_list, lifecycle_rows
+from gateway.deployments.lifecycle_rows import DAY, TimeRange, start_of_day
+from gateway.http.request import GatewayRequest
+from gateway.http.responses import JsonResponse
+from gateway.http.wire import Instant, WireStruct, instant, optional_instant
+from gateway.workflows import editing
+from journal.deployments import activity
+from models import lifecycle_policy, weekly_windows
+from models.deployment import Deployment
+from models.lifecycle_policy import LifecycleReason, ScheduledWindowPolicy, TransitionKind
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from journal.deployments.activity import DeploymentActivity
+    from models.deployment import LifecycleDecision
+    from models.lifecycle_policy import DeploymentPolicy
+
+PAST_DAYS: Final = 7
+FUTURE_DAYS: Final = 6
+
+
+class TimeSpan(WireStruct):
+    """Time from one instant to another."""
+
+    start: Instant
+    end: Instant
+
+
+class AwakeSpan(TimeSpan):
+    """Time for which a workflow had pods."""
+
+    reason: LifecycleReason | None
+    """Reason of the start; null if it began before the shown time."""
+    is_by_hand: bool
+    is_open: bool
+    """Whether it has pods now."""
+
+
+class CalendarDay(WireStruct):
+    """Day in UTC."""
+
+    starts_at: Instant
+    pod_seconds: float
+    """Pod time so far: desired pods over time."""
+    always_on_pod_seconds: float
+    """Pod time so far if it had never stopped since it was deployed first."""
+    planned_pod_seconds: float
+    """Pod time to come without further activity."""
+
+
+class CalendarHold(WireStruct):
+    """Start by a user that keeps the pods awake outside the windows of the policy."""
+
+    since: Instant
+    user_id: str | None
+    until: Instant | None
+    """End of the hold: the next closing of a window after the start; null without one."""
+
+
+class LifecycleCalendar(WireStruct):
+    """Two weeks of a workflow's pods: seven days before today, today, and six after it."""
+
+    workflow_id: str
+    since: Instant
+    now: Instant
+    until: Instant
+    days: Sequence[CalendarDay]
+    """In UTC, the earliest first."""
+    awake: Sequence[AwakeSpan]
+    """Past times with pods by the last 1,000 decisions, the earliest first."""
+    planned: Sequence[TimeSpan]
+    """Coming times with pods without further activity."""
+    windows: Sequence[TimeSpan]
+    """Windows of a `scheduled-window` policy, past ones by the present policy."""
+    failed_starts: Sequence[Instant]
+    hold: CalendarHold | None
+    """Null unless a start by a user alone keeps the pods awake now."""
+
+
+class PodTime(WireStruct):
+    """Pod time of the deployments that the caller may read, today in UTC."""
+
+    since: Instant
+    as_of: Instant
+    pod_seconds: float
+    always_on_pod_seconds: float
+    """Pod time of the same deployments if they had never stopped since they were deployed first."""
+
+
+async def show(request: GatewayRequest) -> JsonResponse:
+    """Show when a workflow had pods in the last seven days, and when it will have some in the next six.
+
+    Future times follow from its policy and its present state, without further activity.
+    """
+    async with request.gateway.database.read() as connection:
+        workflow = await editing.find_readable_row(connection, request.requested_object)
+        seen = await activity.read_activity(connection, workflow.id)
+        now = request.gateway.clock() if seen is None else seen.now
+        today = start_of_day(now.astimezone(UTC))
+        shown = TimeRange(today - PAST_DAYS * DAY, today + (FUTURE_DAYS + 1) * DAY)
+        decisions = await lifecycle_rows.read_decisions(connection, [workflow.id], shown.since)
+        past = [TimeRange(day, min(day + DAY, now)) for day in _list_days(shown) if day <= today]
+        pod_seconds = await lifecycle_rows.sum_pod_time(connection, [workflow.id], past)
+    policy = lifecycle_policy.parse_policy(lifecycle_policy.effective_policy(workflow.lifecycle))
+    windows: list[TimeRange] = []
+    planned: list[TimeRange] = []
+    hold = None
+    # A zone that this host does not know has no windows.
+    with suppress(ZoneInfoNotFoundError):
+        windows += list_windows(policy, shown)
+        planned += _list_planned(seen, windows, now, shown.until)
+        hold = _find_hold(seen, decisions)
+    replicas = seen.deployment.last_replicas if seen else 0
+    begun = TimeRange(seen.deployment.created_at if seen else now, now)
+    coming = replicas if seen and seen.deployment.is_deployed else 0
+    return JsonResponse(
+        LifecycleCalendar(
+            workflow_id=workflow.id,
+            since=instant(shown.since),
+            now=instant(now),
+            until=instant(shown.until),
+            days=[
+                CalendarDay(
+                    starts_at=instant(day),
+                    pod_seconds=round(pod_seconds[number], 1) if number < len(past) else 0.0,
+                    always_on_pod_seconds=_to_pod_seconds([begun], day, replicas),
+                    planned_pod_seconds=_to_pod_seconds(planned, day, coming),
+                )
+                for number, day in enumerate(_list_days(shown))
+            ],
+            awake=[*list_awake_spans(decisions, shown.since, now)],
+            planned=[_show_range(one) for one in planned],
+            windows=[_show_range(one) for one in windows],
+            failed_starts=[
+                instant(one.at) for one in decisions if one.reason == "failed" and one.at >= shown.since
+            ],
+            hold=hold,
+        )
+    )
+
+
+async def show_usage(request: GatewayRequest) -> JsonResponse:
+    """Show the pod time of the caller's deployments since midnight in UTC, and without any stop."""
+    now = request.gateway.clock()
+    today = TimeRange(start_of_day(now.astimezone(UTC)), now)
+    async with request.gateway.database.read() as connection:
+        rows = [*await connection.execute(deployment_list.deployments_statement(request.caller))]
+        workflow_ids = [row.workflow_id for row in rows]
+        [pod_seconds] = await lifecycle_rows.sum_pod_time(connection, workflow_ids, [today])
+        always_on = await _sum_without_stops(connection, workflow_ids, today)
+    return JsonResponse(
+        PodTime(
+            since=instant(today.since),
+            as_of=instant(now),
+            pod_seconds=round(pod_seconds, 1),
+            always_on_pod_seconds=round(always_on, 1),
+        )
+    )
+
+
+# ── spans ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def list_awake_spans(
+    decisions: Iterable[LifecycleDecision], since: datetime, now: datetime
+) -> Iterable[AwakeSpan]:
+    """Yield the times with pods from `since` on, from the decisions about a deployment, ordered by time."""
+    begun: LifecycleDecision | None = None
+    for one in decisions:
+        if one.replicas > 0 and begun is None:
+            begun = one
+        elif one.replicas == 0 and begun is not None:
+            if one.at > since:
+                yield _show_span(begun, one.at, since, is_open=False)
+            begun = None
+    if begun is not None:
+        yield _show_span(begun, now, since, is_open=True)
+
+
+def _show_span(begun: LifecycleDecision, end: datetime, since: datetime, *, is_open: bool) -> AwakeSpan:
+    """Return a time with pods, cut to its part after `since`; its reason is None if it began before."""
+    return AwakeSpan(
+        start=instant(max(begun.at, since)),
+        end=instant(end),
+        reason=LifecycleReason(begun.reason) if begun.at >= since else None,
+        is_by_hand=begun.user_id is not None,
+        is_open=is_open,
+    )
+
+
+def list_windows(policy: DeploymentPolicy, shown: TimeRange) -> Iterable[TimeRange]:
+    """Yield the windows of a policy within a time, cut to it; none under another policy than `scheduled-window`.
+
+    Raises `ZoneInfoNotFoundError` for an unknown time zone.
+    """
+    if not isinstance(policy, ScheduledWindowPolicy):
+        return
+    opened_at = shown.since if weekly_windows.is_open(policy.schedule, shown.since) else None
+    for change in weekly_windows.window_changes(policy.schedule, shown.since, shown.until):
+        if change.is_open:
+            opened_at = change.at
+        elif opened_at is not None:
+            yield TimeRange(opened_at, change.at)
+            opened_at = None
+    if opened_at is not None:
+        yield TimeRange(opened_at, shown.until)
+
+
+# ── parts of the answers ────────────────────────────────────────────────────────────────────────────────────
+
+
+async def _sum_without_stops(
+    connection: AsyncConnection, workflow_ids: Sequence[str], today: TimeRange
+) -> float:
+    """Return the pod time of deployments in seconds since the begin of a time, or since each was deployed first."""
+    statement = select(col(Deployment.last_replicas), col(Deployment.created_at)).where(
+        col(Deployment.workflow_id).in_(workflow_ids)
+    )
+    rows = (await connection.execute(statement)).all()
+    seconds = [row.last_replicas * today.overlap(row.created_at, today.until).total_seconds() for row in rows]
+    return float(sum(seconds))
+
+
+def _list_days(shown: TimeRange) -> Sequence[datetime]:
+    """Return the midnights of the days within a time, in order."""
+    return [shown.since + number * DAY for number in range((shown.until - shown.since) // DAY)]
+
+
+def _list_planned(
+    seen: DeploymentActivity | None, windows: Sequence[TimeRange], now: datetime, until: datetime
+) -> Iterable[TimeRange]:
+    """Yield the times from now on in which a deployment will have pods without further activity, in order.
+
+    They are its present time up, until its next stop or `until`, and the windows that open later.
+    """
+    if seen is None or not seen.deployment.is_deployed:
+        return
+    upcoming = lifecycle_policy.next_transition(seen.policy, seen.situation, now)
+    is_up = seen.situation.is_up and seen.situation.drain_until is None
+    starts = upcoming is not None and upcoming.kind is TransitionKind.START
+    end = now
+    if is_up:
+        stops = upcoming is not None and upcoming.kind is TransitionKind.STOP
+        end = min(upcoming.at, until) if upcoming is not None and stops else until
+        yield TimeRange(now, max(end, now))
+    elif starts and upcoming is not None and not isinstance(seen.policy, ScheduledWindowPolicy):
+        # It starts now, or again after a failure, and its end is not known.
+        end = min(upcoming.at, until)
+    for one in windows:
+        if one.since > now and one.until > end:
+            yield TimeRange(max(one.since, end), one.until)
+
+
+def _to_pod_seconds(spans: Sequence[TimeRange], day: datetime, replicas: int) -> float:
+    """Return the pod time of some times within a day, in seconds, with a number of pods each."""
+    length = sum((one.overlap(day, day + DAY) for one in spans), timedelta())
+    return round(replicas * length.total_seconds(), 1)
+
+
+def _show_range(one: TimeRange) -> TimeSpan:
+    return TimeSpan(start=instant(one.since), end=instant(one.until))
+
+
+def _find_hold(
+    seen: DeploymentActivity | None, decisions: Sequence[LifecycleDecision]
+) -> CalendarHold | None:
+    """Return the start by a user that alone keeps a deployment awake outside its windows; None without one.
+
+    Raises `ZoneInfoNotFoundError` for an unknown time zone.
+    """
+    if seen is None or seen.situation.started_by_hand_at is None:
+        return None
+    verdict = lifecycle_policy.decide(seen.policy, seen.situation, seen.now)
+    if verdict.reason is not LifecycleReason.STARTED_BY_HAND:
+        return None
+    by_users = [one.user_id for one in decisions if one.user_id is not None and one.replicas > 0]
+    return CalendarHold(
+        since=instant(seen.situation.started_by_hand_at),
+        user_id=by_users[-1] if by_users else None,
+        until=optional_instant(verdict.check_at),
+    )
