@@ -22,6 +22,7 @@ from gateway.dashboard.page import POLICY
 from gateway.dashboard.pages import access, overview
 from gateway.drift import recent_observations
 from gateway.executions import source_usage
+from journal import run_hours
 from models import ids
 from models.access import ApiKey, UserRole
 from models.blocked_interval import BlockedInterval
@@ -735,6 +736,18 @@ async def test_the_overview_says_what_needs_a_person_and_groups_failures(
     ):
         assert sentence in text
     assert f'status=failed&amp;workflow_id={workflow_id}">2</a>' in page.text
+    assert re.search(r'href="/dashboard/runs/\w+\?node=start&amp;tab=diff">Diff<', page.text)
+    assert re.search(r'href="/dashboard/runs/\w+/replay">Replay plan<', page.text)
+    present = run_hours.hour_of(harness.gateway.clock())
+    query = {"since": present - timedelta(hours=3), "until": present - timedelta(hours=2)}
+    earlier = await browser.get(
+        "/dashboard/overview", params={name: at.isoformat() for name, at in query.items()}
+    )
+    assert "No run has failed" in earlier.text
+    assert earlier.text.count('<rect class="brush"') == 4
+    assert "status=failed&amp;since=" in earlier.text
+    for wrong in ("since=x&until=y", "since=2026-01-02T00:00:00Z&until=2026-01-01T00:00:00Z"):
+        assert '<rect class="brush"' not in (await browser.get(f"/dashboard/overview?{wrong}")).text
     assert page.text.count('<path class="bad"') == 1
     rows = re.findall(r'<tr id="(\w+)"', (await browser.get("/dashboard/workflows")).text)
     assert rows == [stuck, workflow_id, idle], "the worst first"
@@ -807,7 +820,8 @@ async def test_a_question_is_shown_with_its_form_to_permitted_users(
     )
     overview = (await (await sign_in(harness, people.owner.key)).get("/dashboard/overview")).text
     assert "<b>1 question waits for an answer</b>" in overview
-    assert "No other run waits" in overview
+    assert "1 run waits" in overview
+    assert "/dashboard/runs?reason=awaiting-input" in overview
     colleague = await (await sign_in(harness, people.colleague.key)).get("/dashboard/approvals")
     assert "No question waits for you" in colleague.text
 

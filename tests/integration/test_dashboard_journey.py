@@ -147,7 +147,7 @@ async def bring_file(visit: DashboardVisit, name: str, text: str) -> None:
     )
 
 
-async def test_dragging_over_a_chart_shows_the_runs_of_those_hours(visit: DashboardVisit) -> None:
+async def test_dragging_over_a_chart_sets_the_time_range_of_links(visit: DashboardVisit) -> None:
     page = visit.page
     await visit.show("/dashboard/overview")
     await page.wait_for("document.querySelector('[data-brush]') !== null")
@@ -174,13 +174,23 @@ async def test_dragging_over_a_chart_shows_the_runs_of_those_hours(visit: Dashbo
     await point("mousePressed", 2, button="left", clickCount=1)
     await point("mouseMoved", 4, button="left", buttons=1)
     await point("mouseReleased", 4, button="left", clickCount=1)
-    await page.wait_for(f"location.pathname === '/dashboard/runs' && {LOADED}")
-    query = parse_qs(await page.evaluate("location.search.slice(1)"))
+    await page.wait_for(f"location.search.includes('until=') && {LOADED}")
+    await page.wait_for("document.querySelector('.chart rect.brush')?.getAttribute('x') === '20'")
+    link = "document.querySelector('#accepted a')"
+    assert await page.wait_for(f"{link}?.pathname") == "/dashboard/runs"
+    query = parse_qs(await page.evaluate(f"{link}.search.slice(1)"))
     begin = datetime.fromisoformat(first)
     assert [datetime.fromisoformat(query[name][0]) for name in ("since", "until")] == [
         begin + timedelta(hours=2),
         begin + timedelta(hours=5),
     ]
+    # The same by the fields of a form.
+    await page.evaluate("document.querySelector('#since').selectedIndex = 0")
+    await page.follow("#range button")
+    await page.wait_for("document.querySelector('.chart rect.brush')?.getAttribute('x') === '0'")
+    await page.follow("#range a")
+    await page.wait_for("document.querySelector('[data-brush]') !== null")
+    assert await page.count(".chart rect.brush") == 0
 
 
 async def run_tree(visit: DashboardVisit, count: int) -> str:

@@ -1,5 +1,5 @@
-// Dragging over a chart of hours shows the runs of that time: `data-brush` is the begin of its first hour, `data-hours`
-// their number.
+// Dragging over a chart of hours sets the time range of the page: `data-brush` is the begin of the first hour,
+// `data-hours` their number.
 const HOUR = 3_600_000;
 let isWatching = false;
 
@@ -34,8 +34,7 @@ export function watch(root) {
       const begin = Date.parse(chart.dataset.brush);
       const at = (hour) => new Date(begin + hour * HOUR).toISOString();
       const query = new URLSearchParams({ since: at(Math.min(from, to)), until: at(Math.max(from, to) + 1) });
-      if (chart.dataset.status) query.set("status", chart.dataset.status);
-      location.assign(`${root}/dashboard/runs?${query}`);
+      location.assign(`${root}/dashboard/overview?${query}`);
     }, { signal: end.signal });
   });
 }

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import urlencode
 
 from gateway.dashboard.formats import (
     POD_STATES,
@@ -14,7 +15,9 @@ from gateway.dashboard.formats import (
     look_of_pod,
     look_of_wait,
     parse_instant,
+    parse_moment,
     show_count,
+    show_day_time,
 )
 from gateway.dashboard.hour_charts import draw_bars, draw_lines, label_hours
 from gateway.dashboard.page import Page, PageData, PageFrame
@@ -35,42 +38,71 @@ URGENT_TIME: Final = timedelta(hours=1)
 SHOWN_NEEDS: Final = 3
 """Number of failures and of deployments that need a person at most; the page lists others below."""
 SHOWN_SCHEDULES: Final = 5
-SHOWN_NEXT: Final = 8
+SHOWN_TRANSITIONS: Final = 10
 PATH: Final = "/dashboard/overview"
 NEEDS_PERSON: Final = frozenset({"change", "escalate"})
 """Kinds of reasons that do not end by themselves."""
 SHOWN_ELSEWHERE: Final = frozenset({"no-worker", "deployment-failed"})
 """Codes of reasons that other lines of the page explain."""
+PENDING: Final = frozenset({"queued-behind", "waiting-for-slot", "waking", "draining", "broker-down"})
+"""Codes of reasons for which runs wait a short time only, unless the server has too much to do."""
+LONG_WAIT: Final = timedelta(minutes=5)
+"""Age of a pending run from which on it needs a person."""
+HOUR: Final = timedelta(hours=1)
 RUNS: Final = "node-running"
 
 
 async def load(page: PageRequest) -> PageData:
-    """Ask the API for reasons, statistics of 24 hours, deployments, dead letters, 100 failed runs, drift, the
-    number of workflows, and the next five schedules.
+    """Ask the API for reasons, statistics of 24 hours, deployments with their pod time, dead letters, questions,
+    100 failed runs, drift, the number of workflows, and the next five schedules.
 
     Drift is None unless the visitor is an admin. Raises `ApiError`.
     """
     # Whole minutes, so that an unchanged page keeps its tag for a minute.
     since = format_timestamp((page.now - DAY).replace(second=0, microsecond=0))
-    why, drift, dead, stats, statistics, deployments, failed, schedules = await asyncio.gather(
+    shown = read_range(page.query)
+    (
+        why,
+        drift,
+        dead,
+        stats,
+        questions,
+        usage,
+        statistics,
+        deployments,
+        failed,
+        schedules,
+    ) = await asyncio.gather(
         page.get("/api/v1/why"),
         page.get_recent("/api/v1/admin/drift", seconds=RECENT_SECONDS),
         page.get_recent("/api/v1/dead-letters/groups", seconds=RECENT_SECONDS),
         page.get_recent("/api/v1/workflows/stats", seconds=RECENT_SECONDS),
+        page.get_recent("/api/v1/pending-inputs", seconds=RECENT_SECONDS),
+        page.get_recent("/api/v1/deployments/usage", seconds=RECENT_SECONDS),
         page.get("/api/v1/executions/statistics"),
         page.get("/api/v1/deployments"),
-        page.get("/api/v1/executions", status="failed", since=since, after="start", limit=GROUPED_FAILURES),
+        page.get(
+            "/api/v1/executions",
+            status="failed",
+            since=shown.get("since", since),
+            until=shown.get("until"),
+            after="start",
+            limit=GROUPED_FAILURES,
+        ),
         page.get("/api/v1/schedules", limit=SHOWN_SCHEDULES),
     )
     names = await _load_names(page, failed["executions"])
     # The time of these answers would change the tag of an unchanged page.
-    for answer in (statistics, deployments):
-        answer.pop("asOf")
+    for answer in (why, statistics, deployments):
+        answer.pop("asOf", None)
     return {
         "why": why,
         "drift": drift,
         "dead": dead,
         "stats": stats,
+        "questions": questions,
+        # Tenths of hours, so that an unchanged page keeps its tag for minutes.
+        "pod_time": describe_pod_time(usage),
         "statistics": statistics,
         "deployments": deployments,
         "names": names,
@@ -95,32 +127,33 @@ async def _load_names(page: PageRequest, failed: Sequence[Mapping[str, Any]]) ->
     return names | {one["id"]: one["name"] for one in found if one is not None}
 
 
+def read_range(query: Mapping[str, str]) -> Mapping[str, str]:
+    """Return the time range of the address, `since` and `until`, or nothing unless both are times in order."""
+    try:
+        since, until = parse_moment(query["since"]), parse_moment(query["until"])
+    except (KeyError, ValueError, OverflowError):
+        return {}
+    return {"since": query["since"], "until": query["until"]} if since < until else {}
+
+
 def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
     """Return the template values: problems, charts, reasons of waits, failures by cause, and pods."""
     reasons = data["why"]["reasons"]
-    findings = [] if data["drift"] is None else data["drift"]["findings"]
     hours = data["statistics"]["hours"]
     failures = group_failures(data["failed"]["executions"])
     deployments = data["deployments"]["deployments"]
-    needs = {
-        "workers": [True] if data["why"]["workers"]["state"] == "absent" else [],
-        "findings": [finding for finding in findings if finding["severity"] == "critical"],
-        "failing": [group for group in failures if is_recent(group["last"], frame.now)][:SHOWN_NEEDS],
-        "stuck": [one for one in deployments if one["deploymentStatus"] == "failed"][:SHOWN_NEEDS],
-        "dead": [data["dead"]] if data["dead"] and data["dead"]["count"] else [],
-        "reasons": [
-            one for one in reasons if one["kind"] in NEEDS_PERSON and one["code"] not in SHOWN_ELSEWHERE
-        ],
-    }
+    needs = find_needs(data, failures, frame.now)
+    shown = read_range(frame.query)
     return {
         "title": "Overview",
         "crumbs": (("Overview", ""),),
         "today": f"{frame.now:%a} {frame.now.day} {frame.now:%b %Y}, {frame.now:%H:%M} UTC",
+        "present": format_timestamp(frame.now),
         "needs": needs,
         "need_count": sum(map(len, needs.values())),
         "dead_workflows": count_by_workflow(data["dead"]),
-        "waits": list_waits(reasons),
-        "needs_waits": any(one["kind"] in NEEDS_PERSON for one in reasons),
+        "own_questions": describe_questions(data["questions"], frame.now),
+        "waits": list_waits(reasons, frame.now),
         "running": sum(one["count"] for one in reasons if one["code"] == RUNS),
         "total": data["statistics"]["total"],
         "accepted": draw_bars([hour["accepted"] for hour in hours]),
@@ -132,12 +165,93 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "hour_labels": label_hours(hours),
         "first_hour": hours[0]["startsAt"] if hours else "",
         "hour_count": len(hours),
+        "range": shown,
+        "range_text": f"{show_day_time(shown['since'], frame.now)} to {show_day_time(shown['until'], frame.now)}"
+        if shown
+        else "",
+        "range_query": f"&{urlencode(shown)}" if shown else "",
+        "range_bars": find_shade(hours, shown),
+        "range_starts": [(hour["startsAt"], show_day_time(hour["startsAt"], frame.now)) for hour in hours],
+        "range_ends": [
+            (end, show_day_time(end, frame.now))
+            for hour in hours
+            for end in (format_timestamp(parse_moment(hour["startsAt"]) + HOUR),)
+        ],
         "is_first": data["stats"] is not None and not data["stats"]["total"] and frame.may("workflows:write"),
         "failures": failures,
+        "has_older_failures": data["failed"]["next"] is not None,
+        "may_run": frame.may("workflows:execute"),
         "names": data["names"],
         "pods": count_pods(deployments),
+        "pod_time": data["pod_time"],
         "upcoming": list_upcoming(deployments, data["schedules"]["schedules"], frame.now),
     }
+
+
+def find_needs(
+    data: PageData, failures: Sequence[Mapping[str, Any]], now: datetime
+) -> Mapping[str, Sequence[Any]]:
+    """Return what needs a person by kind, the worst kinds first; kinds without anything are empty."""
+    reasons, workers = data["why"]["reasons"], data["why"]["workers"]
+    has_worker = workers["state"] != "absent"
+    findings = [
+        one
+        for one in (() if data["drift"] is None else data["drift"]["findings"])
+        if has_worker or one["class"] != "no-worker"
+    ]
+    pending = [one for one in reasons if one["code"] in PENDING and one["oldestSince"] is not None]
+    oldest = min(pending, key=lambda one: one["oldestSince"], default=None)
+    is_late = oldest is not None and parse_moment(oldest["oldestSince"]) < now - LONG_WAIT
+    minor = [one for one in findings if one["severity"] != "critical"]
+    return {
+        "workers": [] if has_worker else [True],
+        "findings": [one for one in findings if one["severity"] == "critical"],
+        "failing": [group for group in failures if is_recent(group["last"], now)][:SHOWN_NEEDS],
+        "stuck": [one for one in data["deployments"]["deployments"] if one["deploymentStatus"] == "failed"][
+            :SHOWN_NEEDS
+        ],
+        "oldest": [{**oldest, "words": look_of_wait(oldest["code"])[0]}] if oldest and is_late else [],
+        "dead": [data["dead"]] if data["dead"] and data["dead"]["count"] else [],
+        "reasons": [
+            one for one in reasons if one["kind"] in NEEDS_PERSON and one["code"] not in SHOWN_ELSEWHERE
+        ],
+        "drift": [minor] if minor else [],
+    }
+
+
+def describe_questions(questions: Mapping[str, Any] | None, now: datetime) -> str:
+    """Return the number of questions for the visitor and the one that expires first, as a sentence.
+
+    Empty without questions for the visitor, and for visitors who may not answer.
+    """
+    own = [] if questions is None else [one for one in questions["inputs"] if one["assignment"] == "caller"]
+    expiring = min(
+        (one for one in own if one["expiresAt"] is not None), key=lambda one: one["expiresAt"], default=None
+    )
+    end = f" “{expiring['title']}” expires {show_day_time(expiring['expiresAt'], now)}." if expiring else ""
+    return f"{show_count(len(own))} of them for you.{end}" if own else ""
+
+
+def describe_pod_time(usage: Mapping[str, Any] | None) -> str:
+    """Return the pod time of today as words, such as `14.2 h today, of 69 h always on`; empty without deployments."""
+    if usage is None or not usage["alwaysOnPodSeconds"]:
+        return ""
+    used, whole = (usage[name] / HOUR.total_seconds() for name in ("podSeconds", "alwaysOnPodSeconds"))
+    return f"{used:,.1f} h today, of {whole:,.1f} h always on"
+
+
+def find_shade(hours: Sequence[Mapping[str, Any]], shown: Mapping[str, str]) -> tuple[int, int] | None:
+    """Return number of the first hour of a time range on the charts, and of the hours in it; None without any."""
+    if not shown:
+        return None
+    since, until = parse_moment(shown["since"]), parse_moment(shown["until"])
+    inside = [
+        number
+        for number, hour in enumerate(hours)
+        for start in (parse_moment(hour["startsAt"]),)
+        if start < until and start + HOUR > since
+    ]
+    return (inside[0], len(inside)) if inside else None
 
 
 def is_recent(text: str, now: datetime) -> bool:
@@ -155,12 +269,15 @@ def count_by_workflow(dead: Mapping[str, Any] | None) -> str:
     return ", ".join(shown) + (" and others" if len(counts) > SHOWN_NEEDS else "")
 
 
-def list_waits(reasons: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
-    """Return the reasons of waits that end by themselves, most frequent first, with words and a tone each."""
+def list_waits(reasons: Sequence[Mapping[str, Any]], now: datetime) -> Sequence[Mapping[str, Any]]:
+    """Return the reasons of waits, most frequent first, with words and a tone each, and their known end."""
     found = []
     for one in reasons:
-        if one["kind"] not in NEEDS_PERSON and one["code"] != RUNS:
+        if one["code"] != RUNS:
             words, tone = look_of_wait(one["code"])
+            if one["until"] is not None:
+                verb = "opens" if one["code"] == "window-closed" else "next"
+                words = f"{words} ({verb} {show_day_time(one['until'], now)})"
             found.append({**one, "words": words, "tone": tone})
     return found
 
@@ -175,33 +292,43 @@ def count_pods(deployments: Sequence[Mapping[str, Any]]) -> Sequence[tuple[int, 
 def list_upcoming(
     deployments: Sequence[Mapping[str, Any]], schedules: Sequence[Mapping[str, Any]], now: datetime
 ) -> Sequence[Mapping[str, str]]:
-    """Return the next eight starts and stops of pods and scheduled runs in order of time: time, day, workflow,
-    verb and cause; the day is empty for those of today.
+    """Return the next ten starts and stops of pods and the next runs of schedules in order of time: time, day,
+    workflow, verb and cause; the day is empty for those of today.
     """
-    found = [
+    transitions = [
         {
             "at": one["nextTransitionAt"],
             "workflowId": one["workflowId"],
             "name": one["workflowName"],
             "verb": "starts" if one["nextTransition"] == "start" else "stops",
-            "cause": describe_cause(one),
+            "cause": describe_cause(one, now),
         }
         for one in deployments
         if one["nextTransitionAt"] is not None
     ]
-    found += [
+    runs = [
         {
             "at": one["nextRuns"][0]["startsAt"],
             "workflowId": one["workflowId"],
             "name": one["workflowName"],
             "verb": "runs",
-            "cause": "by its schedule",
+            "cause": describe_local_time(one),
         }
         for one in schedules
         if one["isActive"] and one["nextRuns"]
     ]
-    shown = sorted(found, key=lambda one: (one["at"], one["name"]))[:SHOWN_NEXT]
-    return [{**one, "day": name_day(one["at"], now)} for one in shown]
+    shown = sorted(transitions, key=_by_time)[:SHOWN_TRANSITIONS] + runs
+    return [{**one, "day": name_day(one["at"], now)} for one in sorted(shown, key=_by_time)]
+
+
+def describe_local_time(schedule: Mapping[str, Any]) -> str:
+    """Return the next time of a schedule in its zone, such as `06:00 in Europe/Berlin`; `by its schedule` in UTC."""
+    zone = schedule["policy"]["timezone"]
+    return "by its schedule" if zone == "UTC" else f"{schedule['nextRuns'][0]['localTime'][11:16]} in {zone}"
+
+
+def _by_time(one: Mapping[str, str]) -> tuple[str, str]:
+    return one["at"], one["name"]
 
 
 def name_day(text: str, now: datetime) -> str:
@@ -210,17 +337,22 @@ def name_day(text: str, now: datetime) -> str:
     return "" if at is None or at.date() == now.date() else f"{at:%a} {at.day} {at:%b}"
 
 
-def describe_cause(deployment: Mapping[str, Any]) -> str:
-    """Return the cause of a deployment's next start or stop, by its policy; empty if there is none to tell."""
+def describe_cause(deployment: Mapping[str, Any], now: datetime) -> str:
+    """Return the cause of a deployment's next start or stop, by its state and policy; empty if there is none."""
     is_start = deployment["nextTransition"] == "start"
+    failures = deployment["startFailures"]
+    if is_start and failures:
+        return f"again after {failures} failed start{'' if failures == 1 else 's'}"
     match deployment["policyType"]:
         case "scheduled-window":
             return "its window opens" if is_start else "its window closes"
         case "idle-shutdown" | "on-demand" if not is_start:
-            since = parse_instant(deployment["lastActivityAt"])
-            return "" if since is None else f"idle since {since:%H:%M}"
+            since = deployment["lastActivityAt"]
+            return "" if since is None else f"idle since {show_day_time(since, now)}"
+        case "always-on" if is_start:
+            return "it is always on"
         case _:
-            return ""
+            return "a run is due" if is_start else ""
 
 
 def group_failures(runs: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
