@@ -110,11 +110,7 @@ async def count_hour(connection: AsyncConnection, starts_at: datetime) -> Sequen
     for organization_ids in await list_organizations(connection):
         for row in await connection.execute(runs_statement(organization_ids, starts_at)):
             for hour in _find_rows(found, row.organization_id, row.workflow_id, starts_at):
-                hour.accepted += row.number
-                if row.status in _COUNTED:
-                    setattr(hour, row.status, getattr(hour, row.status) + row.number)
-                if row.status in _SUCCESSFUL_OR_FAILED and row.bucket is not None:
-                    _add(hour.run_times, row.bucket, row.number)
+                _add_runs(hour, row)
         for row in await connection.execute(wakes_statement(organization_ids, starts_at)):
             if row.bucket is not None:
                 for hour in _find_rows(found, row.organization_id, row.workflow_id, starts_at):
@@ -140,12 +136,23 @@ def _find_rows(
     return rows
 
 
+def _add_runs(hour: RunHour, row: Any) -> None:  # noqa: ANN401 - a row of `runs_statement`
+    """Add the runs of a row to the counts and histograms of an hour."""
+    hour.accepted += row.number
+    if row.status in _COUNTED:
+        setattr(hour, row.status, getattr(hour, row.status) + row.number)
+    if row.status in _SUCCESSFUL_OR_FAILED and row.bucket is not None:
+        _add(hour.run_times, row.bucket, row.number)
+    if row.queue_bucket is not None:
+        _add(hour.queue_times, row.queue_bucket, row.number)
+
+
 def _add(histogram: dict[str, int], bucket: int, number: int) -> None:
     histogram[str(bucket)] = histogram.get(str(bucket), 0) + number
 
 
 def runs_statement(organization_ids: Sequence[str], starts_at: datetime) -> Select[*tuple[Any, ...]]:
-    """Return the statement that counts the runs of an hour by workflow, status and time from start to end.
+    """Return the statement that counts the runs of an hour by workflow, status, time in the queue and time of work.
 
     It follows the index of lists: a child of a run has an id with the time of its parent, so ids alone don't
     tell the hour. Private runs, such as node tests, don't count: few may see them, and they say nothing about a
@@ -153,16 +160,19 @@ def runs_statement(organization_ids: Sequence[str], starts_at: datetime) -> Sele
     """
     started_at = type_coerce(col(Execution.started_at), BigInteger)
     bucket = case((started_at.is_not(None), _bucket_of(started_at, col(Execution.ended_at))))
+    accepted_at = type_coerce(col(ExecutionData.created_at), BigInteger)
+    queued = case((started_at.is_not(None), _bucket_of(accepted_at, col(Execution.started_at))))
     return (
         select(
             *(col(ExecutionData.organization_id), col(ExecutionData.workflow_id), col(Execution.status)),
             bucket.label("bucket"),
+            queued.label("queue_bucket"),
             func.count().label("number"),
         )
         .select_from(ExecutionData)
         .join(Execution, col(Execution.id) == col(ExecutionData.execution_id))
         .where(*_is_within(organization_ids, starts_at), col(Execution.is_private) == literal_column("false"))
-        .group_by(text("1, 2, 3, 4"))
+        .group_by(text("1, 2, 3, 4, 5"))
     )
 
 

@@ -33,5 +33,9 @@ class RunHour(SQLModel, table=True):
     cancelled: int = 0
     run_times: dict[str, int] = Field(default_factory=dict, sa_column=Column(JsonTextColumn, nullable=False))
     """Histogram of the time from start to end of completed and failed runs."""
+    queue_times: dict[str, int] = Field(
+        default_factory=dict, sa_column=Column(JsonTextColumn, nullable=False, server_default="{}")
+    )
+    """Histogram of the time from acceptance to start of runs that have started."""
     wake_times: dict[str, int] = Field(default_factory=dict, sa_column=Column(JsonTextColumn, nullable=False))
     """Histogram of the time for which runs have waited for pods to start; that of fast starts is left out."""

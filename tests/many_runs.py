@@ -113,10 +113,10 @@ FROM {numbers} WHERE number < {records}
 """,
     """
 INSERT INTO run_hour (organization_id, workflow_id, starts_at, accepted, completed, failed, stopped, cancelled,
-    run_times, wake_times)
+    run_times, wake_times, queue_times)
 SELECT '{organization}', CASE number % ({workflows} + 1) WHEN {workflows} THEN '' ELSE 'wf_million_' ||
     (number % ({workflows} + 1)) END, {hour} - CAST(number / ({workflows} + 1) AS bigint) * 3600000000,
-    100, 94, 3, 1, 1, '{{"26":80,"31":17}}', '{{"44":2}}'
+    100, 94, 3, 1, 1, '{{"26":80,"31":17}}', '{{"44":2}}', '{{"20":97}}'
 FROM {numbers} WHERE number < ({workflows} + 1) * {hours}
 """,
 )

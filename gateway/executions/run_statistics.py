@@ -42,6 +42,9 @@ class RunCountsShape(WireStruct):
     run_p50_ms: int | None
     """Median of the times from start to end of completed and failed runs."""
     run_p95_ms: int | None
+    queue_p50_ms: int | None
+    """Median of the times from acceptance to start of runs that have started."""
+    queue_p95_ms: int | None
     wake_p50_ms: int | None
     """Median of the times for which runs have waited for pods to start; waits under 250 ms are left out."""
     wake_p95_ms: int | None
@@ -118,12 +121,15 @@ def sum_hours(rows: Sequence[CountedHour]) -> dict[str, Any]:
         for name in ("accepted", "completed", "failed", "stopped", "cancelled")
     }
     run_times = merge_histograms(row.run_times for row in rows)
+    queue_times = merge_histograms(row.queue_times for row in rows)
     wake_times = merge_histograms(row.wake_times for row in rows)
     return {
         **counts,
         "unfinished": 2 * counts["accepted"] - sum(counts.values()),
         "run_p50_ms": estimate_quantile(run_times, 50),
         "run_p95_ms": estimate_quantile(run_times, 95),
+        "queue_p50_ms": estimate_quantile(queue_times, 50),
+        "queue_p95_ms": estimate_quantile(queue_times, 95),
         "wake_p50_ms": estimate_quantile(wake_times, 50),
         "wake_p95_ms": estimate_quantile(wake_times, 95),
     }

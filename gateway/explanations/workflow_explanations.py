@@ -12,7 +12,7 @@ from gateway.http.responses import JsonResponse
 from gateway.http.wire import Instant, WireStruct, instant
 from gateway.workflows import editing
 from journal.deployments import activity
-from journal.explanations import deployment_explanation, run_facts
+from journal.explanations import run_facts
 from journal.explanations.blockers import BlockerCode
 from models.deployment import DeploymentStatus
 from models.lifecycle_policy import (
@@ -65,6 +65,8 @@ async def show(request: GatewayRequest) -> JsonResponse:
 
     Without a deployment, workers run its executions.
     """
+    from journal.explanations import deployment_explanation  # noqa: PLC0415 - loaded with the first explanation
+
     async with request.gateway.database.read_snapshot() as connection:
         workflow = await editing.find_readable_row(connection, request.requested_object)
         seen = await activity.read_activity(connection, workflow.id)

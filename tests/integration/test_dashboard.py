@@ -744,7 +744,7 @@ async def test_the_overview_says_what_needs_a_person_and_groups_failures(
         "/dashboard/overview", params={name: at.isoformat() for name, at in query.items()}
     )
     assert "No run has failed" in earlier.text
-    assert earlier.text.count('<rect class="brush"') == 4
+    assert earlier.text.count('<rect class="brush"') == 5
     assert "status=failed&amp;since=" in earlier.text
     for wrong in ("since=x&until=y", "since=2026-01-02T00:00:00Z&until=2026-01-01T00:00:00Z"):
         assert '<rect class="brush"' not in (await browser.get(f"/dashboard/overview?{wrong}")).text

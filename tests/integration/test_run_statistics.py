@@ -100,6 +100,7 @@ async def test_runs_count_in_the_hour_of_their_acceptance_by_their_present_statu
     }
     assert total["runP50Ms"] == pytest.approx(200, rel=0.1)
     assert total["runP95Ms"] == pytest.approx(10_000, rel=0.1)
+    assert total["queueP50Ms"] == pytest.approx(1_000, rel=0.1), "each starts a second after its acceptance"
     assert total["wakeP50Ms"] is None
     [busiest] = [hour for hour in shown["hours"] if hour["completed"]]
     assert (busiest["accepted"], busiest["completed"], busiest["failed"]) == (4, 4, 0)

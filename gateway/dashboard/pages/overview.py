@@ -160,6 +160,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "ended": draw_bars(
             [hour["accepted"] - hour["unfinished"] for hour in hours], [hour["failed"] for hour in hours]
         ),
+        "queue_lines": draw_lines(hours, "queueP50Ms", "queueP95Ms"),
         "wake_lines": draw_lines(hours, "wakeP50Ms", "wakeP95Ms"),
         "run_lines": draw_lines(hours, "runP50Ms", "runP95Ms"),
         "hour_labels": label_hours(hours),

@@ -2666,6 +2666,8 @@ class RunCounts(TypedDict):
     cancelled: int
     runP50Ms: int | None
     runP95Ms: int | None
+    queueP50Ms: int | None
+    queueP95Ms: int | None
     wakeP50Ms: int | None
     wakeP95Ms: int | None
 
@@ -2730,6 +2732,8 @@ class RunHour(TypedDict):
     cancelled: int
     runP50Ms: int | None
     runP95Ms: int | None
+    queueP50Ms: int | None
+    queueP95Ms: int | None
     wakeP50Ms: int | None
     wakeP95Ms: int | None
     startsAt: str
