@@ -136,6 +136,12 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
+@pytest.fixture
+def free_tcp_port() -> int:
+    """Return a port that stays free until the test uses it; that of anyio may go to another process before."""
+    return services.reserve_port()
+
+
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[services.PostgresServer]:
     with services.run_postgres() as server:

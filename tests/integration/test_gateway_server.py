@@ -4,7 +4,6 @@ import asyncio
 import json
 import os
 import signal
-import socket
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -196,22 +195,22 @@ async def test_without_its_broker_it_is_not_ready_and_still_serves(
 # ── the process ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_the_process_serves_until_it_is_told_to_stop(redis_server: RedisServer, tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+async def test_the_process_serves_until_it_is_told_to_stop(
+    redis_server: RedisServer, tmp_path: Path, free_tcp_port: int
+) -> None:
     environment = {
         **os.environ,
         "PILOTFLAME_DATA_DIR": str(tmp_path),
         "PILOTFLAME_REDIS_URL": redis_server.url,
         "PILOTFLAME_SECRET_KEY": SECRET,
         "PILOTFLAME_BOOTSTRAP_API_KEY": KEY,
-        "PILOTFLAME_PORT": str(port),
+        "PILOTFLAME_PORT": str(free_tcp_port),
     }
     await databases.create_sqlite_database(tmp_path / "pilotflame.db")
     code = "from gateway.main import serve; from gateway.settings import GatewaySettings; serve(GatewaySettings())"
     process = await asyncio.create_subprocess_exec(sys.executable, "-c", code, env=environment, cwd=FOLDER)
     try:
-        async with httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+        async with httpx2.AsyncClient(base_url=f"http://127.0.0.1:{free_tcp_port}", timeout=60) as client:
             while True:
                 try:
                     response = await client.get("/readyz")
