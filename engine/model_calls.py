@@ -150,6 +150,8 @@ class ChatAnswer(msgspec.Struct, frozen=True):
     tool_calls: Sequence[RequestedToolCall] = ()
     provider_content: ProviderContent | None = None
     """Content that the message in the next request repeats; None if text and tool calls are all."""
+    is_streamed: bool = False
+    """Whether it came as a stream of events, and not as one document."""
 
 
 class ModelBudget(

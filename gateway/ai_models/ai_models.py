@@ -109,7 +109,7 @@ async def delete(request: GatewayRequest) -> NoContent:
 
 
 async def test(request: GatewayRequest) -> JsonResponse:
-    """Test a model with up to three short calls, which its provider bills, and store the abilities that it shows."""
+    """Test a model with up to five short calls, which its provider bills, and store the abilities that it shows."""
     model = (await model_editing.read(request.gateway.database, request.requested_object)).model
     found = await request.gateway.model_prober.probe(model)
     if found.capabilities is not None:

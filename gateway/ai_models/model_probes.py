@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import zlib
+from base64 import b64encode
 from dataclasses import dataclass
+from struct import pack
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
@@ -12,7 +15,14 @@ import structlog
 from sqlalchemy import update
 from sqlmodel import col
 
-from engine.model_calls import ChatMessage, ChatRequest, MessageRole, ModelCallFailed, ToolDescription
+from engine.model_calls import (
+    ChatMessage,
+    ChatRequest,
+    MessageRole,
+    ModelCallFailed,
+    ProviderContent,
+    ToolDescription,
+)
 from engine.run_errors import NodeError
 from gateway.ai_models.model_shapes import CapabilitiesShape
 from gateway.http import limits
@@ -24,6 +34,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncConnection
 
+    from engine.model_calls import ChatAnswer
     from execution.stored_models import StoredModels
     from gateway.data_sources.data_source_probes import DataSourceProber
     from models.database import Database
@@ -41,6 +52,12 @@ CITY_SCHEMA: Final[Mapping[str, Any]] = {
     "additionalProperties": False,
 }
 QUESTION: Final = "Which city is the capital of Norway?"
+TWO_CITIES: Final = (
+    "Report the capitals of Norway and of Sweden. Call the tool once for each of them, both at once."
+)
+CITY_TOOL: Final = ToolDescription("report_city", "Reports the city that answers the question.", CITY_SCHEMA)
+COLOR: Final = "purple"
+COLOR_QUESTION: Final = "Which color does this image have? Answer with one word."
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,15 +122,20 @@ class ModelProber:
         await self._database.transaction(work)
 
     async def _call(self, model: ModelConnection) -> CapabilitiesShape:
-        """Call a model three times, and return its abilities; raises `NodeError` if it doesn't answer at all."""
+        """Call a model up to five times, and return its abilities; raises `NodeError` if it doesn't answer at all."""
         from nodes.ai.model_client import ModelClient, open_model_outbound  # noqa: PLC0415 - loaded with the first test
 
         outbound = open_model_outbound(self._settings.outbound_allowed_networks, self._settings.model_hosts)
         client = ModelClient(outbound)
         try:
-            await client.complete(model, _build_request(), idempotency_key=ids.new_id("test"))
+            answer = await client.complete(model, _build_request(), idempotency_key=ids.new_id("test"))
+            calls_tools = await _calls_tools(client, model)
             return CapabilitiesShape(
-                tools=await _calls_tools(client, model), json_schema=await _follows_schemas(client, model)
+                tools=calls_tools,
+                json_schema=await _follows_schemas(client, model),
+                streaming=answer.is_streamed,
+                vision=await _sees_images(client, model),
+                parallel_tools=calls_tools and await _calls_tools_at_once(client, model),
             )
         finally:
             await outbound.close()
@@ -124,18 +146,17 @@ async def _calls_tools(client: ModelClient, model: ModelConnection) -> bool:
 
     Raises `ModelCallFailed` for a temporary failure.
     """
-    tool = ToolDescription("report_city", "Reports the city that answers the question.", CITY_SCHEMA)
-    request = msgspec.structs.replace(_build_request(), tools=(tool,), forced_tool=tool.name)
-    try:
-        answer = await client.complete(model, request, idempotency_key=ids.new_id("test"))
-    except ModelCallFailed as failure:
-        if failure.retryable:
-            raise
-        return False
-    return any(
-        call.name == tool.name and isinstance((call.arguments or {}).get("city"), str)
-        for call in answer.tool_calls
-    )
+    request = msgspec.structs.replace(_build_request(), tools=(CITY_TOOL,), forced_tool=CITY_TOOL.name)
+    return bool(_list_cities(await _ask(client, model, request)))
+
+
+async def _calls_tools_at_once(client: ModelClient, model: ModelConnection) -> bool:
+    """Return whether a model, asked for two uses of a tool, calls it twice in one answer; this makes one call.
+
+    Raises `ModelCallFailed` for a temporary failure.
+    """
+    request = msgspec.structs.replace(_build_request(TWO_CITIES), tools=(CITY_TOOL,))
+    return len(set(_list_cities(await _ask(client, model, request)))) > 1
 
 
 async def _follows_schemas(client: ModelClient, model: ModelConnection) -> bool:
@@ -146,15 +167,61 @@ async def _follows_schemas(client: ModelClient, model: ModelConnection) -> bool:
     from nodes.ai import structured_answers  # noqa: PLC0415 - loaded with the first test
 
     request = msgspec.structs.replace(_build_request(), output_schema=CITY_SCHEMA)
-    follower = msgspec.structs.replace(model, follows_schemas=True)
+    answer = await _ask(client, msgspec.structs.replace(model, follows_schemas=True), request)
+    return answer is not None and not structured_answers.read_answer(answer.text, CITY_SCHEMA).problems
+
+
+async def _sees_images(client: ModelClient, model: ModelConnection) -> bool:
+    """Return whether a model names the color of an image, which few would guess; this makes one call.
+
+    Servers refuse images with any status, 500 among them. Raises `ModelCallFailed` for a rate limit.
+    """
+    from nodes.ai.model_client import PROTOCOLS, RATE_LIMITED  # noqa: PLC0415 - loaded with the first test
+
+    parts = PROTOCOLS[model.provider].build_image_question(COLOR_QUESTION, b64encode(_draw_image()).decode())
+    content = ProviderContent(model.id, parts)
+    message = ChatMessage(MessageRole.USER, COLOR_QUESTION, provider_content=content)
     try:
-        answer = await client.complete(follower, request, idempotency_key=ids.new_id("test"))
+        answer = await _ask(client, model, ChatRequest((message,), PROBE_TOKENS))
+    except ModelCallFailed as failure:
+        if failure.code == RATE_LIMITED:
+            raise
+        return False
+    return answer is not None and COLOR in answer.text.lower()
+
+
+async def _ask(client: ModelClient, model: ModelConnection, request: ChatRequest) -> ChatAnswer | None:
+    """Return the answer to a request; None if the provider refuses it.
+
+    Raises `ModelCallFailed` for a temporary failure.
+    """
+    try:
+        return await client.complete(model, request, idempotency_key=ids.new_id("test"))
     except ModelCallFailed as failure:
         if failure.retryable:
             raise
-        return False
-    return not structured_answers.read_answer(answer.text, CITY_SCHEMA).problems
+        return None
 
 
-def _build_request() -> ChatRequest:
-    return ChatRequest((ChatMessage(MessageRole.USER, QUESTION),), PROBE_TOKENS)
+def _list_cities(answer: ChatAnswer | None) -> list[str]:
+    """Return the cities that an answer reports by calls of the tool."""
+    calls = () if answer is None else answer.tool_calls
+    cities = [(call.arguments or {}).get("city") for call in calls if call.name == CITY_TOOL.name]
+    return [city for city in cities if isinstance(city, str)]
+
+
+def _draw_image() -> bytes:
+    """Return a PNG image of 64 x 64 pixels, all of them purple."""
+    size, row = 64, b"\0" + bytes((128, 0, 128)) * 64
+    chunks = (
+        (b"IHDR", pack(">IIBBBBB", size, size, 8, 2, 0, 0, 0)),
+        (b"IDAT", zlib.compress(row * size)),
+        (b"IEND", b""),
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        pack(">I", len(data)) + name + data + pack(">I", zlib.crc32(name + data)) for name, data in chunks
+    )
+
+
+def _build_request(question: str = QUESTION) -> ChatRequest:
+    return ChatRequest((ChatMessage(MessageRole.USER, question),), PROBE_TOKENS)

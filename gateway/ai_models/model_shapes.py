@@ -71,6 +71,12 @@ class CapabilitiesShape(WireStruct):
     """The model has called a tool with valid arguments."""
     json_schema: bool
     """The model has answered by a JSON Schema that it got as such."""
+    streaming: bool | None = None
+    """The answer came as a stream; null for tests before this was looked at."""
+    vision: bool | None = None
+    """The model has named the color of an image."""
+    parallel_tools: bool | None = None
+    """The model has called a tool twice in one answer."""
 
 
 class CreateModel(StrictWire):

@@ -87,6 +87,12 @@ def build_body(model: ModelConnection, request: ChatRequest) -> dict[str, Any]:
     return body
 
 
+def build_image_question(text: str, image: str) -> Sequence[Mapping[str, Any]]:
+    """Return the blocks of a text and a PNG image in Base64, as the parts of `ProviderContent`."""
+    source = {"type": "base64", "media_type": "image/png", "data": image}
+    return [{"type": "image", "source": source}, {"type": "text", "text": text}]
+
+
 def adapt_body(body: Mapping[str, Any], refusal: str) -> dict[str, Any] | None:
     """Return a body without `cache_control` if a server has refused it, as older ones of the protocol do; else None."""
     if "cache_control" in refusal and "cache_control" in body:

@@ -86,6 +86,9 @@ class ProviderProtocol(Protocol):
     def build_body(self, model: ModelConnection, request: ChatRequest) -> dict[str, Any]:
         """Return the body of a request."""
 
+    def build_image_question(self, text: str, image: str) -> Sequence[Mapping[str, Any]]:
+        """Return the content of a message with a text and a PNG image in Base64, as `ProviderContent` has it."""
+
     def adapt_body(self, body: Mapping[str, Any], refusal: str) -> dict[str, Any] | None:
         """Return a body without the field that a server has refused by name; None if it named none."""
 
@@ -290,7 +293,7 @@ async def _read_answer(stream: OutboundStream, answer: AnswerParser) -> ChatAnsw
         raise ModelCallFailed(
             message, code="model-invalid-answer", retryable=False, can_fall_back=True, may_be_billed=True
         ) from error
-    return answer.finish()
+    return msgspec.structs.replace(answer.finish(), is_streamed=True)
 
 
 # ── failures ────────────────────────────────────────────────────────────────────────────────────────────────

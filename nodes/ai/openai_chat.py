@@ -77,6 +77,12 @@ def build_body(model: ModelConnection, request: ChatRequest) -> dict[str, Any]:
     return body
 
 
+def build_image_question(text: str, image: str) -> Sequence[Mapping[str, Any]]:
+    """Return the message of a text and a PNG image in Base64, as the only part of `ProviderContent`."""
+    shown = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{image}"}}
+    return [{"role": "user", "content": [{"type": "text", "text": text}, shown]}]
+
+
 def adapt_body(body: Mapping[str, Any], refusal: str) -> dict[str, Any] | None:
     """Return a body without the field that a server has refused by name; None if it named none.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from base64 import b64decode
 from ipaddress import ip_network
 from typing import Any
 
@@ -409,11 +410,16 @@ async def test_a_test_stores_what_a_model_can_do_until_it_becomes_another(
         ScriptedAnswer(),
         ScriptedAnswer(tool_calls=[call]),
         ScriptedAnswer('```json\n{"city": "Oslo"}\n```'),
+        ScriptedAnswer("It is Purple."),
+        ScriptedAnswer(tool_calls=[call, {**call, "arguments": '{"city": "Stockholm"}'}]),
     ]
     async with serve_models(*script) as served:
         model_id = await create_model(people.owner, await create_provider(people.owner, served.url))
         tested = (await people.owner.api.post(f"{MODELS}/{model_id}/test")).json()
-    seen = {"tools": True, "jsonSchema": True}
+    seen = dict.fromkeys(("tools", "jsonSchema", "streaming", "vision", "parallelTools"), True)
+    (shown,) = served.requests[3]["messages"]
+    image = b64decode(shown["content"][1]["image_url"]["url"].removeprefix("data:image/png;base64,"))
+    assert image.startswith(b"\x89PNG\r\n")
     assert (tested["ok"], tested["capabilities"]) == (True, seen)
     found = await get_model(people.owner, model_id)
     assert found["capabilities"] == seen
@@ -445,10 +451,16 @@ async def test_a_test_believes_answers_and_not_statuses(
     harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     allow_loopback(harness, monkeypatch)
-    async with serve_models(ScriptedAnswer("I would look at the weather.")) as served:
+    script = (
+        ScriptedAnswer("I would look at the weather.", fault=ModelFault.NO_STREAM),
+        *(ScriptedAnswer("Red."), ScriptedAnswer("Red.")),
+        ScriptedAnswer(fault=ModelFault.SERVER_ERROR),
+    )
+    async with serve_models(*script) as served:
         model_id = await create_model(people.owner, await create_provider(people.owner, served.url))
         tested = (await people.owner.api.post(f"{MODELS}/{model_id}/test")).json()
-    assert tested["capabilities"] == {"tools": False, "jsonSchema": False}
+    names = ("tools", "jsonSchema", "streaming", "vision", "parallelTools")
+    assert tested["capabilities"] == dict.fromkeys(names, False)
 
 
 async def test_a_model_that_does_not_answer_is_a_result_without_the_key(

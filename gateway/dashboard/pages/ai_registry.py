@@ -26,7 +26,10 @@ COMPARED: Final = ("title", "description", "inputSchema", "hints", "problem")
 """Fields in which two definitions of a tool are compared."""
 ABILITIES: Final[Mapping[str, str]] = {
     "tools": "calls tools",
+    "parallelTools": "calls several at once",
     "jsonSchema": "follows schemas",
+    "streaming": "streams",
+    "vision": "sees images",
 }
 """Abilities of models in words."""
 STATES: Final[Mapping[str, str]] = {

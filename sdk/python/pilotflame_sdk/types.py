@@ -825,11 +825,17 @@ class CanvasPosition(TypedDict):
     y: int | float
 
 
-class Capabilities(TypedDict):
-    """Abilities that the last test has seen."""
-
+class _CapabilitiesAlways(TypedDict):
     tools: bool
     jsonSchema: bool
+
+
+class Capabilities(_CapabilitiesAlways, total=False):
+    """Abilities that the last test has seen."""
+
+    streaming: bool | None
+    vision: bool | None
+    parallelTools: bool | None
 
 
 class _ChangedItemAlways(TypedDict):
