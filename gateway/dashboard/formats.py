@@ -243,6 +243,13 @@ def show_day_time(text: str | None, now: datetime) -> str:
     return f"{day}{moment:%H:%M}"
 
 
+def show_arrival(text: str | None, now: datetime) -> str:
+    """Return a time in an API answer to the second today, such as `02:47:12`, else as `show_day_time` does."""
+    moment = parse_instant(text)
+    is_today = moment is not None and moment.date() == now.date()
+    return show_clock(text) if is_today else show_day_time(text, now)
+
+
 def show_count(number: int) -> str:
     """Return a number with commas between thousands."""
     return f"{number:,}"

@@ -52,6 +52,7 @@ def _open_environment() -> jinja2.Environment:
     environment.globals |= {
         "age": formats.show_age,
         "show_day_time": formats.show_day_time,
+        "arrival": formats.show_arrival,
         "icon_of_trigger": formats.icon_of_trigger,
         "icon_of_type": formats.icon_of_type,
         "look_of": formats.look_of,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Final
 
@@ -144,11 +144,16 @@ async def _choose_dead_letters(
     return count, {failed.id: failed for failed in found}
 
 
-async def purge_runs(request: GatewayRequest, failed: Sequence[Execution | FailedRun], about: str) -> None:
+async def purge_runs(
+    request: GatewayRequest,
+    failed: Sequence[Execution | FailedRun],
+    about: str,
+    changes: Sequence[Mapping[str, str | None]] | None = None,
+) -> None:
     """Mark failed runs as purged in one transaction with an audit entry, so that they leave the lists of dead
     letters.
 
-    `about` is the id of a workflow or organization, the subject of the entry.
+    `about` is the id of a workflow or organization, the subject of the entry, and `changes` its selection.
     """
     now = request.gateway.clock()
 
@@ -166,6 +171,7 @@ async def purge_runs(request: GatewayRequest, failed: Sequence[Execution | Faile
             about,
             before=None,
             after=str(len(failed)),
+            changes=changes,
         )
 
     await request.gateway.database.transaction(settle)

@@ -269,7 +269,12 @@ async def redrive_all(request: GatewayRequest) -> JsonResponse:
     if rows and not body.dry_run:
         subject = chosen.workflow_id or request.caller.organization_id
         await redrive_runs.record_redrive(
-            request.gateway.database, request.caller, AuditAction.DELIVERIES_REDRIVEN, subject, list(rows)
+            request.gateway.database,
+            request.caller,
+            AuditAction.DELIVERIES_REDRIVEN,
+            subject,
+            list(rows),
+            chosen,
         )
     done = await redrive_runs.redrive_all([] if body.dry_run else list(rows), again)
     return JsonResponse(counted(len(found.rows), done))

@@ -235,6 +235,7 @@ async def redrive(request: GatewayRequest) -> JsonResponse:
             AuditAction.DEAD_LETTERS_REDRIVEN,
             _name_subject(request, body),
             list(found),
+            body.filter,
         )
     done = await redrive_runs.redrive_all([] if body.dry_run else list(found), again)
     if not body.dry_run:
@@ -260,6 +261,7 @@ async def replay(request: GatewayRequest) -> JsonResponse:
             AuditAction.DEAD_LETTERS_REPLAYED,
             _name_subject(request, body),
             chosen.execution_ids,
+            body.filter,
         )
     return JsonResponse(await bulk_replay.replay_all(request, chosen, body))
 
@@ -276,7 +278,8 @@ async def purge(request: GatewayRequest) -> JsonResponse:
     matched, chosen = await _choose(request, body, wanted)
     purged = 0 if body.dry_run else len(chosen)
     if purged:
-        await dead_letters.purge_runs(request, chosen, _name_subject(request, body))
+        changes = redrive_runs.describe_selection(body.filter, len(chosen))
+        await dead_letters.purge_runs(request, chosen, _name_subject(request, body), changes)
     return JsonResponse(PurgeResult(matched=matched, purged=purged, remaining=matched - purged))
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
+import msgspec
 from sqlalchemy import select
 from sqlmodel import col
 
@@ -24,6 +25,7 @@ from models.ingest import IngestRoute
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
+    from gateway.http.wire import StrictWire
     from gateway.ingest.dead_letter_rows import FailedRun
     from gateway.ingest.ingest import IngestCapacity, RequestIngestor, RunInput, RunTarget
     from journal.blobs.blob_store import BlobStore
@@ -100,14 +102,33 @@ async def redrive_all(
     return done
 
 
+def describe_selection(selection: StrictWire, count: int) -> Sequence[Mapping[str, str | None]]:
+    """Return the filter of a bulk act and the number of selected objects, as changes of an audit entry.
+
+    A filter of more than 100 characters, such as one with many ids, is recorded as a hash.
+    """
+    given = {name: value for name, value in msgspec.to_builtins(selection).items() if value not in (None, [])}
+    return audit_log.list_changes({}, {"count": count, "filter": given}, shown=("count", "filter"))
+
+
 async def record_redrive(
-    database: Database, caller: ApiCaller, action: AuditAction, about: str, resource_ids: Sequence[str]
+    database: Database,
+    caller: ApiCaller,
+    action: AuditAction,
+    about: str,
+    resource_ids: Sequence[str],
+    selection: StrictWire,
 ) -> None:
-    """Record a redrive in the audit trail before it begins; `about` is the id of the workflow or organization."""
-    after = fingerprint(list(resource_ids))
+    """Record a redrive in the audit trail before it begins; `about` is the id of the workflow or organization.
+
+    `selection` is the filter that has selected the objects.
+    """
+    after, changes = fingerprint(list(resource_ids)), describe_selection(selection, len(resource_ids))
 
     async def record(connection: AsyncConnection) -> None:
-        await audit_log.record_change(connection, caller, action, about, before=None, after=after)
+        await audit_log.record_change(
+            connection, caller, action, about, before=None, after=after, changes=changes
+        )
 
     await database.transaction(record)
 

@@ -21,6 +21,7 @@ from journal import definition_snapshot
 from models import ids, sender_tokens
 from models.audit import AuditAction
 from models.ingest import SenderToken, SenderTokenKind
+from models.process_presence import ProcessPresence
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -63,6 +64,8 @@ class InboundAddress(WireStruct):
     """Reasons why senders may not reach these URLs."""
     tokens: list[TriggerTokenShape]
     """Valid tokens, the newest first."""
+    deliveries_kept_days: int | None
+    """Days that deliveries are kept after their arrival; null if no present scheduler says it."""
 
 
 class NewTriggerToken(WireStruct):
@@ -83,6 +86,7 @@ async def show(request: GatewayRequest) -> JsonResponse:
     async with request.gateway.database.read() as connection:
         stored = await editing.find_readable(connection, request.requested_object)
         rows = await _list_valid_tokens(connection, workflow_id, request.gateway.clock())
+        kept_days = await _read_kept_days(connection)
     shape = InboundAddress(
         trigger_kind=_find_kind(request, stored),
         urls=_build_urls(request, stored, MASK + rows[0].hint if rows else MASK),
@@ -97,8 +101,16 @@ async def show(request: GatewayRequest) -> JsonResponse:
             )
             for row in rows
         ],
+        deliveries_kept_days=kept_days,
     )
     return JsonResponse(shape)
+
+
+async def _read_kept_days(connection: AsyncConnection) -> int | None:
+    """Return the retention of deliveries that the scheduler seen last has reported, in days; None without one."""
+    reports = select(col(ProcessPresence.activity)).order_by(col(ProcessPresence.seen_at).desc())
+    found = ((activity or {}).get("retention") for activity in await connection.scalars(reports))
+    return next((one["events"] for one in found if one), None)
 
 
 async def replace(request: GatewayRequest) -> JsonResponse:

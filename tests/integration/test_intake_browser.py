@@ -38,6 +38,7 @@ FULL = (
     "/dashboard/deliveries?outcome=rejected",
     "/dashboard/deliveries/{refused}",
     "/dashboard/dead-letters",
+    "/dashboard/dead-letters?state=settled",
     "/dashboard/workflows/{email}/trigger",
     "/dashboard/workflows/{email}/trigger?sender=mailgun",
     "/dashboard/workflows/{email}/trigger?sender=other",
@@ -88,6 +89,12 @@ class IntakeVisit:
             # A change of the fragment alone would not load the page.
             await self.page.open("about:blank")
         await self.page.open(self.url + path, "document.querySelector('h1') !== null")
+
+    async def press(self, key: str, code: int, text: str) -> None:
+        """Press a key by its name, its virtual key code, and the text that it types."""
+        pressed = {"key": key, "windowsVirtualKeyCode": code}
+        await self.page.call("Input.dispatchKeyEvent", type="keyDown", text=text, **pressed)
+        await self.page.call("Input.dispatchKeyEvent", type="keyUp", **pressed)
 
     async def sign_in(self, key: str) -> None:
         """Begin a session with a key, or go on with the one that it has."""
@@ -235,7 +242,7 @@ async def test_dead_letters_are_redriven_after_their_number_is_typed(visit: Inta
     await fail_alike(visit.harness, runs, "Broken", node_id="step")
     await visit.sign_in(visit.people.owner.key)
     await visit.show("/dashboard/dead-letters")
-    await page.click("details.confirm > summary")
+    await page.click("details.confirm:not(.picked) > summary")
     field, button = "details.confirm[open] .input", "details.confirm[open] button[type=submit]"
     await page.fill(field, "3")
     await page.click(button)
@@ -255,7 +262,7 @@ async def test_dead_letters_are_redriven_at_a_pace_after_the_first_and_stopped(v
     await fail_alike(visit.harness, runs, "Broken", node_id="step")
     await visit.sign_in(visit.people.owner.key)
     await visit.show(f"/dashboard/dead-letters?workflow_id={workflow_id}")
-    await page.click("details.confirm > summary")
+    await page.click("details.confirm:not(.picked) > summary")
     await page.fill("details.confirm[open] .input", "9")
     await page.wait_for("document.querySelector('details.confirm[open] [data-rate]').value = '2'")
     await page.click("details.confirm[open] button[type=submit]")
@@ -282,7 +289,7 @@ async def test_a_refused_dead_letter_counts_once_and_holds_up_no_other(visit: In
     await visit.harness.gateway.database.transaction(lambda connection: connection.execute(lost))
     await visit.sign_in(owner.key)
     await visit.show(f"/dashboard/dead-letters?workflow_id={workflow_id}")
-    await page.click("details.confirm > summary")
+    await page.click("details.confirm:not(.picked) > summary")
     await page.fill("details.confirm[open] .input", "5")
     await page.wait_for("document.querySelector('details.confirm[open] [data-rate]').value = '2'")
     await page.click("details.confirm[open] [data-first]")
@@ -303,7 +310,7 @@ async def test_a_first_redrive_that_fails_ends_the_others(visit: IntakeVisit) ->
     await visit.sign_in(visit.people.owner.key)
     await visit.show(f"/dashboard/dead-letters?workflow_id={workflow_id}")
     async with serve_worker(visit.harness):
-        await page.click("details.confirm > summary")
+        await page.click("details.confirm:not(.picked) > summary")
         await page.fill("details.confirm[open] .input", "3")
         await page.click("details.confirm[open] button[type=submit]")
         await page.wait_for("document.querySelector('#toast').textContent.startsWith('The first one')")
@@ -357,6 +364,90 @@ async def test_a_group_is_replayed_after_its_plan_and_another_is_muted(visit: In
     assert page.problems == []
     every = {"filter": {"workflowId": workflow_id}}
     assert (await owner.api.post("/api/v1/dead-letters/purge", json=every)).json()["purged"] == 2
+
+
+async def test_chosen_rows_are_redriven_and_discarded_by_keyboard(visit: IntakeVisit) -> None:
+    page, owner = visit.page, visit.people.owner
+    workflow_id = await owner.create(**graph_of("queue-trigger", {}))
+    runs = [await enqueue(owner, workflow_id, number) for number in range(4)]
+    await fail_alike(visit.harness, runs, "Broken", node_id="step")
+    await visit.sign_in(owner.key)
+    await look(page, 1280, "light")
+    await visit.show(f"/dashboard/dead-letters?workflow_id={workflow_id}")
+    await page.wait_for("document.querySelector('[data-picking]').dataset.watched === ''")
+
+    async def press_space_on(selector: str) -> None:
+        await page.wait_for(f"document.querySelector({selector!r}) !== null")
+        await page.evaluate(f"document.querySelector({selector!r}).focus()")
+        await visit.press(" ", 32, " ")
+
+    async def confirm(request: str, count: int) -> None:
+        form = f"form[data-picks][data-request$={request!r}]"
+        await page.evaluate(f"document.querySelector({form!r}).closest('details').open = true")
+        await page.fill(f"{form} .input", str(count))
+        await page.evaluate(f"document.querySelector({form!r}).querySelector('.input').focus()")
+        await visit.press("Enter", 13, "\r")
+
+    async def list_open() -> set[str]:
+        path = f"/api/v1/dead-letters?workflow_id={workflow_id}"
+        return {one["executionId"] for one in (await owner.api.get(path)).json()["deadLetters"]}
+
+    for run in runs[:2]:
+        await press_space_on(f"[data-pick][value={run}]")
+    bar = "document.querySelector('[data-picked]')"
+    await page.wait_for(f"!{bar}.hidden && {bar}.innerText.includes('2 chosen')")
+    await page.evaluate(f"{AXE}; 0")
+    assert await page.evaluate(RUN_AXE) == []
+    # An update of the page keeps the choice.
+    await fail_alike(visit.harness, [await enqueue(owner, workflow_id, 5)], "Broken", node_id="step")
+    await page.wait_for("document.querySelector('main h2 + .pill').innerText.includes('5')")
+    assert await page.evaluate(f"{bar}.innerText.includes('2 chosen')")
+    await confirm("/redrive", 3)
+    await page.wait_for("!document.querySelector('form[data-picks] .input').checkValidity()")
+    assert len(await list_open()) == 5
+    await confirm("/redrive", 2)
+    await page.wait_for("document.querySelector('#toast').textContent.includes('2 redriven')")
+    assert not await list_open() & set(runs[:2])
+    await press_space_on("[data-pick-all]")
+    await page.wait_for(f"!{bar}.hidden && {bar}.innerText.includes('3 chosen')")
+    await press_space_on(f"[data-pick][value={runs[3]}]")
+    await page.wait_for(f"{bar}.innerText.includes('2 chosen')")
+    await page.follow("[data-picked-link]")
+    await page.wait_for("document.querySelector('#plan') !== null")
+    assert "Replay 2 with" in await page.text("#plan-title")
+    await visit.show(f"/dashboard/dead-letters?workflow_id={workflow_id}")
+    await page.wait_for("document.querySelector('[data-picking]').dataset.watched === ''")
+    await press_space_on("[data-pick-all]")
+    await page.wait_for(f"!{bar}.hidden && {bar}.innerText.includes('3 chosen')")
+    await confirm("/purge", 3)
+    await page.wait_for("document.querySelector('.empty') !== null")
+    assert await list_open() == set()
+    assert page.problems == []
+
+
+async def test_chosen_deliveries_are_redriven(visit: IntakeVisit) -> None:
+    page, owner = visit.page, visit.people.owner
+    workflow_id = await owner.create(**graph_of("queue-trigger", {}))
+    path = f"{WORKFLOWS}/{workflow_id}"
+    await owner.api.put(f"{path}/status", json={"status": "draft"})
+    for number in range(3):
+        await owner.api.post(f"{path}/enqueue", json={"message": number})
+    await owner.api.put(f"{path}/status", json={"status": "active"})
+    await visit.sign_in(owner.key)
+    await look(page, 1280, "dark")
+    await visit.show(f"/dashboard/deliveries?workflow_id={workflow_id}")
+    await page.wait_for("document.querySelector('[data-picking]').dataset.watched === ''")
+    await page.click("tbody tr:nth-child(2) [data-pick]")
+    await page.click("tbody tr:nth-child(3) [data-pick]")
+    await page.wait_for("!document.querySelector('[data-picked]').hidden")
+    await page.click("[data-picked] summary")
+    await page.fill("[data-picked] .input", "2")
+    await page.click("[data-picked] button[type=submit]")
+    await page.wait_for("document.querySelector('#toast').textContent.includes('2 redriven')")
+    listed = (await owner.api.get(f"{path}/deliveries?outcome=accepted")).json()
+    assert listed["count"] == 2
+    assert {one["redrivenFrom"] is None for one in listed["deliveries"]} == {False}
+    assert page.problems == []
 
 
 async def test_the_navigation_counts_dead_letters_for_each_visitor(visit: IntakeVisit) -> None:

@@ -7,10 +7,12 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+from sqlalchemy import insert
 
 from gateway.dashboard.pages import dead_letter_list, trigger_setup
 from models import access_store
 from models.access import Organization, UserRole
+from models.process_presence import ProcessPresence
 from tests.integration.gateway_harness import (
     STEP,
     GatewayHarness,
@@ -86,6 +88,69 @@ async def test_a_delivery_has_a_page_with_its_reason_runs_and_redrive(
     assert found.headers["Location"] == f"deliveries/{listed[0]['id']}"
     stranger = await sign_in(harness, people.stranger.key)
     assert (await stranger.get(accepted)).status_code == 404
+
+
+async def test_mails_show_their_subject_and_deferred_ones_the_reason(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    owner = people.owner
+    trigger = {"id": "start", "nodeId": "email-trigger", "config": {}}
+    workflow_id = await owner.create(name="Mails", status="active", nodes=[trigger, STEP])
+    path = f"{WORKFLOWS}/{workflow_id}"
+    mail = {"from": "mira@example.org", "subject": HOSTILE}
+    assert (await owner.api.post(f"{path}/email-trigger", json=mail)).status_code == 201
+    await owner.api.put(f"{path}/status", json={"status": "paused"})
+    assert (await owner.api.post(f"{path}/email-trigger", json=mail)).status_code == 201
+    report = ProcessPresence(
+        owner="scheduler_test",
+        role="scheduler",
+        version="0",
+        seen_at=harness.gateway.clock(),
+        activity={"retention": {"events": 9}},
+    )
+    values = report.model_dump()
+    await harness.gateway.database.transaction(
+        lambda connection: connection.execute(insert(ProcessPresence).values(values))
+    )
+    browser = await sign_in(harness, owner.key)
+    for address in ("/dashboard/deliveries", f"/dashboard/workflows/{workflow_id}/trigger"):
+        shown = await browser.get(address)
+        assert shown.text.count("mira@example.org") == 2, address
+        assert "&lt;script&gt;" in shown.text
+        assert "<script>alert" not in shown.text
+        assert "The workflow is paused" in shown.text
+        assert ">Refused<" not in shown.text
+    assert "Kept for 9 days. A mail that comes twice runs once." in shown.text
+    paused = await browser.get("/dashboard/deliveries?outcome=deferred&reason=workflow-paused")
+    assert paused.text.count("mira@example.org") == 1
+    window = await browser.get("/dashboard/deliveries?outcome=deferred&reason=outside-window")
+    assert "No delivery matches." in window.text
+
+
+async def test_settled_dead_letters_lead_to_the_run_in_their_place(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    owner = people.owner
+    workflow_id = await owner.create(**{**QUEUE, "name": HOSTILE, "status": "active"})
+    runs = [await enqueue(owner, workflow_id, {"text": HOSTILE}) for _ in range(3)]
+    await fail_alike(harness, runs, HOSTILE, node_id="step", code="timeout")
+    path, browser = "/api/v1/dead-letters", await sign_in(harness, owner.key)
+    [again] = (await owner.api.post(f"{path}/redrive", json={"filter": {"executionIds": runs[:1]}})).json()[
+        "executionIds"
+    ]
+    await owner.api.post(f"{path}/purge", json={"filter": {"executionIds": runs[1:2]}})
+    shown = {
+        state: (await browser.get(f"/dashboard/dead-letters?{state}")).text
+        for state in ("failure=timed-out", "failure=crashed", "state=redriving", "state=settled")
+    }
+    late, crashed, redriving, settled = shown.values()
+    assert [one in late for one in runs] == [False, False, True]
+    assert "No dead letter matches." in crashed
+    assert [one in redriving for one in (*runs, again)] == [True, False, False, True]
+    assert [one in settled for one in runs] == [False, True, False]
+    assert "Discarded" in settled
+    assert not any("<img" in text or "<script>alert" in text for text in shown.values())
+    assert "data-request" not in redriving.partition("<main")[2].partition("</main>")[0]
 
 
 async def test_a_schedule_is_run_paused_and_activated_from_its_list(

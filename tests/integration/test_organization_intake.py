@@ -304,8 +304,12 @@ async def test_a_group_of_dead_letters_is_redriven_or_purged_once(
     purged = await api.post(f"{DEAD_LETTERS}/purge", json=of_read)
     assert purged.json() == {"matched": 1, "purged": 1, "remaining": 0}
     assert (await get_json(people.owner, f"{DEAD_LETTERS}/groups"))["count"] == 0
-    actions = {one["action"] for one in (await get_json(people.admin, "/api/v1/audit"))["entries"]}
-    assert {"dead-letters.redriven", "dead-letters.purged"} <= actions
+    trail = (await get_json(people.admin, "/api/v1/audit"))["entries"]
+    [discarded] = [one for one in trail if one["action"] == "dead-letters.purged"]
+    selection = [("count", "1"), ("filter", f'{{"group":"{by_node["read"]}"}}')]
+    assert [(one["path"], one["after"]) for one in discarded["changes"]] == selection
+    [oldest] = [one for one in trail if one["action"] == "dead-letters.redriven"][-1:]
+    assert [one["path"] for one in oldest["changes"]] == ["count", "filter"]
 
 
 async def test_a_request_examines_a_bounded_number_of_failed_runs(

@@ -224,4 +224,5 @@ keepAddress();
 watchKeys();
 watchCanvas();
 watch();
+if (document.querySelector("[data-picking]")) import("./selection.js").then(({ watchSelection }) => watchSelection());
 count();

@@ -82,11 +82,13 @@ export async function reload({ takesNewRows = true } = {}) {
         ignoreActiveValue: true,
         callbacks: {
           beforeNodeMorphed: (old) => !(old instanceof HTMLElement && (old.matches("form:focus-within, form[data-changed], dialog[open]"))),
-          beforeAttributeUpdated: (name, node) => !(name === "open" && node.matches("details")),
+          beforeAttributeUpdated: (name, node) =>
+            !((name === "open" && node.matches("details")) || (name === "checked" && node.matches("[data-pick]"))),
         },
       });
       keepZoom();
       keepAddress();
+      document.dispatchEvent(new Event("updated"));
       document.title = page.title;
       document.querySelector(".live").dataset.topics = page.querySelector(".live")?.dataset.topics ?? "";
     }

@@ -24,7 +24,8 @@ export async function run(form, root) {
   const [bar, said, stop] = ["progress", "[data-progress-text]", "[data-stops]"].map((one) => form.querySelector(one));
   const { done: word } = form.querySelector("[data-progress]").dataset;
   const confirm = [...form.querySelectorAll("[name=confirm]:checked")].map((box) => box.value);
-  const each = Number(form.querySelector("[data-rate]").value);
+  // The pace may change while it works.
+  const pace = () => Number(form.querySelector("[data-rate]").value);
   let isStopped = false;
   let done = 0;
   const refused = new Set();
@@ -57,9 +58,10 @@ export async function run(form, root) {
     }
     while (!isStopped) {
       const started = performance.now();
+      const each = pace();
       const answer = await take(each);
       if (!answer.started || !answer.remaining) break;
-      if (each < 200) await new Promise((resolve) => { setTimeout(resolve, Math.max(1_000 - (performance.now() - started), 0)); });
+      if (each < AT_ONCE) await new Promise((resolve) => { setTimeout(resolve, Math.max(1_000 - (performance.now() - started), 0)); });
     }
     return count() + (isStopped ? ". Stopped: the others stay here" : "");
   } catch (problem) {

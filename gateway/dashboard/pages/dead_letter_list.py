@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlencode
 
 from gateway.dashboard.addresses import list_address
+from gateway.dashboard.formats import parse_instant
 from gateway.dashboard.page import Page, PageData, PageFrame
 from gateway.http.errors import ApiError
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     from gateway.dashboard.page_request import PageRequest
 
 SHOWN_ROWS: Final = 5
@@ -20,9 +23,21 @@ PLANNED: Final = 50
 NODE_TYPES: Final = 100
 SAMPLE_CHARACTERS: Final = 90
 PATH: Final = "/dashboard/dead-letters"
-FILTERS: Final = ("workflow_id", "trigger_type")
+FILTERS: Final = ("workflow_id", "trigger_type", "failure")
+STATES: Final = ("redriving", "settled")
+"""States other than open, whose dead letters are listed without groups."""
+LISTED: Final = 50
+GROWING_SECONDS: Final = 600
+"""Age of the newest dead letter up to which a group counts as growing."""
+FAILURES: Final = (
+    ("", "all", "all"),
+    ("failed", "failed", "failed runs"),
+    ("crashed", "crashed", "crashed 3 times"),
+    ("timed-out", "timedOut", "timed out"),
+)
+"""Value of the filter, name of its number, and label, by kind of failure."""
 KINDS: Final = (
-    ("", "All"),
+    ("", "All triggers"),
     ("queue", "Messages"),
     ("email", "Mails"),
     ("webhook", "Webhooks"),
@@ -34,15 +49,33 @@ KINDS: Final = (
 async def load(page: PageRequest) -> PageData:
     """Ask the API for the groups of dead letters, and for five samples, workflow and node types of the open group.
 
-    With `plan` in the query, also for the plans of its replay, and of that of its newest run. Without groups,
-    the others are None. Raises `ApiError`.
+    With `plan` in the query, also for the plans of its replay, and of that of its newest run. With `state`, for the
+    dead letters in that state in place of all this. Without groups, the others are None. Raises `ApiError`.
     """
     given = page.query
     filters = {name: given[name] for name in FILTERS if given.get(name)}
-    groups = await page.get("/api/v1/dead-letters/groups", **filters, muted=given.get("muted"))
+    nothing = dict.fromkeys(("rows", "workflow", "types", "plan", "newest", "settled"))
+    if given.get("state") in STATES:
+        groups, settled = await asyncio.gather(
+            page.get("/api/v1/dead-letters/groups", **filters),
+            page.get(
+                "/api/v1/dead-letters",
+                **filters,
+                state=given["state"],
+                limit=LISTED,
+                after=given.get("after"),
+            ),
+        )
+        return {**nothing, "groups": groups, "settled": settled, "rejected": None}
+    groups, rejected = await asyncio.gather(
+        page.get("/api/v1/dead-letters/groups", **filters, muted=given.get("muted")),
+        asyncio.sleep(0)
+        if filters
+        else page.get_if_present("/api/v1/deliveries", outcome="rejected", limit=1),
+    )
     shown = _open_group(groups["groups"], given.get("group"))
     if shown is None:
-        return {"groups": groups, **dict.fromkeys(("rows", "workflow", "types", "plan", "newest"))}
+        return {**nothing, "groups": groups, "rejected": rejected}
     is_planned = bool(given.get("plan"))
     rows, workflow, types, plan, newest = await asyncio.gather(
         page.get(
@@ -54,7 +87,9 @@ async def load(page: PageRequest) -> PageData:
         ),
         page.get_if_present(f"/api/v1/workflows/{shown['workflowId']}"),
         page.get("/api/v1/workflow-nodes", limit=NODE_TYPES),
-        page.plan_if_allowed("/api/v1/dead-letters/replay", filter=_select_group(shown), limit=PLANNED)
+        page.plan_if_allowed(
+            "/api/v1/dead-letters/replay", filter=_select_planned(shown, given), limit=PLANNED
+        )
         if is_planned
         else asyncio.sleep(0),
         _plan_newest(page, shown) if is_planned else asyncio.sleep(0),
@@ -66,6 +101,8 @@ async def load(page: PageRequest) -> PageData:
         "types": types,
         "plan": plan,
         "newest": newest,
+        "settled": None,
+        "rejected": rejected,
     }
 
 
@@ -84,6 +121,12 @@ def _select_group(group: Mapping[str, Any]) -> Mapping[str, str]:
     return {"workflowId": group["workflowId"], "group": group["id"]}
 
 
+def _select_planned(group: Mapping[str, Any], query: Mapping[str, str]) -> Mapping[str, Any]:
+    """Return the filter of a replay: the dead letters of a group that `only` in the query names, else all of it."""
+    chosen = [one for one in query.get("only", "").split(",") if one]
+    return {**_select_group(group), "executionIds": chosen} if chosen else _select_group(group)
+
+
 def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
     """Return the template values: the groups, and for the open one samples and the writes that a redrive may
     repeat.
@@ -93,6 +136,8 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
     listed, rows = data["groups"], data["rows"]
     labels = {node["id"]: node.get("label") for node in (data["workflow"] or {}).get("nodes", ())}
     muted = "true" if frame.query.get("muted") == "true" else ""
+    state = frame.query.get("state", "") if data["settled"] is not None else ""
+    numbers = {"all": sum(listed["failures"].values()), **listed["failures"]}
     filters = {name: frame.query[name] for name in FILTERS if frame.query.get(name)}
     shown = _open_group(listed["groups"], frame.query.get("group"))
     return {
@@ -106,6 +151,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
                 **group,
                 "is_open": group is shown,
                 "selection": _select_group(group),
+                "is_growing": _is_growing(group, frame.now),
                 "address": list_address(frame, PATH, {**filters, "muted": muted, "group": group["id"]}),
             }
             for group in listed["groups"]
@@ -118,14 +164,41 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         ),
         "first": "" if not frame.query.get("after") else list_address(frame, PATH, filters),
         "writes": list_writes(data["workflow"], data["types"]),
+        "failures": [
+            (
+                label,
+                numbers[name],
+                list_address(frame, PATH, {**filters, "failure": failure}),
+                not muted and not state and filters.get("failure", "") == failure,
+            )
+            for failure, name, label in FAILURES
+        ],
         "kinds": [
             (
                 label,
-                list_address(frame, PATH, {**filters, "trigger_type": kind}),
-                not muted and filters.get("trigger_type", "") == kind,
+                list_address(frame, PATH, {**filters, "trigger_type": kind, "muted": muted, "state": state}),
+                filters.get("trigger_type", "") == kind,
             )
             for kind, label in KINDS
         ],
+        "state": state,
+        "states": [
+            (
+                one.capitalize(),
+                list_address(frame, PATH, {**filters, "failure": "", "state": one}),
+                state == one,
+            )
+            for one in STATES
+        ],
+        "settled": data["settled"]["deadLetters"] if state else (),
+        "more_settled": list_address(
+            frame, PATH, {**filters, "state": state, "after": data["settled"]["next"]}
+        )
+        if state and data["settled"]["next"]
+        else "",
+        "rejected": data["rejected"],
+        "planned_selection": _select_planned(shown, frame.query) if shown else {},
+        "planned_count": data["plan"]["matched"] if data["plan"] else 0,
         "filters": filters,
         "export_query": f"?{urlencode(filters)}" if filters else "",
         "may_run": frame.may("workflows:execute"),
@@ -138,6 +211,12 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "user_id": frame.visitor["userId"] if frame.visitor else "",
         "sample_characters": SAMPLE_CHARACTERS,
     }
+
+
+def _is_growing(group: Mapping[str, Any], now: datetime) -> bool:
+    """Return whether a group has several dead letters, and the newest has arrived within ten minutes."""
+    newest = parse_instant(group["lastAt"])
+    return group["count"] > 1 and newest is not None and (now - newest).total_seconds() < GROWING_SECONDS
 
 
 def _open_group(groups: Sequence[Mapping[str, Any]], group_id: str | None) -> Mapping[str, Any] | None:

@@ -16,14 +16,25 @@ LIMIT: Final = 50
 SHOWN_SAMPLES: Final = 20
 START: Final = "start"
 PATH: Final = "/dashboard/deliveries"
-FILTERS: Final = ("outcome", "route", "workflow_id", "since", "until")
+FILTERS: Final = ("outcome", "reason", "route", "workflow_id", "since", "until")
 OUTCOMES: Final = (
-    ("", "All"),
-    ("accepted", "Accepted"),
-    ("duplicate", "Duplicate"),
-    ("deferred", "Deferred"),
-    ("rejected", "Rejected"),
-    ("shed", "Shed"),
+    ("", "", "All"),
+    ("accepted", "", "Accepted"),
+    ("duplicate", "", "Duplicate"),
+    ("deferred", "", "Deferred"),
+    ("deferred", "outside-window", "Deferred: window"),
+    ("deferred", "workflow-paused", "Deferred: paused"),
+    ("rejected", "", "Rejected"),
+    ("shed", "", "Shed"),
+)
+"""Outcome, code of the reason and label of each filter."""
+ROUTES: Final = (
+    ("", "All routes"),
+    ("enqueue", "Messages"),
+    ("enqueue-batch", "Batches"),
+    ("email-trigger", "Mails"),
+    ("hook", "Webhooks"),
+    ("events", "Events"),
 )
 REDRIVEN_IN_BULK: Final = frozenset({"rejected", "shed"})
 """Outcomes without a run, whose requests a person may want to run after all."""
@@ -65,9 +76,9 @@ async def _load_samples(page: PageRequest, filters: Mapping[str, str]) -> Any:  
 
 async def _plan_redrive(page: PageRequest, filters: Mapping[str, str]) -> Any:  # noqa: ANN401 - any JSON value
     """Return the plan of a redrive of all listed deliveries; None unless they are rejected or shed ones
-    without time limits.
+    without limits of time or reason.
     """
-    if filters.get("outcome") not in REDRIVEN_IN_BULK or {"since", "until"} & set(filters):
+    if filters.get("outcome") not in REDRIVEN_IN_BULK or {"since", "until", "reason"} & set(filters):
         return None
     return await page.plan_if_allowed("/api/v1/deliveries/redrive", filter=redrive_filter(filters))
 
@@ -102,11 +113,20 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "outcomes": [
             (
                 label,
-                list_address(frame, PATH, {**filters, "outcome": outcome}),
-                filters.get("outcome", "") == outcome,
+                list_address(frame, PATH, {**filters, "outcome": outcome, "reason": reason}),
+                (filters.get("outcome", ""), filters.get("reason", "")) == (outcome, reason),
             )
-            for outcome, label in OUTCOMES
+            for outcome, reason, label in OUTCOMES
         ],
+        "routes": [
+            (
+                label,
+                list_address(frame, PATH, {**filters, "route": route}),
+                filters.get("route", "") == route,
+            )
+            for route, label in ROUTES
+        ],
+        "can_pick": any(can_redrive(one) for one in listed["deliveries"]),
         "meanings": MEANINGS,
         "can_redrive": can_redrive,
         "workflow_name": next((one["workflowName"] for one in listed["deliveries"]), ""),

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 START: Final = "start"
 """Cursor of the first page, as the API has it: a list by cursor does not count all rows."""
 SHOWN_ROWS: Final = 8
+REFUSED: Final = frozenset({"rejected", "shed"})
+"""Outcomes of deliveries that the sender has to know of."""
 SOURCES: Final = 100
 PATH: Final = "/dashboard/workflows/{id}/trigger"
 KINDS: Final = {
@@ -147,6 +149,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "verification": config.get("verification") or {},
         "deliveries": deliveries,
         "samples": samples,
+        "kept_days": inbound.get("deliveriesKeptDays"),
         "has_arrived": bool(deliveries) or bool(samples),
         "has_sender": bool(samples) or any(not one["sender"].startswith("api-key:") for one in deliveries),
         "has_run": any(one["outcome"] == "accepted" for one in deliveries),
@@ -202,11 +205,11 @@ def describe_refusals(
         *(
             (one["createdAt"], one["reason"]["code"], one["reason"]["message"])
             for one in deliveries
-            if one["reason"]
+            if one["outcome"] in REFUSED
         ),
     ]
     newest = max(refused, default=None)
-    accepted = max((one["createdAt"] for one in deliveries if one["reason"] is None), default="")
+    accepted = max((one["createdAt"] for one in deliveries if one["outcome"] not in REFUSED), default="")
     if newest is None or newest[0] < accepted:
         return None
     code = newest[1]

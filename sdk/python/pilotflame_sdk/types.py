@@ -1576,6 +1576,7 @@ class InboundAddress(TypedDict):
     urls: Dict[str, str]
     warnings: List[str]
     tokens: List[TriggerToken]
+    deliveriesKeptDays: int | None
 
 
 class _InputAnswerResultAlways(TypedDict):
