@@ -19,6 +19,9 @@ TokenCount: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=100_000_000)]
 Nanodollars: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=10**17)]
 
 
+Milliseconds: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=10**12)]
+
+
 class ModelProvider(StrEnum):
     """Protocol of a provider."""
 
@@ -209,6 +212,16 @@ class ModelSettlement(msgspec.Struct, frozen=True):
     model_id: Annotated[str, msgspec.Meta(max_length=64)]
     usage: TokenUsage
     cost: Nanodollars | None
+    duration_milliseconds: Milliseconds = 0
+    """Time from the request to the complete answer."""
+
+
+class FailedModelCall(msgspec.Struct, frozen=True):
+    """Call that its provider has not answered, for the metrics of the model."""
+
+    model_id: Annotated[str, msgspec.Meta(max_length=64)]
+    error: Annotated[str, msgspec.Meta(pattern="^[a-z0-9-]{1,64}$")]
+    """Code of the failure."""
 
 
 class CalledModel(msgspec.Struct, frozen=True, rename="camel"):

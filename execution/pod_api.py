@@ -14,7 +14,7 @@ from typing import Annotated, Final
 import msgspec
 
 from engine.agents.agent_steps import AgentStep
-from engine.model_calls import ModelReservation, ModelSettlement
+from engine.model_calls import FailedModelCall, ModelReservation, ModelSettlement
 from engine.run_records import NodeSpan
 from journal.store import ClaimedRun, RunWrite
 from models.loss_limits import MAX_ISOLATION_LOSSES
@@ -270,6 +270,12 @@ class ModelReleaseRequest(msgspec.Struct, frozen=True):
     """Remove the reservation of a call of a language model that its provider has refused; idempotent."""
 
     key: Annotated[str, msgspec.Meta(max_length=500)]
+
+
+class ModelFailureRequest(msgspec.Struct, frozen=True):
+    """Count a call of a language model that its provider has not answered."""
+
+    failed: FailedModelCall
 
 
 class StartRunRequest(msgspec.Struct, frozen=True):

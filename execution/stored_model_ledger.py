@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
@@ -22,6 +23,7 @@ from engine.month_budget import month_number
 from engine.run_errors import NodeError
 from execution import organization_budgets
 from execution.deferred_writes import DeferredWrites
+from execution.model_hours import ModelHourCounts, count_settlement
 from execution.retry import until_available
 from journal.concurrency_limits import advisory_lock_id
 from json_text import decoding
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
     from sqlalchemy import ColumnElement
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-    from engine.model_calls import ModelReservation, ModelSettlement
+    from engine.model_calls import FailedModelCall, ModelReservation, ModelSettlement
     from engine.services import RunCaller
     from models.database import Database
 
@@ -69,13 +71,22 @@ class _SettledCall:
     charge: Mapping[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class _UnansweredCall:
+    """Call without an answer, and the time of its failure."""
+
+    organization_id: str
+    failed: FailedModelCall
+    ended_at: datetime
+
+
 class StoredModelLedger:
     """Implements `nodes.ai.model_ledger.ModelLedger`."""
 
     def __init__(self, database: Database, *, is_deferring: bool = False) -> None:
         """With `is_deferring`, costs that no budget counts are stored together about once a second."""
         self._database = database
-        self._deferred = DeferredWrites(self._store_settled) if is_deferring else None
+        self._deferred = DeferredWrites(self._store_calls) if is_deferring else None
         self._budgets: TTLCache[str, RunBudgets] = TTLCache(CACHE_SECONDS, MAX_CACHED_BUDGETS)
         self._has_month: TTLCache[str, bool] = TTLCache(MONTH_SECONDS, MAX_CACHED_BUDGETS)
         """Whether organizations have a budget of the month."""
@@ -143,30 +154,48 @@ class StoredModelLedger:
             if self._deferred is not None and not is_reserved:
                 self._deferred.add(settled)
             else:
-                await self._store_settled([settled])
+                await self._store_calls([settled])
         except DatabaseUnavailable as error:
             log.warning("model charge not settled", execution_id=caller.execution_id, error=str(error))
+
+    async def count_failure(self, caller: RunCaller, failed: FailedModelCall) -> None:
+        """Count a call without an answer in the hour of its model; not while the database is unavailable.
+
+        A batch whose commit is not confirmed may count twice: the metrics of a model are no bill.
+        """
+        call = _UnansweredCall(caller.organization_id, failed, self._database.clock.now())
+        if self._deferred is not None:
+            self._deferred.add(call)
+            return
+        with suppress(DatabaseUnavailable):
+            await self._store_calls([call])
 
     async def close(self) -> None:
         """Store the costs that wait."""
         if self._deferred is not None:
             await self._deferred.close()
 
-    async def _store_settled(self, calls: Sequence[_SettledCall]) -> None:
-        """Store the costs of answered calls in one transaction; raises `DatabaseUnavailable`."""
-        # One order for all processes: each holds the locks of its months until its commit.
-        ordered = sorted(calls, key=_find_month_row)
+    async def _store_calls(self, calls: Sequence[_SettledCall | _UnansweredCall]) -> None:
+        """Store the costs of answered calls, and count all, in one transaction; raises `DatabaseUnavailable`."""
+        # One order for all processes: each holds the locks of its months and hours until its commit.
+        ordered = sorted((call for call in calls if isinstance(call, _SettledCall)), key=_find_month_row)
 
         async def work(connection: AsyncConnection) -> None:
             months: dict[_MonthRow, Counter[str]] = {}
+            hours = ModelHourCounts()
+            for call in calls:
+                if isinstance(call, _UnansweredCall):
+                    hours.add_failure(call.organization_id, call.failed, call.ended_at)
             for each in ordered:
                 created_at = await _settle(connection, each)
                 if created_at is not None:
                     # That of the reservation, whose budget has admitted the call.
                     row = (each.caller.organization_id, month_number(created_at), *_find_month_row(each)[1:])
-                    months.setdefault(row, Counter()).update(_count(each.settlement))
+                    months.setdefault(row, Counter()).update(count_settlement(each.settlement))
+                    hours.add_answer(row[0], each.settlement, each.charge["created_at"])
             for row in sorted(months):
                 await _add_to_month(connection, row, months[row])
+            await hours.store(connection)
 
         await self._database.transaction(work)
 
@@ -310,17 +339,6 @@ async def _settle(connection: AsyncConnection, call: _SettledCall) -> datetime |
 
 def _find_month_row(call: _SettledCall) -> tuple[str, str, str]:
     return call.caller.organization_id, call.caller.workflow_id, call.settlement.model_id
-
-
-def _count(settlement: ModelSettlement) -> dict[str, int]:
-    """Return what a settled call adds to the sums of its month."""
-    return {
-        "calls": 1,
-        "unpriced_calls": int(settlement.cost is None),
-        "input_tokens": settlement.usage.input_tokens,
-        "output_tokens": settlement.usage.output_tokens,
-        "cost": settlement.cost or 0,
-    }
 
 
 async def _add_to_month(connection: AsyncConnection, row: _MonthRow, sums: Mapping[str, int]) -> None:

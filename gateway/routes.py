@@ -54,6 +54,7 @@ TABLE: Sequence[Route] = (
     *deployments_routes.ROUTES,
     *data_sources_routes.ROUTES,
     *ai_models_routes.ROUTES,
+    ai_models_routes.USABLE,
     *ai_models_routes.PROVIDER_KEYS,
     *ai_models_routes.TOOL_SERVERS,
     *ai_models_routes.COSTS,

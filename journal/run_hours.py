@@ -35,7 +35,7 @@ from models.duration_histogram import bucket_of
 from models.execution import LIVE_CONDITION, Execution, ExecutionData
 from models.execution_status import ExecutionStatus
 from models.run_hour import ALL_WORKFLOWS, RunHour
-from models.timestamps import from_microseconds
+from models.timestamps import from_microseconds, hour_of
 
 if TYPE_CHECKING:
     from sqlalchemy import ColumnElement, Select
@@ -57,11 +57,6 @@ _COUNTED: Final = frozenset(
 """Statuses with a column of their own; the rest of the accepted runs are unfinished."""
 INSERTED_ROWS: Final = 1_000
 BATCH_ORGANIZATIONS: Final = 500
-
-
-def hour_of(moment: datetime) -> datetime:
-    """Return the begin of the hour of a time in UTC."""
-    return moment.replace(minute=0, second=0, microsecond=0)
 
 
 def first_hour(now: datetime) -> datetime:

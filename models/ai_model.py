@@ -45,6 +45,8 @@ class AiModel(SQLModel, table=True):
     tested_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
     blocked_until: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
     """Time until which its provider accepts no calls, as it has said; None if it never has."""
+    last_test: dict[str, Any] | None = Field(default=None, sa_column=Column(JsonTextColumn))
+    """Result of the last test, whether it answered or not: time, success, message, duration; None before the first."""
     revision: int = 1
     """Number that increases with every change."""
     is_shared: bool = False

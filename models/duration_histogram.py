@@ -1,10 +1,11 @@
-"""Histograms of durations that a database fills, and estimates of percentiles from their counts.
+"""Histograms of durations, filled by a database or by a process, and estimates of percentiles from their counts.
 
 The buckets are logarithmic, four to a doubling, so that an estimate differs from the exact value by 10 % at most.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 from typing import Final, TypeAlias
 
@@ -23,6 +24,11 @@ _BOUNDS: Final = [round(1_000 * 2 ** (number / BUCKETS_PER_DOUBLING)) for number
 def bucket_of(microseconds: ColumnElement[int]) -> ColumnElement[int]:
     """Return the SQL expression of a duration's bucket: a binary search of seven comparisons."""
     return _search(microseconds, 0, len(_BOUNDS))
+
+
+def find_bucket(milliseconds: int) -> int:
+    """Return the bucket of a duration, as `bucket_of` computes it in the database."""
+    return bisect_left(_BOUNDS, milliseconds * 1_000)
 
 
 def _search(microseconds: ColumnElement[int], first: int, last: int) -> ColumnElement[int]:

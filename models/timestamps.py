@@ -33,6 +33,11 @@ def from_microseconds(count: int) -> datetime:
     return _EPOCH + timedelta(microseconds=count)
 
 
+def hour_of(moment: datetime) -> datetime:
+    """Return the begin of the hour of a time in UTC."""
+    return moment.replace(minute=0, second=0, microsecond=0)
+
+
 def format_timestamp(moment: datetime) -> str:
     """Format a time in UTC by ISO 8601, to the millisecond, with a final `Z`."""
     return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -23,6 +23,7 @@ from execution.pod_api import (
     ExpectEventResponse,
     ExpectSignalRequest,
     ModelBlockRequest,
+    ModelFailureRequest,
     ModelReleaseRequest,
     ModelRequest,
     ModelReserveRequest,
@@ -49,7 +50,7 @@ from runner.gateway_client import CallRefused
 if TYPE_CHECKING:
     from datetime import datetime
 
-    from engine.model_calls import ModelReservation, ModelSettlement
+    from engine.model_calls import FailedModelCall, ModelReservation, ModelSettlement
     from engine.services import EventWaitRequest, RunCaller, SignalRequest
     from engine.values import Json
     from nodes.ai.model_connection import ModelConnection
@@ -125,6 +126,12 @@ class RemoteModelLedger:
         path = f"/executions/{caller.execution_id}/models/release"
         with suppress(DatabaseUnavailable, CallRefused):
             await self._gateway.call(path, ModelReleaseRequest(key), dict[str, Any])
+
+    async def count_failure(self, caller: RunCaller, failed: FailedModelCall) -> None:
+        """Count a failed call; it isn't counted if the gateway doesn't answer."""
+        path = f"/executions/{caller.execution_id}/models/failed"
+        with suppress(DatabaseUnavailable, CallRefused):
+            await self._gateway.call(path, ModelFailureRequest(failed), dict[str, Any])
 
     async def close(self) -> None:
         """Do nothing: the gateway stores each cost at once."""

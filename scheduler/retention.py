@@ -14,8 +14,12 @@ from models import ids
 from models.database_time import DatabaseTime
 from models.execution import Idempotency, ThrottleRow
 from models.ingest import Delivery, EventRecord
+from models.model_hour import ModelHour
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
+    from sqlalchemy import ColumnElement
     from sqlalchemy.ext.asyncio import AsyncConnection
     from sqlalchemy.sql.expression import SQLColumnExpression
 
@@ -23,6 +27,8 @@ if TYPE_CHECKING:
     from scheduler.settings import SchedulerSettings
 
 BATCH_ROWS: Final = 1_000
+MODEL_HOUR_DAYS: Final = 91
+"""Days for which metrics of language models are kept: the longest window, and the rest of its first day."""
 
 
 async def forget_expired_keys(database: Database) -> None:
@@ -53,6 +59,16 @@ async def forget_deliveries(settings: SchedulerSettings, database: Database) -> 
             pass
 
 
+async def forget_model_hours(database: Database) -> None:
+    """Delete counts of calls of language models that are too old for metrics, in batches. Raises
+    `DatabaseUnavailable`.
+    """
+    names = ("organization_id", "model_id", "starts_at", "error", "bucket")
+    identity = [col(getattr(ModelHour, name)) for name in names]
+    before = database.clock.now() - timedelta(days=MODEL_HOUR_DAYS)
+    await _forget(database, ModelHour, identity, col(ModelHour.starts_at), before)
+
+
 async def _forget_earlier(
     table: type[EventRecord | Delivery], first_kept: str, connection: AsyncConnection
 ) -> int:
@@ -73,22 +89,27 @@ async def _forget(
     table: type[SQLModel],
     identity: Sequence[SQLColumnExpression[Any]],
     ends_at: SQLColumnExpression[Any],
+    before: datetime | None = None,
 ) -> None:
-    while await database.transaction(partial(_forget_batch, table, identity, ends_at)) >= BATCH_ROWS:
+    """Delete the rows of a table that have ended before a time, None for now, in batches."""
+    end = DatabaseTime() if before is None else before
+    forget = partial(_forget_batch, table, identity, ends_at < end, ends_at)
+    while await database.transaction(forget) >= BATCH_ROWS:
         pass
 
 
 async def _forget_batch(
     table: type[SQLModel],
     identity: Sequence[SQLColumnExpression[Any]],
-    ends_at: SQLColumnExpression[Any],
+    has_ended: ColumnElement[bool],
+    order: SQLColumnExpression[Any],
     connection: AsyncConnection,
 ) -> int:
     """Delete up to 1,000 rows of a table that have ended, except locked ones; return their number."""
     over = (
         select(*identity)
-        .where(ends_at < DatabaseTime())
-        .order_by(ends_at)
+        .where(has_ended)
+        .order_by(order)
         .limit(BATCH_ROWS)
         # Rows that a request is renewing are skipped: two transactions that lock several rows in different
         # orders would deadlock.

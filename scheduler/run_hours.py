@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 from journal import run_hours
 from journal.run_hours import HOUR
 from models.database_time import read_database_time
+from models.timestamps import hour_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -72,7 +73,7 @@ class RunHourCounter:
         """Return the hours to count: the present one, then others that have changed, those counted longest ago
         first.
         """
-        present = run_hours.hour_of(now)
+        present = hour_of(now)
         earlier = [present - number * HOUR for number in range(1, run_hours.HOURS)]
         never = run_hours.first_hour(now)
         changed = [

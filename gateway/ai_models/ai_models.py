@@ -109,11 +109,13 @@ async def delete(request: GatewayRequest) -> NoContent:
 
 
 async def test(request: GatewayRequest) -> JsonResponse:
-    """Test a model with up to five short calls, which its provider bills, and store the abilities that it shows."""
+    """Test a model with up to five short calls, which its provider bills, and store the abilities that it shows.
+
+    `GET /ai/models/:id/status` shows the result of the last test.
+    """
     model = (await model_editing.read(request.gateway.database, request.requested_object)).model
     found = await request.gateway.model_prober.probe(model)
-    if found.capabilities is not None:
-        await request.gateway.model_prober.store(model, found.capabilities)
+    await request.gateway.model_prober.store(model, found)
     return JsonResponse(
         ModelTest(
             ok=found.is_ok,

@@ -180,7 +180,8 @@ def entity_tag(model: AiModel) -> dict[str, str]:
 
 def content_hash(stored: StoredModel) -> str:
     """Return the SHA-256 of all content of a model that clients or tests set, with its shares, in hexadecimal."""
-    content = stored.model.model_dump(exclude={"id", "blocked_until", "revision", "created_at", "updated_at"})
+    excluded = {"id", "blocked_until", "last_test", "revision", "created_at", "updated_at"}
+    content = stored.model.model_dump(exclude=excluded)
     return fingerprint([msgspec.to_builtins(content), sorted(stored.shared_with)])
 
 

@@ -28,6 +28,7 @@ from gateway.ai_models.model_shapes import CapabilitiesShape
 from gateway.http import limits
 from models import ids
 from models.ai_model import AiModel
+from models.timestamps import format_timestamp
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -101,16 +102,24 @@ class ModelProber:
         log.info("model tested", model_id=model.id, is_ok=is_ok, duration_milliseconds=milliseconds)
         return ModelProbe(is_ok, message, milliseconds, found)
 
-    async def store(self, model: AiModel, capabilities: CapabilitiesShape) -> None:
-        """Store the abilities that a test has seen, unless the model has been changed since.
+    async def store(self, model: AiModel, probe: ModelProbe) -> None:
+        """Store the result of a test, and the abilities that it has seen, unless the model has been changed since.
 
-        Its answers show that the provider accepts calls again, whatever time it has named before.
+        An answer shows that the provider accepts calls again, whatever time it has named before. The abilities of an
+        earlier test outlast one without an answer.
         """
-        values = {
-            "capabilities": msgspec.to_builtins(capabilities),
-            "tested_at": self._database.clock.now(),
-            "blocked_until": None,
+        now = self._database.clock.now()
+        values: dict[str, Any] = {
+            "last_test": {
+                "at": format_timestamp(now),
+                "ok": probe.is_ok,
+                "message": probe.message,
+                "durationMs": probe.duration_milliseconds,
+            }
         }
+        if probe.capabilities is not None:
+            seen = msgspec.to_builtins(probe.capabilities)
+            values |= {"capabilities": seen, "tested_at": now, "blocked_until": None}
 
         async def work(connection: AsyncConnection) -> None:
             await connection.execute(

@@ -208,7 +208,7 @@ def apply_changes(stored: StoredModel, body: UpdateModel, now: datetime) -> Stor
         given["limits"] = _to_stored(given["limits"]) or None
     changed = AiModel(**{**before.model_dump(), **given})
     if (changed.vendor_model_id, changed.data_source_id) != (before.vendor_model_id, before.data_source_id):
-        changed.capabilities = changed.tested_at = changed.blocked_until = None
+        changed.capabilities = changed.tested_at = changed.blocked_until = changed.last_test = None
     return StoredModel(changed, shared_with)
 
 

@@ -6,9 +6,20 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
 
-from gateway.ai_models import ai_models, ai_settings, model_costs, provider_keys, tool_servers
+from gateway.ai_models import (
+    ai_models,
+    ai_settings,
+    model_costs,
+    model_metrics,
+    model_status,
+    provider_keys,
+    tool_servers,
+    usable_models,
+)
 from gateway.ai_models.ai_settings import AiSettingsShape, UpdateAiSettings
+from gateway.ai_models.model_metrics import ModelMetrics
 from gateway.ai_models.model_shapes import CreateModel, ModelShape, UpdateModel
+from gateway.ai_models.model_status import ModelStatus
 from gateway.ai_models.provider_keys import CreateProviderKey, ProviderKeyShape, UpdateProviderKey
 from gateway.ai_models.tool_server_shapes import (
     AcceptTools,
@@ -16,6 +27,7 @@ from gateway.ai_models.tool_server_shapes import (
     ToolServerShape,
     UpdateToolServer,
 )
+from gateway.ai_models.usable_models import UsableModelList
 from gateway.data_sources.data_sources import NewDataSource
 from gateway.http.operation_docs import CREATES, EDITS, IF_MATCH, TAGGED, OperationDoc
 from gateway.http.route import READ_SOURCES, WRITE_SOURCES, Route
@@ -75,6 +87,25 @@ ROUTES: Final[Sequence[Route]] = (
         answer=ai_models.ModelTest,
         docs=OperationDoc(refusals=("rate-limited",)),
     ),
+    Route(
+        "GET",
+        "/api/v1/ai/models/{id}/status",
+        KeyScope.MODELS_READ,
+        model_status.show,
+        answer=ModelStatus,
+    ),
+    Route(
+        "GET",
+        "/api/v1/ai/models/{id}/metrics",
+        KeyScope.MODELS_READ,
+        model_metrics.show,
+        query=(model_metrics.WINDOW,),
+        answer=ModelMetrics,
+        docs=OperationDoc(refusals=("not-owner",)),
+    ),
+)
+USABLE: Final = Route(
+    "GET", "/api/v1/ai-models", KeyScope.MODELS_READ, usable_models.index, answer=UsableModelList
 )
 
 PROVIDER_KEYS: Final[Sequence[Route]] = (
@@ -228,7 +259,8 @@ SETTINGS: Final[Sequence[Route]] = (
         docs=OperationDoc(refusals=("admin-required", "validation-failed")),
     ),
 )
-ALIASES: Final[Sequence[Route]] = tuple(
-    replace(route, path=route.path.replace("/ai/models", "/models")) for route in ROUTES
+ALIASES: Final[Sequence[Route]] = (
+    *(replace(route, path=route.path.replace("/ai/models", "/models")) for route in ROUTES),
+    replace(USABLE, path="/api/v1/workflow-nodes/services/models"),
 )
-"""The same operations under another path."""
+"""The same operations under other paths."""

@@ -33,6 +33,7 @@ from execution.pod_api import (
     ExpectEventResponse,
     ExpectSignalRequest,
     ModelBlockRequest,
+    ModelFailureRequest,
     ModelReleaseRequest,
     ModelRequest,
     ModelReserveRequest,
@@ -170,6 +171,14 @@ async def release_model_call(request: GatewayRequest, holder: LeaseHolder) -> Js
     call = await decode_call(request, ModelReleaseRequest)
     caller = await lease_checks.read_caller(request.gateway.database, holder, request.path_params["id"])
     await request.gateway.pod_services.models.ledger.release(caller, call.key)
+    return JsonResponse({})
+
+
+async def count_failed_model_call(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
+    """Count a failed call of a model by the path's run in the metrics of the model; raises 409 `lease-lost`."""
+    call = await decode_call(request, ModelFailureRequest)
+    caller = await lease_checks.read_caller(request.gateway.database, holder, request.path_params["id"])
+    await request.gateway.pod_services.models.ledger.count_failure(caller, call.failed)
     return JsonResponse({})
 
 

@@ -52,6 +52,7 @@ TABLE: Sequence[PodRoute] = (
     PodRoute("POST", "/executions/{id}/models/reserve", node_services.reserve_model_call),
     PodRoute("POST", "/executions/{id}/models/settle", node_services.settle_model_call),
     PodRoute("POST", "/executions/{id}/models/release", node_services.release_model_call),
+    PodRoute("POST", "/executions/{id}/models/failed", node_services.count_failed_model_call),
     PodRoute("POST", "/executions/{id}/runs", node_services.start_run),
     PodRoute("POST", "/executions/{id}/workflow-effect", node_services.read_workflow_effect),
     PodRoute("POST", "/executions/{id}/reservations", node_services.reserve),

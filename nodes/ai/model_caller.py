@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from math import ceil
 from secrets import token_hex
+from time import monotonic
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -11,6 +12,7 @@ import msgspec
 from engine.model_calls import (
     CalledModel,
     ChatRequest,
+    FailedModelCall,
     ModelCallFailed,
     ModelReply,
     ModelReservation,
@@ -96,6 +98,7 @@ class ModelCaller:
         """Make an admitted call of a model, between its reservation and its settlement."""
         ledger, charge_key = self._connections.ledger, reservation.key
         is_reserved = await _reserve(ledger, caller, reservation)
+        began = monotonic()
         try:
             answer = await self._client.complete(model, request, idempotency_key=idempotency_key)
         except ModelCallFailed as failure:
@@ -104,10 +107,12 @@ class ModelCaller:
                 await ledger.release(caller, charge_key)
             if failure.code == RATE_LIMITED and failure.retry_after_seconds:
                 await self._connections.block(caller, model.id, failure.retry_after_seconds)
+            await ledger.count_failure(caller, FailedModelCall(model.id, failure.code))
             raise
+        milliseconds = round((monotonic() - began) * 1_000)
         admitted.note_tokens(answer.usage.input_tokens + answer.usage.output_tokens)
         cost = None if model.price is None else compute_cost(answer.usage, model.price)
-        settlement = ModelSettlement(charge_key, reservation.node, model.id, answer.usage, cost)
+        settlement = ModelSettlement(charge_key, reservation.node, model.id, answer.usage, cost, milliseconds)
         await ledger.settle(caller, settlement, is_reserved=is_reserved)
         return ModelReply(answer, cost, CalledModel(model.provider, model.vendor_model_id))
 

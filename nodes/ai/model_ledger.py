@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from engine.model_calls import ModelReservation, ModelSettlement
+    from engine.model_calls import FailedModelCall, ModelReservation, ModelSettlement
     from engine.services import RunCaller
 
 
@@ -29,6 +29,9 @@ class ModelLedger(Protocol):
 
     async def release(self, caller: RunCaller, key: str) -> None:
         """Remove the reservation of a call that costs nothing, since the provider has refused it."""
+
+    async def count_failure(self, caller: RunCaller, failed: FailedModelCall) -> None:
+        """Count a call that its provider has not answered in the metrics of the model; it may be stored later."""
 
     async def close(self) -> None:
         """Store the costs that are not stored yet."""

@@ -46,6 +46,16 @@ COST_COLUMNS = {
     "Output tokens": "outputTokens",
     "Dollars": "cost",
 }
+METRIC_COLUMNS = {
+    "From": "startsAt",
+    "Requests": "requests",
+    "Failed": "failed",
+    "Input tokens": "inputTokens",
+    "Output tokens": "outputTokens",
+    "Dollars": "cost",
+    "p50 ms": "p50Ms",
+    "p95 ms": "p95Ms",
+}
 FORCED = {"force": "true"}
 ForceOption = Annotated[bool, Option("--force", help="Even if workflows name it.")]
 
@@ -122,6 +132,29 @@ def call_model(model: ModelArgument, output: FormatOption = OutputFormat.JSON) -
     show_object(result, output)
     if not result["ok"]:
         raise typer.Exit(exit_codes.REFUSED)
+
+
+@app.command("status")
+def show_status(model: ModelArgument, output: FormatOption = OutputFormat.JSON) -> None:
+    """Print the status of a model by its last test and its provider's limits, without a call."""
+    show_object(connect().request("GET", f"{MODELS}/{find_model(model)}/status"), output)
+
+
+@app.command("metrics")
+def show_metrics(
+    model: ModelArgument,
+    window: Annotated[str, Option(help="24h, 7d, 30d or 90d.")] = "24h",
+    output: FormatOption = OutputFormat.TABLE,
+) -> None:
+    """Print calls, failures, tokens, cost and latency of a model by hours or days; JSON has the failures by code."""
+    path = f"{MODELS}/{find_model(model)}/metrics"
+    found = connect().request("GET", path, query={"window": window})
+    if output is not OutputFormat.TABLE:
+        show_object(found, output, key="modelId")
+        return
+    total = {**found["total"], "startsAt": "total"}
+    rows = [period for period in found["periods"] if period["requests"]]
+    show_list([*rows, total], output, METRIC_COLUMNS, key="startsAt")
 
 
 @app.command("costs")

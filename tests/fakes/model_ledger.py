@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from engine.model_calls import ModelReservation, ModelSettlement
+from engine.model_calls import FailedModelCall, ModelReservation, ModelSettlement
 from engine.services import RunCaller
 
 
@@ -13,6 +13,7 @@ class MemoryLedger:
         self.reserved: dict[str, ModelReservation] = {}
         """Calls whose reservation stands."""
         self.settled: dict[str, ModelSettlement] = {}
+        self.failed: list[FailedModelCall] = []
 
     async def reserve(self, _caller: RunCaller, reservation: ModelReservation) -> bool:
         self.reserved[reservation.key] = reservation
@@ -25,6 +26,9 @@ class MemoryLedger:
 
     async def release(self, _caller: RunCaller, key: str) -> None:
         del self.reserved[key]
+
+    async def count_failure(self, _caller: RunCaller, failed: FailedModelCall) -> None:
+        self.failed.append(failed)
 
     async def close(self) -> None:
         """Do nothing: everything is stored."""

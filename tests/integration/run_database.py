@@ -53,6 +53,7 @@ TABLES = (
         "execution_label",
         "model_charge",
         "model_cost",
+        "model_hour",
         "ai_settings",
         "approval_request",
         "approval_link",

@@ -22,7 +22,6 @@ from gateway.dashboard.page import POLICY
 from gateway.dashboard.pages import access, overview
 from gateway.drift import recent_observations
 from gateway.executions import source_usage
-from journal import run_hours
 from models import ids
 from models.access import ApiKey, UserRole
 from models.blocked_interval import BlockedInterval
@@ -30,6 +29,7 @@ from models.deployment import ObservedState
 from models.execution import Execution, SpanRow
 from models.execution_status import ExecutionStatus
 from models.ingest import SenderToken
+from models.timestamps import hour_of
 from scheduler.run_hours import RunHourCounter
 from tests.fakes.mcp_server import build_tool, serve_tools
 from tests.integration import input_waits
@@ -738,7 +738,7 @@ async def test_the_overview_says_what_needs_a_person_and_groups_failures(
     assert f'status=failed&amp;workflow_id={workflow_id}">2</a>' in page.text
     assert re.search(r'href="/dashboard/runs/\w+\?node=start&amp;tab=diff">Diff<', page.text)
     assert re.search(r'href="/dashboard/runs/\w+/replay">Replay plan<', page.text)
-    present = run_hours.hour_of(harness.gateway.clock())
+    present = hour_of(harness.gateway.clock())
     query = {"since": present - timedelta(hours=3), "until": present - timedelta(hours=2)}
     earlier = await browser.get(
         "/dashboard/overview", params={name: at.isoformat() for name, at in query.items()}

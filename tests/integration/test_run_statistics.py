@@ -21,6 +21,7 @@ from models.blocked_interval import BlockedInterval
 from models.deployment import ObservedState
 from models.execution import Execution
 from models.run_hour import ALL_WORKFLOWS, RunHour
+from models.timestamps import hour_of
 from scheduler import run_hours as duty
 from scheduler.run_hours import RunHourCounter
 from tests.integration.deployed_workflows import deploy_with_pod, run
@@ -43,7 +44,7 @@ async def get_json(person: UserClient, path: str) -> Any:  # noqa: ANN401 - any 
 async def count_runs(harness: GatewayHarness) -> datetime:
     """Count all runs as the scheduler does, and return the begin of the present hour."""
     await RunHourCounter(harness.gateway.database).count_runs()
-    return run_hours.hour_of(harness.gateway.clock())
+    return hour_of(harness.gateway.clock())
 
 
 async def insert_row(harness: GatewayHarness, row: BlockedInterval | RunHour) -> None:
@@ -76,7 +77,7 @@ async def end_run(
 async def test_runs_count_in_the_hour_of_their_acceptance_by_their_present_status(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
-    present = run_hours.hour_of(harness.gateway.clock())
+    present = hour_of(harness.gateway.clock())
     workflow_id = await people.owner.create(status="active", **GRAPH)
     for seconds in (0.1, 0.2, 0.2, 10):
         await end_run(harness, people.owner, workflow_id, "completed", present - 2 * HOUR, seconds=seconds)
@@ -131,7 +132,7 @@ async def test_slow_counts_reach_every_hour_in_time(
 ) -> None:
     monkeypatch.setattr(duty, "TURN_SECONDS", 0.0)
     monkeypatch.setattr(duty, "REST_FACTOR", 0)
-    present = run_hours.hour_of(harness.gateway.clock())
+    present = hour_of(harness.gateway.clock())
     workflow_id = await people.owner.create(status="active", **GRAPH)
     for number in (0, 1, 22):
         await end_run(harness, people.owner, workflow_id, "completed", present - number * HOUR)
@@ -154,7 +155,7 @@ async def test_private_runs_do_not_count(harness: GatewayHarness, people: Organi
 
 
 async def test_waits_for_pods_have_percentiles(harness: GatewayHarness, people: OrganizationUsers) -> None:
-    present = run_hours.hour_of(harness.gateway.clock())
+    present = hour_of(harness.gateway.clock())
     workflow_id = await people.owner.create(status="active", **GRAPH)
     await deploy_with_pod(harness, people.owner, workflow_id)
     for seconds, code in ((2, "waking"), (8, "waking"), (500, "window-closed")):
@@ -250,7 +251,7 @@ async def test_deployments_are_listed_with_their_next_transitions(
 
 
 async def test_counts_of_past_hours_are_deleted(harness: GatewayHarness, people: OrganizationUsers) -> None:
-    long_ago = run_hours.hour_of(harness.gateway.clock()) - 48 * HOUR
+    long_ago = hour_of(harness.gateway.clock()) - 48 * HOUR
     database = harness.gateway.database
     await insert_row(
         harness,

@@ -1029,6 +1029,7 @@ class HeldRun:
                 | {"usage": {"inputTokens": 5, "outputTokens": 5}, "cost": 3}
             },
             "/executions/{id}/models/release": {"key": "k"},
+            "/executions/{id}/models/failed": {"failed": {"model_id": "m", "error": "model-unavailable"}},
             "/executions/{id}/runs": {"workflow_id": self.run.workflow_id, "inputs": {}}
             | {"node_id": "greet", "iteration": "", "awaited": False},
             "/executions/{id}/workflow-effect": {"workflow_id": self.run.workflow_id},

@@ -39,6 +39,14 @@ class AiModels(Resource):
         """Yield every item of `list`, page by page."""
         return self._client.iterate("/api/v1/ai/models", "models", {"sort": sort})
 
+    def metrics(self, model_id: str, *, window: Literal['24h', '7d', '30d', '90d'] | None = None) -> t.ModelMetrics:
+        """Show the metrics of a model: of all calls of the organization, so to its owner and admins only."""
+        return cast("t.ModelMetrics", self._client.request("GET", f"/api/v1/ai/models/{self._quote(model_id)}/metrics", query={"window": window}))
+
+    def status(self, model_id: str) -> t.ModelStatus:
+        """Show the status of a model. No call is made: `POST /ai/models/:id/test` makes some."""
+        return cast("t.ModelStatus", self._client.request("GET", f"/api/v1/ai/models/{self._quote(model_id)}/status"))
+
     def test(self, model_id: str) -> t.ModelTest:
         """Test a model with up to five short calls, which its provider bills, and store the abilities that it shows."""
         return cast("t.ModelTest", self._client.request("POST", f"/api/v1/ai/models/{self._quote(model_id)}/test"))
@@ -46,6 +54,10 @@ class AiModels(Resource):
     def update(self, model_id: str, *, name: str | None = None, vendor_model_id: str | None = None, data_source_id: str | None = None, type: Literal['self-hosted', 'third-party'] | None = None, context_length: int | None | Absent = ABSENT, max_output_tokens: int | None | Absent = ABSENT, price: Any = ABSENT, limits: Any = ABSENT, is_shared: bool | None = None, shared_with: Sequence[str] | None = None, force: bool | None = None) -> t.Model:
         """Change a model; absent fields do not change."""
         return cast("t.Model", self._client.request("PUT", f"/api/v1/ai/models/{self._quote(model_id)}", query={"force": force}, fields={"name": name, "vendorModelId": vendor_model_id, "dataSourceId": data_source_id, "type": type, "isShared": is_shared, "sharedWith": shared_with}, nullable={"contextLength": context_length, "maxOutputTokens": max_output_tokens, "price": price, "limits": limits}))
+
+    def usable(self) -> t.UsableModelList:
+        """List all models that you may name in nodes, the built-in `echo` among them."""
+        return cast("t.UsableModelList", self._client.request("GET", "/api/v1/ai-models"))
 
 
 class AiSettings(Resource):

@@ -139,6 +139,7 @@ __all__ = [
     "KeyRefusal",
     "KeyScope",
     "LastDecision",
+    "LastModelTest",
     "LastRun",
     "LayoutResult",
     "Lease",
@@ -156,11 +157,19 @@ __all__ = [
     "MailReceipt",
     "MailSummary",
     "MappingsAnswer",
+    "MetricsWindow",
     "MisfirePolicy",
     "Model",
+    "ModelAmounts",
     "ModelCost",
     "ModelCostList",
+    "ModelErrorCount",
     "ModelList",
+    "ModelMetrics",
+    "ModelPeriod",
+    "ModelProvider",
+    "ModelState",
+    "ModelStatus",
     "ModelTest",
     "ModelType",
     "ModelUsage",
@@ -323,6 +332,8 @@ __all__ = [
     "TriggerTokenList",
     "UndeployResult",
     "UpcomingRun",
+    "UsableModel",
+    "UsableModelList",
     "Usage",
     "User",
     "UserList",
@@ -452,7 +463,16 @@ LifecycleReason = Literal['always-on', 'asleep', 'by-hand', 'deployed', 'drain-t
 LogLevel = Literal['debug', 'error', 'info', 'warning']
 
 
+MetricsWindow = Literal['24h', '30d', '7d', '90d']
+
+
 MisfirePolicy = Literal['run-all', 'run-once', 'skip']
+
+
+ModelProvider = Literal['anthropic', 'echo', 'openai-compatible']
+
+
+ModelState = Literal['active', 'blocked', 'failed', 'untested']
 
 
 ModelType = Literal['self-hosted', 'third-party']
@@ -1686,6 +1706,15 @@ class LastDecision(TypedDict):
     userId: str | None
 
 
+class LastModelTest(TypedDict):
+    """Result of the last test of a model."""
+
+    at: str
+    ok: bool
+    message: str
+    durationMs: int
+
+
 class LastRun(TypedDict):
     """Last run that a schedule has started."""
 
@@ -1864,6 +1893,19 @@ class Model(TypedDict):
     updatedAt: str
 
 
+class ModelAmounts(TypedDict):
+    """Calls of a model within a time. Those that no budget admitted, and those of a block, were not made."""
+
+    requests: int
+    failed: int
+    inputTokens: int
+    outputTokens: int
+    cost: str
+    unpricedRequests: int
+    p50Ms: int | None
+    p95Ms: int | None
+
+
 class ModelCost(TypedDict):
     """Answered calls of one model by one workflow in a month."""
 
@@ -1886,6 +1928,13 @@ class ModelCostList(TypedDict):
     budget: MonthBudgetUse | None
 
 
+class ModelErrorCount(TypedDict):
+    """Failed calls with one code."""
+
+    code: str
+    count: int
+
+
 class ModelList(TypedDict):
     """Page of a list of models; `count` is the total."""
 
@@ -1893,6 +1942,42 @@ class ModelList(TypedDict):
     limit: int
     offset: int
     models: List[Model]
+
+
+class ModelMetrics(TypedDict):
+    """Metrics of a model over a window of time."""
+
+    modelId: str
+    window: MetricsWindow
+    since: str
+    asOf: str
+    total: ModelAmounts
+    errors: List[ModelErrorCount]
+    periods: List[ModelPeriod]
+
+
+class ModelPeriod(TypedDict):
+    """Calls of a model that ended within an hour or a day (UTC)."""
+
+    requests: int
+    failed: int
+    inputTokens: int
+    outputTokens: int
+    cost: str
+    unpricedRequests: int
+    p50Ms: int | None
+    p95Ms: int | None
+    startsAt: str
+
+
+class ModelStatus(TypedDict):
+    """Status of a model."""
+
+    modelId: str
+    status: ModelState
+    reachable: bool | None
+    blockedUntil: str | None
+    lastTest: LastModelTest | None
 
 
 class ModelTest(TypedDict):
@@ -3597,6 +3682,29 @@ class UpcomingRun(TypedDict):
     at: str
     localTime: str
     startsAt: str
+
+
+class UsableModel(TypedDict):
+    """Model that the caller may name in nodes."""
+
+    id: str
+    name: str
+    type: ModelType | None
+    provider: ModelProvider
+    vendorModelId: str | None
+    status: ModelState
+    isDefault: bool
+    isPriced: bool
+    contextLength: int | None
+    maxOutputTokens: int | None
+    capabilities: Capabilities | None
+
+
+class UsableModelList(TypedDict):
+    """Models that the caller may use, the best choice first."""
+
+    count: int
+    models: List[UsableModel]
 
 
 class Usage(TypedDict):

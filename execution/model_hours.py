@@ -1,0 +1,85 @@
+"""Hourly counts of the calls of language models, which their metrics show."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+from sqlalchemy.dialects import postgresql, sqlite
+
+from models.duration_histogram import find_bucket
+from models.model_hour import ModelHour
+from models.timestamps import hour_of
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from engine.model_calls import FailedModelCall, ModelSettlement
+
+
+class ModelHourKey(NamedTuple):
+    """Primary key of an hour's count; the order of keys is the order of the locks of their rows."""
+
+    organization_id: str
+    model_id: str
+    starts_at: datetime
+    error: str
+    bucket: int
+
+
+class ModelHourCounts:
+    """Counts of calls that are stored together."""
+
+    def __init__(self) -> None:
+        self._counts: dict[ModelHourKey, Counter[str]] = {}
+
+    def add_answer(self, organization_id: str, settlement: ModelSettlement, ended_at: datetime) -> None:
+        """Count an answered call."""
+        bucket = find_bucket(settlement.duration_milliseconds)
+        key = ModelHourKey(organization_id, settlement.model_id, hour_of(ended_at), "", bucket)
+        self._add(key, count_settlement(settlement))
+
+    def add_failure(self, organization_id: str, failed: FailedModelCall, ended_at: datetime) -> None:
+        """Count a call without an answer."""
+        key = ModelHourKey(organization_id, failed.model_id, hour_of(ended_at), failed.error, 0)
+        self._add(key, {"calls": 1})
+
+    def _add(self, key: ModelHourKey, amounts: Mapping[str, int]) -> None:
+        self._counts.setdefault(key, Counter()).update(amounts)
+
+    async def store(self, connection: AsyncConnection) -> None:
+        """Add the counts to those in the database."""
+        for key, amounts in sorted(self._counts.items()):
+            await _add_to_hour(connection, key, amounts)
+
+
+def count_settlement(settlement: ModelSettlement) -> dict[str, int]:
+    """Return the amounts that an answered call adds to the sums of its hour and month."""
+    return {
+        "calls": 1,
+        "unpriced_calls": int(settlement.cost is None),
+        "input_tokens": settlement.usage.input_tokens,
+        "output_tokens": settlement.usage.output_tokens,
+        "cost": settlement.cost or 0,
+    }
+
+
+_AMOUNTS = ("calls", "unpriced_calls", "input_tokens", "output_tokens", "cost")
+
+
+async def _add_to_hour(connection: AsyncConnection, key: ModelHourKey, amounts: Counter[str]) -> None:
+    """Add the amounts of calls to the row of their key."""
+    insert = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
+    columns = ModelHour.__table__.c  # type: ignore[attr-defined]  # SQLModel doesn't declare it
+    added = {name: amounts[name] for name in _AMOUNTS}
+    await connection.execute(
+        insert(ModelHour)
+        .values({**key._asdict(), **added})
+        .on_conflict_do_update(
+            index_elements=list(ModelHourKey._fields),
+            set_={name: columns[name] + amount for name, amount in added.items()},
+        )
+    )
