@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer import Argument, Option
 
-from pilotflame import exit_codes
+from pilotflame import exit_codes, price_proposals
 from pilotflame.command_error import CommandError
 from pilotflame.commands.arguments import AllOption, LimitOption, YesOption, confirm, read_object
 from pilotflame.commands.datasources import find_source
 from pilotflame.commands.nouns import new_noun
 from pilotflame.commands.output import FormatOption, OutputFormat, show_list, show_object, take
 from pilotflame.commands.server_connection import connect
+from pilotflame.price_catalog import open_catalog
+from pilotflame.price_proposals import PriceState
 
 app = new_noun("Manage the language models that workflows may call.")
 MODELS = "/api/v1/ai/models"
@@ -55,6 +59,15 @@ METRIC_COLUMNS = {
     "Dollars": "cost",
     "p50 ms": "p50Ms",
     "p95 ms": "p95Ms",
+}
+PRICE_COLUMNS = {
+    "Name": "name",
+    "Model": "vendorModelId",
+    "Price": "price",
+    "Public price": "proposed",
+    "Entry": "entry",
+    "State": "state",
+    "Reason": "problem",
 }
 FORCED = {"force": "true"}
 ForceOption = Annotated[bool, Option("--force", help="Even if workflows name it.")]
@@ -155,6 +168,45 @@ def show_metrics(
     total = {**found["total"], "startsAt": "total"}
     rows = [period for period in found["periods"] if period["requests"]]
     show_list([*rows, total], output, METRIC_COLUMNS, key="startsAt")
+
+
+@app.command("prices")
+def propose_prices(
+    models: Annotated[
+        list[str] | None,
+        Argument(
+            metavar="[MODEL]...", help="Ids or exact names; without any, all models.", show_default=False
+        ),
+    ] = None,
+    source: Annotated[
+        Path | None,
+        Option("--from", help="File prices/data.json of genai-prices, in place of the installed package."),
+    ] = None,
+    write: Annotated[bool, Option("--write", help="Store the proposals for models without a price.")] = False,
+    replace: Annotated[bool, Option("--replace", help="With --write: replace other prices too.")] = False,
+    yes: YesOption = False,
+    output: FormatOption = OutputFormat.TABLE,
+) -> None:
+    """Compare the prices of models with the public ones of genai-prices, and store these with --write."""
+    catalog, server, today = open_catalog(source), connect(), datetime.now(UTC).date()
+    listed = list(server.iterate(MODELS, "models", {}))
+    wanted = None if models is None else {find_model(one) for one in models}
+    proposals = [
+        price_proposals.propose_price(server, catalog, one, today)
+        for one in listed
+        if wanted is None or one["id"] in wanted
+    ]
+    show_list(proposals, output, PRICE_COLUMNS)
+    states = {PriceState.NEW, PriceState.OTHER} if replace else {PriceState.NEW}
+    chosen = [one for one in proposals if write and one["state"] in states]
+    if not chosen:
+        return
+    confirm(
+        f"Store {len(chosen)} prices? They are public ones, not those of your contract.", is_confirmed=yes
+    )
+    for one in chosen:
+        server.request("PUT", f"{MODELS}/{one['id']}", json={"price": one["proposed"]})
+        typer.echo(f"{one['name']}: stored", err=True)
 
 
 @app.command("costs")

@@ -355,6 +355,35 @@ async def test_tools_of_a_server_are_accepted_by_their_hash(shell: CommandShell)
     shell.output("tool-servers", "delete", "Notebook", "--yes")
 
 
+def test_public_prices_are_proposed_and_stored_when_told(shell: CommandShell, tmp_path: Path) -> None:
+    """Status and metrics of the model are printed, too."""
+    settings = '{"baseUrl": "https://api.example.com/v1"}'
+    create = ("datasources", "create", "Provider", "--type", "ai-provider", "--settings", settings)
+    shell.output(*create)
+    for name, more in (("Small", ()), ("Dear", ("--price", '{"input": "7", "output": "8"}')), ("Odd", ())):
+        shell.output("models", "create", name, "--vendor-model", name, "--datasource", "Provider", *more)
+    prices = tmp_path / "data.json"
+    flat = {"input_mtok": 0.25, "output_mtok": 2}
+    entries = [{"id": one, "match": {"equals": one}, "prices": flat} for one in ("small", "dear")]
+    example = {"id": "example", "api_pattern": "https://api\\.example", "models": entries}
+    prices.write_text(json.dumps([example]))
+    propose = ("models", "prices", "--from", str(prices), "-o", "json")
+
+    def list_states(*options: str) -> dict[str, str]:
+        return {one["name"]: one["state"] for one in shell.json(*propose, *options)}
+
+    assert list_states() == {"Small": "new", "Dear": "other", "Odd": "unknown"}
+    assert list_states("Dear", "--write", "--yes") == {"Dear": "other"}
+    assert shell.json("models", "get", "Small")["price"] is None
+    list_states("--write", "--yes")
+    assert list_states() == {"Small": "same", "Dear": "other", "Odd": "unknown"}
+    list_states("--write", "--replace", "--yes")
+    assert shell.json("models", "get", "Dear")["price"]["input"] == "0.25"
+    assert shell.json("models", "status", "Small")["status"] == "untested"
+    assert shell.json("models", "metrics", "Small", "--window", "7d", "-o", "json")["total"]["requests"] == 0
+    assert "total" in shell.output("models", "metrics", "Small")
+
+
 def test_a_key_without_the_scope_and_a_revoked_key_end_with_4(shell: CommandShell) -> None:
     key = shell.output("keys", "create", "--name", "reader", "--scope", "workflows:read")
     denied = shell.run("runs", "start", "Asking", PILOTFLAME_API_KEY=key)
