@@ -124,6 +124,8 @@ METHODS: Final = {
     "lifecycleShow": "deployments.lifecycle",
     "lifecycleUpdate": "deployments.set_lifecycle",
     "model_metricsShow": "ai_models.metrics",
+    "model_permissionsShow": "ai_models.permissions",
+    "model_permissionsUpdate": "ai_models.set_permissions",
     "model_statusShow": "ai_models.status",
     "node_statisticsShow": "workflows.statistics",
     "node_testsRunNode": "workflows.test_node",

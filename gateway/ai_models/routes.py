@@ -11,6 +11,7 @@ from gateway.ai_models import (
     ai_settings,
     model_costs,
     model_metrics,
+    model_permissions,
     model_status,
     provider_keys,
     tool_servers,
@@ -18,6 +19,7 @@ from gateway.ai_models import (
 )
 from gateway.ai_models.ai_settings import AiSettingsShape, UpdateAiSettings
 from gateway.ai_models.model_metrics import ModelMetrics
+from gateway.ai_models.model_permissions import ModelPermissions, SetPermissions
 from gateway.ai_models.model_shapes import CreateModel, ModelShape, UpdateModel
 from gateway.ai_models.model_status import ModelStatus
 from gateway.ai_models.provider_keys import CreateProviderKey, ProviderKeyShape, UpdateProviderKey
@@ -102,6 +104,24 @@ ROUTES: Final[Sequence[Route]] = (
         query=(model_metrics.WINDOW,),
         answer=ModelMetrics,
         docs=OperationDoc(refusals=("not-owner",)),
+    ),
+    Route(
+        "GET",
+        "/api/v1/ai/models/{id}/permissions",
+        KeyScope.MODELS_READ,
+        model_permissions.show,
+        answer=ModelPermissions,
+        docs=TAGGED,
+    ),
+    Route(
+        "PUT",
+        "/api/v1/ai/models/{id}/permissions",
+        KeyScope.MODELS_WRITE,
+        model_permissions.update,
+        query=(ai_models.FORCE,),
+        body=SetPermissions,
+        answer=ModelPermissions,
+        docs=EDITS.refusing("model-name-taken", "model-in-use"),
     ),
 )
 USABLE: Final = Route(

@@ -320,6 +320,7 @@ async def test_every_resource_is_taken_as_it_is_shown(people: OrganizationUsers)
             source: [data_source],
             f"{source}/visibility": [data_source],
             model: [(await api.get(model)).json()],
+            f"{model}/permissions": [(await api.get(f"{model}/permissions")).json()],
             provider_key: [(await api.get(provider_key)).json()],
             tool_server: [(await api.get(tool_server)).json()],
             AI_SETTINGS: [(await api.get(AI_SETTINGS)).json()],

@@ -1,4 +1,4 @@
-"""Status and metrics of language models, and the list of those that a user may name."""
+"""Status, metrics and permissions of language models, and the list of those that a user may name."""
 
 from __future__ import annotations
 
@@ -243,3 +243,32 @@ async def test_the_usable_models_are_ranked_and_contain_the_built_in_one(
         "maxOutputTokens": None,
         "capabilities": None,
     }
+
+
+async def test_permissions_are_those_of_the_model(people: OrganizationUsers) -> None:
+    owner, colleague = people.owner, people.colleague
+    model_id = await create_model(owner, await create_provider(owner))
+    path = f"{MODELS}/{model_id}/permissions"
+    assert_refused(await colleague.api.get(path), 404, "not-found")
+    guest = colleague.user.id
+    given = await owner.api.put(path, json={"sharedWith": [guest]})
+    expected = {
+        "modelId": model_id,
+        "ownerId": owner.user.id,
+        "isShared": False,
+        "sharedWith": [guest],
+        "canEdit": True,
+    }
+    assert given.json() == expected
+    assert await get(colleague, path) == {**expected, "canEdit": False}
+    assert (await owner.api.put(path, json=expected)).json() == expected
+    assert (await get(owner, f"{MODELS}/{model_id}"))["sharedWith"] == [guest]
+    assert_refused(await colleague.api.put(path, json={"isShared": True}), 403, "not-owner")
+    foreign = await owner.api.put(path, json={"sharedWith": [people.stranger.user.id]})
+    assert foreign.json()["error"]["details"][0]["code"] == "user-not-found"
+    stale = await owner.api.put(
+        path, json={"isShared": True}, headers={"If-Match": given.headers["etag"] + "9"}
+    )
+    assert_refused(stale, 412, "precondition-failed")
+    taken = await owner.api.put(path, json={"isShared": True, "sharedWith": []})
+    assert (taken.json()["isShared"], taken.json()["sharedWith"]) == (True, [])

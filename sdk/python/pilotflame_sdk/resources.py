@@ -43,6 +43,14 @@ class AiModels(Resource):
         """Show the metrics of a model: of all calls of the organization, so to its owner and admins only."""
         return cast("t.ModelMetrics", self._client.request("GET", f"/api/v1/ai/models/{self._quote(model_id)}/metrics", query={"window": window}))
 
+    def permissions(self, model_id: str) -> t.ModelPermissions:
+        """Show who may use a model."""
+        return cast("t.ModelPermissions", self._client.request("GET", f"/api/v1/ai/models/{self._quote(model_id)}/permissions"))
+
+    def set_permissions(self, model_id: str, *, is_shared: bool | None = None, shared_with: Sequence[str] | None = None, force: bool | None = None) -> t.ModelPermissions:
+        """Set who may use a model; its owner and admins may."""
+        return cast("t.ModelPermissions", self._client.request("PUT", f"/api/v1/ai/models/{self._quote(model_id)}/permissions", query={"force": force}, fields={"isShared": is_shared, "sharedWith": shared_with}))
+
     def status(self, model_id: str) -> t.ModelStatus:
         """Show the status of a model. No call is made: `POST /ai/models/:id/test` makes some."""
         return cast("t.ModelStatus", self._client.request("GET", f"/api/v1/ai/models/{self._quote(model_id)}/status"))

@@ -167,6 +167,7 @@ __all__ = [
     "ModelList",
     "ModelMetrics",
     "ModelPeriod",
+    "ModelPermissions",
     "ModelProvider",
     "ModelState",
     "ModelStatus",
@@ -1968,6 +1969,16 @@ class ModelPeriod(TypedDict):
     p50Ms: int | None
     p95Ms: int | None
     startsAt: str
+
+
+class ModelPermissions(TypedDict):
+    """Permissions of a model. Its owner and admins of the organization may use it in any case."""
+
+    modelId: str
+    ownerId: str
+    isShared: bool
+    sharedWith: List[str]
+    canEdit: bool
 
 
 class ModelStatus(TypedDict):
