@@ -18,6 +18,7 @@ from contextlib import asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass
 from enum import StrEnum
 from ipaddress import IPv4Network, IPv6Network
+from math import inf
 from typing import Any
 
 from nodes import url_targets
@@ -237,22 +238,40 @@ def _require_final_status(target: UrlTarget, status: int) -> None:
         raise OutboundRefused(OutboundRefusalCode.INVALID_RESPONSE, message)
 
 
+class StreamTimeLimits:
+    """Time limits of one streamed exchange: for each pause, and for the whole."""
+
+    def __init__(self, idle_seconds: float, total_seconds: float) -> None:
+        self._idle_seconds = idle_seconds
+        self._total_seconds = total_seconds
+        self._ends_at = asyncio.get_running_loop().time() + total_seconds
+
+    @contextmanager
+    def enforce(self, target: UrlTarget) -> Iterator[float]:
+        """Yield the time of the loop at which a wait ends, and convert failures in the block to `OutboundError`s."""
+        now = asyncio.get_running_loop().time()
+        until = min(now + self._idle_seconds, self._ends_at)
+        is_last = until == self._ends_at
+        with _translate_failures(target, self._total_seconds if is_last else self._idle_seconds):
+            yield until
+
+
 class OutboundStream:
     """Response that is read while it arrives: status and headers, and the decompressed body by iteration."""
 
-    def __init__(self, response: StreamedResponse, target: UrlTarget, idle_seconds: float) -> None:
+    def __init__(self, response: StreamedResponse, target: UrlTarget, limits: StreamTimeLimits) -> None:
         self.status = response.status
         self.headers: Mapping[str, str] = response.headers
         """Names in lower case; the values of one name are joined by a comma."""
         self._response = response
         self._target = target
-        self._idle_seconds = idle_seconds
+        self._limits = limits
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         """Yield the pieces of the body; raises `OutboundError` at a failure, and after a pause that is too long."""
         while True:
-            with _translate_failures(self._target, self._idle_seconds):
-                async with asyncio.timeout(self._idle_seconds):
+            with self._limits.enforce(self._target) as until:
+                async with asyncio.timeout_at(until):
                     piece = await anext(self._response, None)
             if piece is None:
                 return
@@ -306,24 +325,33 @@ class OutboundClient:
 
     @asynccontextmanager
     async def stream(
-        self, method: str, url: str, *, headers: Mapping[str, str], body: bytes, idle_seconds: float
+        self,
+        method: str,
+        url: str,
+        *,
+        headers: Mapping[str, str],
+        body: bytes,
+        idle_seconds: float,
+        total_seconds: float = inf,
     ) -> AsyncIterator[OutboundStream]:
         """Send a request over an idle connection or a new one, and yield its response while the body arrives.
 
-        Redirects are not followed. The timeout spans the time until the headers, and each pause in the body.
+        Redirects are not followed. `idle_seconds` is the time until the headers, and that of each pause in the body;
+        `total_seconds` ends a response that never pauses for so long, and never ends.
         At the end of the block the connection is closed unless the response is complete. Raises
         `OutboundError`, and so does the stream. A request on an idle connection that breaks is not repeated.
         """
         require_valid_request(method.upper(), headers)
         call = OutboundCall(method.upper(), parse_target(url), headers, body)
         connection: OutboundConnection | None = None
+        time_limits = StreamTimeLimits(idle_seconds, total_seconds)
         try:
-            with _translate_failures(call.target, idle_seconds):
-                async with asyncio.timeout(idle_seconds):
+            with time_limits.enforce(call.target) as until:
+                async with asyncio.timeout_at(until):
                     connection = self._take_kept(call.target) or await self._connect(call.target)
                     response = await connection.open_stream(_request_head(call), body)
                 _require_final_status(call.target, response.status)
-            yield OutboundStream(response, call.target, idle_seconds)
+            yield OutboundStream(response, call.target, time_limits)
         finally:
             if connection is not None:
                 connection.end_stream()

@@ -31,6 +31,7 @@ from nodes.ai.event_stream import EventStreamParser, EventTooLarge
 from nodes.outbound_http import (
     OutboundClient,
     OutboundError,
+    OutboundOutageCode,
     OutboundPolicy,
     OutboundRefusalCode,
     OutboundRefused,
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
     from nodes.outbound_http import IpNetwork, OutboundStream
 
 IDLE_SECONDS: Final = 60.0
+TOTAL_SECONDS: Final = 900.0
+"""Time of the longest answers. Servers that send comments to keep a connection open would never pause."""
 MAX_ERROR_BYTES: Final = 65_536
 MAX_RETRY_AFTER_SECONDS: Final = 86_400.0
 ANSWER_TOOL: Final = "give_answer"
@@ -56,6 +59,10 @@ _REDIRECTS: Final = range(300, 400)
 _REPEATABLE: Final = frozenset({408, 409, 425})
 _FIRST_SERVER_ERROR: Final = 500
 _OK: Final = range(200, 300)
+_NEVER_SENT: Final = frozenset({OutboundOutageCode.NAME_NOT_RESOLVED, OutboundOutageCode.NOT_CONNECTED})
+"""Outages before the first byte of a request. A kept connection that breaks is none of them: its server may have read
+the request, so that neither a silent repetition nor the end of the reservation would be safe.
+"""
 
 
 def open_model_outbound(networks: Sequence[IpNetwork], hosts: Collection[str]) -> OutboundClient:
@@ -155,7 +162,12 @@ class ModelClient:
         content = msgspec.json.encode(body)
         try:
             async with self._outbound.stream(
-                "POST", url, headers=headers, body=content, idle_seconds=IDLE_SECONDS
+                "POST",
+                url,
+                headers=headers,
+                body=content,
+                idle_seconds=IDLE_SECONDS,
+                total_seconds=TOTAL_SECONDS,
             ) as stream:
                 if stream.status not in _OK:
                     raise build_status_failure(stream.status, stream.headers, await _read_error(stream))
@@ -375,7 +387,7 @@ def _build_transport_failure(error: OutboundError) -> ModelCallFailed:
                 code="model-unavailable",
                 retryable=True,
                 can_fall_back=True,
-                may_be_billed=True,
+                may_be_billed=error.code not in _NEVER_SENT,
             )
         case OutboundRefused():
             return ModelCallFailed(

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 IDLE_SECONDS: Final = 60.0
 """Maximum time until the headers of an answer, and between two pieces of it."""
+TOTAL_SECONDS: Final = 300.0
+"""Maximum time of an answer, also of one that reports its progress again and again."""
 END_SECONDS: Final = 2.0
 MAX_ANSWER_BYTES: Final = 4_000_000
 MAX_ERROR_BYTES: Final = 65_536
@@ -287,7 +289,12 @@ class McpSession:
             **self._address.build_key_headers(),
         }
         async with self._outbound.stream(
-            "POST", self._address.url, headers=sent, body=body, idle_seconds=IDLE_SECONDS
+            "POST",
+            self._address.url,
+            headers=sent,
+            body=body,
+            idle_seconds=IDLE_SECONDS,
+            total_seconds=TOTAL_SECONDS,
         ) as stream:
             yield stream
 

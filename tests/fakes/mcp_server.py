@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncGenerator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -22,6 +22,7 @@ class McpFault(Enum):
     """Fault of the answers to `tools/call`."""
 
     SLOW = "no answer until the release of the server"
+    NEVER_ENDS = "progress in place of an answer, again and again, until the release of the server"
     HUGE = "an answer of more than 4 MB"
     WRONG_ID = "the answer to another request"
     NOT_JSON = "a page in place of JSON"
@@ -194,6 +195,8 @@ class McpServer:
             message["params"].get("_meta", {}).get("pilotflame/idempotency-key") == self.effects[-1],
             "idempotency key",
         )
+        if self.fault is McpFault.NEVER_ENDS:
+            return await self._send_progress(request)
         if self.fault is McpFault.CUT:
             assert request.transport is not None
             request.transport.abort()
@@ -260,6 +263,16 @@ class McpServer:
             return self.result
         image = {"type": "image", "mimeType": "image/png", "data": "AAAA"}
         return {"content": [text, image], "structuredContent": {"notes": len(self.effects)}}
+
+    async def _send_progress(self, request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await response.prepare(request)
+        progress = {"jsonrpc": "2.0", "method": "notifications/progress", "params": {"progress": 1}}
+        with suppress(ConnectionError):
+            while not self.released.is_set():
+                await response.write(b"data: %b\n\n" % json.dumps(progress).encode())
+                await asyncio.sleep(0.02)
+        return response
 
     async def _send(self, request: web.Request, messages: list[dict[str, Any]]) -> web.StreamResponse:
         if not self.streams and len(messages) == 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -24,6 +24,7 @@ class ModelFault(Enum):
     CONTEXT_TOO_LONG = "400"
     SLOW_FIRST_BYTE = "headers only after the release of the server"
     STALL = "a pause in the middle of the answer until the release of the server"
+    NEVER_ENDS = "comments in the middle of the answer, again and again, until the release of the server"
     CUT = "the connection ends in the middle of a billed answer"
     NO_USAGE = "no usage"
     LENGTH = "the answer ends by its length"
@@ -31,6 +32,7 @@ class ModelFault(Enum):
     HUGE = "an answer of more than 10 MB"
     REDIRECT = "a redirect, by itself to another path of the same server"
     REPEATS_KEY = "the key in the text of an error"
+    CLOSED = "the connection ends in place of an answer"
     OVERLOADED = "529"
     OVERLOADED_LATE = "an error in the middle of an answer of Anthropic's protocol"
     NO_CREDIT = "429 of an account without credit"
@@ -80,6 +82,9 @@ class ModelServer:
         refusal = _build_refusal(line, request)
         if refusal is not None:
             return refusal
+        if line.fault is ModelFault.CLOSED and request.transport is not None:
+            request.transport.abort()
+            return web.Response()
         if line.fault is ModelFault.SLOW_FIRST_BYTE:
             await self.released.wait()
         self.billed.append(request.headers.get("idempotency-key", ""))
@@ -88,6 +93,8 @@ class ModelServer:
         response = web.StreamResponse(headers={"content-type": "text/event-stream"})
         await response.prepare(request)
         async for event in self._iterate_events(line):
+            if line.fault is ModelFault.NEVER_ENDS:
+                await _write_comments(response, self.released)
             await response.write(b"data: %b\n\n" % json.dumps(event).encode())
             if event.get("cut") and request.transport is not None:
                 request.transport.abort()
@@ -143,6 +150,14 @@ class ModelServer:
         yield _build_chunk({}, finish)
         if line.fault is not ModelFault.NO_USAGE:
             yield {"choices": [], "model": "scripted-1", "usage": USAGE}
+
+
+async def _write_comments(response: web.StreamResponse, released: asyncio.Event) -> None:
+    """Write comments until the release of the server, or the end of the connection."""
+    with suppress(ConnectionError):
+        while not released.is_set():
+            await response.write(b": still waiting\n\n")
+            await asyncio.sleep(0.02)
 
 
 USAGE = {"prompt_tokens": 100, "completion_tokens": 20, "total_tokens": 120}

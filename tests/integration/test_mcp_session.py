@@ -141,6 +141,17 @@ async def test_a_server_that_does_not_answer_is_left_at_the_time_limit() -> None
         assert served.effects == []
 
 
+async def test_a_server_that_only_reports_progress_is_left_with_an_unknown_outcome(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its pauses are short, so that the limit of a pause never ends it."""
+    monkeypatch.setattr(mcp_session, "TOTAL_SECONDS", 2.0)
+    async with serve_tools(fault=McpFault.NEVER_ENDS) as served:
+        failed = await call_failing(served)
+        assert (failed.code, len(served.effects)) == ("timed-out", 1)
+    assert failed.code in UNKNOWN_OUTCOMES
+
+
 async def test_the_text_of_a_failed_tool_is_the_error() -> None:
     async with serve_tools(fault=McpFault.TOOL_ERROR) as served:
         assert str(await call_failing(served)) == "The notebook is full"

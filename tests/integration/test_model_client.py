@@ -105,12 +105,18 @@ async def test_a_fault_is_a_failure_with_its_consequence(
     assert len(served.requests) == 1
 
 
-async def test_a_redirect_to_another_server_takes_neither_the_key_nor_the_question_there() -> None:
+@pytest.mark.parametrize(
+    ("provider", "path"),
+    [(ModelProvider.OPENAI_COMPATIBLE, "chat/completions"), (ModelProvider.ANTHROPIC, "messages")],
+)
+async def test_a_redirect_to_another_server_takes_neither_the_key_nor_the_question_there(
+    provider: ModelProvider, path: str
+) -> None:
     async with serve_models() as other, open_model_client() as client:
-        script = ScriptedAnswer(fault=ModelFault.REDIRECT, location=f"{other.url}/chat/completions")
+        script = ScriptedAnswer(fault=ModelFault.REDIRECT, location=f"{other.url}/{path}")
         async with serve_models(script) as served:
             with pytest.raises(ModelCallFailed) as failed:
-                await client.complete(model_at(served.url), REQUEST, idempotency_key="k")
+                await client.complete(model_at(served.url, provider=provider), REQUEST, idempotency_key="k")
     assert (failed.value.code, failed.value.may_be_billed) == ("model-redirected", False)
     assert (len(served.requests), other.requests) == (1, [])
 
@@ -184,6 +190,45 @@ async def test_a_provider_that_stalls_is_given_up(fault: ModelFault, monkeypatch
         with pytest.raises(ModelCallFailed) as failed:
             await client.complete(model_at(served.url), REQUEST, idempotency_key="k")
     assert (failed.value.code, failed.value.retryable) == ("model-unavailable", True)
+
+
+async def test_an_answer_that_never_ends_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its pauses are short, so that the limit of a pause never ends it."""
+    monkeypatch.setattr(model_client, "TOTAL_SECONDS", 0.5)
+    async with (
+        serve_models(ScriptedAnswer(fault=ModelFault.NEVER_ENDS)) as served,
+        open_model_client() as client,
+    ):
+        with pytest.raises(ModelCallFailed, match=r"within 0\.5 s") as failed:
+            await client.complete(model_at(served.url), REQUEST, idempotency_key="k")
+    failure = failed.value
+    assert (failure.code, failure.retryable, failure.may_be_billed) == ("model-unavailable", True, True)
+
+
+async def test_a_provider_that_was_never_reached_bills_nothing() -> None:
+    """Nothing was sent: the port of a server that has ended refuses connections."""
+    async with serve_models() as served:
+        url = served.url
+    async with open_model_client() as client:
+        with pytest.raises(ModelCallFailed) as failed:
+            await client.complete(model_at(url), REQUEST, idempotency_key="k")
+    failure = failed.value
+    assert (failure.code, failure.retryable, failure.may_be_billed) == ("model-unavailable", True, False)
+
+
+async def test_a_call_on_a_kept_connection_that_breaks_is_not_repeated_here() -> None:
+    """The provider may have read and billed it, so that only the retry of the node repeats it, visibly."""
+    async with serve_models() as served, open_model_client() as client:
+        model = model_at(served.url)
+        await client.complete(model, REQUEST, idempotency_key="1")
+        served.script[:] = [ScriptedAnswer(fault=ModelFault.CLOSED)]
+        with pytest.raises(ModelCallFailed) as failed:
+            await client.complete(model, REQUEST, idempotency_key="2")
+        first, second = served.connections
+        assert first is second
+    failure = failed.value
+    assert (failure.code, failure.retryable, failure.may_be_billed) == ("model-unavailable", True, True)
+    assert len(served.requests) == 2
 
 
 async def test_a_cancelled_call_closes_the_connection() -> None:
