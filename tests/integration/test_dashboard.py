@@ -17,6 +17,9 @@ from sqlalchemy import insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlmodel import col
 
+from engine.model_calls import FailedModelCall, ModelSettlement, TokenUsage
+from engine.services import RunCaller
+from execution.stored_model_ledger import StoredModelLedger
 from gateway.dashboard import assets, routes
 from gateway.dashboard.page import POLICY
 from gateway.dashboard.pages import access, overview
@@ -353,6 +356,76 @@ async def test_turns_of_an_agent_inside_of_another_are_folded_into_its_call(
     assert "A person has to approve it" in folded
     assert html.escape(MARKUP) in folded
     assert "<img" not in page
+
+
+async def test_a_model_shows_its_status_metrics_and_cost_of_the_month(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    owner, colleague = people.owner, people.colleague
+    model_id = await create_model(owner, await create_provider(owner), isShared=True)
+    workflow_id = await owner.create(name="Asking", **GRAPH)
+    caller = RunCaller(owner.user.organization_id, owner.user.id, workflow_id, "exec_1", "exec_1")
+    ledger = StoredModelLedger(harness.gateway.database)
+    for key in ("1", "2"):
+        usage = TokenUsage(1_200, 34)
+        settlement = ModelSettlement(key, "ask:", model_id, usage, 40_000_000, 5_000)
+        await ledger.settle(caller, settlement, is_reserved=False)
+    await ledger.count_failure(caller, FailedModelCall(model_id, "model-unavailable"))
+    page = (await (await sign_in(harness, owner.key)).get(f"/dashboard/models?model={model_id}")).text
+    _, _, panel = page.partition('id="model-title"')
+    assert [text in panel for text in ("untested", "<dd data-requests>3,", "2,400 in, 68 out")] == [True] * 3
+    assert [text in panel for text in ("model-unavailable", "$0.08", "in the median")] == [True] * 3
+    assert '<td class="number opt2" data-cost>$0.08</td>' in page
+    guest = (await (await sign_in(harness, colleague.key)).get(f"/dashboard/models?model={model_id}")).text
+    _, _, panel = guest.partition('id="model-title"')
+    assert [text in panel for text in ("untested", "for the owner", "data-requests")] == [True, True, False]
+    # No cost of workflows that one may not read.
+    assert '<td class="number opt2" data-cost></td>' in guest
+
+
+async def test_a_replay_shows_the_answers_that_it_takes_over(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    config = {"model": "echo", "prompt": "Use remember.", "maxIterations": 1, "onLimit": "error"}
+    schema = {"type": "object", "properties": {}}
+    tool = {"name": "remember", "description": "d", "parameters": schema}
+    tool |= {"target": {"node": {"type": "set", "config": {"values": {"done": True}}}}}
+    nodes = [
+        {"id": "start", "nodeId": "manual"},
+        {"id": "agent", "nodeId": "agent", "config": config},
+        {"id": "remember", "nodeId": "tool", "config": tool},
+    ]
+    edges = [
+        {"source": "start", "target": "agent"},
+        {"source": "remember", "target": "agent", "targetPort": "tools"},
+    ]
+    api = people.owner.api
+    workflow_id = await people.owner.create(name="Limited", nodes=nodes, connections=edges)
+    browser = await sign_in(harness, people.owner.key)
+
+    async def finish(execution_id: str) -> str:
+        path = f"/api/v1/executions/{execution_id}"
+        while (status := (await api.get(path)).json()["status"]) in {"pending", "running"}:  # noqa: ASYNC110 - of a worker
+            await asyncio.sleep(0.05)
+        return str(status)
+
+    async with serve_worker(harness):
+        execution_id = await execute_workflow(people.owner, workflow_id)
+        assert await finish(execution_id) == "failed"
+        plan = (await browser.get(f"/dashboard/runs/{execution_id}/replay?definition=original")).text
+        assert "1 recorded answer is taken over; another request ends the node" in plan
+        more = {"config": {**config, "maxIterations": 3}}
+        changed = await api.put(f"/api/v1/workflows/{workflow_id}/nodes/agent", json=more)
+        assert changed.status_code == 200, changed.text
+        path = f"/api/v1/executions/{execution_id}/replay"
+        replayed = await api.post(path, json={"definition": "current"})
+        assert replayed.status_code == 201, replayed.text
+        again = replayed.json()["executionId"]
+        assert await finish(again) == "completed"
+    page = (await browser.get(f"/dashboard/runs/{again}?node=agent")).text
+    _, _, turns = page.partition('data-turn="1"')
+    first, _, second = turns.partition('data-turn="2"')
+    assert ("data-reused" in first, "data-reused" in second) == (True, False)
 
 
 async def test_a_preview_keeps_the_zone_and_delay_that_the_form_leaves(

@@ -116,6 +116,7 @@ WITHOUT_OBJECTS = {
     "PUT /api/v1/datasources/{id}": "the texts of a data source",
     "POST /api/v1/ai/models": "a language model, on no page",
     "PUT /api/v1/ai/models/{id}": "a language model, on no page",
+    "PUT /api/v1/ai/models/{id}/permissions": "ids of users",
     "POST /api/v1/ai/provider-keys": "the texts of a data source",
     "PUT /api/v1/ai/provider-keys/{id}": "the texts of a data source",
     "POST /api/v1/ai/tool-servers": "the texts of a data source",

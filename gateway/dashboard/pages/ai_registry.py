@@ -1,4 +1,4 @@
-"""Language models and tool servers: a test of each, and the tools of one server with their acceptances."""
+"""Language models with costs, and one with its status and metrics; tool servers, and one with its tools."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote
 
@@ -75,26 +76,46 @@ class ToolView:
 
 
 async def load(page: PageRequest) -> PageData:
-    """Ask the API for the first 100 models, tool servers and users, the settings, and the selected tool server.
+    """Ask the API for the first 100 models, tool servers and users, the settings, the costs of the month, and the
+    selected tool server or model.
 
     Answers that the visitor may not see are None.
     """
     selected = page.query.get("server", "")
     path = f"/api/v1/ai/tool-servers/{quote(selected, safe='')}"
-    models, settings, servers, users, server = await asyncio.gather(
+    model = f"/api/v1/ai/models/{quote(page.query.get('model', ''), safe='')}"
+    has_model = bool(page.query.get("model"))
+    models, settings, servers, users, server, costs, status, metrics = await asyncio.gather(
         page.get("/api/v1/ai/models", limit=LIMIT),
         page.get_if_present("/api/v1/ai/settings"),
         page.get_if_present("/api/v1/ai/tool-servers", limit=LIMIT),
         page.get_if_present("/api/v1/auth/users", limit=LIMIT),
         page.get_if_present(path) if selected else asyncio.sleep(0),
+        page.get_if_present("/api/v1/ai/costs"),
+        page.get_if_present(f"{model}/status") if has_model else asyncio.sleep(0),
+        page.get_if_present(f"{model}/metrics", window="7d") if has_model else asyncio.sleep(0),
     )
-    return {"models": models, "settings": settings, "servers": servers, "users": users, "server": server}
+    return {
+        "models": models,
+        "settings": settings,
+        "servers": servers,
+        "users": users,
+        "server": server,
+        "costs": costs,
+        "status": status,
+        "metrics": metrics,
+    }
 
 
 def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
     """Return the template values: the models with their abilities and prices, and the tool servers with tools."""
     server, servers = data["server"], data["servers"] or {"count": 0, "toolServers": []}
     visitor = frame.visitor or {"role": "", "userId": ""}
+    costs, status = _sum_costs(data["costs"]), data["status"]
+    selected = next(
+        (one for one in data["models"]["models"] if status is not None and one["id"] == status["modelId"]),
+        None,
+    )
     names = {user["id"]: user["name"] or user["email"] for user in (data["users"] or {"users": ()})["users"]}
     return {
         "title": "Models and tools",
@@ -105,6 +126,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
                 "abilities": _list_abilities(model),
                 "prices": _show_prices(model),
                 "isBlocked": _is_blocked(model, frame.now),
+                "monthCost": costs.get(model["id"]),
                 "users": _list_users(model, {**names, visitor["userId"]: "you"}),
                 "guests": None if data["users"] is None else _list_guests(model, names),
                 "mayShare": frame.may("models:write")
@@ -113,6 +135,11 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
             for model in data["models"]["models"]
         ],
         "model_count": data["models"]["count"],
+        "month": None if data["costs"] is None else data["costs"]["month"],
+        "month_budget": None if data["costs"] is None else data["costs"]["budget"],
+        "model": selected,
+        "status": status,
+        "metrics": data["metrics"],
         "default_model_id": (data["settings"] or {}).get("defaultModelId"),
         "servers": servers["toolServers"],
         "server_count": servers["count"],
@@ -122,8 +149,17 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "may_change": server is not None
         and frame.may("datasources:write")
         and (visitor["role"] == "admin" or visitor["userId"] == server["ownerId"]),
-        "address_of": lambda server_id: list_address(frame, PATH, {"server": server_id}),
+        "address_of": lambda server_id: list_address(frame, PATH, {"server": server_id, "model": ""}),
+        "model_address": lambda model_id: list_address(frame, PATH, {"model": model_id, "server": ""}),
     }
+
+
+def _sum_costs(costs: Mapping[str, Any] | None) -> Mapping[str, str]:
+    """Return the cost of each model in a month, in dollars; models without calls are absent."""
+    sums: dict[str, Decimal] = {}
+    for row in () if costs is None else costs["costs"]:
+        sums[row["modelId"]] = sums.get(row["modelId"], Decimal(0)) + Decimal(row["cost"])
+    return {model_id: f"{cost.normalize():f}" for model_id, cost in sums.items()}
 
 
 def _list_abilities(model: Mapping[str, Any]) -> str:
