@@ -1,16 +1,89 @@
-"""Fields of a resource that is stored as a data source, in refusals about the fields of that data source."""
+"""Resources that are stored as data sources of one type, with fields of their own: provider keys and tool servers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
+import msgspec
+
+from gateway.data_sources import data_source_editing, data_source_rows, data_source_shapes
+from gateway.data_sources.data_source_rows import DataSourceNameTaken, StoredDataSource
 from gateway.http import errors
 from gateway.http.errors import ApiError
+from gateway.http.parameters import sorted_by
+from gateway.http.wire import WireStruct
+from models.audit import AuditAction
+from models.data_source_types import DataSourceType
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     from engine.values import Json
+    from gateway.data_sources.data_source_editing import Change, DataSourceEditor
+    from gateway.data_sources.data_source_shapes import CreateDataSource, UpdateDataSource
+    from gateway.http.preconditions import RequestedObject
+    from models.access import ApiCaller
+    from models.data_source import DataSource
+    from models.encryption import SecretVault
+
+SORT = sorted_by({name: by for name, by in data_source_rows.SORTABLE.items() if name != "type"})
+
+
+@dataclass(frozen=True, slots=True)
+class SourceResource:
+    """Kind of such resources."""
+
+    source_type: DataSourceType
+    title: str
+    """Name of one in refusals."""
+    fields: Mapping[str, str]
+    """Its fields by those of its data source."""
+    show: Callable[[StoredDataSource], WireStruct]
+    """Returns the form in which the API shows one."""
+
+    def require(self, stored: StoredDataSource) -> None:
+        """Raise a 404 error for a data source of another type."""
+        if stored.source.type != self.source_type:
+            raise errors.not_found(self.title)
+
+    def as_json(self, stored: StoredDataSource) -> Mapping[str, Json]:
+        """Return a resource as the JSON value that the API shows."""
+        shown: dict[str, Any] = msgspec.to_builtins(self.show(stored))
+        return shown
+
+    def build(
+        self, caller: ApiCaller, fields: CreateDataSource, vault: SecretVault, now: datetime
+    ) -> DataSource:
+        """Return the data source of a new resource, not stored yet; raises a 422 error that names own fields."""
+        with name_own_fields(self.fields):
+            return data_source_shapes.build_data_source(caller, fields, vault, now)
+
+    def apply(
+        self, before: StoredDataSource, changes: UpdateDataSource, vault: SecretVault, now: datetime
+    ) -> StoredDataSource:
+        """Return a changed resource, not stored yet; raises a 422 error that names own fields."""
+        with name_own_fields(self.fields):
+            return data_source_shapes.apply_changes(before, changes, vault, now)
+
+
+async def read(
+    editor: DataSourceEditor, requested: RequestedObject, resource: SourceResource
+) -> StoredDataSource:
+    """Return the requested resource; raises a 404 error, also for a data source of another type."""
+    stored = await editor.read(requested)
+    resource.require(stored)
+    return stored
+
+
+async def edit(editor: DataSourceEditor, requested: RequestedObject, change: Change) -> StoredDataSource:
+    """Change the fields of the requested resource, with an audit entry; raises `ApiError`."""
+    try:
+        return await editor.edit(requested, AuditAction.DATA_SOURCE_UPDATED, change)
+    except DataSourceNameTaken as error:
+        raise data_source_editing.name_taken(error) from error
 
 
 @contextmanager

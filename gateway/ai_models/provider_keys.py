@@ -7,27 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, TypeAlias
+from typing import Annotated, Any, ClassVar, Final, TypeAlias
 
 import msgspec
 from msgspec import Meta
 
 from gateway.ai_models import own_fields
-from gateway.data_sources import data_source_editing, data_source_rows, data_source_shapes
-from gateway.data_sources.data_source_rows import DataSourceNameTaken, StoredDataSource
+from gateway.ai_models.own_fields import SORT, SourceResource
+from gateway.data_sources import data_source_editing, data_source_rows
+from gateway.data_sources.data_source_rows import StoredDataSource
 from gateway.data_sources.data_source_shapes import CreateDataSource, Name, UpdateDataSource
 from gateway.http import errors, limits, read_only
-from gateway.http.parameters import LIMIT, OFFSET, FlagParameter, sorted_by
+from gateway.http.parameters import LIMIT, OFFSET, FlagParameter
 from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse, NoContent
 from gateway.http.wire import Instant, StrictWire, WireStruct, body_of, instant, read_json
-from models.audit import AuditAction
 from models.data_source_types import MAX_SECRET_LENGTH, AiProviderProtocol, DataSourceType
 
-if TYPE_CHECKING:
-    from engine.values import Json
-
-SORT = sorted_by({name: by for name, by in data_source_rows.SORTABLE.items() if name != "type"})
 LISTED = (LIMIT, OFFSET, SORT)
 FORCE = FlagParameter("force", "Delete it even if models or workflows name it; their calls then fail.")
 
@@ -184,15 +180,14 @@ async def create(request: GatewayRequest) -> JsonResponse:
     """
     value = await read_json(request)
     body = body_of(request, value, CreateProviderKey)
-    fields = _build_data_source(body)
-    with own_fields.name_own_fields(FIELDS):
-        source = data_source_shapes.build_data_source(
-            request.caller, fields, request.gateway.vault, request.gateway.clock()
-        )
-    read_only.warn_of_new(request, value, CreateProviderKey, lambda: _as_json(StoredDataSource(source, {})))
-    compared = data_source_editing.without_secrets(value, request.gateway.settings.secret, "apiKey")
+    gateway, fields = request.gateway, _build_data_source(body)
+    source = PROVIDER_KEY.build(request.caller, fields, gateway.vault, gateway.clock())
+    read_only.warn_of_new(
+        request, value, CreateProviderKey, lambda: PROVIDER_KEY.as_json(StoredDataSource(source, {}))
+    )
+    compared = data_source_editing.without_secrets(value, gateway.settings.secret, "apiKey")
     key = request.idempotency_key(compared)
-    return await request.gateway.data_source_editor.create(request.caller, source, key)
+    return await gateway.data_source_editor.create(request.caller, source, key)
 
 
 async def update(request: GatewayRequest) -> JsonResponse:
@@ -202,21 +197,15 @@ async def update(request: GatewayRequest) -> JsonResponse:
     """
     value = await read_json(request)
     body = body_of(request, value, UpdateProviderKey)
-    vault, now = request.gateway.vault, request.gateway.clock()
+    gateway = request.gateway
+    vault, now = gateway.vault, gateway.clock()
 
     def change(before: StoredDataSource) -> StoredDataSource:
-        _require_provider(before)
-        read_only.require_same(value, UpdateProviderKey, lambda: _as_json(before))
-        changes = _build_changes(before, body)
-        with own_fields.name_own_fields(FIELDS):
-            return data_source_shapes.apply_changes(before, changes, vault, now)
+        PROVIDER_KEY.require(before)
+        read_only.require_same(value, UpdateProviderKey, lambda: PROVIDER_KEY.as_json(before))
+        return PROVIDER_KEY.apply(before, _build_changes(before, body), vault, now)
 
-    try:
-        after = await request.gateway.data_source_editor.edit(
-            request.requested_object, AuditAction.DATA_SOURCE_UPDATED, change
-        )
-    except DataSourceNameTaken as error:
-        raise data_source_editing.name_taken(error) from error
+    after = await own_fields.edit(gateway.data_source_editor, request.requested_object, change)
     return data_source_editing.answer(after, _show(after))
 
 
@@ -228,16 +217,7 @@ async def delete(request: GatewayRequest) -> NoContent:
 
 
 async def _read(request: GatewayRequest) -> StoredDataSource:
-    """Return the requested provider key; raises a 404 error, also for a data source of another type."""
-    stored = await request.gateway.data_source_editor.read(request.requested_object)
-    _require_provider(stored)
-    return stored
-
-
-def _require_provider(stored: StoredDataSource) -> None:
-    """Raise a 404 error for a data source that is no provider of language models."""
-    if stored.source.type != DataSourceType.AI_PROVIDER:
-        raise errors.not_found("provider key")
+    return await own_fields.read(request.gateway.data_source_editor, request.requested_object, PROVIDER_KEY)
 
 
 def _build_data_source(body: CreateProviderKey) -> CreateDataSource:
@@ -311,6 +291,4 @@ def _show(stored: StoredDataSource) -> ProviderKeyShape:
     )
 
 
-def _as_json(stored: StoredDataSource) -> Mapping[str, Json]:
-    shown: dict[str, Any] = msgspec.to_builtins(_show(stored))
-    return shown
+PROVIDER_KEY: Final = SourceResource(DataSourceType.AI_PROVIDER, "provider key", FIELDS, _show)

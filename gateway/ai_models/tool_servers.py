@@ -7,12 +7,13 @@ has to be accepted again.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
 from gateway.ai_models import own_fields, tool_server_shapes
+from gateway.ai_models.own_fields import SORT, SourceResource
 from gateway.ai_models.tool_server_shapes import (
     FIELDS,
     AcceptTools,
@@ -21,10 +22,10 @@ from gateway.ai_models.tool_server_shapes import (
     ToolServerSummary,
     UpdateToolServer,
 )
-from gateway.data_sources import data_source_editing, data_source_rows, data_source_shapes
-from gateway.data_sources.data_source_rows import DataSourceNameTaken, StoredDataSource
+from gateway.data_sources import data_source_editing, data_source_rows
+from gateway.data_sources.data_source_rows import StoredDataSource
 from gateway.http import errors, read_only
-from gateway.http.parameters import LIMIT, OFFSET, FlagParameter, sorted_by
+from gateway.http.parameters import LIMIT, OFFSET, FlagParameter
 from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse, NoContent
 from gateway.http.wire import WireStruct, body_of, decode_body, read_json
@@ -35,10 +36,11 @@ from models.data_source_types import DataSourceType
 if TYPE_CHECKING:
     from datetime import datetime
 
-    from engine.values import Json
     from gateway.data_sources.data_source_probes import ProbeResult
 
-SORT = sorted_by({name: by for name, by in data_source_rows.SORTABLE.items() if name != "type"})
+TOOL_SERVER: Final = SourceResource(
+    DataSourceType.MCP_SERVER, "tool server", FIELDS, tool_server_shapes.show_tool_server
+)
 LISTED = (LIMIT, OFFSET, SORT)
 FORCE = FlagParameter("force", "Delete it even if workflows name it; their calls then fail.")
 
@@ -121,17 +123,14 @@ async def create(request: GatewayRequest) -> JsonResponse:
     """
     value = await read_json(request)
     body = body_of(request, value, CreateToolServer)
-    with own_fields.name_own_fields(FIELDS):
-        source = data_source_shapes.build_data_source(
-            request.caller,
-            tool_server_shapes.build_data_source(body),
-            request.gateway.vault,
-            request.gateway.clock(),
-        )
-    read_only.warn_of_new(request, value, CreateToolServer, lambda: _as_json(StoredDataSource(source, {})))
-    compared = data_source_editing.without_secrets(value, request.gateway.settings.secret, "apiKey")
+    gateway, fields = request.gateway, tool_server_shapes.build_data_source(body)
+    source = TOOL_SERVER.build(request.caller, fields, gateway.vault, gateway.clock())
+    read_only.warn_of_new(
+        request, value, CreateToolServer, lambda: TOOL_SERVER.as_json(StoredDataSource(source, {}))
+    )
+    compared = data_source_editing.without_secrets(value, gateway.settings.secret, "apiKey")
     key = request.idempotency_key(compared)
-    return await request.gateway.data_source_editor.create(request.caller, source, key)
+    return await gateway.data_source_editor.create(request.caller, source, key)
 
 
 async def update(request: GatewayRequest) -> JsonResponse:
@@ -142,21 +141,15 @@ async def update(request: GatewayRequest) -> JsonResponse:
     """
     value = await read_json(request)
     body = body_of(request, value, UpdateToolServer)
-    vault, now = request.gateway.vault, request.gateway.clock()
+    gateway = request.gateway
+    vault, now = gateway.vault, gateway.clock()
 
     def change(before: StoredDataSource) -> StoredDataSource:
-        _require_tool_server(before)
-        read_only.require_same(value, UpdateToolServer, lambda: _as_json(before))
-        changes = tool_server_shapes.build_changes(before, body)
-        with own_fields.name_own_fields(FIELDS):
-            return data_source_shapes.apply_changes(before, changes, vault, now)
+        TOOL_SERVER.require(before)
+        read_only.require_same(value, UpdateToolServer, lambda: TOOL_SERVER.as_json(before))
+        return TOOL_SERVER.apply(before, tool_server_shapes.build_changes(before, body), vault, now)
 
-    try:
-        after = await request.gateway.data_source_editor.edit(
-            request.requested_object, AuditAction.DATA_SOURCE_UPDATED, change
-        )
-    except DataSourceNameTaken as error:
-        raise data_source_editing.name_taken(error) from error
+    after = await own_fields.edit(gateway.data_source_editor, request.requested_object, change)
     return _answer(after)
 
 
@@ -172,7 +165,7 @@ async def refresh(request: GatewayRequest) -> JsonResponse:
     now = request.gateway.clock()
 
     def change(before: StoredDataSource) -> StoredDataSource:
-        _require_tool_server(before)
+        TOOL_SERVER.require(before)
         if before.source.settings != stored.source.settings:
             raise errors.conflict(
                 "edit-conflict",
@@ -203,7 +196,7 @@ async def accept(request: GatewayRequest) -> JsonResponse:
     user_id, now = request.caller.user_id, request.gateway.clock()
 
     def change(before: StoredDataSource) -> StoredDataSource:
-        _require_tool_server(before)
+        TOOL_SERVER.require(before)
         listed = tool_server.read_tools(before.source.tools)
         accepted = tool_server_shapes.accept_tools(listed, body, user_id=user_id, now=now)
         return before.with_columns(tools=tool_server.to_stored(accepted))
@@ -222,16 +215,7 @@ async def delete(request: GatewayRequest) -> NoContent:
 
 
 async def _read(request: GatewayRequest) -> StoredDataSource:
-    """Return the requested tool server; raises a 404 error, also for a data source of another type."""
-    stored = await request.gateway.data_source_editor.read(request.requested_object)
-    _require_tool_server(stored)
-    return stored
-
-
-def _require_tool_server(stored: StoredDataSource) -> None:
-    """Raise a 404 error for a data source that is no tool server."""
-    if stored.source.type != DataSourceType.MCP_SERVER:
-        raise errors.not_found("tool server")
+    return await own_fields.read(request.gateway.data_source_editor, request.requested_object, TOOL_SERVER)
 
 
 def _store_tools(before: StoredDataSource, found: ProbeResult, now: datetime) -> StoredDataSource:
@@ -248,8 +232,3 @@ def _store_tools(before: StoredDataSource, found: ProbeResult, now: datetime) ->
 
 def _answer(stored: StoredDataSource) -> JsonResponse:
     return data_source_editing.answer(stored, tool_server_shapes.show_tool_server(stored))
-
-
-def _as_json(stored: StoredDataSource) -> Mapping[str, Json]:
-    shown: dict[str, Any] = msgspec.to_builtins(tool_server_shapes.show_tool_server(stored))
-    return shown
