@@ -51,7 +51,7 @@ from journal.waits import node_answers, signals
 from journal.waits.signals import NewSignal
 from messages.deployer_messages import DeployerMessage, ReconcileRequest
 from messages.local_broker import LocalBroker
-from models import data_source, deployment_token, ids, signing_secrets
+from models import data_source, deployment_token, ids, signing_secrets, tool_server
 from models.ai_model import AiModel
 from models.data_source import DataSource
 from models.deployment import Deployment
@@ -59,7 +59,9 @@ from models.deployment_token import TokenBearer
 from models.pod_identity import PodProcess, lease_owner
 from models.signing_secrets import SigningSecret
 from models.timestamps import to_microseconds
+from models.tool_server import AcceptedTool, ListedTools, ToolEffect
 from nodes.ai.model_connection import ModelConnection
+from nodes.mcp.tool_definitions import read_definition
 from runner import gateway_client
 from runner import main as pod_services
 from runner.remote_store import RemoteRunStore
@@ -68,6 +70,8 @@ from runner.work_poll import REFUSED_SECONDS, GatewayWorkPoll
 from telemetry.tracing import TraceContext, encode_origin
 from tests import command_runs
 from tests.custom_types import custom_type
+from tests.fakes.mcp_server import KEY as MCP_KEY
+from tests.fakes.mcp_server import build_tool, serve_tools
 from tests.fakes.model_server import ModelFault, ScriptedAnswer, serve_models
 from tests.http_receiver import HttpReceiver, run_receiver
 from tests.integration.gateway_harness import SECRET
@@ -388,7 +392,11 @@ async def create_model(pods: DeployedPods, base_url: str = "https://api.example.
 
 
 async def create_source(
-    pods: DeployedPods, kind: str, settings: dict[str, Any], secrets: dict[str, object]
+    pods: DeployedPods,
+    kind: str,
+    settings: dict[str, Any],
+    secrets: dict[str, object],
+    tools: dict[str, Any] | None = None,
 ) -> str:
     """Create a data source of the runs' owner, and return its id."""
     source_id, now, organization = ids.new_id("ds"), datetime.now(UTC), pods.owned_workflow.organization
@@ -410,6 +418,7 @@ async def create_source(
         encrypted=encrypted.content,
         secret_id=encrypted.secret_id,
         secrets_set_at=now,
+        tools=tools,
         created_at=now,
         updated_at=now,
     )
@@ -757,6 +766,39 @@ async def test_a_node_in_a_pod_calls_a_model_within_the_budget_of_its_run(pods: 
     )
     assert [(charge["tokens"], bool(charge["is_settled"])) for charge in charges] == [(120, True)] * 2
     assert "model-budget-exceeded" in str((await pods.run_database.row(refused.execution_id))["error"])
+    hours = await pods.run_database.query("SELECT sum(calls) AS calls FROM model_hour WHERE error = ''")
+    assert hours[0]["calls"] == 3
+
+
+async def test_a_node_in_a_pod_calls_the_tools_that_people_have_accepted(pods: DeployedPods) -> None:
+    """The pod gets the acceptances with the key; a tool that has changed since is refused there too."""
+    async with serve_tools(tools=[build_tool("add_note"), build_tool("find")]) as served:
+        accepted = {
+            tool["name"]: AcceptedTool(
+                msgspec.to_builtins(read_definition(tool)),
+                ToolEffect.WRITE,
+                pods.owned_workflow.user_id,
+                datetime.now(UTC),
+            )
+            for tool in served.tools
+        }
+        tools = tool_server.to_stored(ListedTools(accepted=accepted))
+        source_id = await create_source(pods, "mcp-server", {"url": served.url}, {"key": MCP_KEY}, tools)
+        served.tools = [build_tool("add_note"), build_tool("find", "Finds other notes.")]
+        config = {"toolServer": source_id, "arguments": {"text": "milk"}}
+        keys = [
+            await pods.accept(
+                chain_definition({"id": "note", "type": "mcp-tool", "config": {**config, "tool": tool}})
+            )
+            for tool in ("add_note", "find")
+        ]
+        pods.start()
+        for key, status in zip(keys, ("completed", "failed"), strict=True):
+            await pods.reaches(key, status)
+    assert "Noted: milk" in (await pods.outputs(keys[0]))["note"]["text"]
+    assert len(served.effects) == 1
+    assert keys[0].execution_id in served.effects[0]
+    assert "tool-changed" in str((await pods.run_database.row(keys[1].execution_id))["error"])
 
 
 async def test_an_agent_continues_in_another_pod_behind_its_recorded_steps(pods: DeployedPods) -> None:
