@@ -384,6 +384,7 @@ async def test_figures_of_the_whole_server_add_up_reports_queues_and_wakes(
     await record_wake(harness, people.owner, workflow_id, run, harness.gateway.clock())
     owner = "worker:figures/1"
     activity: dict[str, Any] = {"claims": 12.5, "commits": 4.0, "commitSize": 3.0, "streams": 7}
+    activity |= {"duties": {"count of the test": {"every": 5.0, "seconds": 0.25, "age": 2.0}}}
     activity |= {"retention": {"executions": 14, "events": 14}}
 
     async def report(connection: AsyncConnection) -> None:
@@ -396,6 +397,13 @@ async def test_figures_of_the_whole_server_add_up_reports_queues_and_wakes(
     health = (await people.admin.api.get("/api/v1/admin/health")).json()
     [shown] = [one for one in health["processes"] if one["name"] == owner]
     assert shown["claimsPerSecond"] == 12.5
+    [duty] = [one for one in health["duties"] if one["name"] == "count of the test"]
+    assert (duty["everySeconds"], duty["seconds"]) == (5, 0.25)
+    age = datetime.fromisoformat(shown["seenAt"]) - datetime.fromisoformat(duty["lastAt"])
+    assert age == timedelta(seconds=2)
+    schedule = await harness.browser()
+    assert (await schedule.post("/session", json={"key": people.admin.key})).status_code == 201
+    assert "count of the test" in (await schedule.get("/dashboard/schedule")).text
     figures = health["figures"]
     assert figures["claimsPerSecond"] >= 12.5
     assert figures["eventStreams"] >= 7

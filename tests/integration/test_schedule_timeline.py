@@ -6,8 +6,9 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import insert
+from sqlalchemy import insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlmodel import col
 
 from gateway.dashboard.page import PageFrame, render
 from gateway.dashboard.pages import schedule_list
@@ -15,6 +16,8 @@ from gateway.ingest import schedule_timeline
 from models import ids
 from models.blocked_interval import BlockedInterval
 from models.deployment import Deployment, LifecycleDecision
+from models.execution import Execution
+from models.schedule import Schedule
 from tests.integration.deployed_workflows import run
 from tests.integration.gateway_harness import GRAPH, GatewayHarness, OrganizationUsers, assert_refused
 from tests.integration.test_dashboard import sign_in
@@ -234,6 +237,36 @@ async def test_waiting_runs_lie_on_the_lane_of_their_workflow_by_the_kind_of_the
     page = await (await sign_in(harness, people.owner.key)).get("/dashboard/schedule")
     assert page.text.count('class="due deferred"') == 2
     assert "1 run to be tried again" in page.text
+
+
+async def test_a_schedule_tells_the_lag_of_its_last_run_and_since_when_it_is_overdue(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    workflow_id = await create_active_workflow(people.owner, {"intervalSeconds": 3_600})
+    execution_id = await run(harness, people.owner, workflow_id)
+    async with harness.gateway.database.read() as connection:
+        accepted_at = await connection.scalar(
+            select(col(Execution.created_at)).where(col(Execution.id) == execution_id)
+        )
+    assert accepted_at is not None
+    planned_at = accepted_at - timedelta(seconds=90)
+    columns = {"last_run_at": planned_at, "last_execution_id": execution_id, "due_at": planned_at}
+    late = update(Schedule).where(col(Schedule.workflow_id) == workflow_id).values(columns)
+    await harness.gateway.database.transaction(lambda connection: connection.execute(late))
+    shown = await get_json(people.owner, f"{WORKFLOWS}/{workflow_id}/schedule")
+    assert shown["lastRun"]["lagSeconds"] == 90
+    assert datetime.fromisoformat(shown["overdueSince"]) == planned_at.replace(
+        microsecond=planned_at.microsecond // 1_000 * 1_000
+    )
+    page = await (await sign_in(harness, people.owner.key)).get("/dashboard/schedule")
+    assert "1 min 30 s late" in page.text
+    assert "data-overdue" in page.text
+    coming = update(Schedule).where(col(Schedule.workflow_id) == workflow_id)
+    soon = harness.gateway.clock() + timedelta(hours=1)
+    await harness.gateway.database.transaction(
+        lambda connection: connection.execute(coming.values(due_at=soon))
+    )
+    assert (await get_json(people.owner, f"{WORKFLOWS}/{workflow_id}/schedule"))["overdueSince"] is None
 
 
 def timeline_lane(**fields: Any) -> dict[str, Any]:  # noqa: ANN401 - any field of a lane
