@@ -137,6 +137,7 @@ def test_a_time_range_shades_the_hours_that_it_touches() -> None:
     hours = [{"startsAt": at(number)} for number in range(-23, 1)]
     shown = overview.read_range({"since": at(-2), "until": at(0)})
     assert overview.find_shade(hours, shown) == (21, 2)
+    assert shown == {"since": "2026-11-28T10:00:00.000Z", "until": "2026-11-28T12:00:00.000Z"}
     assert overview.find_shade(hours, overview.read_range({"since": at(-99), "until": at(-98)})) is None
     for wrong in ({"since": at(0), "until": at(-1)}, {"since": at(0)}, {"since": "x", "until": "y"}):
         assert overview.read_range(wrong) == {}

@@ -128,12 +128,15 @@ async def _load_names(page: PageRequest, failed: Sequence[Mapping[str, Any]]) ->
 
 
 def read_range(query: Mapping[str, str]) -> Mapping[str, str]:
-    """Return the time range of the address, `since` and `until`, or nothing unless both are times in order."""
+    """Return the time range of the address, `since` and `until` as the API writes times.
+
+    It is empty unless both are times in order.
+    """
     try:
         since, until = parse_moment(query["since"]), parse_moment(query["until"])
     except (KeyError, ValueError, OverflowError):
         return {}
-    return {"since": query["since"], "until": query["until"]} if since < until else {}
+    return {"since": format_timestamp(since), "until": format_timestamp(until)} if since < until else {}
 
 
 def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
