@@ -22,7 +22,7 @@ from engine.services import RunCaller
 from execution.stored_model_ledger import StoredModelLedger
 from gateway.dashboard import assets, routes
 from gateway.dashboard.page import POLICY
-from gateway.dashboard.pages import access, overview
+from gateway.dashboard.pages import access, ai_registry, overview
 from gateway.drift import recent_observations
 from gateway.executions import source_usage
 from models import ids
@@ -315,6 +315,15 @@ async def test_tools_of_a_server_show_what_has_changed_since_their_acceptance(
     ]
     assert [form in page for page in pages] == [True, False]
     assert f"{people.owner.user.id}, you, and admins" in pages[1]
+    # People are boxes to check, unless they were too many for each model.
+    admin = await sign_in(harness, people.admin.key)
+    assert "Single users</legend>" in (await admin.get("/dashboard/models")).text
+    monkeypatch.setattr(ai_registry, "SHOWN_BOXES", 0)
+    typed = (await admin.get("/dashboard/models")).text
+    assert ["Ids of single users" in typed, f">{people.colleague.user.id}</textarea>" in typed] == [
+        True,
+        True,
+    ]
 
 
 async def test_turns_of_an_agent_inside_of_another_are_folded_into_its_call(

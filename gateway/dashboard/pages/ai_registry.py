@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from gateway.dashboard.page_request import PageRequest
 
 LIMIT: Final = 100
+SHOWN_BOXES: Final = 1_000
+"""Boxes for users in all models of the page; with more, their ids are typed: a hundred models of a hundred users
+would be a page of a megabyte.
+"""
 PATH: Final = "/dashboard/models"
 MAX_CHANGES: Final = 20
 COMPARED: Final = ("title", "description", "inputSchema", "hints", "problem")
@@ -117,6 +121,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         None,
     )
     names = {user["id"]: user["name"] or user["email"] for user in (data["users"] or {"users": ()})["users"]}
+    has_boxes = data["users"] is not None and len(names) * len(data["models"]["models"]) <= SHOWN_BOXES
     return {
         "title": "Models and tools",
         "crumbs": (("Models and tools", ""),),
@@ -128,7 +133,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
                 "isBlocked": _is_blocked(model, frame.now),
                 "monthCost": costs.get(model["id"]),
                 "users": _list_users(model, {**names, visitor["userId"]: "you"}),
-                "guests": None if data["users"] is None else _list_guests(model, names),
+                "guests": _list_guests(model, names) if has_boxes else None,
                 "mayShare": frame.may("models:write")
                 and (visitor["role"] == "admin" or visitor["userId"] == model["ownerId"]),
             }
