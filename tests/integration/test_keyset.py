@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import itertools
 import re
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from sqlalchemy import event, text
@@ -190,6 +192,24 @@ async def test_pages_of_bounded_work_are_complete_together(
     pages = [[one["id"] for one in page[name]] async for page in _walk(many.admin, path, limit=20)]
     assert [one for page in pages for one in page] == whole
     assert any(len(page) < 20 for page in pages[:-1]), "a page ends with its work, not only with its rows"
+
+
+@pytest.mark.parametrize("path", ["runs?trigger_type=email", "deliveries?route=hook"])
+async def test_a_page_without_matches_leads_further_back_until_the_last_one(
+    many: ManyRuns, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    monkeypatch.setattr(limits, "EXAMINED_FOR_PAGE", 500)
+    addresses = [f"/dashboard/{path}"]
+    while True:
+        page = await many.admin.api.get(addresses[-1])
+        assert page.status_code == 200, page.text
+        further = re.search(r'href="([^"]+)" rel="next">Look further back', page.text)
+        if further is None:
+            break
+        following = urlsplit(html.unescape(further[1]))
+        addresses.append(f"{following.path}?{following.query}")
+    assert len(set(addresses)) == 3
+    assert " matches.</p>" in page.text
 
 
 @pytest.mark.parametrize(
