@@ -67,7 +67,8 @@ async def test_a_run_that_kills_its_worker_fails_as_crashed_after_two_trials(
             expected = {run: "failed"} | dict.fromkeys(beside, "completed")
             await consistency_checks.assert_consistent(deployment, client, ledger, expected)
     assert ended.error_code == "crashed"
-    assert len(ledger.of("poison")) == SUSPECT_LOSSES + MAX_ISOLATION_LOSSES
+    # A lease that ends on a busy machine, while its worker gets no processor, is a loss without a call.
+    assert SUSPECT_LOSSES <= len(ledger.of("poison")) <= SUSPECT_LOSSES + MAX_ISOLATION_LOSSES
 
 
 async def test_a_wait_and_the_next_attempt_at_a_node_outlive_every_process(
