@@ -80,6 +80,28 @@ RUN_WITHOUT_CONTRAST = RUN_AXE.replace(
     "{resultTypes", "{rules: {'color-contrast': {enabled: false}}, resultTypes"
 )
 """The rules that may depend on the width of the window. Contrast, which takes longest, does not."""
+FIND_UNFOCUSABLE = """(() => {
+  const isShown = one => !one.disabled && one.type !== 'hidden' && one.checkVisibility()
+    && (one.matches('summary') || !one.closest('details:not([open])'));
+  const isMarked = one => {
+    const style = one && getComputedStyle(one);
+    return style && (style.outlineStyle !== 'none' || one.matches('rect') && style.strokeWidth === '3px');
+  };
+  const found = [];
+  const actions = document.querySelectorAll('a[href], button, input, select, textarea, summary');
+  for (const one of [...actions].filter(isShown)) {
+    one.focus({focusVisible: true});
+    const marks = [one, one.parentElement, one.closest('label'), ...one.querySelectorAll('rect')];
+    const isReached = one.tabIndex >= 0 || document.querySelector(`${one.localName}[tabindex="0"]`);
+    if (document.activeElement !== one || !isReached || !marks.some(isMarked)) found.push(one.outerHTML.slice(0, 200));
+  }
+  document.activeElement.blur();
+  return found;
+})()"""
+"""Script that returns the actions that the keyboard does not reach, or that do not show that they have the focus.
+
+Of actions that arrow keys lead to, one is in the order of the Tab key.
+"""
 NOTE_SHIFTS = (
     "globalThis.shifts = []; new PerformanceObserver(list => { for (const one of list.getEntries())"
     " if (!one.hadRecentInput && !one.sources.every(({node}) => node?.parentElement?.querySelector("
@@ -127,6 +149,12 @@ class DashboardVisit:
     async def find_violations(self) -> list[str]:
         """Return the violations of accessibility on the shown page, as the function of this name."""
         return await find_violations(self.page)
+
+    async def find_unfocusable(self) -> list[str]:
+        """Return the actions of the shown page that the keyboard does not reach or that do not show the focus."""
+        # A window in the background shows no focus.
+        await self.page.call("Emulation.setFocusEmulationEnabled", enabled=True)
+        return list(await self.page.evaluate(FIND_UNFOCUSABLE))
 
     def take_problems(self) -> list[str]:
         """Return the problems that the browser has logged since the last call, without answers 403 and 404."""

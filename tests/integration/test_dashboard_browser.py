@@ -77,6 +77,7 @@ async def test_a_page_fits_and_has_no_violation_of_accessibility(visit: Dashboar
     visit.page.requested.clear()
     await visit.show(path)
     await visit.require_still()
+    assert await visit.find_unfocusable() == []
     assert await visit.find_violations() == []
     assert not visit.take_problems()
     assert not [
@@ -90,6 +91,7 @@ async def test_empty_pages_and_refusals_have_no_violation_of_accessibility(visit
     for path in EMPTY_PATHS:
         await visit.show(path)
         assert "Order intake" not in await visit.page.evaluate("document.body.textContent")
+        assert await visit.find_unfocusable() == [], path
         assert await visit.find_violations() == [], path
     await visit.sign_in_as(visit.people.owner.key)
     for path in ("/dashboard/audit", "/dashboard/runs?after=nonsense"):
