@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import TYPE_CHECKING, Final
 
 from engine.agents import call_waits
@@ -21,6 +22,11 @@ if TYPE_CHECKING:
     from execution.gen_ai_spans import GenAiSpan
     from telemetry.tracing import RunTrace, TraceContext
 
+CLOCK_TOLERANCE: Final = timedelta(seconds=1)
+"""The database sets the time of a claim, and its worker those of calls, by a clock that follows that of the database.
+
+A span that is sent twice for that reason has the same id.
+"""
 ENDED: Final = frozenset({StepStatus.COMPLETED, StepStatus.FAILED})
 
 
@@ -77,8 +83,10 @@ class CallSpans:
         """Send a span for each call of a model in this claim that has none yet."""
         for record in calls:
             began_at, ended_at, called = record.began_at, record.ended_at, record.called
-            if called is None or began_at is None or ended_at is None or began_at < self.run.started_at:
+            if called is None or began_at is None or ended_at is None:
                 continue
+            if began_at < self.run.started_at - CLOCK_TOLERANCE:
+                continue  # made, and sent, in an earlier claim
             context = self.run.part_context("chat", record.model_id, str(began_at), str(ended_at))
             if context.span_id not in self._sent:
                 self._sent.add(context.span_id)
