@@ -66,8 +66,8 @@ async def assert_once(
     )
     assert not [note for note in notes if note.kind is NoteKind.REWRITTEN]
     by_key: dict[str | None, list[LedgerCall]] = {}
-    for call in ledger.calls:
-        if call.is_effect and call.execution_id in runs:
+    for (execution_id, _), calls in ledger.effects().items():
+        for call in calls if execution_id in runs else ():
             by_key.setdefault(call.key, []).append(call)
     expected = {
         f"{run}:{node_id}:{iteration}"
@@ -82,7 +82,7 @@ async def assert_once(
         for earlier, call in pairwise(calls):
             assert call.body == earlier.body, key
             assert run in abandoned or any(
-                fault.lies_between(earlier.arrived_at, call.arrived_at) for fault in deployment.faults
+                fault.lies_between(earlier.unread_since, call.arrived_at) for fault in deployment.faults
             ), key
         outputs = await read_outputs(deployment, run)
         # Outside of loops, the idempotency key has iteration 0, and the journal an empty one.
