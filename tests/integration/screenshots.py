@@ -12,17 +12,22 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import msgspec
 from sqlalchemy import insert, select, update
 from sqlmodel import col
 
 from models import ids
 from models.access import Organization, User
+from models.data_source import DataSource
 from models.deployment import Deployment, LifecycleDecision
 from models.execution import Leadership
 from models.run_hour import RunHour
+from models.tool_server import ListedTools, to_stored
+from nodes.mcp.tool_definitions import ToolDefinition
 from scheduler.run_hours import RunHourCounter
 from tests import databases
 from tests.integration.browser import BrowserPage, open_page, serve_gateway
@@ -127,8 +132,9 @@ PICTURES: Final = (
     Picture("dead-letters", "/dashboard/dead-letters?plan=1", 880),
     Picture("schedule", "/dashboard/schedule", 360),
     Picture("sources", "/dashboard/sources", 360),
+    Picture("models", "/dashboard/models", 420),
     Picture("keys", "/dashboard/keys", 620),
-    Picture("audit", "/dashboard/audit", 620),
+    Picture("audit", "/dashboard/audit?objectId={stock}", 620),
     Picture("health", "/dashboard/health", 860),
 )
 
@@ -212,7 +218,47 @@ async def _create_samples(harness: GatewayHarness, user: UserClient) -> Mapping[
         "failed": failed,
         "asking": asking,
         "stock": await _deploy_sample(harness, user),
+        "tools": await _create_models(harness, user),
     }
+
+
+async def _create_models(harness: GatewayHarness, user: UserClient) -> str:
+    """Create a provider with two language models, and a tool server with listed tools; return the id of the server."""
+    provider = {
+        "name": "Our models",
+        "type": "ai-provider",
+        "settings": {"baseUrl": "https://models.nordwind.example/v1"},
+    }
+    source_id = await _create(user, "datasources", provider)
+    for name, vendor_id, price in (
+        ("Small", "gpt-5-mini", {"input": "0.25", "output": "2"}),
+        ("Large", "gpt-5", {"input": "1.25", "output": "10"}),
+    ):
+        model = {"name": name, "vendorModelId": vendor_id, "dataSourceId": source_id, "price": price}
+        created = await user.api.post("/api/v1/ai/models", json={**model, "isShared": True})
+        assert created.status_code == 201, created.text
+    server = {"name": "Warehouse", "url": "https://tools.nordwind.example/mcp"}
+    server_id = await _create(user, "ai/tool-servers", server)
+    schema = {"type": "object", "properties": {"sku": {"type": "string"}}, "required": ["sku"]}
+    offered = [
+        ToolDefinition(name, sha256(name.encode()).hexdigest(), description=description, input_schema=schema)
+        for name, description in (
+            ("find_stock", "Returns the stock of an article by its number."),
+            ("order_stock", "Orders an article from its supplier."),
+        )
+    ]
+    now = harness.gateway.clock()
+    tools = to_stored(ListedTools(listed_at=now, offered=[msgspec.to_builtins(one) for one in offered]))
+
+    async def store(connection: AsyncConnection) -> None:
+        await connection.execute(
+            update(DataSource).where(col(DataSource.id) == server_id).values(tools=tools)
+        )
+
+    await harness.gateway.database.transaction(store)
+    find = {"name": "find_stock", "hash": offered[0].hash, "effect": "read"}
+    await _post(user, f"ai/tool-servers/{server_id}/accept", {"tools": [find]})
+    return server_id
 
 
 async def _fill_day(harness: GatewayHarness) -> None:
@@ -286,6 +332,13 @@ async def _enqueue(user: UserClient, workflow_id: str, message: Mapping[str, Any
     assert answer.status_code in {200, 201, 202}, answer.text
     run_id: str = answer.json()["executionId"]
     return run_id
+
+
+async def _create(user: UserClient, path: str, body: object) -> str:
+    """Create a data source or tool server, and return its id."""
+    answer = await user.api.post(f"/api/v1/{path}", json=body)
+    assert answer.status_code == 201, answer.text
+    return str(answer.json()["dataSourceId"])
 
 
 async def _post(user: UserClient, path: str, body: object) -> None:
