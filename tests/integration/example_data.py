@@ -34,7 +34,9 @@ _EXAMPLE_ID = re.compile(r"[a-zA-Z]+[_-][a-zA-Z0-9_-]+|\b[0-9a-f]{16}\b")
 STEP = {"nodeId": "set", "config": {"values": {"a": 1}}}
 NODES = [
     {"id": "start", "nodeId": "manual"},
-    *({"id": node_id, **STEP} for node_id in ("node_1", "node_2", "node-xyz123")),
+    *({"id": node_id, **STEP} for node_id in ("node_1", "node-xyz123")),
+    # A write, which a replay may leave out.
+    {"id": "node_2", "nodeId": "http-request", "config": {"method": "POST", "url": "https://example.com/"}},
 ]
 HOOK = {"id": "start", "nodeId": "webhook", "config": {"verification": {"provider": "none"}}}
 DATABASE = {
