@@ -22,7 +22,7 @@ from gateway.executions.question_shapes import (
 )
 from gateway.http import errors, idempotency, keyset, limits
 from gateway.http.errors import ApiError
-from gateway.http.keyset import AFTER, KeysetBounds
+from gateway.http.keyset import AFTER, KeysetBounds, PageCursor
 from gateway.http.parameters import LIMIT, ChoicesParameter, FlagParameter
 from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
 
     from gateway.access.audit_log import ChangeAuthor
     from gateway.executions.acceptance import RunAcceptor
-    from gateway.http.keyset import PageCursor
     from journal.store import ExecutionKey, IdempotencyKey
     from journal.waits.approvals import DecisionResult
     from journal.waits.node_answers import OrganizationWait, WaitingNode
@@ -56,7 +55,7 @@ log = structlog.get_logger()
 
 OTHERS: Final = FlagParameter("others", "Also questions that only other people may answer.")
 ASSIGNMENT: Final = ChoicesParameter(
-    "assignment", "With `after`, only questions that are assigned in one of these ways.", QuestionAssignment
+    "assignment", "Only questions that are assigned in one of these ways, in pages.", QuestionAssignment
 )
 ASSIGNED: Final = (OTHERS, ASSIGNMENT, LIMIT, AFTER)
 SHOWN_ITERATIONS: Final = 20
@@ -97,11 +96,13 @@ async def index_assigned(request: GatewayRequest) -> JsonResponse:
     """List the questions that the caller may answer, in all executions, the newest first; at most 1,000.
 
     With `others`, the list has also those of visible executions that only other people may answer. With `after`,
-    it has pages of `limit` questions, however many are open. A page examines 500 questions, or as many that name
-    the caller for `assignment=caller`, so that it may be shorter although another follows.
+    `limit` or `assignment`, it has pages of `limit` questions, however many are open. A page examines 500 questions,
+    or as many that name the caller for `assignment=caller`, so that it may be shorter although another follows.
     """
     caller, shows_others = request.caller, request.query[OTHERS]
     cursor = request.query[AFTER]
+    if cursor is None and (LIMIT.name in request.query_params or request.query[ASSIGNMENT]):
+        cursor = PageCursor()
     async with request.gateway.database.read() as connection:
         approver = await find_approver(connection, caller)
 
