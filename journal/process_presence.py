@@ -14,7 +14,6 @@ from sqlmodel import col
 from journal.presence_reports import FORGET_MICROSECONDS, host_name, program_version, report_regularly
 from models.database_time import DatabaseTime
 from models.process_presence import ProcessPresence
-from models.schema_migration import HEAD_REVISION
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -53,7 +52,6 @@ async def store_process(
         host=host_name(),
         loop_lag_ms=loop_lag_ms,
         activity=activity,
-        revision=HEAD_REVISION,
         started_at=DatabaseTime(),
         seen_at=DatabaseTime(),
     )

@@ -114,13 +114,18 @@ class RunRecorder:
         )
         self._locked: set[str] = set()
         """Runs whose rows another transaction had locked at their last write."""
+        self._whole_runs: set[str] = set()
+        """Runs whose pending write has all of their records."""
 
-    def submit(self, write: RunWrite) -> asyncio.Future[bool]:
+    def submit(self, write: RunWrite, *, is_whole_run: bool = False) -> asyncio.Future[bool]:
         """Queue a write for the next commit; the future returns whether the run still held its fencing token.
 
+        `is_whole_run` says that the write has all records of its run, so that its outcome can be published.
         The future raises `LockWaitTimeout` if another transaction keeps the run's row locked, and
         `DatabaseUnavailable`.
         """
+        if is_whole_run:
+            self._whole_runs.add(write.execution_id)
         group = self._locked_group if write.execution_id in self._locked else self._group
         return group.submit(write)
 
@@ -154,11 +159,14 @@ class RunRecorder:
             tasks = {
                 task_states.watch_key(write.organization_id): "" for write in written if write.organization_id
             }
-            outcomes = [_ended_execution(one) for one in written if one.is_whole_run]
+            outcomes = [_ended_execution(one) for one in written if one.execution_id in self._whole_runs]
             self._on_committed(
                 {write.execution_id: write.channel for write in written} | tasks,
                 [one for one in outcomes if one],
             )
+        self._whole_runs.difference_update(
+            write.execution_id for write in batch if write.execution_id not in unwritten
+        )
         return [
             locked if locked is not None and write.execution_id in unwritten else write.execution_id in held
             for write in batch
@@ -444,9 +452,9 @@ class RunJournal:
             large, spans = self._large, write.spans
             write.spans = await self._repeat_until_done(lambda: asyncio.create_task(large.store(spans)))
         # Repeating the write is safe: it names the token, and its rows replace themselves.
-        write.is_whole_run = self._is_new and write.end is not None and write.end not in UNFINISHED_STATUSES
+        is_whole = self._is_new and write.end is not None and write.end not in UNFINISHED_STATUSES
         self._is_new = False
-        if not await self._repeat_until_done(lambda: self._recorder.submit(write)):
+        if not await self._repeat_until_done(lambda: self._recorder.submit(write, is_whole_run=is_whole)):
             raise LeaseLost
         if self.on_durable is not None:
             self.on_durable(write.spans, write.attempts, write.steps)

@@ -45,7 +45,6 @@ from models.execution import (
     SpanRow,
 )
 from models.execution_status import MAX_PERCENT_UNDER_WAY, ExecutionStatus
-from models.recorded_span import RECORDED_SPAN_VIEW, RecordedSpan
 from telemetry import run_origin
 
 if TYPE_CHECKING:
@@ -55,36 +54,28 @@ if TYPE_CHECKING:
 
     from journal.store import ExecutionKey
 
-
-def _is_settled(span: type[SpanRow]) -> ColumnElement[bool]:
-    """Return the condition for nodes that do not run again.
-
-    These include failed nodes that left by their error port, and exclude failed iterations of loops.
-    """
-    return or_(
-        col(span.status).in_([SpanStatus.COMPLETED, SpanStatus.SKIPPED]),
-        and_(col(span.status) == SpanStatus.FAILED, col(span.port) == ERROR),
-    )
-
-
-_SETTLED: Final = _is_settled(RecordedSpan)
-_IN_FLIGHT: Final = and_(
-    col(RecordedSpan.status) == SpanStatus.RUNNING, col(RecordedSpan.resolved_config).is_not(None)
+_SETTLED: Final = or_(
+    col(SpanRow.status).in_([SpanStatus.COMPLETED, SpanStatus.SKIPPED]),
+    and_(col(SpanRow.status) == SpanStatus.FAILED, col(SpanRow.port) == ERROR),
 )
+"""Nodes that do not run again.
+
+These include failed nodes that left by their error port, and exclude failed iterations of loops.
+"""
+_IN_FLIGHT: Final = and_(col(SpanRow.status) == SpanStatus.RUNNING, col(SpanRow.resolved_config).is_not(None))
 """Writes with unknown outcome: they are repeated with the recorded key and body."""
 _WAS_REFUSED: Final = and_(
-    col(RecordedSpan.status) == SpanStatus.FAILED,
-    col(RecordedSpan.error).like(f'{{"code":"{NEEDS_CONFIRM_CODE}"%'),
+    col(SpanRow.status) == SpanStatus.FAILED, col(SpanRow.error).like(f'{{"code":"{NEEDS_CONFIRM_CODE}"%')
 )
 """Writes that a replay did not repeat for lack of a confirmation; a resumed run does not repeat them either."""
 _KEPT: Final = or_(
-    _SETTLED, _IN_FLIGHT, _WAS_REFUSED, *(col(RecordedSpan.status) == status for status in CANDIDATE_STATUSES)
+    _SETTLED, _IN_FLIGHT, _WAS_REFUSED, *(col(SpanRow.status) == status for status in CANDIDATE_STATUSES)
 )
 """Spans that a resumed run begins with; a replay's candidates are those that it has not reached."""
 _RESUMED: Final[Mapping[str, SQLColumnExpression[Any]]] = {
-    "status": case((_WAS_REFUSED, SpanStatus.UNCONFIRMED), else_=col(RecordedSpan.status)),
-    "error": case((_WAS_REFUSED, null()), else_=col(RecordedSpan.error)),
-    "ended_at": case((_WAS_REFUSED, null()), else_=col(RecordedSpan.ended_at)),
+    "status": case((_WAS_REFUSED, SpanStatus.UNCONFIRMED), else_=col(SpanRow.status)),
+    "error": case((_WAS_REFUSED, null()), else_=col(SpanRow.error)),
+    "ended_at": case((_WAS_REFUSED, null()), else_=col(SpanRow.ended_at)),
 }
 """Changed columns of the spans of a resumed run."""
 HAS_SETTLED_AGENT: Final = (
@@ -93,7 +84,7 @@ HAS_SETTLED_AGENT: Final = (
         col(SpanRow.execution_id) == col(AgentStepRow.execution_id),
         col(SpanRow.node_id) == col(AgentStepRow.node_id),
         col(SpanRow.iteration) == col(AgentStepRow.iteration),
-        _is_settled(SpanRow),
+        _SETTLED,
     )
     .exists()
 )
@@ -164,7 +155,7 @@ async def insert_copy(
     It is pending, or unparsed if its mail is. `also` has values of columns that differ from the copy. Agents without a
     result continue their conversations, or begin new ones unless `keeps_conversations`.
     """
-    kept = select(col(RecordedSpan.node_id), col(RecordedSpan.iteration), _SETTLED.label("is_settled")).where(
+    kept = select(col(SpanRow.node_id), col(SpanRow.iteration), _SETTLED.label("is_settled")).where(
         _spans_of(failed), _KEPT
     )
     spans = (await connection.execute(kept)).all()
@@ -268,7 +259,7 @@ async def _leave_out(
     )
     changes: dict[str, SQLColumnExpression[Any]] = {
         "status": literal(SpanStatus.SKIPPED.value),
-        "key_id": func.coalesce(col(RecordedSpan.key_id), literal(key_id)),
+        "key_id": func.coalesce(col(SpanRow.key_id), literal(key_id)),
         **{name: null() for name in empty},
     }
     for node_id, (label, node_type) in nodes.items():
@@ -295,15 +286,15 @@ def _span_changes(use: ResultUse, source: ExecutionKey, key_id: str) -> dict[str
     By `use`, the result is taken over as settled, is a candidate that the run may take, or its node runs
     again with the same write key.
     """
-    origin = func.coalesce(col(RecordedSpan.reused_from), source.execution_id)
-    own_key = func.coalesce(col(RecordedSpan.key_id), key_id)
+    origin = func.coalesce(col(SpanRow.reused_from), source.execution_id)
+    own_key = func.coalesce(col(SpanRow.key_id), key_id)
     # The end of a candidate is kept in `wake_at`: a span with an end counts as ended everywhere.
     # Not `in_`, which a statement for many rows can't contain.
-    is_candidate = or_(*(col(RecordedSpan.status) == status for status in sorted(CANDIDATE_STATUSES)))
-    ended_at = case((is_candidate, col(RecordedSpan.wake_at)), else_=col(RecordedSpan.ended_at))
+    is_candidate = or_(*(col(SpanRow.status) == status for status in sorted(CANDIDATE_STATUSES)))
+    ended_at = case((is_candidate, col(SpanRow.wake_at)), else_=col(SpanRow.ended_at))
     if use is ResultUse.SETTLED:
-        end = case((col(RecordedSpan.error).is_(None), SpanStatus.COMPLETED), else_=SpanStatus.FAILED)
-        status = case((is_candidate, end), else_=col(RecordedSpan.status))
+        end = case((col(SpanRow.error).is_(None), SpanStatus.COMPLETED), else_=SpanStatus.FAILED)
+        status = case((is_candidate, end), else_=col(SpanRow.status))
         changes = {"reused_from": origin, "key_id": own_key, "status": status}
         return {**changes, "ended_at": ended_at, "wake_at": null()}
     if use is ResultUse.IN_FLIGHT:
@@ -323,15 +314,15 @@ async def _copy_attempts(connection: AsyncConnection, failed: ExecutionKey, new_
     identity = (col(AttemptRow.node_id), col(AttemptRow.iteration), col(AttemptRow.attempt))
     of_kept = and_(
         *(
-            col(AttemptRow.execution_id) == col(RecordedSpan.execution_id),
-            col(AttemptRow.shard) == col(RecordedSpan.shard),
+            col(AttemptRow.execution_id) == col(SpanRow.execution_id),
+            col(AttemptRow.shard) == col(SpanRow.shard),
         ),
         *(
-            col(AttemptRow.node_id) == col(RecordedSpan.node_id),
-            col(AttemptRow.iteration) == col(RecordedSpan.iteration),
+            col(AttemptRow.node_id) == col(SpanRow.node_id),
+            col(AttemptRow.iteration) == col(SpanRow.iteration),
         ),
     )
-    kept = select(*identity).join(RecordedSpan, of_kept).where(_spans_of(failed), _KEPT)
+    kept = select(*identity).join(SpanRow, of_kept).where(_spans_of(failed), _KEPT)
     copies = [
         {"new_id": ids.new_id("span"), "of_node": row[0], "of_iteration": row[1], "of_attempt": row[2]}
         for row in await connection.execute(kept)
@@ -474,8 +465,8 @@ def _new_span(
     """
     condition = and_(
         _spans_of(failed),
-        col(RecordedSpan.node_id) == bindparam("of_node"),
-        col(RecordedSpan.iteration) == bindparam("of_iteration"),
+        col(SpanRow.node_id) == bindparam("of_node"),
+        col(SpanRow.iteration) == bindparam("of_iteration"),
     )
     changes: dict[str, SQLColumnExpression[Any]] = {
         "execution_id": literal(new_id),
@@ -488,9 +479,7 @@ def _new_span(
 
 
 def _spans_of(failed: ExecutionKey) -> ColumnElement[bool]:
-    return and_(
-        col(RecordedSpan.execution_id) == failed.execution_id, col(RecordedSpan.shard) == failed.shard
-    )
+    return and_(col(SpanRow.execution_id) == failed.execution_id, col(SpanRow.shard) == failed.shard)
 
 
 def _copy_rows(
@@ -498,6 +487,5 @@ def _copy_rows(
 ) -> Insert:
     """Return the statement that copies the rows of a table that satisfy a condition, with some columns changed."""
     columns = SQLModel.metadata.tables[table].columns
-    source = RECORDED_SPAN_VIEW if table == "span" else SQLModel.metadata.tables[table]
-    selected = select(*(changes.get(column.name, column) for column in source.columns)).where(condition)
+    selected = select(*(changes.get(column.name, column) for column in columns)).where(condition)
     return insert(SQLModel.metadata.tables[table]).from_select([column.name for column in columns], selected)

@@ -18,7 +18,7 @@ from journal.blobs.blob_storage import BlobOwner
 from models.agent_step import AgentStepRow
 from models.approval import ApprovalLink, ApprovalRequest, ApprovalVote
 from models.blocked_interval import BlockedInterval
-from models.execution import AttemptRow, Execution, ExecutionData, LogRow, SpanPack, SpanRow, WaitAnswer
+from models.execution import AttemptRow, Execution, ExecutionData, LogRow, SpanRow, WaitAnswer
 from models.execution_label import ExecutionLabel
 from models.model_spending import ModelCharge
 from models.published_value import PublishedValue
@@ -45,7 +45,6 @@ IS_DELETABLE: Final = and_(_IS_FINISHED, ~_PARENT_IS_UNFINISHED)
 """Condition: the run has ended, its completion actions are done, and no unfinished execution has started it.
 """
 _RUN_TABLES: Final[Sequence[tuple[type[SQLModel], Sequence[SQLColumnExpression[Any]]]]] = (
-    (SpanPack, (col(SpanPack.execution_id),)),
     (SpanRow, (col(SpanRow.execution_id), col(SpanRow.node_id), col(SpanRow.iteration))),
     (
         AttemptRow,

@@ -12,7 +12,7 @@ from sqlmodel import col
 
 from engine.node_api import OUTPUT
 from json_text import decoding
-from models.recorded_span import RecordedSpan
+from models.execution import SpanRow
 from models.workflow import Definition
 
 if TYPE_CHECKING:
@@ -24,22 +24,22 @@ BATCH_NODES: Final = 500
 
 # Built once: building a statement takes longer than running it.
 _IS_SETTLED: Final = and_(
-    col(RecordedSpan.execution_id) == bindparam("execution_id"),
-    col(RecordedSpan.shard) == bindparam("shard"),
-    col(RecordedSpan.iteration) == "",
-    col(RecordedSpan.ended_at).is_not(None),
+    col(SpanRow.execution_id) == bindparam("execution_id"),
+    col(SpanRow.shard) == bindparam("shard"),
+    col(SpanRow.iteration) == "",
+    col(SpanRow.ended_at).is_not(None),
 )
 _SETTLED: Final = (
     select(
-        *(col(RecordedSpan.node_id), col(RecordedSpan.port)),
-        func.length(func.coalesce(col(RecordedSpan.output), col(RecordedSpan.output_blob))).label("size"),
+        *(col(SpanRow.node_id), col(SpanRow.port)),
+        func.length(func.coalesce(col(SpanRow.output), col(SpanRow.output_blob))).label("size"),
     )
     .where(_IS_SETTLED)
-    .order_by(col(RecordedSpan.sequence))
+    .order_by(col(SpanRow.sequence))
 )
-_OUTPUTS: Final = select(
-    col(RecordedSpan.node_id), col(RecordedSpan.output), col(RecordedSpan.output_blob)
-).where(_IS_SETTLED, col(RecordedSpan.node_id).in_(bindparam("node_ids", expanding=True)))
+_OUTPUTS: Final = select(col(SpanRow.node_id), col(SpanRow.output), col(SpanRow.output_blob)).where(
+    _IS_SETTLED, col(SpanRow.node_id).in_(bindparam("node_ids", expanding=True))
+)
 _DEFINITION: Final = select(col(Definition.body)).where(
     col(Definition.organization_id) == bindparam("organization_id"),
     col(Definition.hash) == bindparam("hash"),

@@ -10,7 +10,7 @@ import msgspec
 from engine.agents.agent_steps import AgentStep, StepKind, StepReuse, StepStatus
 from engine.model_calls import ModelCallRecord, sum_cost
 from engine.run_errors import FailureCause
-from engine.run_records import NodeSpan, RunError, RunStatus, SpanStatus, encode_error
+from engine.run_records import NodeSpan, RunError, SpanStatus, encode_error
 from engine.task_node import NewTask
 from journal.explanations.blockers import BlockerCode
 from journal.store import ClaimedRun
@@ -59,11 +59,6 @@ SPAN_COLUMNS = (
 SPAN_KEY = ("execution_id", "node_id", "iteration")
 SPAN_FIXED_COLUMNS = (*SPAN_KEY, "shard", "id")
 """Columns that a newer row of the same node does not change."""
-PACK_COLUMNS: Final = ("execution_id", "shard", "spans", "hashes")
-MAX_PACKED_SPANS: Final = 100
-MAX_PACKED_BYTES: Final = 32_000
-"""Size of all values of a run up to which its spans are packed: a look at one span reads all of them."""
-_PACKED_STATUSES: Final = frozenset({SpanStatus.COMPLETED, SpanStatus.SKIPPED})
 ATTEMPT_COLUMNS = (
     *(
         "execution_id",
@@ -103,7 +98,6 @@ TOUCH_INTERVAL_MICROSECONDS = 3_600_000_000
 """Minimum age of a definition for a new use to renew its age."""
 
 DatabaseRow = tuple[Any, ...]
-PackRow = tuple[str, int, str, bytes]
 
 IS_NO_SUSPECT_SQL: Final = f"attempt < {SUSPECT_LOSSES}"
 """Condition of claims for normal execution, where suspects have the same target as other runs."""
@@ -178,79 +172,6 @@ def span_rows(batch: Sequence[RunWrite]) -> list[DatabaseRow]:
         )
         for (write, span), span_id in zip(newest, ids.new_ids("span", len(newest)), strict=True)
     ]
-
-
-def pack_batch(batch: Sequence[RunWrite]) -> tuple[list[PackRow], Sequence[RunWrite]]:
-    """Return a row with the values of `PACK_COLUMNS` for each write whose spans can be packed, and the other writes.
-
-    Packed are few, small and plain spans of a run that its only write completes.
-    """
-    whole = sum(len(write.spans) for write in batch if _may_be_packed(write))
-    if not whole:
-        return [], batch
-    packed: list[PackRow] = []
-    others: list[RunWrite] = []
-    span_ids = iter(ids.new_ids("span", whole))
-    for write in batch:
-        row = _pack_row(write, span_ids) if _may_be_packed(write) else None
-        if row is None:
-            others.append(write)
-        else:
-            packed.append(row)
-    return packed, others
-
-
-def _may_be_packed(write: RunWrite) -> bool:
-    return (
-        write.is_whole_run
-        and write.end is RunStatus.COMPLETED
-        and len(write.spans) <= MAX_PACKED_SPANS
-        and not (write.attempts or write.steps)
-    )
-
-
-def _pack_row(write: RunWrite, span_ids: Iterator[str]) -> PackRow | None:
-    """Return the row of a run, with the last recorded span of each node and iteration; None if a span has values for
-    which a packed span has no place, or all are too large.
-    """
-    values: list[tuple[object, ...]] = []
-    hashes: list[bytes] = []
-    place = 1
-    size = 0
-    for span in {(span.node_id, span.iteration): span for span in write.spans}.values():
-        if (
-            span.attempt != 1
-            or span.status not in _PACKED_STATUSES
-            or span.error
-            or span.wake_at
-            or span.awaits
-            or span.resolved_config
-            or span.input_blob
-            or span.output_blob
-            or span.reused_from
-            or span.key_id
-            or span.model_calls
-        ):
-            return None
-        texts = span.input, span.output, span.rendered_config
-        size += sum([len(text) for text in texts if text is not None])
-        if size > MAX_PACKED_BYTES:
-            return None
-        of_span = span.hashes
-        given, output, config = map(_to_text, texts)
-        values.append(
-            (
-                *(span.node_id, span.iteration, next(span_ids), span.sequence, span.label, span.type),
-                *(span.status, span.port, _to_microseconds(span.started_at), _to_microseconds(span.ended_at)),
-                *(span.input_node, given, output),
-                msgspec.json.encode(span.unresolved).decode() if span.unresolved else None,
-                *((config, None, None) if of_span is None else (config, place, len(of_span))),
-            )
-        )
-        if of_span is not None:
-            hashes.append(of_span)
-            place += len(of_span)
-    return write.execution_id, write.shard, msgspec.json.encode(values).decode(), b"".join(hashes)
 
 
 def attempt_rows(batch: Sequence[RunWrite]) -> list[DatabaseRow]:

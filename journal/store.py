@@ -305,8 +305,6 @@ class RunWrite(msgspec.Struct):
     """Whether it has passed its trial: then the death of its worker doesn't count as a loss on trial."""
     end: RunStatus | None = None
     """Outcome of this claim; None: the run continues."""
-    is_whole_run: bool = False
-    """Whether it has all records of a run that it ends, so that they can be packed and the outcome be published."""
     channel: str = ""
     """Channel to notify besides the watchers of the run."""
     error: RunError | None = None
@@ -490,9 +488,6 @@ class RunStore(Protocol):
 
 class JournalStore(RunStore, Protocol):
     """Operations on runs in one database: those of executors, and those of gateways and schedulers."""
-
-    packs_spans: bool
-    """Whether `record` packs the spans of short runs; False until all processes are known to read packed spans."""
 
     async def accept(self, batch: Sequence[RunAcceptance]) -> Sequence[AcceptanceResult]:
         """Insert runs in one transaction; answers are in the order of the batch.

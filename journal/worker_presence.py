@@ -19,7 +19,6 @@ from journal.presence_reports import (
     report_regularly,
 )
 from models.database_time import DatabaseTime
-from models.schema_migration import HEAD_REVISION
 from models.worker_presence import WorkerPresence
 
 if TYPE_CHECKING:
@@ -27,23 +26,20 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-    from journal.store import JournalStore
     from models.database import Database
 
 
 def report_presence(
-    database: Database, store: JournalStore, owner: str, concurrency: int, held_runs: Callable[[], int]
+    database: Database, owner: str, concurrency: int, held_runs: Callable[[], int]
 ) -> AbstractAsyncContextManager[None]:
     """Report a worker as present every five seconds while the context lasts, and its end after it.
 
-    `held_runs` returns the number of its runs. Its store packs spans while all present processes can read them. An
-    unreachable database is no error.
+    `held_runs` returns the number of its runs. An unreachable database is no error.
     """
     return report_regularly(
         database,
         lambda lag_ms, activity: partial(
-            _report_worker,
-            store,
+            store_presence,
             owner=owner,
             concurrency=concurrency,
             held_runs=held_runs(),
@@ -52,14 +48,6 @@ def report_presence(
         ),
         partial(end_presence, owner=owner),
     )
-
-
-async def _report_worker(store: JournalStore, connection: AsyncConnection, **values: Any) -> None:  # noqa: ANN401 - those of `store_presence`
-    """Store the presence, and let the store pack spans if all present processes can read packed ones."""
-    from journal.process_revisions import can_all_read_packed_spans  # noqa: PLC0415 - not needed by the start
-
-    await store_presence(connection, **values)
-    store.packs_spans = await can_all_read_packed_spans(connection)
 
 
 async def store_presence(
@@ -85,7 +73,6 @@ async def store_presence(
         host=host_name(),
         loop_lag_ms=loop_lag_ms,
         activity=activity,
-        revision=HEAD_REVISION,
     )
     await connection.execute(
         statement.on_conflict_do_update(

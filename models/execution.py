@@ -358,19 +358,6 @@ class SpanRow(SQLModel, table=True):
     """JSON list of the calls of language models that the node has made, in all attempts."""
 
 
-class SpanPack(SQLModel, table=True):
-    """Spans of a run that one commit has begun and completed, in one row: `recorded_span` shows each as a row."""
-
-    __tablename__ = "span_pack"
-
-    execution_id: str = Field(primary_key=True)
-    shard: int = Field(sa_column=Column(SmallInteger, nullable=False))
-    spans: str = Field(sa_column=Column(Text, nullable=False))
-    """JSON list with a list of values for each span, as `journal.run_rows` encodes them."""
-    hashes: bytes = Field(sa_column=Column(LargeBinary, nullable=False))
-    """Hashes of all spans, one after the other."""
-
-
 class AttemptRow(SQLModel, table=True):
     """Attempt of a node that was retried."""
 

@@ -31,5 +31,3 @@ class ProcessPresence(SQLModel, table=True):
     seen_at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))
     activity: dict[str, Any] | None = Field(default=None, sa_column=Column(JsonTextColumn))
     """Activity before its last report, as `telemetry.process_activity` measures it; None before 0.3."""
-    revision: str | None = None
-    """Newest revision of the tables that its code knows; None before 0.3."""

@@ -33,5 +33,3 @@ class WorkerPresence(SQLModel, table=True):
     """Longest delay of a timer of its event loop in the ten seconds before its last report."""
     activity: dict[str, Any] | None = Field(default=None, sa_column=Column(JsonTextColumn))
     """Activity before its last report, as `telemetry.process_activity` measures it; None before 0.3."""
-    revision: str | None = None
-    """Newest revision of the tables that its code knows; None before 0.3."""

@@ -194,7 +194,7 @@ async def run_worker(
         approval_mails.start()
         reader.start()
         async with worker_presence.report_presence(
-            database, store, broker.channel, settings.concurrency, executor.count_held_runs
+            database, broker.channel, settings.concurrency, executor.count_held_runs
         ):
             yield executor
     finally:

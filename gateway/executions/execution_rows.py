@@ -33,7 +33,6 @@ from journal.blobs.blob_storage import BlobOwner
 from models.execution import AttemptRow, Execution, ExecutionData, LogRow, SpanRow
 from models.execution_label import ExecutionLabel
 from models.execution_visibility import visibility_condition
-from models.recorded_span import PackedSpan, RecordedSpan
 
 if TYPE_CHECKING:
     from sqlalchemy import ColumnElement, CompoundSelect, Select
@@ -86,11 +85,11 @@ SORTABLE: Final[Mapping[str, SQLColumnExpression[Any]]] = {
 }
 
 _source = aliased(SpanRow)
-_SHOWN: Final = func.coalesce(col(RecordedSpan.output), col(RecordedSpan.output_blob))
+_SHOWN: Final = func.coalesce(col(SpanRow.output), col(SpanRow.output_blob))
 """Output, or the reference to an output that is too large for a row."""
-_IS_REFERENCE: Final = and_(
-    col(RecordedSpan.output).is_(None), col(RecordedSpan.output_blob).is_not(None)
-).label("output_is_reference")
+_IS_REFERENCE: Final = and_(col(SpanRow.output).is_(None), col(SpanRow.output_blob).is_not(None)).label(
+    "output_is_reference"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,15 +267,15 @@ async def find_execution(
     if data is None:
         return None  # its deletion by retention is in progress
     outputs = (
-        select(col(RecordedSpan.node_id), _SHOWN.label("output"), _IS_REFERENCE)
+        select(col(SpanRow.node_id), _SHOWN.label("output"), _IS_REFERENCE)
         .where(
-            col(RecordedSpan.execution_id) == execution_id,
-            col(RecordedSpan.shard) == caller.shard,
-            col(RecordedSpan.iteration) == "",
+            col(SpanRow.execution_id) == execution_id,
+            col(SpanRow.shard) == caller.shard,
+            col(SpanRow.iteration) == "",
             _SHOWN.is_not(None),
-            col(RecordedSpan.ended_at).is_not(None),
+            col(SpanRow.ended_at).is_not(None),
         )
-        .order_by(col(RecordedSpan.sequence))
+        .order_by(col(SpanRow.sequence))
     )
     rows = (await connection.execute(outputs)).all()
     return ExecutionRecord(
@@ -329,43 +328,46 @@ async def blob_owner(connection: AsyncConnection, key: ExecutionKey) -> BlobOwne
 
 _SPANS: Final = select(
     literal(SpanKind.NODE.value, Text).label("kind"),
-    col(RecordedSpan.id),
-    col(RecordedSpan.execution_id),
-    col(RecordedSpan.node_id),
-    col(RecordedSpan.iteration),
-    col(RecordedSpan.sequence),
-    col(RecordedSpan.label),
-    col(RecordedSpan.type),
-    col(RecordedSpan.status),
-    col(RecordedSpan.port),
-    col(RecordedSpan.attempt),
-    col(RecordedSpan.started_at),
-    col(RecordedSpan.ended_at),
-    col(RecordedSpan.wake_at),
+    col(SpanRow.id),
+    col(SpanRow.execution_id),
+    col(SpanRow.node_id),
+    col(SpanRow.iteration),
+    col(SpanRow.sequence),
+    col(SpanRow.label),
+    col(SpanRow.type),
+    col(SpanRow.status),
+    col(SpanRow.port),
+    col(SpanRow.attempt),
+    col(SpanRow.started_at),
+    col(SpanRow.ended_at),
+    col(SpanRow.wake_at),
     # An input that equals another node's output is stored as that node's id.
     func.coalesce(
-        col(RecordedSpan.input),
-        col(RecordedSpan.input_blob),
-        col(_source.output),
-        col(_source.output_blob),
-        col(PackedSpan.output),
+        col(SpanRow.input), col(SpanRow.input_blob), col(_source.output), col(_source.output_blob)
     ).label("input"),
     and_(
-        col(RecordedSpan.input).is_(None),
+        col(SpanRow.input).is_(None),
         or_(
-            col(RecordedSpan.input_blob).is_not(None),
+            col(SpanRow.input_blob).is_not(None),
             and_(col(_source.output).is_(None), col(_source.output_blob).is_not(None)),
         ),
     ).label("input_is_reference"),
     _SHOWN.label("output"),
     _IS_REFERENCE,
-    col(RecordedSpan.error),
-    col(RecordedSpan.unresolved),
-    col(RecordedSpan.hashes),
-    col(RecordedSpan.reused_from),
-    col(RecordedSpan.model_calls),
+    col(SpanRow.error),
+    col(SpanRow.unresolved),
+    col(SpanRow.hashes),
+    col(SpanRow.reused_from),
+    col(SpanRow.model_calls),
+).outerjoin(
+    _source,
+    and_(
+        col(_source.execution_id) == col(SpanRow.execution_id),
+        col(_source.shard) == col(SpanRow.shard),
+        col(_source.node_id) == col(SpanRow.input_node),
+        col(_source.iteration) == col(SpanRow.iteration),
+    ),
 )
-"""Columns of a span; `_select_spans` adds the span whose output is its input."""
 
 _NO_TEXT: Final = cast(null(), Text)
 _ATTEMPTS: Final = select(
@@ -411,9 +413,9 @@ async def list_spans(
 
     counts = [
         select(func.count()).select_from(table).where(*conditions(table)).scalar_subquery()
-        for table in (RecordedSpan, AttemptRow)
+        for table in (SpanRow, AttemptRow)
     ]
-    statement = _spans_and_attempts(key, conditions(RecordedSpan), conditions(AttemptRow))
+    statement = _spans_and_attempts(conditions(SpanRow), conditions(AttemptRow))
     return await _page(connection, select(counts[0] + counts[1]), statement, part)
 
 
@@ -425,17 +427,14 @@ async def find_span(
     The iteration is empty outside of loops. None if it is missing.
     """
     statement = _spans_and_attempts(
-        key,
-        [*_select_run(RecordedSpan, key), col(RecordedSpan.id) == span_id],
+        [*_select_run(SpanRow, key), col(SpanRow.id) == span_id],
         [*_select_run(AttemptRow, key), col(AttemptRow.id) == span_id],
     )
     found = (await connection.execute(statement)).first()
     if found is not None:
         return found
-    of_node = _select_spans(key).where(
-        *_select_run(RecordedSpan, key),
-        col(RecordedSpan.node_id) == span_id,
-        col(RecordedSpan.iteration) == iteration,
+    of_node = _SPANS.where(
+        *_select_run(SpanRow, key), col(SpanRow.node_id) == span_id, col(SpanRow.iteration) == iteration
     )
     return (await connection.execute(of_node)).first()
 
@@ -456,25 +455,11 @@ async def list_attempts(
     return (await connection.execute(statement)).all()
 
 
-def _select_spans(key: ExecutionKey) -> Select[*tuple[Any, ...]]:
-    """Return the statement that reads the columns of `_SPANS`, each with the output that is its input."""
-    statement = _SPANS
-    for source in (_source, PackedSpan):
-        is_source = and_(
-            col(source.execution_id) == key.execution_id,
-            col(source.shard) == key.shard,
-            col(source.node_id) == col(RecordedSpan.input_node),
-            col(source.iteration) == col(RecordedSpan.iteration),
-        )
-        statement = statement.outerjoin(source, is_source)
-    return statement
-
-
 def _spans_and_attempts(
-    key: ExecutionKey, of_spans: Iterable[ColumnElement[bool]], of_attempts: Iterable[ColumnElement[bool]]
+    of_spans: Iterable[ColumnElement[bool]], of_attempts: Iterable[ColumnElement[bool]]
 ) -> CompoundSelect[*tuple[Any, ...]]:
     """Return the statement that reads spans of nodes and attempts, ordered by sequence number."""
-    return union_all(_select_spans(key).where(*of_spans), _ATTEMPTS.where(*of_attempts)).order_by("sequence")
+    return union_all(_SPANS.where(*of_spans), _ATTEMPTS.where(*of_attempts)).order_by("sequence")
 
 
 async def list_logs(
@@ -510,8 +495,8 @@ def _select_run(
 ) -> Iterable[ColumnElement[bool]]:
     yield col(table.execution_id) == key.execution_id
     yield col(table.shard) == key.shard
-    if table is RecordedSpan:
-        yield col(RecordedSpan.status).not_in(CANDIDATE_STATUSES)
+    if table is SpanRow:
+        yield col(SpanRow.status).not_in(CANDIDATE_STATUSES)
 
 
 # ── event streams ───────────────────────────────────────────────────────────────────────────────────────────
@@ -550,8 +535,7 @@ async def read_changes(
     found_spans = (
         await connection.execute(
             _spans_and_attempts(
-                key,
-                [*_select_run(RecordedSpan, key), *_select_between(RecordedSpan, after, last)],
+                [*_select_run(SpanRow, key), *_select_between(SpanRow, after, last)],
                 [*_select_run(AttemptRow, key), *_select_between(AttemptRow, after, last)],
             ).limit(at_most)
         )
@@ -589,6 +573,6 @@ def _select_newest(key: ExecutionKey) -> Select[int, int]:
         select(func.coalesce(func.max(col(table.sequence)), 0))
         .where(*_select_run(table, key))
         .scalar_subquery()
-        for table in (RecordedSpan, LogRow)
+        for table in (SpanRow, LogRow)
     )
     return select(of_span, of_line)

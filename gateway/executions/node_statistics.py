@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Final
 
-from sqlalchemy import func, not_, select
+from sqlalchemy import and_, func, not_, select
 from sqlmodel import col
 
 from engine.run_records import SpanStatus
@@ -16,8 +16,7 @@ from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse
 from gateway.http.wire import Instant, WireStruct, instant
 from gateway.workflows import editing
-from models.execution import ExecutionData
-from models.recorded_span import RecordedSpan
+from models.execution import ExecutionData, SpanRow
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
@@ -27,8 +26,6 @@ if TYPE_CHECKING:
 TIME: Final = timedelta(days=7)
 RUNS: Final = 100
 """Newest runs that are read."""
-RUNS_AT_ONCE: Final = 20
-"""Runs that one statement reads, so that the newest count first if all have many spans."""
 SPANS: Final = 5_000
 """Spans that are read of them; a run with long loops has many."""
 _MILLISECOND: Final = timedelta(milliseconds=1)
@@ -78,32 +75,28 @@ async def _read_spans(
     Reused results and iterations as a whole are left out; nodes in iterations are included.
     """
     runs = (
-        select(col(ExecutionData.execution_id))
+        select(col(ExecutionData.execution_id), col(ExecutionData.shard))
         .where(col(ExecutionData.workflow_id) == workflow_id, col(ExecutionData.created_at) >= since)
         .order_by(col(ExecutionData.created_at).desc(), col(ExecutionData.execution_id).desc())
         .limit(RUNS)
+        .subquery()
     )
-    run_ids = (await connection.scalars(runs)).all()
-    rows: list[Recorded] = []
-    for start in range(0, len(run_ids), RUNS_AT_ONCE):
-        ended = (
-            select(
-                *(col(RecordedSpan.execution_id), col(RecordedSpan.node_id), col(RecordedSpan.status)),
-                *(col(RecordedSpan.started_at), col(RecordedSpan.ended_at)),
-            )
-            .where(
-                col(RecordedSpan.execution_id).in_(run_ids[start : start + RUNS_AT_ONCE]),
-                col(RecordedSpan.shard) == shard,
-                col(RecordedSpan.status).in_((SpanStatus.COMPLETED.value, SpanStatus.FAILED.value)),
-                col(RecordedSpan.reused_from).is_(None),
-                not_(func.coalesce(IS_ITERATION_OF_LOOP, False)),
-            )
-            .limit(SPANS - len(rows))
+    of_run = and_(col(SpanRow.execution_id) == runs.c.execution_id, col(SpanRow.shard) == shard)
+    statement = (
+        select(
+            *(col(SpanRow.execution_id), col(SpanRow.node_id), col(SpanRow.status)),
+            *(col(SpanRow.started_at), col(SpanRow.ended_at)),
         )
-        rows += (await connection.execute(ended)).all()
-        if len(rows) == SPANS:
-            break
-    return rows
+        .select_from(runs)
+        .join(SpanRow, of_run)
+        .where(
+            col(SpanRow.status).in_((SpanStatus.COMPLETED.value, SpanStatus.FAILED.value)),
+            col(SpanRow.reused_from).is_(None),
+            not_(func.coalesce(IS_ITERATION_OF_LOOP, False)),
+        )
+        .limit(SPANS)
+    )
+    return (await connection.execute(statement)).all()
 
 
 def _sum_up(workflow_id: str, since: datetime, rows: Sequence[Recorded]) -> WorkflowStatistics:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from msgspec import structs
 from sqlalchemy import and_, case, func, or_, select
+from sqlalchemy.orm import aliased
 from sqlmodel import col
 
 from engine import name_suggestions
@@ -49,9 +50,8 @@ from journal.waits import completion
 from json_text import decoding
 from models.agent_step import AgentStepRow
 from models.data_source import DataSource
-from models.execution import Execution, ExecutionData
+from models.execution import Execution, ExecutionData, SpanRow
 from models.execution_visibility import visibility_condition
-from models.recorded_span import OtherRecordedSpan, RecordedSpan
 from models.workflow import Definition, Workflow
 from nodes import custom_types
 
@@ -298,14 +298,14 @@ class ReplayPlanner:
         recorded = plan.recorded
         row = recorded.row
         values: Select[*tuple[Any, ...]] = select(
-            *(col(RecordedSpan.node_id), col(RecordedSpan.input), col(RecordedSpan.output))
+            *(col(SpanRow.node_id), col(SpanRow.input), col(SpanRow.output))
         )
         async with self._database.read() as connection:
             rows = await connection.execute(
                 values.where(
-                    col(RecordedSpan.execution_id) == recorded.key.execution_id,
-                    col(RecordedSpan.shard) == recorded.key.shard,
-                    col(RecordedSpan.iteration) == "",
+                    col(SpanRow.execution_id) == recorded.key.execution_id,
+                    col(SpanRow.shard) == recorded.key.shard,
+                    col(SpanRow.iteration) == "",
                 )
             )
             found = {one.node_id: one for one in rows}
@@ -626,30 +626,32 @@ def _unknown_nodes(name: str, node_ids: Collection[str], graph: ParsedGraph) -> 
 # ── rows ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 _FACTS: Final = (
-    *(col(RecordedSpan.node_id), col(RecordedSpan.sequence), col(RecordedSpan.label), col(RecordedSpan.type)),
+    *(col(SpanRow.node_id), col(SpanRow.sequence), col(SpanRow.label), col(SpanRow.type)),
+    *(col(SpanRow.status), col(SpanRow.port), col(SpanRow.attempt), col(SpanRow.started_at)),
+    *(col(SpanRow.ended_at), col(SpanRow.input_node), col(SpanRow.error), col(SpanRow.hashes)),
     *(
-        col(RecordedSpan.status),
-        col(RecordedSpan.port),
-        col(RecordedSpan.attempt),
-        col(RecordedSpan.started_at),
-    ),
-    *(
-        col(RecordedSpan.ended_at),
-        col(RecordedSpan.input_node),
-        col(RecordedSpan.error),
-        col(RecordedSpan.hashes),
-    ),
-    *(
-        col(RecordedSpan.input_blob),
-        col(RecordedSpan.output_blob),
-        col(RecordedSpan.resolved_config).is_not(None).label("was_sent"),
+        col(SpanRow.input_blob),
+        col(SpanRow.output_blob),
+        col(SpanRow.resolved_config).is_not(None).label("was_sent"),
     ),
 )
 """Columns of a span that a plan needs first: no payloads."""
 
 
-_IS_COMPLETED: Final = col(RecordedSpan.status) == SpanStatus.COMPLETED
-_WAS_SENT: Final = col(RecordedSpan.resolved_config).is_not(None)
+_turn = aliased(SpanRow)
+_IS_COMPLETED: Final = col(SpanRow.status) == SpanStatus.COMPLETED
+_WAS_SENT: Final = col(SpanRow.resolved_config).is_not(None)
+_HAS_COMPLETED_ITERATION: Final = (
+    select(col(_turn.node_id))
+    .where(
+        *(col(_turn.execution_id) == col(SpanRow.execution_id), col(_turn.shard) == col(SpanRow.shard)),
+        *(col(_turn.iteration) == col(SpanRow.iteration), col(_turn.port) == CONTINUE),
+        col(_turn.status) == SpanStatus.COMPLETED,
+    )
+    .correlate(SpanRow)
+    .exists()
+)
+"""Condition: the iteration of a span has completed."""
 
 
 async def _read_execution(
@@ -674,14 +676,14 @@ async def _read_execution(
     if found is None:
         raise errors.not_found("execution")
     resume_runs.require_ended(found.status)
-    of_run = (col(RecordedSpan.execution_id) == key.execution_id, col(RecordedSpan.shard) == key.shard)
+    of_run = (col(SpanRow.execution_id) == key.execution_id, col(SpanRow.shard) == key.shard)
     facts: Select[*tuple[Any, ...]] = select(*_FACTS)
     rows = await connection.execute(
-        facts.where(*of_run, col(RecordedSpan.iteration) == "").order_by(col(RecordedSpan.sequence))
+        facts.where(*of_run, col(SpanRow.iteration) == "").order_by(col(SpanRow.sequence))
     )
     spans = [_decode_span(row) for row in rows]
     has_loops = await connection.scalar(
-        select(col(RecordedSpan.node_id)).where(*of_run, col(RecordedSpan.iteration) != "").limit(1)
+        select(col(SpanRow.node_id)).where(*of_run, col(SpanRow.iteration) != "").limit(1)
     )
     written, in_failed = await _find_written_in_loops(connection, key) if has_loops else (set(), set())
     used = {name for span in spans if (parts := decode_key(span.hashes)) for name, _ in parts.sources}
@@ -728,39 +730,23 @@ async def _find_written_in_loops(connection: AsyncConnection, key: ExecutionKey)
     """Return the ids of nodes that may have written in any iteration of a loop, and in iterations that did
     not complete.
     """
-    of_run = (col(RecordedSpan.execution_id) == key.execution_id, col(RecordedSpan.shard) == key.shard)
-    has_completed_iteration = (
-        select(col(OtherRecordedSpan.node_id))
-        .where(
-            *(
-                col(OtherRecordedSpan.execution_id) == key.execution_id,
-                col(OtherRecordedSpan.shard) == key.shard,
-            ),
-            *(
-                col(OtherRecordedSpan.iteration) == col(RecordedSpan.iteration),
-                col(OtherRecordedSpan.port) == CONTINUE,
-            ),
-            col(OtherRecordedSpan.status) == SpanStatus.COMPLETED,
-        )
-        .correlate(RecordedSpan)
-        .exists()
-    )
+    of_run = (col(SpanRow.execution_id) == key.execution_id, col(SpanRow.shard) == key.shard)
     written = set(
         await connection.scalars(
-            select(col(RecordedSpan.node_id))
-            .where(*of_run, col(RecordedSpan.iteration) != "", or_(_IS_COMPLETED, _WAS_SENT))
+            select(col(SpanRow.node_id))
+            .where(*of_run, col(SpanRow.iteration) != "", or_(_IS_COMPLETED, _WAS_SENT))
             .distinct()
         )
     )
     in_failed = set(
         await connection.scalars(
-            select(col(RecordedSpan.node_id))
-            .where(*of_run, col(RecordedSpan.iteration) != "", _IS_COMPLETED, ~has_completed_iteration)
+            select(col(SpanRow.node_id))
+            .where(*of_run, col(SpanRow.iteration) != "", _IS_COMPLETED, ~_HAS_COMPLETED_ITERATION)
             .distinct()
         )
     )
     unfinished: Select[*tuple[Any, ...]] = select(*_FACTS).where(
-        *(*of_run, col(RecordedSpan.iteration) != "", ~_IS_COMPLETED, _WAS_SENT, ~has_completed_iteration)
+        *(*of_run, col(SpanRow.iteration) != "", ~_IS_COMPLETED, _WAS_SENT, ~_HAS_COMPLETED_ITERATION)
     )
     for row in await connection.execute(unfinished):
         span = _decode_span(row)

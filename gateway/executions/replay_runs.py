@@ -17,8 +17,7 @@ from gateway.executions import replay_planning, resume_runs
 from journal import run_copies
 from journal.run_rows import decode_error
 from models.database_time import DatabaseTime
-from models.execution import Execution
-from models.recorded_span import RecordedSpan
+from models.execution import Execution, SpanRow
 from models.workflow import Definition
 
 if TYPE_CHECKING:
@@ -100,20 +99,15 @@ async def _find_inner_spans(
     names = sorted({*planned.bodies, *(node_id for body in planned.bodies.values() for node_id in body)})
     dirty = frozenset(node_id for nodes in planned.dirty.values() for node_id in nodes)
     statement: Select[*tuple[Any, ...]] = select(
-        *(
-            col(RecordedSpan.node_id),
-            col(RecordedSpan.iteration),
-            col(RecordedSpan.status),
-            col(RecordedSpan.port),
-        ),
-        *(col(RecordedSpan.attempt), col(RecordedSpan.error), col(RecordedSpan.resolved_config)),
+        *(col(SpanRow.node_id), col(SpanRow.iteration), col(SpanRow.status), col(SpanRow.port)),
+        *(col(SpanRow.attempt), col(SpanRow.error), col(SpanRow.resolved_config)),
     ).where(
-        *(col(RecordedSpan.execution_id) == source.execution_id, col(RecordedSpan.shard) == source.shard),
-        *(col(RecordedSpan.iteration) != "", col(RecordedSpan.node_id).in_(names)),
+        *(col(SpanRow.execution_id) == source.execution_id, col(SpanRow.shard) == source.shard),
+        *(col(SpanRow.iteration) != "", col(SpanRow.node_id).in_(names)),
         or_(
-            col(RecordedSpan.status).in_([SpanStatus.COMPLETED, SpanStatus.SKIPPED]),
-            and_(col(RecordedSpan.status) == SpanStatus.FAILED, col(RecordedSpan.port) == ERROR),
-            col(RecordedSpan.resolved_config).is_not(None),
+            col(SpanRow.status).in_([SpanStatus.COMPLETED, SpanStatus.SKIPPED]),
+            and_(col(SpanRow.status) == SpanStatus.FAILED, col(SpanRow.port) == ERROR),
+            col(SpanRow.resolved_config).is_not(None),
         ),
     )
     for row in await connection.execute(statement):

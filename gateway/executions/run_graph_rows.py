@@ -16,9 +16,8 @@ from sqlmodel import col
 from engine.node_api import CONTINUE
 from engine.run_records import CANDIDATE_STATUSES, SpanStatus
 from gateway.executions import execution_rows
-from models.execution import AttemptRow, Execution, ExecutionData
+from models.execution import AttemptRow, Execution, ExecutionData, SpanRow
 from models.execution_status import ExecutionStatus
-from models.recorded_span import RecordedSpan
 from models.workflow import Definition, Workflow
 
 if TYPE_CHECKING:
@@ -34,7 +33,7 @@ SHOWN_ATTEMPTS: Final = 1_000
 EARLIER_RUNS: Final = 20
 """Runs of the workflow before this one among which a completed run is looked for."""
 
-IS_ITERATION_OF_LOOP: Final = and_(col(RecordedSpan.port) == CONTINUE, col(RecordedSpan.hashes).is_(None))
+IS_ITERATION_OF_LOOP: Final = and_(col(SpanRow.port) == CONTINUE, col(SpanRow.hashes).is_(None))
 """Condition of the records of a loop about its own iterations, which are no spans of nodes."""
 
 
@@ -157,46 +156,31 @@ async def find_completed_before(connection: AsyncConnection, key: ExecutionKey, 
 
 
 _COLUMNS: Final = (
-    *(
-        col(RecordedSpan.id),
-        col(RecordedSpan.node_id),
-        col(RecordedSpan.iteration),
-        col(RecordedSpan.label),
-        col(RecordedSpan.type),
-    ),
-    *(
-        col(RecordedSpan.status),
-        col(RecordedSpan.port),
-        col(RecordedSpan.attempt),
-        col(RecordedSpan.sequence),
-    ),
-    *(col(RecordedSpan.started_at), col(RecordedSpan.ended_at), col(RecordedSpan.wake_at)),
+    *(col(SpanRow.id), col(SpanRow.node_id), col(SpanRow.iteration), col(SpanRow.label), col(SpanRow.type)),
+    *(col(SpanRow.status), col(SpanRow.port), col(SpanRow.attempt), col(SpanRow.sequence)),
+    *(col(SpanRow.started_at), col(SpanRow.ended_at), col(SpanRow.wake_at)),
 )
 
 
 def _select_run(key: ExecutionKey) -> tuple[Any, ...]:
     return (
-        col(RecordedSpan.execution_id) == key.execution_id,
-        col(RecordedSpan.shard) == key.shard,
-        col(RecordedSpan.status).not_in(CANDIDATE_STATUSES),
+        col(SpanRow.execution_id) == key.execution_id,
+        col(SpanRow.shard) == key.shard,
+        col(SpanRow.status).not_in(CANDIDATE_STATUSES),
     )
 
 
 async def _read_nodes(connection: AsyncConnection, key: ExecutionKey) -> Sequence[Recorded]:
     statement = (
         select(*_COLUMNS)
-        .where(*_select_run(key), col(RecordedSpan.iteration) == "")
-        .order_by(col(RecordedSpan.sequence))
+        .where(*_select_run(key), col(SpanRow.iteration) == "")
+        .order_by(col(SpanRow.sequence))
     )
     return (await connection.execute(statement)).all()
 
 
 def _in_iterations(key: ExecutionKey) -> tuple[Any, ...]:
-    return (
-        *_select_run(key),
-        col(RecordedSpan.iteration) != "",
-        not_(func.coalesce(IS_ITERATION_OF_LOOP, False)),
-    )
+    return (*_select_run(key), col(SpanRow.iteration) != "", not_(func.coalesce(IS_ITERATION_OF_LOOP, False)))
 
 
 async def _read_iterations(
@@ -204,8 +188,7 @@ async def _read_iterations(
 ) -> Mapping[str, Sequence[Recorded]]:
     """Return the first 200 iterations of each node in loops, by node id."""
     number = func.row_number().over(
-        partition_by=col(RecordedSpan.node_id),
-        order_by=(func.length(RecordedSpan.iteration), col(RecordedSpan.iteration)),
+        partition_by=col(SpanRow.node_id), order_by=(func.length(SpanRow.iteration), col(SpanRow.iteration))
     )
     numbered = select(*_COLUMNS, number.label("number")).where(*_in_iterations(key)).subquery()
     statement = (
@@ -220,12 +203,12 @@ async def _count_iterations(connection: AsyncConnection, key: ExecutionKey) -> M
     """Return number by status, first start and last end of the iterations of each node in loops, by node id."""
     statement = (
         select(
-            *(col(RecordedSpan.node_id), col(RecordedSpan.status), func.count().label("count")),
-            func.min(RecordedSpan.started_at).label("started_at"),
-            func.max(RecordedSpan.ended_at).label("ended_at"),
+            *(col(SpanRow.node_id), col(SpanRow.status), func.count().label("count")),
+            func.min(SpanRow.started_at).label("started_at"),
+            func.max(SpanRow.ended_at).label("ended_at"),
         )
         .where(*_in_iterations(key))
-        .group_by(col(RecordedSpan.node_id), col(RecordedSpan.status))
+        .group_by(col(SpanRow.node_id), col(SpanRow.status))
     )
     rows = _by_node((await connection.execute(statement)).all())
     return {node_id: _sum_counts(of_node) for node_id, of_node in rows.items()}
@@ -265,13 +248,11 @@ async def _read_durations(
     connection: AsyncConnection, execution_id: str, shard: int
 ) -> Mapping[str, timedelta]:
     """Return the durations of the completed nodes outside of loops of a run, by node id."""
-    statement = select(
-        col(RecordedSpan.node_id), col(RecordedSpan.started_at), col(RecordedSpan.ended_at)
-    ).where(
-        col(RecordedSpan.execution_id) == execution_id,
-        col(RecordedSpan.shard) == shard,
-        col(RecordedSpan.iteration) == "",
-        col(RecordedSpan.status) == SpanStatus.COMPLETED.value,
+    statement = select(col(SpanRow.node_id), col(SpanRow.started_at), col(SpanRow.ended_at)).where(
+        col(SpanRow.execution_id) == execution_id,
+        col(SpanRow.shard) == shard,
+        col(SpanRow.iteration) == "",
+        col(SpanRow.status) == SpanStatus.COMPLETED.value,
     )
     return {
         row.node_id: row.ended_at - row.started_at

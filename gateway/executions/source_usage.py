@@ -24,7 +24,6 @@ from models.access import KeyScope
 from models.deployment import Deployment, DeploymentStatus, status_of
 from models.execution import Execution, ExecutionData, SpanRow
 from models.execution_visibility import visibility_condition
-from models.recorded_span import RecordedSpan
 from models.workflow import WorkflowGraph
 
 if TYPE_CHECKING:
@@ -215,23 +214,18 @@ async def _read_spans(
     started = {row.execution_id: row.created_at for row in runs}
     statement = (
         select(
-            *(
-                col(RecordedSpan.execution_id),
-                col(RecordedSpan.node_id),
-                col(RecordedSpan.iteration),
-                col(RecordedSpan.status),
-            ),
-            *(col(RecordedSpan.started_at), col(RecordedSpan.ended_at)),
+            *(col(SpanRow.execution_id), col(SpanRow.node_id), col(SpanRow.iteration), col(SpanRow.status)),
+            *(col(SpanRow.started_at), col(SpanRow.ended_at)),
         )
         .where(
-            col(RecordedSpan.execution_id).in_(started),
-            col(RecordedSpan.shard) == shard,
-            col(RecordedSpan.node_id).in_([node.node_id for node in workflow.nodes]),
-            col(RecordedSpan.status).in_((SpanStatus.COMPLETED.value, SpanStatus.FAILED.value)),
-            col(RecordedSpan.reused_from).is_(None),
-            col(RecordedSpan.ended_at) >= earliest,
+            col(SpanRow.execution_id).in_(started),
+            col(SpanRow.shard) == shard,
+            col(SpanRow.node_id).in_([node.node_id for node in workflow.nodes]),
+            col(SpanRow.status).in_((SpanStatus.COMPLETED.value, SpanStatus.FAILED.value)),
+            col(SpanRow.reused_from).is_(None),
+            col(SpanRow.ended_at) >= earliest,
         )
-        .order_by(col(RecordedSpan.execution_id).desc())
+        .order_by(col(SpanRow.execution_id).desc())
         .limit(SPANS)
     )
     rows = (await connection.execute(statement)).all()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 import msgspec
 from msgspec import Raw
-from sqlalchemy import func, select
+from sqlalchemy import and_, func, select
 from sqlmodel import col
 
 from engine import inline_secrets
@@ -20,8 +20,7 @@ from engine.run_records import SpanStatus
 from engine.services import idempotency_key_of
 from gateway.executions import agent_step_rows, execution_rows
 from json_text import decoding
-from models.execution import Execution, ExecutionData, LogRow
-from models.recorded_span import RecordedSpan
+from models.execution import Execution, ExecutionData, LogRow, SpanRow
 from models.workflow import Definition
 from nodes import custom_types
 
@@ -90,10 +89,10 @@ async def read_span(
     span = await execution_rows.find_span(connection, key, span_id, iteration)
     if span is None:
         return None
-    own = (col(RecordedSpan.execution_id) == key.execution_id, col(RecordedSpan.shard) == key.shard)
-    stored = select(
-        *(col(RecordedSpan.rendered_config), col(RecordedSpan.resolved_config), col(RecordedSpan.key_id))
-    ).where(*own, col(RecordedSpan.node_id) == span.node_id, col(RecordedSpan.iteration) == span.iteration)
+    own = (col(SpanRow.execution_id) == key.execution_id, col(SpanRow.shard) == key.shard)
+    stored = select(*(col(SpanRow.rendered_config), col(SpanRow.resolved_config), col(SpanRow.key_id))).where(
+        *own, col(SpanRow.node_id) == span.node_id, col(SpanRow.iteration) == span.iteration
+    )
     configs = (await connection.execute(stored)).first()
     lines = (
         select(LogRow)
@@ -148,7 +147,7 @@ async def _find_previous(
     is none.
     """
     earlier = (
-        select(col(ExecutionData.execution_id))
+        select(col(ExecutionData.execution_id), col(ExecutionData.created_at))
         .where(
             col(ExecutionData.workflow_id) == workflow_id,
             col(ExecutionData.created_at) <= created_at,
@@ -156,19 +155,23 @@ async def _find_previous(
         )
         .order_by(col(ExecutionData.created_at).desc())
         .limit(EARLIER_RUNS)
+        .subquery()
     )
-    run_ids = (await connection.scalars(earlier)).all()
-    statement = select(
-        col(RecordedSpan.execution_id), col(RecordedSpan.started_at), col(RecordedSpan.ended_at)
-    ).where(
-        col(RecordedSpan.execution_id).in_(run_ids),
-        col(RecordedSpan.node_id) == span.node_id,
-        col(RecordedSpan.iteration) == span.iteration,
-        col(RecordedSpan.shard) == key.shard,
-        col(RecordedSpan.status) == SpanStatus.COMPLETED.value,
+    same_node = and_(
+        col(SpanRow.execution_id) == earlier.c.execution_id,
+        col(SpanRow.node_id) == span.node_id,
+        col(SpanRow.iteration) == span.iteration,
+        col(SpanRow.shard) == key.shard,
+        col(SpanRow.status) == SpanStatus.COMPLETED.value,
     )
-    found = {row.execution_id: row for row in await connection.execute(statement)}
-    return next((found[run_id] for run_id in run_ids if run_id in found), None)
+    statement = (
+        select(col(SpanRow.started_at), col(SpanRow.ended_at))
+        .select_from(earlier)
+        .join(SpanRow, same_node)
+        .order_by(earlier.c.created_at.desc())
+        .limit(1)
+    )
+    return (await connection.execute(statement)).first()
 
 
 def _find_node(definition: str, node_id: str) -> tuple[bytes | None, bytes]:

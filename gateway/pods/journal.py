@@ -196,7 +196,6 @@ async def record(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
         # A pod does not choose the organization whose workers get its tasks.
         write.organization_id = holder.organization_id if _has_tasks(write) else ""
         write.clock_moved = None  # that of the pod's process
-        write.is_whole_run = False  # a pod does not choose the form of its records
     unwritten: frozenset[str] = frozenset()
     try:
         held = await request.gateway.store.record(call.writes, owner=holder.owner)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
-from sqlalchemy import Row, case, func, select
+from sqlalchemy import Row, func, select
 from sqlmodel import col
 
 from engine.expressions import ExpressionError
@@ -14,9 +14,8 @@ from engine.program import compile_node
 from engine.run_records import SpanStatus
 from engine.values import InvalidJson
 from json_text import decoding
-from models.execution import Execution, ExecutionData
+from models.execution import Execution, ExecutionData, SpanRow
 from models.execution_visibility import visibility_condition
-from models.recorded_span import RecordedSpan
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
@@ -46,7 +45,11 @@ async def recent_outputs(
     Outputs over 100,000 characters are left out, and the rest after 2,000 outputs or two million characters.
     """
     runs = (
-        select(col(ExecutionData.execution_id))
+        select(
+            col(ExecutionData.execution_id).label("id"),
+            col(ExecutionData.shard),
+            col(ExecutionData.created_at),
+        )
         .join(
             Execution,
             (col(Execution.id) == col(ExecutionData.execution_id))
@@ -60,25 +63,21 @@ async def recent_outputs(
         )
         .order_by(col(ExecutionData.created_at).desc())
         .limit(RUNS)
+        .subquery()
     )
-    run_ids = (await connection.scalars(runs)).all()
-    if not run_ids:
-        return ()
-    size = func.length(col(RecordedSpan.output))
-    places = {run_id: place for place, run_id in enumerate(run_ids)}
-    newest_first = (case(places, value=col(RecordedSpan.execution_id)), col(RecordedSpan.sequence))
+    size = func.length(col(SpanRow.output))
+    newest_first = (runs.c.created_at.desc(), runs.c.id, col(SpanRow.sequence))
     outputs = (
         select(
-            col(RecordedSpan.node_id),
-            col(RecordedSpan.output),
-            col(RecordedSpan.hashes),
+            col(SpanRow.node_id),
+            col(SpanRow.output),
+            col(SpanRow.hashes),
             func.sum(size).over(order_by=newest_first).label("characters"),
         )
+        .join(runs, (col(SpanRow.execution_id) == runs.c.id) & (col(SpanRow.shard) == runs.c.shard))
         .where(
-            col(RecordedSpan.execution_id).in_(run_ids),
-            col(RecordedSpan.shard) == workflow.shard,
-            col(RecordedSpan.status) == SpanStatus.COMPLETED,
-            col(RecordedSpan.hashes).is_not(None),
+            col(SpanRow.status) == SpanStatus.COMPLETED,
+            col(SpanRow.hashes).is_not(None),
             size <= MAX_OUTPUT_CHARACTERS,
         )
         .order_by(*newest_first)

@@ -15,8 +15,8 @@ from engine.run_records import SETTLED_STATUSES, SpanStatus
 from journal.explanations import run_explanation
 from journal.explanations.blockers import Blocker, BlockerCode, Explanation
 from json_text import decoding
+from models.execution import SpanRow
 from models.execution_status import TERMINAL_STATUSES
-from models.recorded_span import RecordedSpan
 from models.workflow import Definition
 
 if TYPE_CHECKING:
@@ -52,11 +52,11 @@ async def read_settled(connection: AsyncConnection, run: Execution) -> Mapping[s
     """Return the nodes of a run that have ended, by id, with status and outgoing port; iterations of loops
     are left out.
     """
-    statement = select(col(RecordedSpan.node_id), col(RecordedSpan.status), col(RecordedSpan.port)).where(
-        col(RecordedSpan.execution_id) == run.id,
-        col(RecordedSpan.shard) == run.shard,
-        col(RecordedSpan.iteration) == "",
-        col(RecordedSpan.status).in_([status.value for status in SETTLED_STATUSES]),
+    statement = select(col(SpanRow.node_id), col(SpanRow.status), col(SpanRow.port)).where(
+        col(SpanRow.execution_id) == run.id,
+        col(SpanRow.shard) == run.shard,
+        col(SpanRow.iteration) == "",
+        col(SpanRow.status).in_([status.value for status in SETTLED_STATUSES]),
     )
     return {
         row.node_id: SettledNode(SpanStatus(row.status), row.port)

@@ -31,7 +31,6 @@ from models.execution import (
 from models.execution_status import TERMINAL_STATUSES, ExecutionStatus
 from models.execution_visibility import visibility_condition
 from models.loss_limits import MAX_ISOLATION_LOSSES
-from models.recorded_span import RecordedSpan
 from models.timestamps import from_microseconds
 from models.worker_presence import WorkerPresence
 from models.workflow import Workflow
@@ -481,12 +480,10 @@ async def _recent_durations(
     seconds = [(row.ended_at - row.started_at).total_seconds() for row in rows if row.ended_at]
     nodes: dict[str, list[float]] = {}
     if rows and node_ids:
-        spans = select(
-            col(RecordedSpan.node_id), col(RecordedSpan.started_at), col(RecordedSpan.ended_at)
-        ).where(
-            col(RecordedSpan.execution_id).in_([row.id for row in rows]),
-            and_(col(RecordedSpan.node_id).in_(node_ids), col(RecordedSpan.iteration) == ""),
-            col(RecordedSpan.ended_at).is_not(None),
+        spans = select(col(SpanRow.node_id), col(SpanRow.started_at), col(SpanRow.ended_at)).where(
+            col(SpanRow.execution_id).in_([row.id for row in rows]),
+            and_(col(SpanRow.node_id).in_(node_ids), col(SpanRow.iteration) == ""),
+            col(SpanRow.ended_at).is_not(None),
         )
         for row in await connection.execute(spans):
             if row.started_at is not None:

@@ -15,8 +15,7 @@ from sqlmodel import col
 from engine.run_records import SpanStatus
 from journal.explanations.blockers import BlockerCode
 from json_text import decoding
-from models.execution import Execution
-from models.recorded_span import RecordedSpan
+from models.execution import Execution, SpanRow
 from models.workflow import Definition
 
 if TYPE_CHECKING:
@@ -157,15 +156,15 @@ async def read_critical_path(connection: AsyncConnection, run: Execution) -> Seq
     """
     statement = (
         select(
-            *(col(RecordedSpan.node_id), col(RecordedSpan.label)),
-            *(col(RecordedSpan.started_at), col(RecordedSpan.ended_at)),
+            *(col(SpanRow.node_id), col(SpanRow.label)),
+            *(col(SpanRow.started_at), col(SpanRow.ended_at)),
         )
         .where(
-            col(RecordedSpan.execution_id) == run.id,
-            col(RecordedSpan.shard) == run.shard,
-            col(RecordedSpan.iteration) == "",
-            col(RecordedSpan.status) != SpanStatus.SKIPPED.value,
-            col(RecordedSpan.ended_at).is_not(None),
+            col(SpanRow.execution_id) == run.id,
+            col(SpanRow.shard) == run.shard,
+            col(SpanRow.iteration) == "",
+            col(SpanRow.status) != SpanStatus.SKIPPED.value,
+            col(SpanRow.ended_at).is_not(None),
         )
         .limit(MAX_SPANS)
     )

@@ -12,8 +12,8 @@ from sqlmodel import col
 
 from journal.explanations.blockers import BlockerCode
 from models.deployment import LifecycleDecision
+from models.execution import SpanRow
 from models.lifecycle_policy import LifecycleAction
-from models.recorded_span import RecordedSpan
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
@@ -63,10 +63,8 @@ async def read_wake(
     found = (await connection.execute(decisions)).all()
     start = next((one for one in found if one.action in _STARTS), None)
     stop = next((one for one in found if one.action in _STOPS and (not start or one.at < start.at)), None)
-    first_node = select(func.min(col(RecordedSpan.started_at))).where(
-        col(RecordedSpan.execution_id) == run.id,
-        col(RecordedSpan.shard) == run.shard,
-        col(RecordedSpan.iteration) == "",
+    first_node = select(func.min(col(SpanRow.started_at))).where(
+        col(SpanRow.execution_id) == run.id, col(SpanRow.shard) == run.shard, col(SpanRow.iteration) == ""
     )
     return RunWake(
         accepted_at=run.created_at,

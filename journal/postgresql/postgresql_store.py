@@ -33,7 +33,6 @@ from journal.run_rows import (
     LOG_COLUMNS,
     LOSS_PLACEHOLDER,
     OUT_OF_MEMORY_ERROR,
-    PACK_COLUMNS,
     SPAN_COLUMNS,
     SPAN_FIXED_COLUMNS,
     SPAN_KEY,
@@ -52,7 +51,6 @@ from journal.run_rows import (
     decode_step,
     log_rows,
     metadata_rows,
-    pack_batch,
     release_target_sql,
     span_rows,
     step_rows,
@@ -139,7 +137,6 @@ class PostgreSQLStore:
 
     def __init__(self, url: URL, pool: asyncpg.Pool[Any], clock: DatabaseClock) -> None:
         self.clock = clock
-        self.packs_spans = False
         self._url = url
         self._address = sessions.driver_address(url)
         self._pool = pool
@@ -222,12 +219,10 @@ class PostgreSQLStore:
         metadata, asked = metadata_rows(batch), approval_rows(batch)
         tasks, cancelled, steps = task_rows(batch), cancelled_task_rows(batch), step_rows(batch)
         has_more = bool(metadata or asked or tasks or cancelled or steps)
-        packed, others = pack_batch(batch) if self.packs_spans else ([], batch)
         rows = await self._fetch(
             statements[bool(attempts), bool(blocked), has_more],
             *transpose_rows(map(_run_write_row, batch), len(_WRITE_TYPES)),
-            *transpose_rows(packed, len(PACK_COLUMNS)),
-            *transpose_rows(span_rows(others), len(SPAN_COLUMNS)),
+            *transpose_rows(span_rows(batch), len(SPAN_COLUMNS)),
             *transpose_rows(log_rows(batch), len(LOG_COLUMNS)),
             owner,
             *(transpose_rows(attempts, len(ATTEMPT_COLUMNS)) if attempts else ()),
@@ -587,9 +582,7 @@ _SPAN_TYPES = (
     ),
 )
 _LOG_TYPES = ("text", "integer", "smallint", "text", "text", "text", "text", "bigint")
-_PACK_TYPES = ("text", "smallint", "text", "bytea")
-_FIRST_PACK = len(_WRITE_TYPES) + 1
-_FIRST_SPAN = _FIRST_PACK + len(_PACK_TYPES)
+_FIRST_SPAN = len(_WRITE_TYPES) + 1
 _FIRST_LOG = _FIRST_SPAN + len(_SPAN_TYPES)
 _OWNER = _FIRST_LOG + len(_LOG_TYPES)
 _ATTEMPT_TYPES = (
@@ -709,10 +702,6 @@ WITH held AS (
         AND {{lock_wait}}
     RETURNING execution.id, execution.shard, execution.organization_id, execution.status, execution.workflow_id,
         execution.queue_turn, execution.rank
-), new_pack AS (
-    INSERT INTO span_pack ({", ".join(PACK_COLUMNS)})
-    SELECT written.* FROM unnest({unnest_sql(_FIRST_PACK, _PACK_TYPES)}) AS written ({", ".join(PACK_COLUMNS)})
-    JOIN held ON held.id = written.execution_id
 ), new_span AS (
     INSERT INTO span ({", ".join(SPAN_COLUMNS)})
     SELECT written.* FROM unnest({unnest_sql(_FIRST_SPAN, _SPAN_TYPES)}) AS written ({", ".join(SPAN_COLUMNS)})
@@ -846,8 +835,7 @@ SELECT run.id, run.status, run.completed_nodes, run.total_nodes, run.error, resu
     coalesce(result.output, result.output_blob), run.progress, result.output IS NULL
 FROM {_ASKED} (id, shard), {looked_up_sql("execution", "id", "shard")} AS run
 LEFT JOIN LATERAL (
-    SELECT node_id, output, output_blob FROM recorded_span
-    WHERE execution_id = run.id AND shard = run.shard AND run.ended_at IS NOT NULL
+    SELECT * FROM span WHERE execution_id = run.id AND shard = run.shard AND run.ended_at IS NOT NULL
         AND ended_at IS NOT NULL AND iteration = '' AND coalesce(output, output_blob) IS NOT NULL OFFSET 0
 ) AS result ON true
 """

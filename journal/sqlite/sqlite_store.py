@@ -27,7 +27,6 @@ from journal.run_rows import (
     LOG_COLUMNS,
     LOSS_PLACEHOLDER,
     OUT_OF_MEMORY_ERROR,
-    PACK_COLUMNS,
     SPAN_COLUMNS,
     SPAN_FIXED_COLUMNS,
     SPAN_KEY,
@@ -46,7 +45,6 @@ from journal.run_rows import (
     decode_step,
     log_rows,
     metadata_rows,
-    pack_batch,
     release_target_sql,
     span_rows,
     step_rows,
@@ -91,7 +89,6 @@ class SQLiteStore:
 
     def __init__(self, path: str, clock: DatabaseClock) -> None:
         self.clock = clock
-        self.packs_spans = False
         clock.follow_host()
         self._writer = _ConnectionThread(path, "sqlite-writer", writes=True)
         self._reader = _ConnectionThread(path, "sqlite-reader", writes=False)
@@ -137,10 +134,7 @@ class SQLiteStore:
 
         Other runs write nothing. See `RunStore.record`.
         """
-        packs_spans = self.packs_spans
-        return await self._writer.run(
-            lambda connection: _record(connection, batch, owner, packs_spans=packs_spans)
-        )
+        return await self._writer.run(lambda connection: _record(connection, batch, owner))
 
     async def renew(
         self, held: Sequence[LeaseRenewal], lease_seconds: float, *, owner: str = ""
@@ -529,9 +523,6 @@ _UPSERT_SPANS = (
         f"{column} = excluded.{column}" for column in SPAN_COLUMNS if column not in SPAN_FIXED_COLUMNS
     )
 )
-_INSERT_PACKS = (
-    f"INSERT INTO span_pack ({', '.join(PACK_COLUMNS)}) VALUES ({', '.join('?' * len(PACK_COLUMNS))})"
-)
 _UPSERT_ATTEMPTS = (
     f"INSERT INTO attempt_span ({', '.join(ATTEMPT_COLUMNS)}) VALUES ({', '.join('?' * len(ATTEMPT_COLUMNS))})"
     f" ON CONFLICT ({', '.join(ATTEMPT_KEY)}) DO UPDATE SET {ATTEMPT_CHANGES}"
@@ -595,9 +586,7 @@ _UPDATE_RELEASE = (
 )
 
 
-def _record(
-    connection: sqlite3.Connection, batch: Sequence[RunWrite], owner: str, *, packs_spans: bool
-) -> frozenset[str]:
+def _record(connection: sqlite3.Connection, batch: Sequence[RunWrite], owner: str) -> frozenset[str]:
     """Write the records of runs whose token is valid, and return the ids of these runs."""
     now = _now_microseconds()
     for write in batch:
@@ -605,9 +594,7 @@ def _record(
         if write.clock_moved != HOST_TIME.moved:
             write.follow_clock(HOST_TIME.moved)
     held = [write for write in batch if connection.execute(*_update(write, owner, now)).rowcount == 1]
-    packed, others = pack_batch(held) if packs_spans else ([], held)
-    connection.executemany(_INSERT_PACKS, packed)
-    connection.executemany(_UPSERT_SPANS, span_rows(others))
+    connection.executemany(_UPSERT_SPANS, span_rows(held))
     connection.executemany(_UPSERT_ATTEMPTS, attempt_rows(held))
     connection.executemany(_UPSERT_STEPS, step_rows(held))
     connection.executemany(_INSERT_LOGS, log_rows(held))
@@ -743,7 +730,7 @@ def _read_progress(connection: sqlite3.Connection, keys: Sequence[ExecutionKey])
 
 
 _OUTPUTS = (
-    "SELECT node_id, coalesce(output, output_blob) AS shown, output IS NULL FROM recorded_span"
+    "SELECT node_id, coalesce(output, output_blob) AS shown, output IS NULL FROM span"
     " WHERE execution_id = ? AND shard = ? AND iteration = '' AND shown IS NOT NULL AND ended_at IS NOT NULL"
 )
 

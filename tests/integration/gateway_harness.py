@@ -215,6 +215,4 @@ async def run_gateway(url: str, folder: Path, *, settle_seconds: float = 0) -> A
     app = create_app(lambda: state.open_state(settings))
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(app.router.lifespan_context(app))
-        # As with workers, once they have seen that all processes can read packed spans.
-        app.state.gateway.store.packs_spans = True
         yield GatewayHarness(app, app.state.gateway, stack)

@@ -11,7 +11,7 @@ from unittest import mock
 
 import asyncpg
 
-from engine.run_records import AttemptSpan, LogLine, NodeSpan, RunStatus, SpanStatus
+from engine.run_records import AttemptSpan, LogLine, NodeSpan, SpanStatus
 from journal.postgresql.postgresql_store import SESSION_SETTINGS
 from journal.store import ClaimQuery, DefinitionKey, ExecutionKey, IdempotencyKey, RunAcceptance
 from tests.integration.run_database import OwnedWorkflow, RunDatabase, lease_of, write
@@ -23,7 +23,6 @@ TABLES = (
     "execution",
     "execution_data",
     "span",
-    "span_pack",
     "attempt_span",
     "log_line",
     "idempotency",
@@ -84,11 +83,6 @@ async def collect_statements(
         sent.clear()
         await store.sweep(100)
         found |= dict(zip(("sweep", "promote due runs", "look for pending runs"), sent, strict=True))
-        whole = await store.claim(ClaimQuery("worker", 600.0, RUNS))
-        await store.record(
-            [write(one, spans=spans, end=RunStatus.COMPLETED, is_whole_run=True) for one in whole]
-        )
-        found["record whole runs"] = sent[-1]
     return found
 
 
@@ -111,7 +105,6 @@ async def multiply_rows(run_database: RunDatabase, times: int, organizations: in
         ),
         "execution_data": f"'execution_id', 'exec_x' || n, {organization}",
         "span": "'execution_id', 'exec_x' || n, 'id', 'span_x' || n",
-        "span_pack": "'execution_id', 'exec_y' || n",
         "attempt_span": "'execution_id', 'exec_x' || n, 'id', 'span_x' || n",
         "log_line": "'execution_id', 'exec_x' || n, 'id', 'log_x' || n",
     }

@@ -41,7 +41,6 @@ TABLES = (
         "execution",
         "execution_data",
         "span",
-        "span_pack",
         "attempt_span",
         "execution_step",
         "log_line",
@@ -134,7 +133,6 @@ class RunDatabase:
     async def another_store(self) -> JournalStore:
         """Open a store as another process would."""
         store = await open_store(self.url)
-        store.packs_spans = True
         self._others.push_async_callback(store.close)
         return store
 
@@ -309,7 +307,6 @@ async def open_run_database(migrated_database: MigratedDatabase) -> AsyncIterato
     async with AsyncExitStack() as stack:
         stack.push_async_callback(database.close)
         store = await open_store(url)
-        store.packs_spans = True
         stack.push_async_callback(store.close)
         run_database = RunDatabase(url, database, store)
         stack.push_async_callback(run_database.clear)

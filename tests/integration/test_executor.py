@@ -352,7 +352,7 @@ async def test_a_loop_leaves_a_span_for_each_turn_and_its_nodes_count_once(
     assert (progress.completed_nodes, progress.percent) == (4, 99)
     assert {node_id for node_id, _ in progress.outputs} == {"start", "loop", "last"}
     spans = await run_database.query(
-        "SELECT node_id, iteration, output FROM recorded_span WHERE iteration <> '' ORDER BY 1, 2"
+        "SELECT node_id, iteration, output FROM span WHERE iteration <> '' ORDER BY 1, 2"
     )
     assert [tuple(span.values()) for span in spans] == [
         (node_id, str(turn), str(turn + 1)) for node_id in ("loop", "step") for turn in range(3)
@@ -437,7 +437,7 @@ async def test_a_run_that_waits_is_woken_when_it_is_due_without_a_sweep(
         await wait_until(lambda: workers.are_all("completed"))
     assert promoted == [1] * 8
     waits = await run_database.query(
-        "SELECT ended_at - started_at AS lasted FROM recorded_span WHERE node_id = 'wait1'"
+        "SELECT ended_at - started_at AS lasted FROM span WHERE node_id = 'wait1'"
     )
     assert all(row["lasted"] >= 50_000 for row in waits)
 

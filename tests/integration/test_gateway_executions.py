@@ -30,8 +30,7 @@ from messages import broker as brokers
 from messages import redis_broker
 from messages.broker import Broker, DirectMessage, Notification
 from models.access import KeyScope, Organization
-from models.execution import Execution, Idempotency
-from models.recorded_span import RecordedSpan
+from models.execution import Execution, Idempotency, SpanRow
 from models.workflow import Definition, Workflow, WorkflowShare
 from tests.integration.gateway_harness import (
     EDGE,
@@ -1468,7 +1467,7 @@ async def create_failed_run(harness: GatewayHarness, person: UserClient, workflo
 
 
 async def read_spans(harness: GatewayHarness, execution_id: str) -> dict[str, dict[str, Any]]:
-    statement = select(RecordedSpan).where(col(RecordedSpan.execution_id) == execution_id)
+    statement = select(SpanRow).where(col(SpanRow.execution_id) == execution_id)
     async with harness.gateway.database.read() as connection:
         return {found["node_id"]: dict(found) for found in (await connection.execute(statement)).mappings()}
 

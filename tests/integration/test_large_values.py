@@ -181,9 +181,7 @@ async def has_ended(run_database: RunDatabase, key: ExecutionKey) -> bool:
 
 
 async def read_span_rows(run_database: RunDatabase, key: ExecutionKey) -> dict[str, dict[str, Any]]:
-    rows = await run_database.query(
-        "SELECT * FROM recorded_span WHERE execution_id = :id", id=key.execution_id
-    )
+    rows = await run_database.query("SELECT * FROM span WHERE execution_id = :id", id=key.execution_id)
     return {row["node_id"]: row for row in rows}
 
 

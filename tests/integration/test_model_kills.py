@@ -126,7 +126,7 @@ async def has_ended(run_database: RunDatabase, key: ExecutionKey) -> bool:
 
 async def read_calls(run_database: RunDatabase, key: ExecutionKey) -> list[dict[str, Any]]:
     rows = await run_database.query(
-        "SELECT model_calls FROM recorded_span WHERE execution_id = :id AND model_calls IS NOT NULL",
+        "SELECT model_calls FROM span WHERE execution_id = :id AND model_calls IS NOT NULL",
         id=key.execution_id,
     )
     return [call for row in rows for call in json.loads(row["model_calls"])]
@@ -344,7 +344,7 @@ async def test_an_approved_call_is_done_once_through_kills_before_and_after_the_
         assert row["status"] == "completed", row["error"]
         assert len(served.effects) == 1
         spans = await run_database.query(
-            "SELECT iteration, status, port FROM recorded_span WHERE execution_id = :id AND node_id = 'send'",
+            "SELECT iteration, status, port FROM span WHERE execution_id = :id AND node_id = 'send'",
             id=key.execution_id,
         )
         assert spans == [{"iteration": iteration, "status": "completed", "port": "approve"}]

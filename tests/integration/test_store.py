@@ -640,7 +640,7 @@ async def test_a_newer_span_of_a_node_replaces_the_one_before_it(run_database: R
     one = await run_database.claimed()
     running = make_span("pay", SpanStatus.RUNNING, 1, resolved_config=b"{}")
     await run_database.store.record([write(one, spans=[running])])
-    (before,) = await run_database.query("SELECT id FROM recorded_span")
+    (before,) = await run_database.query("SELECT id FROM span")
     done = [
         make_span("pay", SpanStatus.RETRYING, 2),
         make_span("pay", SpanStatus.COMPLETED, 4),
@@ -648,7 +648,7 @@ async def test_a_newer_span_of_a_node_replaces_the_one_before_it(run_database: R
     ]
     await run_database.store.record([write(one, spans=done)])
     assert (await run_database.store.spans([key_of(one)]))[one.execution_id] == [done[2], done[1]]
-    (after,) = await run_database.query("SELECT id FROM recorded_span WHERE node_id = 'pay'")
+    (after,) = await run_database.query("SELECT id FROM span WHERE node_id = 'pay'")
     assert after == before
 
 

@@ -88,7 +88,7 @@ class JournalRecords(ABC):
     async def results(self, execution_ids: Iterable[str]) -> list[NodeRecord]:
         """Return the nodes of executions."""
         rows = await self.fetch(
-            "SELECT execution_id, node_id, status, output, resolved_config FROM recorded_span"
+            "SELECT execution_id, node_id, status, output, resolved_config FROM span"
             f" WHERE execution_id IN ({_quote_ids(execution_ids)})"
         )
         return [NodeRecord(*row) for row in rows]

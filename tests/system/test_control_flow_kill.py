@@ -40,8 +40,7 @@ async def kill_in_the_middle(deployment: SystemUnderTest, ledger: EffectLedger, 
 async def read_outputs(deployment: SystemUnderTest, execution_id: str) -> dict[tuple[str, str], Any]:
     """Return the outputs in the journal by node and iteration."""
     rows = await deployment.records.fetch(
-        "SELECT node_id, iteration, output FROM recorded_span"
-        f" WHERE execution_id = '{execution_id}' AND output IS NOT NULL"
+        f"SELECT node_id, iteration, output FROM span WHERE execution_id = '{execution_id}' AND output IS NOT NULL"
     )
     return {(node_id, iteration): json.loads(output) for node_id, iteration, output in rows}
 

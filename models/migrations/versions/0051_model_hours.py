@@ -1,14 +1,14 @@
 """Hourly counts of calls of language models, and the results of their tests.
 
-Revision ID: 0052
-Revises: 0051
+Revision ID: 0051
+Revises: 0050
 """
 
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0052"
-down_revision = "0051"
+revision = "0051"
+down_revision = "0050"
 branch_labels = None
 depends_on = None
 
