@@ -371,10 +371,14 @@ async def test_a_model_shows_its_status_metrics_and_cost_of_the_month(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     owner, colleague = people.owner, people.colleague
-    model_id = await create_model(owner, await create_provider(owner), isShared=True)
+    source_id = await create_provider(owner)
+    model_id = await create_model(owner, source_id, isShared=True)
+    unpriced_id = await create_model(owner, source_id, name="Unpriced")
     workflow_id = await owner.create(name="Asking", **GRAPH)
     caller = RunCaller(owner.user.organization_id, owner.user.id, workflow_id, "exec_1", "exec_1")
     ledger = StoredModelLedger(harness.gateway.database)
+    unpriced = ModelSettlement("0", "ask:", unpriced_id, TokenUsage(1, 1), None, 5_000)
+    await ledger.settle(caller, unpriced, is_reserved=False)
     for key in ("1", "2"):
         usage = TokenUsage(1_200, 34)
         settlement = ModelSettlement(key, "ask:", model_id, usage, 40_000_000, 5_000)
@@ -385,6 +389,8 @@ async def test_a_model_shows_its_status_metrics_and_cost_of_the_month(
     assert [text in panel for text in ("untested", "<dd data-requests>3,", "2,400 in, 68 out")] == [True] * 3
     assert [text in panel for text in ("model-unavailable", "$0.08", "in the median")] == [True] * 3
     assert '<td class="number opt2" data-cost>$0.08</td>' in page
+    # An unknown cost is not $0.
+    assert page.count('<td class="number opt2" data-cost></td>') == 1
     guest = (await (await sign_in(harness, colleague.key)).get(f"/dashboard/models?model={model_id}")).text
     _, _, panel = guest.partition('id="model-title"')
     assert [text in panel for text in ("untested", "for the owner", "data-requests")] == [True, True, False]

@@ -160,9 +160,11 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
 
 
 def _sum_costs(costs: Mapping[str, Any] | None) -> Mapping[str, str]:
-    """Return the cost of each model in a month, in dollars; models without calls are absent."""
+    """Return the cost of each model in a month, in dollars; models without calls of a known cost are absent."""
     sums: dict[str, Decimal] = {}
     for row in () if costs is None else costs["costs"]:
+        if row["calls"] == row["unpricedCalls"]:
+            continue
         sums[row["modelId"]] = sums.get(row["modelId"], Decimal(0)) + Decimal(row["cost"])
     return {model_id: f"{cost.normalize():f}" for model_id, cost in sums.items()}
 
