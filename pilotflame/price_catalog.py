@@ -8,7 +8,8 @@ from __future__ import annotations
 import importlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
 from decimal import ROUND_UP, Decimal, InvalidOperation
@@ -27,6 +28,8 @@ KEYS: Final[Mapping[str, str]] = {
 """Prices of the catalog by the fields of a model, both in dollars per million tokens."""
 MILLIONTH: Final = Decimal("0.000001")
 """Smallest price that a model can have."""
+PRICE_LIMIT: Final = 1_000_000
+"""Dollars below which the price of a model is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +54,7 @@ class PriceCatalog(Protocol):
 def open_catalog(path: Path | None) -> PriceCatalog:
     """Return the prices of a file, or those of the installed package; raises `CommandError`, and `OSError`."""
     if path is not None:
-        return FileCatalog(_read_providers(path))
+        return FileCatalog(path, _read_providers(path))
     try:
         snapshots = importlib.import_module("genai_prices.data_snapshot")
     except ImportError as error:
@@ -90,10 +93,20 @@ class PackageCatalog:
 class FileCatalog:
     """Catalog of a file: a list of providers with their models."""
 
-    def __init__(self, providers: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(self, path: Path, providers: Sequence[Mapping[str, Any]]) -> None:
+        """`path` is that of the file, for errors."""
+        self._path = path
         self._providers = providers
 
     def find(self, base_url: str, vendor_model_id: str, today: date) -> CatalogPrice | None:
+        """Return the price of a model on a day; None if the address or the model is unknown.
+
+        Raises `CommandError` for an entry in another format.
+        """
+        with _refuse_other_formats(self._path):
+            return self._find(base_url, vendor_model_id, today)
+
+    def _find(self, base_url: str, vendor_model_id: str, today: date) -> CatalogPrice | None:
         """Return the price of a model on a day; None if the address or the model is unknown."""
         for provider in self._providers:
             if not re.match(provider["api_pattern"], base_url):
@@ -110,20 +123,30 @@ class FileCatalog:
 
 def _read_providers(path: Path) -> Sequence[Mapping[str, Any]]:
     """Return the providers of a file; raises `CommandError` unless it has the published format, and `OSError`."""
-    try:
+    with _refuse_other_formats(path):
         found = json.loads(path.read_text(encoding="utf-8"), parse_float=Decimal)
         if not isinstance(found, list):
-            raise TypeError("the providers are no list")  # noqa: TRY301 - told like the other problems
+            raise TypeError("the providers are no list")
         for provider in found:
             re.compile(provider["api_pattern"])
             for model in provider["models"]:
                 _is_match(model["match"], "")
                 model["id"], model["prices"], provider["id"]
-    except (ValueError, TypeError, KeyError, RecursionError, re.error) as error:
-        message = f"{path} is no list of prices in the format of genai-prices (prices/data.json)"
-        raise CommandError(message, exit_codes.USAGE) from error
     providers: Sequence[Mapping[str, Any]] = found
     return providers
+
+
+@contextmanager
+def _refuse_other_formats(path: Path) -> Iterator[None]:
+    """Raise `CommandError` for the errors of a block that reads the values of a file in another format."""
+    try:
+        yield
+    except (
+        *(ValueError, TypeError, LookupError, AttributeError),
+        *(ArithmeticError, RecursionError, re.error),
+    ) as error:
+        message = f"{path} is no list of prices in the format of genai-prices (prices/data.json)"
+        raise CommandError(message, exit_codes.USAGE) from error
 
 
 _MATCHES: Final[Mapping[str, Callable[[str, str], bool]]] = {
@@ -188,10 +211,21 @@ def _build_price(
             continue
         if base is not value:
             problem = "it depends on the length of the input"
-        try:
-            price[name] = f"{Decimal(str(base)).quantize(MILLIONTH, ROUND_UP).normalize():f}"
-        except InvalidOperation:
-            problem = f"{key} is no number"
+        text = _format_price(base)
+        if text is None:
+            problem = f"{key} is no price"
+        else:
+            price[name] = text
     if not {"input", "output"} <= price.keys():
         problem = "it is not by input and output tokens"
     return CatalogPrice(entry, price, problem)
+
+
+def _format_price(value: object) -> str | None:
+    """Return a price as a model has it, rounded up to a millionth of a dollar; None unless it is one."""
+    try:
+        price = Decimal(str(value)).quantize(MILLIONTH, ROUND_UP)
+        is_price = 0 <= price < PRICE_LIMIT
+    except InvalidOperation:
+        return None
+    return f"{abs(price).normalize():f}" if is_price else None

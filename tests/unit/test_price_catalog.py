@@ -108,6 +108,8 @@ def test_a_price_belongs_to_the_address_of_its_provider(tmp_path: Path) -> None:
         "[1]",
         '[{"api_pattern": "("}]',
         '[{"id": "a", "api_pattern": "x", "models": [{"id": "b"}]}]',
+        '[{"id": "a", "api_pattern": "x{99999999999999}", "models": []}]',
+        '[{"id": "a", "api_pattern": "x", "models": [{"id": "b", "match": "b", "prices": {}}]}]',
     ],
 )
 def test_another_file_is_refused(tmp_path: Path, text: str) -> None:
@@ -115,6 +117,36 @@ def test_another_file_is_refused(tmp_path: Path, text: str) -> None:
     path.write_text(text)
     with pytest.raises(CommandError, match="format of genai-prices"):
         open_catalog(path)
+
+
+@pytest.mark.parametrize(
+    "prices",
+    [
+        "5",
+        "[]",
+        '[{"constraint": "soon", "prices": {}}]',
+        '[{"constraint": {"start_date": "soon"}, "prices": {}}]',
+        '{"input_mtok": {"tiers": []}}',
+        '{"input_mtok": 1E99999999999999999999}',
+    ],
+)
+def test_a_price_in_another_format_is_refused(tmp_path: Path, prices: str) -> None:
+    path = tmp_path / "data.json"
+    model = f'{{"id": "b", "match": {{"equals": "small"}}, "prices": {prices}}}'
+    path.write_text(f'[{{"id": "a", "api_pattern": "https", "models": [{model}]}}]')
+    with pytest.raises(CommandError, match="format of genai-prices"):
+        open_catalog(path).find(URL, "small", TODAY)
+
+
+@pytest.mark.parametrize("value", ["NaN", "-Infinity", "-1", "1000000", "true", '"soon"'])
+def test_a_number_that_is_no_price_is_left_alone(tmp_path: Path, value: str) -> None:
+    path = tmp_path / "data.json"
+    prices = f'{{"input_mtok": 1, "output_mtok": 2, "cache_read_mtok": {value}}}'
+    model = f'{{"id": "b", "match": {{"equals": "small"}}, "prices": {prices}}}'
+    path.write_text(f'[{{"id": "a", "api_pattern": "https", "models": [{model}]}}]')
+    found = open_catalog(path).find(URL, "small", TODAY)
+    assert found is not None
+    assert (found.price, found.problem) == ({"input": "1", "output": "2"}, "cache_read_mtok is no price")
 
 
 def test_the_package_finds_addresses_and_names_itself(monkeypatch: pytest.MonkeyPatch) -> None:
