@@ -75,8 +75,10 @@ async def test_metrics_show_the_calls_that_a_provider_got(
 async def test_metrics_of_a_window_have_percentiles_and_periods(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
-    model_id = await create_model(people.owner, await create_provider(people.owner))
+    source_id = await create_provider(people.owner)
+    model_id, failing_id = [await create_model(people.owner, source_id, name=name) for name in "ab"]
     ledger, caller = StoredModelLedger(harness.gateway.database, is_deferring=True), caller_of(people.owner)
+    await ledger.count_failure(caller, FailedModelCall(failing_id, "model-unavailable"))
     for number in range(20):
         taken = 10_000 if number == 0 else 100
         usage = TokenUsage(3, 2)
@@ -104,6 +106,9 @@ async def test_metrics_of_a_window_have_percentiles_and_periods(
             sums.update({name: period[name] for name in ("requests", "failed", "inputTokens")})
         assert sums == {"requests": 23, "failed": 3, "inputTokens": 60}
     assert_refused(await people.owner.api.get(f"{MODELS}/{model_id}/metrics?window=1y"), 400, "invalid-query")
+    # A failure is no answer within no time.
+    failing = (await get(people.owner, f"{MODELS}/{failing_id}/metrics"))["total"]
+    assert (failing["requests"], failing["failed"], failing["p50Ms"], failing["p95Ms"]) == (1, 1, None, None)
 
 
 async def test_metrics_of_earlier_hours_are_forgotten_after_the_longest_window(
