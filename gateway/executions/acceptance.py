@@ -444,7 +444,6 @@ class WorkflowRunAcceptor:
         """
         try:
             run = await self._plan_run(caller, plan, workflow)
-            await self._require_models(caller, run.workflow)
             await self._backlog.require_capacity(workflow.organization_id, workflow.id)
         except ApiError:
             # A repeated request gets its first answer, even if the workflow has changed since.
@@ -506,14 +505,25 @@ class WorkflowRunAcceptor:
     async def _plan_run(self, caller: ApiCaller, plan: RunPlanner, workflow: LoadedWorkflow) -> RunRequest:
         """Return the run that `plan` makes of the workflow; if it refuses, of the workflow as it is stored now.
 
-        So no request is refused because of the cache. Raises the errors of `plan`.
+        So no request is refused because of the cache. Raises the errors of `plan`, and 403 for a language model that
+        the caller may not use.
         """
         try:
-            return await plan(workflow)
+            return await self._plan_permitted(caller, plan, workflow)
         except ApiError:
             # The workflow may have been corrected or opened since: no request is refused because of the cache.
             self._workflows.forget(workflow.organization_id, workflow.id)
             current = await self._workflows.load(workflow.id, caller)
             if current is workflow:
                 raise
-            return await plan(current)
+            return await self._plan_permitted(caller, plan, current)
+
+    async def _plan_permitted(
+        self, caller: ApiCaller, plan: RunPlanner, workflow: LoadedWorkflow
+    ) -> RunRequest:
+        """Return the run that `plan` makes of a workflow; raises its errors, and 403 for a language model that the
+        caller may not use.
+        """
+        run = await plan(workflow)
+        await self._require_models(caller, run.workflow)
+        return run

@@ -158,7 +158,7 @@ async def enqueue(request: GatewayRequest) -> JsonResponse:
         async def plan(target: RunTarget) -> RunInput:
             if signature is not None:
                 await gateway.verifier.verify_again(signature, target)
-            await gateway.ingestor.require_models(target)
+            await gateway.ingestor.require_models(sender.caller, target)
             await gateway.capacity.require(request, target)
             if body.callback_url is not None:
                 await request.gateway.callbacks.require_reachable(

@@ -167,7 +167,7 @@ async def _ingest_messages(
         target = await gateway.ingestor.resolve_target(request.sender.caller, str(inbound.workflow_id), QUEUE)
         if signature is not None:
             await gateway.verifier.verify_again(signature, target)
-        await gateway.ingestor.require_models(target)
+        await gateway.ingestor.require_models(request.sender.caller, target)
         await gateway.capacity.require(request, target, len(planned))
         runs[:] = [
             gateway.ingestor.build_run(target, one.body.planned(now, one.idempotency_key, callback_url))

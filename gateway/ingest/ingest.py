@@ -353,9 +353,19 @@ class RequestIngestor:
         deferral = find_deferral(refusal, is_held=is_held)
         return RunTarget(workflow, workflow.trigger, assigned_deployment_id, deferral, is_held)
 
-    async def require_models(self, target: RunTarget) -> None:
+    async def require_models(self, caller: ApiCaller, target: RunTarget) -> None:
         """Raise a 403 error if the target names a language model that its owner may not use, for whom it runs."""
         workflow = target.workflow
+        try:
+            await self._require_models(workflow)
+        except ApiError:
+            # Reload before a refusal, which must not rest on a cached graph. A plan made with it is made again.
+            self._workflows.forget(workflow.organization_id, workflow.id)
+            current = await self.resolve_target(caller, workflow.id, target.trigger.kind)
+            await self._require_models(current.workflow)
+
+    async def _require_models(self, workflow: LoadedWorkflow) -> None:
+        """Raise a 403 error if a workflow names a language model that its owner may not use."""
         if not workflow.models:
             return
         from gateway.ai_models import model_access  # noqa: PLC0415 - loaded with the first workflow that names a model

@@ -312,6 +312,29 @@ async def test_a_run_is_refused_whose_user_may_not_use_its_models(people: Organi
         assert (await owner.api.post(f"/api/v1/workflows/{unknown}/validate")).status_code == 200
 
 
+async def test_a_refusal_of_a_model_ends_with_a_change_of_the_workflow(people: OrganizationUsers) -> None:
+    """The workflow that was refused is cached; its next run or message is judged by the stored one."""
+    owner = people.owner
+    ask = {"id": "ask", "nodeId": "llm", "config": {"model": "model_absent", "prompt": "Hi"}}
+    path = "/api/v1/workflows/{}/{}"
+    for trigger, action, body in (
+        ("manual", "execute", {}),
+        ("queue-trigger", "enqueue", {"data": {}}),
+        ("queue-trigger", "enqueue-batch", {"messages": [{"data": {}}]}),
+    ):
+        workflow_id = await owner.create(
+            nodes=[{"id": "start", "nodeId": trigger}, ask],
+            connections=[{"source": "start", "target": "ask"}],
+            status="active",
+        )
+        run = path.format(workflow_id, action)
+        assert_refused(await owner.api.post(run, json=body), 403, "model-not-usable")
+        corrected = {"config": {"model": "echo", "prompt": "Hi"}}
+        changed = await owner.api.put(path.format(workflow_id, "nodes/ask"), json=corrected)
+        assert changed.status_code == 200, changed.text
+        assert (await owner.api.post(run, json=body)).status_code == 201, action
+
+
 @pytest.mark.parametrize("text", ["{{AI_MODEL_ID}}", "", "default"])
 async def test_a_workflow_that_names_no_model_is_a_draft(people: OrganizationUsers, text: str) -> None:
     owner, workflow_id = people.owner, await create_question(people.owner, text)
