@@ -12,6 +12,8 @@ from engine.run_errors import NodeError
 from engine.services import RunCaller
 from execution.stored_data_sources import StoredDataSources
 from execution.stored_models import StoredModels
+from gateway.ai_models import model_access
+from gateway.http.errors import ApiError
 from models.encryption import SecretVault
 from tests.fakes.model_server import KEY, ModelFault, ScriptedAnswer, serve_models
 from tests.integration.gateway_harness import (
@@ -333,6 +335,21 @@ async def test_a_refusal_of_a_model_ends_with_a_change_of_the_workflow(people: O
         changed = await owner.api.put(path.format(workflow_id, "nodes/ask"), json=corrected)
         assert changed.status_code == 200, changed.text
         assert (await owner.api.post(run, json=body)).status_code == 201, action
+
+
+async def test_a_refusal_is_short_for_a_graph_with_more_models_than_a_statement_has_parameters(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    model_id = await create_model(people.owner, await create_provider(people.owner))
+    models = {model_id: "own", **{f"model_{number}": f"node_{number}" for number in range(40_000)}}
+    user = people.owner.user
+    with pytest.raises(ApiError) as refused:
+        await model_access.require_usable(
+            harness.gateway.database, models, organization_id=user.organization_id, user_id=user.id
+        )
+    details = refused.value.details
+    assert (refused.value.status, len(details), details[0]["path"]) == (403, 100, "nodes.node_0")
+    assert "model_2 and 39,997 more:" in refused.value.message
 
 
 @pytest.mark.parametrize("text", ["{{AI_MODEL_ID}}", "", "default"])
