@@ -160,6 +160,10 @@ class ReplayFacts:
     """Nodes in loops with a completed span, or a write with an unknown end, in any iteration."""
     written_in_failed_iterations: frozenset[str] = frozenset()
     """The same nodes, in iterations that have not completed."""
+    written_in_earlier_loops: frozenset[str] = frozenset()
+    """Those of them that have written in iterations of which the recorded run has no spans: it has reused or skipped
+    their loops.
+    """
     revisions: Mapping[str, int] = field(default_factory=dict)
     """Present revisions of the data sources that recorded nodes have used; deleted ones are absent."""
     expired: frozenset[str] = frozenset()

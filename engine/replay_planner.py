@@ -47,7 +47,7 @@ from engine.run_limits import RunLimits
 from engine.run_records import NodeSpan, SpanStatus
 from engine.services import NodeServices
 from engine.span_recorder import SpanRecorder
-from engine.unfinished_writes import may_have_happened, was_refused
+from engine.unfinished_writes import keep_request, may_have_happened, was_refused
 from engine.values import InvalidJson
 
 if TYPE_CHECKING:
@@ -188,7 +188,12 @@ class _NodePlanner:
 
     def _skip_behind(self, node_id: str) -> NodeReplay:
         reason = ReplayReason(ReplayReasonCode.UPSTREAM_LEFT_OUT, tuple(self._left_out_before(node_id)))
-        return self._make(node_id, ReplayDecision.SKIP, [reason], ResultUse.NONE)
+        span = self._recorded.get(node_id)
+        has_written = (
+            span is not None and self._program.nodes[node_id].is_write and keep_request(span)[0] is not None
+        )
+        use = ResultUse.LEFT_OUT if has_written else ResultUse.NONE
+        return self._make(node_id, ReplayDecision.SKIP, [reason], use)
 
     def _leave_out(self, node_id: str, span: NodeSpan | None) -> NodeReplay:
         """Return the decision that a write does not run: its result is reused, and without one it is skipped."""
@@ -384,7 +389,9 @@ class _NodePlanner:
         program = self._program.nodes[node_id]
         # A skipped write with a request was left out of a replay, and may have happened before it.
         if span.status is SpanStatus.SKIPPED and span.resolved_config is None:
-            return self._run(node_id, ReplayReason(ReplayReasonCode.NO_RESULT), decision=ReplayDecision.MAYBE)
+            has_written = bool(self._written_in(program))
+            decision = ReplayDecision.RERUN if has_written else ReplayDecision.MAYBE
+            return self._run(node_id, ReplayReason(ReplayReasonCode.NO_RESULT), decision=decision)
         is_forced = node_id in self._forced
         key = decode_key(span.hashes)
         if span.port is None:
@@ -453,12 +460,13 @@ class _NodePlanner:
 
     def _decide_body(self, loop_id: str, loop: NodeReplay) -> None:
         program = self._program.nodes[loop_id]
+        facts = self._facts
         changed = (
-            changed_body_nodes(program, self._facts.original, self._graph, self._facts.rewired_agents)
+            changed_body_nodes(program, facts.original, self._graph, facts.rewired_agents)
+            | facts.written_in_earlier_loops
             if loop.failed_only
             else frozenset(program.body)
         )
-        facts = self._facts
         found = facts.written_in_failed_iterations if loop.failed_only else facts.written_in_loops
         written = {
             inner

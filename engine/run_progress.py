@@ -25,6 +25,7 @@ from engine.node_api import (
 )
 from engine.run_errors import NodeError
 from engine.run_records import EXPIRED_CODE, NodeSpan, RunError, SpanStatus, to_node_error
+from engine.unfinished_writes import keep_request
 from engine.values import InvalidJson
 
 if TYPE_CHECKING:
@@ -386,9 +387,19 @@ class RunProgress:
             recorded = frame.recorded.get(node_id)
             # A replay may begin with a result of a node that it then does not reach.
             if recorded is None or recorded.port is not None:
-                self._recorder.record_skipped(self._nodes[node_id].node, frame.iteration)
+                self._record_skipped(frame, node_id)
                 if node_id in frame.section.bodies:
                     self.skip_body(frame.section.bodies[node_id], frame)
+
+    def _record_skipped(self, frame: SectionFrame, node_id: str) -> None:
+        """Record a node of a frame as skipped; a write that a replay might have reused keeps its request."""
+        program = self._nodes[node_id]
+        earlier = frame.recorded.get(node_id) or frame.candidates.get(node_id)
+        request, hashes = keep_request(earlier) if earlier is not None and program.is_write else (None, None)
+        key_id = None if earlier is None or request is None else earlier.key_id
+        self._recorder.record_skipped(
+            program.node, frame.iteration, request=request, hashes=hashes, key_id=key_id
+        )
 
     def skip_body(self, body: GraphSection, frame: SectionFrame) -> None:
         """Record all nodes of a loop body as skipped, unless they are recorded already."""

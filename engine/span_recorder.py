@@ -324,8 +324,20 @@ class SpanRecorder:
             )
         )
 
-    def record_skipped(self, node: GraphNode, iteration: str) -> None:
-        """Record a node as skipped: no taken edge leads to it, so it will never run."""
+    def record_skipped(
+        self,
+        node: GraphNode,
+        iteration: str,
+        *,
+        request: bytes | None = None,
+        hashes: bytes | None = None,
+        key_id: str | None = None,
+    ) -> None:
+        """Record a node as skipped: no taken edge leads to it, so it will never run.
+
+        A write that may have happened in an earlier run keeps its request, with the key of the node and the execution
+        of its idempotency key, for later replays.
+        """
         self._sequence += 1
         self._journal.record(
             NodeSpan(
@@ -336,6 +348,9 @@ class SpanRecorder:
                 self._sequence,
                 started_at=None,
                 iteration=iteration,
+                resolved_config=request,
+                hashes=hashes,
+                key_id=key_id,
             )
         )
 

@@ -61,3 +61,17 @@ def may_have_happened(span: NodeSpan) -> bool:
     # A refused write had its effect in an earlier run: its code is no proof.
     is_refused = code.startswith("http-4") and code not in _MAY_HAVE_HAPPENED
     return not is_refused and code not in PROOFS_OF_NO_EFFECT
+
+
+def keep_request(span: NodeSpan) -> tuple[bytes | None, bytes | None]:
+    """Return the request and the key to record for a write with this span that a replay skips.
+
+    A later replay then knows that the write may have happened. The key is None if the same request must not be
+    repeated either, since the write was completed. Both are None if nothing has happened.
+    """
+    is_completed = span.port is not None and span.error is None
+    if not is_completed and not may_have_happened(span):
+        return None, None
+    if span.port is not None or was_refused(span):
+        return span.resolved_config, None
+    return span.resolved_config, span.hashes

@@ -116,6 +116,18 @@ _NOT_YET: Final = (
 
 
 @dataclass(frozen=True, slots=True)
+class SkippedNode:
+    """Node that a replay begins with as skipped."""
+
+    label: str
+    type: str
+    keeps_request: bool
+    """Whether its span keeps the recorded request: a later replay must know that the write may have happened."""
+    keeps_key: bool
+    """Whether it also keeps the key, so that a later replay may repeat the same request."""
+
+
+@dataclass(frozen=True, slots=True)
 class ReplayCopy:
     """Content of a replay, besides that of the execution that it replays."""
 
@@ -136,8 +148,8 @@ class ReplayCopy:
     """Use of the recorded steps of agents, by their node ids and those of the tools that are agents."""
     has_outside_trigger: bool = False
     """Whether the output of the trigger may hold text of outsiders, whatever type the trigger has now."""
-    left_out: Mapping[str, tuple[str, str]] = field(default_factory=dict)
-    """Labels and types of the nodes that begin as skipped, by their ids."""
+    left_out: Mapping[str, SkippedNode] = field(default_factory=dict)
+    """Nodes that begin as skipped, by their ids."""
 
 
 async def insert_copy(
@@ -246,13 +258,10 @@ async def _leave_out(
     connection: AsyncConnection,
     source: ExecutionKey,
     new_id: str,
-    nodes: Mapping[str, tuple[str, str]],
+    nodes: Mapping[str, SkippedNode],
     key_id: str,
 ) -> None:
-    """Insert spans of skipped nodes into a replay.
-
-    One with a recorded request keeps it: a later replay must know that the write may have happened.
-    """
+    """Insert spans of skipped nodes into a replay; a write that may have happened keeps its recorded request."""
     empty = (
         *("port", "error", "output", "output_blob", "input_node", "input", "input_blob", "started_at"),
         *("ended_at", "wake_at", "awaits", "reused_from", "model_calls", "unresolved"),
@@ -262,19 +271,21 @@ async def _leave_out(
         "key_id": func.coalesce(col(SpanRow.key_id), literal(key_id)),
         **{name: null() for name in empty},
     }
-    for node_id, (label, node_type) in nodes.items():
-        span = {"new_id": ids.new_id("span"), "of_node": node_id, "of_iteration": ""}
-        result = await connection.execute(_new_span(source, new_id, changes), [span])
-        if result.rowcount:
+    for node_id, node in nodes.items():
+        span_id = ids.new_id("span")
+        if node.keeps_request:
+            also = {} if node.keeps_key else {"hashes": null()}
+            copied = {"new_id": span_id, "of_node": node_id, "of_iteration": ""}
+            await connection.execute(_new_span(source, new_id, {**changes, **also}), [copied])
             continue
         row = SpanRow(
             execution_id=new_id,
             node_id=node_id,
             shard=source.shard,
-            id=span["new_id"],
+            id=span_id,
             sequence=0,
-            label=label,
-            type=node_type,
+            label=node.label,
+            type=node.type,
             status=SpanStatus.SKIPPED,
         )
         await connection.execute(insert(SpanRow).values(row.model_dump()))

@@ -35,7 +35,7 @@ from engine.run_errors import InvalidDefinition
 from engine.run_records import NodeSpan, SpanStatus
 from engine.services import RunCaller
 from engine.triggers import trigger_output
-from engine.unfinished_writes import may_have_happened
+from engine.unfinished_writes import keep_request, may_have_happened
 from engine.values import encode_canonical, encode_json, fingerprint
 from gateway.executions import resume_runs
 from gateway.http import errors
@@ -44,7 +44,7 @@ from journal import concurrency_limits, definition_snapshot, run_copies
 from journal.blobs.blob_reference import BlobReference, InvalidBlobReference
 from journal.blobs.blob_storage import BlobLost, BlobOwner, BlobsUnavailable
 from journal.blobs.large_values import LargeValues, RecordedValueLost
-from journal.run_copies import ReplayCopy
+from journal.run_copies import ReplayCopy, SkippedNode
 from journal.run_rows import decode_error
 from journal.waits import completion
 from json_text import decoding
@@ -60,7 +60,6 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from engine.agents.agent_steps import StepReuse
-    from engine.graph import GraphNode
     from engine.node_api import NodeCall
     from engine.program import AgentProgram
     from engine.run_clock import RunClock
@@ -78,6 +77,8 @@ ORIGINAL: Final = "original"
 CURRENT: Final = "current"
 MAX_KEPT_NODES: Final = 5_000
 """Capacity of the cache of compiled definitions, in nodes."""
+MAX_LINEAGE: Final = 100
+"""Number of replays and resumes before an execution in which its earlier writes are looked for."""
 _REQUEST: Final = b"{}"
 """Stands for a recorded request, which a plan does not read."""
 
@@ -123,6 +124,8 @@ class RecordedExecution:
     spans: Sequence[NodeSpan]
     written_in_loops: frozenset[str]
     written_in_failed_iterations: frozenset[str]
+    written_in_earlier_loops: frozenset[str]
+    """Nodes that may have written in iterations of replayed executions alone, of which the execution has no spans."""
     revisions: Mapping[str, int]
     answers: Mapping[str, RecordedAnswers]
 
@@ -150,7 +153,7 @@ class PlannedReplay:
     """Use of the recorded steps of agents, by their node ids and those of the tools that are agents."""
     has_outside_trigger: bool = False
     """Whether the trigger of the recorded definition, whose output the replay has, may hold text of outsiders."""
-    left_out: Mapping[str, GraphNode] = field(default_factory=dict)
+    left_out: Mapping[str, SkippedNode] = field(default_factory=dict)
     """Nodes that the replay begins with as skipped, by their ids."""
     writes: frozenset[str] = frozenset()
     """Nodes that a replay may leave out: writes outside of loops, and loops that write."""
@@ -436,6 +439,7 @@ class _Planning:
             has_outputs=self.has_outputs,
             written_in_loops=self.recorded.written_in_loops,
             written_in_failed_iterations=self.recorded.written_in_failed_iterations,
+            written_in_earlier_loops=self.recorded.written_in_earlier_loops,
             revisions=self.recorded.revisions,
             expired=self.expired,
             rewired_agents=self._rewired_agents,
@@ -508,13 +512,29 @@ class _Planning:
             bodies={loop_id: program.nodes[loop_id].body for loop_id in kept},
             steps=_choose_steps(plan, program),
             has_outside_trigger=self.new_trigger is None and _has_outside_trigger(original),
-            left_out={
-                node.node_id: program.graph.by_id[node.node_id]
-                for node in plan.nodes
-                if node.use is ResultUse.LEFT_OUT
-            },
+            left_out=self._describe_left_out(plan, program),
             writes=_find_skippable(program),
         )
+
+    def _describe_left_out(self, plan: ReplayPlan, program: WorkflowProgram) -> dict[str, SkippedNode]:
+        """Return the nodes that the replay begins with as skipped, by their ids.
+
+        An agent and a loop are never continued later under the recorded key: their steps and iterations are not copied.
+        """
+        recorded = {span.node_id: span for span in self.recorded.spans}
+        found: dict[str, SkippedNode] = {}
+        for node in plan.nodes:
+            if node.use is not ResultUse.LEFT_OUT:
+                continue
+            one, span = program.nodes[node.node_id], recorded.get(node.node_id)
+            request, key = (None, None) if span is None or one.body else keep_request(span)
+            found[node.node_id] = SkippedNode(
+                one.node.label,
+                one.node.type,
+                keeps_request=request is not None,
+                keeps_key=key is not None and one.agent is None,
+            )
+        return found
 
 
 def _find_skippable(program: WorkflowProgram) -> frozenset[str]:
@@ -601,7 +621,7 @@ def replay_copy(planned: PlannedReplay, inner: Mapping[ResultUse, Sequence[tuple
         spans=spans,
         steps=planned.steps,
         has_outside_trigger=planned.has_outside_trigger,
-        left_out={node_id: (node.label, node.type) for node_id, node in planned.left_out.items()},
+        left_out=planned.left_out,
     )
 
 
@@ -686,6 +706,7 @@ async def _read_execution(
         select(col(SpanRow.node_id)).where(*of_run, col(SpanRow.iteration) != "").limit(1)
     )
     written, in_failed = await _find_written_in_loops(connection, key) if has_loops else (set(), set())
+    earlier = await _find_written_earlier(connection, key, found) - written
     used = {name for span in spans if (parts := decode_key(span.hashes)) for name, _ in parts.sources}
     revisions: dict[str, int] = {}
     if used:
@@ -701,8 +722,9 @@ async def _read_execution(
         row=found,
         definition_text=found.body,
         spans=spans,
-        written_in_loops=frozenset(written),
-        written_in_failed_iterations=frozenset(in_failed),
+        written_in_loops=frozenset(written | earlier),
+        written_in_failed_iterations=frozenset(in_failed | earlier),
+        written_in_earlier_loops=frozenset(earlier),
         revisions=revisions,
         answers=await _count_answers(connection, key),
     )
@@ -724,6 +746,33 @@ async def _count_answers(connection: AsyncConnection, key: ExecutionKey) -> dict
     )
     rows = await connection.execute(counted)
     return {row.node_id: RecordedAnswers(row.total, row.unfinished) for row in rows}
+
+
+async def _find_written_earlier(connection: AsyncConnection, key: ExecutionKey, found: Row[Any]) -> set[str]:
+    """Return the ids of nodes that may have written in loops of the executions that this one replays or resumes.
+
+    A replay that reuses or skips a loop has no spans of its iterations. Deleted executions are not known.
+    """
+    earlier: list[str] = []
+    before = found.replay_of or found.resumed_from
+    while before is not None and before not in earlier and len(earlier) < MAX_LINEAGE:
+        earlier.append(before)
+        links: Select[*tuple[Any, ...]] = select(col(Execution.replay_of), col(Execution.resumed_from)).where(
+            col(Execution.id) == before, col(Execution.shard) == key.shard
+        )
+        row = (await connection.execute(links)).first()
+        before = None if row is None else row.replay_of or row.resumed_from
+    if not earlier:
+        return set()
+    written = (
+        select(col(SpanRow.node_id))
+        .where(
+            *(col(SpanRow.execution_id).in_(earlier), col(SpanRow.shard) == key.shard),
+            *(col(SpanRow.iteration) != "", or_(_IS_COMPLETED, _WAS_SENT)),
+        )
+        .distinct()
+    )
+    return set(await connection.scalars(written))
 
 
 async def _find_written_in_loops(connection: AsyncConnection, key: ExecutionKey) -> tuple[set[str], set[str]]:

@@ -359,6 +359,46 @@ async def test_a_write_that_was_never_reached_and_a_loop_that_writes_are_left_ou
         assert [one["code"] for one in refused.json()["error"]["details"]] == [code]
 
 
+async def test_writes_in_a_loop_that_a_replay_has_left_out_or_reused_are_asked_for_by_later_replays(
+    harness_of: ReplayHarness,
+) -> None:
+    here = harness_of
+    loop = {"id": "loop", "nodeId": "loop", "config": {"items": [1, 2]}}
+    nodes = [loop, post("each"), post("then"), step("end", done=True)]
+    workflow_id = await here.create(nodes, "start > loop", "loop:continue > each > then", "loop:done > end")
+    here.ledger.failing = {"/then": 422}
+    failed = await here.run(workflow_id)
+    here.ledger.failing = {}
+    written = len(here.ledger.writes)
+    without = await here.replay(failed, skip=["loop"])
+    twice = await here.replay(without, skip=["loop"])
+    for source in (without, twice):
+        assert decisions(await here.plan(source, again=True))["each"] == "ask"
+        assert_refused(await here.post(source, again=True), 409, "confirmation-required")
+    assert len(here.ledger.writes) == written
+
+    done = await here.run(workflow_id)
+    reused = await here.replay(done, **{"from": ["end"]})
+    for choice in ({}, {"failedOnly": True}):
+        plan = decisions(await here.plan(reused, **{"from": ["loop"]}, **choice))
+        assert (plan["each"], plan["then"]) == ("ask", "ask"), choice
+
+
+async def test_a_refused_write_that_was_left_out_is_sent_later_under_a_key_of_its_own(
+    harness_of: ReplayHarness,
+) -> None:
+    here = harness_of
+    nodes = [step("note", n="{{ data.body.n }}"), post("pay")]
+    workflow_id = await here.create(nodes, "start > note > pay")
+    here.ledger.failing = {"/pay": 422}
+    failed = await here.run(workflow_id, inputs={"n": 1})
+    here.ledger.failing = {}
+    without = await here.replay(failed, skip=["pay"])
+    assert decisions(await here.plan(without, input={"n": 2}))["pay"] == "maybe"
+    replayed = await here.replay(without)
+    assert here.ledger.writes[-1][1] == f"{replayed}:pay:0"
+
+
 async def test_an_unchanged_output_stops_the_rerun_and_a_changed_one_a_write(
     harness_of: ReplayHarness,
 ) -> None:

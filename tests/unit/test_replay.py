@@ -394,6 +394,21 @@ async def test_a_write_that_may_have_happened_before_it_was_left_out_is_asked_fo
     assert plan_of(PastRun(program, past.trigger, left), changed).unconfirmed == ("pay",)
 
 
+async def test_a_write_that_a_replay_did_not_reach_is_asked_for_later() -> None:
+    recorder = NodeRecorder()
+    drawing = "start > add > branch > pay"
+    program = compile_drawing(drawing, recorder.kinds)
+    past = await run_first(program)
+    assert recorder.calls == ["add", "branch", "pay"]
+    other = compile_drawing(drawing, recorder.kinds, {"add": {"config": {"by": 1}}})
+    plan = plan_of(past, other)
+    assert (decisions(plan)["pay"], plan.unconfirmed) == ("maybe", ())
+    ended, notebook = await run_again(past, plan, other)
+    assert (ended, notebook.status("pay")) == (RunOutcome(RunStatus.COMPLETED), "skipped")
+    later = PastRun(other, past.trigger, list(notebook.spans.values()))
+    assert plan_of(later, program).unconfirmed == ("pay",)
+
+
 # ── failures ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
