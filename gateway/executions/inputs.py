@@ -58,6 +58,8 @@ ASSIGNMENT: Final = ChoicesParameter(
     "assignment", "Only questions that are assigned in one of these ways, in pages.", QuestionAssignment
 )
 ASSIGNED: Final = (OTHERS, ASSIGNMENT, LIMIT, AFTER)
+MAX_SEQUENCE: Final = 2**31 - 1
+"""Greatest sequence number of a span."""
 SHOWN_ITERATIONS: Final = 20
 FORBIDDEN: Final = 403
 
@@ -115,6 +117,7 @@ async def index_assigned(request: GatewayRequest) -> JsonResponse:
             connection,
             visibility_condition(caller),
             may_show,
+            organization_id=caller.organization_id,
             shard=caller.shard,
             at_most=limits.PENDING_INPUTS,
             examined=limits.EXAMINED_QUESTIONS,
@@ -137,15 +140,16 @@ async def _show_page(
     """
     caller, wanted = request.caller, request.query[ASSIGNMENT]
     bounds = KeysetBounds(request.query[LIMIT], is_descending=True, cursor=cursor)
-    if cursor.is_descending is False:
+    sequence = None if cursor.created_at is None else to_microseconds(cursor.created_at)
+    # A cursor of another list has a time there, which no sequence number reaches.
+    if cursor.is_descending is False or (sequence or 0) > MAX_SEQUENCE:
         raise errors.invalid_query(AFTER.name, "invalid-cursor", "after must be a cursor of this list")
-    behind = None
-    if cursor.created_at is not None:
-        behind = WaitPosition(cursor.item_id, to_microseconds(cursor.created_at))
+    behind = None if sequence is None else WaitPosition(cursor.item_id, sequence)
     own = (caller.user_id, *filter(None, [approver.email]))
     page = await node_answers.read_organization_waits(
         connection,
         visibility_condition(caller),
+        caller.organization_id,
         caller.shard,
         behind,
         limit=limits.QUESTIONS_OF_PAGE,

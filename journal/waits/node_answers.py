@@ -277,12 +277,13 @@ async def list_organization_waits(
     visible: ColumnElement[bool],
     matches: Callable[[OrganizationWait], bool],
     *,
+    organization_id: str,
     shard: int,
     at_most: int,
     examined: int,
 ) -> list[OrganizationWait]:
-    """Return up to `at_most` nodes that wait for input of a person and match, in runs of a shard that satisfy
-    a condition, newest runs first.
+    """Return up to `at_most` nodes that wait for input of a person and match, in runs of an organization that
+    satisfy a condition, newest runs first.
 
     They are read in pages, so that questions which do not match hide no older ones. No page is read once
     `examined` nodes are.
@@ -290,7 +291,9 @@ async def list_organization_waits(
     found: list[OrganizationWait] = []
     behind: WaitPosition | None = None
     for _ in range(0, examined, QUESTIONS_PAGE):
-        page = await read_organization_waits(connection, visible, shard, behind, limit=QUESTIONS_PAGE)
+        page = await read_organization_waits(
+            connection, visible, organization_id, shard, behind, limit=QUESTIONS_PAGE
+        )
         found += [wait for _, wait in page.waits if matches(wait)]
         behind = page.behind
         if behind is None or len(found) >= at_most:
@@ -301,6 +304,7 @@ async def list_organization_waits(
 async def read_organization_waits(
     connection: AsyncConnection,
     visible: ColumnElement[bool],
+    organization_id: str,
     shard: int,
     behind: WaitPosition | None,
     *,
@@ -311,7 +315,9 @@ async def read_organization_waits(
 
     With `mentions`, only nodes whose request has one of these texts anywhere are examined, in any case of letters.
     """
-    statement = organization_waits_statement(visible, shard, behind, limit=limit, mentions=mentions)
+    statement = organization_waits_statement(
+        visible, organization_id, shard, behind, limit=limit, mentions=mentions
+    )
     rows = (await connection.execute(statement)).all()
     waits = [
         (WaitPosition(row.execution_id, row.sequence), wait)
@@ -337,18 +343,27 @@ def _read_organization_wait(row: Row[*tuple[Any, ...]]) -> OrganizationWait | No
 
 def organization_waits_statement(
     visible: ColumnElement[bool],
+    organization_id: str,
     shard: int,
     behind: WaitPosition | None = None,
     *,
     limit: int,
     mentions: Sequence[str] = (),
 ) -> Select[*tuple[Any, ...]]:
-    """Return the statement of `limit` nodes of a shard with input of a person to wait for, by their own index.
+    """Return the statement of `limit` nodes of an organization with input of a person to wait for, by their own index.
 
     Ordered by the ids of their runs, which have the order of time, the newest first; `behind` is the last node
     of the page before. `is_open` of a row is 1 if its run satisfies the condition, waits, and has no answer for
     the node. Each row is examined once: a join that dropped some would read on for a full page.
     """
+    # A shard has several organizations: a page must neither depend on another one nor name its runs. It is looked up
+    # row by row, so that the index of questions stays the one that is read.
+    owner = (
+        select(col(Execution.organization_id))
+        .where(col(Execution.id) == col(SpanRow.execution_id))
+        .correlate(SpanRow)
+        .scalar_subquery()
+    )
     asked = (
         select(
             *(col(SpanRow.execution_id), col(SpanRow.node_id), col(SpanRow.iteration), col(SpanRow.label)),
@@ -359,6 +374,7 @@ def organization_waits_statement(
             # Both databases need the condition of the index in its words.
             text(f"span.{AWAITS_INPUT_CONDITION}"),
             col(SpanRow.status) == SpanStatus.WAITING.value,
+            owner == organization_id,
             *_follow(behind),
             *(
                 [or_(*(col(SpanRow.awaits).icontains(one, autoescape=True) for one in mentions))]

@@ -17,12 +17,13 @@ from sqlmodel import col
 
 from gateway.executions import input_checks
 from gateway.http import failed_attempts, limits
+from gateway.http.keyset import KeysetBounds, PageCursor
 from journal.store import ExecutionKey
 from journal.waits import approvals, node_answers
 from models import access_store
 from models.access import Organization, UserRole
 from models.approval import ApprovalLink, ApprovalRequest
-from models.execution import Execution
+from models.execution import Execution, SpanRow
 from tests import smtp_server
 from tests.http_receiver import run_receiver
 from tests.integration import input_waits
@@ -232,8 +233,34 @@ async def test_pages_of_an_inbox_have_each_question_once_and_find_own_ones_behin
     first = (await people.admin.api.get("/api/v1/pending-inputs?after=start&limit=1")).json()
     assert (first["count"], first["countIsLowerBound"]) == (2, True)
     assert first["assignments"] == {"caller": 0, "role": 1, "anyone": 1, "others": 0}
-    refused = await people.admin.api.get("/api/v1/pending-inputs?after=nonsense")
-    assert_refused(refused, 400, "invalid-query")
+    foreign = KeysetBounds(1, is_descending=True, cursor=PageCursor()).cursor_behind(
+        harness.gateway.clock(), asked[0]
+    )
+    for query in ("after=nonsense", f"after={foreign}", "limit=-1", "limit=0", "assignment=nobody"):
+        refused = await people.admin.api.get(f"/api/v1/pending-inputs?{query}")
+        assert_refused(refused, 400, "invalid-query")
+    # Without a cursor, a limit or an assignment begins the pages.
+    first = (await people.admin.api.get("/api/v1/pending-inputs?limit=1")).json()
+    assert ([one["executionId"] for one in first["inputs"]], first["next"] is None) == ([asked[4]], False)
+    found = (await people.colleague.api.get("/api/v1/pending-inputs?assignment=caller")).json()
+    assert [one["executionId"] for one in found["inputs"]] == [asked[0]]
+
+
+async def test_pages_of_an_inbox_tell_nothing_of_another_organization_in_the_same_shard(
+    harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "QUESTIONS_OF_PAGE", 2)
+    asked = []
+    for person in (people.owner, people.stranger):
+        workflow_id = await person.create(**{**GRAPH, "status": "active"})
+        asked.append(await execute_workflow(person, workflow_id))
+        await input_waits.wait_for_input(harness.gateway.database, asked[-1])
+    same_shard = select(col(Execution.shard)).where(col(Execution.id) == asked[0]).scalar_subquery()
+    moved = update(SpanRow).where(col(SpanRow.execution_id) == asked[1]).values(shard=same_shard)
+    await harness.gateway.database.transaction(lambda connection: connection.execute(moved))
+    page = (await people.owner.api.get("/api/v1/pending-inputs?after=start&others=true")).json()
+    assert [one["executionId"] for one in page["inputs"]] == asked[:1]
+    assert (page["next"], page["countIsLowerBound"]) == (None, False)
 
 
 async def _walk_inbox(person: UserClient, query: str, *, limit: int) -> list[str]:

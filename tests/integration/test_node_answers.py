@@ -202,9 +202,9 @@ async def test_open_questions_of_an_organization_are_found_without_its_other_wai
     visible = col(Execution.organization_id) == "org_1"
     behind = node_answers.WaitPosition("exec_9", 3)
     for statement in (
-        node_answers.organization_waits_statement(visible, 1, limit=10),
+        node_answers.organization_waits_statement(visible, "org_1", 1, limit=10),
         node_answers.organization_waits_statement(
-            visible, 1, behind, limit=10, mentions=("user_1", "a@b.example")
+            visible, "org_1", 1, behind, limit=10, mentions=("user_1", "a@b.example")
         ),
     ):
         plan = await explain_statement(run_database.database, statement)
