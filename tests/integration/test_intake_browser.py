@@ -392,6 +392,10 @@ async def test_chosen_rows_are_redriven_and_discarded_by_keyboard(visit: IntakeV
         path = f"/api/v1/dead-letters?workflow_id={workflow_id}"
         return {one["executionId"] for one in (await owner.api.get(path)).json()["deadLetters"]}
 
+    # Without a choice, no form has a filter, which would select all dead letters.
+    await page.wait_for(
+        "[...document.querySelectorAll('form[data-picks]')].map(one => one.dataset.sends).join() === '{},{}'"
+    )
     for run in runs[:2]:
         await press_space_on(f"[data-pick][value={run}]")
     bar = "document.querySelector('[data-picked]')"

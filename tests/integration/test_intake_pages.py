@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import html
+import json
+import re
 from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from sqlalchemy import insert
+from sqlalchemy import insert, update
+from sqlmodel import col
 
 from gateway.dashboard.pages import dead_letter_list, trigger_setup
 from models import access_store
 from models.access import Organization, UserRole
+from models.execution import Execution
 from models.process_presence import ProcessPresence
 from tests.integration.gateway_harness import (
     STEP,
@@ -151,6 +155,27 @@ async def test_settled_dead_letters_lead_to_the_run_in_their_place(
     assert "Discarded" in settled
     assert not any("<img" in text or "<script>alert" in text for text in shown.values())
     assert "data-request" not in redriving.partition("<main")[2].partition("</main>")[0]
+
+
+async def test_acts_on_a_group_keep_to_the_trigger_of_the_page_and_the_export_to_its_state(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    owner = people.owner
+    workflow_id = await owner.create(**{**QUEUE, "status": "active"})
+    runs = [await enqueue(owner, workflow_id) for _ in range(2)]
+    await fail_alike(harness, runs, "Broken", node_id="step")
+    earlier = update(Execution).where(col(Execution.id) == runs[0]).values(trigger_type="email")
+    await harness.gateway.database.transaction(lambda connection: connection.execute(earlier))
+    browser = await sign_in(harness, owner.key)
+    page = (await browser.get("/dashboard/dead-letters?trigger_type=email&plan=1")).text
+    assert (f"dead-{runs[0]}" in page, f"dead-{runs[1]}" in page) == (True, False)
+    sent = [json.loads(html.unescape(one)) for one in re.findall(r'data-sends="([^"]*)"', page)]
+    kinds = {one["filter"].get("triggerType") for one in sent if "group" in one.get("filter", {})}
+    assert kinds == {"email"}
+    assert "Replay 1 with" in page
+    await owner.api.post("/api/v1/dead-letters/purge", json={"filter": {"executionIds": runs}})
+    page = (await browser.get("/dashboard/dead-letters?state=settled")).text
+    assert 'data-exports="/api/v1/dead-letters?state=settled"' in page
 
 
 async def test_a_schedule_is_run_paused_and_activated_from_its_list(

@@ -17,8 +17,9 @@ function count(section) {
     field.pattern = String(ids.length);
     field.title = `Type ${ids.length}`;
   }
-  const filter = { [section.dataset.picking]: ids };
-  for (const form of bar.querySelectorAll("form[data-picks]")) form.dataset.sends = JSON.stringify({ filter });
+  // An empty list would select all: without a choice, the request has no filter and is refused.
+  const sent = ids.length ? { filter: { [section.dataset.picking]: ids } } : {};
+  for (const form of bar.querySelectorAll("form[data-picks]")) form.dataset.sends = JSON.stringify(sent);
   for (const link of bar.querySelectorAll("a[data-picked-link]")) link.href = link.dataset.pickedLink + encodeURIComponent(ids.join(","));
 }
 

@@ -81,6 +81,7 @@ async def load(page: PageRequest) -> PageData:
         page.get(
             "/api/v1/dead-letters",
             workflow_id=shown["workflowId"],
+            trigger_type=given.get("trigger_type"),
             group=shown["id"],
             limit=SHOWN_ROWS,
             after=given.get("after"),
@@ -116,15 +117,17 @@ async def _plan_newest(page: PageRequest, group: Mapping[str, Any]) -> Any:  # n
         return None
 
 
-def _select_group(group: Mapping[str, Any]) -> Mapping[str, str]:
-    """Return the filter of the API that selects the dead letters of a group."""
-    return {"workflowId": group["workflowId"], "group": group["id"]}
+def _select_group(group: Mapping[str, Any], query: Mapping[str, str]) -> Mapping[str, str]:
+    """Return the filter of the API that selects the dead letters of a group that the page counts."""
+    kind = {"triggerType": query["trigger_type"]} if query.get("trigger_type") else {}
+    return {"workflowId": group["workflowId"], "group": group["id"], **kind}
 
 
 def _select_planned(group: Mapping[str, Any], query: Mapping[str, str]) -> Mapping[str, Any]:
     """Return the filter of a replay: the dead letters of a group that `only` in the query names, else all of it."""
     chosen = [one for one in query.get("only", "").split(",") if one]
-    return {**_select_group(group), "executionIds": chosen} if chosen else _select_group(group)
+    selection = _select_group(group, query)
+    return {**selection, "executionIds": chosen} if chosen else selection
 
 
 def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
@@ -139,6 +142,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
     state = frame.query.get("state", "") if data["settled"] is not None else ""
     numbers = {"all": sum(listed["failures"].values()), **listed["failures"]}
     filters = {name: frame.query[name] for name in FILTERS if frame.query.get(name)}
+    exported = {**filters, "state": state} if state else filters
     shown = _open_group(listed["groups"], frame.query.get("group"))
     return {
         "title": "Dead letters",
@@ -150,7 +154,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
             {
                 **group,
                 "is_open": group is shown,
-                "selection": _select_group(group),
+                "selection": _select_group(group, frame.query),
                 "is_growing": _is_growing(group, frame.now),
                 "address": list_address(frame, PATH, {**filters, "muted": muted, "group": group["id"]}),
             }
@@ -162,7 +166,9 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         else list_address(
             frame, PATH, {**filters, "muted": muted, "group": shown["id"], "after": rows["next"]}
         ),
-        "first": "" if not frame.query.get("after") else list_address(frame, PATH, filters),
+        "first": ""
+        if shown is None or not frame.query.get("after")
+        else list_address(frame, PATH, {**filters, "muted": muted, "group": shown["id"]}),
         "writes": list_writes(data["workflow"], data["types"]),
         "failures": [
             (
@@ -200,7 +206,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "planned_selection": _select_planned(shown, frame.query) if shown else {},
         "planned_count": data["plan"]["matched"] if data["plan"] else 0,
         "filters": filters,
-        "export_query": f"?{urlencode(filters)}" if filters else "",
+        "export_query": f"?{urlencode(exported)}" if exported else "",
         "may_run": frame.may("workflows:execute"),
         "may_discard": frame.may("workflows:write"),
         "labels": labels,
