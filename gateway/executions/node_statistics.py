@@ -119,7 +119,8 @@ def _sum_up(workflow_id: str, since: datetime, rows: Sequence[Recorded]) -> Work
                 p50_ms=quantile(sorted(of_node), 50),
                 p95_ms=quantile(sorted(of_node), 95),
             )
-            for node_id, of_node in durations.items()
+            # The database returns the spans in no certain order.
+            for node_id, of_node in sorted(durations.items())
         ],
     )
 

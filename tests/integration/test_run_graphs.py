@@ -170,6 +170,7 @@ async def test_statistics_count_the_ends_and_failures_of_each_node(
             await run_order(owner, workflow_id, total)
     found = (await owner.api.get(f"/api/v1/workflows/{workflow_id}/statistics")).json()
     assert found["runs"] == 3
+    assert [one["nodeId"] for one in found["nodes"]] == ["check", "odd", "start"]
     of_node = {one["nodeId"]: one for one in found["nodes"]}
     assert (of_node["odd"]["ended"], of_node["odd"]["failed"]) == (3, 0)
     assert (of_node["check"]["ended"], of_node["check"]["failed"]) == (1, 1)
