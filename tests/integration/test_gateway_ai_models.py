@@ -312,6 +312,9 @@ async def test_a_run_is_refused_whose_user_may_not_use_its_models(people: Organi
         unknown = await create_question(owner, absent)
         assert_refused(await owner.api.post(RUN.format(unknown), json={}), 403, "model-not-usable")
         assert (await owner.api.post(f"/api/v1/workflows/{unknown}/validate")).status_code == 200
+        # A node with a pinned output calls no model.
+        pinned = await owner.api.post(RUN.format(unknown), json={"pinned": {"ask": {"response": "Hi"}}})
+        assert pinned.status_code == 201, pinned.text
 
 
 async def test_a_refusal_of_a_model_ends_with_a_change_of_the_workflow(people: OrganizationUsers) -> None:

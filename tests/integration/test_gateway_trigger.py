@@ -351,6 +351,21 @@ async def test_undeployed_workflows_cannot_be_triggered(
     assert await count_runs(harness, never) == await count_runs(harness, no_more) == 0
 
 
+async def test_a_deployed_definition_runs_only_for_users_of_its_models(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    """The deployed definition counts, whatever the workflow has become since."""
+    ask = {"id": "step", "nodeId": "llm", "config": {"model": "model_absent", "prompt": "Hi"}}
+    graph = {"nodes": [{"id": "start", "nodeId": "manual"}, ask], "connections": [EDGE]}
+    workflow_id = await deploy(harness, people.owner, graph, **ASLEEP)
+    changed = await people.owner.api.put(
+        f"/api/v1/workflows/{workflow_id}/nodes/step", json={"config": {"model": "echo", "prompt": "Hi"}}
+    )
+    assert changed.status_code == 200, changed.text
+    assert_refused(await trigger(people.owner, workflow_id), 403, "model-not-usable")
+    assert await count_runs(harness, workflow_id) == 0
+
+
 async def test_a_closed_window_says_when_it_opens(harness: GatewayHarness, people: OrganizationUsers) -> None:
     workflow_id = await deploy(harness, people.owner, **{**ASLEEP, "stopped_reason": StoppedReason.SCHEDULE})
     await set_policy(people.owner, workflow_id, closed_policy())
