@@ -265,12 +265,18 @@ async def index(request: GatewayRequest) -> JsonResponse:
 async def _add_reason(
     connection: AsyncConnection, wanted: ExecutionFilter, codes: Sequence[BlockerCode]
 ) -> ExecutionFilter:
-    """Return a filter restricted to runs that wait for one of some reasons, which are found among live runs."""
+    """Return a filter restricted to runs that wait for one of some reasons, which are found among live runs.
+
+    Ended runs wait for nothing, so that none of them is examined, also if the filter is for their statuses.
+    """
     # Loaded with the first such list: other starts of a gateway do without it.
     from journal.explanations import reason_conditions  # noqa: PLC0415 - see above
 
-    condition = await reason_conditions.build_condition(connection, wanted.organization_id, codes)
-    return replace(wanted, condition=condition, statuses=wanted.statuses or LIVE_STATUSES)
+    live = [one for one in LIVE_STATUSES if not wanted.statuses or one in wanted.statuses]
+    condition = await reason_conditions.build_condition(
+        connection, wanted.organization_id, codes if live else ()
+    )
+    return replace(wanted, condition=condition, statuses=live or LIVE_STATUSES)
 
 
 async def show(request: GatewayRequest) -> JsonResponse:

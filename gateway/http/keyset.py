@@ -327,7 +327,13 @@ async def _find_edge(connection: AsyncConnection, source: RowSource, bounds: Key
     behind = []
     if bounds.cursor.created_at is not None:
         moment = literal(bounds.cursor.created_at, TimestampColumn)
-        behind = [source.created_at <= moment if bounds.is_descending else source.created_at >= moment]
+        if not bounds.is_descending:
+            behind = [source.created_at >= moment]
+        elif bounds.cursor.item_id == _BEFORE_IDS:
+            # All rows of this time were examined: however many they are, the page begins behind them.
+            behind = [source.created_at < moment]
+        else:
+            behind = [source.created_at <= moment]
     statement = (
         select(source.created_at)
         .where(*source.within, *behind)

@@ -97,6 +97,7 @@ async def _walk(person: UserClient, path: str, *, limit: int) -> AsyncIterator[d
         sign = "&" if "?" in path else "?"
         page = await _read(person, f"{path}{sign}after={cursor}&limit={limit}")
         yield page
+        assert page["next"] != cursor, "the next page is the same one again"
         cursor = page["next"]
 
 
@@ -188,10 +189,21 @@ async def test_pages_of_bounded_work_are_complete_together(
 ) -> None:
     name = LISTS.get(path.partition("?")[0], "deliveries")
     whole = [one["id"] async for page in _walk(many.admin, path, limit=100) for one in page[name]]
-    monkeypatch.setattr(limits, "EXAMINED_FOR_PAGE", 11)  # in the midst of runs with the same time
-    pages = [[one["id"] for one in page[name]] async for page in _walk(many.admin, path, limit=20)]
-    assert [one for page in pages for one in page] == whole
-    assert any(len(page) < 20 for page in pages[:-1]), "a page ends with its work, not only with its rows"
+    # In the midst of eight runs with the same time, and fewer rows than have the same time.
+    for examined in (11, 5):
+        monkeypatch.setattr(limits, "EXAMINED_FOR_PAGE", examined)
+        pages = [[one["id"] for one in page[name]] async for page in _walk(many.admin, path, limit=20)]
+        assert [one for page in pages for one in page] == whole
+        assert any(len(page) < 20 for page in pages[:-1]), "a page ends with its work, not only with its rows"
+
+
+async def test_ended_runs_are_not_examined_for_those_that_wait(
+    many: ManyRuns, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "EXAMINED_FOR_PAGE", 500)
+    for status in ("completed", "failed,waiting"):
+        page = await _read(many.admin, f"{EXECUTIONS}?reason=timer&status={status}&after=start")
+        assert (page["executions"], page["next"], page["count"]) == ([], None, 0)
 
 
 @pytest.mark.parametrize("path", ["runs?trigger_type=email", "deliveries?route=hook"])
@@ -326,6 +338,7 @@ DASHBOARD = (
         "overview",
         "runs",
         "runs?trigger_type=email",
+        "runs?reason=timer,waking,queued-behind,node-running",
         f"runs?workflow_id={many_runs.workflow_id(3)}&status=failed",
     ),
     *(
