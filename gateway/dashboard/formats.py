@@ -165,8 +165,12 @@ def icon_of_trigger(kind: str) -> str:
 
 
 def parse_moment(text: str) -> datetime:
-    """Return a time in an API answer (ISO 8601) as an aware datetime in UTC."""
-    return datetime.fromisoformat(text).astimezone(UTC)
+    """Return a time in an API answer or an address (ISO 8601) as an aware datetime in UTC.
+
+    One without a zone counts as UTC, as in the API.
+    """
+    moment = datetime.fromisoformat(text)
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).astimezone(UTC)
 
 
 def parse_instant(text: str | None) -> datetime | None:

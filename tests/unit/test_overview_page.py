@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from datetime import UTC, datetime, timedelta
 from typing import Any
+
+import pytest
 
 from gateway.dashboard.pages import overview
 
@@ -141,3 +144,14 @@ def test_a_time_range_shades_the_hours_that_it_touches() -> None:
     assert overview.find_shade(hours, overview.read_range({"since": at(-99), "until": at(-98)})) is None
     for wrong in ({"since": at(0), "until": at(-1)}, {"since": at(0)}, {"since": "x", "until": "y"}):
         assert overview.read_range(wrong) == {}
+
+
+def test_a_time_range_without_a_zone_is_in_utc_wherever_the_server_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setenv("TZ", "XXX-05:30")
+        time.tzset()
+        shown = overview.read_range({"since": "2026-11-28T10:00", "until": "2026-11-28T14:00+02:00"})
+    time.tzset()
+    assert shown == {"since": "2026-11-28T10:00:00.000Z", "until": "2026-11-28T12:00:00.000Z"}
