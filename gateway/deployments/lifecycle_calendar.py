@@ -20,7 +20,13 @@ from gateway.workflows import editing
 from journal.deployments import activity
 from models import lifecycle_policy, weekly_windows
 from models.deployment import Deployment
-from models.lifecycle_policy import LifecycleReason, ScheduledWindowPolicy, TransitionKind
+from models.lifecycle_policy import (
+    AlwaysOnPolicy,
+    LifecycleReason,
+    ScheduledWindowPolicy,
+    StoppedReason,
+    TransitionKind,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -218,7 +224,8 @@ def list_windows(policy: DeploymentPolicy, shown: TimeRange) -> Iterable[TimeRan
         elif opened_at is not None:
             yield TimeRange(opened_at, change.at)
             opened_at = None
-    if opened_at is not None:
+    # A window that opens at the very end has no part in it.
+    if opened_at is not None and opened_at < shown.until:
         yield TimeRange(opened_at, shown.until)
 
 
@@ -247,9 +254,12 @@ def _list_planned(
 ) -> Iterable[TimeRange]:
     """Yield the times from now on in which a deployment will have pods without further activity, in order.
 
-    They are its present time up, until its next stop or `until`, and the windows that open later.
+    They are its present time up, until its next stop or `until`, or the time from its next start on, and the windows
+    that open later. None of an archived workflow, which is not started any more.
     """
     if seen is None or not seen.deployment.is_deployed:
+        return
+    if seen.situation.stopped_reason is StoppedReason.ARCHIVED:
         return
     upcoming = lifecycle_policy.next_transition(seen.policy, seen.situation, now)
     is_up = seen.situation.is_up and seen.situation.drain_until is None
@@ -259,11 +269,13 @@ def _list_planned(
         stops = upcoming is not None and upcoming.kind is TransitionKind.STOP
         end = min(upcoming.at, until) if upcoming is not None and stops else until
         yield TimeRange(now, max(end, now))
-    elif starts and upcoming is not None and not isinstance(seen.policy, ScheduledWindowPolicy):
-        # It starts now, or again after a failure, and its end is not known.
-        end = min(upcoming.at, until)
+    elif starts and upcoming is not None:
+        # It starts now, again after a failure, or with a window. Under other policies, its end is not known.
+        end = min(max(upcoming.at, now), until)
+        if isinstance(seen.policy, AlwaysOnPolicy):
+            yield TimeRange(end, until)
     for one in windows:
-        if one.since > now and one.until > end:
+        if (starts or one.since > now) and one.until > end:
             yield TimeRange(max(one.since, end), one.until)
 
 

@@ -84,7 +84,7 @@ async def list_decisions(
 async def read_decisions(
     connection: AsyncConnection, workflow_ids: Sequence[str], since: datetime
 ) -> Sequence[LifecycleDecision]:
-    """Return decisions since a time (the newest 1,000), and the last one of each workflow before it, by
+    """Return decisions since a time (the newest 1,000), and the last one of each workflow before these, by
     workflow and time.
 
     The earlier one tells whether its pods ran at that time.
@@ -92,6 +92,16 @@ async def read_decisions(
     if not workflow_ids:
         return []
     of_workflows = col(LifecycleDecision.workflow_id).in_(workflow_ids)
+    newest = await connection.execute(
+        select(LifecycleDecision)
+        .where(of_workflows, col(LifecycleDecision.at) >= since)
+        .order_by(col(LifecycleDecision.at).desc())
+        .limit(LISTED_DECISIONS)
+    )
+    after = newest.mappings().all()
+    if len(after) == LISTED_DECISIONS:
+        # Others are left out: pods that ran at `since` may have been stopped and started between.
+        since = after[-1]["at"]
     earlier = (
         select(col(LifecycleDecision.workflow_id), func.max(col(LifecycleDecision.at)).label("at"))
         .where(of_workflows, col(LifecycleDecision.at) < since)
@@ -102,14 +112,8 @@ async def read_decisions(
         earlier.c.workflow_id == col(LifecycleDecision.workflow_id),
         earlier.c.at == col(LifecycleDecision.at),
     )
-    before = await connection.execute(select(LifecycleDecision).join(earlier, is_earlier))
-    after = await connection.execute(
-        select(LifecycleDecision)
-        .where(of_workflows, col(LifecycleDecision.at) >= since)
-        .order_by(col(LifecycleDecision.at).desc())
-        .limit(LISTED_DECISIONS)
-    )
-    found = [LifecycleDecision(**row) for rows in (before, after) for row in rows.mappings()]
+    before = (await connection.execute(select(LifecycleDecision).join(earlier, is_earlier))).mappings()
+    found = [LifecycleDecision(**row) for rows in (before, after) for row in rows]
     return sorted(found, key=lambda one: (one.workflow_id, one.at, one.id))
 
 

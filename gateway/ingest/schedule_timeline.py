@@ -198,7 +198,7 @@ async def timeline(request: GatewayRequest) -> JsonResponse:
                 _build_lane(row, by_workflow.get(row.workflow.id, ()), due.get(row.workflow.id, ()), shown)
                 for row in rows
             ],
-            decisions=ledger,
+            decisions=ledger[: lifecycle_rows.LISTED_DECISIONS],
             clock_changes=list_clock_changes({zone for row in rows for zone in _zones(row)}, shown),
         )
     )

@@ -10,12 +10,18 @@ import pytest
 from sqlalchemy import insert, update
 from sqlmodel import col
 
-from gateway.deployments import lifecycle_rows
+from gateway.deployments import lifecycle_calendar, lifecycle_rows
 from gateway.deployments.lifecycle_rows import DAY, TimeRange
-from models import ids
+from models import ids, weekly_windows
 from models.deployment import Deployment, LifecycleDecision, ObservedState
 from models.execution_status import ExecutionStatus
-from models.lifecycle_policy import LifecycleAction, LifecycleReason, StoppedReason
+from models.lifecycle_policy import (
+    LifecycleAction,
+    LifecycleReason,
+    ScheduledWindowPolicy,
+    StoppedReason,
+)
+from models.weekly_windows import WindowSchedule
 from models.workflow import Workflow
 from tests.integration.deployed_workflows import deploy_with_pod, run
 from tests.integration.gateway_harness import (
@@ -339,6 +345,53 @@ async def test_a_calendar_has_windows_and_the_times_with_pods_past_and_to_come(
     why = (await people.owner.api.get(f"/api/v1/workflows/{workflow_id}/why")).json()
     assert why["message"].startswith("A user has started it outside its window, until ")
     assert_refused(await people.stranger.api.get(lifecycle_path(workflow_id, "/calendar")), 404, "not-found")
+
+
+def test_windows_of_whole_days_are_one_a_day_wherever_they_begin() -> None:
+    since = datetime(2026, 11, 22, tzinfo=UTC)
+    for start, end in (("00:00", "01:00"), ("23:00", "24:00"), ("23:00", "01:00")):
+        daily = weekly_windows.parse_window(range(7), start, end)
+        policy = ScheduledWindowPolicy(WindowSchedule("UTC", (daily,)))
+        windows = [*lifecycle_calendar.list_windows(policy, TimeRange(since, since + 14 * DAY))]
+        assert all(one.since < one.until for one in windows)
+        assert len(windows) == (15 if end < start else 14)
+
+
+async def test_a_calendar_plans_what_its_policy_starts_next(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    workflow_id = await people.owner.create(**GRAPH)
+    now = datetime.now(UTC)
+    failed = {"replicas": 0, "stopped_reason": StoppedReason.FAILED, "stopped_at": now, "start_failures": 5}
+    await deploy_with_pod(harness, people.owner, workflow_id, **failed)
+    never_closed = {"days": [*range(7)], "startTime": "00:00", "endTime": "24:00"}
+    scheduled = {"type": "scheduled-window", "schedule": {"timezone": "UTC", "windows": [never_closed]}}
+    for policy in ({"type": "always-on"}, scheduled):
+        put = await people.owner.api.put(lifecycle_path(workflow_id), json=policy)
+        assert put.status_code == 200, put.text
+        shown = await get_lifecycle(people.owner, workflow_id, "/calendar")
+        again = (await get_lifecycle(people.owner, workflow_id))["nextTransitionAt"]
+        assert shown["planned"] == [{"start": again, "end": shown["until"]}]
+    await change_deployment(harness, workflow_id, {"stopped_reason": StoppedReason.ARCHIVED})
+    archived = await get_lifecycle(people.owner, workflow_id, "/calendar")
+    assert (len(archived["windows"]), archived["planned"]) == (1, [])
+
+
+async def test_a_calendar_of_too_many_decisions_begins_with_those_that_it_has(
+    harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lifecycle_rows, "LISTED_DECISIONS", 2)
+    workflow_id = await people.owner.create(**GRAPH)
+    await deploy_with_pod(harness, people.owner, workflow_id)
+    now = datetime.now(UTC)
+    await record_replicas(harness, people.owner, workflow_id, {240: 1, 100: 0, 80: 1, 70: 0, 60: 1}, now=now)
+    spans = (await get_lifecycle(people.owner, workflow_id, "/calendar"))["awake"]
+    shown = [now - timedelta(hours=hours) for hours in (80, 70, 60)]
+    times = [datetime.fromisoformat(one) for one in (spans[0]["start"], spans[0]["end"], spans[1]["start"])]
+    assert len(spans) == 2
+    assert [abs(one - other) < timedelta(seconds=1) for one, other in zip(times, shown, strict=True)] == [
+        True
+    ] * 3
 
 
 async def test_pod_time_of_today_counts_the_deployments_that_the_caller_may_read(
