@@ -272,11 +272,11 @@ async def _add_reason(
     # Loaded with the first such list: other starts of a gateway do without it.
     from journal.explanations import reason_conditions  # noqa: PLC0415 - see above
 
-    live = [one for one in LIVE_STATUSES if not wanted.statuses or one in wanted.statuses]
+    unfinished = [one for one in LIVE_STATUSES if not wanted.statuses or one in wanted.statuses]
     condition = await reason_conditions.build_condition(
-        connection, wanted.organization_id, codes if live else ()
+        connection, wanted.organization_id, codes if unfinished else ()
     )
-    return replace(wanted, condition=condition, statuses=live or LIVE_STATUSES)
+    return replace(wanted, condition=condition, statuses=unfinished or LIVE_STATUSES)
 
 
 async def show(request: GatewayRequest) -> JsonResponse:
