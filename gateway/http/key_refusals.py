@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Final
 import structlog
 
 from models import key_refusal
-from models.errors import DatabaseUnavailable
+from models.errors import DatabaseUnavailable, LockWaitTimeout
 from models.key_refusal import KeyRefusal
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Awaitable, Callable, Sequence
 
     from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -32,6 +32,10 @@ MAX_WAITING: Final = 10_000
 """Keys and scopes that are counted between two writes; refusals of others are not counted."""
 WRITTEN_AT_ONCE: Final = 1_000
 """Counts of one statement: PostgreSQL takes 32,767 values at most."""
+
+
+ATTEMPTS: Final = 5
+"""Attempts of a write whose rows another gateway has locked, each of which waits for them."""
 
 
 @dataclass(slots=True)
@@ -111,10 +115,20 @@ class KeyRefusals:
                 await key_refusal.delete_earlier(connection, first)
 
         try:
-            await self._database.transaction(write)
+            await self._transact(write)
         except DatabaseUnavailable as error:
             log.warning("refusals of keys not counted", count=len(rows), reason=str(error))
         except Exception:
             log.exception("refusals of keys not counted", count=len(rows))
         else:
             self._first_kept = first
+
+    async def _transact(self, write: Callable[[AsyncConnection], Awaitable[None]]) -> None:
+        """Write in a transaction, which is repeated while another gateway keeps counts of the same keys locked.
+
+        Raises `DatabaseUnavailable`, and `LockWaitTimeout` at the last attempt.
+        """
+        for _ in range(ATTEMPTS - 1):
+            with suppress(LockWaitTimeout):
+                return await self._database.transaction(write)
+        return await self._database.transaction(write)

@@ -2,11 +2,12 @@
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Collection, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from time import monotonic
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from sqlalchemy import select, text
@@ -19,6 +20,7 @@ from gateway.http.key_refusals import KeyRefusals
 from models import access_store
 from models.access import ApiKey, KeyScope, UserRole
 from models.database import Database, parse_url
+from models.errors import LockWaitTimeout
 from models.settings import InvalidSettings
 from tests import databases
 from tests.integration.gateway_harness import GRAPH, SECRET, GatewayHarness, assert_refused
@@ -250,6 +252,22 @@ async def test_refusals_of_thousands_of_keys_are_counted_by_several_gateways(
             text("SELECT sum(count) FROM key_refusal WHERE key_id LIKE 'key_many%'")
         )
     assert counted == len(ids) + 2
+
+
+async def test_refusals_are_counted_after_locks_of_another_gateway(harness: GatewayHarness) -> None:
+    database, locked = harness.gateway.database, iter([True, True])
+
+    async def transact(work: Callable[[AsyncConnection], Awaitable[None]]) -> None:
+        if next(locked, False):
+            raise LockWaitTimeout("Another transaction holds a lock")
+        await database.transaction(work)
+
+    refusals = KeyRefusals(cast("Database", SimpleNamespace(clock=database.clock, transaction=transact)))
+    refusals.note("key_locked", "workflows:write", "POST /api/v1/workflows")
+    await refusals.drain()
+    async with database.read() as connection:
+        counted = await connection.scalar(text("SELECT count FROM key_refusal WHERE key_id = 'key_locked'"))
+    assert counted == 1
 
 
 async def forget_days(harness: GatewayHarness, key_id: str) -> None:
