@@ -224,7 +224,8 @@ async def test_the_page_of_a_hundred_nodes_loads_few_files_and_shifts_nothing(vi
         size = "performance.getEntriesByType('navigation')[0].encodedBodySize"
         assert await visit.page.evaluate(size) < MAX_BYTES
         await visit.require_still()
-    assert not visit.take_problems()
+    problems = visit.take_problems()
+    assert not problems, "\n".join(problems)
 
 
 async def test_a_page_that_arrives_slowly_is_painted_when_it_is_whole(visit: DashboardVisit) -> None:
