@@ -489,19 +489,6 @@ class WorkflowRunAcceptor:
             raise errors.concurrency_limit()
         return accepted
 
-    async def _require_models(self, caller: ApiCaller, workflow: LoadedWorkflow) -> None:
-        """Raise a 403 error if the workflow names a language model that the caller may not use."""
-        if not workflow.models:
-            return
-        from gateway.ai_models import model_access  # noqa: PLC0415 - loaded with the first workflow that names a model
-
-        await model_access.require_usable(
-            self._database,
-            workflow.models,
-            organization_id=caller.organization_id,
-            user_id=caller.user_id,
-        )
-
     async def _plan_run(self, caller: ApiCaller, plan: RunPlanner, workflow: LoadedWorkflow) -> RunRequest:
         """Return the run that `plan` makes of the workflow; if it refuses, of the workflow as it is stored now.
 
@@ -525,5 +512,16 @@ class WorkflowRunAcceptor:
         caller may not use.
         """
         run = await plan(workflow)
-        await self._require_models(caller, run.workflow)
+        await require_models(self._database, caller.user_id, run.workflow)
         return run
+
+
+async def require_models(database: Database, user_id: str, workflow: LoadedWorkflow) -> None:
+    """Raise a 403 error if a workflow names a language model that the user of its run may not use."""
+    if not workflow.models:
+        return
+    from gateway.ai_models import model_access  # noqa: PLC0415 - loaded with the first workflow that names a model
+
+    await model_access.require_usable(
+        database, workflow.models, organization_id=workflow.organization_id, user_id=user_id
+    )

@@ -357,25 +357,12 @@ class RequestIngestor:
         """Raise a 403 error if the target names a language model that its owner may not use, for whom it runs."""
         workflow = target.workflow
         try:
-            await self._require_models(workflow)
+            await acceptance.require_models(self._database, workflow.owner_id, workflow)
         except ApiError:
             # Reload before a refusal, which must not rest on a cached graph. A plan made with it is made again.
             self._workflows.forget(workflow.organization_id, workflow.id)
             current = await self.resolve_target(caller, workflow.id, target.trigger.kind)
-            await self._require_models(current.workflow)
-
-    async def _require_models(self, workflow: LoadedWorkflow) -> None:
-        """Raise a 403 error if a workflow names a language model that its owner may not use."""
-        if not workflow.models:
-            return
-        from gateway.ai_models import model_access  # noqa: PLC0415 - loaded with the first workflow that names a model
-
-        await model_access.require_usable(
-            self._database,
-            workflow.models,
-            organization_id=workflow.organization_id,
-            user_id=workflow.owner_id,
-        )
+            await acceptance.require_models(self._database, current.workflow.owner_id, current.workflow)
 
     async def _ingest_first(self, taken: IngestResult) -> AcceptanceResult:
         """Return the run of the first request with the same key; raises a 503 error if it isn't stored yet."""
