@@ -28,7 +28,8 @@ class BulkFilter(StrictWire):
     """Filter of a bulk action; without fields it selects all executions."""
 
     workflow_id: str | None = None
-    status: ExecutionStatus | list[ExecutionStatus] | None = None
+    status: ExecutionStatus | Annotated[list[ExecutionStatus], Meta(min_length=1)] | None = None
+    """One status, or several of which one must match; absent: any. An empty list is refused."""
     trigger_type: str | None = None
     created_after: Annotated[datetime, Meta(tz=True)] | None = None
     """Accepted at this time or later."""

@@ -63,9 +63,10 @@ class ChooseDeadLetters(StrictWire):
     An unknown field is refused, since it might be meant to narrow the selection.
     """
 
-    execution_ids: Annotated[list[str], msgspec.Meta(max_length=limits.REDRIVEN_AT_ONCE)] = msgspec.field(
-        default_factory=list
-    )
+    execution_ids: (
+        Annotated[list[str], msgspec.Meta(min_length=1, max_length=limits.REDRIVEN_AT_ONCE)] | None
+    ) = None
+    """Only these; absent: all. An empty list is refused, since it might be an empty choice."""
     limit: Annotated[int, msgspec.Meta(ge=1, le=limits.REDRIVEN_AT_ONCE)] = limits.REDRIVEN_AT_ONCE
     dry_run: bool = False
     """Only count the dead letters, without a change."""
@@ -139,7 +140,7 @@ async def _choose_dead_letters(
     oldest up to its limit.
     """
     count, found = await delivery_rows.list_dead_letters(
-        connection, workflow, PageBounds(body.limit, 0), body.execution_ids
+        connection, workflow, PageBounds(body.limit, 0), body.execution_ids or ()
     )
     return count, {failed.id: failed for failed in found}
 

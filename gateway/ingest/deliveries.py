@@ -115,10 +115,10 @@ class DeliverySelection(StrictWire):
     """Filter of the deliveries of an organization to redrive; unlike a list, it names the outcome or the deliveries."""
 
     outcome: DeliveryOutcome | None = None
-    delivery_ids: Annotated[list[str], msgspec.Meta(max_length=limits.REDRIVEN_AT_ONCE)] = msgspec.field(
-        default_factory=list
-    )
-    """Only these; required without `outcome`."""
+    delivery_ids: (
+        Annotated[list[str], msgspec.Meta(min_length=1, max_length=limits.REDRIVEN_AT_ONCE)] | None
+    ) = None
+    """Only these; required without `outcome`. An empty list is refused, since it might be an empty choice."""
     workflow_id: str | None = None
     route: IngestRoute | None = None
     created_after: Annotated[datetime, msgspec.Meta(tz=True)] | None = None
@@ -250,7 +250,7 @@ async def redrive_all(request: GatewayRequest) -> JsonResponse:
         chosen.created_after,
         chosen.created_before,
         chosen.workflow_id,
-        delivery_ids=chosen.delivery_ids,
+        delivery_ids=chosen.delivery_ids or (),
     )
     bounds = KeysetBounds(limits.REDRIVE_COUNT, is_descending=False, cursor=FIRST_PAGE)
     async with request.gateway.database.read() as connection:

@@ -105,10 +105,10 @@ class DeadLetterSelection(StrictWire):
     created_after: Annotated[datetime, msgspec.Meta(tz=True)] | None = None
     """Accepted at this time or later."""
     created_before: Annotated[datetime, msgspec.Meta(tz=True)] | None = None
-    execution_ids: Annotated[list[str], msgspec.Meta(max_length=limits.REDRIVEN_AT_ONCE)] = msgspec.field(
-        default_factory=list
-    )
-    """Only these; empty: all."""
+    execution_ids: (
+        Annotated[list[str], msgspec.Meta(min_length=1, max_length=limits.REDRIVEN_AT_ONCE)] | None
+    ) = None
+    """Only these; absent: all. An empty list is refused, since it might be an empty choice."""
 
     def wanted(self) -> DeadLetterFilter:
         return DeadLetterFilter(
@@ -118,7 +118,7 @@ class DeadLetterSelection(StrictWire):
             failure=self.failure,
             since=self.created_after,
             until=self.created_before,
-            execution_ids=self.execution_ids,
+            execution_ids=self.execution_ids or (),
         )
 
 

@@ -205,6 +205,7 @@ async def test_a_filter_finds_items_that_match_all_its_conditions(
         {"filter": {"workflow_id": "wf_1"}},
         {"filter": {}, "dryrun": True},
         {"filter": {"status": "over"}},
+        {"filter": {"status": []}},
         {"filter": {"createdAfter": "2026-01-01T00:00:00"}},
         {"filter": {}, "limit": 1_001},
     ],

@@ -209,6 +209,9 @@ async def test_a_dead_letter_waits_until_it_is_redriven_or_purged(
     assert (await read_trigger(harness, again["executionIds"][0]))["message"] == 1
     misspelt = await people.owner.api.post(f"{path}/purge", json={"executionId": first})
     assert_refused(misspelt, 422, "validation-failed")
+    for act in ("redrive", "purge"):
+        nothing = await people.owner.api.post(f"{path}/{act}", json={"executionIds": []})
+        assert_refused(nothing, 422, "validation-failed")
     purged = (await people.owner.api.post(f"{path}/purge", json={"executionIds": [first]})).json()
     assert purged == {"matched": 1, "purged": 1, "remaining": 0}
     left = await get_json(people.owner, path)

@@ -144,7 +144,9 @@ async def test_deliveries_of_one_outcome_are_redriven_once(people: OrganizationU
     chosen = {"filter": {"outcome": "rejected"}}
     dry = (await api.post(path, json={**chosen, "dryRun": True})).json()
     assert (dry["matched"], dry["redriven"], dry["executionIds"]) == (2, 0, [])
-    assert_refused(await api.post(path, json={"filter": {}}), 422, "validation-failed")
+    empty: dict[str, Any]
+    for empty in ({}, {"deliveryIds": []}, {"deliveryIds": [], "outcome": "rejected"}):
+        assert_refused(await api.post(path, json={"filter": empty}), 422, "validation-failed")
     assert_refused(await api.post(path, json={**chosen, "dryrun": True}), 422, "validation-failed")
     foreign = await people.stranger.api.post(path, json=chosen)
     assert (foreign.status_code, foreign.json()["matched"]) == (200, 0)
@@ -290,6 +292,10 @@ async def test_a_group_of_dead_letters_is_redriven_or_purged_once(
     assert (dry["matched"], dry["redriven"], dry["remaining"]) == (3, 0, 3)
     for body in ({}, {"filter": {"groups": "x"}}, {"filter": {}, "limit": 0}):
         assert_refused(await api.post(f"{DEAD_LETTERS}/redrive", json=body), 422, "validation-failed")
+    # An empty choice must not select all.
+    nothing: dict[str, Any] = {"filter": {"executionIds": []}}
+    for act in ("redrive", "replay", "purge"):
+        assert_refused(await api.post(f"{DEAD_LETTERS}/{act}", json=nothing), 422, "validation-failed")
     foreign = await people.stranger.api.post(f"{DEAD_LETTERS}/redrive", json=of_write)
     assert foreign.json()["matched"] == 0
     first = (await api.post(f"{DEAD_LETTERS}/redrive", json={**of_write, "limit": 1})).json()
