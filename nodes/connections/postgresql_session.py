@@ -61,6 +61,10 @@ CANCELLED_STATE = "57014"
 UNAVAILABLE_STATES = ("08", "53", "57P")
 """Prefixes of states: broken connections, exhausted resources, shutdown or startup of the server."""
 
+LOST_CONNECTION_SIGNS = ("connection is closed", "cannot switch to state")
+"""Parts of the driver's messages for a lost connection. It can't switch its state if the server ended the session
+between two messages, and the end of the connection has not been read yet."""
+
 
 class TypeLearningConnection(asyncpg.Connection):
     """Connection that records the type descriptions of the server."""
@@ -444,7 +448,9 @@ def _translate_errors(timeout_seconds: float = 0) -> Iterator[None]:
     except asyncpg.PostgresError as error:
         raise _to_node_error(error, timeout_seconds) from error
     except (asyncpg.InterfaceError, asyncpg.InternalClientError) as error:
-        if isinstance(error, asyncpg.ConnectionDoesNotExistError) or "connection is closed" in str(error):
+        if isinstance(error, asyncpg.ConnectionDoesNotExistError) or any(
+            sign in str(error) for sign in LOST_CONNECTION_SIGNS
+        ):
             raise connection_error("it was lost") from error
         raise NodeError(
             f"The database driver: {database_session.quote_server_message(error)}", code="sql-error"

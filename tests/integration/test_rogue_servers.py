@@ -150,8 +150,11 @@ IN_TRANSACTION = encode_message(b"Z", b"T")
 DONE = encode_message(b"C", b"SELECT 1\0")
 
 
-def postgresql_reply(oid: int, rows: bytes, *, again: bytes = b"") -> Reply:
-    """Return a server whose queries give one column and these rows; then `again` without end, if given."""
+def postgresql_reply(oid: int, rows: bytes, *, again: bytes = b"", after_sync: bytes = b"") -> Reply:
+    """Return a server whose queries give one column and these rows; then `again` without end, if given.
+
+    `after_sync` follows each description of a statement, though nothing asked for it.
+    """
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         (length,) = struct.unpack(">i", await reader.readexactly(4))
@@ -172,7 +175,7 @@ def postgresql_reply(oid: int, rows: bytes, *, again: bytes = b"") -> Reply:
             elif kind == b"D":
                 writer.write(encode_message(b"1") + encode_message(b"t", b"\0\0") + encode_columns(oid))
             elif kind == b"S":
-                writer.write(ready)
+                writer.write(ready + after_sync)
             elif kind == b"E":
                 writer.write(encode_message(b"2") + rows)
                 if again:
@@ -220,6 +223,16 @@ async def test_a_rogue_postgresql_costs_its_own_node_only(
             connections = DataSourceConnections(SingleSource(source), POLICY)
             await call("postgresql-source", {"dataSource": "ds", **config}, data_sources=connections)
             await connections.close()
+
+
+async def test_a_postgresql_that_shuts_down_between_two_messages_is_worth_another_attempt() -> None:
+    shutdown = encode_message(b"E", b"SFATAL\0C57P01\0Mterminating connection\0\0")
+    async with serve_connections(postgresql_reply(TEXT, b"", after_sync=shutdown)) as port:
+        source = make_source("postgresql", port)
+        error = await run_and_fail(
+            source, "postgresql-source", {"query": "SELECT 1", "timeoutSeconds": SECONDS}
+        )
+        assert (error.code, error.retryable) == ("connection-failed", True)
 
 
 # ── MySQL ───────────────────────────────────────────────────────────────────────────────────────────────────
