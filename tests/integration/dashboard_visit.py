@@ -164,8 +164,24 @@ class DashboardVisit:
         self.page.problems.clear()
         return problems
 
+    async def set_offline(self, is_offline: bool) -> None:  # noqa: FBT001 - a condition
+        """Cut the browser off from the server, or connect it again; event streams end at once."""
+        await self.page.call(
+            "Network.emulateNetworkConditions",
+            offline=is_offline,
+            latency=0,
+            downloadThroughput=-1,
+            uploadThroughput=-1,
+        )
+        for queue in [*self.harness.gateway.live_hints._queues]:  # noqa: SLF001 - as if the process had ended
+            queue.end()
+
     async def sign_in_as(self, key: str) -> None:
-        """Replace the session of the browser by one of another key."""
+        """Replace the session of the browser by one of another key, on a page that asks for no event stream.
+
+        A stream that is asked for between both sessions would be refused, and the browser logs that.
+        """
+        await self.page.open(f"{self.url}/sign-in")
         body = f"JSON.stringify({{key: '{key}'}})"
         headers = "{'Content-Type': 'application/json'}"
         status = await self.page.evaluate(

@@ -212,9 +212,19 @@ async def test_keys_move_and_open(visit: DashboardVisit) -> None:
     commands = await visit.page.text("#curl pre")
     assert "/api/v1/executions" in commands
     assert visit.people.owner.key not in commands
+    await visit.page.click("#curl [data-copies]")
+    words = "document.querySelector('#curl [data-copies]').textContent"
+    await visit.page.wait_for(f"['Copied', 'Press Ctrl+C'].includes({words})")
+    await visit.page.wait_for(f"{words} === 'Copy'")
     await visit.page.evaluate("document.querySelector('#curl').close()")
     await visit.press("/")
     await visit.page.wait_for("document.activeElement.id === 'search'")
+    await visit.show("/dashboard/workflows")
+    await visit.press("f")
+    await visit.page.wait_for("document.activeElement.id === 'find'")
+    await visit.page.evaluate("document.activeElement.blur()")
+    await visit.press("j", "r")
+    await visit.page.wait_for("location.hash === '#run' && /workflows.wf_/.test(location.pathname)")
 
 
 async def test_a_list_updates_itself_and_holds_new_rows_back(visit: DashboardVisit) -> None:
@@ -244,6 +254,46 @@ async def test_a_load_that_took_long_holds_up_no_later_update(visit: DashboardVi
         await visit.people.owner.api.post(f"/api/v1/workflows/{visit.workflow_id}/execute", json={})
         shown = "document.querySelector('[data-shows-new]')?.textContent"
         await page.wait_for(f"{shown} === '{number} new'")
+    assert not visit.take_problems()
+
+
+async def test_a_page_without_its_server_says_so_and_catches_up_by_itself(visit: DashboardVisit) -> None:
+    page = visit.page
+    await visit.show("/dashboard/runs")
+    await page.wait_for("document.querySelector('.live').dataset.state === 'live'")
+    await visit.set_offline(True)
+    try:
+        await page.wait_for("!document.querySelector('#unheard').hidden")
+        assert (await page.text("#unheard-title")).startswith("The server doesn")
+        heard = await page.text("#heard")
+        assert await page.text(".live") == f"Lost · {heard}"
+        count = await page.count("tbody tr")
+        assert await visit.find_violations() == []
+        await visit.people.owner.api.post(f"/api/v1/workflows/{visit.workflow_id}/execute", json={})
+        await page.click("[data-tries-again]")
+        await page.wait_for("!document.querySelector('#unheard').hidden")
+    finally:
+        await visit.set_offline(False)
+    # No hint comes about the run of that time.
+    await page.wait_for("document.querySelector('[data-shows-new]')?.textContent === '1 new'")
+    await page.wait_for("document.querySelector('#unheard').hidden")
+    await page.wait_for("document.querySelector('.live').dataset.state === 'live'")
+    assert await page.count("tbody tr") == count
+    visit.page.problems.clear()  # the browser logs that it was offline
+
+
+async def test_a_problem_stays_until_it_is_closed(visit: DashboardVisit) -> None:
+    page, owner = visit.page, visit.people.owner
+    workflow_id = await owner.create(name="Gone", status="active", **GRAPH)
+    await visit.show(f"/dashboard/workflows/{workflow_id}")
+    assert (await owner.api.delete(f"/api/v1/workflows/{workflow_id}")).status_code == 204
+    await page.click("form[data-request$='/execute'] button")
+    await page.wait_for("!document.querySelector('#problem').hidden")
+    assert await page.text("#problem p") == "There is no such workflow"
+    assert await page.evaluate("document.querySelector('#toast').hidden")
+    assert await visit.find_violations() == []
+    await page.click("[data-dismisses]")
+    await page.wait_for("document.querySelector('#problem').hidden")
     assert not visit.take_problems()
 
 

@@ -116,7 +116,7 @@ async def test_a_newcomer_begins_with_a_file_or_a_template(visit: DashboardVisit
         assert await visit.find_violations() == []
         await bring_file(visit, "wrong.json", "no JSON")
         await page.wait_for(
-            "document.querySelector('#toast').textContent.startsWith('wrong.json is no JSON')"
+            "document.querySelector('#problem p').textContent.startsWith('wrong.json is no JSON')"
         )
         await page.wait_for("document.querySelector('[data-imports]')?.files.length === 0")
         await bring_file(visit, "penguins.json", (EXAMPLES / "penguins.json").read_text())

@@ -4,6 +4,7 @@ import { watchKeys } from "./keys.js";
 import { keepAddress, reload, watch } from "./live.js";
 
 const root = document.documentElement.dataset.root;
+const COPIED_MS = 2_000;
 
 export function say(text) {
   const toast = document.getElementById("toast");
@@ -11,6 +12,13 @@ export function say(text) {
   toast.hidden = false;
   clearTimeout(say.timer);
   say.timer = setTimeout(() => { toast.hidden = true; }, 10_000);
+}
+
+// A problem stays until it is read: it is closed by hand, or by the next act.
+export function sayProblem(text) {
+  const place = document.getElementById("problem");
+  place.querySelector("p").textContent = text;
+  place.hidden = false;
 }
 
 function showCounts(counts) {
@@ -90,7 +98,7 @@ function bodyOf(form, button) {
 function refuse(form, text) {
   const place = form.querySelector("[data-problem]");
   if (!place) {
-    say(text);
+    sayProblem(text);
     return;
   }
   place.textContent = text;
@@ -99,14 +107,17 @@ function refuse(form, text) {
 
 async function copy(button) {
   const source = document.getElementById(button.dataset.copies);
+  const words = button.querySelector("span") ?? button;
+  words.dataset.was ??= words.textContent;
   try {
     await navigator.clipboard.writeText(source.textContent);
-    say("Copied");
+    words.textContent = "Copied";
   } catch {
     // Without HTTPS there is no clipboard: the text is selected instead.
     getSelection().selectAllChildren(source);
-    say("Selected: press Ctrl+C");
+    words.textContent = "Press Ctrl+C";
   }
+  setTimeout(() => { words.textContent = words.dataset.was; }, COPIED_MS);
 }
 
 async function submit(form, button) {
@@ -120,6 +131,7 @@ async function submit(form, button) {
   const buttons = form.querySelectorAll("button[type=submit]");
   buttons.forEach((button) => { button.disabled = true; });
   form.querySelector("[data-problem]")?.setAttribute("hidden", "");
+  document.getElementById("problem").hidden = true;
   try {
     const options = { method, headers: form.dataset.ifMatch ? { "If-Match": form.dataset.ifMatch } : {} };
     if (Object.keys(body).length || form.dataset.sends) {
@@ -131,7 +143,7 @@ async function submit(form, button) {
     const value = text ? JSON.parse(text) : {};
     if (answer.status === 412 && form.dataset.node) {
       const { resolve } = await import("./merge.js");
-      if (await resolve(form, root, say, () => submit(form, button))) await submit(form, button);
+      if (await resolve(form, root, sayProblem, () => submit(form, button))) await submit(form, button);
       return;
     }
     if (!answer.ok) {
@@ -166,7 +178,7 @@ async function submit(form, button) {
       document.getElementById("shown").showModal();
     }
   } catch {
-    say("The server can’t be reached. Nothing was changed.");
+    sayProblem("The server didn’t answer: the change may have been made, or not. Look at the page before you try again.");
   } finally {
     buttons.forEach((button) => { button.disabled = false; });
   }
@@ -202,7 +214,8 @@ document.addEventListener("change", async (event) => {
   const brought = "imports" in (event.target.dataset ?? {}) ? event.target.files[0] : null;
   if (brought) {
     event.target.value = ""; // so that the same file, corrected, can be chosen again
-    (await import("./imports.js")).create(brought, root, say);
+    document.getElementById("problem").hidden = true;
+    (await import("./imports.js")).create(brought, root, sayProblem);
   }
 });
 document.addEventListener("pointerover", async (event) => {
@@ -210,12 +223,13 @@ document.addEventListener("pointerover", async (event) => {
 });
 document.addEventListener("click", async (event) => {
   const button = event.target.closest("[data-exports]");
-  if (button) (await import("./exports.js")).save(button, root, say);
+  if (button) (await import("./exports.js")).save(button, root, say, sayProblem);
 });
 document.addEventListener("click", (event) => {
-  const button = event.target.closest("[data-opens], [data-closes], [data-confirms], [data-copies]");
+  const button = event.target.closest("[data-opens], [data-closes], [data-confirms], [data-copies], [data-dismisses]");
   if (!button) return;
   if (button.dataset.copies) copy(button);
+  else if ("dismisses" in button.dataset) document.getElementById("problem").hidden = true;
   else if (button.dataset.opens) document.getElementById(button.dataset.opens).showModal();
   else button.closest("dialog").close("confirms" in button.dataset ? "yes" : "");
 });

@@ -1,7 +1,7 @@
 // Export of a list as NDJSON: all of its pages, one object a line.
 const MAX_PAGES = 1_000;
 
-export async function save(button, root, say) {
+export async function save(button, root, say, sayProblem) {
   const { exports: path, list, file } = button.dataset;
   const lines = [];
   let after = "start";
@@ -9,7 +9,7 @@ export async function save(button, root, say) {
     const answer = await fetch(`${root}${path}${path.includes("?") ? "&" : "?"}limit=100&after=${encodeURIComponent(after)}`);
     const value = await answer.json();
     if (!answer.ok) {
-      say(value.error.message);
+      sayProblem(value.error.message);
       return;
     }
     lines.push(...value[list].map((one) => `${JSON.stringify(one)}\n`));

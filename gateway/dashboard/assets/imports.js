@@ -1,10 +1,10 @@
 // Import of a file as a new workflow: a definition in JSON, or a document that was exported.
-export async function create(file, root, say) {
+export async function create(file, root, sayProblem) {
   let content;
   try {
     content = JSON.parse(await file.text());
   } catch (problem) {
-    say(`${file.name} is no JSON: ${problem.message}. Files in YAML are imported by pilotflame apply.`);
+    sayProblem(`${file.name} is no JSON: ${problem.message}. Files in YAML are imported by pilotflame apply.`);
     return;
   }
   const isDocument = content?.format !== undefined;
@@ -16,8 +16,8 @@ export async function create(file, root, say) {
     });
     const value = await answer.json();
     if (answer.ok) location.assign(`${root}/dashboard/workflows/${encodeURIComponent(value.workflowId)}`);
-    else say([value.error.message, ...(value.error.details ?? []).map((one) => `${one.path}: ${one.message}`)].join(" · "));
+    else sayProblem([value.error.message, ...(value.error.details ?? []).map((one) => `${one.path}: ${one.message}`)].join(" · "));
   } catch {
-    say("The server can’t be reached. Nothing was created.");
+    sayProblem("The server can’t be reached. Nothing was created.");
   }
 }

@@ -20,6 +20,12 @@ function moveTab(step) {
   tabs[tabs.findIndex((tab) => tab.hasAttribute("aria-current")) + step]?.click();
 }
 
+// Leads to the form that runs the workflow of the chosen row.
+function run() {
+  const row = document.activeElement.closest("[data-runs]");
+  if (row) location.assign(row.dataset.runs);
+}
+
 function press(key) {
   const button = document.querySelector(`main [data-press="${CSS.escape(key)}"]`);
   if (!button) return false;
@@ -47,6 +53,8 @@ export function watchKeys() {
       "n": nextFailure,
       "[": () => moveTab(-1),
       "]": () => moveTab(1),
+      "f": () => document.getElementById("find")?.focus(),
+      "r": run,
       ".": () => document.querySelector("[data-shows-new]")?.click(),
     };
     if (Object.hasOwn(actions, event.key)) {

@@ -7,6 +7,10 @@ const LOADING_SHARE = 5;
 // A load that took minutes, such as one without a network, does not leave the page behind for longer.
 const MAX_PAUSE_MS = 10_000;
 const AGES_MS = 10_000;
+// A server that does not answer is asked again; what is shown stays.
+const RETRY_MS = 5_000;
+// Refusals of an object that is gone, or not for this visitor any more: a page that says so.
+const GONE = [403, 404];
 const root = document.documentElement.dataset.root;
 // The only policy: HTML of this server's own pages, in which Jinja2 has escaped every value.
 const policy = globalThis.trustedTypes?.createPolicy("pilotflame", { createHTML: (html) => html }) ?? { createHTML: (html) => html };
@@ -18,6 +22,9 @@ let asked = null;
 let loadedAt = -COALESCE_MS;
 let took = 0;
 let tag = "";
+let retry = 0;
+// Time of the last answer: the age of the page.
+let heard = "";
 
 function label(state, text) {
   const live = document.querySelector(".live");
@@ -27,6 +34,25 @@ function label(state, text) {
 
 function clock() {
   return `${new Date().toISOString().slice(11, 19)} UTC`;
+}
+
+// Notes an answer of the server: its time is the age of the page from now on.
+function hear() {
+  heard = clock();
+  clearTimeout(retry);
+  document.getElementById("unheard").hidden = true;
+  const isLive = stream?.readyState === EventSource.OPEN;
+  label(isLive ? "live" : "still", `${isLive ? "Live · " : ""}${heard}`);
+}
+
+// Says that the page gets old, and loads it again until that succeeds.
+function miss(text) {
+  label("lost", `Lost · ${heard}`);
+  document.getElementById("unheard-title").textContent = text;
+  document.getElementById("heard").textContent = heard;
+  document.getElementById("unheard").hidden = false;
+  clearTimeout(retry);
+  retry = setTimeout(() => reload({ takesNewRows: false }), RETRY_MS);
 }
 
 // Rows of a list never move under the pointer: new ones, or another order, wait behind a button.
@@ -73,7 +99,11 @@ export async function reload({ takesNewRows = true } = {}) {
       location.assign(answer.url);
       return;
     }
-    if (answer.ok) {
+    if (!answer.ok && answer.status !== 304 && !GONE.includes(answer.status)) {
+      miss("The server can’t show this page now");
+      return;
+    }
+    if (answer.status !== 304) {
       tag = answer.headers.get("ETag") ?? "";
       const page = new DOMParser().parseFromString(policy.createHTML(await answer.text()), "text/html");
       if (!takesNewRows) holdRows(page);
@@ -92,9 +122,9 @@ export async function reload({ takesNewRows = true } = {}) {
       document.title = page.title;
       document.querySelector(".live").dataset.topics = page.querySelector(".live")?.dataset.topics ?? "";
     }
-    if (answer.ok || answer.status === 304) label(stream ? "live" : "still", `${stream ? "Live · " : ""}${clock()}`);
+    hear();
   } catch {
-    label("lost", `Lost · ${clock()}`);
+    miss("The server doesn’t answer");
   } finally {
     isLoading = false;
     took = performance.now() - loadedAt;
@@ -117,15 +147,24 @@ function open() {
   const { topics } = document.querySelector(".live").dataset;
   if (stream || document.hidden || !topics) return;
   stream = new EventSource(`${root}/live?topics=${encodeURIComponent(topics)}`);
-  stream.addEventListener("open", () => label("live", `Live · ${clock()}`));
+  let isBroken = false;
+  stream.addEventListener("open", () => {
+    // Hints of the time without a stream are lost.
+    if (isBroken) ask();
+    else hear();
+    isBroken = false;
+  });
   stream.addEventListener("hint", ask);
   stream.addEventListener("resync", ask);
   stream.addEventListener("error", () => {
-    label("lost", `Lost · ${clock()}`);
+    label("lost", `Lost · ${heard}`);
     // A stream that was refused, or about runs that have ended, does not reconnect by itself.
     if (stream?.readyState === EventSource.CLOSED) {
       stream = null;
       reload({ takesNewRows: false }).then(() => setTimeout(open, AGES_MS));
+    } else {
+      isBroken = true;
+      ask();
     }
   });
 }
@@ -145,13 +184,23 @@ function showLocalTimes() {
     time.dataset.local = "";
     time.title += ` · ${new Date(time.dateTime).toLocaleString(undefined, { timeZoneName: "short" })}`;
   }
+  for (const place of document.querySelectorAll("[data-local-time]")) {
+    const at = new Date(place.dataset.localTime);
+    const city = Intl.DateTimeFormat().resolvedOptions().timeZone.split("/").at(-1).replaceAll("_", " ");
+    const time = at.toLocaleTimeString("en-GB", { hour: "2-digit", minute: "2-digit" });
+    if (at.getTimezoneOffset()) place.textContent = ` · ${time} in ${city}`;
+  }
 }
 
 export function watch() {
+  heard = document.querySelector(".live").textContent.trim();
   showLocalTimes();
+  // An update brings the titles as the server wrote them.
+  document.addEventListener("updated", showLocalTimes);
   setInterval(showAges, AGES_MS);
   document.addEventListener("click", (event) => {
     if (event.target.closest("[data-shows-new]")) reload();
+    else if (event.target.closest("[data-tries-again]")) reload({ takesNewRows: false });
   });
   open();
   document.addEventListener("visibilitychange", () => {

@@ -78,6 +78,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "count": listed["count"],
         "templates": [] if data["templates"] is None else data["templates"]["templates"],
         "may_write": frame.may("workflows:write"),
+        "may_run": frame.may("workflows:execute"),
         "shown": shown,
         "chips": list_chips(data, frame, kept),
         "orders": [
