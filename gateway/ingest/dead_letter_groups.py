@@ -22,12 +22,11 @@ from gateway.ingest import dead_letter_rows
 from gateway.ingest.dead_letter_rows import (
     CompletedRunsFilter,
     DeadLetterFilter,
-    ErrorCause,
     FailedRun,
-    FailureKind,
 )
 from gateway.ingest.organization_dead_letters import FAILURE, FIRST_PAGE, KIND, SINCE, UNTIL, WORKFLOW
 from gateway.workflows import editing, workflow_rows
+from journal.failure_causes import ErrorCause, FailureKind
 from models import access_store, dead_letter_mute
 from models.audit import AuditAction
 from models.dead_letter_mute import DeadLetterMute

@@ -6,13 +6,9 @@ workflow, so that rows are read first and their keys are looked up in batches.
 
 from __future__ import annotations
 
-import re
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime
-from enum import StrEnum
-from functools import lru_cache
-from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeVar
 
 import msgspec
@@ -20,12 +16,11 @@ from sqlalchemy import Text, column, func, literal, literal_column, or_, select,
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlmodel import col
 
-from engine.run_records import EXPIRED_CODE, TIMEOUT_CODE
 from gateway.executions.resume_runs import IS_TAKEN_UP
 from gateway.http import idempotency, keyset, limits
 from gateway.http.keyset import KeysetBounds, PageCursor
 from gateway.ingest import delivery_rows
-from journal.tasks.task_moves import START_TIMEOUT_CODE
+from journal import failure_causes
 from models.execution import UNSUCCESSFUL_CONDITION, Execution, ExecutionData, Idempotency
 from models.execution_status import TERMINAL_STATUSES, ExecutionStatus
 from models.execution_visibility import visibility_condition
@@ -38,6 +33,7 @@ if TYPE_CHECKING:
     from sqlalchemy.sql.expression import SQLColumnExpression
 
     from gateway.ingest.delivery_rows import DeliveryFilter
+    from journal.failure_causes import ErrorCause, FailureKind
     from models.access import ApiCaller
 
 Row = TypeVar("Row", bound="IntakeRow")
@@ -46,34 +42,8 @@ BATCH: Final = 500
 """Rows whose redrive keys are looked up at once."""
 FIRST_BATCH_PAGES: Final = 4
 """Number of pages that the first batch could fill."""
-FINGERPRINT_LENGTH: Final = 16
-FINGERPRINTS: Final = 2_000
-MESSAGE_LENGTH: Final = 200
-_VARIABLE: Final = re.compile(
-    r"\"[^\"]*\"|'[^']*'|“[^”]*”|\b[0-9a-fA-F-]{12,}\b|\b\w+_[0-9A-Za-z]{10,}\b|\d+"
-)
-"""Parts of an error message that differ between errors with one cause: quoted texts, ids and numbers."""
 # Literals, not bound parameters: databases use a partial index only for a condition that they can read.
 _FAILED: Final = col(Execution.status) == literal_column(f"'{ExecutionStatus.FAILED}'")
-
-
-class FailureKind(StrEnum):
-    """Kind of the failure of a dead letter."""
-
-    FAILED = "failed"
-    """A node ended the run with an error."""
-    CRASHED = "crashed"
-    """Its workers died three times in a row."""
-    TIMED_OUT = "timed-out"
-    """Run, node or wait took too long."""
-
-
-_KINDS_BY_CODE: Final = {
-    "crashed": FailureKind.CRASHED,
-    TIMEOUT_CODE: FailureKind.TIMED_OUT,
-    EXPIRED_CODE: FailureKind.TIMED_OUT,
-    START_TIMEOUT_CODE: FailureKind.TIMED_OUT,
-}
 
 
 class IntakeRow(Protocol):
@@ -130,20 +100,6 @@ class CompletedRunsFilter:
 
 
 _COLUMNS: Final = [getattr(Execution, field.name) for field in fields(FailedRun)]
-
-
-@dataclass(frozen=True, slots=True)
-class ErrorCause:
-    """Node, code and message of the error of a run, and the fingerprint of all runs that failed alike."""
-
-    node_id: str | None
-    code: str
-    message: str
-    fingerprint: str
-
-    @property
-    def kind(self) -> FailureKind:
-        return _KINDS_BY_CODE.get(self.code, FailureKind.FAILED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,25 +173,8 @@ class OpenRows(Generic[Row]):
 
 
 def describe_cause(execution: FailedRun) -> ErrorCause:
-    """Return node, code and message of the innermost error of a failed run, and a fingerprint of 16
-    hexadecimal digits.
-
-    Runs with one fingerprint failed in one node with one code and kind of message: its first 200 characters,
-    in which numbers and ids don't count.
-    """
-    return describe_error(execution.workflow_id, execution.error)
-
-
-def describe_error(workflow_id: str, stored: Mapping[str, Any] | None) -> ErrorCause:
-    """Return the cause of a stored error of a run of a workflow, as `describe_cause` does; None has the code
-    `unknown`.
-    """
-    error: Mapping[str, Any] = stored or {}
-    cause: Mapping[str, Any] = error.get("cause") or error
-    node_id = cause.get("nodeId") or error.get("nodeId")
-    code, message = str(cause.get("code", "unknown")), str(cause.get("message", ""))
-    fingerprint = _fingerprint(workflow_id, node_id, code, message[:MESSAGE_LENGTH])
-    return ErrorCause(node_id, code, message, fingerprint)
+    """Return node, code and message of the innermost error of a failed run, and its fingerprint."""
+    return failure_causes.describe_error(execution.workflow_id, execution.error)
 
 
 async def list_last_failures(
@@ -250,13 +189,6 @@ async def list_last_failures(
     )
     await keyset.follow_indexes(connection)
     return [FailedRun(*row) for row in await connection.execute(statement)]
-
-
-@lru_cache(FINGERPRINTS)
-def _fingerprint(workflow_id: str, node_id: str | None, code: str, message: str) -> str:
-    """Return the fingerprint of an error; most of thousands of runs have failed with the same few errors."""
-    cause = msgspec.json.encode([workflow_id, node_id, code, _VARIABLE.sub("…", message)])
-    return sha256(cause).hexdigest()[:FINGERPRINT_LENGTH]
 
 
 async def find_dead_letters(

@@ -25,12 +25,12 @@ from gateway.ingest import dead_letter_rows, dead_letters, delivery_rows, redriv
 from gateway.ingest.dead_letter_rows import (
     DeadLetterFilter,
     FailedRun,
-    FailureKind,
     SettledRows,
     SettledRun,
 )
 from gateway.ingest.dead_letters import DeadLetter, PurgeResult
 from gateway.ingest.deliveries import counted
+from journal.failure_causes import FailureKind
 from journal.store import AcceptanceResult
 from models import ids
 from models.audit import AuditAction

@@ -15,6 +15,7 @@ from gateway.http import errors
 from gateway.http.responses import JsonResponse
 from gateway.http.wire import Instant, WireStruct, instant
 from gateway.ingest import dead_letter_rows
+from journal import failure_causes
 from models.execution import Execution
 from models.execution_status import ExecutionStatus
 from models.execution_visibility import visibility_condition
@@ -62,7 +63,7 @@ async def index(request: GatewayRequest) -> JsonResponse:
             failed = await dead_letter_rows.list_last_failures(
                 connection, caller, execution.workflow_id, EXAMINED
             )
-        cause = dead_letter_rows.describe_error(execution.workflow_id, execution.error)
+        cause = failure_causes.describe_error(execution.workflow_id, execution.error)
         alike: list[FailedRun | Execution] = [
             one for one in failed if dead_letter_rows.describe_cause(one).fingerprint == cause.fingerprint
         ]

@@ -1,0 +1,83 @@
+"""Causes of failed runs: node, code and message of the innermost error, and a fingerprint of all that failed alike."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import lru_cache
+from hashlib import sha256
+from typing import Any, Final
+
+import msgspec
+
+from engine.run_records import EXPIRED_CODE, TIMEOUT_CODE
+from journal.tasks.task_moves import START_TIMEOUT_CODE
+
+FINGERPRINT_LENGTH: Final = 16
+FINGERPRINTS: Final = 2_000
+MESSAGE_LENGTH: Final = 200
+_VARIABLE: Final = re.compile(
+    r"\"[^\"]*\"|'[^']*'|“[^”]*”|\b[0-9a-fA-F-]{12,}\b|\b\w+_[0-9A-Za-z]{10,}\b|\d+"
+)
+"""Parts of an error message that differ between errors with one cause: quoted texts, ids and numbers."""
+
+
+class FailureKind(StrEnum):
+    """Kind of the failure of a run."""
+
+    FAILED = "failed"
+    """A node ended the run with an error."""
+    CRASHED = "crashed"
+    """Its workers died three times in a row."""
+    TIMED_OUT = "timed-out"
+    """Run, node or wait took too long."""
+
+
+_KINDS_BY_CODE: Final = {
+    "crashed": FailureKind.CRASHED,
+    TIMEOUT_CODE: FailureKind.TIMED_OUT,
+    EXPIRED_CODE: FailureKind.TIMED_OUT,
+    START_TIMEOUT_CODE: FailureKind.TIMED_OUT,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorCause:
+    """Node, code and message of the error of a run, and the fingerprint of all runs that failed alike."""
+
+    node_id: str | None
+    code: str
+    message: str
+    fingerprint: str
+
+    @property
+    def kind(self) -> FailureKind:
+        return _KINDS_BY_CODE.get(self.code, FailureKind.FAILED)
+
+
+def describe_error(workflow_id: str, stored: Mapping[str, Any] | None) -> ErrorCause:
+    """Return node, code and message of the innermost error of a failed run of a workflow, and a fingerprint of 16
+    hexadecimal digits; None has the code `unknown`.
+
+    Runs with one fingerprint failed in one node with one code and kind of message: its first 200 characters,
+    in which numbers and ids don't count.
+    """
+    error: Mapping[str, Any] = stored or {}
+    cause: Mapping[str, Any] = error.get("cause") or error
+    node_id = cause.get("nodeId") or error.get("nodeId")
+    code, message = str(cause.get("code", "unknown")), str(cause.get("message", ""))
+    return ErrorCause(node_id, code, message, build_fingerprint(workflow_id, node_id, code, message))
+
+
+def build_fingerprint(workflow_id: str, node_id: str | None, code: str, message: str) -> str:
+    """Return the fingerprint of errors with this kind of message, of which the first 200 characters count."""
+    return _build_fingerprint(workflow_id, node_id, code, message[:MESSAGE_LENGTH])
+
+
+@lru_cache(FINGERPRINTS)
+def _build_fingerprint(workflow_id: str, node_id: str | None, code: str, message: str) -> str:
+    """Return the fingerprint of an error; most of thousands of runs have failed with the same few errors."""
+    cause = msgspec.json.encode([workflow_id, node_id, code, _VARIABLE.sub("…", message)])
+    return sha256(cause).hexdigest()[:FINGERPRINT_LENGTH]
