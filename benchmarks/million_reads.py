@@ -61,6 +61,7 @@ READS: Final[Mapping[str, str]] = {
     "graph_of_a_run": f"{_PATH}/{run_id(MIDDLE)}/graph",
     "statistics_of_a_workflow": f"/api/v1/workflows/{workflow_id(3)}/statistics",
     "statistics_of_all": f"{_PATH}/statistics",
+    "failures_of_a_day": f"{_PATH}/failures",
     "activity": "/api/v1/workflows/activity",
     "deployments": "/api/v1/deployments",
     "dead_letter_groups": "/api/v1/dead-letters/groups",

@@ -1,4 +1,4 @@
-"""Duty that keeps the hourly counts of runs, from which the dashboard draws its charts."""
+"""Duty that keeps the hourly counts of runs and groups of failures, which the dashboard shows."""
 
 from __future__ import annotations
 
@@ -9,13 +9,17 @@ from typing import TYPE_CHECKING, Final
 from journal import run_hours
 from journal.run_hours import HOUR
 from models.database_time import read_database_time
+from models.run_hour import ALL_WORKFLOWS
 from models.timestamps import hour_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from datetime import datetime
 
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
     from models.database import Database
+    from models.failure_hour import FailureHour
     from models.run_hour import RunHour
 
 COUNT_SECONDS: Final = 5.0
@@ -88,26 +92,45 @@ class RunHourCounter:
         ]
 
     async def _count_hour(self, starts_at: datetime) -> None:
-        """Count the runs of an hour, and write the counts if they differ from those written last."""
+        """Count the runs of an hour and group its failed ones; write both if they differ from those written last."""
+        # Loaded with the first count: the start of a scheduler does without it.
+        from journal import failure_hours  # noqa: PLC0415 - see above
+
+        failures: list[FailureHour] = []
         async with self._database.read() as connection:
             rows = await run_hours.count_hour(connection, starts_at)
-        digest = _hash_rows(rows)
+            for of_organization in rows:
+                if of_organization.workflow_id == ALL_WORKFLOWS and of_organization.failed:
+                    failures += await failure_hours.count_failures(
+                        connection, of_organization.organization_id, starts_at
+                    )
+
+        async def write(connection: AsyncConnection) -> None:
+            await run_hours.replace_hour(connection, starts_at, rows)
+            await failure_hours.replace_hour(connection, starts_at, failures)
+
+        digest = _hash_rows([*rows, *failures])
         if self._written.get(starts_at) != digest:
-            await self._database.transaction(
-                lambda connection: run_hours.replace_hour(connection, starts_at, rows)
-            )
+            await self._database.transaction(write)
             self._written[starts_at] = digest
 
     async def _forget_hours(self, first: datetime) -> None:
         """Delete the counts of hours that statistics no longer show, once for each hour."""
         if first == self._first:
             return
-        await self._database.transaction(lambda connection: run_hours.delete_hours(connection, first))
+
+        from journal import failure_hours  # noqa: PLC0415 - as for counts
+
+        async def delete(connection: AsyncConnection) -> None:
+            await run_hours.delete_hours(connection, first)
+            await failure_hours.delete_hours(connection, first)
+
+        await self._database.transaction(delete)
         self._first = first
         for remembered in (self._unfinished, self._counted_at, self._written):
             for hour in [hour for hour in remembered if hour < first]:
                 del remembered[hour]
 
 
-def _hash_rows(rows: Iterable[RunHour]) -> int:
+def _hash_rows(rows: Iterable[RunHour | FailureHour]) -> int:
     return hash(tuple(sorted(repr(row) for row in rows)))

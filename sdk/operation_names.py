@@ -108,6 +108,7 @@ METHODS: Final = {
     "executionsSpans": "executions.spans",
     "executionsSteps": "executions.steps",
     "executionsStop": "executions.stop",
+    "failure_groupsShow": "executions.failures",
     "graphBuild": "workflows.build",
     "graphLayout": "workflows.layout",
     "healthAlive": "server.health",

@@ -119,6 +119,15 @@ SELECT '{organization}', CASE number % ({workflows} + 1) WHEN {workflows} THEN '
     100, 94, 3, 1, 1, '{{"26":80,"31":17}}', '{{"44":2}}', '{{"20":97}}'
 FROM {numbers} WHERE number < ({workflows} + 1) * {hours}
 """,
+    # One group of failures of each workflow and hour; its last run is the first run of the workflow.
+    """
+INSERT INTO failure_hour (organization_id, fingerprint, starts_at, workflow_id, node_id, code, runs, first_at, last_at,
+    execution_id)
+SELECT '{organization}', 'million_' || (number % {workflows}), starts_at, {workflow}, 'clean', 'node-error', 3,
+    starts_at, starts_at + number, {first_run}
+FROM (SELECT number, {hour} - CAST(number / {workflows} AS bigint) * 3600000000 AS starts_at FROM {numbers}
+    WHERE number < {workflows} * {hours}) AS hours
+""",
 )
 _WORKFLOWS: Final = (
     """
@@ -196,6 +205,7 @@ async def analyze(url: URL) -> None:
 _POSTGRESQL: Final = {
     "numbers": "generate_series(0, {last}) AS number",
     "suffix": "('_' || lpad(CAST(number AS text), 26, '0'))",
+    "first_run": "('exec_' || lpad(CAST(number % {workflows} AS text), 26, '0'))",
 }
 _SQLITE: Final = {
     "numbers": (
@@ -203,6 +213,7 @@ _SQLITE: Final = {
         " WHERE number < {last}) SELECT number FROM series)"
     ),
     "suffix": "printf('_%026d', number)",
+    "first_run": "printf('exec_%026d', number % {workflows})",
 }
 
 
@@ -228,6 +239,7 @@ def _statements(owner: RunOwner, runs: int, dialect: Mapping[str, str]) -> Seque
         "created": _CREATED,
         "workflow": _WORKFLOW.format(workflows=WORKFLOWS),
         "workflows": WORKFLOWS,
+        "first_run": dialect["first_run"].format(workflows=WORKFLOWS),
         "records": RECORDS,
         "hours": HOURS,
         "hour": time.time_ns() // 1_000 // HOUR_MICROSECONDS * HOUR_MICROSECONDS,

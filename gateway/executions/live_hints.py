@@ -26,6 +26,7 @@ from models.errors import DatabaseUnavailable
 from models.execution import Execution, ExecutionData
 from models.execution_status import TERMINAL_STATUSES
 from models.ingest import Delivery, RejectedRequestSample
+from models.run_hour import ALL_WORKFLOWS, RunHour
 
 if TYPE_CHECKING:
     from sqlalchemy import Select
@@ -249,7 +250,9 @@ class LiveHints:
 
 
 def _newest_runs(organization_id: str) -> Sequence[Select[*tuple[Any, ...]]]:
-    """Return the query of the 50 newest runs of an organization with the time of their last change."""
+    """Return the queries of the 50 newest runs of an organization with the time of their last change, and of its failed
+    runs by hour, which are counted some seconds after the end of a run.
+    """
     newest = (
         select(col(Execution.id), col(Execution.updated_at))
         .join(
@@ -263,7 +266,10 @@ def _newest_runs(organization_id: str) -> Sequence[Select[*tuple[Any, ...]]]:
         .order_by(col(ExecutionData.created_at).desc(), col(ExecutionData.execution_id).desc())
         .limit(WATCHED_ROWS)
     )
-    return (newest,)
+    failed = select(col(RunHour.starts_at), col(RunHour.failed)).where(
+        col(RunHour.organization_id) == organization_id, col(RunHour.workflow_id) == ALL_WORKFLOWS
+    )
+    return newest, failed
 
 
 def _newest_deliveries(organization_id: str) -> Sequence[Select[*tuple[Any, ...]]]:

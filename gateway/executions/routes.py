@@ -13,6 +13,7 @@ from gateway.executions import (
     callbacks,
     execute,
     executions,
+    failure_groups,
     input_assignees,
     inputs,
     node_statistics,
@@ -107,6 +108,14 @@ ROUTES: Final[Sequence[Route]] = (
         READ,
         run_statistics.show,
         answer=run_statistics.RunStatistics,
+    ),
+    Route(
+        "GET",
+        "/api/v1/executions/failures",
+        READ,
+        failure_groups.show,
+        query=failure_groups.RANGE,
+        answer=failure_groups.FailureGroups,
     ),
     Route(
         "POST",

@@ -888,6 +888,7 @@ ROWS = [
     AccessRow("POST", "/api/v1/executions/bulk-replay", EXECUTE, OWN, body=DRY_RUN),
     AccessRow("GET", "/api/v1/executions", READ, OWN),
     AccessRow("GET", "/api/v1/executions/statistics", READ, OWN),
+    AccessRow("GET", "/api/v1/executions/failures", READ, OWN),
     run_row("GET", ""),
     AccessRow("GET", "/api/v1/pending-inputs", EXECUTE, OWN),
     AccessRow("GET", "/api/v1/answered-inputs", READ, OWN),

@@ -53,6 +53,7 @@ TABLES = (
         "model_charge",
         "model_cost",
         "model_hour",
+        "failure_hour",
         "ai_settings",
         "approval_request",
         "approval_link",

@@ -22,7 +22,7 @@ from engine.services import RunCaller
 from execution.stored_model_ledger import StoredModelLedger
 from gateway.dashboard import assets, routes
 from gateway.dashboard.page import POLICY
-from gateway.dashboard.pages import access, ai_registry, overview
+from gateway.dashboard.pages import access, ai_registry
 from gateway.drift import recent_observations
 from gateway.executions import source_usage
 from models import ids
@@ -794,10 +794,8 @@ async def test_findings_of_drift_wait_for_a_second_observation_once(
 
 
 async def test_the_overview_says_what_needs_a_person_and_groups_failures(
-    harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
-    # The workflow that fails is not among the first of the list: its name is asked alone.
-    monkeypatch.setattr(overview, "NAMED_WORKFLOWS", 1)
     queue = [{"id": "start", "nodeId": "queue-trigger", "label": "Message"}, GRAPH["nodes"][-1]]
     connections = [{"sourceNodeId": "start", "targetNodeId": queue[-1]["id"]}]
     workflow_id = await people.owner.create(

@@ -12,20 +12,27 @@ from sqlmodel import col
 
 from gateway.deployments import deployment_list, lifecycle_rows, workflow_activity
 from gateway.deployments.lifecycle_rows import TimeRange
-from gateway.executions import run_statistics
+from gateway.executions import failure_groups, run_statistics
 from gateway.http.parameters import PageBounds
 from gateway.workflows.workflow_rows import WorkflowFilter
-from journal import run_hours
+from journal import failure_hours, run_hours
 from models.access import ApiCaller, KeyScope, UserRole
 from models.blocked_interval import BlockedInterval
 from models.deployment import ObservedState
 from models.execution import Execution
+from models.failure_hour import FailureHour
 from models.run_hour import ALL_WORKFLOWS, RunHour
-from models.timestamps import hour_of
+from models.timestamps import format_timestamp, hour_of
 from scheduler import run_hours as duty
 from scheduler.run_hours import RunHourCounter
 from tests.integration.deployed_workflows import deploy_with_pod, run
-from tests.integration.gateway_harness import GRAPH, GatewayHarness, OrganizationUsers, UserClient
+from tests.integration.gateway_harness import (
+    GRAPH,
+    GatewayHarness,
+    OrganizationUsers,
+    UserClient,
+    assert_refused,
+)
 from tests.integration.query_plans import explain_statement
 
 if TYPE_CHECKING:
@@ -257,9 +264,160 @@ async def test_counts_of_past_hours_are_deleted(harness: GatewayHarness, people:
         harness,
         RunHour(organization_id=people.owner.user.organization_id, workflow_id="", starts_at=long_ago),
     )
+    workflow_id = await people.owner.create(status="active", **GRAPH)
+    await fail_run(harness, people.owner, workflow_id, long_ago)
+    async with database.read() as connection:
+        [failed] = await failure_hours.count_failures(connection, people.owner.user.organization_id, long_ago)
+    await database.transaction(lambda connection: failure_hours.replace_hour(connection, long_ago, [failed]))
     await count_runs(harness)
-    old = delete(RunHour).where(col(RunHour.starts_at) == long_ago)
-    assert (await database.transaction(lambda connection: connection.execute(old))).rowcount == 0
+    for table in (RunHour, FailureHour):
+        old = delete(table).where(col(table.starts_at) == long_ago)
+        assert (await database.transaction(lambda connection: connection.execute(old))).rowcount == 0  # noqa: B023 - at once
+
+
+async def fail_run(
+    harness: GatewayHarness,
+    person: UserClient,
+    workflow_id: str,
+    accepted_at: datetime,
+    message: str = "The disk is full",
+    **values: Any,  # noqa: ANN401 - columns of the run
+) -> str:
+    """Insert a run that failed a minute after its acceptance, at the node `write`."""
+    return await run(
+        harness,
+        person,
+        workflow_id,
+        **{
+            "target": "shared",
+            "status": "failed",
+            "created_at": accepted_at,
+            "ended_at": accepted_at + 60 * SECOND,
+            "error": {"code": "node-error", "message": message, "nodeId": "write"},
+            **values,
+        },
+    )
+
+
+async def list_groups(person: UserClient, query: str = "") -> Any:  # noqa: ANN401 - any JSON value
+    return await get_json(person, f"/api/v1/executions/failures{query}")
+
+
+async def test_all_failures_of_a_day_are_grouped_by_cause(
+    harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(failure_hours, "BATCH_RUNS", 2)
+    present = hour_of(harness.gateway.clock())
+    workflow_id = await people.owner.create(name="Orders", status="active", **GRAPH)
+    first = await fail_run(harness, people.owner, workflow_id, present - 3 * HOUR, "Row 12 of 'a' is wrong")
+    for number in range(4):
+        await fail_run(harness, people.owner, workflow_id, present - HOUR, f"Row {number} of 'b' is wrong")
+    last = await fail_run(
+        harness, people.owner, workflow_id, present - HOUR + SECOND, "Row 7 of 'c' is wrong"
+    )
+    inner = {"code": "http-status", "message": "It answered 500"}
+    called = await fail_run(
+        harness,
+        people.owner,
+        workflow_id,
+        present - 2 * HOUR,
+        error={"code": "sub-workflow-failed", "message": "", "nodeId": "call", "cause": inner},
+    )
+    await fail_run(harness, people.owner, workflow_id, present - 2 * HOUR, is_private=True)
+    await end_run(harness, people.owner, workflow_id, "stopped", present - 2 * HOUR)
+    await fail_run(harness, people.owner, workflow_id, present - 24 * HOUR)
+    await count_runs(harness)
+
+    found = await list_groups(people.owner)
+    assert (found["count"], found["isComplete"]) == (7, True)
+    rows, http = found["groups"]
+    assert (rows["workflowName"], rows["nodeId"], rows["code"]) == ("Orders", "write", "node-error")
+    assert (rows["count"], rows["executionId"], rows["message"]) == (6, last, "Row 7 of 'c' is wrong")
+    assert rows["firstAt"] == format_timestamp(present - 3 * HOUR + 60 * SECOND)
+    assert rows["lastAt"] == format_timestamp(present - HOUR + 61 * SECOND)
+    assert (http["nodeId"], http["code"], http["count"]) == ("call", "http-status", 1)
+    assert http["executionId"] == called
+    [same] = {
+        one["fingerprint"]
+        for one in found["groups"]
+        if one["executionId"]
+        in {
+            alike["id"]
+            for alike in (await get_json(people.owner, f"/api/v1/executions/{first}/same-failures"))[
+                "executions"
+            ]
+        }
+    }
+    assert same == rows["fingerprint"]
+    # Whole hours: those that the range touches.
+    since, until = (format_timestamp(present - hours * HOUR + 30 * SECOND) for hours in (3, 2))
+    earlier = await list_groups(people.owner, f"?since={since}&until={until}")
+    assert [one["count"] for one in earlier["groups"]] == [1, 1]
+    assert (earlier["since"], earlier["until"]) == (
+        format_timestamp(present - 3 * HOUR),
+        format_timestamp(present - HOUR),
+    )
+    long_ago = format_timestamp(present - 99 * HOUR)
+    assert (await list_groups(people.owner, f"?since={long_ago}"))["count"] == 7
+    assert (await list_groups(people.owner, f"?until={long_ago}"))["groups"] == []
+    refused = await people.owner.api.get(f"/api/v1/executions/failures?since={until}&until={since}")
+    assert_refused(refused, 400, "invalid-query")
+
+
+async def test_failures_are_grouped_for_those_who_may_read_the_workflow(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    now = harness.gateway.clock()
+    own = await people.owner.create(name="Own", status="active", **GRAPH)
+    hidden = await people.admin.create(name="Hidden", status="active", **GRAPH)
+    for workflow_id, person in ((own, people.owner), (hidden, people.admin)):
+        await fail_run(harness, person, workflow_id, now)
+    await count_runs(harness)
+
+    async def list_names(person: UserClient) -> list[str]:
+        found = await list_groups(person)
+        assert found["count"] == len(found["groups"])
+        return sorted(one["workflowName"] for one in found["groups"])
+
+    assert await list_names(people.owner) == ["Own"]
+    assert await list_names(people.admin) == ["Hidden", "Own"]
+    assert await list_names(people.colleague) == []
+    assert await list_names(people.stranger) == []
+    await people.owner.api.put(f"/api/v1/workflows/{own}/visibility", json={"isPublic": True})
+    assert await list_names(people.colleague) == ["Own"]
+    assert (await people.owner.api.delete(f"/api/v1/workflows/{own}")).status_code == 204
+    assert await list_names(people.colleague) == []
+    assert await list_names(people.owner) == ["Own"]
+
+
+async def test_groups_of_failures_are_bounded_and_follow_changes(
+    harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(failure_hours, "MAX_MESSAGES", 2)
+    now = harness.gateway.clock()
+    workflow_id = await people.owner.create(status="active", **GRAPH)
+    messages = ["One", "Two", "Two", "Three", "Four", "Five"]
+    failed = [await fail_run(harness, people.owner, workflow_id, now, message) for message in messages]
+    await count_runs(harness)
+    found = await list_groups(people.owner)
+    assert sorted(one["count"] for one in found["groups"]) == [1, 2, 3], "further messages share a group"
+    assert found["isComplete"] is True
+
+    monkeypatch.setattr(failure_hours, "MAX_GROUPS", 2)
+    await count_runs(harness)
+    found = await list_groups(people.owner)
+    assert sorted(one["count"] for one in found["groups"]) == [2, 3], "the most frequent are kept"
+    assert (found["count"], found["isComplete"]) == (5, False)
+
+    database = harness.gateway.database
+    gone = delete(Execution).where(col(Execution.id).in_(failed[3:]))
+    await database.transaction(lambda connection: connection.execute(gone))
+    found = await list_groups(people.owner)
+    assert {one["message"] for one in found["groups"]} == {"Two", None}, "the last run of a group is deleted"
+    resumed = update(Execution).where(col(Execution.id).in_(failed)).values(status="running")
+    await database.transaction(lambda connection: connection.execute(resumed))
+    await count_runs(harness)
+    assert (await list_groups(people.owner))["groups"] == []
 
 
 async def test_counts_and_lists_are_read_by_indexes(
@@ -282,6 +440,8 @@ async def test_counts_and_lists_are_read_by_indexes(
         "blocked_interval": run_hours.wakes_statement(of_organization, since),
         "ix_execution_live": run_hours.unfinished_statement(of_organization, since),
         "run_hour": run_statistics.hours_statement(user.organization_id, [ALL_WORKFLOWS], since),
+        "ix_execution_unsuccessful": failure_hours.failures_statement(user.organization_id, since),
+        "failure_hour": failure_groups.groups_statement(caller, since, since + HOUR),
         "ix_workflow_listed_by": workflow_activity.page_statement(
             caller, everything, PageBounds(50, 0), since
         ),
@@ -299,6 +459,7 @@ async def test_counts_and_lists_are_read_by_indexes(
             "execution_data",
             "blocked_interval",
             "run_hour",
+            "failure_hour",
             "workflow",
             "lifecycle_decision",
         ):

@@ -26,11 +26,6 @@ from models.timestamps import format_timestamp
 if TYPE_CHECKING:
     from gateway.dashboard.page_request import PageRequest
 
-DAY: Final = timedelta(days=1)
-NAMED_WORKFLOWS: Final = 100
-NAMED_ALONE: Final = 10
-GROUPED_FAILURES: Final = 100
-"""Number of the newest failed runs that are grouped."""
 RECENT_SECONDS: Final = 10.0
 """Time for which drift and dead letters are shown again: an open page loads itself up to four times a second."""
 URGENT_TIME: Final = timedelta(hours=1)
@@ -54,12 +49,10 @@ RUNS: Final = "node-running"
 
 async def load(page: PageRequest) -> PageData:
     """Ask the API for reasons, statistics of 24 hours, deployments with their pod time, dead letters, questions,
-    100 failed runs, drift, the number of workflows, and the next five schedules.
+    failed runs by cause, drift, the number of workflows, and the next five schedules.
 
     Drift is None unless the visitor is an admin. Raises `ApiError`.
     """
-    # Whole minutes, so that an unchanged page keeps its tag for a minute.
-    since = format_timestamp((page.now - DAY).replace(second=0, microsecond=0))
     shown = read_range(page.query)
     (
         why,
@@ -81,19 +74,11 @@ async def load(page: PageRequest) -> PageData:
         page.get_recent("/api/v1/deployments/usage", seconds=RECENT_SECONDS),
         page.get("/api/v1/executions/statistics"),
         page.get("/api/v1/deployments"),
-        page.get(
-            "/api/v1/executions",
-            status="failed",
-            since=shown.get("since", since),
-            until=shown.get("until"),
-            after="start",
-            limit=GROUPED_FAILURES,
-        ),
+        page.get("/api/v1/executions/failures", **shown),
         page.get("/api/v1/schedules", limit=SHOWN_SCHEDULES),
     )
-    names = await _load_names(page, failed["executions"])
     # The time of these answers would change the tag of an unchanged page.
-    for answer in (why, statistics, deployments):
+    for answer in (why, statistics, deployments, failed):
         answer.pop("asOf", None)
     return {
         "why": why,
@@ -105,26 +90,9 @@ async def load(page: PageRequest) -> PageData:
         "pod_time": describe_pod_time(usage),
         "statistics": statistics,
         "deployments": deployments,
-        "names": names,
         "failed": failed,
         "schedules": schedules,
     }
-
-
-async def _load_names(page: PageRequest, failed: Sequence[Mapping[str, Any]]) -> Mapping[str, str]:
-    """Return the names of the workflows of failed runs by id; they are the only ones that the page shows.
-
-    Most are among the first hundred of the list. Of the others, the ten that failed last are asked one by one.
-    """
-    if not failed:
-        return {}
-    listed = await page.get("/api/v1/workflows", limit=NAMED_WORKFLOWS)
-    names = {one["id"]: one["name"] for one in listed["workflows"]}
-    others = dict.fromkeys(run["workflowId"] for run in failed if run["workflowId"] not in names)
-    found = await asyncio.gather(
-        *(page.get_if_present(f"/api/v1/workflows/{one}") for one in [*others][:NAMED_ALONE])
-    )
-    return names | {one["id"]: one["name"] for one in found if one is not None}
 
 
 def read_range(query: Mapping[str, str]) -> Mapping[str, str]:
@@ -143,7 +111,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
     """Return the template values: problems, charts, reasons of waits, failures by cause, and pods."""
     reasons = data["why"]["reasons"]
     hours = data["statistics"]["hours"]
-    failures = group_failures(data["failed"]["executions"])
+    failures = data["failed"]["groups"]
     deployments = data["deployments"]["deployments"]
     needs = find_needs(data, failures, frame.now)
     shown = read_range(frame.query)
@@ -183,9 +151,8 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         ],
         "is_first": data["stats"] is not None and not data["stats"]["total"] and frame.may("workflows:write"),
         "failures": failures,
-        "has_older_failures": data["failed"]["next"] is not None,
+        "has_more_failures": not data["failed"]["isComplete"],
         "may_run": frame.may("workflows:execute"),
-        "names": data["names"],
         "pods": count_pods(deployments),
         "pod_time": data["pod_time"],
         "upcoming": list_upcoming(deployments, data["schedules"]["schedules"], frame.now),
@@ -210,7 +177,7 @@ def find_needs(
     return {
         "workers": [] if has_worker else [True],
         "findings": [one for one in findings if one["severity"] == "critical"],
-        "failing": [group for group in failures if is_recent(group["last"], now)][:SHOWN_NEEDS],
+        "failing": [group for group in failures if is_recent(group["lastAt"], now)][:SHOWN_NEEDS],
         "stuck": [one for one in data["deployments"]["deployments"] if one["deploymentStatus"] == "failed"][
             :SHOWN_NEEDS
         ],
@@ -357,32 +324,6 @@ def describe_cause(deployment: Mapping[str, Any], now: datetime) -> str:
             return "it is always on"
         case _:
             return "a run is due" if is_start else ""
-
-
-def group_failures(runs: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
-    """Return failed runs, the newest first, grouped by workflow, node and error code, in the order of their
-    newest failure.
-
-    Each group has its count, first and last time, and the id of its newest run as a sample.
-    """
-    groups: dict[tuple[str, str | None, str], dict[str, Any]] = {}
-    for run in runs:
-        error = run["error"] or {"code": "unknown", "message": "", "nodeId": None}
-        cause = error.get("cause") or error
-        key = (run["workflowId"], cause.get("nodeId") or error.get("nodeId"), cause["code"])
-        newest = {
-            "workflowId": key[0],
-            "nodeId": key[1],
-            "code": key[2],
-            "message": cause["message"],
-            "sample": run["id"],
-            "last": run["createdAt"],
-            "count": 0,
-        }
-        group = groups.setdefault(key, newest)
-        group["count"] += 1
-        group["first"] = run["createdAt"]
-    return list(groups.values())
 
 
 PAGE: Final = Page(PATH, "overview.html", load, view, "overview", ("executions",))

@@ -114,6 +114,8 @@ __all__ = [
     "ExternalReference",
     "FailureCause",
     "FailureCounts",
+    "FailureGroup",
+    "FailureGroups",
     "FailureKind",
     "Finding",
     "FindingType",
@@ -1517,6 +1519,32 @@ class FailureCounts(TypedDict):
     failed: int
     crashed: int
     timedOut: int
+
+
+class FailureGroup(TypedDict):
+    """Failed runs of a workflow with the same node, code and kind of message."""
+
+    workflowId: str
+    workflowName: str | None
+    nodeId: str | None
+    code: str
+    message: str | None
+    fingerprint: str
+    count: int
+    firstAt: str
+    lastAt: str
+    executionId: str
+
+
+class FailureGroups(TypedDict):
+    """Failed runs by cause."""
+
+    asOf: str
+    since: str
+    until: str
+    count: int
+    isComplete: bool
+    groups: List[FailureGroup]
 
 
 class _FindingAlways(TypedDict):

@@ -1,0 +1,228 @@
+"""Endpoint that groups the failed runs of an organization by cause, over whole hours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+from msgspec import Meta
+from sqlalchemy import Row, and_, exists, func, or_, select, true
+from sqlmodel import col
+
+from gateway.http.errors import invalid_query
+from gateway.http.parameters import TimeParameter
+from gateway.http.responses import JsonResponse
+from gateway.http.wire import Instant, WireStruct, instant
+from journal import failure_causes, run_hours
+from journal.run_hours import HOUR
+from models.execution import Execution
+from models.failure_hour import OTHER_CAUSES, FailureHour
+from models.timestamps import hour_of
+from models.workflow import Workflow, is_readable_by
+
+if TYPE_CHECKING:
+    from sqlalchemy import ColumnElement, Select
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from gateway.http.request import GatewayRequest
+    from models.access import ApiCaller
+
+SHOWN: Final = 100
+SINCE: Final = TimeParameter(
+    "since", "Only executions accepted from the begin of this hour on; 24 hours without it."
+)
+UNTIL: Final = TimeParameter(
+    "until", "Only executions accepted before the end of the hour that ends here or later."
+)
+RANGE: Final = (SINCE, UNTIL)
+
+
+class FailureGroup(WireStruct):
+    """Failed runs of a workflow with the same node, code and kind of message."""
+
+    workflow_id: str
+    workflow_name: str | None
+    """Null for a workflow that is no longer kept."""
+    node_id: str | None
+    code: str
+    message: str | None
+    """That of the last run; null if the run is no longer kept."""
+    fingerprint: str
+    """Hash of workflow, node, code and kind of message, as groups of dead letters have it."""
+    count: int
+    first_at: Instant
+    """Time of the first failure."""
+    last_at: Instant
+    execution_id: str
+    """Run that failed last."""
+
+
+class FailureGroups(WireStruct):
+    """Failed runs by cause."""
+
+    as_of: Instant
+    since: Instant
+    """Begin of the first hour."""
+    until: Instant
+    """End of the last hour."""
+    count: int
+    """Failed runs of all groups, listed or not."""
+    is_complete: bool
+    """Whether all groups are listed: there are at most 100, and none of the hours has over 500 groups."""
+    groups: Annotated[Sequence[FailureGroup], Meta(max_length=SHOWN)]
+    """Those with the last failure first."""
+
+
+async def show(request: GatewayRequest) -> JsonResponse:
+    """Group the failed executions of the workflows that the caller may read, over 24 hours or some of them, by
+    workflow, node, code and kind of message.
+
+    Numbers, ids and quoted texts of a message do not count. An execution counts in the hour of its acceptance, and
+    private executions, such as node tests, don't count. The groups are as old as the counts of
+    `GET /executions/statistics`.
+    """
+    now, caller = request.gateway.clock(), request.caller
+    since, until = read_hours(request.query[SINCE], request.query[UNTIL], now)
+    async with request.gateway.database.read_snapshot() as connection:
+        rows = (await connection.execute(groups_statement(caller, since, until))).all()
+        shown = rows[:SHOWN]
+        last_hours = await _read_last_hours(
+            connection, caller, [one.fingerprint for one in shown], since, until
+        )
+        messages = await _read_messages(connection, caller, last_hours.values())
+        has_others = await connection.scalar(others_statement(caller, since, until))
+    return JsonResponse(
+        FailureGroups(
+            as_of=instant(now),
+            since=instant(since),
+            until=instant(until),
+            count=int(rows[0].total) if rows else 0,
+            is_complete=len(rows) <= SHOWN and not has_others,
+            groups=[_show_group(row, last_hours[row.fingerprint], messages) for row in shown],
+        )
+    )
+
+
+def read_hours(since: datetime | None, until: datetime | None, now: datetime) -> tuple[datetime, datetime]:
+    """Return the begin of the first and the end of the last hour that a time range touches, among the 24 hours that
+    are kept.
+
+    Raises a 400 error for a range that ends before it begins.
+    """
+    if since is not None and until is not None and until <= since:
+        raise invalid_query(UNTIL.name, "invalid-value", "until must be later than since")
+    first, end = run_hours.first_hour(now), hour_of(now) + HOUR
+    begin = first if since is None else min(max(hour_of(since), first), end)
+    if until is not None:
+        last = hour_of(until)
+        end = min(max(last if last == until else last + HOUR, begin), end)
+    return begin, end
+
+
+def groups_statement(caller: ApiCaller, since: datetime, until: datetime) -> Select[*tuple[Any, ...]]:
+    """Return the statement of the groups that a caller may see over some hours, those with the last failure first.
+
+    It has one group more than are listed; `total` is the number of failed runs of all.
+    """
+    last_at = func.max(col(FailureHour.last_at))
+    return (
+        select(
+            *(col(FailureHour.fingerprint), col(FailureHour.workflow_id), col(Workflow.name)),
+            func.sum(col(FailureHour.runs)).label("runs"),
+            func.min(col(FailureHour.first_at)).label("first_at"),
+            last_at.label("last_at"),
+            func.sum(func.sum(col(FailureHour.runs))).over().label("total"),
+        )
+        .outerjoin(Workflow, col(Workflow.id) == col(FailureHour.workflow_id))
+        .where(
+            *_is_within(caller, since, until),
+            col(FailureHour.fingerprint) != OTHER_CAUSES,
+            _is_visible(caller),
+        )
+        .group_by(col(FailureHour.fingerprint), col(FailureHour.workflow_id), col(Workflow.name))
+        .order_by(last_at.desc(), col(FailureHour.fingerprint))
+        .limit(SHOWN + 1)
+    )
+
+
+def others_statement(caller: ApiCaller, since: datetime, until: datetime) -> Select[*tuple[Any, ...]]:
+    """Return the statement of whether any of some hours has had more groups than it keeps."""
+    return select(
+        exists().where(*_is_within(caller, since, until), col(FailureHour.fingerprint) == OTHER_CAUSES)
+    )
+
+
+def _is_within(caller: ApiCaller, since: datetime, until: datetime) -> Sequence[ColumnElement[bool]]:
+    return (
+        col(FailureHour.organization_id) == caller.organization_id,
+        col(FailureHour.starts_at) >= since,
+        col(FailureHour.starts_at) < until,
+    )
+
+
+def _is_visible(caller: ApiCaller) -> ColumnElement[bool]:
+    """Return the SQL condition for groups of workflows whose runs the caller may see, as `visibility_condition` has
+    it for runs: those of a deleted workflow are for admins and its owner.
+    """
+    if caller.is_admin:
+        return true()
+    is_own_deleted = and_(
+        col(Workflow.organization_id) == caller.organization_id,
+        col(Workflow.deleted_at).is_not(None),
+        col(Workflow.owner_id) == caller.user_id,
+    )
+    return or_(is_readable_by(caller), is_own_deleted)
+
+
+async def _read_last_hours(
+    connection: AsyncConnection,
+    caller: ApiCaller,
+    fingerprints: Sequence[str],
+    since: datetime,
+    until: datetime,
+) -> Mapping[str, Row[*tuple[Any, ...]]]:
+    """Return node, code and last run of groups by fingerprint, from the hour with the last failure of each."""
+    if not fingerprints:
+        return {}
+    rows = await connection.execute(
+        select(
+            *(col(FailureHour.fingerprint), col(FailureHour.node_id), col(FailureHour.code)),
+            col(FailureHour.execution_id),
+        )
+        .where(*_is_within(caller, since, until), col(FailureHour.fingerprint).in_(fingerprints))
+        .order_by(col(FailureHour.last_at), col(FailureHour.execution_id))
+    )
+    return {row.fingerprint: row for row in rows}
+
+
+async def _read_messages(
+    connection: AsyncConnection, caller: ApiCaller, last_hours: Iterable[Row[*tuple[Any, ...]]]
+) -> Mapping[str, str]:
+    """Return the error messages of the last runs of groups by execution id; runs that are no longer kept are absent."""
+    rows = await connection.execute(
+        select(col(Execution.id), col(Execution.workflow_id), col(Execution.error)).where(
+            col(Execution.id).in_([one.execution_id for one in last_hours]),
+            col(Execution.organization_id) == caller.organization_id,
+            col(Execution.shard) == caller.shard,
+        )
+    )
+    return {row.id: failure_causes.describe_error(row.workflow_id, row.error).message for row in rows}
+
+
+def _show_group(
+    group: Row[*tuple[Any, ...]], last: Row[*tuple[Any, ...]], messages: Mapping[str, str]
+) -> FailureGroup:
+    """Return a group as the API shows it."""
+    return FailureGroup(
+        workflow_id=group.workflow_id,
+        workflow_name=group.name,
+        node_id=last.node_id,
+        code=last.code,
+        message=messages.get(last.execution_id),
+        fingerprint=group.fingerprint,
+        count=group.runs,
+        first_at=instant(group.first_at),
+        last_at=instant(group.last_at),
+        execution_id=last.execution_id,
+    )
