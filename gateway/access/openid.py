@@ -29,6 +29,8 @@ log = structlog.get_logger()
 
 CALLBACK: Final = "/session/openid/callback"
 PAGES: Final = "/dashboard"
+SIGN_IN_PAGE: Final = "/sign-in"
+KEYS_PAGE: Final = "/dashboard/keys"
 ATTEMPT_SECONDS: Final = 600
 """Time that a person may take at the provider."""
 
@@ -77,7 +79,7 @@ async def begin(request: GatewayRequest) -> ASGIApp:
         if caller is None:
             return _fail(request, cookie, "lost")
         if not _has_all_scopes(caller):
-            return _fail(request, cookie, "scopes")
+            return _fail(request, cookie, "scopes", page=KEYS_PAGE)
         links = caller.user_id
     try:
         url, attempt = await openid.begin(
@@ -85,7 +87,8 @@ async def begin(request: GatewayRequest) -> ASGIApp:
         )
     except ProviderUnavailable as error:
         log.warning("sign-in provider not reached", reason=str(error))
-        return _fail(request, cookie, "unavailable")
+        wanted = _own_page(query.get("next", ""))
+        return _fail(request, cookie, "unavailable", wanted, page=KEYS_PAGE if links else SIGN_IN_PAGE)
     return RedirectWithCookies(url, _attempt_cookie(cookie).header(attempt, seconds=ATTEMPT_SECONDS))
 
 
@@ -120,21 +123,26 @@ async def finish(request: GatewayRequest) -> ASGIApp:
     attempt = openid.read_attempt(_attempt_cookie(cookie).value_of(request.scope), query.get("state", ""))
     if attempt is None:
         return _fail(request, cookie, "lost")
+    # A person who connects an account is signed in, and sees the problem on the page where it began.
+    page = KEYS_PAGE if attempt.links else SIGN_IN_PAGE
     if "code" not in query:
         log.info("sign-in refused by the provider", reason=query.get("error", "")[:100])
-        return _fail(request, cookie, "refused")
+        return _fail(request, cookie, "refused", attempt.next, page=page)
     try:
         return await _finish(request, cookie, openid, attempt, query)
     except ProviderUnavailable as error:
         log.warning("sign-in provider not reached", reason=str(error))
-        return _fail(request, cookie, "unavailable")
+        problem = "unavailable"
     except ProviderRefusal as error:
         log.warning("sign-in refused", reason=str(error))
-        return _fail(request, cookie, "refused")
-    except (NoAccount, EmailTaken):
-        return _fail(request, cookie, "no-account")
+        problem = "refused"
+    except NoAccount:
+        problem = "no-account"
+    except EmailTaken:
+        problem = "address-taken"
     except IdentityTaken:
-        return _fail(request, cookie, "taken")
+        problem = "taken"
+    return _fail(request, cookie, problem, attempt.next, page=page)
 
 
 async def _finish(
@@ -163,7 +171,7 @@ async def _finish(
         if caller is None or caller.user_id != attempt.links:
             return _fail(request, cookie, "lost")
         if not _has_all_scopes(caller):
-            return _fail(request, cookie, "scopes")
+            return _fail(request, cookie, "scopes", page=KEYS_PAGE)
         await openid.link(claims, caller.organization_id, caller.user_id)
         return RedirectWithCookies(target, forget)
     earlier = cookie.value_of(request.scope)
@@ -193,12 +201,21 @@ def _require_provider(request: GatewayRequest) -> OpenIdSignIn:
     return openid
 
 
-def _fail(request: GatewayRequest, cookie: SessionCookie, problem: str) -> RedirectWithCookies:
-    """Redirect to the sign-in page, which explains a problem by its name, and remove the cookie of the attempt.
+def _fail(
+    request: GatewayRequest,
+    cookie: SessionCookie,
+    problem: str,
+    next_page: str = PAGES,
+    *,
+    page: str = SIGN_IN_PAGE,
+) -> RedirectWithCookies:
+    """Redirect to a page that explains a problem by its name, and remove the cookie of the attempt.
 
-    Names are `lost`, `unavailable`, `refused`, `no-account`, `scopes` and `taken`.
+    Names are `lost`, `unavailable`, `refused`, `no-account`, `address-taken`, `scopes` and `taken`. From the sign-in
+    page, another attempt leads to `next_page`.
     """
-    location = f"{_root(request)}/sign-in?{urlencode({'problem': problem})}"
+    wanted = {"next": next_page} if page == SIGN_IN_PAGE and next_page != PAGES else {}
+    location = f"{_root(request)}{page}?{urlencode({'problem': problem, **wanted})}"
     return RedirectWithCookies(location, _attempt_cookie(cookie).header(""))
 
 

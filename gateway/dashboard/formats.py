@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
@@ -22,6 +23,8 @@ WHOLE_PERCENT: Final = 10
 MAX_LINES: Final = 200
 MAX_CHARACTERS: Final = 20_000
 MAX_VALUE_CHARACTERS: Final = 400
+EXECUTION: Final = re.compile(r"(?<![\w:/.-])([Ee])xecution(s?)(?![\w:/-])")
+"""Word for a run in messages of the API, but for scopes, paths and names of fields."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +128,11 @@ TRIGGER_ICONS: Final[Mapping[str, str]] = {
     "schedule": "clock",
     "workflow": "branch",
 }
+
+
+def say_runs(text: str) -> str:
+    """Return a message of the API in the words of the pages, which call an execution a run."""
+    return EXECUTION.sub(lambda found: ("Run" if found[1] == "E" else "run") + found[2], text)
 
 
 def look_of(state: str | None) -> StateLook:

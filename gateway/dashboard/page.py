@@ -111,14 +111,18 @@ def render_plain(template: str, frame: PageFrame, **values: object) -> str:
 
 def _frame_values(frame: PageFrame) -> dict[str, Any]:
     """Return the values that all templates get: frame, addresses, present time, and the navigation's entries
-    for the visitor's scopes.
+    for the visitor's scopes; all entries without a visitor, on a page that can't be shown.
     """
     return {
         "frame": frame,
         "root": frame.root,
         "assets": f"{frame.root}{assets.PREFIX}{assets.version()}",
         "now": frame.now,
-        "entries": [entry for entry in ENTRIES if entry.scope is None or frame.may(entry.scope)],
+        "entries": [
+            entry
+            for entry in ENTRIES
+            if frame.visitor is None or entry.scope is None or frame.may(entry.scope)
+        ],
     }
 
 
@@ -138,9 +142,9 @@ def serve(name: str) -> Handler:
         try:
             visitor, data = await _load(page, asking)
         except ApiError as error:
-            return show_refusal(request, error)
+            return await show_refusal(request, error)
         except DatabaseUnavailable as error:
-            return show_refusal(request, errors.not_ready(f"{error}: try again"))
+            return await show_refusal(request, errors.not_ready(f"{error}: try again"))
         frame = frame_of(request, asking, visitor)
         # In a thread, so that large pages do not block other requests.
         html, tag = await asyncio.to_thread(_render_with_tag, page, data, frame)
@@ -205,20 +209,29 @@ def root_of(request: GatewayRequest) -> str:
     return urlsplit(request.gateway.settings.public_url).path.rstrip("/")
 
 
-def show_refusal(request: GatewayRequest, error: ApiError) -> ASGIApp:
-    """Return an API error as a page with its status; for the code `unauthorized`, a redirect to the sign-in
-    that leads back.
+async def show_refusal(request: GatewayRequest, error: ApiError) -> ASGIApp:
+    """Return an API error as a page with its status and the visitor's navigation; for the code `unauthorized`, a
+    redirect to the sign-in that leads back.
     """
     if error.code == "unauthorized":
         query = request.scope["query_string"].decode("latin-1")
         wanted = quote(request.scope["path"] + (f"?{query}" if query else ""), safe="")
         return RedirectResponse(f"{root_of(request)}/sign-in?next={wanted}")
-    frame = frame_of(request, build_page_request(request))
+    frame = frame_of(request, build_page_request(request), await _find_visitor(request))
     html = render_plain(
         "error.html", frame, title=f"Error {error.status}", error=error, request_id=request.id
     )
     headers = [(name.lower().encode(), value.encode()) for name, value in error.headers.items()]
     return HtmlAnswer(error.status, html.encode(), headers)
+
+
+async def _find_visitor(request: GatewayRequest) -> Mapping[str, Any] | None:
+    """Return the visitor of a page that can't be shown; None if nobody is signed in, or the database is unavailable."""
+    try:
+        visitor: Mapping[str, Any] = await build_page_request(request).get(WHOAMI)
+    except (ApiError, DatabaseUnavailable):
+        return None
+    return visitor
 
 
 async def answer_html(request: GatewayRequest, html: str, *, tag: str = "") -> ASGIApp:

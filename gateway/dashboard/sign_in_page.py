@@ -22,6 +22,7 @@ PROBLEMS: Final = {
     "lost": "The sign-in took too long, or began in another browser. Try again.",
     "scopes": "An account gets all rights of your role. Sign in with a key that has them, and connect it then.",
     "taken": "That account belongs to another user of this server.",
+    "address-taken": "A user has the invited address already: sign in with a key of it, and connect the account then.",
     "unavailable": "The account provider can't be reached. Try again in a minute, or sign in with a key.",
 }
 """Explanations of failed sign-ins with a provider, by their names in the address."""
@@ -97,4 +98,4 @@ async def show_missing(request: GatewayRequest) -> ASGIApp:
     error = errors.not_found("page")
     if request.gateway.settings.dashboard == "off":
         raise error
-    return page.show_refusal(request, error)
+    return await page.show_refusal(request, error)

@@ -44,6 +44,7 @@ def _open_environment() -> jinja2.Environment:
         "clock": formats.show_clock,
         "count": formats.show_count,
         "duration": formats.show_duration,
+        "in_runs": formats.say_runs,
         "json": formats.show_json,
         "json_whole": formats.show_whole_json,
         "line": formats.show_line,

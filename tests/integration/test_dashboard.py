@@ -562,6 +562,29 @@ async def test_a_refusal_of_a_route_becomes_a_page(
     assert page.status_code == 400
     assert "<code>invalid-query</code>" in page.text
     assert page.headers["X-Request-Id"] in page.text
+    private = await people.admin.create(name="Of the admin")
+    page = await browser.get(f"/dashboard/workflows/{private}")
+    assert page.status_code == 404
+    assert "Others see an object only if it is shared with them" in page.text
+    assert "/dashboard/workflows" in page.text
+    assert "/dashboard/audit" not in page.text, "the navigation is that of the visitor"
+    page = await browser.get("/dashboard/runs/exec_01m8m5q5d2e0tvt11hq4v0099q")
+    assert "There is no such run" in page.text
+
+
+async def test_a_workflow_is_shown_to_the_organization_by_its_owner(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    workflow_id = await people.owner.create(name="Shown to all", **GRAPH)
+    owner, colleague = [await sign_in(harness, one.key) for one in (people.owner, people.colleague)]
+    address = f"/dashboard/workflows/{workflow_id}"
+    assert "you, and admins" in (await owner.get(address)).text
+    assert (await colleague.get(address)).status_code == 404
+    await people.owner.api.put(f"/api/v1/workflows/{workflow_id}/visibility", json={"isPublic": True})
+    for browser, may_hide in ((owner, True), (colleague, False)):
+        page = (await browser.get(address)).text
+        assert "everybody in the organization" in page
+        assert (f"PUT /api/v1/workflows/{workflow_id}/visibility" in page) is may_hide
 
 
 async def test_hostile_parameters_of_the_pages_of_runs_are_refused_or_shown_as_text(

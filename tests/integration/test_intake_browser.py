@@ -6,25 +6,30 @@ import asyncio
 import itertools
 import json
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx2
 import pytest
 from sqlalchemy import delete
 from sqlmodel import col
 
+from gateway.access import openid_sign_in
 from models import access_store
 from models.access import Organization, UserRole
 from models.execution import ExecutionData
 from tests.integration.browser import BrowserPage, needs_chromium, open_page, serve_gateway
 from tests.integration.dashboard_visit import AXE, RUN_AXE, find_violations, look
 from tests.integration.gateway_harness import STEP, GatewayHarness, OrganizationUsers, create_gateway
+from tests.integration.openid_server import OpenIdServer, serve_openid
 from tests.integration.test_approvals import ask, make_link
 from tests.integration.test_gateway_deliveries import enqueue
 from tests.integration.test_gateway_enqueue import WORKFLOWS
 from tests.integration.test_invitations import invite
+from tests.integration.test_openid import SETTINGS as OPENID_SETTINGS
 from tests.integration.test_organization_intake import fail_alike
 from tests.integration.test_waiting_runs import serve_worker, wait_until_ended
 from tests.services import PostgresServer
@@ -503,6 +508,71 @@ async def test_an_invitation_is_accepted_and_signs_in(visit: IntakeVisit) -> Non
     assert HOSTILE in await page.evaluate("document.body.textContent")
     assert await page.count("img") == 0
     assert page.problems == []
+
+    await page.open("about:blank")
+    await visit.show(f"/invitation{made['url'].partition('/invitation')[2]}")
+    await page.wait_for("document.querySelector('#terms').textContent === 'This link does not work.'")
+    assert "ask for a new link" in await page.text("#problem")
+    assert not await page.evaluate("document.querySelector('#invitation button').checkVisibility()")
+    # Another link in the same tab changes the fragment alone.
+    other = await invite(visit.people.admin, email="other@example.com", role="member")
+    await page.evaluate(f"location.hash = {other['url'].partition('#')[2]!r}")
+    await page.wait_for("!document.querySelector('#invitation button').disabled")
+    assert "other@example.com" in await page.text("#terms")
+    page.problems.clear()  # the browser logs the refusal
+
+
+async def test_a_person_signs_in_with_a_provider_and_learns_why_it_is_refused(visit: IntakeVisit) -> None:
+    page = visit.page
+    button = "a[href*='/session/openid']"
+    async with serve_openid() as openid, serve_with_provider(visit, openid) as url:
+        wanted = f"{url}/dashboard/keys?mine=1"
+        await page.open("about:blank")
+        await page.call("Network.clearBrowserCookies")
+        await page.open(f"{url}/sign-in?next={quote('/dashboard/keys?mine=1', safe='')}")
+        await page.follow(button)
+        await page.wait_for("location.search.includes('problem=no-account')")
+        assert "Ask an admin for an invitation" in await page.text("[role=alert]")
+        assert await find_violations(page) == []
+
+        made = await invite(visit.people.admin, email="grace@example.com", role="viewer")
+        await page.open("about:blank")
+        await page.open(f"{url}/invitation{made['url'].partition('/invitation')[2]}")
+        await page.wait_for("!document.querySelector('#by-provider').disabled")
+        await page.follow("#by-provider")
+        await page.wait_for("location.pathname === '/dashboard/overview'")
+        assert "grace@example.com, viewer" in await page.text(".side .foot")
+        await page.follow("form[data-request='DELETE /session'] button")
+        await page.wait_for("location.pathname === '/sign-in'")
+
+        for changes in ({"nonce": "of another attempt"}, {"exp": 1}):
+            openid.changes = changes
+            await page.open("about:blank")
+            await page.open(f"{url}/sign-in?next={quote('/dashboard/keys?mine=1', safe='')}")
+            await page.follow(button)
+            await page.wait_for("location.search.includes('problem=refused')")
+        openid.changes = {}
+        # The next attempt leads to the page that the first one was for.
+        await page.follow(button)
+        await page.wait_for(f"location.href === {wanted!r}")
+        assert "grace@example.com, viewer" in await page.text(".side .foot")
+        assert openid.problems == []
+        await page.open("about:blank")
+    assert page.problems == []
+
+
+@asynccontextmanager
+async def serve_with_provider(visit: IntakeVisit, openid: OpenIdServer) -> AsyncIterator[str]:
+    """Serve another gateway on the same database that knows the provider, and return its URL."""
+    changed = await visit.harness.with_settings(openid_issuer=openid.issuer, **OPENID_SETTINGS)
+    sign_in = openid_sign_in.build_openid_sign_in(changed.gateway.settings, visit.harness.gateway.database)
+    assert sign_in is not None
+    changed.app.state.gateway = replace(changed.gateway, openid=sign_in)
+    try:
+        async with serve_gateway(changed) as url:
+            yield url
+    finally:
+        await sign_in.provider.close()
 
 
 async def test_an_approval_by_link_takes_one_answer_on_a_phone(visit: IntakeVisit) -> None:

@@ -33,7 +33,8 @@ from tests.integration.openid_server import (
 from tests.integration.test_gateway_sessions import actions
 from tests.integration.test_invitations import invite
 
-BEGIN = "/session/openid?next=%2Fdashboard%2Fruns"
+AND_NEXT = "&next=%2Fdashboard%2Fruns"
+BEGIN = f"/session/openid?{AND_NEXT[1:]}"
 SETTINGS: dict[str, Any] = {
     "openid_client_id": CLIENT_ID,
     "openid_client_secret": SecretStr(CLIENT_SECRET),
@@ -93,7 +94,7 @@ async def test_an_invited_person_becomes_a_user_and_signs_in_again(
     gateway: GatewayHarness, people: OrganizationUsers, openid: OpenIdServer
 ) -> None:
     assert "Sign in with Nordwind" in (await (await gateway.browser()).get("/sign-in")).text
-    assert (await sign_in(await gateway.browser())) == "/sign-in?problem=no-account"
+    assert (await sign_in(await gateway.browser())) == f"/sign-in?problem=no-account{AND_NEXT}"
     await invite(people.admin, role="viewer")
     first, second = await gateway.browser(), await gateway.browser()
     assert await sign_in(first) == "/dashboard/runs"
@@ -129,7 +130,7 @@ async def test_an_unverified_or_absent_address_is_no_invitation(
         {"email": "other@x.yz"},
     ):
         openid.changes = changes
-        assert await sign_in(await gateway.browser()) == "/sign-in?problem=no-account", changes
+        assert await sign_in(await gateway.browser()) == f"/sign-in?problem=no-account{AND_NEXT}", changes
     openid.changes = {}
     openid.has_email_in_token = False  # userinfo has it
     assert await sign_in(await gateway.browser()) == "/dashboard/runs"
@@ -150,7 +151,8 @@ async def test_a_signed_in_user_connects_an_identity_from_a_page_of_this_server(
     assert (await by_identity.get("/api/v1/auth/whoami")).json()["userId"] == people.owner.user.id
     other = await gateway.browser()
     await other.post("/session", json={"key": people.admin.key})
-    assert await sign_in(other, link) == "/sign-in?problem=taken"
+    assert await sign_in(other, link) == "/dashboard/keys?problem=taken"
+    assert "belongs to another user" in (await other.get("/dashboard/keys?problem=taken")).text
     assert (await other.get("/api/v1/auth/whoami")).json()["userId"] == people.admin.user.id
 
 
@@ -163,7 +165,7 @@ async def test_a_key_of_few_scopes_gains_none_by_connecting_an_identity(
     await browser.post("/session", json={"key": reader["key"]})
     link = "/session/openid?link=1&next=%2Fdashboard%2Fkeys"
     refused = await browser.get(link, headers={"Sec-Fetch-Site": "same-origin"})
-    assert refused.headers["Location"] == "/sign-in?problem=scopes"
+    assert refused.headers["Location"] == "/dashboard/keys?problem=scopes"
     assert "all rights of your role" in (await browser.get(refused.headers["Location"])).text
 
 
@@ -199,13 +201,17 @@ async def test_a_link_is_accepted_with_an_account_that_has_another_address(
     assert await begin_invitation(await gateway.browser(), other) == "/sign-in?problem=taken"
     openid.person = {"sub": "person-3"}
     assert await begin_invitation(await gateway.browser(), other) == "/dashboard"
+    taken = (await invite(people.admin, email="new@example.com"))["url"].partition("#code=")[2]
+    await people.admin.api.post("/api/v1/auth/users", json={"email": "new@example.com"})
+    openid.person = {"sub": "person-4"}
+    assert await begin_invitation(await gateway.browser(), taken) == "/sign-in?problem=address-taken"
 
 
 async def test_an_address_alone_is_no_invitation_where_organizations_could_claim_a_person(
     gateway: GatewayHarness, people: OrganizationUsers
 ) -> None:
     await invite(people.stranger)
-    assert await sign_in(await gateway.browser()) == "/sign-in?problem=no-account"
+    assert await sign_in(await gateway.browser()) == f"/sign-in?problem=no-account{AND_NEXT}"
 
 
 @pytest.mark.parametrize(
@@ -233,7 +239,7 @@ async def test_an_id_token_with_wrong_claims_is_refused(
     await invite(people.admin)
     openid.changes = changes
     browser = await gateway.browser()
-    assert await sign_in(browser) == "/sign-in?problem=refused"
+    assert await sign_in(browser) == f"/sign-in?problem=refused{AND_NEXT}"
     assert_refused(await browser.get("/api/v1/auth/whoami"), 401, "unauthorized")
 
 
@@ -250,7 +256,7 @@ async def test_an_id_token_with_a_wrong_signature_is_refused(
         (OctKey.import_key(secret, {"kid": "shared"}), {}),
     ):
         openid.signing_key, openid.header = key, header
-        assert await sign_in(await gateway.browser()) == "/sign-in?problem=refused", header
+        assert await sign_in(await gateway.browser()) == f"/sign-in?problem=refused{AND_NEXT}", header
     client = OpenIdClient(openid.issuer, CLIENT_ID, "", "openid")
     keys = {"keys": [openid.key.as_dict(private=False)]}
     now = DatabaseClock().now()
@@ -284,7 +290,7 @@ async def test_an_answer_belongs_to_the_browser_that_began_it_and_works_once(
     assert (await browser.get(back)).headers["Location"] == "/sign-in?problem=lost"
     for issuer in ("https://evil.example.com", None):
         openid.answer_issuer = issuer
-        assert await sign_in(await gateway.browser()) == "/sign-in?problem=refused"
+        assert await sign_in(await gateway.browser()) == f"/sign-in?problem=refused{AND_NEXT}"
 
 
 @pytest.mark.usefixtures("_one_organization")
@@ -302,7 +308,7 @@ async def test_a_provider_that_is_down_and_a_server_without_one_say_so(
 ) -> None:
     openid.is_down = True
     answer = await (await gateway.browser()).get(BEGIN)
-    assert answer.headers["Location"] == "/sign-in?problem=unavailable"
+    assert answer.headers["Location"] == f"/sign-in?problem=unavailable{AND_NEXT}"
     page = await (await gateway.browser()).get("/sign-in?problem=unavailable")
     assert "provider can&#39;t be reached" in page.text
     without = await harness.browser()

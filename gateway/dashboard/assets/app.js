@@ -8,16 +8,19 @@ const COPIED_MS = 2_000;
 
 export function say(text) {
   const toast = document.getElementById("toast");
-  toast.textContent = text;
+  toast.textContent = inRuns(text);
   toast.hidden = false;
   clearTimeout(say.timer);
   say.timer = setTimeout(() => { toast.hidden = true; }, 10_000);
 }
 
+// Pages call an execution a run, as `say_runs` does on the server.
+const inRuns = (text) => text.replace(/(?<![\w:/.-])([Ee])xecution(s?)(?![\w:/-])/g, (_, first, last) => (first === "E" ? "Run" : "run") + last);
+
 // A problem stays until it is read: it is closed by hand, or by the next act.
 export function sayProblem(text) {
   const place = document.getElementById("problem");
-  place.querySelector("p").textContent = text;
+  place.querySelector("p").textContent = inRuns(text);
   place.hidden = false;
 }
 
@@ -101,7 +104,7 @@ function refuse(form, text) {
     sayProblem(text);
     return;
   }
-  place.textContent = text;
+  place.textContent = inRuns(text);
   place.hidden = false;
 }
 

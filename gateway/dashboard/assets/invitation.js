@@ -3,7 +3,11 @@ const root = document.documentElement.dataset.root;
 const form = document.getElementById("invitation");
 const problem = document.getElementById("problem");
 const code = new URLSearchParams(location.hash.slice(1)).get("code") ?? "";
-const roles = { viewer: "a viewer, who sees everything and changes nothing", member: "an editor, who builds and runs workflows", admin: "an admin" };
+const roles = {
+  viewer: "a viewer, who sees what is shared and changes nothing",
+  member: "an editor, who builds and runs workflows",
+  admin: "an admin, who sees and changes everything",
+};
 
 async function send(body, path = "/invitation") {
   problem.hidden = true;
@@ -28,6 +32,7 @@ async function show() {
   const terms = document.getElementById("terms");
   if (!found) {
     terms.textContent = "This link does not work.";
+    form.querySelectorAll(".field, .divider, button").forEach((part) => { part.hidden = true; });
     return;
   }
   document.getElementById("organization").textContent = found.organizationName;
@@ -54,6 +59,9 @@ async function acceptByProvider() {
   const begun = await send({}, "/session/openid");
   if (begun) location.assign(begun.url);
 }
+
+// Another link that is opened in this tab changes the fragment alone.
+addEventListener("hashchange", () => { if (location.hash) location.reload(); });
 
 if (form) {
   document.getElementById("by-provider")?.addEventListener("click", acceptByProvider);

@@ -29,6 +29,9 @@ async function signIn(body) {
   problem.hidden = false;
 }
 
+// A link with another code that is opened in this tab changes the fragment alone.
+addEventListener("hashchange", () => { if (location.hash) location.reload(); });
+
 if (form) {
   form.addEventListener("submit", (event) => {
     event.preventDefault();

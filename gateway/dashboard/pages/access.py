@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from gateway.dashboard.formats import parse_instant
 from gateway.dashboard.page import Page, PageData, PageFrame
+from gateway.dashboard.sign_in_page import PROBLEMS
 
 if TYPE_CHECKING:
     from gateway.dashboard.page_request import PageRequest
@@ -64,6 +65,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
     scopes = sorted(frame.visitor["scopes"]) if frame.visitor else []
     return {
         "title": "Keys and users",
+        "problem": PROBLEMS.get(frame.query.get("problem", ""), ""),
         "crumbs": (("Keys and users", ""),),
         "resources": resources,
         "keys": [

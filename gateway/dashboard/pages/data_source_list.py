@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote
 
@@ -11,6 +11,7 @@ from gateway.dashboard.addresses import list_address
 from gateway.dashboard.formats import show_share
 from gateway.dashboard.hour_charts import draw_bars, label_hours
 from gateway.dashboard.page import Page, PageData, PageFrame
+from gateway.dashboard.visibility import list_users, may_change
 
 if TYPE_CHECKING:
     from gateway.dashboard.page_request import PageRequest
@@ -73,34 +74,16 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "share": "" if usage is None or not usage["ended"] else show_share(usage["failed"], usage["ended"]),
         "loses": describe_losses(usage),
         "address": "" if source is None else _address_of(source["settings"]),
-        "users": list_users(source, data["users"], frame),
+        "users": () if source is None else list_users(source, data["users"], frame),
         "awake": [one for one in usage["workflows"] if one["deploymentStatus"] not in ASLEEP]
         if usage
         else [],
-        "may_change": source is not None
-        and frame.visitor is not None
-        and frame.may("datasources:write")
-        and (frame.visitor["role"] == "admin" or frame.visitor["userId"] == source["ownerId"]),
+        "may_change": source is not None and may_change(source, "datasources:write", frame),
         "address_of": lambda source_id: list_address(frame, PATH, {**filters, "source": source_id}),
         "user_id": frame.visitor["userId"] if frame.visitor else "",
         "type": frame.query.get("type", ""),
         "next": "" if is_last else list_address(frame, PATH, {"offset": str(shown)}),
     }
-
-
-def list_users(
-    source: Mapping[str, Any] | None, users: Mapping[str, Any] | None, frame: PageFrame
-) -> Sequence[str]:
-    """Return the users that may use a data source by name, its owner first; by id without a right to names.
-
-    Empty without a data source, and for one that the whole organization may use.
-    """
-    if source is None or source["isPublic"]:
-        return ()
-    names = {user["id"]: user["name"] or user["email"] for user in users["users"]} if users else {}
-    if frame.visitor:
-        names[frame.visitor["userId"]] = "you"
-    return [names.get(user_id, user_id) for user_id in (source["ownerId"], *source["sharedWith"])]
 
 
 def describe_losses(usage: Mapping[str, Any] | None) -> str:

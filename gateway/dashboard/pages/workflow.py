@@ -11,6 +11,7 @@ from gateway.dashboard.form_fields import list_inputs
 from gateway.dashboard.formats import show_duration, show_share, show_whole_json
 from gateway.dashboard.graph_map import draw_graph
 from gateway.dashboard.page import Page, PageData, PageFrame
+from gateway.dashboard.visibility import list_users, may_change
 
 if TYPE_CHECKING:
     from gateway.dashboard.page_request import PageRequest
@@ -21,6 +22,8 @@ VALIDATED_NODES: Final = 300
 """Number of nodes up to which each load of the page validates the graph."""
 MAX_INPUT_CHARACTERS: Final = 200_000
 """Length of the last input up to which the form repeats it."""
+RECENT_SECONDS: Final = 60
+"""Age of the names of users that the page may show again."""
 PATH: Final = "/dashboard/workflows/{id}"
 KEPT: Final = ("node", "view", "at", "input")
 OBJECTS: Final = ("why", "lifecycle", "statistics", "log-level")
@@ -55,6 +58,7 @@ async def load(page: PageRequest) -> PageData:
     # The oldest come first in the list.
     skipped = max(workflow["version"] - SHOWN_VERSIONS, 0)
     asked["versions"] = page.get_if_present(f"{path}/versions", limit=SHOWN_VERSIONS, offset=skipped or None)
+    asked["users"] = page.get_recent("/api/v1/auth/users", seconds=RECENT_SECONDS)
     last = runs["executions"][0]["id"] if runs and runs["executions"] else None
     if last:
         asked["graph"] = page.get_if_present(f"/api/v1/executions/{last}/graph")
@@ -122,6 +126,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         ),
         "shows_table": shows_table,
         "states": states or {},
+        "labels": {one["id"]: one["label"] for one in workflow["nodes"]},
         "figures": figures,
         "node": node,
         "closed": _build_address(frame, node=""),
@@ -139,6 +144,8 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "page_path": f"{frame.root}/dashboard/workflows/{workflow['id']}",
         "may_write": frame.may("workflows:write"),
         "may_run": frame.may("workflows:execute"),
+        "people": list_users(workflow, data["users"], frame),
+        "may_share": may_change(workflow, "workflows:write", frame),
         "is_active": workflow["status"] == "active",
         "is_deployed": status != "not-deployed",
         "is_up": status in {"running", "starting", "deploying"},
