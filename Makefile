@@ -1,5 +1,5 @@
 # `make run` needs python3 (3.11 or newer), python3-venv or uv, and make; the locks bring everything else.
-.PHONY: run install test check check-units check-types check-style check-imports check-words bench faults fuzz docs screenshots dist audit lock
+.PHONY: run install test test-all check check-units check-types check-style check-imports check-words bench faults fuzz docs screenshots dist audit lock
 .SILENT:
 MAKEFLAGS += --no-print-directory
 # Without compiled modules every start takes several times as long.
@@ -32,6 +32,10 @@ install: .venv/installed
 test: .venv/installed-for-tests
 	$(bin)/python -m tests.tools.environments
 	exec $(bin)/python -m $(PYTEST) --numprocesses $(PROCESSES) --dist loadfile --no-loadscope-reorder $(ARGUMENTS)
+
+# Each test on every database, instead of one that its name chooses, and long tests in full.
+test-all:
+	exec $(MAKE) test ARGUMENTS="--thorough $(ARGUMENTS)"
 
 # The checks run two at a time, because each leaves a processor idle for some of its time. Output is grouped by check.
 check: .venv/installed-for-tests

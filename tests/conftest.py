@@ -14,7 +14,7 @@ from hypothesis.internal.conjecture import providers
 
 from concurrency import gc_tuning
 from telemetry import exposition, instruments
-from tests import preloads, services
+from tests import database_choice, preloads, services
 
 MEMORY = Path("/dev/shm")
 ROOM_BYTES = 2 << 30
@@ -65,6 +65,14 @@ settings.register_profile(
 settings.load_profile("suite")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--thorough",
+        action="store_true",
+        help="run each test on every kind of database, instead of one that its name chooses",
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Put temporary folders into memory if it has space, so that databases never wait for a slow disk.
 
@@ -100,11 +108,17 @@ def _end_after(seconds: float, test: Callable[..., Awaitable[None]]) -> Callable
 
 
 @pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Move the tests of the slowest files to the front, so that no process is left alone with one at the end.
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out spare variants, and move the tests of the slowest files to the front.
 
-    The order of other files, and of the tests of a file, stays.
+    So no process is left alone with one at the end. The order of other files, and of the tests of a file, stays. A
+    run that names single tests keeps all their variants.
     """
+    names_tests = any("::" in argument for argument in config.args)
+    if not names_tests and not config.getoption("thorough"):
+        spare = set(database_choice.find_spare_variants(items))
+        items[:] = [item for item in items if item not in spare]
+        config.hook.pytest_deselected(items=list(spare))
     ranks = {name: rank for rank, name in enumerate(SLOWEST_FILES)}
     items.sort(key=lambda item: ranks.get(item.path.name, len(ranks)))
 

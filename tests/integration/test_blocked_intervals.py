@@ -27,6 +27,8 @@ from tests.integration.run_database import (
     write,
 )
 
+pytestmark = pytest.mark.every_database
+
 FOREVER = to_microseconds(held_runs.UNTIL_RESUMED)
 
 

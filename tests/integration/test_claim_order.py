@@ -31,6 +31,8 @@ from tests.integration.test_direct_runs import AssigningGateway
 from tests.node_calls import NoNetwork
 from workers.settings import WorkerSettings
 
+pytestmark = pytest.mark.every_database
+
 MANY: Final = 10_000
 PATIENCE_SECONDS: Final = 60.0
 

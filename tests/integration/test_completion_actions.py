@@ -487,6 +487,7 @@ async def test_ends_that_no_worker_made_are_told_too(
     )
 
 
+@pytest.mark.every_database
 async def test_due_rows_are_found_by_their_index(completion_harness: CompletionHarness) -> None:
     plan = await explain_statement(
         completion_harness.run_database.database, completion.due_statement(10, but_of=["org_1"])

@@ -24,6 +24,8 @@ from tests.integration.run_database import (
     write,
 )
 
+pytestmark = pytest.mark.every_database
+
 KEY = "wf:somebody"
 
 

@@ -31,7 +31,7 @@ from tests.integration.lock_holders import hold_transaction_open, open_impatient
 from workers.main import run_worker
 from workers.settings import WorkerSettings
 
-pytestmark = pytest.mark.timeout(30)
+pytestmark = [pytest.mark.every_database, pytest.mark.timeout(30)]
 
 EVENTS = "/api/v1/workflows/events"
 SAME_ORDER = {"left": "{{ item.event_data.order }}", "operator": "equals", "right": "{{ data.body.order }}"}

@@ -399,6 +399,7 @@ async def test_an_ended_run_is_deleted_with_all_that_belongs_to_it(
     assert await list_actions(people, workflow_id) == ["executions.deleted"]
 
 
+@pytest.mark.every_database
 async def test_retries_are_looked_up_by_an_index(harness: GatewayHarness) -> None:
     later = "SELECT 1 FROM execution AS later WHERE later.key_id = e.key_id AND later.resumed_from = e.id"
     is_postgresql = harness.gateway.database.engine.dialect.name == "postgresql"

@@ -194,6 +194,7 @@ async def _explain_request(large_organization: LargeOrganization, person: UserCl
     return ["\n".join(str(row[-1]) for row in plan) for plan in plans]
 
 
+@pytest.mark.every_database
 @pytest.mark.parametrize(("field", "column"), COLUMNS.items())
 @pytest.mark.parametrize("direction", ["asc", "desc"])
 async def test_a_list_is_sorted_by_an_index_and_counted_in_one(
@@ -208,12 +209,14 @@ async def test_a_list_is_sorted_by_an_index_and_counted_in_one(
         assert "workflow_graph" not in page + count
 
 
+@pytest.mark.every_database
 async def test_a_status_is_counted_in_the_index_of_statuses(large_organization: LargeOrganization) -> None:
     for person in large_organization.people:
         _, count = await _explain_request(large_organization, person, f"{WORKFLOWS}?status=paused&limit=1")
         assert "ix_workflow_listed_by_status" in count
 
 
+@pytest.mark.every_database
 async def test_a_tag_is_looked_up_in_the_index_of_tags(large_organization: LargeOrganization) -> None:
     index_of_tags = (
         "sqlite_autoindex_workflow_tag_1" if large_organization.is_on_sqlite else "workflow_tag_pkey"
@@ -224,11 +227,13 @@ async def test_a_tag_is_looked_up_in_the_index_of_tags(large_organization: Large
                 assert index_of_tags in plan
 
 
+@pytest.mark.every_database
 async def test_statistics_are_counted_in_the_index_of_statuses(large_organization: LargeOrganization) -> None:
     [plan] = await _explain_request(large_organization, large_organization.member, f"{WORKFLOWS}/stats")
     assert "ix_workflow_listed_by_status" in plan
 
 
+@pytest.mark.every_database
 async def test_trigger_tokens_are_looked_up_by_organization_or_workflow(
     large_organization: LargeOrganization,
 ) -> None:

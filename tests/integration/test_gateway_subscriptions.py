@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from sqlalchemy import select
 from sqlmodel import col
 
@@ -127,6 +128,7 @@ async def test_a_version_that_is_restored_brings_its_triggers_back(
     assert await _workflows_started_by(harness, owner, "old") == [workflow_id]
 
 
+@pytest.mark.every_database
 async def test_subscribers_are_read_by_an_index(harness: GatewayHarness) -> None:
     plan = await query_plans.explain_statement(
         harness.gateway.database, event_subscriptions.statement("org_1", "user.created")

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from engine.values import Json
 
+pytestmark = pytest.mark.every_database
+
 AT_ONCE = 50
 
 

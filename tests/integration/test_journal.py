@@ -23,6 +23,8 @@ from journal.store import ClaimedRun, JournalStore, LeaseRenewal, RenewalResult,
 from models.errors import DatabaseUnavailable
 from tests.integration.run_database import MigratedDatabase, RunDatabase, key_of, open_run_database
 
+pytestmark = pytest.mark.every_database
+
 PATIENCE_SECONDS = 60.0
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 

@@ -155,6 +155,7 @@ async def test_filtered_pages_are_those_of_the_list_by_offset(many: ManyRuns, qu
         assert {(page["count"], page["countIsLowerBound"]) for page in walked} == {(len(listed), False)}
 
 
+@pytest.mark.every_database
 async def test_a_count_ends_at_its_limit_and_says_so(many: ManyRuns, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "KEYSET_COUNT", 20)
     for path in LISTS:
@@ -197,6 +198,7 @@ async def test_pages_of_bounded_work_are_complete_together(
         assert any(len(page) < 20 for page in pages[:-1]), "a page ends with its work, not only with its rows"
 
 
+@pytest.mark.every_database
 async def test_ended_runs_are_not_examined_for_those_that_wait(
     many: ManyRuns, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -206,6 +208,7 @@ async def test_ended_runs_are_not_examined_for_those_that_wait(
         assert (page["executions"], page["next"], page["count"]) == ([], None, 0)
 
 
+@pytest.mark.every_database
 @pytest.mark.parametrize("path", ["runs?trigger_type=email", "deliveries?route=hook"])
 async def test_a_page_without_matches_leads_further_back_until_the_last_one(
     many: ManyRuns, monkeypatch: pytest.MonkeyPatch, path: str
@@ -312,6 +315,7 @@ INDEXES: Mapping[str, str] = {
 }
 
 
+@pytest.mark.every_database
 async def test_no_list_reads_a_table_from_end_to_end_or_a_payload(many: ManyRuns) -> None:
     for path in dict.fromkeys(itertools.chain(PAGES, INDEXES)):
         asked = path if "after=" in path else f"{path}{'&' if '?' in path else '?'}after=start"
@@ -364,6 +368,7 @@ WHOLE_READS = re.compile(
 """Steps of plans that read a large table, or an index of all its rows, from end to end."""
 
 
+@pytest.mark.every_database
 async def test_no_page_of_the_dashboard_reads_a_large_table_from_end_to_end(many: ManyRuns) -> None:
     for path in DASHBOARD:
         with _collect_statements(many.harness) as sent:
@@ -375,6 +380,7 @@ async def test_no_page_of_the_dashboard_reads_a_large_table_from_end_to_end(many
             assert not WHOLE_READS.search(plan), (path, statement, plan)
 
 
+@pytest.mark.every_database
 async def test_no_statistics_lead_to_a_scan_of_a_large_table(many: ManyRuns) -> None:
     database = many.harness.gateway.database
     if is_sqlite(database.url):
@@ -406,6 +412,7 @@ async def test_no_statistics_lead_to_a_scan_of_a_large_table(many: ManyRuns) -> 
     assert await count_scans() == before
 
 
+@pytest.mark.every_database
 async def test_the_rarest_label_is_read_first(many: ManyRuns) -> None:
     for query in (
         f"tag={COMMON_TAG}&metadata.{ORDER_KEY}=1006",

@@ -262,6 +262,7 @@ async def test_deployments_are_looked_at_in_batches(
     assert found == sorted(made)
 
 
+@pytest.mark.every_database
 async def test_the_check_reads_no_table_of_runs_from_end_to_end(harness: GatewayHarness) -> None:
     wanted = activity.activity_statement().where(col(Deployment.workflow_id) == "wf_1")
     plan = await explain_statement(harness.gateway.database, wanted)

@@ -22,6 +22,8 @@ from models.database import RETRIES, Database, parse_url
 from models.schema_migration import NewerDatabase, OutdatedDatabase
 from tests.services import PostgresServer
 
+pytestmark = pytest.mark.every_database
+
 for module in pkgutil.iter_modules(models.__path__, "models."):
     importlib.import_module(module.name)  # its tables must be known to the metadata
 

@@ -15,7 +15,7 @@ from engine.services import RunCaller
 from execution.stored_model_ledger import StoredModelLedger
 from tests.integration.run_database import MigratedDatabase, OwnedWorkflow, RunDatabase, open_run_database
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.every_database, pytest.mark.anyio]
 
 CENT = 10_000_000
 """Nano-dollars."""

@@ -29,6 +29,8 @@ from tests.integration.run_database import (
     write,
 )
 
+pytestmark = pytest.mark.every_database
+
 YES = node_answers.encode_output_answer({"choice": "approve"}, "approve")
 
 

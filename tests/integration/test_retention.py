@@ -30,6 +30,8 @@ from tests.integration.run_database import (
     write,
 )
 
+pytestmark = pytest.mark.every_database
+
 NOW = datetime.now(UTC)
 DAY = 86_400_000_000
 PATIENCE_SECONDS = 60.0

@@ -81,6 +81,7 @@ async def end_run(
     )
 
 
+@pytest.mark.every_database
 async def test_runs_count_in_the_hour_of_their_acceptance_by_their_present_status(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
@@ -161,6 +162,7 @@ async def test_private_runs_do_not_count(harness: GatewayHarness, people: Organi
     assert (shown["accepted"], shown["failed"]) == (1, 0)
 
 
+@pytest.mark.every_database
 async def test_waits_for_pods_have_percentiles(harness: GatewayHarness, people: OrganizationUsers) -> None:
     present = hour_of(harness.gateway.clock())
     workflow_id = await people.owner.create(status="active", **GRAPH)
@@ -182,6 +184,7 @@ async def test_waits_for_pods_have_percentiles(harness: GatewayHarness, people: 
     assert total["wakeP95Ms"] == pytest.approx(8_000, rel=0.1)
 
 
+@pytest.mark.every_database
 async def test_the_worst_workflows_come_first(harness: GatewayHarness, people: OrganizationUsers) -> None:
     now = harness.gateway.clock()
     names = ("quiet", "busy", "waiting", "failed once", "failed lately", "stuck")
@@ -420,6 +423,7 @@ async def test_groups_of_failures_are_bounded_and_follow_changes(
     assert (await list_groups(people.owner))["groups"] == []
 
 
+@pytest.mark.every_database
 async def test_counts_and_lists_are_read_by_indexes(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:

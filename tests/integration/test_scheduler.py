@@ -32,6 +32,8 @@ from tests.integration.run_database import (
     open_run_database,
 )
 
+pytestmark = pytest.mark.every_database
+
 LEASE_SECONDS = 3.0
 """Longer than the pauses of a process on a busy machine."""
 PATIENCE_SECONDS = 60.0

@@ -517,6 +517,7 @@ async def test_a_due_schedule_of_an_inactive_workflow_does_not_start(
         assert await connection.scalar(due_at) is None
 
 
+@pytest.mark.every_database
 async def test_due_runs_are_found_by_an_index(harness: GatewayHarness) -> None:
     plan = await query_plans.explain_statement(
         harness.gateway.database, scheduled_runs.due_statement(DatabaseTime())

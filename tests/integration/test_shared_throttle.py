@@ -16,6 +16,8 @@ from scheduler import retention
 from tests.integration.run_database import MigratedDatabase, RunDatabase, open_run_database
 from tests.node_calls import CALLER
 
+pytestmark = pytest.mark.every_database
+
 SECOND = timedelta(seconds=1)
 
 

@@ -31,7 +31,7 @@ from nodes.connections.data_source_policy import ConnectionPolicy, ServerDatabas
 from tests import services
 from tests.node_calls import CALLER, call
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.every_database, pytest.mark.anyio]
 
 LOOPBACK = (ip_network("127.0.0.0/8"), ip_network("::1/128"))
 TYPES = ["sqlite", "postgresql", "mysql"]

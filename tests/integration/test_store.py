@@ -63,6 +63,8 @@ from tests.integration.run_database import (
 )
 from tests.services import PgBouncer, PostgresServer
 
+pytestmark = pytest.mark.every_database
+
 Answer = TypeVar("Answer")
 
 NOW = datetime(2026, 1, 1, 12, 0, 0, 123_456, tzinfo=UTC)

@@ -24,6 +24,8 @@ from tests.upgrades import schemas
 from tests.upgrades.api import Api
 from tests.upgrades.fixture import CALLBACKS, FOLDER, KINDS, LEDGER, SECRET_KEY, Fixture, Manifest
 
+pytestmark = pytest.mark.every_database
+
 FIXTURES = [Fixture(path.parent.name, path.name) for path in sorted(FOLDER.glob("*/*/"))]
 NEW_SECRET_KEY = "another secret, by which everything is encrypted anew"
 UNDO_ADDITIONS = (FOLDER / "0001/undo_additions.sql").read_text().split(";\n")[:-1]
