@@ -378,6 +378,9 @@ class AgentSteps:
     def record(self, step: AgentStep) -> None:
         """Add a step, or its new state, to the next commit."""
 
+    def close_lost_steps(self) -> None:
+        """Record the end of steps that another worker has begun, if it has taken their contents with it."""
+
     async def commit(self) -> None:
         """Make everything recorded durable."""
 
@@ -525,6 +528,8 @@ class NodeCall(msgspec.Struct, frozen=True):
     """Calls of language models that this node has made, in all attempts."""
     steps: AgentSteps = NO_STEPS
     tools: AgentTools = NO_TOOLS
+    records_content: bool = True
+    """Whether the journal keeps prompts and answers of the node."""
     set_metadata: Callable[[Mapping[str, str]], None] = _ignore_metadata
     """`set_metadata({key: value})` sets metadata of the execution, by which lists find it."""
 

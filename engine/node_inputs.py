@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from msgspec import structs
 
-from engine import node_key, values
+from engine import content_recording, node_key, values
 from engine.expressions import MISSING, ExpressionError, ValueTemplate, compile_path
 from engine.frames import NodeVisit
 from engine.joins import JoinMode
@@ -178,7 +178,10 @@ class NodeInputs:
         visit.hashes = program.static_hashes + dynamic + program.key_end
         if program.outside:
             visit.hashes += self._digest_reads(frame, program, scope)
-        node_id, log = program.node.id, self._recorder.log
+        node_id = program.node.id
+        log: Callable[[str, str, str], None] = self._recorder.log
+        if not program.records_content:
+            log = content_recording.hide_lines(log)
         call = NodeCall(
             config=visit.config,
             data=visit.data,
@@ -195,6 +198,7 @@ class NodeInputs:
             now=visit.begun_at,
             services=self._services,
             is_strict=self._is_strict,
+            records_content=program.records_content,
             set_metadata=self._recorder.set_metadata,
             model_calls=VisitModelCalls(visit, self._recorder)
             if program.node_type.is_paid

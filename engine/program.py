@@ -8,7 +8,7 @@ from hashlib import sha256
 from inspect import iscoroutinefunction
 from typing import TYPE_CHECKING, Final, Self
 
-from engine import task_node
+from engine import content_recording, task_node
 from engine.agents import agent_wiring
 from engine.agents.agent_steps import AGENT_TYPE
 from engine.agents.tool_kinds import SUB_WORKFLOW_TYPE
@@ -101,6 +101,8 @@ class NodeProgram:
     """Model and tools of an agent."""
     has_tainted_input: bool = False
     """Whether a node before it may give it text of outsiders; of nodes that start a sub-workflow run alone."""
+    records_content: bool = True
+    """Whether the journal keeps its prompts and answers; for an agent, also those of the agents inside it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +197,10 @@ class WorkflowProgram:
             for node in agent_wiring.list_agents(graph.nodes):
                 if node.id not in graph.pinned:
                     agent = _compile_agent(node, drawn, catalog, implementation)
-                    nodes[node.id] = _complete_agent(nodes[node.id], agent)
+                    is_recorded = agent_wiring.find_unrecorded(node, drawn) is None
+                    nodes[node.id] = replace(
+                        _complete_agent(nodes[node.id], agent), records_content=is_recorded
+                    )
             nodes |= _mark_tainted_starts(nodes, drawn)
             run = {
                 node.type
@@ -409,6 +414,7 @@ def compile_node(node: GraphNode, catalog: NodeTypeLookup) -> NodeProgram:
         is_volatile=any(rule.applies_to(config) for rule in node_type.volatile),
         is_given_again=effect is NodeEffect.WRITE or node_type.is_paid or node_type.loops,
         defaults={name: value for name, value in early.items() if name not in node.config},
+        records_content=content_recording.is_recorded(node.type, node.config),
     )
 
 

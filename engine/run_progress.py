@@ -9,7 +9,7 @@ from datetime import datetime, timedelta
 from hashlib import sha256
 from typing import TYPE_CHECKING, Final, TypeAlias
 
-from engine import answer_payloads, run_records, values
+from engine import answer_payloads, content_recording, run_records, values
 from engine.frames import NO_PORT, NodeVisit, SectionFrame, SleepingNode, WakeAction
 from engine.loops import LoopScheduler
 from engine.node_api import (
@@ -219,15 +219,17 @@ class RunProgress:
         if pause is None:
             self.give_up(visit, reason)
             return
-        self._recorder.log("warning", f"Attempt {reason.attempt} failed: {error.message}", visit.node_id)
+        shown = error.message if visit.program.records_content else reason.message
+        self._recorder.log("warning", f"Attempt {reason.attempt} failed: {shown}", visit.node_id)
         wake_at = self._recorder.clock.now() + timedelta(seconds=pause)
         self._recorder.record_node(visit, SpanStatus.RETRYING, wake_at=wake_at, error=reason)
         visit.attempt += 1
         self._sleep(visit, wake_at, WakeAction.TRIED_AGAIN)
 
     def to_run_error(self, visit: NodeVisit, error: NodeError) -> RunError:
-        """Convert an error to the stored error of a node."""
-        return run_records.to_node_run_error(error, visit.node_id, visit.attempt)
+        """Convert an error to the stored error of a node, without its message if that may quote hidden contents."""
+        reason = run_records.to_node_run_error(error, visit.node_id, visit.attempt)
+        return reason if visit.program.records_content else content_recording.strip_error(reason)
 
     def _pause_seconds(self, visit: NodeVisit, error: NodeError) -> float | None:
         """Return the delay before the next attempt in seconds; None if there is none.

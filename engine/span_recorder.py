@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import msgspec
 from msgspec import structs
 
-from engine import node_key
+from engine import content_recording, node_key
 from engine import run_limits as engine_limits
 from engine.node_api import TOOL_TYPE
 from engine.run_errors import NodeError
@@ -24,12 +24,13 @@ from engine.run_records import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from datetime import datetime
 
     from engine.agents.agent_steps import AgentStep
     from engine.frames import NodeVisit, SectionFrame
     from engine.graph import GraphNode
+    from engine.model_calls import ModelCallRecord
     from engine.run_clock import RunClock
     from engine.run_limits import RunLimits
     from engine.run_records import RunJournalWriter
@@ -133,33 +134,35 @@ class SpanRecorder:
         task = visit.task if status is SpanStatus.WAITING else None
         if task is not None:
             self._pending_bytes += len(task)
-        self._journal.record(
-            NodeSpan(
-                node_id=node.id,
-                label=node.label,
-                type=node.type,
-                status=status,
-                sequence=self._sequence,
-                started_at=visit.started_at,
-                ended_at=ended_at,
-                iteration=visit.frame.iteration,
-                port=port,
-                attempt=visit.attempt,
-                input_node=visit.input_node,
-                input=visit.input,
-                output=output,
-                error=error,
-                unresolved=tuple(dict.fromkeys(visit.unresolved)) if visit.unresolved else (),
-                wake_at=wake_at,
-                awaits=awaits,
-                resolved_config=visit.resolved_config,
-                hashes=hashes,
-                key_id=visit.key_id,
-                rendered_config=visit.rendered_config,
-                task=task,
-                model_calls=msgspec.json.encode(visit.model_calls) if visit.model_calls else None,
-            )
+        calls: Sequence[ModelCallRecord] = visit.model_calls
+        if calls and not visit.program.records_content:
+            calls = content_recording.strip_calls(calls)
+        span = NodeSpan(
+            node_id=node.id,
+            label=node.label,
+            type=node.type,
+            status=status,
+            sequence=self._sequence,
+            started_at=visit.started_at,
+            ended_at=ended_at,
+            iteration=visit.frame.iteration,
+            port=port,
+            attempt=visit.attempt,
+            input_node=visit.input_node,
+            input=visit.input,
+            output=output,
+            error=error,
+            unresolved=tuple(dict.fromkeys(visit.unresolved)) if visit.unresolved else (),
+            wake_at=wake_at,
+            awaits=awaits,
+            resolved_config=visit.resolved_config,
+            hashes=hashes,
+            key_id=visit.key_id,
+            rendered_config=visit.rendered_config,
+            task=task,
+            model_calls=msgspec.json.encode(calls) if calls else None,
         )
+        self._journal.record(span if visit.program.records_content else content_recording.strip_span(span))
         if self._logs_states:
             self._log_state(visit, status, port, ended_at, wake_at)
 

@@ -279,9 +279,12 @@ class RunJournal:
         self._write.attempts.append(attempt)
 
     def record_step(self, step: AgentStep) -> None:
-        """Add the new state of a step of an agent to the next commit; an ended one is progress of the run."""
+        """Add the new state of a step of an agent to the next commit; an ended one is progress of the run.
+
+        One without contents is none, since another worker begins before it.
+        """
         self._write.steps.append(step)
-        if step.ended_at is not None:
+        if step.ended_at is not None and step.conversation is None:
             self._write.has_new_result = True
 
     def log(self, line: LogLine) -> None:

@@ -89,6 +89,8 @@ HAS_SETTLED_AGENT: Final = (
     .exists()
 )
 """Condition: the agent of a step has a result."""
+HAS_CONTENTS: Final = col(AgentStepRow.conversation).is_(None)
+"""Condition: a run can continue behind a step, since its contents are recorded."""
 _own = aliased(AgentStepRow)
 IS_LEFT: Final = and_(
     col(AgentStepRow.reuse).is_not(None),
@@ -198,7 +200,7 @@ async def insert_copy(
         await _copy_attempts(connection, failed, new_id)
     if keeps_conversations:
         # Steps of agents that have no result, so that they continue.
-        await _copy_steps(connection, failed, new_id, ~HAS_SETTLED_AGENT, {})
+        await _copy_steps(connection, failed, new_id, and_(HAS_CONTENTS, ~HAS_SETTLED_AGENT), {})
 
 
 async def insert_replay(
@@ -250,7 +252,7 @@ async def insert_replay(
         is_answered = or_(
             col(AgentStepRow.kind) == StepKind.TOOL, col(AgentStepRow.status) == StepStatus.COMPLETED
         )
-        wanted = and_(col(AgentStepRow.node_id).in_(agents), is_answered, ~IS_LEFT)
+        wanted = and_(col(AgentStepRow.node_id).in_(agents), is_answered, HAS_CONTENTS, ~IS_LEFT)
         await _copy_steps(connection, source, new_id, wanted, {"reuse": literal(reuse.value)})
 
 

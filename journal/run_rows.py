@@ -84,7 +84,7 @@ ATTEMPT_CHANGES = "started_at = coalesce(excluded.started_at, attempt_span.start
 STEP_COLUMNS = (
     *("execution_id", "node_id", "iteration", "number", "shard", "id", "sequence", "kind", "name", "status"),
     *("attempt", "losses", "effect", "call_id", "key", "request_hash", "arguments", "result", "model_calls"),
-    *("cost", "reuse", "started_at", "ended_at"),
+    *("cost", "reuse", "started_at", "ended_at", "conversation"),
 )
 STEP_KEY = ("execution_id", "node_id", "iteration", "number")
 STEP_CHANGES = ", ".join(
@@ -221,6 +221,7 @@ def step_rows(batch: Sequence[RunWrite]) -> list[DatabaseRow]:
             None if step.reuse is None else step.reuse.value,
             to_microseconds(step.started_at),
             _to_microseconds(step.ended_at),
+            step.conversation,
         )
         for (write, step), step_id in zip(newest, ids.new_ids("step", len(newest)), strict=True)
     ]
@@ -229,7 +230,8 @@ def step_rows(batch: Sequence[RunWrite]) -> list[DatabaseRow]:
 def decode_step(row: Sequence[Any]) -> AgentStep:
     """Return the step in a row with the columns `STEP_COLUMNS`; times are microseconds since 1970 there."""
     (_, node_id, iteration, number, _, _, sequence, kind, name, status, attempt, losses, *rest) = row
-    effect, call_id, key, request_hash, arguments, result, model_calls, _, reuse, started_at, ended_at = rest
+    effect, call_id, key, request_hash, arguments, result, model_calls, _, reuse, *rest = rest
+    started_at, ended_at, conversation = rest
     return AgentStep(
         *(node_id, iteration, number, sequence, StepKind(kind), name, StepStatus(status)),
         started_at=from_microseconds(started_at),
@@ -244,6 +246,7 @@ def decode_step(row: Sequence[Any]) -> AgentStep:
         result=_to_bytes(result),
         model_calls=decoding.decode(model_calls, tuple[ModelCallRecord, ...]) if model_calls else (),
         reuse=None if reuse is None else StepReuse(reuse),
+        conversation=conversation,
     )
 
 

@@ -41,3 +41,5 @@ class AgentStepRow(SQLModel, table=True):
     """Use of a step of a replayed run, as `engine.agents.agent_steps.StepReuse`; None for a step of this run."""
     started_at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))
     ended_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
+    conversation: int | None = None
+    """Number of its conversation, from 0, if its contents are not recorded; None if they are."""

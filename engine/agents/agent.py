@@ -17,7 +17,13 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import msgspec
 
-from engine.agents.agent_steps import AgentStep, StepKind, StepStatus
+from engine.agents.agent_steps import (
+    AgentStep,
+    StepKind,
+    StepStatus,
+    count_conversations,
+    list_present_steps,
+)
 from engine.model_calls import (
     ChatMessage,
     ChatRequest,
@@ -40,6 +46,8 @@ if TYPE_CHECKING:
 
 MAX_LOSSES: Final = 3
 """Attempts at one answer that may be lost with their workers; each may have been billed."""
+MAX_CONVERSATIONS: Final = 3
+"""Conversations of an agent whose contents are not recorded: each worker that it is moved to begins a new one."""
 MAX_REPAIRS: Final = 2
 MAX_ERRORS_IN_A_ROW: Final = 3
 MAX_EQUAL_CALLS: Final = 3
@@ -224,16 +232,20 @@ AgentAction: TypeAlias = "CallModel | CallTools | AwaitApprovals | Finish | Fail
 
 
 def decide_next(task: AgentTask, steps: Sequence[AgentStep]) -> AgentAction:
-    """Return the next action of an agent with these recorded steps."""
+    """Return the next action of an agent with these recorded steps.
+
+    Those without contents count in its budget alone: the conversation begins behind them.
+    """
     pending = list_pending_calls(steps)
     if pending:
         allowed = list(takewhile(lambda step: step.status is not StepStatus.WAITING, pending))
         if allowed:
             return CallTools(_choose_together(task, allowed))
         return AwaitApprovals([step for step in pending if step.status is StepStatus.WAITING])
-    last = next((step for step in reversed(steps) if step.kind is StepKind.MODEL), None)
+    present = list_present_steps(steps)
+    last = next((step for step in reversed(present) if step.kind is StepKind.MODEL), None)
     if last is None:
-        return _ask(task, steps, 0)
+        return _begin(task, steps)
     if last.status is not StepStatus.COMPLETED:
         return _ask_again(task, steps, last)
     answer = read_stored_answer(last)
@@ -251,7 +263,7 @@ def plan_tool_calls(
     unknown tools, with invalid arguments or beyond the limit are failed at once, and those that a person has to
     approve wait.
     """
-    done = sum(step.kind is StepKind.TOOL for step in earlier)
+    done = sum(step.kind is StepKind.TOOL for step in list_present_steps(earlier))
     is_tainted = is_conversation_tainted(task, earlier)
     planned = []
     for index, call in enumerate(answer.tool_calls):
@@ -299,7 +311,8 @@ def require_approval(step: AgentStep, tool: AgentTool, *, is_tainted: bool) -> A
 
 def list_pending_calls(steps: Sequence[AgentStep]) -> Sequence[AgentStep]:
     """Return the recorded tool calls without a result, in the order of the model."""
-    return [step for step in steps if step.kind is StepKind.TOOL and step.ended_at is None]
+    present = list_present_steps(steps)
+    return [step for step in present if step.kind is StepKind.TOOL and step.ended_at is None]
 
 
 def fail_tool_step(step: AgentStep, error: str, hint: str, moment: datetime) -> AgentStep:
@@ -323,7 +336,7 @@ def read_tool_result(step: AgentStep) -> str:
 def build_conversation(task: AgentTask, steps: Sequence[AgentStep]) -> list[ChatMessage]:
     """Return the messages so far: the task, each complete answer, and the results of its tool calls."""
     messages = list(task.messages)
-    for step in steps:
+    for step in list_present_steps(steps):
         if step.ended_at is None or (step.kind is StepKind.MODEL and step.status is not StepStatus.COMPLETED):
             continue
         if step.kind is StepKind.TOOL:
@@ -376,6 +389,18 @@ def _find_call_problem(
 
 
 # ── models ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _begin(task: AgentTask, steps: Sequence[AgentStep]) -> AgentAction:
+    """Begin a conversation behind the steps of lost ones, unless there were too many of them."""
+    lost = count_conversations(steps)
+    if lost >= MAX_CONVERSATIONS:
+        return Fail(
+            "lost-attempt",
+            f"The agent was begun {lost} times, and its worker has left it each time: its contents are not recorded, so"
+            " that no other worker continues it",
+        )
+    return _ask(task, steps, len(steps))
 
 
 def _ask(task: AgentTask, steps: Sequence[AgentStep], number: int) -> AgentAction:
@@ -457,7 +482,7 @@ def _final_answers(steps: Sequence[AgentStep]) -> Sequence[AgentStep]:
     return list(
         takewhile(
             lambda step: step.kind is StepKind.MODEL and not read_stored_answer(step).tool_calls,
-            reversed(steps),
+            reversed(list_present_steps(steps)),
         )
     )
 
@@ -467,7 +492,7 @@ def _final_answers(steps: Sequence[AgentStep]) -> Sequence[AgentStep]:
 
 def _end_at_limit(task: AgentTask, steps: Sequence[AgentStep], limit: StopReason, number: int) -> AgentAction:
     """Ask for a last answer without tools, fail, or end with the last text if nothing may be spent any more."""
-    if task.limits.fails_at_limit or not steps:
+    if task.limits.fails_at_limit or not list_present_steps(steps):
         return _end_without_asking(task, steps, limit)
     wish = ChatMessage(
         MessageRole.USER, f"Answer now with what you know, without tools: a limit is reached ({limit.value})."
@@ -480,7 +505,8 @@ def _end_at_limit(task: AgentTask, steps: Sequence[AgentStep], limit: StopReason
 
 def _end_without_asking(task: AgentTask, steps: Sequence[AgentStep], limit: StopReason) -> AgentAction:
     """Fail at a limit, or end with the text of the last answer; without an answer the node fails in any case."""
-    texts = [read_stored_answer(step).text for step in steps if step.kind is StepKind.MODEL]
+    present = list_present_steps(steps)
+    texts = [read_stored_answer(step).text for step in present if step.kind is StepKind.MODEL]
     if task.limits.fails_at_limit or not texts:
         return Fail(LIMIT_CODE, f"The agent has reached a limit: {limit.value}")
     return Finish(texts[-1], None, limit)
@@ -489,7 +515,7 @@ def _end_without_asking(task: AgentTask, steps: Sequence[AgentStep], limit: Stop
 def _find_stop_reason(task: AgentTask, steps: Sequence[AgentStep]) -> StopReason:
     """Return why the final answer was asked for: the limit before it, or none."""
     before = steps[: len(steps) - len(_final_answers(steps))]
-    if not before:
+    if not list_present_steps(before):
         return StopReason.FINISHED
     tools = tuple(tool.description for tool in task.tools.values())
     request = _build_request(task, build_conversation(task, before), tools)
@@ -501,9 +527,9 @@ def _find_limit(task: AgentTask, steps: Sequence[AgentStep], request: ChatReques
 
     The budget has to suffice for that answer and a last one.
     """
-    limits = task.limits
-    answers = [step for step in steps if step.kind is StepKind.MODEL]
-    calls = [step for step in steps if step.kind is StepKind.TOOL]
+    limits, present = task.limits, list_present_steps(steps)
+    answers = [step for step in present if step.kind is StepKind.MODEL]
+    calls = [step for step in present if step.kind is StepKind.TOOL]
     if (brake := _find_brake(calls)) is not None:
         return brake
     if len(answers) >= limits.max_iterations:

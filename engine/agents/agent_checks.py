@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
-from engine.agents import agent_exposure, direct_tools, tool_reach
+from engine.agents import agent_exposure, direct_tools, tool_reach, unrecorded_agents
 from engine.agents.agent_exposure import NO_TRAITS
 from engine.agents.agent_steps import AGENT_TYPE
 from engine.agents.agent_wiring import (
@@ -55,6 +55,7 @@ def find_problems(
             yield GraphFinding(FindingType.INVALID_CONFIG, message, suggestion, agent.id)
             continue
         yield from _check_agent(agent, graph, types, catalog, traits)
+        yield from unrecorded_agents.find_problems(agent, graph, catalog)
 
 
 def _check_agent(

@@ -81,8 +81,25 @@ class AgentStep(msgspec.Struct, frozen=True):
     """Calls of language models in this step, with their costs."""
     reuse: StepReuse | None = None
     """Use of a step of a replayed run; None for a step of this run."""
+    conversation: int | None = None
+    """Number of its conversation, from 0, if its contents are not recorded, so that no other worker continues behind
+    it; None if they are.
+    """
 
     @property
     def is_candidate(self) -> bool:
         """Whether the step belongs to the replayed run, and is not yet part of this one."""
         return self.reuse is not None and self.reuse is not StepReuse.REUSED
+
+
+def list_present_steps(steps: Sequence[AgentStep]) -> Sequence[AgentStep]:
+    """Return the steps of the present conversation: those behind the last one without contents."""
+    for index in range(len(steps), 0, -1):
+        if steps[index - 1].conversation is not None:
+            return steps[index:]
+    return steps
+
+
+def count_conversations(steps: Sequence[AgentStep]) -> int:
+    """Return the number of conversations of which the steps have no contents."""
+    return max((step.conversation + 1 for step in steps if step.conversation is not None), default=0)

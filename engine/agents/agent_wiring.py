@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Final
 
+from engine import content_recording
 from engine.agents import tool_kinds
 from engine.agents.agent_steps import AGENT_TYPE
 from engine.graph import GraphNode, ParsedGraph
@@ -90,6 +91,31 @@ def target_of(tool: GraphNode) -> GraphNode | None:
     return GraphNode(
         id=tool.id, type=target.type, version=target.version, label=tool.label, config=target.config
     )
+
+
+def find_unrecorded(agent: GraphNode, graph: ParsedGraph, depth: int = 1) -> GraphNode | None:
+    """Return the node by whose config the contents of an agent are not recorded; None if they are.
+
+    It is the agent itself, its model, a tool, or one of those of the agents inside it: each of them has the contents.
+    """
+    if not content_recording.is_recorded(agent.type, agent.config):
+        return agent
+    for edge in graph.inbound[agent.id] if depth <= MAX_AGENT_DEPTH else ():
+        if edge.target_port not in PROVIDER_PORTS:
+            continue
+        provider = graph.by_id[edge.source]
+        target = target_of(provider) if edge.target_port == PORT_OF_TOOLS else None
+        if not content_recording.is_recorded(provider.type, provider.config):
+            return provider
+        if target is None:
+            continue
+        if target.type == AGENT_TYPE:
+            found = find_unrecorded(target, graph, depth + 1)
+        else:
+            found = None if content_recording.is_recorded(target.type, target.config) else target
+        if found is not None:
+            return found
+    return None
 
 
 def has_too_many_tools(agent: GraphNode, graph: ParsedGraph) -> bool:

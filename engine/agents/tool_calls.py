@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Final, cast
 import msgspec
 
 from concurrency import offload
-from engine import answer_payloads, run_records, values
+from engine import answer_payloads, content_recording, run_records, values
 from engine.agents import call_approvals, call_waits, workflow_traits
-from engine.agents.agent_steps import StepStatus
+from engine.agents.agent_steps import StepKind, StepStatus, count_conversations
 from engine.model_prices import show_cost
 from engine.node_api import (
     AgentSteps,
@@ -104,16 +104,43 @@ class VisitSteps(AgentSteps):
         return self._recorder.clock.now()
 
     def record(self, step: AgentStep) -> None:
-        """Add a step, or its new state, to the next commit; the costs of ended steps are those of the node."""
-        step = self._recorder.record_step(step)
+        """Add a step, or its new state, to the next commit; the costs of ended steps are those of the node.
+
+        Contents that are not recorded are kept in memory, with which this worker goes on.
+        """
+        kept = step
+        if not self._visit.program.records_content:
+            lost = count_conversations(self._steps)
+            kept = content_recording.strip_step(step, lost, self._agent.tools)
+        sequence = self._recorder.record_step(kept).sequence
+        step = msgspec.structs.replace(step, sequence=sequence)
         self._candidates.pop(step.number, None)
         if step.number == len(self._steps):
             self._steps.append(step)
         else:
             self._steps[step.number] = step
         visit = self._visit  # Its agent may have called this one.
-        agent = cast("AgentProgram", visit.program.agent)
-        visit.model_calls = call_waits.collect_calls(agent, visit.steps, visit.nested_steps)
+        outermost = cast("AgentProgram", visit.program.agent)
+        visit.model_calls = call_waits.collect_calls(outermost, visit.steps, visit.nested_steps)
+
+    def close_lost_steps(self) -> None:
+        """Record the end of steps that another worker has begun and taken the contents of with it.
+
+        An answer that it was waiting for may have been billed.
+        """
+        for step in tuple(self._steps):
+            if step.conversation is None or step.ended_at is not None:
+                continue
+            ended = msgspec.structs.replace(step, status=StepStatus.FAILED, ended_at=self.now())
+            tool = self._agent.tools.get(step.name)
+            if step.kind is StepKind.MODEL:
+                ended = msgspec.structs.replace(ended, losses=step.losses + 1)
+            elif tool is not None and tool.program.agent is not None:
+                inner = self.nest(tool, step)
+                inner.close_lost_steps()
+                losses = sum(each.losses for each in inner.recorded)
+                ended = msgspec.structs.replace(ended, model_calls=inner.collect_calls(), losses=losses)
+            self.record(ended)
 
     @property
     def may_expire(self) -> bool:
@@ -292,6 +319,9 @@ class VisitTools(AgentTools):
         A failure is repeated by the tool's own policy if it may be. Raises `NodeError`.
         """
         tool = self._agent.tools[step.name]
+        if tool.is_awaited and not self._call.records_content:
+            message = "The contents of the agent are not recorded, and this tool keeps its arguments"
+            raise NodeError(message, code=content_recording.REFUSED_CODE)
         if tool.program.missing is not None:
             raise NodeError(f"The tool needs configuration: {tool.program.missing}", code="missing-config")
         try:

@@ -130,7 +130,7 @@ def _check_step(step: AgentStep) -> None:
         *((step.name, MAX_TASK_CHARACTERS), (step.key, MAX_TASK_CHARACTERS)),
         (step.call_id, MAX_CALL_ID_CHARACTERS),
     )
-    numbers = (step.number, step.attempt, step.losses)
+    numbers = (step.number, step.attempt, step.losses, step.conversation or 0)
     if not all(0 <= number <= MAX_STEP_NUMBER for number in numbers):
         raise _refuse_write("A step has a number that can't be stored")
     is_valid = all(len(text) <= limit and "\0" not in text for text, limit in lengths)

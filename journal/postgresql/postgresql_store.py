@@ -660,7 +660,7 @@ _TASK_TYPES = (
 _STEP_TYPES = (
     *("text", "text", "text", "integer", "smallint", "text", "integer", "text", "text", "text"),
     *("integer", "integer", "text", "text", "text", "text", "text", "text", "text"),
-    *("bigint", "text", "bigint", "bigint"),
+    *("bigint", "text", "bigint", "bigint", "integer"),
 )
 # A run that got an answer while it was running doesn't wait: the next executor that claims it reads the
 # answer.

@@ -40,6 +40,7 @@ async def run_agent(
     Raises `NodeError` if it fails, and if no model answers.
     """
     begun_here: set[int] = set()
+    call.steps.close_lost_steps()
     _review_calls(call, task)
     may_expire = call.steps.may_expire
     while True:

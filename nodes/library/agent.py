@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
+from engine import content_recording
 from engine.agents import agent
 from engine.agents.agent import AgentLimits, AgentTask, AgentTool, ApprovalPolicy
 from engine.agents.agent_steps import StepKind
@@ -55,6 +56,8 @@ def _build_task(
     model: Mapping[str, Json],
     connected: Sequence[CallableTool],
 ) -> AgentTask:
+    if not call.records_content:
+        _require_repeatable(config, connected)
     schema = config.get("outputSchema")
     if schema is not None and not isinstance(schema, dict):
         raise NodeError("`outputSchema` has to be a JSON Schema", code="invalid-config")
@@ -83,6 +86,21 @@ def _build_task(
         ),
         read_answer=lambda text: _read_answer(text, schema or {}),
     )
+
+
+def _require_repeatable(config: Mapping[str, Json], tools: Sequence[CallableTool]) -> None:
+    """Raise `NodeError` for an agent without recorded contents that may write, or ask people about its calls.
+
+    Its conversation may begin again, and then it would repeat writes, and could not read the answers. Validation finds
+    that too, except in values of expressions.
+    """
+    field = content_recording.FIELD
+    if NodeEffect.WRITE.value in config_fields.read_sequence(config, "effects"):
+        message = f"An agent with `{field}: false` may not write: let nodes behind it do that"
+        raise NodeError(message, code=content_recording.REFUSED_CODE)
+    if ApprovalPolicy.ALWAYS in [config["approval"], *(tool.approval for tool in tools)]:
+        message = f"An agent with `{field}: false` can't ask about its calls: a question keeps the arguments"
+        raise NodeError(message, code=content_recording.REFUSED_CODE)
 
 
 def _read_answer(text: str, schema: Mapping[str, Any]) -> tuple[Json, Sequence[str]]:
@@ -147,18 +165,24 @@ def _read_dollars(given: Json) -> int:
 
 
 def _build_output(call: NodeCall, task: AgentTask, ended: Finish) -> Json:
-    """Return the output of the node: the answer, the conversation, the steps and their cost."""
+    """Return the output of the node: the answer, the conversation if it is recorded, the steps and their cost."""
     steps = call.steps.recorded
+    messages = agent.build_conversation(task, steps) if call.records_content else ()
     records = [record for step in steps for record in step.model_calls]
     return {
         "response": ended.text,
         **({} if task.output_schema is None else {"data": ended.value}),
         "stopReason": ended.stop_reason.value,
-        "messages": [
-            cast("Json", _show_message(message)) for message in agent.build_conversation(task, steps)
-        ],
+        "messages": [cast("Json", _show_message(message)) for message in messages],
         "steps": [
-            {"kind": step.kind.value, "name": step.name, "status": step.status.value, "attempt": step.attempt}
+            {
+                "kind": step.kind.value,
+                "name": step.name
+                if call.records_content
+                else content_recording.limit_name(step.kind, step.name, task.tools),
+                "status": step.status.value,
+                "attempt": step.attempt,
+            }
             for step in steps
         ],
         "toolCalls": sum(step.kind is StepKind.TOOL for step in steps),

@@ -298,6 +298,45 @@ async def kill_agent(
         return died
 
 
+READS = [(("look", "Oslo"), ("look", "Rome")), (("look", "Bonn"),)]
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("kills", [[4, -5], [-3, 5]])
+async def test_an_agent_whose_contents_are_not_recorded_begins_again_and_pays_for_what_is_recorded(
+    run_database: RunDatabase, migrated_database: MigratedDatabase, tmp_path: Path, kills: list[int]
+) -> None:
+    definition = json.loads(build_agent("URL"))
+    definition["nodes"][1]["config"] |= {"recordContent": False, "effects": ["read"]}
+    definition["nodes"] = [node for node in definition["nodes"] if node["id"] != "send"]
+    definition["connections"] = [edge for edge in definition["connections"] if edge["source"] != "send"]
+    async with serve_models() as served:
+        FollowedTurns(served, READS)
+        text = json.dumps(definition).replace("URL", served.url)
+        key = await run_database.accept(await run_database.workflow(), definition=text)
+        died = await run_killed(run_database, migrated_database, key, served, tmp_path, kills)
+        row = await run_database.row(key.execution_id)
+        assert row["status"] == "completed", row["error"]
+        steps = await run_database.query(
+            "SELECT kind, status, key, arguments, result, conversation FROM execution_step"
+            " WHERE execution_id = :id ORDER BY number",
+            id=key.execution_id,
+        )
+        assert {(step["arguments"], step["result"]) for step in steps} == {(None, None)}
+        assert {step["status"] for step in steps} <= {"completed", "failed"}, "no step stays open"
+        conversations = [step["conversation"] for step in steps]
+        assert conversations == sorted(conversations)
+        assert 1 <= conversations[-1] <= died
+        last = [step["kind"] for step in steps if step["conversation"] == conversations[-1]]
+        assert last == ["model", "tool", "tool", "model", "tool", "model"], "it is a whole conversation"
+        answers = [step for step in steps if (step["kind"], step["status"]) == ("model", "completed")]
+        assert len(answers) <= len(served.billed) <= len(answers) + died
+        assert len(set(served.billed)) == len(served.billed), "each request has a key of its own"
+        assert len([call for call in await read_calls(run_database, key) if "usage" in call]) == len(answers)
+        keys = [step["key"] for step in steps if step["kind"] == "tool"]
+        assert len(set(keys)) == len(keys)
+
+
 async def approve(run_database: RunDatabase, key: ExecutionKey) -> str:
     """Approve the one call that waits; return the iteration of the question."""
     async with run_database.database.read() as connection:

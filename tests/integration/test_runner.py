@@ -830,6 +830,34 @@ async def test_an_agent_continues_in_another_pod_behind_its_recorded_steps(pods:
     ]
 
 
+async def test_a_pod_that_is_lost_takes_contents_that_are_not_recorded_with_it(pods: DeployedPods) -> None:
+    look = ScriptedAnswer("", tool_calls=[{"name": "look", "arguments": '{"city": "Oslo"}'}])
+    stalled = ScriptedAnswer(fault=ModelFault.STALL)
+    async with serve_models(look, stalled, look, ScriptedAnswer()) as served:
+        model_id = await create_model(pods, served.url)
+        definition = json.loads(build_agent(served.url).replace('"first"', f'"{model_id}"'))
+        definition["nodes"][1]["config"] |= {"recordContent": False, "effects": ["read"]}
+        key = await pods.accept(json.dumps(definition))
+        first = await pods.start().ready()
+        await wait_until(lambda: len(served.requests) == 2)
+        first.started.kill()
+        pods.start()
+        await pods.has_swept(lambda: len(served.requests) == 4)
+        await pods.reaches(key, "completed")
+    ended = (await pods.outputs(key))["agent"]
+    assert (ended["response"], ended["lostAttempts"], ended["messages"]) == ("Cold.", 1, [])
+    steps = await pods.run_database.query(
+        "SELECT name, status, conversation, arguments, result FROM execution_step"
+        " WHERE execution_id = :id ORDER BY number",
+        id=key.execution_id,
+    )
+    assert [(step["name"], step["status"], step["conversation"]) for step in steps] == [
+        *[(model_id, "completed", 0), ("look", "completed", 0), (model_id, "failed", 0)],
+        *[(model_id, "completed", 1), ("look", "completed", 1), (model_id, "completed", 1)],
+    ]
+    assert {(step["arguments"], step["result"]) for step in steps} == {(None, None)}
+
+
 async def test_an_agent_in_a_pod_waits_for_the_workflow_of_an_agent_that_is_its_tool(
     pods: DeployedPods,
 ) -> None:
