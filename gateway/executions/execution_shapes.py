@@ -261,6 +261,10 @@ class StepShape(WireStruct):
     """Iteration of the steps of the agent that does a tool call, if one does, under the id of the tool's node."""
     reused: bool
     """Whether a replay has taken it over from the replayed execution, which has its cost."""
+    conversation: int | None
+    """Number of its conversation, from 0, if its contents are not recorded (`recordContent: false`): a worker that is
+    lost ends the conversation, and the next one begins another. Null for a step with contents.
+    """
     usage: ModelUsageShape | UnsetType = UNSET
     """Tokens and cost of the language models that the step has called; absent without a call."""
 
@@ -426,6 +430,7 @@ def show_step(step: AgentStep) -> StepShape:
         duration_ms=_count_milliseconds(step.started_at, step.ended_at),
         inner_iteration=call_waits.name_iteration(step) if step.kind is StepKind.TOOL else None,
         reused=step.reuse is StepReuse.REUSED,
+        conversation=step.conversation,
         usage=model_usage.sum_records(step.model_calls) if step.model_calls else UNSET,
     )
 

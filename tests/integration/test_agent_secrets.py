@@ -15,6 +15,8 @@ from prometheus_client.registry import REGISTRY
 from structlog.testing import capture_logs
 
 from messages.local_broker import LocalBroker
+from telemetry import tracing
+from telemetry.tracing import FinishedSpan, Tracer
 from tests.fakes.mcp_server import McpFault, McpServer, build_tool, serve_tools
 from tests.fakes.model_server import ModelFault, ModelServer, ScriptedAnswer, serve_models
 from tests.integration.gateway_harness import GatewayHarness, OrganizationUsers
@@ -172,6 +174,15 @@ async def read_run(reader: AnswerCollector, execution_id: str, workflow_id: str)
         await reader.ask("POST", workflow + action)
 
 
+async def collect_places(harness: GatewayHarness) -> dict[str, str]:
+    """Return all that the server keeps, and its metrics, by place."""
+    kept = {
+        "metrics": exposition.generate_latest(REGISTRY).decode(),
+        "rows": await dump(harness),
+    }
+    return kept | {path.name: path.read_bytes().decode("latin-1") for path in database_files(harness)}
+
+
 async def test_no_secret_reaches_a_model_a_person_or_a_row(
     harness: GatewayHarness,
     people: OrganizationUsers,
@@ -229,15 +240,119 @@ async def test_no_secret_reaches_a_model_a_person_or_a_row(
     told = [message for message in models.requests[3]["messages"] if message["role"] == "tool"]
     assert len(told) == 5
 
-    kept = await dump(harness)
     places = {
         "the model": json.dumps(models.requests, ensure_ascii=False),
         "answers": "\n".join(reader.texts + trail.texts),
         "logs": repr(lines) + "".join(capfd.readouterr()),
-        "metrics": exposition.generate_latest(REGISTRY).decode(),
-        "rows": kept,
+        **await collect_places(harness),
     }
-    places |= {path.name: path.read_bytes().decode("latin-1") for path in database_files(harness)}
     found = [(place, trace) for place, text in places.items() for trace in TRACES if trace in text]
     assert found == []
     assert all("[hidden]" in places[place] for place in ("the model", "answers", "rows"))
+
+
+# ── contents that are not recorded ──────────────────────────────────────────────────────────────────────────
+
+SAID = f"{CANARY}-said"
+TOPIC = {"type": "object", "properties": {"topic": {"enum": ["order"]}}, "required": ["topic"]}
+PROMPT = "Report {{ data.body.first }}{{ data.body.second }}."
+"""The run gets both halves of the canary, which only a prompt puts together."""
+HALVES = {"first": SAID[:9], "second": SAID[9:]}
+NODES: Mapping[str, dict[str, Any]] = {
+    "agent": {"prompt": PROMPT, "system": PROMPT},
+    "llm": {"prompt": PROMPT, "outputSchema": TOPIC},
+    "ai-gateway": {"userPrompt": PROMPT, "systemPrompt": PROMPT},
+    "classifier": {"input": PROMPT, "labels": [{"name": "order"}, {"name": "invoice"}]},
+    "extract": {"input": PROMPT, "schema": TOPIC},
+    "llm-router": {"prompt": PROMPT, "routes": [{"port": "order"}]},
+}
+
+
+def build_workflow(kind: str, flag: dict[str, Any]) -> dict[str, Any]:
+    """Return a graph of one node with a model; an agent has two tools, and an agent as a third one."""
+    config = {**flag, **NODES[kind]}
+    asking = {"id": kind, "nodeId": kind, "config": config, "inputMappings": {"more": PROMPT}}
+    nodes: list[dict[str, Any]] = [{"id": "start", "nodeId": "manual"}, asking]
+    edges = [{"source": "start", "target": kind}]
+    if kind == "agent":
+        targets: Mapping[str, dict[str, Any]] = {
+            "note": {"type": "set", "config": {"values": {"text": "{{ args.text }}"}}},
+            "log": {"type": "log", "config": {"message": "{{ args.text }}"}},
+            "helper": {"type": "agent", "config": {"model": flag["model"], "prompt": "{{ args.text }}"}},
+        }
+        for name, target in targets.items():
+            tool = {"name": name, "description": name, "parameters": PARAMETERS, "target": {"node": target}}
+            nodes.append({"id": name, "nodeId": "tool", "config": tool})
+            edges.append({"source": name, "target": "agent", "targetPort": "tools"})
+        edges.append({"source": "note", "target": "helper", "targetPort": "tools"})
+    return {"name": f"Said to {kind}", "nodes": nodes, "connections": edges}
+
+
+class Whisperer:
+    """Script in which every answer but the last one of a conversation holds the canary."""
+
+    def __init__(self, served: ModelServer) -> None:
+        self._served = served
+        served.on_request = self.choose
+
+    def choose(self) -> None:
+        request = self._served.requests[-1]
+        tools = [tool["function"]["name"] for tool in request.get("tools", ())]
+        done = sum(message["role"] == "assistant" for message in request["messages"])
+        arguments = json.dumps({"text": SAID})
+        calls = [{"name": name, "arguments": arguments} for name in [*tools, f"{SAID}-tool"]]
+        if tools:
+            self._served.script = [
+                ScriptedAnswer(SAID, tool_calls=calls) if done == 0 else ScriptedAnswer("Done.")
+            ]
+        else:
+            # An answer that fits no schema, which a correction quotes and an error too.
+            is_text = "json" not in json.dumps(request).lower()
+            self._served.script = [ScriptedAnswer("Done." if is_text else SAID)]
+
+
+@pytest.mark.parametrize("is_recorded", [False, True])
+async def test_contents_that_are_not_recorded_are_kept_nowhere(
+    harness: GatewayHarness,
+    people: OrganizationUsers,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    is_recorded: bool,
+) -> None:
+    allow_loopback(harness, monkeypatch)
+    person, reader = people.owner, AnswerCollector(people.owner.api)
+    traced: list[FinishedSpan] = []
+    monkeypatch.setattr(tracing, "tracer", Tracer(traced.append))
+    with capture_logs() as lines:
+        async with serve_models() as models, serve_worker(harness):
+            Whisperer(models)
+            source = {"name": "Said", "type": "ai-provider", "settings": {"baseUrl": models.url}}
+            source_id = (await reader.ask("POST", SOURCES, {**source, "secrets": {"key": "k"}}))[
+                "dataSourceId"
+            ]
+            model_id = await create_model(person, source_id)
+            flag = {"model": model_id, **({} if is_recorded else {"recordContent": False})}
+            ends: dict[str, str] = {}
+            for kind in NODES:
+                workflow_id = await person.create(**build_workflow(kind, flag))
+                execution_id = await execute_workflow(person, workflow_id, **HALVES)
+                ends[kind] = (await wait_until_ended(person, execution_id))["status"]
+                await read_run(reader, execution_id, workflow_id)
+                run = f"/api/v1/executions/{execution_id}"
+                await reader.ask("GET", f"{run}/spans/{kind}")
+                await reader.ask("POST", f"{run}/replay", {"dryRun": True})
+                for stream in ("events", "steps?follow=true"):
+                    reader.texts.append((await person.api.get(f"{run}/{stream}")).text)
+        await reader.ask("GET", "/api/v1/dead-letters")
+    failed = {kind for kind, status in ends.items() if status == "failed"}
+    assert failed == {"llm", "classifier", "extract"}, "their answers fit no schema"
+    assert SAID in json.dumps(models.requests)
+    places = {
+        "answers": "\n".join(reader.texts),
+        "logs": repr(lines),
+        "spans": repr(traced),
+        **await collect_places(harness),
+    }
+    found = {place for place, text in places.items() if SAID in text}
+    assert (found >= {"answers", "rows"}) is is_recorded, found
+    assert is_recorded or found == set()

@@ -3325,6 +3325,7 @@ class _StepAlways(TypedDict):
     durationMs: int | None
     innerIteration: str | None
     reused: bool
+    conversation: int | None
 
 
 class Step(_StepAlways, total=False):
