@@ -61,6 +61,8 @@ class ReplayReasonCode(StrEnum):
     WRITE_NEEDS_CONFIRM = "write-needs-confirm"
     LEFT_OUT = "left-out"
     UPSTREAM_LEFT_OUT = "upstream-left-out"
+    CONTENT_NOT_RECORDED = "content-not-recorded"
+    """An agent asks its model again, since it keeps no answers, or has kept none."""
 
 
 class ResultUse(StrEnum):
@@ -136,6 +138,8 @@ class RecordedAnswers:
     total: int
     unfinished: int
     """Answers of it where it has no result."""
+    has_unrecorded_contents: bool = False
+    """Whether it has given answers whose contents are not recorded, which are not counted."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -596,7 +596,8 @@ class _NodePlanner:
     def _reuse_answers(self, node: NodeReplay) -> NodeReplay:
         """Return the decision about a node; of an agent that runs, with the use of its recorded answers.
 
-        They are binding where the plan shows no difference. A chosen or refreshed agent begins a new conversation.
+        They are binding where the plan shows no difference. A chosen or refreshed agent begins a new conversation, and
+        so does one whose answers are not recorded, which the plan says.
         """
         recorded = self._facts.answers.get(node.node_id)
         if recorded is None or node.decision not in {ReplayDecision.RERUN, ReplayDecision.MAYBE}:
@@ -605,6 +606,8 @@ class _NodePlanner:
         is_refreshed = self._options.refreshes_reads and node.effect is NodeEffect.READ
         if is_refreshed or codes & {ReplayReasonCode.FORCED, ReplayReasonCode.REFRESHED}:
             return node
+        if recorded.has_unrecorded_contents or not self._program.nodes[node.node_id].records_content:
+            return replace(node, reasons=(*node.reasons, ReplayReason(ReplayReasonCode.CONTENT_NOT_RECORDED)))
         around = find_loops_around(self._program, frozenset({node.node_id}))
         keeps_iterations = any(self._decisions[loop].failed_only for loop in around)
         answers = recorded.unfinished if keeps_iterations else recorded.total

@@ -732,10 +732,14 @@ async def _read_execution(
 
 async def _count_answers(connection: AsyncConnection, key: ExecutionKey) -> dict[str, RecordedAnswers]:
     """Return the number of recorded answers of agents, by their node ids and those of tools that are agents."""
-    is_unfinished = case((run_copies.HAS_SETTLED_AGENT, 0), else_=1)
+    total = case((run_copies.HAS_CONTENTS, 1), else_=0)
+    unfinished = case((and_(run_copies.HAS_CONTENTS, ~run_copies.HAS_SETTLED_AGENT), 1), else_=0)
     node_id = col(AgentStepRow.node_id)
     counted = (
-        select(node_id, func.count().label("total"), func.sum(is_unfinished).label("unfinished"))
+        select(
+            *(node_id, func.count().label("answers")),
+            *(func.sum(total).label("total"), func.sum(unfinished).label("unfinished")),
+        )
         .where(
             *(col(AgentStepRow.execution_id) == key.execution_id, col(AgentStepRow.shard) == key.shard),
             col(AgentStepRow.kind) == StepKind.MODEL,
@@ -745,7 +749,12 @@ async def _count_answers(connection: AsyncConnection, key: ExecutionKey) -> dict
         .group_by(node_id)
     )
     rows = await connection.execute(counted)
-    return {row.node_id: RecordedAnswers(row.total, row.unfinished) for row in rows}
+    return {
+        row.node_id: RecordedAnswers(
+            row.total, row.unfinished, has_unrecorded_contents=row.answers > row.total
+        )
+        for row in rows
+    }
 
 
 async def _find_written_earlier(connection: AsyncConnection, key: ExecutionKey, found: Row[Any]) -> set[str]:

@@ -840,6 +840,45 @@ async def test_an_agent_is_replayed_by_its_recorded_answers(harness_of: ReplayHa
     assert [step["name"] for step in steps[:3]] == ["echo", "look", "look"]
 
 
+async def test_an_agent_whose_contents_are_not_recorded_is_asked_again(harness_of: ReplayHarness) -> None:
+    here = harness_of
+    here.model.turns = [AGENT_TURNS[0], AGENT_TURNS[2]]
+    _, failed = await fail_agent(here, draw_agent(recordContent=False), 2)
+    plan = await here.plan(failed)
+    (planned,) = [node for node in plan["nodes"] if node["nodeId"] == "agent"]
+    assert planned["decision"] == "rerun"
+    assert [reason["code"] for reason in planned["reasons"]] == ["failed", "content-not-recorded"]
+    assert "answers" not in planned
+    replayed = await here.replay(failed, planHash=plan["planHash"])
+    assert (await here.show(replayed))["status"] == "completed"
+    assert len(here.model.billed) == 2 + 3
+    resumed = await here.person.api.post(f"{EXECUTIONS}/{failed}/resume", json={})
+    assert resumed.status_code == 409, "it was replayed"
+    steps = await list_steps(here, replayed)
+    assert {step["conversation"] for step in steps} == {0}
+    assert [step["number"] for step in steps] == list(range(len(steps)))
+    assert {(step["arguments"], step["result"]) for step in steps} == {(None, None)}
+
+
+async def test_answers_are_copied_into_no_replay_that_does_not_record_them(harness_of: ReplayHarness) -> None:
+    here = harness_of
+    here.model.turns = [AGENT_TURNS[0], AGENT_TURNS[2]]
+    workflow_id, failed = await fail_agent(here, draw_agent(), 2)
+    answer = await here.person.api.put(
+        f"/api/v1/workflows/{workflow_id}", json=draw_agent(recordContent=False)
+    )
+    assert answer.status_code == 200, answer.text
+    (planned,) = [
+        n for n in (await here.plan(failed, definition="current"))["nodes"] if n["nodeId"] == "agent"
+    ]
+    assert "content-not-recorded" in [reason["code"] for reason in planned["reasons"]]
+    replayed = await here.replay(failed, definition="current")
+    assert (await here.show(replayed))["status"] == "completed"
+    assert len(here.model.billed) == 2 + 3
+    steps = await list_steps(here, replayed)
+    assert {(step["arguments"], step["result"], step["reused"]) for step in steps} == {(None, None, False)}
+
+
 async def test_another_request_ends_a_replay_unless_the_model_is_asked_anew(
     harness_of: ReplayHarness,
 ) -> None:
