@@ -20,7 +20,7 @@ from engine.model_calls import (
     estimate_input_tokens,
     estimate_tokens,
 )
-from nodes.ai import provider_json
+from nodes.ai import answer_schemas, call_ids, provider_json
 from nodes.ai.provider_json import MAX_NAME_CHARACTERS, read_count, read_text
 
 if TYPE_CHECKING:
@@ -58,14 +58,15 @@ def build_body(model: ModelConnection, request: ChatRequest) -> dict[str, Any]:
     body: dict[str, Any] = {
         "model": model.vendor_model_id,
         "max_tokens": request.max_tokens,
-        "messages": _build_messages(request.messages, model.id),
+        "messages": _build_messages(call_ids.unify(request.messages, model.id), model.id),
         "stream": True,
     }
     system = [message.content for message in request.messages if message.role is MessageRole.SYSTEM]
     if system:
         body["system"] = "\n\n".join(system)
-    if request.output_schema is not None and model.follows_schemas:
-        body["output_config"] = {"format": {"type": "json_schema", "schema": request.output_schema}}
+    wanted = request.output_schema if model.follows_schemas else None
+    if wanted is not None and (schema := _narrow_schema(wanted)) is not None:
+        body["output_config"] = {"format": {"type": "json_schema", "schema": schema}}
     if request.tools:
         body["tools"] = [
             {
@@ -91,6 +92,18 @@ def build_image_question(text: str, image: str) -> Sequence[Mapping[str, Any]]:
     """Return the blocks of a text and a PNG image in Base64, as the parts of `ProviderContent`."""
     source = {"type": "base64", "media_type": "image/png", "data": image}
     return [{"type": "image", "source": source}, {"type": "text", "text": text}]
+
+
+def accepts_schema(schema: Mapping[str, Any]) -> bool:
+    """Return whether an answer by a schema may be asked for: the provider refuses one that it doesn't enforce."""
+    return _narrow_schema(schema) is not None
+
+
+def _narrow_schema(schema: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return a schema as the provider enforces it, without bounds; None if it doesn't enforce it."""
+    closed = answer_schemas.close_objects(schema, keeps_bounds=False)
+    is_enforced = closed is not None and answer_schemas.is_enforced(closed, needs_all_fields=False)
+    return closed if is_enforced else None
 
 
 def adapt_body(body: Mapping[str, Any], refusal: str) -> dict[str, Any] | None:
@@ -243,11 +256,14 @@ class ChatAnswerParser:
 
     def _list_calls(self) -> list[RequestedToolCall]:
         calls: list[RequestedToolCall] = []
+        ids: set[str] = set()
         for draft in self._drafts.values():
             block = draft.block
             if block.get("type") == "tool_use":
                 arguments, problem = provider_json.read_tool_arguments(draft.json, block.get("input"))
-                call_id = read_text(block.get("id")) or f"call{len(calls):05}"
+                call_id = read_text(block.get("id"))
+                call_id = call_id if call_id and call_id not in ids else f"call{len(calls):05}"
+                ids.add(call_id)
                 name = read_text(block.get("name"))[:MAX_NAME_CHARACTERS]
                 calls.append(RequestedToolCall(call_id, name, arguments, problem))
         return calls
@@ -257,11 +273,9 @@ class ChatAnswerParser:
         blocks = [draft.block for draft in self._drafts.values()]
         if all(block.get("type") in _PLAIN_BLOCKS for block in blocks):
             return None
-        inputs = {call.id: call.arguments or {} for call in calls}
+        made = iter(calls)
         parts = [
-            {**block, "input": inputs.get(read_text(block.get("id")), {})}
-            if block.get("type") == "tool_use"
-            else block
+            _complete_block(block, next(made)) if block.get("type") == "tool_use" else block
             for block in blocks
             if block.get("type") != "text" or block.get("text")
         ]
@@ -286,6 +300,11 @@ class ChatAnswerParser:
             cache_write_tokens=written,
             reasoning_tokens=min(thoughts, output),
         )
+
+
+def _complete_block(block: Mapping[str, Any], call: RequestedToolCall) -> dict[str, Any]:
+    """Return the block of a tool call with the id that its result names, and its whole input."""
+    return {**block, "id": call.id, "input": call.arguments or {}}
 
 
 def build_stream_failure(error: object) -> ModelCallFailed:

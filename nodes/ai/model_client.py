@@ -96,6 +96,9 @@ class ProviderProtocol(Protocol):
     def build_image_question(self, text: str, image: str) -> Sequence[Mapping[str, Any]]:
         """Return the content of a message with a text and a PNG image in Base64, as `ProviderContent` has it."""
 
+    def accepts_schema(self, schema: Mapping[str, Any]) -> bool:
+        """Return whether a model that follows schemas may be asked for an answer by this one."""
+
     def adapt_body(self, body: Mapping[str, Any], refusal: str) -> dict[str, Any] | None:
         """Return a body without the field that a server has refused by name; None if it named none."""
 
@@ -251,7 +254,9 @@ def build_headers(model: ModelConnection) -> dict[str, str]:
 def _adapt_to_abilities(model: ModelConnection, request: ChatRequest) -> ChatRequest:
     """Return a request for a value in the way that the model knows: by its schema, else by a tool, else in words."""
     schema = request.output_schema
-    if schema is None or model.follows_schemas:
+    if schema is None:
+        return request
+    if model.follows_schemas and PROTOCOLS[model.provider].accepts_schema(schema):
         return request
     if model.calls_tools and not request.tools and schema.get("type") == "object":
         tool = ToolDescription(ANSWER_TOOL, "Gives the answer.", schema)

@@ -24,7 +24,7 @@ from engine.model_calls import (
     estimate_input_tokens,
     estimate_tokens,
 )
-from nodes.ai import provider_json
+from nodes.ai import answer_schemas, call_ids, provider_json
 from nodes.ai.provider_json import MAX_NAME_CHARACTERS, read_count, read_text
 
 if TYPE_CHECKING:
@@ -60,7 +60,9 @@ def build_body(model: ModelConnection, request: ChatRequest) -> dict[str, Any]:
     """Return the body of a request; a schema is passed on only to models that are known to follow it."""
     body: dict[str, Any] = {
         "model": model.vendor_model_id,
-        "messages": [_build_message(message, model.id) for message in request.messages],
+        "messages": [
+            _build_message(message, model.id) for message in call_ids.unify(request.messages, model.id)
+        ],
         "max_tokens": request.max_tokens,
         "stream": True,
         "stream_options": {"include_usage": True},
@@ -68,8 +70,7 @@ def build_body(model: ModelConnection, request: ChatRequest) -> dict[str, Any]:
     if request.temperature is not None:
         body["temperature"] = request.temperature
     if request.output_schema is not None and model.follows_schemas:
-        named = {"name": SCHEMA_NAME, "strict": True, "schema": request.output_schema}
-        body["response_format"] = {"type": "json_schema", "json_schema": named}
+        body["response_format"] = {"type": "json_schema", "json_schema": _build_schema(request.output_schema)}
     if request.tools:
         body["tools"] = [_build_tool(tool) for tool in request.tools]
     if request.forced_tool:
@@ -81,6 +82,21 @@ def build_image_question(text: str, image: str) -> Sequence[Mapping[str, Any]]:
     """Return the message of a text and a PNG image in Base64, as the only part of `ProviderContent`."""
     shown = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{image}"}}
     return [{"role": "user", "content": [{"type": "text", "text": text}, shown]}]
+
+
+def accepts_schema(schema: Mapping[str, Any]) -> bool:  # noqa: ARG001 - the protocol's parameter
+    """Return whether an answer by a schema may be asked for, as by any: one that isn't enforced is a wish."""
+    return True
+
+
+def _build_schema(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a schema with its name; it is `strict` only if it is in the subset that OpenAI enforces.
+
+    Another strict one is refused, while the answer is validated here in any case.
+    """
+    closed = answer_schemas.close_objects(schema)
+    is_strict = closed is not None and answer_schemas.is_enforced(closed, needs_all_fields=True)
+    return {"name": SCHEMA_NAME, "strict": is_strict, "schema": closed if is_strict else schema}
 
 
 def adapt_body(body: Mapping[str, Any], refusal: str) -> dict[str, Any] | None:

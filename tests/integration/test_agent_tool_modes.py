@@ -70,7 +70,7 @@ async def test_a_model_without_tool_calls_works_with_tools_until_the_brake() -> 
     assert all("tools" not in request for request in served.requests)
     look, send, final = list_choices(first)
     assert [each["properties"].get("tool", {}).get("enum") for each in (look, send)] == [["look"], ["send"]]
-    assert look["properties"]["arguments"] == CITY
+    assert look["properties"]["arguments"] == {**CITY, "additionalProperties": False}
     assert list(final["properties"]) == ["answer"]
     assert [list(each["properties"]) for each in list_choices(last)] == [["answer"]], (
         "the last turn has no tools"
@@ -110,13 +110,18 @@ async def test_wrong_answers_go_back_to_the_model() -> None:
 
 
 async def test_the_final_answer_has_its_own_schema_and_is_corrected() -> None:
-    schema: Json = {"type": "object", "properties": {"degrees": {"type": "integer"}}, "required": ["degrees"]}
+    schema: dict[str, Json] = {
+        "type": "object",
+        "properties": {"degrees": {"type": "integer"}},
+        "required": ["degrees"],
+    }
     wrong, right = chosen(answer={"degrees": "-3"}), ScriptedAnswer('{"degrees": -3}')
     async with serve_models(LOOK, wrong, right) as served:
         world = await run_agent({"first": served.url}, toolMode="json", outputSchema=schema)
     assert (world.output["data"], world.output["stopReason"]) == ({"degrees": -3}, "finished")
-    assert list_choices(served.requests[1])[-1]["properties"]["answer"] == schema
-    assert served.requests[2]["response_format"]["json_schema"]["schema"] == schema
+    closed = {**schema, "additionalProperties": False}
+    assert list_choices(served.requests[1])[-1]["properties"]["answer"] == closed
+    assert served.requests[2]["response_format"]["json_schema"]["schema"] == closed
     assert all(message["role"] != "tool" for message in served.requests[2]["messages"])
 
 

@@ -290,7 +290,8 @@ async def test_a_model_without_schemas_is_asked_in_words() -> None:
     in_words, native = served.requests
     assert "JSON Schema" in in_words["messages"][0]["content"]
     assert "response_format" not in in_words
-    assert native["response_format"]["json_schema"]["schema"] == SCHEMA
+    asked = native["response_format"]["json_schema"]
+    assert (asked["schema"], asked["strict"]) == ({**SCHEMA, "additionalProperties": False}, True)
     assert len(native["messages"]) == 1
 
 

@@ -92,10 +92,33 @@ def test_the_end_of_an_answer_is_recognized(name: str, reason: FinishReason, tex
             "tool_cut_by_length",
             [RequestedToolCall("toolu_a1", "get_weather", None, "The arguments are not valid JSON")],
         ),
+        ("arguments_as_object", [RequestedToolCall("toolu_a1", "get_weather", OSLO)]),
+        (
+            "arguments_broken",
+            [
+                RequestedToolCall("toolu_a1", "get_weather", OSLO),
+                RequestedToolCall("toolu_a2", "get_weather", None, "The arguments are not valid JSON"),
+            ],
+        ),
+        (
+            "arguments_list",
+            [
+                RequestedToolCall("toolu_a1", "get_weather", OSLO),
+                RequestedToolCall("toolu_a2", "get_weather", None, "The arguments are no JSON object"),
+            ],
+        ),
     ],
 )
 def test_tool_calls_are_read_from_their_pieces(name: str, calls: list[RequestedToolCall]) -> None:
     assert list(parse_file(name).tool_calls) == calls
+
+
+@pytest.mark.parametrize("name", ["no_id", "double_id"])
+def test_calls_without_an_id_of_their_own_get_one_of_nine_characters(name: str) -> None:
+    first, second = parse_file(name).tool_calls
+    assert first.id != second.id
+    assert len(second.id) == 9
+    assert second.id.isalnum()
 
 
 @pytest.mark.parametrize(
@@ -129,7 +152,7 @@ def test_thoughts_go_back_unchanged_to_the_model_that_signed_them_alone() -> Non
         *plain,
     ]
     (other,) = build_messages(message, model=msgspec.structs.replace(MODEL, id="model_2"))
-    assert other["content"] == plain
+    assert other["content"] == [plain[0], {**call, "id": "call00000"}]
     assert parse_file("tool_use").provider_content is None
 
 
@@ -144,7 +167,8 @@ def test_all_results_of_the_tools_of_an_answer_are_in_the_next_message() -> None
     )
     assert asked == {"role": "user", "content": [{"type": "text", "text": "How are Oslo and Rome?"}]}
     assert [block["type"] for block in called["content"]] == ["tool_use", "tool_use"]
-    assert [block.get("tool_use_id") for block in told["content"]] == ["toolu_a1", "toolu_a2", None]
+    ids = [block["id"] for block in called["content"]]
+    assert [block.get("tool_use_id") for block in told["content"]] == [*ids, None]
     assert told["role"] == "user"
 
 
@@ -181,8 +205,12 @@ def test_tools_that_were_called_are_named_in_a_request_without_tools() -> None:
 
 
 def test_a_schema_is_passed_on_only_to_a_model_that_follows_it() -> None:
-    request = msgspec.structs.replace(REQUEST, output_schema={"type": "object"})
+    schema = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 9}}}
+    request = msgspec.structs.replace(REQUEST, output_schema=schema)
     follower = msgspec.structs.replace(MODEL, follows_schemas=True)
     native = anthropic_messages.build_body(follower, request)
-    assert native["output_config"] == {"format": {"type": "json_schema", "schema": {"type": "object"}}}
+    enforced = {"type": "object", "properties": {"city": {"type": "string"}}, "additionalProperties": False}
+    assert native["output_config"] == {"format": {"type": "json_schema", "schema": enforced}}
     assert "output_config" not in anthropic_messages.build_body(MODEL, request)
+    other = msgspec.structs.replace(REQUEST, output_schema={"type": "object"})
+    assert "output_config" not in anthropic_messages.build_body(follower, other)

@@ -104,6 +104,8 @@ def test_signed_thoughts_go_back_to_the_model_that_signed_them_alone() -> None:
     (other,) = openai_chat.build_body(msgspec.structs.replace(MODEL, id="model_2"), request)["messages"]
     signed = own["tool_calls"][0].pop("extra_content")
     assert signed == {"google": {"thought_signature": "EpwC"}}
+    assert own["tool_calls"][0].pop("id") == answer.tool_calls[0].id
+    assert other["tool_calls"][0].pop("id") == "call00000"
     assert own == other
 
 
@@ -178,8 +180,8 @@ def test_a_request_is_streamed_and_its_tools_always_have_parameters() -> None:
 
 def test_a_schema_is_passed_on_only_to_a_model_that_follows_it() -> None:
     request = ChatRequest(REQUEST.messages, 100, output_schema={"type": "object"})
-    native = openai_chat.build_body(FOLLOWER, request)
-    assert native["response_format"]["json_schema"]["schema"] == {"type": "object"}
+    native = openai_chat.build_body(FOLLOWER, request)["response_format"]["json_schema"]
+    assert (native["schema"], native["strict"]) == ({"type": "object"}, False)
     assert "response_format" not in openai_chat.build_body(MODEL, request)
 
 
