@@ -91,26 +91,43 @@ async def update(request: GatewayRequest) -> JsonResponse:
         raise errors.admin_required()
 
     async def work(connection: AsyncConnection) -> AiSettings:
-        before = await _read(connection, caller, is_locking=True)
         if isinstance(body.default_model_id, str):
             await _require_shared(connection, caller, body.default_model_id)
+        before = await _read(connection, caller, is_locking=True)
         read_only.require_same(value, UpdateAiSettings, lambda: msgspec.to_builtins(_show(before)))
-        changes = _build_changes(body)
-        after = AiSettings(**{**before.model_dump(), **changes, "updated_at": now})
-        hashes = [_hash_content(settings) for settings in (before, after)]
-        if hashes[0] == hashes[1]:
-            return before
-        await _save(connection, after, changes)
-        await audit_log.record_change(
-            *(connection, caller, AuditAction.AI_SETTINGS_UPDATED, caller.organization_id),
-            before=hashes[0],
-            after=hashes[1],
-        )
-        return after
+        return await _apply(connection, caller, before, _build_changes(body), now)
 
     after = await request.gateway.database.transaction(work)
     log.info(AuditAction.AI_SETTINGS_UPDATED, organization_id=caller.organization_id)
     return JsonResponse(_show(after))
+
+
+async def clear_default(connection: AsyncConnection, caller: ApiCaller, model_id: str, now: datetime) -> None:
+    """Leave the organization of the caller without a default model if it is this one, with an audit entry."""
+    before = await _read(connection, caller, is_locking=True)
+    if before.default_model_id == model_id:
+        await _apply(connection, caller, before, {"default_model_id": None}, now)
+
+
+async def _apply(
+    connection: AsyncConnection,
+    caller: ApiCaller,
+    before: AiSettings,
+    changes: Mapping[str, Any],
+    now: datetime,
+) -> AiSettings:
+    """Store changes of settings with an audit entry, and return the result; nothing is stored for equal ones."""
+    after = AiSettings(**{**before.model_dump(), **changes, "updated_at": now})
+    hashes = [_hash_content(settings) for settings in (before, after)]
+    if hashes[0] == hashes[1]:
+        return before
+    await _save(connection, after, changes)
+    await audit_log.record_change(
+        *(connection, caller, AuditAction.AI_SETTINGS_UPDATED, caller.organization_id),
+        before=hashes[0],
+        after=hashes[1],
+    )
+    return after
 
 
 def _build_changes(body: UpdateAiSettings) -> dict[str, Any]:
@@ -128,10 +145,10 @@ def _build_changes(body: UpdateAiSettings) -> dict[str, Any]:
 
 
 async def _require_shared(connection: AsyncConnection, caller: ApiCaller, model_id: str) -> None:
-    """Raise a 422 error unless the whole organization may use a model."""
+    """Raise a 422 error unless the whole organization may use a model, also until the end of the transaction."""
     if model_id == ECHO_MODEL_ID:
         return
-    found = await model_rows.find(connection, model_id, caller)
+    found = await model_rows.find(connection, model_id, caller, is_locking=True)
     if found is None:
         message = "There is no language model with this id"
         raise errors.invalid([errors.problem("defaultModelId", "model-not-found", message)])

@@ -10,7 +10,7 @@ import structlog
 
 from engine.values import fingerprint
 from gateway.access import audit_log
-from gateway.ai_models import model_rows
+from gateway.ai_models import ai_settings, model_rows
 from gateway.ai_models.model_rows import ModelNameTaken, StoredModel
 from gateway.data_sources import data_source_rows
 from gateway.http import errors, idempotency, limits, preconditions
@@ -21,6 +21,8 @@ from models.audit import AuditAction
 from models.data_source_types import AiProviderProtocol, DataSourceType
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from gateway.http.errors import ApiError
@@ -127,12 +129,12 @@ async def edit(
         await _require_guests(connection, model, after.shared_with.keys() - before.shared_with.keys())
         if not is_forced and _changes_for_users(before, after):
             await _require_unused(connection, was, requested.caller)
-        if was.is_shared and not model.is_shared:
-            await _remove_default(connection, was, is_forced=is_forced)
         if not await model_rows.save(connection, before, after):
             raise errors.conflict(
                 "edit-conflict", "Another request changed this model at the same time: try again"
             )
+        if was.is_shared and not model.is_shared:
+            await _remove_default(connection, was, requested.caller, model.updated_at, is_forced=is_forced)
         await _record(connection, requested.caller, AuditAction.MODEL_UPDATED, before, after)
         done = after
         return after
@@ -164,8 +166,8 @@ async def delete(database: Database, requested: RequestedObject, *, is_forced: b
         preconditions.require_match(requested.if_match, entity_tag(model)["ETag"], what="model")
         if not is_forced:
             await _require_unused(connection, model, requested.caller)
-        await _remove_default(connection, model, is_forced=is_forced)
         await model_rows.remove(connection, model)
+        await _remove_default(connection, model, requested.caller, database.clock.now(), is_forced=is_forced)
         await _record(connection, requested.caller, AuditAction.MODEL_DELETED, before, None)
         is_done = True
 
@@ -228,10 +230,16 @@ async def _require_unused(connection: AsyncConnection, model: AiModel, caller: A
     )
 
 
-async def _remove_default(connection: AsyncConnection, model: AiModel, *, is_forced: bool) -> None:
-    """Leave the organization without a default model if it is this one; raises a 409 error unless `is_forced`."""
+async def _remove_default(
+    connection: AsyncConnection, model: AiModel, caller: ApiCaller, now: datetime, *, is_forced: bool
+) -> None:
+    """Leave the organization without a default model if it is this one; raises a 409 error unless `is_forced`.
+
+    The transaction has changed or deleted the model, whose row a choice of the default locks: so that comes before, and
+    is seen here, or after, and sees the change.
+    """
     if is_forced:
-        await model_rows.clear_default(connection, model)
+        await ai_settings.clear_default(connection, caller, model.id, now)
     elif await model_rows.is_default(connection, model):
         raise errors.conflict(
             "model-in-use",

@@ -31,7 +31,7 @@ from models.ai_model import AiModel
 from models.timestamps import format_timestamp
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Awaitable, Mapping
 
     from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -89,15 +89,17 @@ class ModelProber:
         """
         self._probes.count_test(model.organization_id)
         began = monotonic()
+        deadline = began + limits.MODEL_TEST_SECONDS
         try:
             async with asyncio.timeout(limits.MODEL_TEST_SECONDS):
-                found = await self._call(await self._models.connect(model))
-            is_ok, message = True, "The model answers"
+                connected = await self._models.connect(model)
+            found = await self._call(connected, deadline)
+            is_ok, message = True, _describe_abilities(found)
         except NodeError as error:
             found, is_ok, message = None, False, error.message
         except TimeoutError:
             found, is_ok = None, False
-            message = f"No answer within {limits.MODEL_TEST_SECONDS} seconds"
+            message = f"No answer within {monotonic() - began:.0f} seconds"
         milliseconds = round((monotonic() - began) * 1000)
         log.info("model tested", model_id=model.id, is_ok=is_ok, duration_milliseconds=milliseconds)
         return ModelProbe(is_ok, message, milliseconds, found)
@@ -106,7 +108,7 @@ class ModelProber:
         """Store the result of a test, and the abilities that it has seen, unless the model has been changed since.
 
         An answer shows that the provider accepts calls again, whatever time it has named before. The abilities of an
-        earlier test outlast one without an answer.
+        earlier test outlast one without an answer, and without the time to look at them.
         """
         now = self._database.clock.now()
         values: dict[str, Any] = {
@@ -119,6 +121,8 @@ class ModelProber:
         }
         if probe.capabilities is not None:
             seen = msgspec.to_builtins(probe.capabilities)
+            looked_at = {name: ability for name, ability in seen.items() if ability is not None}
+            seen |= (model.capabilities or {}) | looked_at
             values |= {"capabilities": seen, "tested_at": now, "blocked_until": None}
 
         async def work(connection: AsyncConnection) -> None:
@@ -130,24 +134,51 @@ class ModelProber:
 
         await self._database.transaction(work)
 
-    async def _call(self, model: ModelConnection) -> CapabilitiesShape:
-        """Call a model up to five times, and return its abilities; raises `NodeError` if it doesn't answer at all."""
+    async def _call(self, model: ModelConnection, deadline: float) -> CapabilitiesShape:
+        """Call a model up to five times until a time by `monotonic`, and return its abilities.
+
+        The first answer may take half of the time, and each further one its share of the time that is left, so that a
+        slow one takes no other's place. Raises `NodeError` if the model doesn't answer at all, and `TimeoutError`.
+        """
         from nodes.ai.model_client import ModelClient, open_model_outbound  # noqa: PLC0415 - loaded with the first test
 
         outbound = open_model_outbound(self._settings.outbound_allowed_networks, self._settings.model_hosts)
         client = ModelClient(outbound)
         try:
-            answer = await client.complete(model, _build_request(), idempotency_key=ids.new_id("test"))
-            calls_tools = await _calls_tools(client, model)
+            async with asyncio.timeout(_share_time(deadline, 2)):
+                answer = await client.complete(model, _build_request(), idempotency_key=ids.new_id("test"))
+            calls_tools = await _try_until(_share_time(deadline, 4), _calls_tools(client, model))
             return CapabilitiesShape(
                 tools=calls_tools,
-                json_schema=await _follows_schemas(client, model),
+                json_schema=await _try_until(_share_time(deadline, 3), _follows_schemas(client, model)),
                 streaming=answer.is_streamed,
-                vision=await _sees_images(client, model),
-                parallel_tools=calls_tools and await _calls_tools_at_once(client, model),
+                vision=await _try_until(_share_time(deadline, 2), _sees_images(client, model)),
+                parallel_tools=calls_tools
+                and await _try_until(_share_time(deadline, 1), _calls_tools_at_once(client, model)),
             )
         finally:
             await outbound.close()
+
+
+def _share_time(deadline: float, calls: int) -> float:
+    """Return the seconds of one of so many calls until a time by `monotonic`."""
+    return max(deadline - monotonic(), 0.0) / calls
+
+
+async def _try_until(seconds: float, probe: Awaitable[bool]) -> bool | None:
+    """Return the result of a probe; None if it takes longer."""
+    try:
+        async with asyncio.timeout(seconds):
+            return await probe
+    except TimeoutError:
+        return None
+
+
+def _describe_abilities(found: CapabilitiesShape) -> str:
+    """Return the message of a test that was answered, with the abilities that it had no time to look at."""
+    missing = [name for name, ability in msgspec.to_builtins(found).items() if ability is None]
+    untested = f", but had no time to show: {', '.join(missing)}" if missing else ""
+    return f"The model answers{untested}"
 
 
 async def _calls_tools(client: ModelClient, model: ModelConnection) -> bool:

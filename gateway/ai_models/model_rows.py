@@ -41,9 +41,16 @@ class StoredModel:
     """Time of each share by user id, in the order of the shares."""
 
 
-async def find(connection: AsyncConnection, model_id: str, caller: ApiCaller) -> StoredModel | None:
-    """Return a model with its shares; None if it is missing or the caller may not see it."""
+async def find(
+    connection: AsyncConnection, model_id: str, caller: ApiCaller, *, is_locking: bool = False
+) -> StoredModel | None:
+    """Return a model with its shares; None if it is missing or the caller may not see it.
+
+    With `is_locking`, no other transaction changes or deletes it in PostgreSQL until the end of this one.
+    """
     statement = select(AiModel).where(col(AiModel.id) == model_id, is_readable_by(caller))
+    if is_locking:
+        statement = statement.with_for_update(read=True)
     row = (await connection.execute(statement)).mappings().first()
     if row is None:
         return None
@@ -155,11 +162,6 @@ async def is_default(connection: AsyncConnection, model: AiModel) -> bool:
     """Return whether a model is the default model of its organization."""
     statement = select(col(AiSettings.organization_id)).where(*_is_its_default(model))
     return await connection.scalar(statement) is not None
-
-
-async def clear_default(connection: AsyncConnection, model: AiModel) -> None:
-    """Leave the organization of a model without a default model if it is this one."""
-    await connection.execute(update(AiSettings).where(*_is_its_default(model)).values(default_model_id=None))
 
 
 def _is_its_default(model: AiModel) -> tuple[ColumnElement[bool], ColumnElement[bool]]:

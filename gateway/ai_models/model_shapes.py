@@ -65,11 +65,11 @@ class LimitsShape(StrictWire):
 
 
 class CapabilitiesShape(WireStruct):
-    """Abilities that the last test has seen."""
+    """Abilities that the last test has seen; null for one that it had no time to look at."""
 
-    tools: bool
+    tools: bool | None
     """The model has called a tool with valid arguments."""
-    json_schema: bool
+    json_schema: bool | None
     """The model has answered by a JSON Schema that it got as such."""
     streaming: bool | None = None
     """The answer came as a stream; null for tests before this was looked at."""

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 from base64 import b64decode
 from ipaddress import ip_network
 from typing import Any
 
 import pytest
+from sqlalchemy import select, text, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlmodel import col
 
 from engine.run_errors import NodeError
 from engine.services import RunCaller
 from execution.stored_data_sources import StoredDataSources
 from execution.stored_models import StoredModels
 from gateway.ai_models import model_access
+from gateway.http import limits
 from gateway.http.errors import ApiError
+from models.ai_model import AiModel, AiSettings
 from models.encryption import SecretVault
 from tests.fakes.model_server import KEY, ModelFault, ScriptedAnswer, serve_models
 from tests.integration.gateway_harness import (
@@ -396,10 +402,79 @@ async def test_the_default_model_is_one_that_all_may_use(people: OrganizationUse
         await owner.api.delete(f"{MODELS}/{model_id}"),
     ):
         assert_refused(refused, 409, "model-in-use")
+    before = await list_settings_entries(people.admin)
     assert (await owner.api.delete(f"{MODELS}/{model_id}?force=true")).status_code == 204
     assert (await owner.api.get(SETTINGS)).json()["defaultModelId"] is None
+    entry, *others = await list_settings_entries(people.admin)
+    assert (entry["userId"], entry["beforeHash"], others) == (owner.user.id, before[0]["afterHash"], before)
     refused = await owner.api.post(RUN.format(workflow_id), json={})
     assert_refused(refused, 422, "unresolved-model-placeholder")
+
+
+async def list_settings_entries(admin: UserClient) -> list[dict[str, Any]]:
+    """Return the audit entries of the settings for language models, the newest first."""
+    response = await admin.api.get("/api/v1/audit?action=ai-settings.updated")
+    assert response.status_code == 200, response.text
+    found: list[dict[str, Any]] = response.json()["entries"]
+    return found
+
+
+async def wait_for_lock(harness: GatewayHarness, answering: asyncio.Task[Any]) -> None:
+    """Wait until a request waits for a lock, or is answered; SQLite shows no locks, and admits one writer anyway."""
+    database = harness.gateway.database
+    while not answering.done():
+        async with database.read() as connection:
+            if connection.dialect.name != "postgresql":
+                return
+            waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted"
+            if await connection.scalar(text(waiting)):
+                return
+        await asyncio.sleep(0.01)
+
+
+async def test_a_model_that_becomes_private_is_not_made_the_default_meanwhile(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    owner, admin, database = people.owner, people.admin, harness.gateway.database
+    model_id = await create_model(owner, await create_provider(owner), isShared=True)
+    answering: asyncio.Task[Any] | None = None
+
+    async def unshare(connection: AsyncConnection) -> None:
+        nonlocal answering
+        model = (col(AiModel.id) == model_id, col(AiModel.is_shared))
+        await connection.execute(update(AiModel).where(*model).values(is_shared=False, revision=9))
+        put = admin.api.put(SETTINGS, json={"defaultModelId": model_id})
+        answering = answering or asyncio.create_task(put)
+        await wait_for_lock(harness, answering)
+
+    await database.transaction(unshare)
+    assert answering is not None
+    assert_refused(await answering, 422, "validation-failed")
+    assert (await owner.api.get(SETTINGS)).json()["defaultModelId"] is None
+
+
+async def test_a_model_that_becomes_the_default_is_not_made_private_meanwhile(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    owner, admin, database = people.owner, people.admin, harness.gateway.database
+    model_id = await create_model(owner, await create_provider(owner), isShared=True)
+    assert (await admin.api.put(SETTINGS, json={"defaultModelId": "echo"})).status_code == 200
+    answering: asyncio.Task[Any] | None = None
+
+    async def choose(connection: AsyncConnection) -> None:
+        nonlocal answering
+        statement = select(col(AiModel.id)).where(col(AiModel.id) == model_id)
+        assert await connection.scalar(statement.with_for_update(read=True)) is not None
+        own = col(AiSettings.organization_id) == owner.user.organization_id
+        await connection.execute(update(AiSettings).where(own).values(default_model_id=model_id))
+        put = owner.api.put(f"{MODELS}/{model_id}", json={"isShared": False})
+        answering = answering or asyncio.create_task(put)
+        await wait_for_lock(harness, answering)
+
+    await database.transaction(choose)
+    assert answering is not None
+    assert_refused(await answering, 409, "model-in-use")
+    assert (await get_model(owner, model_id))["isShared"] is True
 
 
 async def test_workflows_of_an_event_have_the_present_default_model(
@@ -488,6 +563,32 @@ async def test_a_rate_limit_ends_with_a_successful_test_and_with_another_model(
             await people.owner.api.put(f"{MODELS}/{model_id}", json={"vendorModelId": "scripted-2"})
     assert (await get_model(people.owner, model_id))["blockedUntil"] is None
     assert (await stored_models(harness).find(caller_of(people.owner), model_id)).blocked_seconds == 0
+
+
+async def test_a_slow_ability_takes_no_time_of_the_others_and_is_named(
+    harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allow_loopback(harness, monkeypatch)
+    monkeypatch.setattr(limits, "MODEL_TEST_SECONDS", 8)
+    stalled, script = ScriptedAnswer(fault=ModelFault.STALL), [ScriptedAnswer('{"city": "Oslo"}')]
+    async with serve_models() as served:
+        served.on_request = lambda: served.script.__setitem__(
+            slice(None), [stalled] if "tools" in served.requests[-1] else script
+        )
+        model_id = await create_model(people.owner, await create_provider(people.owner, served.url))
+        earlier = {"tools": True, "jsonSchema": False, "streaming": None, "vision": True}
+        await harness.gateway.database.transaction(
+            lambda connection: connection.execute(
+                update(AiModel).where(col(AiModel.id) == model_id).values(capabilities=earlier)
+            )
+        )
+        tested = (await people.owner.api.post(f"{MODELS}/{model_id}/test")).json()
+    assert (tested["ok"], len(served.requests)) == (True, 4)
+    assert tested["message"] == "The model answers, but had no time to show: tools, parallelTools"
+    seen = {"jsonSchema": True, "streaming": True, "vision": False, "tools": None, "parallelTools": None}
+    assert tested["capabilities"] == seen
+    found = (await get_model(people.owner, model_id))["capabilities"]
+    assert found == {**seen, "tools": True}, "an earlier test has shown it"
 
 
 async def test_a_test_believes_answers_and_not_statuses(

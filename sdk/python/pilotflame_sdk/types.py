@@ -849,12 +849,12 @@ class CanvasPosition(TypedDict):
 
 
 class _CapabilitiesAlways(TypedDict):
-    tools: bool
-    jsonSchema: bool
+    tools: bool | None
+    jsonSchema: bool | None
 
 
 class Capabilities(_CapabilitiesAlways, total=False):
-    """Abilities that the last test has seen."""
+    """Abilities that the last test has seen; null for one that it had no time to look at."""
 
     streaming: bool | None
     vision: bool | None
