@@ -58,10 +58,10 @@ class ModelErrorCount(WireStruct):
 
 
 class ModelAmounts(WireStruct):
-    """Calls of a model within a time. Those that no budget admitted, and those of a block, were not made."""
+    """Calls of a model within a time. Those that a budget, a limit or a block has refused were not made."""
 
     requests: int
-    """Calls that the provider got, answered ones and failed ones."""
+    """Calls that were made: answered ones, and failed ones, also those for which there was no connection."""
     failed: int
     input_tokens: int
     output_tokens: int

@@ -15,11 +15,13 @@ from engine.model_calls import (
     ChatRequest,
     FailedModelCall,
     MessageRole,
+    ModelBudget,
     ModelCallFailed,
     ModelSettlement,
     NodeSpending,
     TokenUsage,
 )
+from engine.run_errors import NodeError
 from execution.stored_model_ledger import StoredModelLedger
 from models.ai_model import AiModel
 from models.model_hour import ModelHour
@@ -49,7 +51,7 @@ async def get(person: UserClient, path: str) -> dict[str, Any]:
     return found
 
 
-async def test_metrics_show_the_calls_that_a_provider_got(
+async def test_metrics_show_the_calls_that_were_made(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     failing, answered = ScriptedAnswer(fault=ModelFault.SERVER_ERROR), ScriptedAnswer()
@@ -62,14 +64,27 @@ async def test_metrics_show_the_calls_that_a_provider_got(
             await models.complete(caller, model_id, REQUEST, idempotency_key="1", spending=spending)
         for key in ("2", "3"):
             await models.complete(caller, model_id, REQUEST, idempotency_key=key, spending=spending)
+        gone_id = await create_provider(people.owner, "http://127.0.0.1:1")
+        moved = await people.owner.api.put(f"{MODELS}/{model_id}", json={"dataSourceId": gone_id})
+        assert moved.status_code == 200, moved.text
+        with pytest.raises(ModelCallFailed):
+            await models.complete(caller, model_id, REQUEST, idempotency_key="4", spending=spending)
+        for refused, code in (
+            (NodeSpending("ask:", ModelBudget(max_tokens=1)), "model-budget-exceeded"),
+            (spending, "model-rate-limited"),
+        ):
+            with pytest.raises(NodeError) as failed:
+                await models.complete(caller, model_id, REQUEST, idempotency_key="5", spending=refused)
+            assert failed.value.code == code
+            await stored_models(harness).block(caller, model_id, 60)
         await models.close()
     found = await get(people.owner, f"{MODELS}/{model_id}/metrics")
     assert (found["modelId"], found["window"]) == (model_id, "24h")
     total = found["total"]
-    assert (total["requests"], total["failed"], total["unpricedRequests"]) == (3, 1, 0)
+    assert (total["requests"], total["failed"], total["unpricedRequests"]) == (4, 2, 0)
     assert (total["inputTokens"], total["outputTokens"], total["cost"]) == (200, 40, "0.0006")
     assert total["p50Ms"] is not None
-    assert found["errors"] == [{"code": "model-unavailable", "count": 1}]
+    assert found["errors"] == [{"code": "model-unavailable", "count": 2}]
 
 
 async def test_metrics_of_a_window_have_percentiles_and_periods(

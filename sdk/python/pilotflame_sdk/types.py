@@ -1923,7 +1923,7 @@ class Model(TypedDict):
 
 
 class ModelAmounts(TypedDict):
-    """Calls of a model within a time. Those that no budget admitted, and those of a block, were not made."""
+    """Calls of a model within a time. Those that a budget, a limit or a block has refused were not made."""
 
     requests: int
     failed: int
