@@ -43,6 +43,8 @@ class FindingType(StrEnum):
     """A tool calls a workflow that writes, and the agent may only read."""
     TOOL_NOT_ACCEPTED = "tool-not-accepted"
     """The tool server of a tool refuses its calls: its definition is not accepted, or has changed."""
+    MODEL_PRICE_UNKNOWN = "model-price-unknown"
+    """A budget limits the cost of a model without a price, whose calls it refuses."""
     NO_WORKER = "no-worker"
     """No worker of the organization performs the tasks of a custom node now."""
 
@@ -55,6 +57,7 @@ WARNING_TYPES: Final = frozenset({
     FindingType.AGENT_EXFILTRATION_PATH,
     FindingType.TOOL_WITHHELD,
     FindingType.TOOL_NOT_ACCEPTED,
+    FindingType.MODEL_PRICE_UNKNOWN,
     FindingType.NO_WORKER,
 })  # fmt: skip
 """Types that leave a graph valid."""

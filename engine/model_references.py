@@ -6,7 +6,7 @@ import re
 from typing import TYPE_CHECKING, Any, Final
 
 from engine.agents.agent_steps import AGENT_TYPE
-from engine.agents.agent_wiring import PORT_OF_MODELS
+from engine.agents.agent_wiring import PORT_OF_MODELS, PROVIDER_PORTS, target_of
 from engine.config_places import (
     DEFAULT_MODEL,
     MODELS_KIND,
@@ -20,7 +20,7 @@ from engine.findings import FindingType, GraphFinding
 from engine.graph import GraphNode
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from engine.config_places import PlaceSteps, ResourceText
     from engine.graph import ParsedGraph
@@ -67,6 +67,47 @@ def find_model_users(graph: ParsedGraph, catalog: NodeTypeLookup) -> dict[str, s
     name none, and neither does the own model of an agent if another node provides it.
     """
     found: dict[str, str] = {}
+    for node, model_id in _iterate_models(graph, catalog):
+        found.setdefault(model_id, node.id)
+    return found
+
+
+def list_limited_models(
+    graph: ParsedGraph, catalog: NodeTypeLookup, *, limits_runs: bool
+) -> list[tuple[GraphNode, str]]:
+    """Return the nodes whose calls a limit of costs counts, each with the id of a model that it names.
+
+    The limit is in the budget of the node, or of an agent that it serves; with `limits_runs`, all calls have one.
+    """
+    limited = set(graph.by_id) if limits_runs else _list_limited(graph)
+    uses = {
+        (node.id, model_id): (node, model_id)
+        for node, model_id in (_iterate_models(graph, catalog) if limited else ())
+        if node.id in limited
+    }
+    return list(uses.values())
+
+
+def _list_limited(graph: ParsedGraph) -> set[str]:
+    """Return the ids of the nodes with a limit of costs in their budget, and of those that serve such an agent."""
+    waiting = [node.id for node in graph.nodes if _limits_cost(target_of(node) or node)]
+    limited: set[str] = set()
+    while waiting:
+        node_id = waiting.pop()
+        if node_id not in limited:
+            limited.add(node_id)
+            edges = graph.inbound.get(node_id, ())
+            waiting += [edge.source for edge in edges if edge.target_port in PROVIDER_PORTS]
+    return limited
+
+
+def _limits_cost(node: GraphNode) -> bool:
+    budget = node.config.get("budget")
+    return isinstance(budget, dict) and budget.get("maxCost") is not None
+
+
+def _iterate_models(graph: ParsedGraph, catalog: NodeTypeLookup) -> Iterator[tuple[GraphNode, str]]:
+    """Yield the nodes that name models, each with the id of one, as `find_model_users` describes it."""
     for node in graph.nodes:
         if not may_name_model(node.type, catalog):
             continue
@@ -76,8 +117,7 @@ def find_model_users(graph: ParsedGraph, catalog: NodeTypeLookup) -> dict[str, s
                 continue
             model_id = catalog.default_model_id if one.is_default_model else one.text
             if model_id is not None and is_resource_id(model_id):
-                found.setdefault(model_id, node.id)
-    return found
+                yield node, model_id
 
 
 def names_default(nodes: Sequence[Mapping[str, Any]], catalog: NodeTypeLookup) -> bool:

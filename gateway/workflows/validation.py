@@ -80,7 +80,7 @@ async def _answer_findings(request: GatewayRequest, *, version: str | None = Non
         unserved = await _unserved_nodes(connection, stored, catalog, request.gateway.clock())
         graph = graph_shapes.graph_of(stored)
         traits = await _read_traits(connection, request.caller, graph, catalog)
-        refused = await _refused_tools(connection, request.caller, graph)
+        refused = await _refused_calls(connection, request.caller, stored, graph, catalog)
     # A thread, so that a large graph does not block other requests.
     validation = await asyncio.to_thread(_check_graph, stored, graph, past, catalog, traits)
     warnings = (*validation.warnings, *unserved, *refused)[:MAX_FINDINGS]
@@ -128,13 +128,21 @@ async def _read_traits(
     return await stored_traits.read(connection, caller, called, catalog)
 
 
-async def _refused_tools(
-    connection: AsyncConnection, caller: ApiCaller, graph: ParsedGraph
+async def _refused_calls(
+    connection: AsyncConnection,
+    caller: ApiCaller,
+    stored: StoredWorkflow,
+    graph: ParsedGraph,
+    catalog: NodeCatalog,
 ) -> Sequence[GraphFinding]:
-    """Return a warning for each tool of another server whose calls would be refused."""
-    from gateway.workflows import tool_findings  # noqa: PLC0415 - loaded with the first validation
+    """Return a warning for each tool of another server, and for each model, whose calls would be refused."""
+    from gateway.workflows import price_findings, tool_findings  # noqa: PLC0415 - loaded with the first validation
 
-    return await tool_findings.find_refused_tools(connection, caller, graph)
+    settings = stored.workflow.settings
+    return [
+        *await tool_findings.find_refused_tools(connection, caller, graph),
+        *await price_findings.find_unpriced_models(connection, caller, settings, graph, catalog),
+    ]
 
 
 async def compute_scopes(request: GatewayRequest) -> JsonResponse:

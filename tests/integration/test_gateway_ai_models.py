@@ -565,6 +565,49 @@ async def test_a_rate_limit_ends_with_a_successful_test_and_with_another_model(
     assert (await stored_models(harness).find(caller_of(people.owner), model_id)).blocked_seconds == 0
 
 
+async def test_a_limit_of_costs_that_can_not_be_kept_is_warned_of(people: OrganizationUsers) -> None:
+    owner, limit = people.owner, {"maxCost": "1"}
+    source_id = await create_provider(owner)
+    free = await create_model(owner, source_id, name="Priced", price=PRICE)
+    unpriced = await create_model(owner, source_id)
+    ask: dict[str, Any] = {"prompt": "Hi", "model": free, "fallbackModelIds": [unpriced]}
+    tool = {"name": "ask", "description": "d", "target": {"node": {"type": "llm", "config": ask}}}
+    nodes = [
+        {"id": "start", "nodeId": "manual"},
+        {"id": "first", "nodeId": "llm", "config": {**ask, "budget": limit}},
+        {"id": "second", "nodeId": "llm", "config": {**ask, "budget": {"maxTokens": 1}}},
+        {"id": "agent", "nodeId": "agent", "config": {"prompt": "Hi", "budget": limit}},
+        {"id": "model", "nodeId": "llm", "config": ask},
+        {"id": "tool", "nodeId": "tool", "config": tool},
+    ]
+    connections = [
+        {"source": "start", "target": "first"},
+        {"source": "first", "target": "second"},
+        {"source": "second", "target": "agent"},
+        {"source": "model", "target": "agent", "targetPort": "ai"},
+        {"source": "tool", "target": "agent", "targetPort": "tools"},
+    ]
+    workflow_id = await owner.create(nodes=nodes, connections=connections)
+    path = f"/api/v1/workflows/{workflow_id}"
+
+    async def list_unpriced(person: UserClient) -> list[str]:
+        found = (await person.api.post(f"{path}/validate")).json()
+        assert found["valid"], found
+        unknown = [one for one in found["warnings"] if one["type"] == "model-price-unknown"]
+        assert all(unpriced in one["message"] for one in unknown)
+        return sorted(one["nodeId"] for one in unknown)
+
+    assert await list_unpriced(owner) == ["first", "model", "tool"]
+    budget = {"settings": {"aiBudget": limit}}
+    assert (await owner.api.put(path, json=budget)).status_code == 200
+    assert await list_unpriced(owner) == ["first", "model", "second", "tool"]
+    assert (await owner.api.put(path, json={"settings": {}})).status_code == 200
+    assert (await people.admin.api.put(SETTINGS, json={"monthBudget": limit})).status_code == 200
+    assert await list_unpriced(owner) == ["first", "model", "second", "tool"]
+    await owner.api.put(f"{MODELS}/{unpriced}", json={"price": PRICE})
+    assert await list_unpriced(owner) == []
+
+
 async def test_a_slow_ability_takes_no_time_of_the_others_and_is_named(
     harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -436,7 +436,7 @@ ExpiryAction = Literal['continue', 'fail']
 FailureKind = Literal['crashed', 'failed', 'timed-out']
 
 
-FindingType = Literal['agent-exfiltration-path', 'broken-connection', 'cycle', 'disconnected-node', 'duplicate-node-id', 'empty-workflow', 'inline-secret', 'invalid-config', 'invalid-port', 'loop-body-entered', 'loops-too-deep', 'missing-config', 'missing-trigger', 'multiple-triggers', 'no-worker', 'not-runnable', 'tool-not-accepted', 'tool-withheld', 'unknown-node-type', 'unresolved-mapping', 'unresolved-model-placeholder']
+FindingType = Literal['agent-exfiltration-path', 'broken-connection', 'cycle', 'disconnected-node', 'duplicate-node-id', 'empty-workflow', 'inline-secret', 'invalid-config', 'invalid-port', 'loop-body-entered', 'loops-too-deep', 'missing-config', 'missing-trigger', 'model-price-unknown', 'multiple-triggers', 'no-worker', 'not-runnable', 'tool-not-accepted', 'tool-withheld', 'unknown-node-type', 'unresolved-mapping', 'unresolved-model-placeholder']
 
 
 FixAction = Literal['remove-connection', 'rename-config', 'set-config', 'set-input-mapping', 'set-node-type', 'set-pass-through-value', 'set-port', 'set-version']
