@@ -75,7 +75,7 @@ def find_model_users(graph: ParsedGraph, catalog: NodeTypeLookup) -> dict[str, s
 def list_limited_models(
     graph: ParsedGraph, catalog: NodeTypeLookup, *, limits_runs: bool
 ) -> list[tuple[GraphNode, str]]:
-    """Return the nodes whose calls a limit of costs counts, each with the id of a model that it names.
+    """Return the nodes under a limit of costs, each with the id of a model that it names.
 
     The limit is in the budget of the node, or of an agent that it serves; with `limits_runs`, all calls have one.
     """

@@ -102,7 +102,7 @@ async def update(request: GatewayRequest) -> JsonResponse:
 
 
 async def delete(request: GatewayRequest) -> NoContent:
-    """Delete a model; with `force`, even if workflows name it, whose runs then fail."""
+    """Delete a model; with `force`, even if workflows name it: their runs then fail."""
     requested, is_forced = request.requested_object, request.query[FORCE]
     await model_editing.delete(request.gateway.database, requested, is_forced=is_forced)
     return NoContent()

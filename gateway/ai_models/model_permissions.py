@@ -45,13 +45,13 @@ class ModelPermissions(WireStruct):
 
 
 async def show(request: GatewayRequest) -> JsonResponse:
-    """Show who may use a model."""
+    """Show the permissions of a model."""
     stored = await model_editing.read(request.gateway.database, request.requested_object)
     return _answer(stored, request.caller)
 
 
 async def update(request: GatewayRequest) -> JsonResponse:
-    """Set who may use a model; its owner and admins may.
+    """Set the permissions of a model; its owner and admins may.
 
     A model that workflows name is taken from users with `force` alone.
     """

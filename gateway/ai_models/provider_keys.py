@@ -210,7 +210,7 @@ async def update(request: GatewayRequest) -> JsonResponse:
 
 
 async def delete(request: GatewayRequest) -> NoContent:
-    """Delete a provider key; with `force`, even if models use it, whose calls then fail."""
+    """Delete a provider key; with `force`, even if models use it: their calls then fail."""
     await _read(request)
     await request.gateway.data_source_editor.delete(request.requested_object, is_forced=request.query[FORCE])
     return NoContent()

@@ -208,7 +208,7 @@ async def accept(request: GatewayRequest) -> JsonResponse:
 
 
 async def delete(request: GatewayRequest) -> NoContent:
-    """Delete a tool server; with `force`, even if workflows use it, whose calls then fail."""
+    """Delete a tool server; with `force`, even if workflows use it: their calls then fail."""
     await _read(request)
     await request.gateway.data_source_editor.delete(request.requested_object, is_forced=request.query[FORCE])
     return NoContent()

@@ -135,7 +135,7 @@ async def _refused_calls(
     graph: ParsedGraph,
     catalog: NodeCatalog,
 ) -> Sequence[GraphFinding]:
-    """Return a warning for each tool of another server, and for each model, whose calls would be refused."""
+    """Return the warnings about refused calls: of tools of other servers, and of models."""
     from gateway.workflows import price_findings, tool_findings  # noqa: PLC0415 - loaded with the first validation
 
     settings = stored.workflow.settings

@@ -29,7 +29,7 @@ _MAX_DEPTH: Final = 32
 
 
 def close_objects(schema: Mapping[str, Any], *, keeps_bounds: bool = True) -> dict[str, Any] | None:
-    """Return a copy of a schema whose objects have no fields beside those that it names; others stay as they are.
+    """Return a copy of a schema that closes objects with named fields against others.
 
     Without `keeps_bounds`, limits of texts, numbers and lists are left out. None for a schema of over 32 levels.
     """

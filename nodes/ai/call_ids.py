@@ -21,7 +21,7 @@ _ACCEPTED: Final = re.compile(r"[A-Za-z0-9]{9}")
 
 
 def unify(messages: Sequence[ChatMessage], model_id: str) -> Sequence[ChatMessage]:
-    """Return messages whose tool calls have accepted ids, which their results name.
+    """Return messages with accepted ids of tool calls, in calls and results alike.
 
     Accepted ids stay, and so do those in content of the called model's own form, which may be signed. The beginning
     of a conversation has the same ids in each of its requests, so that caches of prompts hold.

@@ -24,7 +24,7 @@ class AsyncAiModels(AsyncResource):
         return cast("t.NewModel", await self._client.request("POST", "/api/v1/ai/models", fields={"name": name, "vendorModelId": vendor_model_id, "dataSourceId": data_source_id, "type": type, "provider": provider, "contextLength": context_length, "maxOutputTokens": max_output_tokens, "price": price, "limits": limits, "isShared": is_shared, "sharedWith": shared_with}, idempotency_key=idempotency_key, is_keyed=True))
 
     async def delete(self, model_id: str, *, force: bool | None = None) -> None:
-        """Delete a model; with `force`, even if workflows name it, whose runs then fail."""
+        """Delete a model; with `force`, even if workflows name it: their runs then fail."""
         await self._client.request("DELETE", f"/api/v1/ai/models/{self._quote(model_id)}", query={"force": force})
 
     async def get(self, model_id: str) -> t.Model:
@@ -44,11 +44,11 @@ class AsyncAiModels(AsyncResource):
         return cast("t.ModelMetrics", await self._client.request("GET", f"/api/v1/ai/models/{self._quote(model_id)}/metrics", query={"window": window}))
 
     async def permissions(self, model_id: str) -> t.ModelPermissions:
-        """Show who may use a model."""
+        """Show the permissions of a model."""
         return cast("t.ModelPermissions", await self._client.request("GET", f"/api/v1/ai/models/{self._quote(model_id)}/permissions"))
 
     async def set_permissions(self, model_id: str, *, is_shared: bool | None = None, shared_with: Sequence[str] | None = None, force: bool | None = None) -> t.ModelPermissions:
-        """Set who may use a model; its owner and admins may."""
+        """Set the permissions of a model; its owner and admins may."""
         return cast("t.ModelPermissions", await self._client.request("PUT", f"/api/v1/ai/models/{self._quote(model_id)}/permissions", query={"force": force}, fields={"isShared": is_shared, "sharedWith": shared_with}))
 
     async def status(self, model_id: str) -> t.ModelStatus:
@@ -544,7 +544,7 @@ class AsyncProviderKeys(AsyncResource):
         return cast("t.NewDataSource", await self._client.request("POST", "/api/v1/ai/provider-keys", fields={"name": name, "provider": provider, "apiKey": api_key, "baseUrl": base_url, "keyHeader": key_header}, idempotency_key=idempotency_key, is_keyed=True))
 
     async def delete(self, provider_key_id: str, *, force: bool | None = None) -> None:
-        """Delete a provider key; with `force`, even if models use it, whose calls then fail."""
+        """Delete a provider key; with `force`, even if models use it: their calls then fail."""
         await self._client.request("DELETE", f"/api/v1/ai/provider-keys/{self._quote(provider_key_id)}", query={"force": force})
 
     async def get(self, provider_key_id: str) -> t.ProviderKey:
@@ -760,7 +760,7 @@ class AsyncToolServers(AsyncResource):
         return cast("t.NewDataSource", await self._client.request("POST", "/api/v1/ai/tool-servers", fields={"name": name, "url": url, "apiKey": api_key, "keyHeader": key_header}, idempotency_key=idempotency_key, is_keyed=True))
 
     async def delete(self, tool_server_id: str, *, force: bool | None = None) -> None:
-        """Delete a tool server; with `force`, even if workflows use it, whose calls then fail."""
+        """Delete a tool server; with `force`, even if workflows use it: their calls then fail."""
         await self._client.request("DELETE", f"/api/v1/ai/tool-servers/{self._quote(tool_server_id)}", query={"force": force})
 
     async def get(self, tool_server_id: str) -> t.ToolServer:
