@@ -64,6 +64,8 @@ READS: Final[Mapping[str, str]] = {
     "failures_of_a_day": f"{_PATH}/failures",
     "activity": "/api/v1/workflows/activity",
     "deployments": "/api/v1/deployments",
+    "summary_of_deployments": "/api/v1/deployments/summary",
+    "pod_time": "/api/v1/deployments/usage",
     "dead_letter_groups": "/api/v1/dead-letters/groups",
     "overview_page": "/dashboard/overview",
     "runs_page": "/dashboard/runs",

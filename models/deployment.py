@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime
 from enum import StrEnum
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from sqlalchemy import BigInteger, Column, Index, SmallInteger
 from sqlmodel import Field, SQLModel
@@ -159,7 +159,38 @@ class LifecycleDecision(SQLModel, table=True):
     inputs: dict[str, Any] = Field(sa_column=Column(JsonTextColumn, nullable=False))
 
 
-def status_of(deployment: Deployment | None) -> DeploymentStatus:
+class DeploymentState(Protocol):
+    """Part of a deployment from which its status and its next start or stop follow: the object, or its row alone."""
+
+    @property
+    def is_deployed(self) -> bool: ...
+    @property
+    def replicas(self) -> int: ...
+    @property
+    def definition_hash(self) -> str: ...
+    @property
+    def generation(self) -> int: ...
+    @property
+    def drain_until(self) -> datetime | None: ...
+    @property
+    def stopped_reason(self) -> str | None: ...
+    @property
+    def stopped_at(self) -> datetime | None: ...
+    @property
+    def started_by_hand_at(self) -> datetime | None: ...
+    @property
+    def last_activity_at(self) -> datetime | None: ...
+    @property
+    def observed(self) -> str: ...
+    @property
+    def observed_definition_hash(self) -> str | None: ...
+    @property
+    def observed_generation(self) -> int: ...
+    @property
+    def start_failures(self) -> int: ...
+
+
+def status_of(deployment: DeploymentState | None) -> DeploymentStatus:
     """Return the status of a deployment, as the API shows it, from its desired and observed state; None is
     not deployed.
     """
@@ -224,7 +255,7 @@ def blocked_reason(deployment: Deployment) -> str | None:
     return deployment.observed_reason if is_blocked else None
 
 
-def stopped_reason_of(deployment: Deployment | None) -> StoppedReason | None:
+def stopped_reason_of(deployment: DeploymentState | None) -> StoppedReason | None:
     """Return the reason why a deployment is down; None while it is up, or if it never existed."""
     if deployment is None or deployment.stopped_reason is None:
         return None
@@ -232,7 +263,7 @@ def stopped_reason_of(deployment: Deployment | None) -> StoppedReason | None:
 
 
 def build_situation(
-    deployment: Deployment, *, has_due: bool, has_running: bool, last_ended_at: datetime | None
+    deployment: DeploymentState, *, has_due: bool, has_running: bool, last_ended_at: datetime | None
 ) -> DeploymentSituation:
     """Return the facts about a deployment and its runs on which lifecycle rules depend.
 

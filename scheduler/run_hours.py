@@ -58,6 +58,8 @@ class RunHourCounter:
         begun_at = time.monotonic()
         if begun_at < self._rest_until:
             return
+        # The first turn counts every hour, whether it has runs or not, and is no measure of those that follow.
+        rest_factor = REST_FACTOR if self._counted_at else 0
         try:
             async with self._database.read() as connection:
                 now = await read_database_time(connection)
@@ -71,7 +73,7 @@ class RunHourCounter:
                 self._counted_at[starts_at] = now
         finally:
             ended_at = time.monotonic()
-            self._rest_until = ended_at + REST_FACTOR * (ended_at - begun_at)
+            self._rest_until = ended_at + rest_factor * (ended_at - begun_at)
 
     def _list_changed(self, now: datetime, unfinished: dict[datetime, int]) -> Iterable[datetime]:
         """Return the hours to count: the present one, then others that have changed, those counted longest ago

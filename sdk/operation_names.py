@@ -76,6 +76,7 @@ METHODS: Final = {
     "deliveriesRedriveMany": "deliveries.redrive_many",
     "deliveriesShow": "deliveries.get",
     "deployment_listIndex": "deployments.list",
+    "deployment_listShow_summary": "deployments.summary",
     "deploymentsDeploy": "deployments.deploy",
     "deploymentsDeployVersion": "deployments.deploy_version",
     "deploymentsLogs": "deployments.logs",

@@ -1,12 +1,15 @@
-"""Endpoint of an organization's deployments: their states, and their next starts and stops."""
+"""Endpoints of an organization's deployments: their states, and their next starts and stops."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Final
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from heapq import nsmallest
+from typing import TYPE_CHECKING, Annotated, Any, Final, cast
 from zoneinfo import ZoneInfoNotFoundError
 
-from sqlalchemy import select
+from msgspec import Meta
+from sqlalchemy import Row, select
 from sqlmodel import col
 
 from gateway.http.request import GatewayRequest
@@ -14,18 +17,28 @@ from gateway.http.responses import JsonResponse
 from gateway.http.wire import Instant, WireStruct, instant, optional_instant
 from journal.deployments import activity
 from models import lifecycle_policy
-from models.deployment import Deployment, DeploymentStatus, status_of, stopped_reason_of
+from models.deployment import (
+    Deployment,
+    DeploymentState,
+    DeploymentStatus,
+    build_situation,
+    status_of,
+    stopped_reason_of,
+)
 from models.lifecycle_policy import PolicyType, StoppedReason, TransitionKind
+from models.timestamps import from_microseconds
 from models.workflow import Workflow, is_readable_by
 
 if TYPE_CHECKING:
     from sqlalchemy import Select
-    from sqlalchemy.ext.asyncio import AsyncConnection
 
-    from journal.deployments.activity import DeploymentActivity
     from models.access import ApiCaller
 
 MAX_DEPLOYMENTS: Final = 500
+BATCH_DEPLOYMENTS: Final = 500
+"""Deployments that the summary reads at once."""
+SHOWN: Final = 10
+"""Deployments of each kind in the summary."""
 
 
 class ListedDeployment(WireStruct):
@@ -61,68 +74,133 @@ class DeploymentList(WireStruct):
     deployments: Sequence[ListedDeployment]
 
 
+class DeploymentSummary(WireStruct):
+    """Number of deployments by state, those that fail, and the next starts and stops."""
+
+    as_of: Instant
+    count: int
+    states: Mapping[DeploymentStatus, int]
+    """Number of deployments in each state that any has."""
+    failed: Annotated[Sequence[ListedDeployment], Meta(max_length=SHOWN)]
+    """Deployments whose pods can't start, in the order of the ids of their workflows."""
+    upcoming: Annotated[Sequence[ListedDeployment], Meta(max_length=SHOWN)]
+    """Deployments that start or stop next, the first one first."""
+
+
 async def index(request: GatewayRequest) -> JsonResponse:
     """List the deployments of the workflows that the caller may read, with their next starts and stops.
 
     At most 500 are listed.
     """
+    statement = activities_statement(request.caller).limit(MAX_DEPLOYMENTS + 1)
     async with request.gateway.database.read() as connection:
-        found = await _read_deployments(connection, request.caller)
+        rows = (await connection.execute(statement)).all()
     return JsonResponse(
         DeploymentList(
             as_of=instant(request.gateway.clock()),
-            is_complete=len(found) <= MAX_DEPLOYMENTS,
-            deployments=[_show_deployment(name, seen) for name, seen in found[:MAX_DEPLOYMENTS]],
+            is_complete=len(rows) <= MAX_DEPLOYMENTS,
+            deployments=[_show_deployment(row) for row in rows[:MAX_DEPLOYMENTS]],
         )
     )
 
 
-async def _read_deployments(
-    connection: AsyncConnection, caller: ApiCaller
-) -> Sequence[tuple[str, DeploymentActivity]]:
-    """Return workflow names and activities of the deployments that the caller may see, one more than are listed."""
-    names = {row.workflow_id: row.name for row in await connection.execute(deployments_statement(caller))}
-    seen = await activity.read_activities(connection, list(names))
-    return [(name, seen[workflow_id]) for workflow_id, name in names.items() if workflow_id in seen]
+async def show_summary(request: GatewayRequest) -> JsonResponse:
+    """Count the deployments of the workflows that the caller may read by state, and show ten that fail and the next
+    ten starts and stops.
 
-
-def deployments_statement(caller: ApiCaller) -> Select[*tuple[Any, ...]]:
-    """Return the statement of the deployed workflows that a caller may read, at most 501."""
-    return (
-        select(col(Deployment.workflow_id), col(Workflow.name))
-        .join(Workflow, col(Workflow.id) == col(Deployment.workflow_id))
-        .where(
-            col(Deployment.organization_id) == caller.organization_id,
-            col(Deployment.is_deployed),
-            is_readable_by(caller),
-        )
-        .order_by(col(Deployment.workflow_id))
-        .limit(MAX_DEPLOYMENTS + 1)
-    )
-
-
-def _show_deployment(name: str, seen: DeploymentActivity) -> ListedDeployment:
-    """Return a deployment as the API shows it; without a next transition where this host doesn't know the time
-    zone of its policy.
+    All deployments count, however many there are.
     """
-    deployment = seen.deployment
+    states = Counter[DeploymentStatus]()
+    failed: list[ListedDeployment] = []
+    upcoming: list[ListedDeployment] = []
+    last = ""
+    async with request.gateway.database.read() as connection:
+        while True:
+            statement = activities_statement(request.caller, after=last).limit(BATCH_DEPLOYMENTS)
+            rows = (await connection.execute(statement)).all()
+            shown = [_show_deployment(row) for row in rows]
+            states.update(one.deployment_status for one in shown)
+            failed += [one for one in shown if one.deployment_status is DeploymentStatus.FAILED]
+            upcoming = _list_upcoming([*upcoming, *shown])
+            if len(rows) < BATCH_DEPLOYMENTS:
+                break
+            last = rows[-1].workflow_id
+    return JsonResponse(
+        DeploymentSummary(
+            as_of=instant(request.gateway.clock()),
+            count=states.total(),
+            states=states,
+            failed=failed[:SHOWN],
+            upcoming=upcoming,
+        )
+    )
+
+
+def _list_upcoming(deployments: Iterable[ListedDeployment]) -> list[ListedDeployment]:
+    """Return the ten deployments that start or stop next, the first one first."""
+    moving = [(one.next_transition_at, one.workflow_id, one) for one in deployments if one.next_transition_at]
+    return [one for _, _, one in nsmallest(SHOWN, moving)]
+
+
+def activities_statement(caller: ApiCaller, after: str = "") -> Select[*tuple[Any, ...]]:
+    """Return the statement of the deployments that a caller may read, behind a workflow id, with the names of their
+    workflows and all on which their next start or stop depends.
+    """
+    return _of_caller(activity.activity_statement().add_columns(col(Workflow.name)), caller, after)
+
+
+def ids_statement(caller: ApiCaller, after: str) -> Select[*tuple[Any, ...]]:
+    """Return the statement of the ids of the deployed workflows that a caller may read, behind a workflow id."""
+    statement = select(col(Deployment.workflow_id)).join(
+        Workflow, col(Workflow.id) == col(Deployment.workflow_id)
+    )
+    return _of_caller(statement, caller, after)
+
+
+def _of_caller(
+    statement: Select[*tuple[Any, ...]], caller: ApiCaller, after: str
+) -> Select[*tuple[Any, ...]]:
+    """Return a statement about deployments restricted to those that a caller may read, behind a workflow id."""
+    return statement.where(
+        col(Deployment.organization_id) == caller.organization_id,
+        col(Deployment.workflow_id) > after,
+        col(Deployment.is_deployed),
+        is_readable_by(caller),
+    ).order_by(col(Deployment.workflow_id))
+
+
+def _show_deployment(row: Row[*tuple[Any, ...]]) -> ListedDeployment:
+    """Return the deployment of a row of `activities_statement` as the API shows it; without a next transition where
+    this host doesn't know the time zone of its policy.
+
+    The row takes the place of the object: to build hundreds of objects takes longer than all else.
+    """
+    state: DeploymentState = cast("DeploymentState", row)
+    stored = lifecycle_policy.effective_policy(row.lifecycle)
+    situation = build_situation(
+        state,
+        has_due=bool(row.has_due),
+        has_running=bool(row.has_running),
+        last_ended_at=row.last_ended_at,
+    )
     try:
-        upcoming = lifecycle_policy.next_transition(seen.policy, seen.situation, seen.now)
+        policy = lifecycle_policy.parse_policy(stored)
+        upcoming = lifecycle_policy.next_transition(policy, situation, from_microseconds(row.now))
     except ZoneInfoNotFoundError:
         upcoming = None
     return ListedDeployment(
-        workflow_id=deployment.workflow_id,
-        workflow_name=name,
-        deployment_status=status_of(deployment),
-        stopped_reason=stopped_reason_of(deployment),
-        reason=deployment.observed_reason or deployment.failed_reason,
-        reason_code=deployment.observed_reason_code or deployment.failed_reason_code,
-        start_failures=deployment.start_failures,
-        replicas=deployment.replicas,
-        ready_replicas=deployment.ready_replicas,
-        observed_at=optional_instant(deployment.observed_at),
-        policy_type=PolicyType(seen.stored_policy["type"]),
-        last_activity_at=optional_instant(seen.situation.last_activity_at),
+        workflow_id=row.workflow_id,
+        workflow_name=row.name,
+        deployment_status=status_of(state),
+        stopped_reason=stopped_reason_of(state),
+        reason=row.observed_reason or row.failed_reason,
+        reason_code=row.observed_reason_code or row.failed_reason_code,
+        start_failures=row.start_failures,
+        replicas=row.replicas,
+        ready_replicas=row.ready_replicas,
+        observed_at=optional_instant(row.observed_at),
+        policy_type=PolicyType(stored["type"]),
+        last_activity_at=optional_instant(situation.last_activity_at),
         next_transition=upcoming.kind if upcoming else None,
         next_transition_at=optional_instant(upcoming.at if upcoming else None),
     )

@@ -29,11 +29,12 @@ from models.lifecycle_policy import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import AsyncIterator, Iterable
 
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from journal.deployments.activity import DeploymentActivity
+    from models.access import ApiCaller
     from models.deployment import LifecycleDecision
     from models.lifecycle_policy import DeploymentPolicy
 
@@ -166,10 +167,11 @@ async def show_usage(request: GatewayRequest) -> JsonResponse:
     now = request.gateway.clock()
     today = TimeRange(start_of_day(now.astimezone(UTC)), now)
     async with request.gateway.database.read() as connection:
-        rows = [*await connection.execute(deployment_list.deployments_statement(request.caller))]
-        workflow_ids = [row.workflow_id for row in rows]
-        [pod_seconds] = await lifecycle_rows.sum_pod_time(connection, workflow_ids, [today])
-        always_on = await _sum_without_stops(connection, workflow_ids, today)
+        pod_seconds, always_on = 0.0, 0.0
+        async for workflow_ids in _list_deployed(connection, request.caller):
+            [used] = await lifecycle_rows.sum_pod_time(connection, workflow_ids, [today])
+            pod_seconds += used
+            always_on += await _sum_without_stops(connection, workflow_ids, today)
     return JsonResponse(
         PodTime(
             since=instant(today.since),
@@ -230,6 +232,18 @@ def list_windows(policy: DeploymentPolicy, shown: TimeRange) -> Iterable[TimeRan
 
 
 # ── parts of the answers ────────────────────────────────────────────────────────────────────────────────────
+
+
+async def _list_deployed(connection: AsyncConnection, caller: ApiCaller) -> AsyncIterator[Sequence[str]]:
+    """Yield the ids of the deployed workflows that a caller may read, in batches of at most 500."""
+    last = ""
+    while True:
+        statement = deployment_list.ids_statement(caller, last).limit(deployment_list.BATCH_DEPLOYMENTS)
+        if found := [*await connection.scalars(statement)]:
+            yield found
+        if len(found) < deployment_list.BATCH_DEPLOYMENTS:
+            return
+        last = found[-1]
 
 
 async def _sum_without_stops(

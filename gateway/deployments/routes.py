@@ -35,6 +35,13 @@ ROUTES: Final[Sequence[Route]] = (
     Route("GET", "/api/v1/deployments", READ, deployment_list.index, answer=deployment_list.DeploymentList),
     Route(
         "GET",
+        "/api/v1/deployments/summary",
+        READ,
+        deployment_list.show_summary,
+        answer=deployment_list.DeploymentSummary,
+    ),
+    Route(
+        "GET",
         "/api/v1/deployments/usage",
         READ,
         lifecycle_calendar.show_usage,

@@ -87,9 +87,7 @@ async def show(request: GatewayRequest) -> JsonResponse:
     async with request.gateway.database.read_snapshot() as connection:
         rows = (await connection.execute(groups_statement(caller, since, until))).all()
         shown = rows[:SHOWN]
-        last_hours = await _read_last_hours(
-            connection, caller, [one.fingerprint for one in shown], since, until
-        )
+        last_hours = await _read_last_hours(connection, caller, shown)
         messages = await _read_messages(connection, caller, last_hours.values())
         has_others = await connection.scalar(others_statement(caller, since, until))
     return JsonResponse(
@@ -176,24 +174,24 @@ def _is_visible(caller: ApiCaller) -> ColumnElement[bool]:
 
 
 async def _read_last_hours(
-    connection: AsyncConnection,
-    caller: ApiCaller,
-    fingerprints: Sequence[str],
-    since: datetime,
-    until: datetime,
+    connection: AsyncConnection, caller: ApiCaller, groups: Sequence[Row[*tuple[Any, ...]]]
 ) -> Mapping[str, Row[*tuple[Any, ...]]]:
     """Return node, code and last run of groups by fingerprint, from the hour with the last failure of each."""
-    if not fingerprints:
+    if not groups:
         return {}
+    last_at = {group.fingerprint: group.last_at for group in groups}
     rows = await connection.execute(
         select(
-            *(col(FailureHour.fingerprint), col(FailureHour.node_id), col(FailureHour.code)),
-            col(FailureHour.execution_id),
+            *(col(FailureHour.fingerprint), col(FailureHour.last_at), col(FailureHour.node_id)),
+            *(col(FailureHour.code), col(FailureHour.execution_id)),
+        ).where(
+            col(FailureHour.organization_id) == caller.organization_id,
+            col(FailureHour.fingerprint).in_(last_at),
+            # Few others than the last hour of each: all hours would take longer to read than to group.
+            col(FailureHour.last_at).in_({*last_at.values()}),
         )
-        .where(*_is_within(caller, since, until), col(FailureHour.fingerprint).in_(fingerprints))
-        .order_by(col(FailureHour.last_at), col(FailureHour.execution_id))
     )
-    return {row.fingerprint: row for row in rows}
+    return {row.fingerprint: row for row in rows if row.last_at == last_at[row.fingerprint]}
 
 
 async def _read_messages(

@@ -738,6 +738,7 @@ ROWS = [
     AccessRow("GET", "/api/v1/workflows/stats", READ, OWN),
     AccessRow("GET", "/api/v1/workflows/activity", READ, OWN),
     AccessRow("GET", "/api/v1/deployments", READ, OWN),
+    AccessRow("GET", "/api/v1/deployments/summary", READ, OWN),
     AccessRow("GET", "/api/v1/deployments/usage", READ, OWN),
     AccessRow("GET", "/api/v1/workflows/templates", READ, OWN),
     AccessRow("POST", "/api/v1/workflows", WRITE, OWN, body=NEW, status=201),

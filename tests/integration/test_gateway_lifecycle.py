@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import insert, update
 from sqlmodel import col
 
-from gateway.deployments import lifecycle_calendar, lifecycle_rows
+from gateway.deployments import deployment_list, lifecycle_calendar, lifecycle_rows
 from gateway.deployments.lifecycle_rows import DAY, TimeRange
 from models import ids, weekly_windows
 from models.deployment import Deployment, LifecycleDecision, ObservedState
@@ -395,16 +395,18 @@ async def test_a_calendar_of_too_many_decisions_begins_with_those_that_it_has(
 
 
 async def test_pod_time_of_today_counts_the_deployments_that_the_caller_may_read(
-    harness: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    workflow_id = await people.owner.create(**GRAPH)
+    monkeypatch.setattr(deployment_list, "BATCH_DEPLOYMENTS", 1)
     created_at = datetime.now(UTC) - 30 * DAY
-    await deploy_with_pod(harness, people.owner, workflow_id, last_replicas=2, created_at=created_at)
-    await record_replicas(harness, people.owner, workflow_id, {48: 1})
+    for _ in range(2):
+        workflow_id = await people.owner.create(**GRAPH)
+        await deploy_with_pod(harness, people.owner, workflow_id, last_replicas=2, created_at=created_at)
+        await record_replicas(harness, people.owner, workflow_id, {48: 1})
     shown = (await people.owner.api.get("/api/v1/deployments/usage")).json()
     assert shown["alwaysOnPodSeconds"] == pytest.approx(2 * shown["podSeconds"], abs=1)
     length = datetime.fromisoformat(shown["asOf"]) - datetime.fromisoformat(shown["since"])
-    assert shown["podSeconds"] == pytest.approx(length.total_seconds(), abs=1)
+    assert shown["podSeconds"] == pytest.approx(2 * length.total_seconds(), abs=1)
     for person in (people.colleague, people.stranger):
         unseen = (await person.api.get("/api/v1/deployments/usage")).json()
         assert (unseen["podSeconds"], unseen["alwaysOnPodSeconds"]) == (0, 0)

@@ -151,6 +151,21 @@ async def test_slow_counts_reach_every_hour_in_time(
     assert (total["accepted"], total["completed"]) == (3, 3)
 
 
+async def test_the_first_turn_does_not_put_off_the_next_one(
+    harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(duty, "REST_FACTOR", 1_000_000)
+    counter = RunHourCounter(harness.gateway.database)
+    await counter.count_runs()
+    workflow_id = await people.owner.create(status="active", **GRAPH)
+    for expected in (1, 1):
+        await fail_run(harness, people.owner, workflow_id, harness.gateway.clock())
+        await counter.count_runs()
+        assert (await list_groups(people.owner))["count"] == expected, (
+            "only later turns are followed by a rest"
+        )
+
+
 async def test_private_runs_do_not_count(harness: GatewayHarness, people: OrganizationUsers) -> None:
     workflow_id = await people.owner.create(status="active", **GRAPH)
     await run(harness, people.owner, workflow_id, status="failed", is_private=True)
@@ -257,6 +272,38 @@ async def test_deployments_are_listed_with_their_next_transitions(
     lifecycle = await get_json(people.owner, f"/api/v1/workflows/{workflow_id}/lifecycle")
     assert shown["nextTransitionAt"] == lifecycle["nextTransitionAt"]
     assert len((await get_json(people.admin, "/api/v1/deployments"))["deployments"]) == 2
+
+
+async def test_a_summary_counts_all_deployments_in_batches(
+    harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deployment_list, "BATCH_DEPLOYMENTS", 2)
+    monkeypatch.setattr(deployment_list, "SHOWN", 3)
+    now = harness.gateway.clock()
+    for number in range(5):
+        workflow_id = await people.owner.create(name=f"Stops {number}", status="active", **GRAPH)
+        active_at = now - timedelta(minutes=number)
+        await deploy_with_pod(harness, people.owner, workflow_id, last_activity_at=active_at)
+    stuck = await people.owner.create(name="Stuck", status="active", **GRAPH)
+    observed = {"observed": ObservedState.FAILED, "observed_reason": "No such image", "generation": 1}
+    await deploy_with_pod(harness, people.owner, stuck, last_activity_at=now, **observed)
+    asleep = await people.owner.create(name="Asleep", status="active", **GRAPH)
+    await deploy_with_pod(harness, people.owner, asleep, observed=ObservedState.STOPPED, replicas=0)
+    hidden = await people.admin.create(status="active", **GRAPH)
+    await deploy_with_pod(harness, people.admin, hidden, last_activity_at=now)
+
+    shown = await get_json(people.owner, "/api/v1/deployments/summary")
+    assert (shown["count"], shown["states"]) == (7, {"running": 5, "failed": 1, "stopped": 1})
+    [failed] = shown["failed"]
+    assert (failed["workflowName"], failed["reason"]) == ("Stuck", "No such image")
+    assert [one["workflowName"] for one in shown["upcoming"]] == ["Stops 4", "Stops 3", "Stops 2"]
+    listed = {
+        one["workflowId"]: one for one in (await get_json(people.owner, "/api/v1/deployments"))["deployments"]
+    }
+    for one in [*shown["failed"], *shown["upcoming"]]:
+        assert one == listed[one["workflowId"]]
+    assert (await get_json(people.admin, "/api/v1/deployments/summary"))["count"] == 8
+    assert (await get_json(people.stranger, "/api/v1/deployments/summary"))["states"] == {}
     assert (await get_json(people.stranger, "/api/v1/deployments"))["deployments"] == []
 
 
@@ -453,7 +500,7 @@ async def test_counts_and_lists_are_read_by_indexes(
         "ix_lifecycle_decision_workflow": lifecycle_rows.pod_time_statement(
             ["one", "other"], [TimeRange(since, since + HOUR), TimeRange(since + HOUR, since + 2 * HOUR)]
         ),
-        "ix_deployment_organization": deployment_list.deployments_statement(caller),
+        "ix_deployment_organization": deployment_list.activities_statement(caller),
     }
     for index, statement in statements.items():
         plan = await explain_statement(harness.gateway.database, statement)

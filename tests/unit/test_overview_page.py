@@ -26,7 +26,7 @@ def data(**fields: Any) -> dict[str, Any]:  # noqa: ANN401 - any JSON value
         "why": {"reasons": [], "workers": {"state": "free"}},
         "drift": None,
         "dead": None,
-        "deployments": {"deployments": []},
+        "deployments": {"states": {}, "failed": [], "upcoming": []},
         **fields,
     }
 
@@ -79,7 +79,7 @@ def test_reasons_of_waits_tell_their_known_end() -> None:
     assert [one["words"] for one in waits] == words
 
 
-def test_ten_starts_and_stops_are_shown_beside_runs_of_schedules_with_their_causes() -> None:
+def test_starts_and_stops_are_shown_beside_runs_of_schedules_with_their_causes() -> None:
     def deployment(hours: float, **fields: Any) -> dict[str, Any]:  # noqa: ANN401 - any JSON value
         return {
             "nextTransition": "stop",
@@ -94,7 +94,7 @@ def test_ten_starts_and_stops_are_shown_beside_runs_of_schedules_with_their_caus
 
     failed = deployment(1, nextTransition="start", startFailures=3)
     window = deployment(2, policyType="scheduled-window")
-    others = [deployment(number) for number in range(3, 15)]
+    others = [deployment(number) for number in range(3, 11)]
     found = overview.list_upcoming([*others, window, failed], [schedule("nightly", at(30))], NOW)
     assert [one["cause"] for one in found][:3] == [
         "again after 3 failed starts",

@@ -33,7 +33,6 @@ URGENT_TIME: Final = timedelta(hours=1)
 SHOWN_NEEDS: Final = 3
 """Number of failures and of deployments that need a person at most; the page lists others below."""
 SHOWN_SCHEDULES: Final = 5
-SHOWN_TRANSITIONS: Final = 10
 PATH: Final = "/dashboard/overview"
 NEEDS_PERSON: Final = frozenset({"change", "escalate"})
 """Kinds of reasons that do not end by themselves."""
@@ -73,7 +72,7 @@ async def load(page: PageRequest) -> PageData:
         page.get_recent("/api/v1/pending-inputs", seconds=RECENT_SECONDS),
         page.get_recent("/api/v1/deployments/usage", seconds=RECENT_SECONDS),
         page.get("/api/v1/executions/statistics"),
-        page.get("/api/v1/deployments"),
+        page.get("/api/v1/deployments/summary"),
         page.get("/api/v1/executions/failures", **shown),
         page.get("/api/v1/schedules", limit=SHOWN_SCHEDULES),
     )
@@ -112,7 +111,6 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
     reasons = data["why"]["reasons"]
     hours = data["statistics"]["hours"]
     failures = data["failed"]["groups"]
-    deployments = data["deployments"]["deployments"]
     needs = find_needs(data, failures, frame.now)
     shown = read_range(frame.query)
     return {
@@ -153,9 +151,9 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "failures": failures,
         "has_more_failures": not data["failed"]["isComplete"],
         "may_run": frame.may("workflows:execute"),
-        "pods": count_pods(deployments),
+        "pods": count_pods(data["deployments"]["states"]),
         "pod_time": data["pod_time"],
-        "upcoming": list_upcoming(deployments, data["schedules"]["schedules"], frame.now),
+        "upcoming": list_upcoming(data["deployments"]["upcoming"], data["schedules"]["schedules"], frame.now),
     }
 
 
@@ -178,9 +176,7 @@ def find_needs(
         "workers": [] if has_worker else [True],
         "findings": [one for one in findings if one["severity"] == "critical"],
         "failing": [group for group in failures if is_recent(group["lastAt"], now)][:SHOWN_NEEDS],
-        "stuck": [one for one in data["deployments"]["deployments"] if one["deploymentStatus"] == "failed"][
-            :SHOWN_NEEDS
-        ],
+        "stuck": data["deployments"]["failed"][:SHOWN_NEEDS],
         "oldest": [{**oldest, "words": look_of_wait(oldest["code"])[0]}] if oldest and is_late else [],
         "dead": [data["dead"]] if data["dead"] and data["dead"]["count"] else [],
         "reasons": [
@@ -253,9 +249,11 @@ def list_waits(reasons: Sequence[Mapping[str, Any]], now: datetime) -> Sequence[
     return found
 
 
-def count_pods(deployments: Sequence[Mapping[str, Any]]) -> Sequence[tuple[int, StateLook]]:
-    """Return the number of deployments of each state that there is, with its look."""
-    counts = Counter(look_of_pod(one["deploymentStatus"]) for one in deployments)
+def count_pods(states: Mapping[str, int]) -> Sequence[tuple[int, StateLook]]:
+    """Return the number of deployments of each look, from those of each status."""
+    counts: Counter[StateLook] = Counter()
+    for status, number in states.items():
+        counts[look_of_pod(status)] += number
     order = list(dict.fromkeys(POD_STATES.values()))
     return [(counts[look], look) for look in order if counts[look]]
 
@@ -263,8 +261,8 @@ def count_pods(deployments: Sequence[Mapping[str, Any]]) -> Sequence[tuple[int, 
 def list_upcoming(
     deployments: Sequence[Mapping[str, Any]], schedules: Sequence[Mapping[str, Any]], now: datetime
 ) -> Sequence[Mapping[str, str]]:
-    """Return the next ten starts and stops of pods and the next runs of schedules in order of time: time, day,
-    workflow, verb and cause; the day is empty for those of today.
+    """Return the next starts and stops of pods and the next runs of schedules in order of time: time, day, workflow,
+    verb and cause; the day is empty for those of today.
     """
     transitions = [
         {
@@ -275,7 +273,6 @@ def list_upcoming(
             "cause": describe_cause(one, now),
         }
         for one in deployments
-        if one["nextTransitionAt"] is not None
     ]
     runs = [
         {
@@ -288,8 +285,7 @@ def list_upcoming(
         for one in schedules
         if one["isActive"] and one["nextRuns"]
     ]
-    shown = sorted(transitions, key=_by_time)[:SHOWN_TRANSITIONS] + runs
-    return [{**one, "day": name_day(one["at"], now)} for one in sorted(shown, key=_by_time)]
+    return [{**one, "day": name_day(one["at"], now)} for one in sorted(transitions + runs, key=_by_time)]
 
 
 def describe_local_time(schedule: Mapping[str, Any]) -> str:

@@ -208,6 +208,14 @@ class AsyncDeliveries(AsyncResource):
         return self._client.iterate(f"/api/v1/workflows/{self._quote(workflow_id)}/intake-samples", "samples", {})
 
 
+class AsyncDeploymentList(AsyncResource):
+    """Methods of `client.deployment_list`."""
+
+    async def show_summary(self) -> t.DeploymentSummary:
+        """Count the deployments of the workflows that the caller may read by state, and show ten that fail and the next ten starts and stops."""
+        return cast("t.DeploymentSummary", await self._client.request("GET", "/api/v1/deployments/summary"))
+
+
 class AsyncDeployments(AsyncResource):
     """Methods of `client.deployments`."""
 
@@ -1044,6 +1052,7 @@ class AsyncResourceClient(AsyncTransport):
         self.audit = AsyncAudit(self)
         self.datasources = AsyncDatasources(self)
         self.deliveries = AsyncDeliveries(self)
+        self.deployment_list = AsyncDeploymentList(self)
         self.deployments = AsyncDeployments(self)
         self.event_tokens = AsyncEventTokens(self)
         self.events = AsyncEvents(self)

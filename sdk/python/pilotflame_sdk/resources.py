@@ -208,6 +208,14 @@ class Deliveries(Resource):
         return self._client.iterate(f"/api/v1/workflows/{self._quote(workflow_id)}/intake-samples", "samples", {})
 
 
+class DeploymentList(Resource):
+    """Methods of `client.deployment_list`."""
+
+    def show_summary(self) -> t.DeploymentSummary:
+        """Count the deployments of the workflows that the caller may read by state, and show ten that fail and the next ten starts and stops."""
+        return cast("t.DeploymentSummary", self._client.request("GET", "/api/v1/deployments/summary"))
+
+
 class Deployments(Resource):
     """Methods of `client.deployments`."""
 
@@ -1044,6 +1052,7 @@ class ResourceClient(Transport):
         self.audit = Audit(self)
         self.datasources = Datasources(self)
         self.deliveries = Deliveries(self)
+        self.deployment_list = DeploymentList(self)
         self.deployments = Deployments(self)
         self.event_tokens = EventTokens(self)
         self.events = Events(self)

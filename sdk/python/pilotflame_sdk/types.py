@@ -80,6 +80,7 @@ __all__ = [
     "Deployment",
     "DeploymentList",
     "DeploymentStatus",
+    "DeploymentSummary",
     "DiscoveredWorkflow",
     "DriftClass",
     "DriftFinding",
@@ -1195,6 +1196,16 @@ class DeploymentList(TypedDict):
     asOf: str
     isComplete: bool
     deployments: List[ListedDeployment]
+
+
+class DeploymentSummary(TypedDict):
+    """Number of deployments by state, those that fail, and the next starts and stops."""
+
+    asOf: str
+    count: int
+    states: Dict[str, int]
+    failed: List[ListedDeployment]
+    upcoming: List[ListedDeployment]
 
 
 class DiscoveredWorkflow(TypedDict):
