@@ -255,6 +255,11 @@ class ModelCallRecord(msgspec.Struct, frozen=True, rename="camel", omit_defaults
     ended_at: datetime | None = None
     """Time of the answer or failure."""
 
+    @property
+    def identity(self) -> tuple[str, str, str]:
+        """Model and times, which no two calls of a run share."""
+        return self.model_id, str(self.began_at), str(self.ended_at)
+
 
 def sum_usage(records: Sequence[ModelCallRecord]) -> TokenUsage:
     """Return the tokens of all calls together; estimated if those of one are."""

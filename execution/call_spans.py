@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, cast
 
 from engine.agents import call_waits
 from engine.agents.agent_steps import StepKind, StepStatus
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from engine.agents.agent_steps import AgentStep
+    from engine.model_calls import ChatAnswer, ChatRequest
     from engine.run_records import NodeSpan
     from execution.gen_ai_spans import GenAiSpan
     from telemetry.tracing import RunTrace, TraceContext
@@ -66,6 +67,9 @@ class CallSpans:
             self._tools[inner] = context
             if step.status in ENDED and step.ended_at is not None:
                 described = gen_ai_spans.describe_tool(step, conversation)
+                if self.run.carries_content:
+                    texts = gen_ai_spans.describe_result(step)
+                    described = replace(described, attributes={**described.attributes, **texts})
                 self._send_part(described, context, parent, step.started_at, step.ended_at)
             parent = context
         self._add_calls(step.model_calls, parent, conversation)
@@ -87,10 +91,14 @@ class CallSpans:
                 continue
             if began_at < self.run.started_at - CLOCK_TOLERANCE:
                 continue  # made, and sent, in an earlier claim
-            context = self.run.part_context("chat", record.model_id, str(began_at), str(ended_at))
+            context = self.run.part_context("chat", *record.identity)
             if context.span_id not in self._sent:
                 self._sent.add(context.span_id)
                 described = gen_ai_spans.describe_call(record, called, conversation)
+                content = self.run.take_content(record.identity)
+                if content is not None:
+                    texts = gen_ai_spans.describe_messages(*cast("tuple[ChatRequest, ChatAnswer]", content))
+                    described = replace(described, attributes={**described.attributes, **texts})
                 self._send_part(described, context, parent, began_at, ended_at)
 
     def _send_part(

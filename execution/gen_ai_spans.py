@@ -1,28 +1,47 @@
 """Trace spans of calls of language models and of agents, named by OpenTelemetry's conventions for generative AI.
 
 The names (`gen_ai.*`) are still in development there: this module alone maps them
-(https://github.com/open-telemetry/semantic-conventions-genai). The texts of conversations are never in spans.
+(https://github.com/open-telemetry/semantic-conventions-genai). The texts of conversations are in spans only if the
+operator wants them there, cut, and without values that look like credentials.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+import msgspec
+
+from engine import inline_secrets, values
 from engine.agents.agent_steps import StepStatus
-from engine.model_calls import FinishReason, ModelProvider
+from engine.model_calls import FinishReason, MessageRole, ModelProvider
+from engine.values import InvalidJson
+from json_text import decoding
 
 if TYPE_CHECKING:
     from engine.agents.agent_steps import AgentStep
-    from engine.model_calls import CalledModel, ModelCallRecord
+    from engine.model_calls import (
+        CalledModel,
+        ChatAnswer,
+        ChatMessage,
+        ChatRequest,
+        ModelCallRecord,
+        RequestedToolCall,
+    )
+    from engine.values import Json
     from telemetry.tracing import Attributes, SpanKind
 
 TOOL_ERROR: Final = "tool-error"
 """Code of a failed tool call, whose own error is a text for the model."""
 UNNAMED: Final = "unknown"
 """Name in place of one that a model has invented, and that may be any text."""
+
+MAX_CONTENT_BYTES: Final = 32_768
+"""Maximum size of an attribute with texts."""
+MAX_TEXT_CHARACTERS: Final = 4_096
+"""Maximum length of one text in it."""
 
 _PROVIDERS: Final[Mapping[ModelProvider, str]] = {
     ModelProvider.OPENAI_COMPATIBLE: "openai",
@@ -96,6 +115,94 @@ def describe_tool(step: AgentStep, conversation: str) -> GenAiSpan:
     }
     error = TOOL_ERROR if step.status is StepStatus.FAILED else None
     return GenAiSpan(f"execute_tool {name}", "internal", attributes, error)
+
+
+def describe_messages(request: ChatRequest, answer: ChatAnswer) -> Mapping[str, str]:
+    """Return the attributes with the texts of a call of a model: the newest messages that fit, and the answer."""
+    parts = [_build_text(answer.text)] if answer.text else []
+    parts += map(_build_call, answer.tool_calls)
+    reason = _FINISH_REASONS[answer.finish_reason]
+    message: Json = {"role": "assistant", "parts": parts, "finish_reason": reason}
+    return {
+        "gen_ai.input.messages": _encode_newest([_build_message(each) for each in request.messages]),
+        "gen_ai.output.messages": _encode_newest([message]),
+    }
+
+
+def describe_result(step: AgentStep) -> Mapping[str, str]:
+    """Return the attributes with arguments and result of a tool call, as far as they are recorded."""
+    texts: dict[str, str] = {}
+    if step.arguments is not None:
+        texts["gen_ai.tool.call.arguments"] = _encode(values.restore_json(step.arguments))
+    if step.result is not None:
+        texts["gen_ai.tool.call.result"] = _encode(_read_result(decoding.decode(step.result, str)))
+    return texts
+
+
+def _read_result(text: str) -> Json:
+    """Return the value of a result that is JSON, in which names tell credentials, and another result as it is."""
+    try:
+        return values.decode_json(text.encode())
+    except InvalidJson:
+        return text
+
+
+def _build_message(message: ChatMessage) -> Json:
+    """Return a message as the conventions have it."""
+    if message.role is MessageRole.TOOL:
+        response: Json = {
+            "type": "tool_call_response",
+            "id": message.tool_call_id,
+            "response": _read_result(message.content),
+        }
+        return {"role": "tool", "parts": [response]}
+    parts = [_build_text(message.content)] if message.content else []
+    return {"role": message.role.value, "parts": [*parts, *map(_build_call, message.tool_calls)]}
+
+
+def _build_text(text: str) -> Json:
+    return {"type": "text", "content": text}
+
+
+def _build_call(call: RequestedToolCall) -> Json:
+    arguments = None if call.arguments is None else dict(call.arguments)
+    return {"type": "tool_call", "id": call.id, "name": call.name, "arguments": arguments}
+
+
+def _encode_newest(messages: Sequence[Json]) -> str:
+    """Return the newest of some messages as a JSON list of at most 32 kB; one that is too long alone is left out."""
+    kept: list[str] = []
+    size = 2
+    for message in reversed(messages):
+        text = _encode(message, cut_at=None)
+        size += len(text.encode()) + 1
+        if size > MAX_CONTENT_BYTES:
+            break
+        kept.append(text)
+    return f"[{','.join(reversed(kept))}]"
+
+
+def _encode(value: Json, cut_at: int | None = MAX_CONTENT_BYTES) -> str:
+    """Return a value as JSON without credentials and with its long texts cut, and of at most `cut_at` bytes."""
+    try:
+        encoded = msgspec.json.encode(_cut_texts(inline_secrets.remove_secrets(value)[0]))
+    except RecursionError:
+        return '"nested too deep"'
+    return encoded[:cut_at].decode(errors="ignore")
+
+
+def _cut_texts(value: Json) -> Json:
+    """Return a value with the number of characters that are left out at the end of its long texts."""
+    match value:
+        case str() if len(value) > MAX_TEXT_CHARACTERS:
+            left = len(value) - MAX_TEXT_CHARACTERS
+            return f"{value[:MAX_TEXT_CHARACTERS]}… {left:,} more characters"
+        case list():
+            return [_cut_texts(each) for each in value]
+        case dict():
+            return {name: _cut_texts(each) for name, each in value.items()}
+        case _:
+            return value
 
 
 def name_conversation(execution_id: str, node_id: str, iteration: str) -> str:

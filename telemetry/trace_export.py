@@ -41,7 +41,9 @@ async def run_tracer(settings: TraceSettings, process: str) -> AsyncIterator[Non
 
     exporter = await asyncio.to_thread(OtlpExporter, settings.otlp_url, process)
     hosts = [host.strip() for host in settings.trace_hosts.split(",") if host.strip()]
-    tracing.tracer = Tracer(exporter.send, sample=settings.trace_sample, hosts=hosts)
+    tracing.tracer = Tracer(
+        exporter.send, sample=settings.trace_sample, hosts=hosts, sends_content=settings.trace_content
+    )
     log.info("traces sent", url=settings.otlp_url, sample=settings.trace_sample)
     try:
         yield

@@ -7,7 +7,7 @@ from pydantic_settings import BaseSettings
 
 
 class TraceSettings(BaseSettings):
-    """Address and share of the traces that a process sends."""
+    """Address, share and contents of the traces that a process sends."""
 
     otlp_url: str = Field(
         default="",
@@ -24,6 +24,13 @@ class TraceSettings(BaseSettings):
         description=(
             "Share of the traces that are sent, from 0 to 1. Callers with a key decide it for their requests by"
             " the header `traceparent`."
+        ),
+    )
+    trace_content: bool = Field(
+        default=False,
+        description=(
+            "Whether spans of language models and their tools carry prompts, answers, arguments and results, up to"
+            " 32 kB each, without values that look like credentials. Never those of nodes with `recordContent: false`."
         ),
     )
     trace_hosts: str = Field(

@@ -14,7 +14,7 @@ import re
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from hashlib import blake2b
 from typing import Final, Literal, TypeAlias
@@ -188,6 +188,22 @@ class RunTrace:
     is_sampled: bool
     started_at: datetime
     """Time of the claim."""
+    _contents: dict[object, object] = field(default_factory=dict)
+    """Contents of calls of language models until their spans are sent, by the identities of the calls."""
+
+    @property
+    def carries_content(self) -> bool:
+        """Whether the spans of language models carry prompts and answers."""
+        return self.is_sampled and self.tracer.sends_content
+
+    def hold_content(self, call: object, content: object) -> None:
+        """Keep the content of a call for its span, which is sent when the record of the call is committed."""
+        if self.carries_content:
+            self._contents[call] = content
+
+    def take_content(self, call: object) -> object | None:
+        """Return the content that is kept for the span of a call, and forget it; None if there is none."""
+        return self._contents.pop(call, None)
 
     @property
     def context(self) -> TraceContext:
@@ -291,12 +307,20 @@ class Tracer:
     """Maker of the spans of one process."""
 
     def __init__(
-        self, send: Callable[[FinishedSpan], None], *, sample: float = 1.0, hosts: Iterable[str] = ()
+        self,
+        send: Callable[[FinishedSpan], None],
+        *,
+        sample: float = 1.0,
+        hosts: Iterable[str] = (),
+        sends_content: bool = False,
     ) -> None:
         """Send finished spans by a function that never blocks; `sample` is the share of traces without a caller's
         decision. Requests of nodes to `hosts`, patterns such as `*.example.com`, carry a `traceparent`.
+
+        `sends_content` lets the spans of language models carry prompts and answers.
         """
         self.send = send
+        self.sends_content = sends_content
         self._limit = int(sample * SAMPLE_STEPS)
         self._hosts = tuple(host.lower() for host in hosts)
 

@@ -26,6 +26,7 @@ from engine.model_calls import (
 )
 from engine.run_errors import NodeError
 from nodes.ai import structured_answers
+from telemetry import tracing
 
 if TYPE_CHECKING:
     from engine.node_api import NodeCall
@@ -161,6 +162,8 @@ async def ask_first(
             began_at=began_at,
             ended_at=call.model_calls.now(),
         )
+        if call.records_content and isinstance(trace := tracing.current.get(), tracing.RunTrace):
+            trace.hold_content(record.identity, (request, answer))
         return answer, record
     raise NodeError("The node names no model", code="missing-config")
 

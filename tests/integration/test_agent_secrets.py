@@ -192,6 +192,8 @@ async def test_no_secret_reaches_a_model_a_person_or_a_row(
 ) -> None:
     allow_loopback(harness, monkeypatch)
     person, reader, trail = people.owner, AnswerCollector(people.owner.api), AnswerCollector(people.admin.api)
+    traced: list[FinishedSpan] = []
+    monkeypatch.setattr(tracing, "tracer", Tracer(traced.append, sends_content=True))
     turns = [
         call_tools("look", "break", "count"),
         call_tools("note"),
@@ -244,11 +246,12 @@ async def test_no_secret_reaches_a_model_a_person_or_a_row(
         "the model": json.dumps(models.requests, ensure_ascii=False),
         "answers": "\n".join(reader.texts + trail.texts),
         "logs": repr(lines) + "".join(capfd.readouterr()),
+        "spans": "\n".join(str(value) for span in traced for value in span.attributes.values()),
         **await collect_places(harness),
     }
     found = [(place, trace) for place, text in places.items() for trace in TRACES if trace in text]
     assert found == []
-    assert all("[hidden]" in places[place] for place in ("the model", "answers", "rows"))
+    assert all("[hidden]" in places[place] for place in ("the model", "answers", "rows", "spans"))
 
 
 # ── contents that are not recorded ──────────────────────────────────────────────────────────────────────────
@@ -322,7 +325,7 @@ async def test_contents_that_are_not_recorded_are_kept_nowhere(
     allow_loopback(harness, monkeypatch)
     person, reader = people.owner, AnswerCollector(people.owner.api)
     traced: list[FinishedSpan] = []
-    monkeypatch.setattr(tracing, "tracer", Tracer(traced.append))
+    monkeypatch.setattr(tracing, "tracer", Tracer(traced.append, sends_content=True))
     with capture_logs() as lines:
         async with serve_models() as models, serve_worker(harness):
             Whisperer(models)
@@ -350,9 +353,9 @@ async def test_contents_that_are_not_recorded_are_kept_nowhere(
     places = {
         "answers": "\n".join(reader.texts),
         "logs": repr(lines),
-        "spans": repr(traced),
+        "spans": "\n".join(str(value) for span in traced for value in (span.name, *span.attributes.values())),
         **await collect_places(harness),
     }
     found = {place for place, text in places.items() if SAID in text}
-    assert (found >= {"answers", "rows"}) is is_recorded, found
+    assert (found >= {"answers", "rows", "spans"}) is is_recorded, found
     assert is_recorded or found == set()
