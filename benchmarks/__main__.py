@@ -92,6 +92,7 @@ def main() -> None:
     request = _parse_request()
     # PostgreSQL and Redis create their folders below tempfile's; /tmp may be in memory, without a disk's
     # latency.
+    request.folder.mkdir(parents=True, exist_ok=True)
     tempfile.tempdir = str(request.folder)
     figures = uvloop.run(_measure(request))
     outcomes = [*targets.judge_targets(figures)]

@@ -1,7 +1,8 @@
 """Ratios of this checkout to another one, whose servers take turns: `python -m benchmarks.compare CHECKOUT [part ...]`.
 
 A shared machine changes its speed by half for minutes at a time, so only figures of servers that took turns can be
-compared. The other checkout needs a virtual environment of its own in `.venv`.
+compared. With `--together`, both servers run all the time and get short loads in turn: for machines with other work.
+The other checkout needs a virtual environment of its own in `.venv`.
 """
 
 from __future__ import annotations
@@ -10,13 +11,15 @@ import argparse
 import gc
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
 import uvloop
 
-from benchmarks import load, machine, postgres_counters, processes, scenario, workflows
+from benchmarks import load, machine, postgres_counters, processes, scenario, usage, workflows
+from benchmarks.load import InstalledWorkflow
 from benchmarks.processes import PROJECT, ServerUnderTest
 from benchmarks.scenario import BackingServers, MeasureOptions
 from tests import services
@@ -33,6 +36,8 @@ FIGURES = (
     "saturation_p99_ms",
     "forty_nodes_ms",
 )
+TOGETHER_FIGURES = ("executions_per_second", "cpu_ms_per_run", "saturation_p50_ms", "saturation_p99_ms")
+"""Figures of servers that run at the same time, with `--together`."""
 WRITE_FIGURES = ("write_chains_per_second", "write_chains_p50_ms", "write_chains_p99_ms")
 """Figures of chains of three requests, with `--writes`."""
 
@@ -48,6 +53,10 @@ class CompareRequest:
     figures: Sequence[str] = FIGURES
     without_redis: bool = False
     """Whether this checkout runs on PostgreSQL alone."""
+    is_together: bool = False
+    """Whether both servers run all the time and get loads in turn."""
+    clients: int = scenario.CLIENTS
+    """Number of clients of a load, with `is_together`."""
 
 
 def main() -> None:
@@ -59,6 +68,11 @@ def main() -> None:
 async def _compare(request: CompareRequest) -> None:
     gc.freeze()  # The generator's own garbage collections would show up in the server's latencies.
     for part in request.parts:
+        if request.is_together:
+            print(
+                *_table(part, await _measure_together(part, request), TOGETHER_FIGURES), sep="\n", flush=True
+            )
+            continue
         figures: dict[str, list[dict[str, float]]] = {name: [] for name in request.checkouts}
         with (
             tempfile.TemporaryDirectory(prefix="pilotflame-compare-") as root,
@@ -80,6 +94,56 @@ async def _compare(request: CompareRequest) -> None:
                         flush=True,
                     )
         print(*_table(part, figures, request.figures), sep="\n", flush=True)
+
+
+async def _measure_together(part: str, request: CompareRequest) -> dict[str, list[dict[str, float]]]:
+    """Run both servers, each with a PostgreSQL and a Redis of its own for `production`, and load them in turn.
+
+    Return the figures of each load by the name of its checkout.
+    """
+    figures: dict[str, list[dict[str, float]]] = {name: [] for name in request.checkouts}
+    installed: dict[str, tuple[InstalledWorkflow, Mapping[str, int]]] = {}
+    async with AsyncExitStack() as stack:
+        root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pilotflame-compare-")))
+        for name, checkout in request.checkouts.items():
+            folder = Path(tempfile.mkdtemp(dir=root))
+            servers: dict[str, int | None] = {}
+            if part == "dev":
+                running = processes.run_dev(folder, checkout=checkout)
+            else:
+                postgres = stack.enter_context(services.run_postgres(services.DURABLE))
+                redis = stack.enter_context(services.run_redis())
+                await postgres_counters.require_durable(postgres.url)
+                servers = {"postgresql": postgres.process_id, "redis": redis.process_id}
+                url = await postgres.create_database("compare")
+                redis_url = None if request.without_redis and name == "this" else redis.url
+                running = processes.run_production(folder, url, redis_url, checkout=checkout)
+            pilotflame = await stack.enter_async_context(running)
+            pure = await load.install_workflow(pilotflame.api, workflows.pure_workflow())
+            found = {one: number for one, number in servers.items() if number is not None}
+            installed[name] = pure, {**pilotflame.process_ids, **found}
+        for number in range(request.rounds):
+            for name in list(installed)[:: -1 if number % 2 else 1]:
+                figures[name].append(await _measure_turn(*installed[name], request))
+    return figures
+
+
+async def _measure_turn(
+    pure: InstalledWorkflow, process_ids: Mapping[str, int], request: CompareRequest
+) -> dict[str, float]:
+    """Return rate, latency and CPU time of one short load; a shorter one before it is not counted."""
+    await load.run_closed_loop(pure, request.clients, request.options.seconds / 4)
+    before = usage.cpu_seconds(process_ids)
+    sample = await load.run_closed_loop(pure, request.clients, request.options.seconds)
+    after = usage.cpu_seconds(process_ids)
+    spent = {name: 1000 * (after[name] - before[name]) / sample.count for name in process_ids}
+    return {
+        "executions_per_second": sample.per_second,
+        "saturation_p50_ms": sample.milliseconds(50),
+        "saturation_p99_ms": sample.milliseconds(99),
+        "cpu_ms_per_run": sum(spent.values()),
+        **{f"cpu_ms_per_run_{name}": milliseconds for name, milliseconds in spent.items()},
+    }
 
 
 async def _measure(
@@ -147,6 +211,15 @@ def _parse_request() -> CompareRequest:
     parser.add_argument("--rounds", type=int, default=4, help="turns of each checkout (default: 4)")
     parser.add_argument("--writes", action="store_true", help="measure chains of three requests only")
     parser.add_argument("--without-redis", action="store_true", help="run this checkout on PostgreSQL alone")
+    parser.add_argument(
+        "--together", action="store_true", help="run both servers all the time, and load them in turn"
+    )
+    parser.add_argument(
+        "--clients",
+        type=int,
+        default=scenario.CLIENTS,
+        help=f"clients of a load with --together (default: {scenario.CLIENTS})",
+    )
     given = parser.parse_args()
     unknown = set(given.part) - set(PARTS)
     if unknown:
@@ -159,6 +232,8 @@ def _parse_request() -> CompareRequest:
         MeasureOptions(given.seconds, 0.0),
         WRITE_FIGURES if given.writes else FIGURES,
         given.without_redis,
+        given.together,
+        given.clients,
     )
 
 

@@ -41,6 +41,7 @@ async def _record(process_id: int, file: Path, kind: str, seconds: int) -> None:
     program = str(Path(sys.executable).with_name("py-spy"))
     process = await asyncio.create_subprocess_exec(
         *(program, "record", "--pid", str(process_id), "--duration", str(seconds)),
+        "--subprocesses",  # A worker is the child of a process that only waits for it.
         "--nonblocking",  # Pausing the process would wake its waiting threads, which would then count as busy.
         *("--rate", str(SAMPLES_PER_SECOND), "--format", kind, "--output", str(file)),
         stdout=asyncio.subprocess.DEVNULL,
