@@ -69,6 +69,7 @@ def strip_step(step: AgentStep, conversation: int, tools: Collection[str]) -> Ag
         call_id="",
         arguments=None,
         result=None,
+        model_calls=tuple(strip_calls(step.model_calls)),
         conversation=conversation if step.conversation is None else step.conversation,
     )
 

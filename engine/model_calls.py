@@ -13,6 +13,8 @@ from engine.run_errors import NodeError
 
 JSON_RULES_TOKENS: Final = 150
 """Most tokens of the rules by which a model calls tools by JSON, besides the tools themselves."""
+OVERHEAD_TOKENS: Final = 100
+"""Tokens of a request beside its texts: markers of messages, and words that ask for a schema."""
 
 TokenCount: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=100_000_000)]
 """Tokens of one call. Counts that a provider makes up, or a pod, must not exceed the columns of databases."""
@@ -244,6 +246,8 @@ class ModelCallRecord(msgspec.Struct, frozen=True, rename="camel", omit_defaults
     finish_reason: FinishReason | None = None
     error: str = ""
     """Code of the failure of a call without an answer."""
+    may_be_billed: bool = False
+    """Whether the provider may bill a call without an answer."""
     wait_milliseconds: int | None = None
     """Time for which the node waits after this call, since its provider has asked for it; None without a wait."""
     text: str | None = None
@@ -259,6 +263,11 @@ class ModelCallRecord(msgspec.Struct, frozen=True, rename="camel", omit_defaults
     def identity(self) -> tuple[str, str, str]:
         """Model and times, which no two calls of a run share."""
         return self.model_id, str(self.began_at), str(self.ended_at)
+
+
+def count_unanswered(records: Sequence[ModelCallRecord]) -> int:
+    """Return the number of calls without an answer that their providers may bill nevertheless."""
+    return sum(record.may_be_billed for record in records)
 
 
 def sum_usage(records: Sequence[ModelCallRecord]) -> TokenUsage:

@@ -50,6 +50,13 @@ def compute_cost(usage: TokenUsage, price: ModelPrice) -> int:
     return int((dollars * NANOS_PER_MILLIONTH).to_integral_value(ROUND_CEILING))
 
 
+def compute_most_cost(input_tokens: int, output_tokens: int, price: ModelPrice) -> int:
+    """Return the most that a model call may cost in nano-dollars, whether its input is written to a cache or not."""
+    dearest = max(Decimal(price.input), Decimal(price.cache_write or price.input))
+    dollars = input_tokens * dearest + output_tokens * Decimal(price.output)
+    return int((dollars * NANOS_PER_MILLIONTH).to_integral_value(ROUND_CEILING))
+
+
 def show_cost(nanos: int | None) -> str | None:
     """Return a cost in nano-dollars as a decimal text in US dollars, without trailing zeros; None for None."""
     if nanos is None:

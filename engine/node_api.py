@@ -427,6 +427,8 @@ class CallableTool:
     """Whether its results may hold text of outsiders."""
     is_agent: bool = False
     """Whether an agent of its own does the calls, in steps that are recorded too."""
+    is_paid: bool = False
+    """Whether its calls ask language models themselves."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -142,6 +142,11 @@ class ToolProgram:
         node_type = self.program.node_type
         return node_type.task is not None or node_type.type == SUB_WORKFLOW_TYPE
 
+    @property
+    def is_paid(self) -> bool:
+        """Whether its calls ask language models themselves; an agent does so in steps of its own."""
+        return self.program.node_type.is_paid and self.program.agent is None
+
 
 @dataclass(frozen=True, slots=True)
 class AgentProgram:

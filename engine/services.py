@@ -21,6 +21,7 @@ from engine.run_errors import NodeError
 
 if TYPE_CHECKING:
     from engine.model_calls import ChatRequest, ModelReply, NodeSpending
+    from engine.model_prices import ModelPrice
     from engine.values import Json
 
 
@@ -410,6 +411,12 @@ class ModelService(Protocol):
         call must not be used for another one, nor for a repetition of it. Raises `ModelCallFailed` if the model has
         not answered, and other `NodeError`s before anything is sent: `model-budget-exceeded` if a budget doesn't
         suffice.
+        """
+
+    async def read_price(self, caller: RunCaller, model_id: str) -> ModelPrice | None:
+        """Return the present price of a model; None if it is unknown.
+
+        Raises `NodeError` for a model that the caller may not use.
         """
 
 

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
 
     from engine.model_calls import ChatRequest, ModelReply, NodeSpending
+    from engine.model_prices import ModelPrice
     from engine.services import RunCaller
     from nodes.ai.model_caller import ModelCaller
     from nodes.ai.model_connection import ModelConnections
@@ -39,13 +40,21 @@ class LazyModels:
         spending: NodeSpending,
     ) -> ModelReply:
         """Ask a model once, as `ModelCaller` does; raises `NodeError`."""
+        return await self._open().complete(
+            caller, model_id, request, idempotency_key=idempotency_key, spending=spending
+        )
+
+    async def read_price(self, caller: RunCaller, model_id: str) -> ModelPrice | None:
+        """Return the present price of a model; None if it is unknown. Raises `NodeError`."""
+        return await self._open().read_price(caller, model_id)
+
+    def _open(self) -> ModelCaller:
+        """Return the caller of models, which is loaded at the first call."""
         if self._caller is None:
             from nodes.ai.model_caller import ModelCaller  # noqa: PLC0415 - see the module
 
             self._caller = ModelCaller(self._open_connections(), self._networks, self._hosts)
-        return await self._caller.complete(
-            caller, model_id, request, idempotency_key=idempotency_key, spending=spending
-        )
+        return self._caller
 
     async def close(self) -> None:
         """Close the connections to providers, if there are any."""

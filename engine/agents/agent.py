@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import msgspec
 
+from engine import model_prices
 from engine.agents.agent_steps import (
     AgentStep,
     StepKind,
@@ -25,6 +26,8 @@ from engine.agents.agent_steps import (
     list_present_steps,
 )
 from engine.model_calls import (
+    JSON_RULES_TOKENS,
+    OVERHEAD_TOKENS,
     ChatMessage,
     ChatRequest,
     FinishReason,
@@ -33,6 +36,7 @@ from engine.model_calls import (
     RequestedToolCall,
     ToolDescription,
     ToolMode,
+    count_unanswered,
     estimate_input_tokens,
     measure_calls,
 )
@@ -42,6 +46,7 @@ from json_text import decoding
 if TYPE_CHECKING:
     from datetime import datetime
 
+    from engine.model_prices import ModelPrice
     from engine.values import Json
 
 MAX_LOSSES: Final = 3
@@ -56,7 +61,6 @@ MAX_QUOTED_CHARACTERS: Final = 500
 MAX_APPROVED_BYTES: Final = 16_384
 """Maximum size of the arguments of a call that a person approves, who has to see all of them."""
 MAX_ITERATIONS: Final = 100
-UNKNOWN_PRICE_CODE: Final = "unknown-price"
 LIMIT_CODE: Final = "agent-limit"
 
 
@@ -125,6 +129,8 @@ class AgentTool:
     """Whether its results may hold text of outsiders."""
     is_agent: bool = False
     """Whether an agent does its calls: one at a time, since each may spend all that is left of the budget."""
+    is_paid: bool = False
+    """Whether its calls ask models themselves: one at a time too, and each result is committed at once."""
 
     def needs_approval(self, *, is_tainted: bool) -> bool:
         """Return whether a person has to approve a call; `is_tainted`: a text of outsiders is in the conversation."""
@@ -168,6 +174,8 @@ class AgentTask:
     """Beginning of the conversation."""
     tools: Mapping[str, AgentTool] = field(default_factory=dict)
     limits: AgentLimits = field(default_factory=AgentLimits)
+    prices: Sequence[ModelPrice] = ()
+    """Prices of the models that may be asked; needed only with a limit of the cost."""
     max_answer_tokens: int = 1000
     temperature: float | None = None
     output_schema: Mapping[str, Any] | None = None
@@ -358,11 +366,11 @@ def build_conversation(task: AgentTask, steps: Sequence[AgentStep]) -> list[Chat
 
 
 def _choose_together(task: AgentTask, pending: Sequence[AgentStep]) -> Sequence[AgentStep]:
-    """Return the first write, or call of an agent, alone, or the reads before it; the order of the model is kept."""
+    """Return the first write, or paid call, alone, or the reads before it; the order of the model is kept."""
 
     def may_run_beside_others(step: AgentStep) -> bool:
         tool = task.tools.get(step.name)
-        return step.effect != NodeEffect.WRITE and not (tool is not None and tool.is_agent)
+        return step.effect != NodeEffect.WRITE and not (tool is not None and (tool.is_agent or tool.is_paid))
 
     reads = list(takewhile(may_run_beside_others, pending))
     return reads[: task.limits.parallel_tools] or pending[:1]
@@ -432,8 +440,8 @@ def _ask_again(task: AgentTask, steps: Sequence[AgentStep], last: AgentStep) -> 
     if not isinstance(action, CallModel):
         return action
     spent = [*before, msgspec.structs.replace(last, losses=losses)]
-    if losses and not _has_budget(task, spent, action.request, answers=1):
-        return _end_without_asking(task, before, _name_budget(task, spent, 1))
+    if _count_lost(spent) and not _has_budget(task, spent, action.request, answers=1):
+        return _end_without_asking(task, before, _name_budget(task, spent, action.request, 1))
     return CallModel(action.number, action.request, last.attempt + 1, losses)
 
 
@@ -540,13 +548,16 @@ def _find_limit(task: AgentTask, steps: Sequence[AgentStep], request: ChatReques
     if sum(sizes) > MAX_CONVERSATION_BYTES:
         return StopReason.MAX_CONTEXT
     if not _has_budget(task, steps, request, answers=2):
-        return _name_budget(task, steps, 2)
+        return _name_budget(task, steps, request, 2)
     return None
 
 
-def _name_budget(task: AgentTask, steps: Sequence[AgentStep], answers: int) -> StopReason:
-    """Return which part of the budget doesn't suffice for so many answers."""
-    return StopReason.MAX_COST if _spends_too_much(task, steps, answers) else StopReason.MAX_TOKENS
+def _name_budget(
+    task: AgentTask, steps: Sequence[AgentStep], request: ChatRequest, answers: int
+) -> StopReason:
+    """Return which part of the budget doesn't suffice for so many answers to a request."""
+    is_cost = _spends_too_much(task, steps, request, answers)
+    return StopReason.MAX_COST if is_cost else StopReason.MAX_TOKENS
 
 
 def _find_brake(calls: Sequence[AgentStep]) -> StopReason | None:
@@ -563,23 +574,42 @@ def _find_brake(calls: Sequence[AgentStep]) -> StopReason | None:
 
 
 def _has_budget(task: AgentTask, steps: Sequence[AgentStep], request: ChatRequest, *, answers: int) -> bool:
-    """Return whether tokens and cost suffice for so many answers to a request; unanswered attempts count too."""
-    if _spends_too_much(task, steps, answers):
+    """Return whether tokens and cost suffice for so many answers to a request; lost ones count too."""
+    if _spends_too_much(task, steps, request, answers):
         return False
     if task.limits.max_tokens is None:
         return True
     needed = estimate_input_tokens(request) + request.max_tokens
-    lost = sum(step.losses for step in steps) * needed
-    return count_tokens(steps) + lost + answers * needed <= task.limits.max_tokens
+    return count_tokens(steps) + (answers + _count_lost(steps)) * needed <= task.limits.max_tokens
 
 
-def _spends_too_much(task: AgentTask, steps: Sequence[AgentStep], answers: int) -> bool:
-    """Return whether the cost of so many answers, each as dear as the dearest so far, may exceed the budget."""
+def _spends_too_much(task: AgentTask, steps: Sequence[AgentStep], request: ChatRequest, answers: int) -> bool:
+    """Return whether the cost of so many answers to a request may exceed the budget; lost ones count too."""
     if task.limits.max_cost is None:
         return False
-    costs = [call.cost or 0 for step in steps for call in step.model_calls]
-    lost = sum(step.losses for step in steps)
-    return sum(costs) + (answers + lost) * max(costs, default=0) > task.limits.max_cost
+    most = _estimate_cost(task, steps, request)
+    return sum(_list_costs(steps)) + (answers + _count_lost(steps)) * most > task.limits.max_cost
+
+
+def _estimate_cost(task: AgentTask, steps: Sequence[AgentStep], request: ChatRequest) -> int:
+    """Return the most that an answer to a request may cost, in nano-dollars: by the price of the dearest model.
+
+    It is at least that of the dearest answer so far, since the number of tokens is an estimate.
+    """
+    tokens = estimate_input_tokens(request) + OVERHEAD_TOKENS
+    if request.tools and request.tool_mode is ToolMode.AUTO:
+        tokens += JSON_RULES_TOKENS  # The model may have to answer with JSON.
+    most = [model_prices.compute_most_cost(tokens, request.max_tokens, price) for price in task.prices]
+    return max([*most, *_list_costs(steps)], default=0)
+
+
+def _list_costs(steps: Sequence[AgentStep]) -> Sequence[int]:
+    return [call.cost or 0 for step in steps for call in step.model_calls]
+
+
+def _count_lost(steps: Sequence[AgentStep]) -> int:
+    """Return the number of calls without a recorded answer that may have been billed."""
+    return sum(step.losses + count_unanswered(step.model_calls) for step in steps)
 
 
 def compute_rest(task: AgentTask, steps: Sequence[AgentStep]) -> BudgetRest:
@@ -590,15 +620,17 @@ def compute_rest(task: AgentTask, steps: Sequence[AgentStep]) -> BudgetRest:
     limits = task.limits
     tokens = cost = None
     has_next_answer = True
+    if limits.max_tokens is None and limits.max_cost is None:
+        return BudgetRest(None, None, has_next_answer=True)
+    request = _build_request(task, build_conversation(task, steps), ())
+    kept = 1 + _count_lost(steps)
     if limits.max_tokens is not None:
-        request = _build_request(task, build_conversation(task, steps), ())
-        last = estimate_input_tokens(request) + request.max_tokens
-        tokens = max(limits.max_tokens - count_tokens(steps) - last, 0)
+        needed = estimate_input_tokens(request) + request.max_tokens
+        tokens = max(limits.max_tokens - count_tokens(steps) - kept * needed, 0)
     if limits.max_cost is not None:
-        costs = [call.cost or 0 for step in steps for call in step.model_calls]
-        dearest = max(costs, default=0)
-        cost = max(limits.max_cost - sum(costs) - dearest, 0)
-        has_next_answer = cost >= dearest
+        costs = _list_costs(steps)
+        cost = max(limits.max_cost - sum(costs) - kept * _estimate_cost(task, steps, request), 0)
+        has_next_answer = cost >= max(costs, default=0)
     return BudgetRest(tokens, cost, has_next_answer=has_next_answer)
 
 

@@ -15,6 +15,7 @@ from concurrency import offload
 from engine import answer_payloads, content_recording, run_records, values
 from engine.agents import call_approvals, call_waits, workflow_traits
 from engine.agents.agent_steps import StepKind, StepStatus, count_conversations
+from engine.model_calls import sum_usage
 from engine.model_prices import show_cost
 from engine.node_api import (
     AgentSteps,
@@ -225,22 +226,26 @@ def _withdraw_waits(
 
 
 class ToolModelCalls(ModelCallLog):
-    """Calls of language models by one tool call, which its step records."""
+    """Calls of language models by one tool call, which its step records: a lost worker's answers are not paid again."""
 
-    def __init__(self, now: Callable[[], datetime]) -> None:
-        """`now` is the clock of the run."""
-        self._records: list[ModelCallRecord] = []
-        self._now = now
+    def __init__(self, steps: VisitSteps, number: int) -> None:
+        """`number` is that of the step."""
+        self._steps = steps
+        self._number = number
 
     @property
     def recorded(self) -> Sequence[ModelCallRecord]:
-        return tuple(self._records)
+        return self._steps.recorded[self._number].model_calls
 
     def add(self, record: ModelCallRecord) -> None:
-        self._records.append(record)
+        step = self._steps.recorded[self._number]
+        self._steps.record(msgspec.structs.replace(step, model_calls=(*step.model_calls, record)))
 
     def now(self) -> datetime:
-        return self._now()
+        return self._steps.now()
+
+    async def commit(self) -> None:
+        await self._steps.commit()
 
 
 class RefusedApprovalLinks(ApprovalLinkService):
@@ -272,6 +277,7 @@ class VisitTools(AgentTools):
                 fingerprint=tool.fingerprint,
                 is_untrusted=tool.is_untrusted,
                 is_agent=tool.program.agent is not None,
+                is_paid=tool.is_paid,
             )
             for tool in self._agent.tools.values()
         ]
@@ -302,7 +308,7 @@ class VisitTools(AgentTools):
     def collect_calls(self, step: AgentStep) -> Sequence[ModelCallRecord]:
         tool = self._agent.tools.get(step.name)
         if tool is None or tool.program.agent is None:
-            return ()
+            return self._steps.recorded[step.number].model_calls
         return self._steps.nest(tool, step).collect_calls()
 
     def count_losses(self, step: AgentStep) -> int:
@@ -329,21 +335,39 @@ class VisitTools(AgentTools):
                 return await self._run_agent(tool, tool.program.agent, step, rest, is_tainted=is_tainted)
             if tool.is_awaited:
                 return await self._await_result(tool, step, is_tainted=is_tainted)
-            calls = ToolModelCalls(self._steps.now)
-            call = self._build_call(tool, step, calls, is_tainted=is_tainted)
+            call = self._build_call(tool, step, is_tainted=is_tainted)
+            if tool.is_paid:
+                call = self._limit_paid_call(tool, call, step, rest)
             outcome = await _call_with_retries(tool, call)
-            return ToolResult(_show_outcome(outcome, tool.max_result_bytes), calls.recorded)
+            return ToolResult(_show_outcome(outcome, tool.max_result_bytes), call.model_calls.recorded)
         except NodeError:
             raise  # As its own cause, it would keep the values of the run.
         except Exception as error:
             raise run_records.to_node_error(error) from error
+
+    def _limit_paid_call(
+        self, tool: ToolProgram, call: NodeCall, step: AgentStep, rest: BudgetRest
+    ) -> NodeCall:
+        """Return a call that asks models with a budget of what is left to the agent, counted for the tool alone.
+
+        The budget counts all calls of the tool in its agent, so the cost of the earlier ones is added.
+        """
+        earlier = [each for each in self._steps.recorded if each.name == step.name]
+        records = [record for each in earlier for record in each.model_calls]
+        used = sum_usage(records)
+        total = BudgetRest(
+            None if rest.tokens is None else rest.tokens + used.input_tokens + used.output_tokens,
+            None if rest.cost is None else rest.cost + sum(record.cost or 0 for record in records),
+        )
+        config = call.config if total == BudgetRest() else _limit_budget(call.config, total)
+        return msgspec.structs.replace(call, config=config, node_id=tool.program.node.id)
 
     async def _run_agent(
         self, tool: ToolProgram, agent: AgentProgram, step: AgentStep, rest: BudgetRest, *, is_tainted: bool
     ) -> ToolResult | StepWait | StepPause:
         """Let another agent do a call, in steps of its own behind those of earlier attempts, within a budget."""
         steps = self._steps.nest(tool, step)
-        built = self._build_call(tool, step, ToolModelCalls(self._steps.now), is_tainted=is_tainted)
+        built = self._build_call(tool, step, is_tainted=is_tainted)
         call = msgspec.structs.replace(
             built,
             config=_limit_budget(built.config, rest),
@@ -370,7 +394,7 @@ class VisitTools(AgentTools):
         if (begun := self._steps.find_wait(tool, step)) is not None:
             return begun
         call = msgspec.structs.replace(
-            self._build_call(tool, step, ToolModelCalls(self._steps.now), is_tainted=is_tainted),
+            self._build_call(tool, step, is_tainted=is_tainted),
             node_id=tool.program.node.id,
             iteration=call_waits.name_iteration(step),
         )
@@ -379,9 +403,7 @@ class VisitTools(AgentTools):
             return self._steps.begin_wait(tool, step, outcome)
         return ToolResult(_show_outcome(outcome, tool.max_result_bytes))
 
-    def _build_call(
-        self, tool: ToolProgram, step: AgentStep, calls: ToolModelCalls, *, is_tainted: bool
-    ) -> NodeCall:
+    def _build_call(self, tool: ToolProgram, step: AgentStep, *, is_tainted: bool) -> NodeCall:
         """Return the call of a tool's node with its rendered config; raises `ExpressionError`."""
         arguments = decoding.decode(step.arguments or b"{}", dict)
         scope: dict[str, Json] = {**self._call.scope, "args": arguments}
@@ -405,17 +427,17 @@ class VisitTools(AgentTools):
                 is_read_only=self._call.caller.is_read_only or step.effect == NodeEffect.READ,
             ),
             idempotency_key=step.key,
-            model_calls=calls,
+            model_calls=ToolModelCalls(self._steps, step.number),
         )
 
 
 def _limit_budget(config: Mapping[str, Json], rest: BudgetRest) -> Mapping[str, Json]:
-    """Return the config of an agent with a budget of at most `rest`."""
+    """Return the config of a node that asks models with a budget of at most `rest`."""
     given = config.get("budget")
     budget: dict[str, Json] = {**given} if isinstance(given, dict) else {}
     tokens, cost = budget.get("maxTokens"), budget.get("maxCost")
     if rest.tokens is not None and not (isinstance(tokens, int) and tokens <= rest.tokens):
-        budget["maxTokens"] = rest.tokens
+        budget["maxTokens"] = max(rest.tokens, 1)  # the least that a budget may be
     if rest.cost is not None and not (
         isinstance(cost, str) and Decimal(cost) <= Decimal(rest.cost).scaleb(-9)
     ):

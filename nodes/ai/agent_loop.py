@@ -1,7 +1,8 @@
 """Loop of an agent: does each action that `engine.agents.agent` decides, and records it before and after.
 
 Two commits belong to an answer: before its request, together with the results of the reads before, and after it,
-together with the tool calls that it asks for. The result of a write is committed alone.
+together with the tool calls that it asks for. The result of a write, or of a tool that asks a model, is committed
+alone.
 """
 
 from __future__ import annotations
@@ -247,7 +248,7 @@ def _join_waits(outcomes: Sequence[StepWait | StepPause]) -> StepWait:
 async def _perform_tools(
     call: NodeCall, task: AgentTask, steps: Sequence[AgentStep], begun_here: set[int]
 ) -> Sequence[StepWait | StepPause]:
-    """Do tool calls at the same time, and record their results; that of a write is committed at once.
+    """Do tool calls at the same time, and record their results; that of a write or paid call is committed at once.
 
     Return the waits, or the pause, of those whose results are not there yet.
     """
@@ -263,7 +264,7 @@ async def _perform_tools(
         call.steps.record(agent.fail_tool_step(step, error, UNKNOWN_HINT, call.steps.now()))
     elif (wait := await _perform_tool(call, task, step)) is not None:
         return [wait]
-    if is_write:
+    if is_write or (tool is not None and tool.is_paid):
         await call.steps.commit()
     return ()
 

@@ -140,6 +140,7 @@ async def ask_first(
             failed = ModelCallRecord(
                 model_id,
                 error=failure.code,
+                may_be_billed=failure.may_be_billed,
                 called=failure.called,
                 began_at=began_at,
                 ended_at=call.model_calls.now(),

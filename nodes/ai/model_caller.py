@@ -5,11 +5,12 @@ from __future__ import annotations
 from math import ceil
 from secrets import token_hex
 from time import monotonic
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from engine.model_calls import (
+    OVERHEAD_TOKENS,
     CalledModel,
     ChatRequest,
     FailedModelCall,
@@ -18,10 +19,9 @@ from engine.model_calls import (
     ModelReservation,
     ModelSettlement,
     NodeSpending,
-    TokenUsage,
     estimate_input_tokens,
 )
-from engine.model_prices import compute_cost
+from engine.model_prices import compute_cost, compute_most_cost
 from engine.run_errors import NodeError
 from nodes.ai import json_tools
 from nodes.ai.model_client import RATE_LIMITED, ModelClient, open_model_outbound
@@ -31,13 +31,11 @@ from nodes.ai.model_pacing import ModelPacer
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
+    from engine.model_prices import ModelPrice
     from engine.services import RunCaller
     from nodes.ai.model_ledger import ModelLedger
     from nodes.ai.model_pacing import AdmittedCall
     from nodes.outbound_http import IpNetwork
-
-OVERHEAD_TOKENS: Final = 100
-"""Tokens of a request beside its texts: markers of messages, and words that ask for a schema."""
 
 
 class ModelCaller:
@@ -85,6 +83,12 @@ class ModelCaller:
         if not is_translated:
             return reply
         return msgspec.structs.replace(reply, answer=json_tools.translate_answer(reply.answer, request))
+
+    async def read_price(self, caller: RunCaller, model_id: str) -> ModelPrice | None:
+        """Return the present price of a model; None if it is unknown. Raises `NodeError` as `complete` does."""
+        if model_id == ECHO_MODEL_ID:
+            return ECHO_MODEL.price
+        return (await self._connections.find(caller, model_id)).price
 
     async def _call(
         self,
@@ -154,10 +158,8 @@ def _build_reservation(
     model: ModelConnection, request: ChatRequest, key: str, spending: NodeSpending
 ) -> ModelReservation:
     """Return the most that a call may cost: all of its input, none of it from a cache, and the longest answer."""
-    usage = TokenUsage(estimate_input_tokens(request) + OVERHEAD_TOKENS, request.max_tokens)
-    cost = None
-    if model.price is not None:
-        is_written = msgspec.structs.replace(usage, cache_write_tokens=usage.input_tokens)
-        cost = max(compute_cost(usage, model.price), compute_cost(is_written, model.price))
-    tokens = usage.input_tokens + usage.output_tokens
+    input_tokens = estimate_input_tokens(request) + OVERHEAD_TOKENS
+    price = model.price
+    cost = None if price is None else compute_most_cost(input_tokens, request.max_tokens, price)
+    tokens = input_tokens + request.max_tokens
     return ModelReservation(key, spending.node, model.id, tokens, cost, spending.budget)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from decimal import Decimal, InvalidOperation
 from typing import TYPE_CHECKING, Any, cast
 
@@ -21,6 +22,7 @@ from nodes.ai import agent_loop, structured_answers
 
 if TYPE_CHECKING:
     from engine.agents.agent import Finish
+    from engine.model_prices import ModelPrice
     from engine.node_api import CallableTool, NodeCall, StepPause, StepWait
     from engine.values import Json
 
@@ -33,8 +35,11 @@ ANSWER_RULE = "When you are done, answer with a JSON value alone that fits this 
 async def run(call: NodeCall) -> Json | StepPause | StepWait:
     config = call.config
     model = call.tools.render_model_config()
+    model_ids = _list_models(config, model)
     task = _build_task(call, config, model, await call.tools.list_tools())
-    ended = await agent_loop.run_agent(call, task, _list_models(config, model))
+    if task.limits.max_cost is not None:
+        task = replace(task, prices=await _read_prices(call, model_ids))
+    ended = await agent_loop.run_agent(call, task, model_ids)
     if not isinstance(ended, agent.Finish):
         return ended
     return _build_output(call, task, ended)
@@ -48,6 +53,21 @@ def _list_models(config: Mapping[str, Json], model: Mapping[str, Json]) -> list[
         raise NodeError(message, code="missing-config")
     fallbacks = config_fields.read_sequence(model, "fallbackModelIds") if model else ()
     return [str(named["model"]), *map(str, fallbacks)]
+
+
+async def _read_prices(call: NodeCall, model_ids: Sequence[str]) -> list[ModelPrice]:
+    """Return the prices of the models that an agent may ask, by which its budget holds before each request.
+
+    Raises `NodeError` for a model without a price, which could spend any amount.
+    """
+    prices = []
+    for model_id in model_ids:
+        price = await call.services.models.read_price(call.caller, model_id)
+        if price is None:
+            message = f"{model_id}: a budget with maxCost needs the price of the model"
+            raise NodeError(message, code="model-price-unknown")
+        prices.append(price)
+    return prices
 
 
 def _build_task(
@@ -127,6 +147,7 @@ def _select_tools(
             tool.fingerprint,
             tool.is_untrusted,
             tool.is_agent,
+            tool.is_paid,
         )
         for tool in connected
         if tool.effect.value in allowed and (not isinstance(enabled, list) or tool.name in enabled)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from enum import Enum
 from typing import Any
 
 import msgspec
@@ -34,8 +35,10 @@ from engine.model_calls import (
     RequestedToolCall,
     TokenUsage,
     ToolDescription,
+    count_unanswered,
     estimate_input_tokens,
 )
+from engine.model_prices import ModelPrice, compute_cost, compute_most_cost
 from engine.node_api import NodeEffect
 from engine.values import Json
 from json_text import decoding
@@ -386,46 +389,76 @@ def test_any_model_is_answered_and_ends_within_its_limits(
         assert not open_calls
 
 
+class CallEnd(Enum):
+    """End of a call of a model."""
+
+    ANSWERED = "answered"
+    LOST = "lost with its worker"
+    CUT = "cut off, and billed"
+
+
 @dataclass
 class SpendingSimulation(Simulation):
     """Simulation that checks each request against the budget, with answers of any length and cost, and lost ones."""
 
     spent: Sequence[tuple[float, int]] = ((0.0, 0),)
-    """Shares of the longest possible answer, and costs, of the answers in turn."""
-    deaths: Sequence[bool] = (False,)
-    """Whether the worker is lost with an answer, in turn."""
+    """Shares of the longest possible answer, and costs without a price, of the answers in turn."""
+    ends: Sequence[CallEnd] = (CallEnd.ANSWERED,)
+    """Ends of the calls in turn."""
     asked: int = 0
+    billed: int = 0
+    """Nano-dollars of all answers, with the most that each lost or cut one may cost."""
 
     def ask(self, action: CallModel) -> None:
         before = [step for step in self.steps if step.number < action.number]
+        earlier = [call for step in self.steps if step.number == action.number for call in step.model_calls]
         input_tokens, limits = estimate_input_tokens(action.request), self.task.limits
         reserved = input_tokens + action.request.max_tokens
-        losses = action.losses + sum(step.losses for step in before)
+        lost = action.losses + sum(step.losses for step in before)
+        lost += count_unanswered([*earlier, *(call for step in before for call in step.model_calls)])
         if limits.max_tokens is not None:
-            assert agent.count_tokens(before) + (losses + 1) * reserved <= limits.max_tokens
+            assert agent.count_tokens(before) + (lost + 1) * reserved <= limits.max_tokens
         costs = [call.cost or 0 for step in before for call in step.model_calls]
+        most = max(costs, default=0)
+        for price in self.task.prices:
+            most = max(most, compute_most_cost(input_tokens, action.request.max_tokens, price))
         if limits.max_cost is not None:
-            assert sum(costs) + (losses + 1) * max(costs, default=0) <= limits.max_cost
+            assert sum(costs) + (lost + 1) * most <= limits.max_cost
         self.asked += 1
-        if self.deaths[self.asked % len(self.deaths)]:
-            lost = model_step(
-                action.number, None, StepStatus.STARTED, attempt=action.attempt, losses=action.losses
+        end = self.ends[self.asked % len(self.ends)]
+        if end is not CallEnd.ANSWERED:
+            self.billed += most
+            is_lost = end is CallEnd.LOST
+            status = StepStatus.STARTED if is_lost else StepStatus.FAILED
+            step = model_step(action.number, None, status, attempt=action.attempt, losses=action.losses)
+            cut = (
+                () if is_lost else (ModelCallRecord("first", error="model-interrupted", may_be_billed=True),)
             )
-            self.steps = [*before, lost]
+            self.steps = [*before, msgspec.structs.replace(step, model_calls=(*earlier, *cut))]
             return
         super().ask(action)
         share, cost = self.spent[self.asked % len(self.spent)]
         usage = TokenUsage(input_tokens, int(share * action.request.max_tokens))
+        if self.task.prices:
+            written = msgspec.structs.replace(usage, cache_write_tokens=input_tokens)
+            cost = max(compute_cost(written, price) for price in self.task.prices)
+        self.billed += cost
         record = ModelCallRecord("first", "", usage, cost)
-        self.steps[action.number] = msgspec.structs.replace(self.steps[action.number], model_calls=(record,))
+        step = self.steps[action.number]
+        self.steps[action.number] = msgspec.structs.replace(step, model_calls=(*earlier, record))
+
+
+SPENT = st.lists(st.tuples(st.floats(0, 1), st.integers(0, 3)), min_size=1, max_size=5)
+ENDS = st.lists(st.sampled_from(CallEnd), max_size=4).map(lambda ends: [*ends, CallEnd.ANSWERED])
+"""Ends of calls in turn, of which one is an answer, so that the agent ends without any limit."""
 
 
 @given(
     answers=st.lists(CALLS | TEXTS | CUT, min_size=1, max_size=8),
     max_tokens=st.none() | st.integers(0, 30_000),
     max_cost=st.none() | st.integers(0, 12),
-    spent=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 3)), min_size=1, max_size=5),
-    deaths=st.lists(st.booleans(), min_size=1, max_size=5),
+    spent=SPENT,
+    ends=ENDS,
     has_schema=st.booleans(),
 )
 @example(  # the second loss of an answer takes what was left for it
@@ -433,7 +466,7 @@ class SpendingSimulation(Simulation):
     max_tokens=None,
     max_cost=3,
     spent=[(0.0, 1)],
-    deaths=[False, False, True, True],
+    ends=[CallEnd.ANSWERED, CallEnd.ANSWERED, CallEnd.LOST, CallEnd.LOST],
     has_schema=False,
 )
 def test_spent_and_reserved_never_pass_the_budget(
@@ -441,7 +474,7 @@ def test_spent_and_reserved_never_pass_the_budget(
     max_tokens: int | None,
     max_cost: int | None,
     spent: list[tuple[float, int]],
-    deaths: list[bool],
+    ends: list[CallEnd],
     has_schema: bool,  # noqa: FBT001 - hypothesis passes arguments by name
 ) -> None:
     task = replace(
@@ -449,9 +482,40 @@ def test_spent_and_reserved_never_pass_the_budget(
         output_schema={"type": "integer"} if has_schema else None,
         read_answer=read_number,
     )
-    run = SpendingSimulation(task, script(*answers), spent=spent, deaths=deaths)
+    run = SpendingSimulation(task, script(*answers), spent=spent, ends=ends)
     run.run()
     assert max_tokens is None or agent.count_tokens(run.steps) <= max_tokens
+
+
+@given(
+    answers=st.lists(CALLS | TEXTS | CUT, min_size=1, max_size=8),
+    max_cost=st.integers(0, 80_000_000),
+    spent=SPENT,
+    ends=ENDS,
+    is_dear_first=st.booleans(),
+)
+def test_all_that_a_provider_may_bill_is_within_a_limit_of_costs(
+    answers: list[StoredAnswer],
+    max_cost: int,
+    spent: list[tuple[float, int]],
+    ends: list[CallEnd],
+    is_dear_first: bool,  # noqa: FBT001 - hypothesis passes arguments by name
+) -> None:
+    """The dearest of the models counts, whichever answers."""
+    prices = [ModelPrice("1", "10", cache_write="1.25"), ModelPrice("0.5", "2")]
+    task = replace(limited(max_cost=max_cost), prices=prices if is_dear_first else prices[::-1])
+    run = SpendingSimulation(task, script(*answers), spent=spent, ends=ends)
+    run.run()
+    assert run.billed <= max_cost
+
+
+def test_a_first_answer_that_may_cost_too_much_is_not_asked_for() -> None:
+    most = compute_most_cost(0, 2 * TASK.max_answer_tokens, ModelPrice("1", "10"))
+    task = replace(limited(max_cost=most), prices=[ModelPrice("1", "10")])
+    run = Simulation(task, numbered())
+    ended = run.run()
+    assert isinstance(ended, Fail)
+    assert (ended.code, run.requests) == (agent.LIMIT_CODE, [])
 
 
 def test_arguments_of_tool_calls_count_as_input_and_as_conversation() -> None:

@@ -26,6 +26,7 @@ from engine.model_calls import (
     RequestedToolCall,
     TokenUsage,
 )
+from engine.model_prices import ModelPrice
 from engine.program import WorkflowProgram
 from engine.replay_changes import changed_body_nodes
 from engine.run_errors import NodeError
@@ -107,6 +108,9 @@ TURNS = [
 STEPS = 1 + len(TURNS) + sum(map(len, TURNS))
 
 
+FREE = ModelPrice("0", "0")
+
+
 @dataclass
 class ScriptedModel:
     """Model that follows the turns of a script by the length of the conversation, and bills each answer."""
@@ -119,6 +123,8 @@ class ScriptedModel:
     """Time that a failure names for the next request."""
     refusals: int = 0
     """Requests that the budget refuses."""
+    prices: Mapping[str, ModelPrice] = field(default_factory=lambda: {"first": FREE})
+    """Prices by which an agent estimates costs; each answer costs 1,000 nano-dollars nevertheless."""
     on_request: Callable[[], None] = lambda: None
 
     async def complete(
@@ -151,6 +157,9 @@ class ScriptedModel:
         reason = FinishReason.TOOL_CALLS if calls else FinishReason.STOP
         text = "" if calls else "Reported."
         return ModelReply(ChatAnswer(text, reason, TokenUsage(100, 20), "first-1", calls), 1_000)
+
+    async def read_price(self, caller: RunCaller, model_id: str) -> ModelPrice | None:  # noqa: ARG002 - the protocol's parameters
+        return self.prices.get(model_id)
 
 
 @dataclass
@@ -323,6 +332,22 @@ async def count_commits() -> int:
     worker = world.worker()
     assert (await worker.work()).status is RunStatus.COMPLETED
     return worker.notebook.commits
+
+
+@pytest.mark.parametrize("fallbacks", [[], ["second"]])
+async def test_a_limit_of_costs_needs_the_price_of_each_model(fallbacks: list[Json]) -> None:
+    program = compile_agent(budget={"maxCost": "1"}, fallbackModelIds=fallbacks)
+    priced = World(program, ScriptedModel(prices={"first": FREE, "second": FREE}))
+    assert await priced.work() == RunOutcome(RunStatus.COMPLETED)
+    known = {"first": FREE} if fallbacks else {}
+    world = World(program, ScriptedModel(prices=known))
+    outcome = await world.work()
+    assert outcome is not None
+    assert outcome.status is RunStatus.FAILED
+    (failed,) = [span for span in world.spans if span.node_id == "agent"]
+    assert failed.error is not None
+    assert failed.error.code == "model-price-unknown"
+    assert world.model.requests == []
 
 
 async def test_an_agent_calls_its_tools_and_answers() -> None:
