@@ -73,7 +73,7 @@ Create a workflow, execute it, and wait for its result:
 
 
 RUN_EXAMPLE: Final = """
-Run the example in a second terminal:
+Run the example on its page in the dashboard, or in a second terminal:
   export PILOTFLAME_API_KEY={key} PILOTFLAME_URL={url}
   {command} run {name}{given}
 """
@@ -291,11 +291,22 @@ def _load(example: ExampleWorkflow, url: str, key: str) -> bool:
 
     try:
         with Client(url, key) as client:
-            client.workflows.put(example.definition)
+            client.workflows.put(_add_input(example))
     except PilotflameError as error:
         log.warning("example not loaded", error=str(error))
         return False
     return True
+
+
+def _add_input(example: ExampleWorkflow) -> Mapping[str, Any]:
+    """Return the definition of the example with its inputs as `exampleInput`, which fills the form of the dashboard."""
+    import json
+
+    if example.inputs is None:
+        return example.definition
+    given = json.loads(example.inputs.read_text(encoding="utf-8"))
+    config = {**example.definition.get("config", {}), "exampleInput": given.get("triggerInputs", given)}
+    return {**example.definition, "config": config}
 
 
 def _command_of(example: ExampleWorkflow, url: str, key: str) -> str:

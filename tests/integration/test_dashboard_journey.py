@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import csv
 import json
 from collections.abc import AsyncIterator
@@ -13,7 +14,7 @@ from urllib.parse import parse_qs
 import pytest
 
 from gateway.dashboard.graph_map import WINDOW
-from tests.integration.browser import LOADED, needs_chromium
+from tests.integration.browser import LOADED, WAIT_SECONDS, needs_chromium
 from tests.integration.dashboard_visit import DashboardVisit, open_visit
 from tests.integration.test_waiting_runs import execute_workflow, serve_worker, wait_until_ended
 from tests.services import PostgresServer
@@ -113,6 +114,7 @@ async def test_a_newcomer_begins_with_a_file_or_a_template(visit: DashboardVisit
         await visit.show("/dashboard/overview")
         await page.follow("section[aria-labelledby=first] a.main")
         await page.wait_for("document.querySelector('form[data-request$=from-template]') !== null")
+        assert await page.text("#example") == "Try the example"
         assert await visit.find_violations() == []
         await bring_file(visit, "wrong.json", "no JSON")
         await page.wait_for(
@@ -128,9 +130,21 @@ async def test_a_newcomer_begins_with_a_file_or_a_template(visit: DashboardVisit
         assert [one["name"] for one in listed] == ["Penguin report"]
         assert (await person.api.delete(f"/api/v1/workflows/{listed[0]['id']}")).status_code == 204
         await visit.show("/dashboard/workflows")
-        await page.follow("form[data-request$=from-template] button")
+        await page.follow("section[aria-labelledby=example] button")
         await page.wait_for(f"location.pathname.startsWith('/dashboard/workflows/wf_') && {LOADED}")
-        assert await page.count(".node") > 2
+        assert await page.count(".node") == 5
+        async with asyncio.timeout(WAIT_SECONDS):
+            # The number of workflows is some seconds old.
+            while await page.count("#first-run") == 0:
+                await visit.show("/dashboard/overview")
+        await page.follow("section[aria-labelledby=first-run] a")
+        await page.follow("td a[data-row]")
+        assert (await page.value("#in-csv")).startswith("species,island,"), "the example input"
+        assert await visit.find_violations() == []
+        await start_run(visit, RUN_BUTTON, "Completed")
+        assert "342 weighed, 2 not" in await page.text("#inspector pre")
+        await visit.show("/dashboard/overview")
+        assert await page.count("#first-run") == 0
         assert not visit.take_problems()
     finally:
         await visit.sign_in_as(visit.people.owner.key)

@@ -28,6 +28,7 @@ SHIPPED = (
     "wf_tmpl_csv-report",
     "wf_tmpl_daily-etl",
     "wf_tmpl_mail-triage",
+    "wf_tmpl_penguin-report",
     "wf_tmpl_research-agent",
     "wf_tmpl_webhook-to-database",
 )
@@ -129,6 +130,19 @@ async def test_they_stand_behind_the_templates_of_the_organisation_page_by_page(
     assert (len(names), names[0], len(set(names))) == (len(SHIPPED) + 1, "Ours", len(names))
 
 
+async def test_the_penguin_report_brings_its_measurements(person: UserClient) -> None:
+    workflow_id = await use_template(person, "wf_tmpl_penguin-report")
+    workflow = await person.workflow(workflow_id)
+    file = json.loads((DATA / "penguins.json").read_text())
+    parts = ("id", "nodeId", "label", "config")
+    given = [{name: node.get(name, {}) for name in parts} for node in file["nodes"]]
+    assert [{name: node[name] for name in parts} for node in workflow["nodes"]] == given
+    inputs = workflow["config"]["exampleInput"]
+    assert inputs["csv"] == (DATA / "penguins.csv").read_text()
+    report = (await run_to_outputs(person, workflow_id, inputs))["report"]["text"]
+    assert report.splitlines()[-1] == "342 weighed, 2 not"
+
+
 async def test_references_of_a_template_may_be_filled_in_later(people: OrganizationUsers) -> None:
     body = {"templateId": "wf_tmpl_daily-etl", "name": "Later"}
     response = await people.owner.api.post("/api/v1/workflows/from-template", json=body)
@@ -187,7 +201,7 @@ async def test_a_webhook_stores_an_order_once_however_often_it_is_delivered(
     harness: GatewayHarness, person: UserClient
 ) -> None:
     workflow_id = await use_template(
-        person, SHIPPED[6], {"target": await create_sqlite_source(person, "orders.db")}
+        person, SHIPPED[7], {"target": await create_sqlite_source(person, "orders.db")}
     )
     orders = json.loads((DATA / "orders.json").read_text())
     written = (await run_to_outputs(person, workflow_id, {"orders": orders}))["store"]["written"]
@@ -300,7 +314,7 @@ async def test_the_research_agent_reads_a_table_and_a_page(
     shutil.copy(DATA / "invoices.db", organization_folder(harness, person) / "research.db")
     source_id = await create_sqlite_source(person, "research.db")
     async with serve_models() as served:
-        workflow_id = await use_template(person, SHIPPED[5], {"source": source_id})
+        workflow_id = await use_template(person, SHIPPED[6], {"source": source_id})
         workflow = await person.workflow(workflow_id)
         (page,) = [node for node in workflow["nodes"] if node["id"] == "page"]
         target = {

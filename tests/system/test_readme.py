@@ -101,6 +101,14 @@ def test_the_printed_command_runs_the_example(dev: dict[str, str]) -> None:
     assert "Chinstrap on Dream: 68 penguins" in _run(commands_printed, dev)
 
 
+def test_the_example_brings_its_input_to_the_form_of_the_dashboard(dev: dict[str, str]) -> None:
+    api = f"curl -sS --noproxy '*' -H 'X-API-Key: {dev['PRINTED_KEY']}' {dev['PRINTED_ADDRESS']}/api/v1/workflows"
+    (workflow,) = json.loads(_run(f"{api}?search=Penguin", dev))["workflows"]
+    config = json.loads(_run(f"{api}/{workflow['id']}", dev))["config"]
+    given = json.loads((ROOT / "docs" / "examples" / "penguins-input.json").read_text())
+    assert config["exampleInput"] == given["triggerInputs"]
+
+
 def test_the_lines_that_the_first_start_prints_work_as_they_stand(dev: dict[str, str]) -> None:
     lines = re.search(r"wait for its result:\n((?:  .*\n)+)", dev["PRINTED"])
     assert lines

@@ -43,6 +43,8 @@ PENDING: Final = frozenset({"queued-behind", "waiting-for-slot", "waking", "drai
 LONG_WAIT: Final = timedelta(minutes=5)
 """Age of a pending run from which on it needs a person."""
 HOUR: Final = timedelta(hours=1)
+FEW_WORKFLOWS: Final = 3
+"""Number of workflows up to which the page says that none has run."""
 RUNS: Final = "node-running"
 
 
@@ -79,7 +81,11 @@ async def load(page: PageRequest) -> PageData:
     # The time of these answers would change the tag of an unchanged page.
     for answer in (why, statistics, deployments, failed):
         answer.pop("asOf", None)
+    newest = None
+    if 0 < (stats or {"total": 0})["total"] <= FEW_WORKFLOWS and not statistics["total"]["accepted"]:
+        newest = await page.get("/api/v1/executions", after="start", limit=1)
     return {
+        "newest": newest,
         "why": why,
         "drift": drift,
         "dead": dead,
@@ -148,6 +154,9 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
             for end in (format_timestamp(parse_moment(hour["startsAt"]) + HOUR),)
         ],
         "is_first": data["stats"] is not None and not data["stats"]["total"] and frame.may("workflows:write"),
+        "has_not_run": data["newest"] is not None
+        and not data["newest"]["executions"]
+        and frame.may("workflows:execute"),
         "failures": failures,
         "has_more_failures": not data["failed"]["isComplete"],
         "may_run": frame.may("workflows:execute"),

@@ -22,6 +22,16 @@ DECISIONS: Final = {
     "ask": ("bad", "alert", "Would write again"),
     "skip": ("off", "skipped", "Skipped"),
 }
+REASONS: Final = {
+    "failed": "it failed",
+    "forced": "you chose it",
+    "no-result": "it has no result",
+    "new-node": "it is new",
+    "refreshed": "it reads the outside again",
+    "result-expired": "its result is no longer kept",
+    "upstream-maybe": "a node before it may change",
+}
+"""Words for the reasons of decisions; other reasons are words already."""
 
 
 async def load(page: PageRequest) -> PageData:
@@ -74,6 +84,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "crumbs": (("Runs", f"{frame.root}/dashboard/runs"), (run["id"], frame.root + path), ("Replay", "")),
         "run": run,
         "plan": plan,
+        "reasons": REASONS,
         "labels": {
             **{node["id"]: node["label"] for node in data["graph"]["nodes"]},
             **{node["id"]: node["label"] for node in (workflow or {}).get("nodes", ())},

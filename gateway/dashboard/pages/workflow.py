@@ -21,7 +21,10 @@ SHOWN_VERSIONS: Final = 5
 VALIDATED_NODES: Final = 300
 """Number of nodes up to which each load of the page validates the graph."""
 MAX_INPUT_CHARACTERS: Final = 200_000
-"""Length of the last input up to which the form repeats it."""
+"""Length of an input up to which it fills the form."""
+LAST: Final = "last"
+EXAMPLE_INPUT: Final = "exampleInput"
+"""Key of a workflow's config with inputs for its first run."""
 RECENT_SECONDS: Final = 60
 """Age of the names of users that the page may show again."""
 PATH: Final = "/dashboard/workflows/{id}"
@@ -62,7 +65,7 @@ async def load(page: PageRequest) -> PageData:
     last = runs["executions"][0]["id"] if runs and runs["executions"] else None
     if last:
         asked["graph"] = page.get_if_present(f"/api/v1/executions/{last}/graph")
-        if page.query.get("input"):
+        if page.query.get("input") == LAST:
             asked["last_run"] = page.get_if_present(f"/api/v1/executions/{last}")
     if workflow["nodes"] and (len(workflow["nodes"]) <= VALIDATED_NODES or page.query.get("node")):
         asked["validation"] = page.preview_if_allowed(f"{path}/validate")
@@ -102,7 +105,10 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
     states = _read_states(data["graph"], workflow)
     findings = data["validation"] or {"errors": (), "warnings": ()}
     status = why["deploymentStatus"] if why else "not-deployed"
-    given = _given_input(data["input"])
+    example = _given_input({"body": workflow["config"].get(EXAMPLE_INPUT)})
+    has_run = bool(data["runs"] and data["runs"]["executions"])
+    shows_example = bool(example) and frame.query.get("input") != LAST
+    given = example if shows_example else _given_input(data["input"])
     shows_table = frame.query.get("view") == "table"
     return {
         "title": workflow["name"],
@@ -139,7 +145,9 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         },
         "schema_fields": list_schema((data["type"] or {}).get("config")),
         "share": show_share,
-        "input_address": _build_address(frame, input="last") + "#run",
+        "input_address": _build_address(frame, input=LAST) + "#run" if has_run else "",
+        "example_address": _build_address(frame, input="") + "#run" if example else "",
+        "shows_example": shows_example,
         "api": f"/api/v1/workflows/{workflow['id']}",
         "page_path": f"{frame.root}/dashboard/workflows/{workflow['id']}",
         "may_write": frame.may("workflows:write"),
@@ -179,7 +187,7 @@ def describe_figures(figures: Mapping[str, Any]) -> str:
 
 
 def _given_input(data: Any) -> Mapping[str, Any]:  # noqa: ANN401 - any JSON value
-    """Return the inputs of the last run, to fill the form; empty without any, and for more than 200,000 characters."""
+    """Return the inputs in the output of a trigger, to fill the form; empty for more than 200,000 characters."""
     body = data.get("body") if isinstance(data, dict) else None
     if not isinstance(body, dict) or len(str(body)) > MAX_INPUT_CHARACTERS:
         return {}

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 LIMIT: Final = 50
 SHOWN_TEMPLATES: Final = 10
+EXAMPLE_TEMPLATE: Final = "wf_tmpl_penguin-report"
+"""Shipped template that brings its input, for a first run."""
 PATH: Final = "/dashboard/workflows"
 FILTERS: Final = ("status", "tag", "search", "state")
 ORDERS: Final = (("", "Worst first"), ("last-run", "Last run"), ("name", "Name"))
@@ -71,12 +73,15 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
     filters = {name: frame.query[name] for name in FILTERS if frame.query.get(name)}
     kept = {**filters, **({"order": frame.query["order"]} if frame.query.get("order") else {})}
     shown = listed["offset"] + len(listed["workflows"])
+    templates = [] if data["templates"] is None else data["templates"]["templates"]
+    example = next((one for one in templates if one["id"] == EXAMPLE_TEMPLATE), None)
     return {
         "title": "Workflows",
         "crumbs": (("Workflows", ""),),
         "workflows": [describe_workflow(one) for one in listed["workflows"]],
         "count": listed["count"],
-        "templates": [] if data["templates"] is None else data["templates"]["templates"],
+        "templates": [one for one in templates if one is not example],
+        "example": example,
         "may_write": frame.may("workflows:write"),
         "may_run": frame.may("workflows:execute"),
         "shown": shown,
