@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from engine.values import Json, Missing
+    from gateway.http.request_origin import RequestOrigin
 
 OPERATOR: Final = "operator"
 MAX_CHANGES: Final = 20
@@ -74,15 +75,18 @@ async def record_change(
     before: str | None,
     after: str | None,
     changes: Sequence[Mapping[str, str | None]] | None = None,
+    origin: RequestOrigin | None = None,
 ) -> None:
     """Insert an entry for an author's change of an object into the audit trail, with the request that makes it.
+
+    `origin` is that request; None: the one that is being answered.
 
     `before` and `after` are hashes of its content, None for an absent object; nothing is inserted if they are
     equal. `changes` are the first ones by path, as `list_changes` returns them.
     """
     if before == after:
         return
-    origin = current_origin()
+    origin = origin or current_origin()
     statement = insert(AuditEntry).values(
         id=ids.new_id("audit"),
         organization_id=author.organization_id,

@@ -3,56 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from typing import Annotated, Any
 
 import structlog
 from msgspec import Meta
 from sqlalchemy import ColumnElement
 
-from gateway.executions import bulk_actions, run_labels
+from gateway.executions import bulk_actions
 from gateway.executions.bulk_actions import ChosenExecutions
-from gateway.executions.execution_rows import ExecutionFilter
+from gateway.executions.bulk_filter import BulkFilter
 from gateway.http import idempotency, limits
 from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse
 from gateway.http.wire import StrictWire, WireStruct, body_of, decode_body, read_json
 from models.access import ApiCaller
 from models.audit import AuditAction
-from models.execution_status import ExecutionStatus
 
 log = structlog.get_logger()
-
-
-class BulkFilter(StrictWire):
-    """Filter of a bulk action; without fields it selects all executions."""
-
-    workflow_id: str | None = None
-    status: ExecutionStatus | Annotated[list[ExecutionStatus], Meta(min_length=1)] | None = None
-    """One status, or several of which one must match; absent: any. An empty list is refused."""
-    trigger_type: str | None = None
-    created_after: Annotated[datetime, Meta(tz=True)] | None = None
-    """Accepted at this time or later."""
-    created_before: Annotated[datetime, Meta(tz=True)] | None = None
-    tag: str | None = None
-    metadata: Annotated[dict[str, str], Meta(max_length=limits.METADATA_FILTERS)] | None = None
-    """Exact values by key."""
-
-    def wanted(self, organization_id: str) -> ExecutionFilter:
-        """Return the filter of executions that the body asks for, within an organization; raises a 422 error
-        for invalid labels.
-        """
-        statuses = [self.status] if isinstance(self.status, ExecutionStatus) else self.status
-        return ExecutionFilter(
-            organization_id=organization_id,
-            workflow_id=self.workflow_id,
-            statuses=statuses or (),
-            trigger_type=self.trigger_type,
-            parent_id=None,
-            since=self.created_after,
-            until=self.created_before,
-            labels=run_labels.filter_labels(self.tag, list((self.metadata or {}).items())),
-        )
 
 
 class BulkRequest(StrictWire):

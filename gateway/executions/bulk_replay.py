@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import structlog
 from msgspec import Meta, field
 
 from gateway.executions import bulk_actions, replay_runs
-from gateway.executions.bulk import BulkFilter, BulkResult
+from gateway.executions.bulk import BulkResult
+from gateway.executions.bulk_filter import BulkFilter
 from gateway.executions.replay import NodeIds, ReplayCounts
 from gateway.executions.replay_planning import ORIGINAL, ReplayChoice
 from gateway.http import idempotency, limits
@@ -25,7 +25,6 @@ from models.errors import LockWaitTimeout
 
 if TYPE_CHECKING:
     from gateway.executions.bulk_actions import ChosenExecutions
-    from gateway.executions.replay_planning import PlannedReplay
     from gateway.http.request import GatewayRequest
 
 log = structlog.get_logger()
@@ -159,34 +158,16 @@ async def _replay_one(
             return
         outcome.planned.append(key.execution_id)
         if not body.dry_run:
-            await _start(request, key, new_id, planned)
+            gateway = request.gateway
+            await replay_runs.start_planned(
+                gateway.database, gateway.access, gateway.acceptances, request.caller, key, new_id, planned
+            )
             outcome.replayed[key.execution_id] = new_id
     except ApiError as error:
         # It has changed since it was selected, or its definition can't run.
         outcome.refused.append(RefusedReplay(execution_id=key.execution_id, code=error.code, node_ids=()))
     except LockWaitTimeout:
         outcome.refused.append(RefusedReplay(execution_id=key.execution_id, code="not-ready", node_ids=()))
-
-
-async def _start(request: GatewayRequest, key: ExecutionKey, new_id: str, planned: PlannedReplay) -> None:
-    """Start the planned replay `new_id` of an execution, make it visible to the caller, and wake workers.
-
-    Raises 404, and 409 if it was resumed or replayed before.
-    """
-    gateway, caller = request.gateway, request.caller
-    await gateway.database.transaction(
-        partial(
-            replay_runs.start_replay,
-            source=key,
-            new_id=new_id,
-            caller=caller,
-            planned=planned,
-            now=gateway.clock(),
-            again=False,
-        )
-    )
-    gateway.access.allow(new_id, caller)
-    gateway.acceptances.follow(planned.concurrency_key)
 
 
 def _show(chosen: ChosenExecutions, outcome: _BulkOutcome, *, is_dry_run: bool) -> BulkReplayResult:

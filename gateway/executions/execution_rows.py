@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
     from sqlalchemy.sql.expression import SQLColumnExpression
 
+    from gateway.http.keyset import KeysetBounds
     from gateway.http.parameters import PageBounds
     from journal.run_labels import RunLabel
     from journal.store import ExecutionKey
@@ -176,6 +177,30 @@ async def find_oldest(
         .limit(limit)
     )
     return count or 0, rows.all()
+
+
+async def find_behind(
+    connection: AsyncConnection,
+    wanted: ExecutionFilter,
+    *conditions: ColumnElement[bool],
+    bounds: KeysetBounds,
+) -> Sequence[Row[*tuple[Any, ...]]]:
+    """Return id and time (`created_at`) of the matching executions behind a cursor, up to the limit of `bounds`.
+
+    `conditions` are SQL conditions besides the filter; visibility must be one of them.
+    """
+    created_at, item_id = col(ExecutionData.created_at), col(ExecutionData.execution_id)
+    required = [*conditions, *_build_conditions(wanted), *bounds.condition(created_at, item_id)]
+    columns: Sequence[Any] = (col(Execution.id), created_at)
+    rows = await connection.execute(
+        select(*columns)
+        .select_from(Execution)
+        .join(ExecutionData, SAME_RUN)
+        .where(*required)
+        .order_by(*bounds.order(created_at, item_id))
+        .limit(bounds.limit)
+    )
+    return rows.all()
 
 
 def _build_conditions(wanted: ExecutionFilter) -> Iterable[ColumnElement[bool]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import and_, or_, select
@@ -26,9 +27,40 @@ if TYPE_CHECKING:
     from sqlalchemy import Row, Select
     from sqlalchemy.ext.asyncio import AsyncConnection
 
+    from gateway.executions.acceptance import RunAcceptor
+    from gateway.executions.long_poll import ExecutionAccess
     from gateway.executions.replay_planning import PlannedReplay
     from journal.store import ExecutionKey
     from models.access import ApiCaller
+    from models.database import Database
+
+
+async def start_planned(
+    database: Database,
+    access: ExecutionAccess,
+    acceptances: RunAcceptor,
+    caller: ApiCaller,
+    source: ExecutionKey,
+    new_id: str,
+    planned: PlannedReplay,
+) -> None:
+    """Start the planned replay `new_id` of an execution, make it visible to the caller, and wake workers.
+
+    Raises 404, and 409 if it was resumed or replayed before.
+    """
+    await database.transaction(
+        partial(
+            start_replay,
+            source=source,
+            new_id=new_id,
+            caller=caller,
+            planned=planned,
+            now=database.clock.now(),
+            again=False,
+        )
+    )
+    access.allow(new_id, caller)
+    acceptances.follow(planned.concurrency_key)
 
 
 async def start_replay(

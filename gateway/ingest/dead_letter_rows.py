@@ -42,6 +42,8 @@ BATCH: Final = 500
 """Rows whose redrive keys are looked up at once."""
 FIRST_BATCH_PAGES: Final = 4
 """Number of pages that the first batch could fill."""
+PURGED: Final = "purged"
+"""Object of the redrive key of a purged dead letter."""
 # Literals, not bound parameters: databases use a partial index only for a condition that they can read.
 _FAILED: Final = col(Execution.status) == literal_column(f"'{ExecutionStatus.FAILED}'")
 
@@ -252,6 +254,15 @@ async def find_settled(
     return SettledRows(found, last)
 
 
+async def read_runs(
+    connection: AsyncConnection, caller: ApiCaller, execution_ids: Sequence[str]
+) -> dict[str, FailedRun]:
+    """Return parts of the rows of runs by id, in the order of the ids, without those that the caller may not see."""
+    statement = select(*_COLUMNS).where(col(Execution.id).in_(execution_ids), visibility_condition(caller))
+    found = {row["id"]: FailedRun(**row) for row in (await connection.execute(statement)).mappings()}
+    return {execution_id: found[execution_id] for execution_id in execution_ids if execution_id in found}
+
+
 async def mark_settled(connection: AsyncConnection, execution_ids: Sequence[str], now: datetime) -> None:
     """Mark failed runs as redriven or purged, so that lists no longer read them.
 
@@ -262,6 +273,18 @@ async def mark_settled(connection: AsyncConnection, execution_ids: Sequence[str]
         await connection.execute(
             update(Execution).where(col(Execution.id).in_(some), _FAILED).values(settled_at=now)
         )
+
+
+async def mark_purged(
+    connection: AsyncConnection, failed: Sequence[Execution | FailedRun], now: datetime
+) -> None:
+    """Mark failed runs as purged; those that were redriven before stay so."""
+    for one in sorted(failed, key=lambda one: one.id):
+        idempotency_key = idempotency.redrive_key(one.workflow_id, one.id)
+        await idempotency.reserve_key(
+            connection, idempotency_key, shard=one.shard, resource_id=PURGED, now=now
+        )
+    await mark_settled(connection, [one.id for one in failed], now)
 
 
 async def find_deliveries(

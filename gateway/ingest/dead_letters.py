@@ -10,7 +10,7 @@ import msgspec
 
 from gateway.access import audit_log
 from gateway.executions.execution_shapes import ErrorText
-from gateway.http import idempotency, limits
+from gateway.http import limits
 from gateway.http.parameters import LIMIT, OFFSET, PageBounds
 from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from models.workflow import Workflow
 
 LISTED: Final = (LIMIT, OFFSET)
-PURGED: Final = "purged"
 
 
 class DeadLetter(WireStruct):
@@ -159,12 +158,7 @@ async def purge_runs(
     now = request.gateway.clock()
 
     async def settle(connection: AsyncConnection) -> None:
-        for one in sorted(failed, key=lambda one: one.id):
-            idempotency_key = idempotency.redrive_key(one.workflow_id, one.id)
-            await idempotency.reserve_key(
-                connection, idempotency_key, shard=one.shard, resource_id=PURGED, now=now
-            )
-        await dead_letter_rows.mark_settled(connection, [one.id for one in failed], now)
+        await dead_letter_rows.mark_purged(connection, failed, now)
         await audit_log.record_change(
             connection,
             request.caller,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import datetime
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Final, Literal
 
@@ -28,6 +27,7 @@ from gateway.ingest.dead_letter_rows import (
     SettledRows,
     SettledRun,
 )
+from gateway.ingest.dead_letter_selection import DeadLetterSelection
 from gateway.ingest.dead_letters import DeadLetter, PurgeResult
 from gateway.ingest.deliveries import counted
 from journal.failure_causes import FailureKind
@@ -92,34 +92,6 @@ class OrganizationDeadLetterList(WireStruct):
     next: str | None
     """Cursor of the next page; null on the last page."""
     dead_letters: Sequence[OrganizationDeadLetter]
-
-
-class DeadLetterSelection(StrictWire):
-    """Filter of the dead letters of an organization; without fields it selects all."""
-
-    workflow_id: str | None = None
-    trigger_type: str | None = None
-    group: str | None = None
-    """Id of a group."""
-    failure: FailureKind | None = None
-    created_after: Annotated[datetime, msgspec.Meta(tz=True)] | None = None
-    """Accepted at this time or later."""
-    created_before: Annotated[datetime, msgspec.Meta(tz=True)] | None = None
-    execution_ids: (
-        Annotated[list[str], msgspec.Meta(min_length=1, max_length=limits.REDRIVEN_AT_ONCE)] | None
-    ) = None
-    """Only these; absent: all. An empty list is refused, since it might be an empty choice."""
-
-    def wanted(self) -> DeadLetterFilter:
-        return DeadLetterFilter(
-            workflow_id=self.workflow_id,
-            trigger_type=self.trigger_type,
-            group=self.group,
-            failure=self.failure,
-            since=self.created_after,
-            until=self.created_before,
-            execution_ids=self.execution_ids or (),
-        )
 
 
 class SelectDeadLetters(StrictWire):

@@ -1,0 +1,45 @@
+"""Filter of executions in the bodies of bulk acts."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated
+
+from msgspec import Meta
+
+from gateway.executions import run_labels
+from gateway.executions.execution_rows import ExecutionFilter
+from gateway.http import limits
+from gateway.http.wire import StrictWire
+from models.execution_status import ExecutionStatus
+
+
+class BulkFilter(StrictWire):
+    """Filter of a bulk action; without fields it selects all executions."""
+
+    workflow_id: str | None = None
+    status: ExecutionStatus | Annotated[list[ExecutionStatus], Meta(min_length=1)] | None = None
+    """One status, or several of which one must match; absent: any. An empty list is refused."""
+    trigger_type: str | None = None
+    created_after: Annotated[datetime, Meta(tz=True)] | None = None
+    """Accepted at this time or later."""
+    created_before: Annotated[datetime, Meta(tz=True)] | None = None
+    tag: str | None = None
+    metadata: Annotated[dict[str, str], Meta(max_length=limits.METADATA_FILTERS)] | None = None
+    """Exact values by key."""
+
+    def wanted(self, organization_id: str) -> ExecutionFilter:
+        """Return the filter of executions that the body asks for, within an organization; raises a 422 error
+        for invalid labels.
+        """
+        statuses = [self.status] if isinstance(self.status, ExecutionStatus) else self.status
+        return ExecutionFilter(
+            organization_id=organization_id,
+            workflow_id=self.workflow_id,
+            statuses=statuses or (),
+            trigger_type=self.trigger_type,
+            parent_id=None,
+            since=self.created_after,
+            until=self.created_before,
+            labels=run_labels.filter_labels(self.tag, list((self.metadata or {}).items())),
+        )
