@@ -36,6 +36,11 @@ from gateway.http.failed_attempts import FailedAttempts, PasswordAttempts
 from gateway.http.key_refusals import KeyRefusals
 from gateway.http.sender import SenderAuthenticator
 from gateway.http.sessions import SessionAuthenticator
+from gateway.ingest.bulk_operation_runner import (
+    BulkOperationRunner,
+    BulkServices,
+    run_bulk_operations,
+)
 from gateway.ingest.delivery_log import DeliveryLog
 from gateway.ingest.event_dispatch import EventDispatcher
 from gateway.ingest.ingest import IngestCapacity, RequestIngestor
@@ -101,6 +106,7 @@ class GatewayState:
     ingestor: RequestIngestor
     events: EventDispatcher
     redriver: RunRedriver
+    bulk_operations: BulkOperationRunner
     verifier: TriggerVerifier
     mail_verifier: MailVerifier
     workflows: WorkflowCache
@@ -216,17 +222,28 @@ async def assemble_state(
     openid = _open_openid_sign_in(settings, database)
     mail_attempts = PasswordAttempts("Too many mails from this address had a wrong password")
     task_hub = TaskHub(database, broker, TaskStore(database), poll_hub, catalogs)
+    ingestor = RequestIngestor(database, workflows, activation, deployed, acceptances, access, deliveries)
+    services = BulkServices(
+        database=database,
+        store=store,
+        broker=broker,
+        acceptances=acceptances,
+        access=access,
+        backlog=backlog,
+        replays=ReplayPlanner(database, database.clock, workflows, catalogs, blobs),
+        redriver=RunRedriver(database, blobs, capacity, ingestor),
+    )
     await waiting.start()
     await acceptances.assigner.start()
     await pod_logs.start()
     await activation.start()
     try:
-        async with pod_services.open_pod_services(
-            settings, database, store, broker, catalog, vault, poll_hub
-        ) as opened_services:
-            ingestor = RequestIngestor(
-                database, workflows, activation, deployed, acceptances, access, deliveries
-            )
+        async with (
+            pod_services.open_pod_services(
+                settings, database, store, broker, catalog, vault, poll_hub
+            ) as opened_services,
+            run_bulk_operations(services) as bulk_operations,
+        ):
             yield GatewayState(
                 settings=settings,
                 database=database,
@@ -245,7 +262,8 @@ async def assemble_state(
                 events=EventDispatcher(
                     database, subscribers, workflows, activation, deployed, capacity, ingestor
                 ),
-                redriver=RunRedriver(database, blobs, capacity, ingestor),
+                redriver=services.redriver,
+                bulk_operations=bulk_operations,
                 verifier=TriggerVerifier(database, workflows, deployed, opened_services.sources),
                 mail_verifier=MailVerifier(workflows, opened_services.sources, certificates, mail_attempts),
                 workflows=workflows,
@@ -260,7 +278,7 @@ async def assemble_state(
                 deployed=deployed,
                 waiting=waiting,
                 access=access,
-                replays=ReplayPlanner(database, database.clock, workflows, catalogs, blobs),
+                replays=services.replays,
                 live_events=live_events,
                 live_hints=live_hints,
                 recent_observations=RecentObservations(),

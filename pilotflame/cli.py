@@ -23,6 +23,7 @@ PROCESSES: Final = frozenset({"dev", "server", "bridge", *server_processes.PROCE
 NOUNS: Final = (
     "workflows",
     "runs",
+    "bulk",
     "approvals",
     "nodes",
     "tasks",

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from scheduler.settings import SchedulerSettings
 
 BATCH_ROWS: Final = 1_000
+BULK_OPERATION_DAYS: Final = 30
+"""Days for which ended bulk operations are kept; the audit trail has their numbers for good."""
 MODEL_HOUR_DAYS: Final = 91
 """Days for which metrics of language models are kept: the longest window, and the rest of its first day."""
 
@@ -67,6 +69,14 @@ async def forget_model_hours(database: Database) -> None:
     identity = [col(getattr(ModelHour, name)) for name in names]
     before = database.clock.now() - timedelta(days=MODEL_HOUR_DAYS)
     await _forget(database, ModelHour, identity, col(ModelHour.starts_at), before)
+
+
+async def forget_bulk_operations(database: Database) -> None:
+    """Delete bulk operations that have ended over 30 days ago; raises `DatabaseUnavailable`."""
+    from models.bulk_operation import BulkOperation  # noqa: PLC0415 - loaded by the first turn of the duty
+
+    before = database.clock.now() - timedelta(days=BULK_OPERATION_DAYS)
+    await _forget(database, BulkOperation, [col(BulkOperation.id)], col(BulkOperation.ended_at), before)
 
 
 async def _forget_earlier(

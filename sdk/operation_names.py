@@ -39,6 +39,8 @@ METHODS: Final = {
     "bulkCancel": "executions.bulk_cancel",
     "bulkDelete": "executions.bulk_delete",
     "bulkRetry": "executions.bulk_retry",
+    "bulk_operationsBeginForDeadLetters": "bulk_operations.begin_for_dead_letters",
+    "bulk_operationsBeginForExecutions": "bulk_operations.begin_for_executions",
     "bulk_replayReplay": "executions.bulk_replay",
     "catalogIndex": "node_types.list",
     "catalogSchema": "node_types.schema",

@@ -155,6 +155,12 @@ BULK_EXECUTIONS: Final = 1_000
 BULK_REPLAYS: Final = 200
 """Executions of one bulk replay: each needs a plan of its own."""
 """Executions that one bulk request cancels, retries or deletes."""
+BULK_OBJECTS: Final = 10_000
+"""Dead letters, or executions, of one bulk operation."""
+BULK_PER_SECOND: Final = 1_000
+"""Objects per second of a bulk operation."""
+BULK_OPEN: Final = 20
+"""Bulk operations of an organization that have not ended."""
 BULK_LISTED: Final = 100
 """Ids of executions that the answer to a bulk request lists."""
 

@@ -170,6 +170,10 @@ ERROR_CODES: Final[Mapping[str, ErrorCode]] = {
         409,
         "It was resumed, replayed or redriven already; `executionId` in `details` is the newest of its line.",
     ),
+    "count-changed": ErrorCode(
+        409, "Fewer objects match the filter than `count` says; the message has the present number."
+    ),
+    "too-many-bulk-operations": ErrorCode(409, "The organization has too many open bulk operations."),
     "execution-not-ended": ErrorCode(409, "Only an ended execution can be replayed."),
     "plan-changed": ErrorCode(
         409,

@@ -9,7 +9,8 @@ import msgspec
 
 from gateway.http import limits
 from gateway.http.wire import StrictWire
-from gateway.ingest.dead_letter_rows import DeadLetterFilter, FailureKind
+from gateway.ingest.dead_letter_rows import DeadLetterFilter
+from journal.failure_causes import FailureKind
 
 
 class DeadLetterSelection(StrictWire):

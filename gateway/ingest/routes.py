@@ -28,6 +28,7 @@ from gateway.http.refusals import JSON_CODES
 from gateway.http.route import EXECUTE, KEYS, READ, WRITE, Route
 from gateway.http.sender import TOKEN
 from gateway.ingest import (
+    bulk_operations,
     dead_letter_groups,
     dead_letters,
     deliveries,
@@ -47,6 +48,15 @@ from gateway.ingest import (
     trigger_tokens,
 )
 
+BEGUN: Final = OperationDoc(
+    takes=(IDEMPOTENCY_KEY,),
+    sends=(REPLAYED,),
+    refusals=(
+        *("invalid-idempotency-key", "idempotency-mismatch", "not-found"),
+        *("count-changed", "too-many-bulk-operations"),
+    ),
+)
+"""Documentation of operations that begin a bulk operation."""
 TAKES_MAIL: Final = replace(
     ARRIVES,
     takes=(IDEMPOTENCY_KEY,),
@@ -321,6 +331,56 @@ ROUTES: Final[Sequence[Route]] = (
         organization_dead_letters.purge,
         body=organization_dead_letters.SelectDeadLetters,
         answer=dead_letters.PurgeResult,
+    ),
+    Route(
+        "POST",
+        "/api/v1/dead-letters/bulk-operations",
+        EXECUTE,
+        bulk_operations.begin_for_dead_letters,
+        body=bulk_operations.DeadLetterBulkRequest,
+        answer=bulk_operations.BulkOperationShape,
+        status=202,
+        docs=BEGUN,
+    ),
+    Route(
+        "POST",
+        "/api/v1/executions/bulk-operations",
+        EXECUTE,
+        bulk_operations.begin_for_executions,
+        body=bulk_operations.ExecutionBulkRequest,
+        answer=bulk_operations.BulkOperationShape,
+        status=202,
+        docs=BEGUN,
+    ),
+    Route(
+        "GET",
+        "/api/v1/bulk-operations",
+        READ,
+        bulk_operations.index,
+        query=bulk_operations.LISTED,
+        answer=bulk_operations.BulkOperationList,
+    ),
+    Route(
+        "GET",
+        "/api/v1/bulk-operations/{id}",
+        READ,
+        bulk_operations.show,
+        answer=bulk_operations.BulkOperationShape,
+    ),
+    Route(
+        "POST",
+        "/api/v1/bulk-operations/{id}/stop",
+        EXECUTE,
+        bulk_operations.stop,
+        answer=bulk_operations.BulkOperationShape,
+    ),
+    Route(
+        "PUT",
+        "/api/v1/bulk-operations/{id}/pace",
+        EXECUTE,
+        bulk_operations.set_pace,
+        body=bulk_operations.PaceChange,
+        answer=bulk_operations.BulkOperationShape,
     ),
     Route("GET", "/api/v1/deliveries/{id}", READ, deliveries.show, answer=deliveries.DeliveryShape),
     Route(

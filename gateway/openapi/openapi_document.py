@@ -74,7 +74,7 @@ TAGS: Final[Mapping[str, str]] = {
     "Mail": "Mails for workflows with an email trigger, and the addresses at which they arrive.",
     "Webhooks": "Webhooks, and the tokens in the URLs of triggers.",
     "Deliveries": "Requests that arrived, samples of refused ones, and dead letters.",
-    "Bulk": "Cancel, retry, replay or delete the executions that match a filter.",
+    "Bulk": "Acts on all executions or dead letters that match a filter.",
     "Explanations": "Reasons why runs and workflows do not move.",
     "Server": "Health and drift of the server, and this document.",
 }
@@ -100,7 +100,7 @@ _TAG_OF_MODULE: Final[Mapping[str, str]] = {
             "organization_dead_letters",
         ),
         "Executions": ("executions", "inputs", "run_graphs", "span_comparison"),
-        "Bulk": ("bulk", "bulk_replay"),
+        "Bulk": ("bulk", "bulk_operations", "bulk_replay"),
         "Explanations": ("run_explanations", "workflow_explanations", "organization_explanations"),
         "Server": ("health", "drift", "server_health", "document"),
     }.items()

@@ -46,6 +46,7 @@ PLACES: Final[Mapping[str, PathParameterDoc]] = {
     "tasks": PathParameterDoc("Id of the task.", "task_abc123"),
     "workers": PathParameterDoc("Id of the worker, as it has chosen it.", "w_abc123"),
     "groups": PathParameterDoc("Id of the group of dead letters.", "5f0b3a1c9d2e4f68"),
+    "bulk-operations": PathParameterDoc("Id of the bulk operation.", "bulk_abc123"),
     "deliveries": PathParameterDoc("Id of the delivery.", "dlv_abc123"),
     "spans": PathParameterDoc("Id of the span, or of a node outside of loops.", "span_abc123"),
     "executions": PathParameterDoc("Id of the execution.", "exec_xyz789"),

@@ -25,6 +25,7 @@ from gateway.workflows import shipped_templates
 from journal.blobs.blob_storage import BlobOwner
 from models import access_store
 from models.access import ALL_KEY_SCOPES, KeyScope, User, UserRole
+from models.bulk_operation import BulkOperation
 from models.data_source import DataSource, DataSourceShare
 from models.database import is_sqlite
 from models.execution import Execution, SpanRow
@@ -32,6 +33,7 @@ from models.execution_status import ExecutionStatus
 from models.ids import new_id, shard_of
 from models.task import Task
 from models.workflow import Workflow, WorkflowShare
+from tests.bulk_rows import build_operation
 from tests.custom_types import custom_type
 from tests.integration import input_waits
 from tests.integration.deployed_workflows import answer_for_pods, mark_running, serve_as_pods
@@ -121,6 +123,10 @@ MODEL_MAKERS: Expected = {
 MODEL_OWNERS = expect_access(
     stranger=NOT_FOUND, colleague=NOT_FOUND, guest=NOT_OWNER, owner=OK, colleague_of_public=NOT_OWNER
 )
+NOTHING_MATCHES: Expected = {
+    caller: "409 count-changed" if answer == OK else answer for caller, answer in OWN.items()
+}
+"""Begin of a bulk operation whose filter selects nothing of the caller."""
 ADMINS = expect_access(stranger=OK, colleague=NOT_ADMIN, guest=NOT_ADMIN, owner=NOT_ADMIN)
 """Operations of admins in their own organization."""
 TOKEN_HOLDERS = expect_access(stranger=NOT_FOUND, colleague=NOT_ADMIN, guest=NOT_ADMIN, owner=NOT_ADMIN)
@@ -463,6 +469,17 @@ async def create_key(cast: AccessCast, is_public: bool) -> str:  # noqa: ARG001,
     return key_id
 
 
+async def create_bulk_operation(cast: AccessCast, is_public: bool) -> str:  # noqa: ARG001, FBT001 - every `Make` has it
+    """Insert a bulk operation that has ended, so that no gateway changes its row."""
+    operation = build_operation(cast.owner.user, datetime.now(UTC))
+
+    async def add(connection: AsyncConnection) -> None:
+        await connection.execute(insert(BulkOperation).values(operation.model_dump()))
+
+    await cast.harness.gateway.database.transaction(add)
+    return operation.id
+
+
 async def create_session(cast: AccessCast, is_public: bool) -> str:  # noqa: ARG001, FBT001 - every `Make` has it
     browser = await cast.harness.browser()
     response = await browser.post("/session", json={"key": cast.owner.key})
@@ -537,6 +554,7 @@ SEEN_BY_ALL: Collection[Make] = (create_template, create_node_type, create_task_
 """Makers of objects that the whole organization sees."""
 MADE: Sequence[Make] = (
     *(
+        create_bulk_operation,
         create_invitation,
         create_workflow,
         create_deployed_workflow,
@@ -612,6 +630,8 @@ def change_row(
 NEW = {"name": "Mine", **GRAPH}
 DRY_RUN_ONLY: Mapping[str, Any] = {"dryRun": True}
 DRY_RUN = {"filter": {}, "dryRun": True}
+BULK_CANCEL = {"action": "cancel", "filter": {"workflowId": "wf_absent"}, "count": 1}
+BULK_PURGE = {**BULK_CANCEL, "action": "purge"}
 REPLAY = {"workflowId": "<subscribed>"}
 SIGNAL = {"name": "shipped", "payload": {"parcel": "P-12"}}
 ANSWER = {"nodeId": "approval", "choice": "approve", "data": {}}
@@ -887,6 +907,19 @@ ROWS = [
     AccessRow("POST", "/api/v1/executions/bulk-retry", EXECUTE, OWN, body=DRY_RUN),
     AccessRow("POST", "/api/v1/executions/bulk-delete", WRITE, OWN, body=DRY_RUN),
     AccessRow("POST", "/api/v1/executions/bulk-replay", EXECUTE, OWN, body=DRY_RUN),
+    AccessRow("POST", "/api/v1/executions/bulk-operations", EXECUTE, NOTHING_MATCHES, body=BULK_CANCEL),
+    AccessRow("POST", "/api/v1/dead-letters/bulk-operations", EXECUTE, NOTHING_MATCHES, body=BULK_PURGE),
+    AccessRow("GET", "/api/v1/bulk-operations", READ, OWN),
+    AccessRow("GET", "/api/v1/bulk-operations/{id}", READ, KEY_HOLDERS, create_bulk_operation),
+    AccessRow("POST", "/api/v1/bulk-operations/{id}/stop", EXECUTE, KEY_HOLDERS, create_bulk_operation),
+    AccessRow(
+        "PUT",
+        "/api/v1/bulk-operations/{id}/pace",
+        EXECUTE,
+        KEY_HOLDERS,
+        create_bulk_operation,
+        {"perSecond": 1},
+    ),
     AccessRow("GET", "/api/v1/executions", READ, OWN),
     AccessRow("GET", "/api/v1/executions/statistics", READ, OWN),
     AccessRow("GET", "/api/v1/executions/failures", READ, OWN),
@@ -1101,6 +1134,7 @@ async def test_objects_of_other_organizations_are_not_counted(on_sqlite: AccessC
         "/api/v1/workflows/activity": 0,
         "/api/v1/workflows/templates": len(shipped_templates.load_templates()),
         "/api/v1/executions": 0,
+        "/api/v1/bulk-operations": 0,
     }
     answers = {path: (await newcomer.api.get(path)).json() for path in counts}
     assert {path: answer.get("count", answer.get("total")) for path, answer in answers.items()} == counts

@@ -16,12 +16,15 @@ from journal.blobs.blob_storage import BlobOwner
 from journal.waits import callbacks
 from journal.waits.callbacks import CallbackPlace
 from models import ids
+from models.access import User
+from models.bulk_operation import BulkOperation
 from models.data_source import DataSource
 from models.execution import Execution, SpanRow
 from models.execution_status import ExecutionStatus
 from models.task import Task
 from models.tool_server import ListedTools, to_stored
 from nodes.mcp.tool_definitions import ToolDefinition
+from tests.bulk_rows import build_operation
 from tests.custom_types import RESIZE
 from tests.integration import input_waits
 from tests.integration.deployed_workflows import answer_for_pods, mark_running
@@ -134,6 +137,7 @@ async def create_examples(harness: GatewayHarness, people: OrganizationUsers) ->
     session = (await browser.post("/session", json={"key": admin.key})).json()
     return {
         "session_abc123": session["id"],
+        "bulk_abc123": await _create_operation(harness, admin.user),
         "span_abc123": span_id,
         "wf_abc123": workflow_id,
         "wf_tmpl_001": template_id,
@@ -170,6 +174,15 @@ async def _fail(harness: GatewayHarness, execution_id: str) -> None:
     await harness.gateway.database.transaction(
         lambda connection: connection.execute(failed.values(status=ExecutionStatus.FAILED, error=error))
     )
+
+
+async def _create_operation(harness: GatewayHarness, user: User) -> str:
+    """Insert a bulk operation that has ended, and return its id."""
+    operation = build_operation(user, harness.gateway.clock())
+    await harness.gateway.database.transaction(
+        lambda connection: connection.execute(insert(BulkOperation).values(operation.model_dump()))
+    )
+    return operation.id
 
 
 async def _create_task(harness: GatewayHarness, execution_id: str) -> str:

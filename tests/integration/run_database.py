@@ -54,6 +54,7 @@ TABLES = (
         "model_cost",
         "model_hour",
         "failure_hour",
+        "bulk_operation",
         "ai_settings",
         "approval_request",
         "approval_link",

@@ -276,6 +276,14 @@ def test_dead_letters_of_the_organization_are_grouped_redriven_and_purged(shell:
     assert shell.run("runs", "wait", again[0]).returncode == 5
     assert shell.json("queue", "purge", "--execution", again[0], "--yes")["purged"] == 1
     assert shell.output("queue", "dead-letters", "Failing", "-o", "name") == ""
+    assert shell.run("runs", "wait", shell.output("queue", "send", "Failing")).returncode == 5
+    act = ("bulk", "begin", "purge-dead-letters", "--filter", json.dumps({"group": group["id"]}))
+    refused = shell.run(*act, "--count", "2", "--yes")
+    assert (refused.returncode, "1 match the filter now" in refused.stderr) == (1, True)
+    begun = shell.json(*act, "--count", "1", "--per-second", "100", "--yes")["id"]
+    assert begun in shell.output("bulk", "list", "-o", "name").splitlines()
+    assert shell.json("bulk", "stop", begun)["total"] == 1
+    assert shell.json("bulk", "pace", begun, "5")["id"] == shell.json("bulk", "get", begun)["id"]
     assert len(shell.output("deliveries", "list", "-o", "name").splitlines()) >= 2
 
 

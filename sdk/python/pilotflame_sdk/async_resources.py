@@ -112,6 +112,34 @@ class AsyncAudit(AsyncResource):
         return self._client.iterate("/api/v1/audit", "entries", {"kind": kind, "objectId": object_id, "action": action, "userId": user_id, "keyId": key_id, "requestId": request_id, "addressHash": address_hash, "reason": reason, "since": since, "until": until, "sort": sort}, has_cursor=True)
 
 
+class AsyncBulkOperations(AsyncResource):
+    """Methods of `client.bulk_operations`."""
+
+    async def begin_for_dead_letters(self, *, count: int, action: Literal['purge', 'redrive', 'replay'], filter: Any, per_second: int | None = None, first_alone: bool | None = None, refresh: Sequence[Literal['model', 'read']] | None = None, confirm: Sequence[str] | None = None, failed_only: bool | None = None, definition: Literal['current', 'original'] | None = None, idempotency_key: str | None = None) -> t.BulkOperation:
+        """Begin to redrive, replay or purge the dead letters that a filter selects, the oldest first, at a pace."""
+        return cast("t.BulkOperation", await self._client.request("POST", "/api/v1/dead-letters/bulk-operations", fields={"count": count, "perSecond": per_second, "firstAlone": first_alone, "refresh": refresh, "confirm": confirm, "failedOnly": failed_only, "action": action, "filter": filter, "definition": definition}, idempotency_key=idempotency_key, is_keyed=True))
+
+    async def begin_for_executions(self, *, count: int, action: Literal['cancel', 'replay', 'retry'], filter: Any, per_second: int | None = None, first_alone: bool | None = None, refresh: Sequence[Literal['model', 'read']] | None = None, confirm: Sequence[str] | None = None, failed_only: bool | None = None, definition: Literal['current', 'original'] | None = None, idempotency_key: str | None = None) -> t.BulkOperation:
+        """Begin to cancel, retry or replay the executions that a filter selects, the oldest first, at a pace."""
+        return cast("t.BulkOperation", await self._client.request("POST", "/api/v1/executions/bulk-operations", fields={"count": count, "perSecond": per_second, "firstAlone": first_alone, "refresh": refresh, "confirm": confirm, "failedOnly": failed_only, "action": action, "filter": filter, "definition": definition}, idempotency_key=idempotency_key, is_keyed=True))
+
+    async def get(self, bulk_operation_id: str) -> t.BulkOperation:
+        """Show a bulk operation with its progress."""
+        return cast("t.BulkOperation", await self._client.request("GET", f"/api/v1/bulk-operations/{self._quote(bulk_operation_id)}"))
+
+    async def list(self, *, open: bool | None = None, limit: int | None = None, after: str | None = None) -> t.BulkOperationList:
+        """List your bulk operations with their progress, for an admin those of the organization, the newest first."""
+        return cast("t.BulkOperationList", await self._client.request("GET", "/api/v1/bulk-operations", query={"open": open, "limit": limit, "after": after}))
+
+    async def set_pace(self, bulk_operation_id: str, *, per_second: int) -> t.BulkOperation:
+        """Set the number of objects per second of a bulk operation, from its next step on."""
+        return cast("t.BulkOperation", await self._client.request("PUT", f"/api/v1/bulk-operations/{self._quote(bulk_operation_id)}/pace", fields={"perSecond": per_second}))
+
+    async def stop(self, bulk_operation_id: str) -> t.BulkOperation:
+        """Stop a bulk operation: the step in progress ends, and the other objects stay as they are."""
+        return cast("t.BulkOperation", await self._client.request("POST", f"/api/v1/bulk-operations/{self._quote(bulk_operation_id)}/stop"))
+
+
 class AsyncDatasources(AsyncResource):
     """Methods of `client.datasources`."""
 
@@ -1050,6 +1078,7 @@ class AsyncResourceClient(AsyncTransport):
         self.ai_settings = AsyncAiSettings(self)
         self.approvals = AsyncApprovals(self)
         self.audit = AsyncAudit(self)
+        self.bulk_operations = AsyncBulkOperations(self)
         self.datasources = AsyncDatasources(self)
         self.deliveries = AsyncDeliveries(self)
         self.deployment_list = AsyncDeploymentList(self)

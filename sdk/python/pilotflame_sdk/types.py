@@ -37,9 +37,13 @@ __all__ = [
     "BlockerKind",
     "BuildFinding",
     "BuiltWorkflow",
+    "BulkAction",
+    "BulkOperation",
+    "BulkOperationList",
     "BulkReplayResult",
     "BulkResult",
     "BulkRetryResult",
+    "BulkStatus",
     "CalendarDay",
     "CalendarHold",
     "CanvasPosition",
@@ -399,6 +403,12 @@ BlockerCode = Literal['awaiting-callback', 'awaiting-event', 'awaiting-input', '
 
 
 BlockerKind = Literal['change', 'escalate', 'wait']
+
+
+BulkAction = Literal['cancel-executions', 'purge-dead-letters', 'redrive-dead-letters', 'replay-dead-letters', 'replay-executions', 'retry-executions']
+
+
+BulkStatus = Literal['completed', 'failed', 'running', 'stopped', 'stopping']
 
 
 ConflictReason = Literal['edited-since-apply', 'not-applied-before', 'other-set']
@@ -789,6 +799,36 @@ class BuiltWorkflow(TypedDict):
     warnings: List[BuildFinding]
     nodeCount: int
     connectionCount: int
+
+
+class BulkOperation(TypedDict):
+    """Bulk operation with its progress."""
+
+    id: str
+    action: BulkAction
+    filter: Dict[str, Any]
+    status: BulkStatus
+    total: int
+    done: int
+    refused: int
+    refusals: Dict[str, int]
+    perSecond: int
+    firstAlone: bool
+    firstExecutionId: str | None
+    endReason: str | None
+    userId: str
+    createdAt: str
+    endedAt: str | None
+
+
+class BulkOperationList(TypedDict):
+    """Page of bulk operations, the newest first."""
+
+    count: int
+    countIsLowerBound: bool
+    limit: int
+    next: str | None
+    operations: List[BulkOperation]
 
 
 class BulkReplayResult(TypedDict):

@@ -1,0 +1,133 @@
+"""Bulk operations of a gateway: those that no other gateway performs, each in a task of its own."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Final
+
+import structlog
+
+from models import bulk_operation
+from models.bulk_operation import LEASE_SECONDS
+from models.errors import DatabaseUnavailable
+
+if TYPE_CHECKING:
+    from gateway.executions.acceptance import RunAcceptor
+    from gateway.executions.long_poll import ExecutionAccess
+    from gateway.executions.replay_planning import ReplayPlanner
+    from gateway.executions.request_limits import BacklogLimits
+    from gateway.ingest.redrive_runs import RunRedriver
+    from journal.store import JournalStore
+    from messages.broker import Broker
+    from models.bulk_operation import BulkOperation
+    from models.database import Database
+
+log = structlog.get_logger()
+
+LOOK_SECONDS: Final = 5.0
+"""Interval at which a gateway looks for operations of other gateways that have died."""
+AT_ONCE: Final = 4
+"""Operations that one gateway performs at the same time."""
+
+
+@dataclass(frozen=True, slots=True)
+class BulkServices:
+    """Stores, limits and clients with which a gateway performs bulk operations."""
+
+    database: Database
+    store: JournalStore
+    broker: Broker
+    acceptances: RunAcceptor
+    access: ExecutionAccess
+    backlog: BacklogLimits
+    replays: ReplayPlanner
+    redriver: RunRedriver
+
+
+class BulkOperationRunner:
+    """Bulk operations that one gateway performs."""
+
+    def __init__(self, services: BulkServices) -> None:
+        self._services = services
+        self._changed = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def wake(self) -> None:
+        """Look for operations at once, such as after one was begun."""
+        self._changed.set()
+
+    async def look_forever(self) -> None:
+        """Perform operations until the task is canceled; then leave those in progress to other gateways."""
+        try:
+            await self._look_forever()
+        finally:
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _look_forever(self) -> None:
+        while True:
+            self._changed.clear()
+            try:
+                await self._take_operations()
+            except DatabaseUnavailable as error:
+                log.debug("bulk operations not looked for", reason=str(error))
+            except Exception:
+                log.exception("bulk operations not looked for")
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_SECONDS):
+                    await self._changed.wait()
+
+    async def _take_operations(self) -> None:
+        """Claim operations that no gateway performs, and start them in the background."""
+        room = AT_ONCE - len(self._tasks)
+        if room <= 0:
+            return
+        async with self._services.database.read() as connection:
+            due = (await connection.scalars(bulk_operation.due_statement(room))).all()
+        if not due:
+            return  # no write transaction, while there is nothing to do
+        claim = partial(bulk_operation.claim_operations, limit=room, lease_seconds=LEASE_SECONDS)
+        for operation in await self._services.database.transaction(claim):
+            task = asyncio.create_task(self._perform(operation))
+            self._tasks.add(task)
+            task.add_done_callback(self._forget_task)
+
+    def _forget_task(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        self._changed.set()
+
+    async def _perform(self, operation: BulkOperation) -> None:
+        """Perform an operation to its end, unless another gateway takes it or the database is away."""
+        from gateway.ingest.bulk_operation_steps import (  # noqa: PLC0415 - loaded by the first operation
+            LeaseLost,
+            OperationPerformance,
+        )
+
+        performance = OperationPerformance(self._services, operation)
+        try:
+            await performance.run()
+        except LeaseLost:
+            log.info("bulk operation left to another gateway", operation_id=operation.id)
+        except DatabaseUnavailable as error:
+            log.warning("bulk operation interrupted", operation_id=operation.id, reason=str(error))
+        except asyncio.CancelledError:
+            with suppress(DatabaseUnavailable):
+                await performance.release()
+            raise
+
+
+@asynccontextmanager
+async def run_bulk_operations(services: BulkServices) -> AsyncIterator[BulkOperationRunner]:
+    """Perform bulk operations while the context lasts; at its end, leave them to other gateways."""
+    runner = BulkOperationRunner(services)
+    looking = asyncio.create_task(runner.look_forever())
+    try:
+        yield runner
+    finally:
+        looking.cancel()
+        await asyncio.gather(looking, return_exceptions=True)
