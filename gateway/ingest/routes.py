@@ -375,7 +375,7 @@ ROUTES: Final[Sequence[Route]] = (
         answer=bulk_operations.BulkOperationShape,
     ),
     Route(
-        "PUT",
+        "POST",
         "/api/v1/bulk-operations/{id}/pace",
         EXECUTE,
         bulk_operations.set_pace,

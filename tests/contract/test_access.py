@@ -913,7 +913,7 @@ ROWS = [
     AccessRow("GET", "/api/v1/bulk-operations/{id}", READ, KEY_HOLDERS, create_bulk_operation),
     AccessRow("POST", "/api/v1/bulk-operations/{id}/stop", EXECUTE, KEY_HOLDERS, create_bulk_operation),
     AccessRow(
-        "PUT",
+        "POST",
         "/api/v1/bulk-operations/{id}/pace",
         EXECUTE,
         KEY_HOLDERS,

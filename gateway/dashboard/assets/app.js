@@ -6,12 +6,34 @@ import { keepAddress, reload, watch } from "./live.js";
 const root = document.documentElement.dataset.root;
 const COPIED_MS = 2_000;
 
-export function say(text) {
+// With `undo`, the toast has a button that calls it.
+export function say(text, undo) {
   const toast = document.getElementById("toast");
   toast.textContent = inRuns(text);
   toast.hidden = false;
   clearTimeout(say.timer);
-  say.timer = setTimeout(() => { toast.hidden = true; }, 10_000);
+  say.withdraw?.();
+  const turn = say.turn = {};
+  if (undo) import("./undo.js").then(({ offer }) => { if (say.turn === turn) say.withdraw = offer(toast, undo); });
+  else say.timer = setTimeout(() => { toast.hidden = true; }, 10_000);
+}
+
+// Returns what takes the request of a form back: the request of `data-undo`, with the JSON body of `data-undo-sends`.
+function undoOf({ dataset: { undo, undoSends } }) {
+  if (!undo) return undefined;
+  const [method, path] = undo.split(" ");
+  const options = undoSends ? { headers: { "Content-Type": "application/json" }, body: undoSends } : {};
+  return async () => {
+    try {
+      const answer = await fetch(root + path, { method, ...options });
+      if (!answer.ok) throw new Error((await answer.json()).error.message);
+      await reload();
+      count(true);
+      say("Undone");
+    } catch (problem) {
+      say(`Not undone: ${problem.message}`);
+    }
+  };
 }
 
 // Pages call an execution a run, as `say_runs` does on the server.
@@ -126,6 +148,7 @@ async function copy(button) {
 async function submit(form, button) {
   const [method, path] = form.dataset.request.split(" ");
   const body = bodyOf(form, button);
+  const undo = undoOf(form); // an update of the page changes the form
   // A button that a single key has pressed asks first.
   const isByKey = "pressed" in (button?.dataset ?? {});
   if (isByKey) delete button.dataset.pressed;
@@ -169,7 +192,8 @@ async function submit(form, button) {
       await reload();
       count(true);
     }
-    if (form.dataset.says) say(fill(form.dataset.says, String));
+    if (form.dataset.says) say(fill(form.dataset.says, String), undo);
+    if (path.endsWith("/bulk-operations")) followOperations(value.id);
     if (form.dataset.result) (await import("./phases.js")).show(document.getElementById(form.dataset.result), value);
     if (form.dataset.shows) {
       const shown = form.dataset.shows.split(".").reduce((part, name) => part[name], value);
@@ -187,28 +211,24 @@ async function submit(form, button) {
   }
 }
 
-async function submitPaced(form, button) {
-  const { run } = await import("./paced.js");
-  button.disabled = true;
-  const end = await run(form, root);
-  button.disabled = false;
-  delete form.dataset.changed;
-  await reload();
-  count(true);
-  say(end);
+async function followOperations(begun) {
+  if (begun || document.querySelector("[data-operation]")) (await import("./bulk.js")).follow(root, reload, say, begun);
 }
 
 document.addEventListener("submit", (event) => {
   // A button with an address of its own shows a preview on the page there.
   if (event.target.dataset.request && !event.submitter?.hasAttribute("formaction")) {
     event.preventDefault();
-    if ("paced" in event.target.dataset) submitPaced(event.target, event.submitter);
-    else submit(event.target, event.submitter);
+    submit(event.target, event.submitter);
   }
 });
 // An update of the page keeps what a visitor has typed.
 document.addEventListener("input", (event) => {
   if (event.target.form?.dataset.request) event.target.form.dataset.changed = "";
+});
+// The choice of a `data-at-once` form is sent without a button.
+document.addEventListener("change", (event) => {
+  if (event.target.form && "atOnce" in event.target.form.dataset) event.target.form.requestSubmit();
 });
 // A file fills the text field that `data-fills` names, or becomes a workflow by `data-imports`.
 document.addEventListener("change", async (event) => {
@@ -241,5 +261,7 @@ keepAddress();
 watchKeys();
 watchCanvas();
 watch();
+followOperations();
+document.addEventListener("updated", () => followOperations());
 if (document.querySelector("[data-picking]")) import("./selection.js").then(({ watchSelection }) => watchSelection());
 count();

@@ -27,6 +27,25 @@ FILTERS: Final = ("workflow_id", "trigger_type", "failure")
 STATES: Final = ("redriving", "settled")
 """States other than open, whose dead letters are listed without groups."""
 LISTED: Final = 50
+RECENT_OPERATIONS: Final = 5
+PACES: Final = ((2, "2 a second"), (10, "10 a second"), (100, "100 a second"), (1000, "at once"))
+ACTS: Final = {
+    "redrive-dead-letters": ("Redrive", "redriven"),
+    "replay-dead-letters": ("Replay", "replayed"),
+    "purge-dead-letters": ("Discard", "discarded"),
+    "cancel-executions": ("Cancel runs", "canceled"),
+    "retry-executions": ("Resume runs", "resumed"),
+    "replay-executions": ("Replay runs", "replayed"),
+}
+"""Name and participle of each act of a bulk operation."""
+ENDS: Final = {
+    "stopped": "stopped",
+    "first-failed": "the first one did not complete",
+    "key-not-valid": "its key is no longer valid",
+    "scope-required": "its key may not run workflows",
+    "internal-error": "an error of the server, which its log has",
+}
+"""Words for the end of a bulk operation before its last object, by status or reason."""
 GROWING_SECONDS: Final = 600
 """Age of the newest dead letter up to which a group counts as growing."""
 FAILURES: Final = (
@@ -55,9 +74,11 @@ async def load(page: PageRequest) -> PageData:
     given = page.query
     filters = {name: given[name] for name in FILTERS if given.get(name)}
     nothing = dict.fromkeys(("rows", "workflow", "types", "plan", "newest", "settled"))
+    recent = page.get_if_present("/api/v1/bulk-operations", limit=RECENT_OPERATIONS)
     if given.get("state") in STATES:
-        groups, settled = await asyncio.gather(
+        groups, operations, settled = await asyncio.gather(
             page.get("/api/v1/dead-letters/groups", **filters),
+            recent,
             page.get(
                 "/api/v1/dead-letters",
                 **filters,
@@ -66,16 +87,23 @@ async def load(page: PageRequest) -> PageData:
                 after=given.get("after"),
             ),
         )
-        return {**nothing, "groups": groups, "settled": settled, "rejected": None}
-    groups, rejected = await asyncio.gather(
+        return {
+            **nothing,
+            "groups": groups,
+            "operations": operations,
+            "settled": settled,
+            "rejected": None,
+        }
+    groups, operations, rejected = await asyncio.gather(
         page.get("/api/v1/dead-letters/groups", **filters, muted=given.get("muted")),
+        recent,
         asyncio.sleep(0)
         if filters
         else page.get_if_present("/api/v1/deliveries", outcome="rejected", limit=1),
     )
     shown = _open_group(groups["groups"], given.get("group"))
     if shown is None:
-        return {**nothing, "groups": groups, "rejected": rejected}
+        return {**nothing, "groups": groups, "operations": operations, "rejected": rejected}
     is_planned = bool(given.get("plan"))
     rows, workflow, types, plan, newest = await asyncio.gather(
         page.get(
@@ -97,6 +125,7 @@ async def load(page: PageRequest) -> PageData:
     )
     return {
         "groups": groups,
+        "operations": operations,
         "rows": rows,
         "workflow": workflow,
         "types": types,
@@ -144,8 +173,12 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
     filters = {name: frame.query[name] for name in FILTERS if frame.query.get(name)}
     exported = {**filters, "state": state} if state else filters
     shown = _open_group(listed["groups"], frame.query.get("group"))
+    operations = [_describe_operation(one) for one in (data["operations"] or {}).get("operations", ())]
     return {
         "title": "Dead letters",
+        "running": [one for one in operations if one["endedAt"] is None],
+        "ended": [one for one in operations if one["endedAt"] is not None],
+        "paces": PACES,
         "crumbs": (("Dead letters", ""),),
         "count": listed["count"],
         "count_is_lower_bound": listed["countIsLowerBound"],
@@ -217,6 +250,13 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "user_id": frame.visitor["userId"] if frame.visitor else "",
         "sample_characters": SAMPLE_CHARACTERS,
     }
+
+
+def _describe_operation(operation: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a bulk operation with its name, its participle, and its end in words, empty for a complete one."""
+    act, done_word = ACTS[operation["action"]]
+    end = ENDS.get(operation["endReason"] or operation["status"], "")
+    return {**operation, "act": act, "done_word": done_word, "end": end}
 
 
 def _is_growing(group: Mapping[str, Any], now: datetime) -> bool:

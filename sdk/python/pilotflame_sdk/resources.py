@@ -133,7 +133,7 @@ class BulkOperations(Resource):
 
     def set_pace(self, bulk_operation_id: str, *, per_second: int) -> t.BulkOperation:
         """Set the number of objects per second of a bulk operation, from its next step on."""
-        return cast("t.BulkOperation", self._client.request("PUT", f"/api/v1/bulk-operations/{self._quote(bulk_operation_id)}/pace", fields={"perSecond": per_second}))
+        return cast("t.BulkOperation", self._client.request("POST", f"/api/v1/bulk-operations/{self._quote(bulk_operation_id)}/pace", fields={"perSecond": per_second}))
 
     def stop(self, bulk_operation_id: str) -> t.BulkOperation:
         """Stop a bulk operation: the step in progress ends, and the other objects stay as they are."""
