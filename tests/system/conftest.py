@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Generator
+from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 
@@ -14,27 +16,45 @@ from tests.system.client import RetryingClient
 from tests.system.harness import ManyProcesses, SystemUnderTest
 from tests.system.ledger import EffectLedger
 
+FOLDER = Path(__file__).parent
 LIVELY_SECONDS = 60.0
 """Within this time a fresh run has ended, however bad the time before it was."""
+
+
+_started: list[SystemUnderTest] = []
 
 
 @pytest.fixture(scope="session", params=["sqlite", "postgresql"])
 async def shared_deployment(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[SystemUnderTest]:
-    folder = tmp_path_factory.mktemp(request.param)
-    settings = {"DIRECT_RUNS": "false"} if request.param.endswith(harness.CLAIMING) else {}
+    is_claiming = request.param.endswith(harness.CLAIMING)
+    async with _run_deployment(
+        request, tmp_path_factory.mktemp(request.param), is_claiming=is_claiming
+    ) as deployment:
+        _started.append(deployment)
+        yield deployment
+        _started.remove(deployment)
+        if request.param not in {harness.WITHOUT_REDIS, harness.TWO_GATEWAYS}:
+            await _require_run_path(deployment, is_claiming=is_claiming)
+
+
+@asynccontextmanager
+async def _run_deployment(
+    request: pytest.FixtureRequest, folder: Path, *, is_claiming: bool
+) -> AsyncIterator[SystemUnderTest]:
+    """Run the kind of deployment that the parameter of a fixture names."""
+    settings = {"DIRECT_RUNS": "false"} if is_claiming else {}
     if request.param.startswith("sqlite"):
         async with harness.run_one_process(folder, **settings) as deployment:
             yield deployment
-            await _require_run_path(deployment, is_claiming=bool(settings))
         return
     postgres = request.getfixturevalue("postgres")
     if request.param == harness.WITHOUT_REDIS:
         async with harness.run_on_postgresql(folder, postgres, None, gateways=1) as deployment:
             yield deployment
         return
-    # Its workers live on while tests of other files run, and would take the wakeups of those on a common Redis.
+    # Processes of several deployments live at a time, and would take each other's wakeups on a common Redis.
     with services.run_redis() as redis:
         if request.param == harness.TWO_GATEWAYS:
             async with harness.run_on_postgresql(folder, postgres, redis, gateways=2) as deployment:
@@ -42,7 +62,6 @@ async def shared_deployment(
             return
         async with harness.run_many_processes(folder, postgres, redis, **settings) as deployment:
             yield deployment
-            await _require_run_path(deployment, is_claiming=bool(settings))
 
 
 @pytest.fixture
@@ -83,12 +102,27 @@ async def _require_run_path(deployment: SystemUnderTest, *, is_claiming: bool) -
     if is_claiming:
         assert await deployment.records.fetch(count) == [(0,)]
         return
+    if await deployment.records.fetch(count) != [(0,)]:
+        return
+    await deployment.revive()
     client = RetryingClient(deployment.url)
     workflow_id = await client.create(workflow_shapes.chain_workflow(workflow_shapes.set_node("done")))
     async with asyncio.timeout(LIVELY_SECONDS):
         while await deployment.records.fetch(count) == [(0,)]:
             await client.end(await client.execute(workflow_id), within=LIVELY_SECONDS)
     await client.close()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(nextitem: pytest.Item | None) -> Generator[None]:
+    """End the processes of all deployments before tests of other folders; the next test that needs one revives it.
+
+    Idle, they would poll their databases for minutes, which costs as much as their tests.
+    """
+    yield
+    if nextitem is not None and not nextitem.path.is_relative_to(FOLDER):
+        for deployment in _started:
+            deployment.kill_processes()
 
 
 @pytest.hookimpl(wrapper=True)

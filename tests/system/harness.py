@@ -131,7 +131,8 @@ class SystemUnderTest:
         assert worker is not None
         return worker
 
-    async def end(self) -> None:
+    def kill_processes(self) -> None:
+        """End every process; `revive` starts them again."""
         for process in self.processes:
             if process.is_alive:
                 process.kill()
@@ -360,7 +361,7 @@ async def _keep_alive(deployment: SystemUnderTest) -> AsyncIterator[None]:
         await deployment.revive()
         yield
     finally:
-        await deployment.end()
+        deployment.kill_processes()
 
 
 def _build_environment(folder: Path, settings: Mapping[str, str]) -> tuple[str, dict[str, str]]:

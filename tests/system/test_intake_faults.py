@@ -51,6 +51,7 @@ class IngestDeployment:
 
 @pytest.fixture(scope="module")
 async def all_senders(shared_deployment: SystemUnderTest) -> AllSenders:
+    await shared_deployment.revive()
     client = RetryingClient(shared_deployment.url)
     all_senders = await ingest_senders.set_up(partial(client.answer, "POST"), API_KEY)
     await client.close()
