@@ -14,7 +14,7 @@ from hypothesis.internal.conjecture import providers
 
 from concurrency import gc_tuning
 from telemetry import exposition, instruments
-from tests import database_choice, preloads, services
+from tests import ordinary_run, preloads, services
 
 MEMORY = Path("/dev/shm")
 ROOM_BYTES = 2 << 30
@@ -69,7 +69,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--thorough",
         action="store_true",
-        help="run each test on every kind of database, instead of one that its name chooses",
+        help="run each test on every kind of database, instead of one of them, and long tests in full",
     )
 
 
@@ -109,16 +109,16 @@ def _end_after(seconds: float, test: Callable[..., Awaitable[None]]) -> Callable
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out spare variants, and move the tests of the slowest files to the front.
+    """Leave out tests of thorough runs, and move the tests of the slowest files to the front.
 
     So no process is left alone with one at the end. The order of other files, and of the tests of a file, stays. A
     run that names single tests keeps all their variants.
     """
     names_tests = any("::" in argument for argument in config.args)
     if not names_tests and not config.getoption("thorough"):
-        spare = set(database_choice.find_spare_variants(items))
-        items[:] = [item for item in items if item not in spare]
-        config.hook.pytest_deselected(items=list(spare))
+        left_out = set(ordinary_run.find_left_out(items))
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=list(left_out))
     ranks = {name: rank for rank, name in enumerate(SLOWEST_FILES)}
     items.sort(key=lambda item: ranks.get(item.path.name, len(ranks)))
 
@@ -143,6 +143,12 @@ def _metrics() -> None:
     """Count metrics, as processes do that serve them."""
     exposition.register()
     instruments.expose()
+
+
+@pytest.fixture(scope="session")
+def is_thorough(pytestconfig: pytest.Config) -> bool:
+    """Whether long tests run in full."""
+    return bool(pytestconfig.getoption("thorough"))
 
 
 @pytest.fixture(scope="session")

@@ -106,6 +106,7 @@ async def test_a_schema_bounds_the_answer(
     assert output["label"] in {"invoice", "complaint"}
 
 
+@pytest.mark.thorough
 async def test_an_agent_works_with_a_tool_until_it_is_stopped(
     harness: GatewayHarness, person: UserClient, url: str, model_id: str
 ) -> None:

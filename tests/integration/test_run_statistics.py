@@ -83,8 +83,9 @@ async def end_run(
 
 @pytest.mark.every_database
 async def test_runs_count_in_the_hour_of_their_acceptance_by_their_present_status(
-    harness: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(duty, "REST_FACTOR", 0)
     present = hour_of(harness.gateway.clock())
     workflow_id = await people.owner.create(status="active", **GRAPH)
     for seconds in (0.1, 0.2, 0.2, 10):

@@ -57,7 +57,9 @@ on_many_processes_and_both_run_paths = pytest.mark.parametrize(
 TWO_GATEWAYS = "postgresql-two-gateways"
 WITHOUT_REDIS = "postgresql-alone"
 on_all_deployments = pytest.mark.parametrize(
-    "shared_deployment", ["sqlite", TWO_GATEWAYS, WITHOUT_REDIS], indirect=True
+    "shared_deployment",
+    ["sqlite", TWO_GATEWAYS, pytest.param(WITHOUT_REDIS, marks=pytest.mark.thorough)],
+    indirect=True,
 )
 """For what must hold with a second gateway, and with PostgreSQL in place of Redis, too."""
 

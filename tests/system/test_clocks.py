@@ -89,6 +89,7 @@ async def test_wrong_and_adjusted_host_clocks_fail_no_run_and_move_no_wait(
     await client.close()
 
 
+@pytest.mark.thorough
 async def test_a_clock_that_is_set_under_one_process_on_sqlite_fails_no_run_and_moves_no_wait(
     dev: SystemUnderTest, clocks: dict[str, ShiftedClock], ledger: EffectLedger
 ) -> None:

@@ -1,9 +1,10 @@
-"""Choice of the database of a test in the ordinary run: one of those that the test has, by the name of the test.
+"""Choice of the tests of the ordinary run; `--thorough` runs all.
 
 A test of several kinds of database is collected once for each. The ordinary run keeps one of these variants, about half
-of all tests each kind, so that each part of the product meets both; `--thorough` keeps all. A checksum of the test's
-name chooses, so that new tests never change the choice for others. Tests marked `every_database`, whose subject is
-the statements and locks of a database, keep all their variants.
+of all tests each kind, so that each part of the product meets both. A checksum of the test's name chooses, so that new
+tests never change the choice for others. Tests marked `every_database`, whose subject is the statements and locks of a
+database, keep all their variants. Tests marked `thorough` are left out: they take long for the little that they protect
+beyond others.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
     import pytest
 
 EVERY_DATABASE: Final = "every_database"
-"""Name of the mark."""
+THOROUGH: Final = "thorough"
+"""Names of the marks."""
 
 DATABASES: Final = frozenset(
     {"sqlite", "postgresql", "SQLite", "PostgreSQL", "on_sqlite", "on_postgres", "on_serializable_postgres"}
@@ -26,17 +28,24 @@ DATABASES: Final = frozenset(
 """Values of test parameters that name a kind of database."""
 
 
-def find_spare_variants(items: Iterable[pytest.Item]) -> list[pytest.Item]:
-    """Return the collected tests that the ordinary run leaves out, since it keeps another variant of each."""
+def find_left_out(items: Iterable[pytest.Item]) -> list[pytest.Item]:
+    """Return the collected tests that the ordinary run leaves out."""
+    left_out: list[pytest.Item] = []
     variants: dict[str, list[pytest.Item]] = defaultdict(list)
     for item in items:
-        if (database := _database_of(item)) is not None:
+        if item.get_closest_marker(THOROUGH) is not None:
+            left_out.append(item)
+        elif (database := _database_of(item)) is not None:
             variants[item.nodeid.replace(database, "", 1)].append(item)
-    spare: list[pytest.Item] = []
     for name, group in variants.items():
-        kept = group[zlib.crc32(name.encode()) % len(group)]
-        spare += [item for item in group if item is not kept]
-    return spare
+        kept = group[checksum(name) % len(group)]
+        left_out += [item for item in group if item is not kept]
+    return left_out
+
+
+def checksum(name: str) -> int:
+    """Return a number that is the same for a name at any time, to choose by."""
+    return zlib.crc32(name.encode())
 
 
 def _database_of(item: pytest.Item) -> str | None:

@@ -1,4 +1,4 @@
-"""The database of each test in the ordinary run: one, the same one at any time, and all with the mark or option."""
+"""Tests of the ordinary run: each on one database, the same one at any time, and all with the mark or option."""
 
 from __future__ import annotations
 
@@ -62,6 +62,7 @@ def collect(cases: int) -> list[CollectedTest]:
         *(CollectedTest(f"test_all[{kind}]", {"harness": kind}, "every_database") for kind in kinds),
         *(CollectedTest(f"test_dialects[{kind}]", {"dialect": SqlDialect(kind)}) for kind in kinds),
         *(CollectedTest(f"test_sources[{kind}]", {"source": kind}) for kind in ("sqlite", "mysql")),
+        CollectedTest("test_long[sqlite]", {"harness": "sqlite"}, "thorough"),
     ]
 
 
