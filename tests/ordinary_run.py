@@ -2,9 +2,9 @@
 
 A test of several kinds of database is collected once for each. The ordinary run keeps one of these variants, about half
 of all tests each kind, so that each part of the product meets both. A checksum of the test's name chooses, so that new
-tests never change the choice for others. Tests marked `every_database`, whose subject is the statements and locks of a
-database, keep all their variants. Tests marked `thorough` are left out: they take long for the little that they protect
-beyond others.
+tests never change the choice for others. Tests marked `every_database` keep all their variants: their subject is the
+statements and locks of a database, or they alone reach some statements. Tests marked `thorough` are left out: they take
+long for the little that they protect beyond others.
 """
 
 from __future__ import annotations

@@ -173,6 +173,7 @@ async def test_a_key_stops_working_when_it_expires(harness: GatewayHarness) -> N
     assert await wait_until_true(is_refused(), within_seconds=PATIENCE_SECONDS) > 0.5
 
 
+@pytest.mark.every_database
 async def test_a_revocation_works_before_long(harness: GatewayHarness) -> None:
     people = await harness.people()
     made = (await people.owner.api.post(KEYS, json={"name": "lost"})).json()
@@ -206,6 +207,7 @@ async def test_the_last_use_of_a_key_is_noted(harness: GatewayHarness) -> None:
     assert re.fullmatch("[0-9a-f]{12}", used["lastAddressHash"])
 
 
+@pytest.mark.every_database
 async def test_a_key_lists_the_scopes_that_it_lacked(harness: GatewayHarness) -> None:
     people = await harness.people()
     narrow = await people.owner.api.post(KEYS, json={"name": "narrow", "scopes": ["workflows:read"]})
@@ -436,6 +438,7 @@ async def empty_database(
     await database.close()
 
 
+@pytest.mark.every_database
 async def test_the_first_organisation_is_made_once_however_many_gateways_start(
     empty_database: Database,
 ) -> None:
@@ -454,6 +457,7 @@ async def test_the_first_organisation_is_made_once_however_many_gateways_start(
     assert found[keys[0].hash].is_valid(datetime.now(UTC) + timedelta(days=10_000))
 
 
+@pytest.mark.every_database
 @pytest.mark.parametrize("key", ["short", "with a space in the middle of it", "with-ünicode-characters"])
 async def test_a_weak_first_key_is_refused(empty_database: Database, key: str) -> None:
     with pytest.raises(InvalidSettings, match="PILOTFLAME_BOOTSTRAP_API_KEY"):

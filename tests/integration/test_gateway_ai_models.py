@@ -150,6 +150,7 @@ async def test_the_data_source_of_a_model_is_a_provider_that_its_author_may_use(
     assert refused.json()["error"]["details"][0]["code"] == "wrong-data-source"
 
 
+@pytest.mark.every_database
 async def test_a_model_has_the_protocol_of_its_data_source(people: OrganizationUsers) -> None:
     settings = {"baseUrl": "https://api.anthropic.com/v1", "provider": "anthropic"}
     source = {"name": "Anthropic", "type": "ai-provider", "settings": settings, "secrets": {"key": KEY}}
@@ -190,6 +191,7 @@ async def test_a_model_is_seen_and_used_by_its_owner_until_it_is_shared(
         await models.find(caller_of(people.stranger), model_id)
 
 
+@pytest.mark.every_database
 async def test_a_model_is_used_by_the_users_that_it_is_shared_with(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
@@ -377,6 +379,7 @@ async def test_a_workflow_that_names_no_model_is_a_draft(people: OrganizationUse
         assert [one["path"] for one in refused.json()["error"]["details"]] == ["nodes.ask"]
 
 
+@pytest.mark.every_database
 async def test_the_default_model_is_one_that_all_may_use(people: OrganizationUsers) -> None:
     owner = people.owner
     model_id = await create_model(owner, await create_provider(owner))
@@ -510,6 +513,7 @@ async def test_a_data_source_of_models_is_deleted_only_by_force(people: Organiza
     assert (await people.admin.api.get(f"{MODELS}/{hidden}")).status_code == 200
 
 
+@pytest.mark.every_database
 async def test_names_are_unique_and_creation_is_idempotent(people: OrganizationUsers) -> None:
     source_id = await create_provider(people.owner)
     body = {"name": "Small", "vendorModelId": "m", "dataSourceId": source_id}
@@ -677,6 +681,7 @@ async def test_a_provider_is_tested_by_its_list_of_models(
     assert (listed["ok"], len(listed["models"])) == (True, 2)
 
 
+@pytest.mark.every_database
 async def test_a_provider_key_is_stored_listed_changed_and_deleted(people: OrganizationUsers) -> None:
     body = {"name": "Mine", "provider": "openai", "apiKey": KEY}
     created = await people.owner.api.post(PROVIDER_KEYS, json=body)
@@ -731,6 +736,7 @@ async def test_a_provider_key_has_the_address_of_its_provider(
     assert [problem["path"] for problem in refused.json()["error"]["details"]] == ["baseUrl"]
 
 
+@pytest.mark.every_database
 async def test_a_repeated_creation_with_another_key_is_refused(people: OrganizationUsers) -> None:
     headers, body = {"Idempotency-Key": "once"}, {"name": "Mine", "provider": "anthropic", "apiKey": KEY}
     first, again = [await people.owner.api.post(PROVIDER_KEYS, json=body, headers=headers) for _ in range(2)]

@@ -163,6 +163,7 @@ async def test_workflows_of_others_and_of_other_sets_are_not_taken_over(people: 
     assert await apply(people.stranger, named("By hand"), set="shop") == {"By hand": "create"}
 
 
+@pytest.mark.every_database
 async def test_only_members_of_the_set_are_pruned(people: OrganizationUsers) -> None:
     await apply(people.owner, named("Stays"), named("Leaves"), named("Edited"), set="shop")
     await apply(people.owner, named("Elsewhere"), set="other")
@@ -198,6 +199,7 @@ async def test_only_members_of_the_set_are_pruned(people: OrganizationUsers) -> 
     assert {one["name"] for one in listed} == {"Elsewhere", "By hand"}
 
 
+@pytest.mark.every_database
 async def test_data_sources_are_named_in_files(people: OrganizationUsers) -> None:
     source = {"name": "orders-db", "type": "mysql", "secrets": {"password": "p"}}
     settings = {"host": "db.example.com", "database": "d", "user": "u", "tls": "require"}

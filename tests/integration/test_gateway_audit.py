@@ -115,6 +115,7 @@ async def test_every_change_of_a_workflow_is_an_entry_that_begins_where_the_last
     assert all(len(entry["afterHash"]) == 64 for entry in entries[:-1])
 
 
+@pytest.mark.every_database
 async def test_an_entry_names_its_request_the_hash_of_its_address_and_its_place_in_the_chain(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
@@ -394,6 +395,7 @@ async def test_decisions_of_the_system_stand_among_the_changes_in_the_order_of_t
         assert [times[one] for one in walked] == [entry["createdAt"] for entry in expected]
 
 
+@pytest.mark.every_database
 async def test_the_trail_is_filtered_by_every_column(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:

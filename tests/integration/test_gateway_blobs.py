@@ -258,6 +258,7 @@ async def test_a_resumed_run_shows_its_origin(run_with_blob: RunWithBlob) -> Non
     assert sha256(content.content).hexdigest() == run_with_blob.reference.sha256
 
 
+@pytest.mark.every_database
 async def test_a_spoilt_content_never_arrives_whole(run_with_blob: RunWithBlob) -> None:
     folder = (
         Path(run_with_blob.harness.gateway.settings.data_dir) / "blobs" / run_with_blob.owner.organization_id

@@ -215,6 +215,7 @@ async def test_invalid_fields_are_refused(people: OrganizationUsers, body: dict[
         assert_refused(await post_bulk(people.owner, what, **body), 422, "validation-failed")
 
 
+@pytest.mark.every_database
 async def test_bulk_actions_affect_only_permitted_executions(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:

@@ -94,6 +94,7 @@ async def serve_worker(harness: GatewayHarness, folder: Path) -> AsyncIterator[N
 # ── the secret ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.every_database
 async def test_an_admin_makes_the_secret_and_sees_it_once(people: OrganizationUsers) -> None:
     assert_refused(await people.admin.api.get(SIGNING), 404, "not-found")
     assert_refused(await people.owner.api.post(SIGNING), 403, "admin-required")
@@ -131,6 +132,7 @@ WRONG_URLS = {
 }
 
 
+@pytest.mark.every_database
 async def test_a_callback_goes_to_the_internet_and_takes_a_secret(people: OrganizationUsers) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     good = "https://example.com/hook"

@@ -188,6 +188,7 @@ async def test_errors_are_listed_per_field_without_values(people: OrganizationUs
     assert (await people.owner.api.get(SOURCES)).json()["count"] == 0
 
 
+@pytest.mark.every_database
 async def test_names_are_an_owners_own(people: OrganizationUsers) -> None:
     owner, colleague = people.owner, people.colleague
     first = await create_source(owner, name="Orders")
@@ -219,6 +220,7 @@ async def test_lists_are_filtered_sorted_and_shown_in_parts(people: Organization
         assert_refused(await people.owner.api.get(f"{SOURCES}?{query}"), 400, "invalid-query")
 
 
+@pytest.mark.every_database
 async def test_there_is_an_end_to_data_sources(
     people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -381,6 +383,7 @@ async def is_usable(harness: GatewayHarness, person: UserClient, source_id: str)
     return False
 
 
+@pytest.mark.every_database
 async def test_only_readers_of_a_data_source_may_use_it(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
@@ -487,6 +490,7 @@ async def test_secrets_of_one_data_source_do_not_decrypt_for_another(
     assert raised.value.code == "data-source-unreadable"
 
 
+@pytest.mark.every_database
 async def test_a_workflow_becomes_active_only_with_data_sources_that_its_owner_can_use(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:

@@ -140,6 +140,7 @@ async def test_every_parsed_delivery_can_be_redriven(
     assert [one["redrivenFrom"] for one in latest] == [not_active, accepted, None]
 
 
+@pytest.mark.every_database
 async def test_a_list_of_deliveries_is_run_once_more_once(
     people: OrganizationUsers, workflow_id: str
 ) -> None:
@@ -270,6 +271,7 @@ async def test_the_token_of_a_workflow_is_shown_once_and_replaced(
     assert_refused(await people.stranger.api.post(path, json={}), 404, "not-found")
 
 
+@pytest.mark.every_database
 async def test_no_more_tokens_are_good_at_once_than_may_be(
     people: OrganizationUsers, workflow_id: str
 ) -> None:
@@ -282,6 +284,7 @@ async def test_no_more_tokens_are_good_at_once_than_may_be(
     assert [one["hint"] for one in tokens] == hints[:1:-1]
 
 
+@pytest.mark.every_database
 async def test_tokens_of_all_workflows_are_listed_for_their_readers_without_secrets(
     people: OrganizationUsers,
 ) -> None:

@@ -249,6 +249,7 @@ async def test_runs_that_pods_were_to_take_are_left_to_the_workers(
     }
 
 
+@pytest.mark.every_database
 @pytest.mark.usefixtures("deployer")
 async def test_an_archived_or_deleted_workflow_has_no_pods(
     harness: GatewayHarness, people: OrganizationUsers, workflow_id: str
@@ -289,6 +290,7 @@ async def test_a_stop_lets_runs_end_and_takes_no_further_ones(
     assert (await stop)["deploymentStatus"] == "stopped"
 
 
+@pytest.mark.every_database
 @pytest.mark.usefixtures("deployer")
 async def test_a_change_overtaken_by_its_opposite_is_no_longer_awaited(
     harness: GatewayHarness, people: OrganizationUsers, workflow_id: str

@@ -98,6 +98,7 @@ def attachments(given: dict[str, Any], expected: dict[str, Any]) -> Sequence[tup
 # ── requests of providers ───────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.every_database
 async def test_every_recorded_request_is_answered_kept_and_read_as_it_was_meant(
     mails: MailHarness, people: OrganizationUsers
 ) -> None:
@@ -153,6 +154,7 @@ async def test_every_recorded_request_is_answered_kept_and_read_as_it_was_meant(
                 assert sha256(content).hexdigest() == told["sha256"] == told["blob"]["$blob"]["sha256"]
 
 
+@pytest.mark.every_database
 async def test_without_anything_configured_only_keys_and_tokens_let_mail_in(
     mails: MailHarness, people: OrganizationUsers
 ) -> None:
@@ -397,6 +399,7 @@ async def test_a_mail_in_json_has_header_values_of_one_line(
     assert given["subject"] == "Hello Bcc: everybody@example.org"
 
 
+@pytest.mark.every_database
 async def test_a_mail_in_json_has_its_attachments_as_blobs_like_others(
     mails: MailHarness, people: OrganizationUsers
 ) -> None:
@@ -472,6 +475,7 @@ async def change_run(mails: MailHarness, execution_id: str, **values: Any) -> No
 # ── reading ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.every_database
 async def test_a_mail_of_a_dead_parser_is_parsed_by_another_one(
     mails: MailHarness, people: OrganizationUsers
 ) -> None:
@@ -582,6 +586,7 @@ async def test_a_stopping_parser_releases_unparsed_mails(
     assert (run.status, run.target, run.attempt, run.lease_owner) == ("pending", UNPARSED_TARGET, 0, None)
 
 
+@pytest.mark.every_database
 async def test_an_unreadable_mail_fails_at_once_and_an_unavailable_one_after_a_day(
     mails: MailHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -788,6 +793,7 @@ async def test_automatic_mails_are_run_only_where_the_trigger_accepts_them(
         assert (await mails.run(execution_id)).status == status
 
 
+@pytest.mark.every_database
 async def test_a_mail_takes_its_place_among_the_runs_that_its_workflow_allows(
     mails: MailHarness, people: OrganizationUsers
 ) -> None:

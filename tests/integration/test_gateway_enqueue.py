@@ -248,6 +248,7 @@ async def test_a_token_shares_keys_with_those_before_and_after_it_and_with_no_us
     assert second.headers["Idempotent-Replayed"] == "true"
 
 
+@pytest.mark.every_database
 async def test_a_trigger_token_opens_its_own_workflow_and_nothing_else(
     harness: GatewayHarness, people: OrganizationUsers, workflow_id: str
 ) -> None:
@@ -357,6 +358,7 @@ async def test_a_batch_is_ingested_except_invalid_and_repeated_messages(
     assert sorted(brought["enqueue-batch"]) == sorted(results[place]["executionId"] for place in (1, 5))
 
 
+@pytest.mark.every_database
 async def test_a_batch_that_is_sent_again_is_answered_with_the_same_runs(
     harness: GatewayHarness, people: OrganizationUsers, workflow_id: str
 ) -> None:

@@ -40,6 +40,7 @@ async def test_an_admin_makes_a_token_and_is_shown_it_once(
     assert_refused(unsigned, 401, "invalid-signature")
 
 
+@pytest.mark.every_database
 async def test_a_token_that_has_ended_opens_nothing(
     harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -218,6 +218,7 @@ async def test_a_filter_decides_which_events_count(people: OrganizationUsers) ->
     assert "executionId" not in failed
 
 
+@pytest.mark.every_database
 async def test_workflows_that_can_not_take_an_event_stand_in_the_answer(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
@@ -256,6 +257,7 @@ async def test_workflows_that_can_not_take_an_event_stand_in_the_answer(
     assert again.json() == nothing.json()
 
 
+@pytest.mark.every_database
 async def test_a_repeated_event_gets_the_first_answer(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
@@ -471,6 +473,7 @@ async def test_a_sender_of_cloud_events_is_told_that_it_may(harness: GatewayHarn
 # ── stored events ───────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.every_database
 async def test_events_are_listed_for_permitted_users(people: OrganizationUsers) -> None:
     for event_type, source, teller in (
         ("user.created", "shop", people.owner),
@@ -495,6 +498,7 @@ async def test_events_are_listed_for_permitted_users(people: OrganizationUsers) 
     assert len(await listed(people.admin, "?until=2100-01-01T00:00:00Z")) == 3
 
 
+@pytest.mark.every_database
 async def test_an_event_is_replayed_to_a_workflow(harness: GatewayHarness, people: OrganizationUsers) -> None:
     first = await create_active_workflow(people.owner, subscription_graph("a.b"))
     body = {"event_type": "a.b", "event_data": {"n": 1}}
@@ -549,6 +553,7 @@ async def copy_row(
     await harness.gateway.database.transaction(copy)
 
 
+@pytest.mark.every_database
 async def test_events_and_deliveries_are_kept_for_some_days(
     harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:

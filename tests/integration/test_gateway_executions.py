@@ -721,6 +721,7 @@ async def test_spans_contain_the_input_and_output_of_each_node(
     )
 
 
+@pytest.mark.every_database
 async def test_logs_are_listed_in_order_and_by_level(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
@@ -1259,6 +1260,7 @@ async def test_a_log_is_followed_to_the_end_of_its_run(
     assert (await people.owner.api.get(path, headers={"Last-Event-ID": "end"})).status_code == 204
 
 
+@pytest.mark.every_database
 async def test_steps_of_agents_are_listed_and_followed_to_the_end_of_their_run(
     harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1568,6 +1570,7 @@ async def test_a_failed_run_is_resumed_once_and_tells_of_the_newest_of_its_line(
         assert again.json()["error"]["details"][0]["executionId"] == third
 
 
+@pytest.mark.every_database
 async def test_a_repeated_request_to_resume_gets_the_first_answer(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
@@ -1586,6 +1589,7 @@ async def test_a_repeated_request_to_resume_gets_the_first_answer(
     assert (elsewhere.status_code, elsewhere.json()["resumedFrom"]) == (201, other)
 
 
+@pytest.mark.every_database
 async def test_only_a_failed_run_of_an_open_workflow_can_be_resumed(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:

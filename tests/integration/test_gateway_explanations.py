@@ -8,6 +8,7 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any
 
+import pytest
 from sqlalchemy import delete, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlmodel import col
@@ -75,6 +76,7 @@ async def test_a_run_without_a_worker_says_so_and_a_worker_ends_it(
     assert (await why(people.owner, f"executions/{second}"))["primary"] == "no-worker"
 
 
+@pytest.mark.every_database
 async def test_a_run_shows_the_phases_of_the_wake_before_it(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
@@ -135,6 +137,7 @@ def stamp(moment: datetime) -> str:
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
+@pytest.mark.every_database
 async def test_a_holder_that_the_caller_may_not_see_loses_its_id(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
@@ -164,6 +167,7 @@ async def test_a_holder_that_the_caller_may_not_see_loses_its_id(
     assert (await people.stranger.api.get(f"/api/v1/executions/{blocked}/why")).status_code == 404
 
 
+@pytest.mark.every_database
 async def test_a_workflow_says_why_its_pods_are_up_or_down(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
@@ -213,6 +217,7 @@ async def test_a_workflow_says_why_its_pods_are_up_or_down(
     assert (await why(people.owner, f"workflows/{workflow_id}"))["primary"] == "workflow-paused"
 
 
+@pytest.mark.every_database
 async def test_counts_cover_every_unfinished_run_of_the_organization_alone(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
@@ -305,6 +310,7 @@ async def test_the_numbers_of_all_workers_are_for_the_organization_of_the_operat
     assert of_others["state"] in {"free", "full"}
 
 
+@pytest.mark.every_database
 async def test_an_admin_sees_processes_and_sizes_of_the_database(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
@@ -376,6 +382,7 @@ async def test_an_admin_sees_processes_and_sizes_of_the_database(
     assert_refused(await people.owner.api.get(path), 403, "admin-required")
 
 
+@pytest.mark.every_database
 async def test_figures_of_the_whole_server_add_up_reports_queues_and_wakes(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:

@@ -748,6 +748,7 @@ async def test_a_poll_is_answered_by_the_process_that_takes_over_the_run(
     assert (answer.status_code, answer.json()) == (201, {"order": 1})
 
 
+@pytest.mark.every_database
 async def test_a_deployment_that_sleeps_is_woken_and_answers_as_it_is_deployed(
     harness: GatewayHarness, people: OrganizationUsers, cluster: SimulatedCluster
 ) -> None:

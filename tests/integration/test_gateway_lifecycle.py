@@ -377,6 +377,7 @@ async def test_a_calendar_plans_what_its_policy_starts_next(
     assert (len(archived["windows"]), archived["planned"]) == (1, [])
 
 
+@pytest.mark.every_database
 async def test_a_calendar_of_too_many_decisions_begins_with_those_that_it_has(
     harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -394,6 +395,7 @@ async def test_a_calendar_of_too_many_decisions_begins_with_those_that_it_has(
     ] * 3
 
 
+@pytest.mark.every_database
 async def test_pod_time_of_today_counts_the_deployments_that_the_caller_may_read(
     harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -445,6 +447,7 @@ async def record_replicas(
 # ── history ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.every_database
 async def test_decisions_are_listed_page_by_page_the_newest_first(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:

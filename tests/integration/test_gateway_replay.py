@@ -253,6 +253,7 @@ async def test_writes_are_repeated_only_if_they_are_named(harness_of: ReplayHarn
     assert json.loads(here.ledger.writes[-1][2] or b"") == {"data": {"n": 2}}
 
 
+@pytest.mark.every_database
 async def test_a_write_that_is_left_out_sends_nothing_and_the_nodes_behind_it_go_on_or_are_skipped(
     harness_of: ReplayHarness,
 ) -> None:
@@ -599,6 +600,7 @@ async def test_large_results_are_reused_and_a_lost_one_is_a_reason(
     assert {node["nodeId"]: node["reasons"][0]["code"] for node in plan["nodes"]}["big"] == "result-expired"
 
 
+@pytest.mark.every_database
 async def test_a_version_can_be_replayed_and_an_unknown_one_is_refused(harness_of: ReplayHarness) -> None:
     here = harness_of
     workflow_id = await here.create([step("note", n=1)], "start > note")
@@ -616,6 +618,7 @@ async def test_a_version_can_be_replayed_and_an_unknown_one_is_refused(harness_o
     assert_refused(await here.post(done, definition=99, again=True), 422, "validation-failed")
 
 
+@pytest.mark.every_database
 async def test_many_runs_are_replayed_by_a_filter_after_a_dry_run(harness_of: ReplayHarness) -> None:
     here = harness_of
     nodes = [step("first", n=1), post("pay"), step("last", n="{{ data.missing }}")]
@@ -655,6 +658,7 @@ async def test_many_runs_are_replayed_by_a_filter_after_a_dry_run(harness_of: Re
 # ── refusals ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.every_database
 async def test_an_execution_is_taken_up_once_and_by_one_request(harness_of: ReplayHarness) -> None:
     here = harness_of
     workflow_id = await here.create([post("pay")], "start > pay")
@@ -916,6 +920,7 @@ async def test_a_conversation_that_a_replay_has_left_binds_no_later_replay(harne
     assert len(here.model.billed) == 5 + 4
 
 
+@pytest.mark.every_database
 async def test_a_text_of_outsiders_stays_one_in_a_replay_with_another_trigger(
     harness_of: ReplayHarness,
 ) -> None:

@@ -52,6 +52,7 @@ async def change_row(harness: GatewayHarness, session_id: str, **values: Any) ->
     await harness.gateway.database.transaction(change)
 
 
+@pytest.mark.every_database
 async def test_a_session_is_its_key_until_it_is_signed_out(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
@@ -118,6 +119,7 @@ async def test_a_session_ends_with_its_key_and_by_itself(
     assert_refused(await browser.get(WHOAMI), 401, "unauthorized")
 
 
+@pytest.mark.every_database
 async def test_a_used_session_stays(harness: GatewayHarness, people: OrganizationUsers) -> None:
     browser = await sign_in(harness, people.owner.key)
     session_id = (await browser.get("/api/v1/auth/sessions")).json()["sessions"][0]["id"]
@@ -223,6 +225,7 @@ async def test_failed_sign_ins_are_recorded_and_limited(
     assert (entry["objectId"], entry["userId"]) == (key["id"], people.owner.user.id)
 
 
+@pytest.mark.every_database
 async def test_a_code_signs_in_once_on_this_machine(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:

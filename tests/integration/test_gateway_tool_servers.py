@@ -86,6 +86,7 @@ async def test_a_tool_server_is_stored_listed_changed_and_deleted(people: Organi
     assert_refused(await people.owner.api.get(path), 404, "not-found")
 
 
+@pytest.mark.every_database
 async def test_tools_are_accepted_by_the_hash_of_their_definition(
     harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -324,6 +324,7 @@ async def test_a_body_is_counted_no_longer_once_its_run_is_accepted(
         assert (await asking).is_success
 
 
+@pytest.mark.every_database
 async def test_the_same_key_waits_on_the_same_run(harness: GatewayHarness, people: OrganizationUsers) -> None:
     workflow_id = await deploy(harness, people.owner, **ASLEEP)
     answers = await asyncio.gather(
@@ -351,6 +352,7 @@ async def test_undeployed_workflows_cannot_be_triggered(
     assert await count_runs(harness, never) == await count_runs(harness, no_more) == 0
 
 
+@pytest.mark.every_database
 async def test_a_deployed_definition_runs_only_for_users_of_its_models(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
@@ -628,6 +630,7 @@ async def test_workers_take_runs_of_undeployed_workflows(
 # ── discover, and calls by a workflow's name ────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.every_database
 async def test_an_application_discovers_its_workflows_and_calls_them_by_name(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:

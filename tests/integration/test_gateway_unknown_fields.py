@@ -283,6 +283,7 @@ async def create_model(person: UserClient) -> str:
     return model_id
 
 
+@pytest.mark.every_database
 async def test_every_resource_is_taken_as_it_is_shown(people: OrganizationUsers) -> None:
     api = people.admin.api
     step = {**STEP, "inputMappings": {"a": "data.a"}, "passThroughValues": {"b": "b"}}

@@ -558,6 +558,7 @@ async def test_a_deleted_workflow_is_gone(people: OrganizationUsers) -> None:
     assert await list_names(people.owner) == []
 
 
+@pytest.mark.every_database
 async def test_a_workflow_with_live_runs_is_deleted_by_force_alone(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
@@ -690,6 +691,7 @@ async def test_a_loaded_workflow_is_shown_only_to_its_readers(
             await harness.gateway.workflows.load(workflow_id, await authenticate(harness, person))
 
 
+@pytest.mark.every_database
 @pytest.mark.parametrize("verb", ["PUT", "DELETE"])
 async def test_a_change_with_an_unanswered_commit_is_made_once(
     people: OrganizationUsers, verb: str, monkeypatch: pytest.MonkeyPatch

@@ -63,6 +63,7 @@ async def test_a_flood_without_a_key_is_counted_and_leaves_few_rows(
         assert not await connection.scalar(select(func.count()).select_from(Delivery))
 
 
+@pytest.mark.every_database
 async def test_only_admins_see_requests_to_their_workflows_and_tokens(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:

@@ -88,6 +88,7 @@ async def test_a_link_used_twice_at_once_makes_one_user(
     assert [user["email"] for user in users].count("grace@example.com") == 1
 
 
+@pytest.mark.every_database
 async def test_a_revoked_or_expired_link_makes_no_user(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:

@@ -165,6 +165,7 @@ async def test_a_request_between_check_and_stop_finds_the_deployment_stopped(
     assert lifecycle_policy.start_refusal(after.policy, after.situation, after.now) is None
 
 
+@pytest.mark.every_database
 async def test_a_locked_deployment_holds_up_no_other(
     harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -198,6 +199,7 @@ async def test_a_locked_deployment_holds_up_no_other(
     assert not (await read_activity(harness, first)).situation.is_up
 
 
+@pytest.mark.every_database
 async def test_a_decision_about_a_changed_deployment_is_not_applied(
     harness: GatewayHarness, people: OrganizationUsers, workflow_id: str
 ) -> None:

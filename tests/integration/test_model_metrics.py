@@ -224,6 +224,7 @@ async def set_block(harness: GatewayHarness, model_id: str, until: datetime) -> 
     await harness.gateway.database.transaction(work)
 
 
+@pytest.mark.every_database
 async def test_the_usable_models_are_ranked_and_contain_the_built_in_one(
     harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:

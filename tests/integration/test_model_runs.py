@@ -70,6 +70,7 @@ async def create_question(person: UserClient, model_id: str) -> str:
     )
 
 
+@pytest.mark.every_database
 async def test_usage_and_cost_are_shown_and_the_key_is_not(
     harness: GatewayHarness, people: OrganizationUsers, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -185,6 +186,7 @@ async def test_a_run_waits_for_a_rate_limit_and_names_it(
     assert blocker["until"][:16] == model["blockedUntil"][:16]
 
 
+@pytest.mark.every_database
 async def test_a_run_waits_for_the_limits_of_a_model_and_names_them(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
@@ -283,6 +285,7 @@ def find_call(city: str) -> ScriptedAnswer:
     return ScriptedAnswer("", tool_calls=[{"name": "find", "arguments": f'{{"city": "{city}"}}'}])
 
 
+@pytest.mark.every_database
 async def test_the_steps_of_an_agent_are_shown_with_their_costs_and_a_resumed_run_continues_them(
     harness: GatewayHarness, people: OrganizationUsers, capfd: pytest.CaptureFixture[str]
 ) -> None:

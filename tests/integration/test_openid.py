@@ -89,6 +89,7 @@ async def sign_in(browser: httpx2.AsyncClient, path: str = BEGIN) -> str:
     return path_of(answer.headers["Location"])
 
 
+@pytest.mark.every_database
 @pytest.mark.usefixtures("_one_organization")
 async def test_an_invited_person_becomes_a_user_and_signs_in_again(
     gateway: GatewayHarness, people: OrganizationUsers, openid: OpenIdServer
@@ -179,6 +180,7 @@ async def begin_invitation(browser: httpx2.AsyncClient, code: str) -> str:
     return path_of(answer.headers["Location"])
 
 
+@pytest.mark.every_database
 async def test_a_link_is_accepted_with_an_account_that_has_another_address(
     gateway: GatewayHarness, people: OrganizationUsers, openid: OpenIdServer
 ) -> None:
@@ -207,6 +209,7 @@ async def test_a_link_is_accepted_with_an_account_that_has_another_address(
     assert await begin_invitation(await gateway.browser(), taken) == "/sign-in?problem=address-taken"
 
 
+@pytest.mark.every_database
 async def test_an_address_alone_is_no_invitation_where_organizations_could_claim_a_person(
     gateway: GatewayHarness, people: OrganizationUsers
 ) -> None:

@@ -74,6 +74,7 @@ async def walk(person: UserClient, path: str, name: str) -> list[dict[str, Any]]
     return found
 
 
+@pytest.mark.every_database
 async def test_deliveries_of_all_readable_workflows_are_one_list(
     people: OrganizationUsers,
 ) -> None:
@@ -111,6 +112,7 @@ async def test_deliveries_of_all_readable_workflows_are_one_list(
     assert_refused(await people.owner.api.get(f"{DELIVERIES}?outcome=lost"), 400, "invalid-query")
 
 
+@pytest.mark.every_database
 async def test_a_page_of_deliveries_examines_a_bounded_number_of_them(
     people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -132,6 +134,7 @@ async def test_a_page_of_deliveries_examines_a_bounded_number_of_them(
     assert by_route == everything
 
 
+@pytest.mark.every_database
 async def test_deliveries_of_one_outcome_are_redriven_once(people: OrganizationUsers) -> None:
     api = people.owner.api
     workflow_ids = [await create_active_workflow(people.owner) for _ in range(2)]
@@ -162,6 +165,7 @@ async def test_deliveries_of_one_outcome_are_redriven_once(people: OrganizationU
     assert trail["count"] == 2
 
 
+@pytest.mark.every_database
 async def test_deliveries_name_their_mail_and_the_reason_and_time_of_a_later_start(
     people: OrganizationUsers,
 ) -> None:
@@ -197,6 +201,7 @@ async def test_deliveries_name_their_mail_and_the_reason_and_time_of_a_later_sta
     assert (await get_json(owner, f"{DELIVERIES}/{rejected['id']}"))["mail"] == rejected["mail"]
 
 
+@pytest.mark.every_database
 async def test_dead_letters_are_listed_by_kind_of_failure_and_by_state(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
@@ -456,6 +461,7 @@ async def test_a_dead_letter_that_is_redriven_during_a_repair_runs_once(
     assert again.status_code == 201, again.text
 
 
+@pytest.mark.every_database
 async def test_a_muted_group_leaves_the_list_until_its_end_and_is_listed_apart(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
@@ -532,6 +538,7 @@ async def test_a_group_that_is_muted_by_many_requests_at_once_is_muted(
     assert (await get_json(people.owner, f"{DEAD_LETTERS}/groups"))["mutedGroups"] == 1
 
 
+@pytest.mark.every_database
 async def test_a_group_says_whether_its_workflow_was_mended_and_is_replayed_after_its_plan(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
@@ -580,6 +587,7 @@ async def test_a_group_says_whether_its_workflow_was_mended_and_is_replayed_afte
     assert trail["count"] == 2
 
 
+@pytest.mark.every_database
 async def test_a_stream_hints_that_something_was_delivered(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
@@ -595,6 +603,7 @@ async def test_a_stream_hints_that_something_was_delivered(
         assert hint.id == ""
 
 
+@pytest.mark.every_database
 async def test_runs_that_failed_the_same_way_are_listed_with_one_of_them(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:

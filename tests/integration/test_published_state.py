@@ -94,6 +94,7 @@ async def test_clients_follow_the_values_that_a_run_publishes(
     assert_refused(await read_state(people.stranger, run), 404, "not-found")
 
 
+@pytest.mark.every_database
 async def test_a_repeated_publication_changes_nothing_and_a_state_has_a_size(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:

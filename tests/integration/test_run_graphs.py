@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from gateway.executions import node_statistics, run_graph_rows
 from tests.integration.gateway_harness import GatewayHarness, OrganizationUsers, UserClient
 from tests.integration.test_waiting_runs import execute_workflow, get_json, serve_worker, wait_until_ended
@@ -41,6 +43,7 @@ async def run_order(person: UserClient, workflow_id: str, total: int, lines: int
     return run
 
 
+@pytest.mark.every_database
 async def test_a_run_shows_the_definition_that_ran_with_the_state_of_each_node(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
@@ -148,6 +151,7 @@ async def test_a_node_is_compared_with_the_last_completed_run_by_path(
     assert (await owner.api.get(f"/api/v1/executions/{second}/spans/none/diff")).status_code == 404
 
 
+@pytest.mark.every_database
 async def test_statistics_count_the_ends_and_failures_of_each_node(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:

@@ -152,6 +152,7 @@ async def test_settings_with_invalid_metadata_are_refused(
     assert answer.json()["error"]["details"][0]["code"] == code
 
 
+@pytest.mark.every_database
 async def test_a_node_sets_metadata_and_a_resumed_run_keeps_all_labels(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
@@ -180,6 +181,7 @@ async def test_a_node_sets_metadata_and_a_resumed_run_keeps_all_labels(
         assert await found_by(people.owner, "metadata.order=a-7&tag=x") == [resumed, run]
 
 
+@pytest.mark.every_database
 async def test_a_bulk_action_takes_the_runs_with_a_label(people: OrganizationUsers) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     run = await execute(people.owner, workflow_id, **LABELS)
@@ -192,6 +194,7 @@ async def test_a_bulk_action_takes_the_runs_with_a_label(people: OrganizationUse
     assert await found_by(people.owner, "metadata.order=7") == []
 
 
+@pytest.mark.every_database
 async def test_a_scheduled_run_and_a_parsed_mail_get_the_metadata_of_the_settings(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:

@@ -210,6 +210,7 @@ def test_a_duty_is_late_after_three_intervals_and_a_report() -> None:
     assert schedule_list.list_late_duties(None, now) == []
 
 
+@pytest.mark.every_database
 async def test_waiting_runs_lie_on_the_lane_of_their_workflow_by_the_kind_of_their_wait(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:

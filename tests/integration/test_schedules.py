@@ -173,6 +173,7 @@ async def change(harness: GatewayHarness, statement: Any) -> None:  # noqa: ANN4
 # ── schedules of the graph ──────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.every_database
 async def test_a_workflow_that_becomes_active_counts_from_then_on(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
@@ -203,6 +204,7 @@ async def test_a_workflow_that_becomes_active_counts_from_then_on(
     assert await tick(harness, datetime.now(UTC)) == 0
 
 
+@pytest.mark.every_database
 async def test_only_an_edit_of_the_timing_moves_the_next_instant(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
@@ -227,6 +229,7 @@ async def test_only_an_edit_of_the_timing_moves_the_next_instant(
     assert second - first == HOUR / 2
 
 
+@pytest.mark.every_database
 async def test_schedules_of_paused_and_deleted_workflows_have_no_instants_and_miss_none(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
@@ -425,6 +428,7 @@ async def test_a_limit_of_the_workflow_that_refuses_further_runs_has_instants_pa
     assert run.target == SHARED_TARGET
 
 
+@pytest.mark.every_database
 async def test_a_deployed_version_is_run_by_its_pods_as_it_was_deployed(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
@@ -470,6 +474,7 @@ async def test_a_run_has_the_default_model_of_its_instant(
     assert len({*hashes}) == 2
 
 
+@pytest.mark.every_database
 async def test_a_schedule_that_cannot_be_followed_is_put_off_and_keeps_no_other_from_its_runs(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
@@ -491,6 +496,7 @@ async def test_a_schedule_that_cannot_be_followed_is_put_off_and_keeps_no_other_
     assert (await get_schedule(people.owner, broken))["isActive"]
 
 
+@pytest.mark.every_database
 async def test_a_clock_that_was_far_ahead_keeps_nothing_from_being_run_once_it_is_right(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
@@ -505,6 +511,7 @@ async def test_a_clock_that_was_far_ahead_keeps_nothing_from_being_run_once_it_i
     assert await read_instants(harness, workflow_id) == [second, ahead]
 
 
+@pytest.mark.every_database
 async def test_a_due_schedule_of_an_inactive_workflow_does_not_start(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:

@@ -77,6 +77,7 @@ async def send_github_event(client: httpx2.AsyncClient, token: str, secret: str)
     return (await client.post(url, content=body, headers=headers)).status_code
 
 
+@pytest.mark.every_database
 # In one test: each change starts from the end of the previous one.
 async def test_data_sources_and_keys_survive_a_change_of_the_secret(
     harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch

@@ -135,6 +135,7 @@ class AnswerCollector:
         return status
 
 
+@pytest.mark.every_database
 async def test_no_answer_no_log_and_no_row_holds_a_secret(
     harness: GatewayHarness, people: OrganizationUsers, repeating_servers: RepeatingServers, tmp_path: Path
 ) -> None:
@@ -276,6 +277,7 @@ async def probe_source(
     return found.is_ok, found.message, [(one.phase.value, one.is_ok) for one in found.phases]
 
 
+@pytest.mark.every_database
 async def test_a_data_source_is_tested_by_connecting_to_it(
     harness: GatewayHarness, people: OrganizationUsers, server: Mapping[str, Any]
 ) -> None:

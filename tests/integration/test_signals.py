@@ -100,6 +100,7 @@ async def read_payloads(person: UserClient, run: str, node_id: str) -> list[Any]
     return [one["outputData"]["payload"] for one in received]
 
 
+@pytest.mark.every_database
 async def test_signals_sent_before_a_node_waits_are_received_in_order(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
@@ -161,6 +162,7 @@ async def test_each_of_many_concurrent_signals_is_received_once(
     assert {one["state"] for one in await list_signals(people.owner, run)} == {"delivered"}
 
 
+@pytest.mark.every_database
 @pytest.mark.parametrize("order", ["signal first", "wait first"])
 async def test_a_signal_is_received_once_although_the_worker_of_its_node_died(
     harness: GatewayHarness, people: OrganizationUsers, order: str
@@ -310,6 +312,7 @@ async def ask(person: UserClient, run: str, name: str, payload: Any = None, **mo
     return await person.api.post(url, json=body, timeout=60, **more)
 
 
+@pytest.mark.every_database
 async def test_a_sender_waits_for_the_reply_of_the_run(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from sqlalchemy import update
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlmodel import col
@@ -37,6 +38,7 @@ async def span_of(person: UserClient, execution_id: str, name: str) -> dict[str,
     return await get_json(person, f"/{execution_id}/spans/{name}")
 
 
+@pytest.mark.every_database
 async def test_a_span_shows_the_config_with_which_its_node_ran(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:

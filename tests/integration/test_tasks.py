@@ -82,6 +82,7 @@ async def wait_for_tasks(person: UserClient, count: int) -> None:
             await asyncio.sleep(0.02)
 
 
+@pytest.mark.every_database
 async def test_a_worker_performs_the_task_of_a_node(people: OrganizationUsers) -> None:
     await add_type(people)
     graph = custom_graph({"image": "{{ data.body.file }}"})
@@ -171,6 +172,7 @@ def agent_graph(**agent: Any) -> dict[str, Any]:  # noqa: ANN401 - any JSON valu
     }
 
 
+@pytest.mark.every_database
 async def test_an_agent_waits_for_the_task_of_its_tool(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
@@ -404,6 +406,7 @@ async def test_outputs_are_checked_by_the_type(people: OrganizationUsers) -> Non
         assert ended["error"]["cause"]["code"] == code
 
 
+@pytest.mark.every_database
 async def test_large_inputs_and_outputs_have_requests_of_their_own(people: OrganizationUsers) -> None:
     await add_type(people)
     worker = TaskWorkerClient(people.owner.api)
@@ -425,6 +428,7 @@ async def test_large_inputs_and_outputs_have_requests_of_their_own(people: Organ
     assert ended["status"] == "completed"
 
 
+@pytest.mark.every_database
 async def test_a_worker_takes_its_version_and_older_ones_of_its_pool(people: OrganizationUsers) -> None:
     await add_type(people, version="1.4.0", task={"pool": "gpu"})
     await start(people)
@@ -450,6 +454,7 @@ async def test_a_worker_takes_its_version_and_older_ones_of_its_pool(people: Org
     assert why["blockers"][0]["by"][0]["id"] == newer.id
 
 
+@pytest.mark.every_database
 async def test_a_stopped_worker_gets_nothing_and_a_draining_one_is_told(people: OrganizationUsers) -> None:
     await add_type(people)
     worker = TaskWorkerClient(people.owner.api)
@@ -470,6 +475,7 @@ async def test_a_stopped_worker_gets_nothing_and_a_draining_one_is_told(people: 
     assert len(await other.claim(limit=5)) == 2
 
 
+@pytest.mark.every_database
 async def test_concurrency_limits_the_tasks_of_a_key(people: OrganizationUsers) -> None:
     await add_type(people, task={"concurrency": {"limit": 1, "key": "{{ data.body.customer }}"}})
     for customer in ("a", "a", "b"):
@@ -552,6 +558,7 @@ async def decide(person: UserClient, task_id: str, decision: str) -> Any:  # noq
     return await person.api.post(f"{TASKS}/{task_id}/{decision}")
 
 
+@pytest.mark.every_database
 async def test_a_person_begins_the_next_attempt_at_once(people: OrganizationUsers) -> None:
     await add_type(people, task={"retry": {"maxAttempts": 2, "delay": 600, "maxDelay": 600}})
     execution_id = await start(people)
@@ -644,6 +651,7 @@ async def test_claims_of_two_gateways_at_once_share_the_tasks(
     await asyncio.gather(*(hub.close() for hub in hubs))
 
 
+@pytest.mark.every_database
 async def test_a_claim_repeated_at_another_gateway_keeps_its_tasks(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:

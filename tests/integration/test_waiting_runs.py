@@ -139,6 +139,7 @@ async def claim_for_dead_worker(harness: GatewayHarness, execution_id: str) -> C
 # ── people ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.every_database
 async def test_a_run_asks_and_goes_on_with_the_answer(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
@@ -343,6 +344,7 @@ def agent_graph(workflow_id: str) -> dict[str, Any]:
     }
 
 
+@pytest.mark.every_database
 async def test_an_agent_gets_the_result_of_a_workflow_that_is_its_tool(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:

@@ -36,6 +36,7 @@ async def log_lines(person: UserClient, workflow_id: str) -> list[tuple[str, str
     return [(one["level"], one["message"]) for one in (await get_json(person, f"/{run}/logs"))["logs"]]
 
 
+@pytest.mark.every_database
 async def test_a_level_adds_or_drops_lines_until_it_ends(
     harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -77,6 +78,7 @@ async def test_a_level_is_shown_kept_and_recorded(people: OrganizationUsers) -> 
     assert revision == '"1"', "a level is no new revision"
 
 
+@pytest.mark.every_database
 async def test_levels_of_others_long_times_and_unknown_fields_are_refused(people: OrganizationUsers) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     await people.owner.api.put(f"/api/v1/workflows/{workflow_id}/visibility", json={"isPublic": True})
