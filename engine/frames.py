@@ -416,7 +416,7 @@ class Worklist:
     tasks: dict[asyncio.Task[None], NodeVisit] = field(default_factory=dict)
     sleeping: dict[NodeVisit, SleepingNode] = field(default_factory=dict)
     held_until: float = 0.0
-    """Time by `time.monotonic` until which the run may keep its worker for the answer to a task."""
+    """Time by `time.monotonic` until which the run may keep its worker, as for the answer to a task."""
 
     def add(self, frame: SectionFrame, node_ids: Sequence[str]) -> None:
         """Add ready nodes of a frame to the work, and count them as open.

@@ -48,6 +48,8 @@ MAX_ROUND_SECONDS: Final = 60.0
 """Maximum delay before a run is resumed at a failed node. The delay begins at a second and doubles."""
 MAX_HOLD_SECONDS: Final = 1.0
 """Longest time for which a run keeps its worker after it has created a task: many tasks take less."""
+MAX_UNRECORDED_HOLD_SECONDS: Final = 60.0
+"""Longest pause before an attempt for which a run keeps its worker, since that has contents that are not recorded."""
 MAX_PROVIDER_WAITS: Final = 20
 """Waits of one node for the time that a provider has named; later failures of this kind are like others."""
 
@@ -225,6 +227,9 @@ class RunProgress:
         self._recorder.record_node(visit, SpanStatus.RETRYING, wake_at=wake_at, error=reason)
         visit.attempt += 1
         self._sleep(visit, wake_at, WakeAction.TRIED_AGAIN)
+        if not visit.program.records_content and pause <= MAX_UNRECORDED_HOLD_SECONDS:
+            # Another worker would begin the node again, and its model would be billed again.
+            self._hold_worker(pause + MAX_HOLD_SECONDS)
 
     def to_run_error(self, visit: NodeVisit, error: NodeError) -> RunError:
         """Convert an error to the stored error of a node, without its message if that may quote hidden contents."""
@@ -447,9 +452,9 @@ class RunProgress:
             self._hold_worker()
         self._sleep(visit, outcome.expires_at, WakeAction.EXPIRED, expired=outcome.expired)
 
-    def _hold_worker(self) -> None:
-        """Let the run keep its worker for a moment: a new task may end soon."""
-        self._worklist.held_until = time.monotonic() + MAX_HOLD_SECONDS
+    def _hold_worker(self, seconds: float = MAX_HOLD_SECONDS) -> None:
+        """Let the run keep its worker for a time if there is room, such as for a new task, which may end soon."""
+        self._worklist.held_until = max(self._worklist.held_until, time.monotonic() + seconds)
 
     def is_any_answered(self, sleeper: SleepingNode) -> bool:
         """Return whether a question of an agent that sleeps has an answer."""

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from engine import content_recording
+from engine import content_recording, workflow_runner
 from engine.agents.agent import MAX_CONVERSATIONS
 from engine.agents.agent_steps import StepStatus
 from engine.findings import FindingType
@@ -161,6 +161,31 @@ async def test_a_retry_in_the_same_worker_continues_the_conversation() -> None:
     assert await world.work() == RunOutcome(RunStatus.COMPLETED)
     assert len(world.model.billed) == len(TURNS) + 1
     assert "first: busy" not in world.list_records(with_outputs=True), "a provider may quote the prompt"
+
+
+@pytest.mark.parametrize("has_room", [True, False])
+async def test_a_wait_for_a_provider_keeps_the_worker_with_the_conversation_if_there_is_room(
+    monkeypatch: pytest.MonkeyPatch, *, has_room: bool
+) -> None:
+    monkeypatch.setattr(workflow_runner, "SHORT_WAIT_SECONDS", 0.0)
+    world = RecordedWorld(compile_graph(build_agent(UNRECORDED)), ScriptedModel(TURNS, wait_seconds=0.2))
+
+    def fail_once() -> None:
+        world.model.failures = int(len(world.model.requests) == 2)
+
+    world.model.on_request = fail_once
+    worker = world.worker()
+    worker.start = msgspec.structs.replace(worker.start, may_hold=lambda: has_room)
+    outcome = await worker.work()
+    world.keep(worker.notebook)
+    if has_room:
+        assert outcome == RunOutcome(RunStatus.COMPLETED)
+        assert len(world.model.billed) == len(TURNS) + 1
+        return
+    assert outcome.status is RunStatus.WAITING
+    monkeypatch.undo()
+    assert await world.work() == RunOutcome(RunStatus.COMPLETED)
+    assert len(world.model.billed) == 1 + len(TURNS) + 1
 
 
 async def test_an_agent_begins_three_times_at_most() -> None:
