@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -404,8 +405,9 @@ class ModelService(Protocol):
         *,
         idempotency_key: str,
         spending: NodeSpending,
+        on_text: Callable[[str], None] | None = None,
     ) -> ModelReply:
-        """Ask a model once, and return its complete answer with its cost.
+        """Ask a model once, and return its complete answer with its cost; `on_text` gets its text as it is written.
 
         The most that the call may cost is reserved before in the budgets of the node and of the run. A key of a
         call must not be used for another one, nor for a repetition of it. Raises `ModelCallFailed` if the model has
@@ -418,6 +420,57 @@ class ModelService(Protocol):
 
         Raises `NodeError` for a model that the caller may not use.
         """
+
+
+class AnswerOrigin(msgspec.Struct, frozen=True):
+    """Step of which a model writes the answer."""
+
+    execution_id: str
+    node_id: str
+    iteration: str
+    number: int
+    """Number of the step of an agent; for other nodes, that of the answer within the node."""
+    attempt: int
+
+
+class LiveAnswer(Protocol):
+    """Answer of a model that clients see while it is written."""
+
+    def begin(self, model_id: str) -> None:
+        """Begin the text of the next call of a model, after a failed one for example."""
+
+    def add(self, text: str) -> None:
+        """Add text, which has no secrets in it."""
+
+    def drop(self, reason: str) -> None:
+        """Drop the text of a call that has failed; `reason` is the code of the failure."""
+
+
+class LiveAnswerService(Protocol):
+    """Answers of models that clients see while they are written. Best effort: it delays no run, and fails none."""
+
+    def open(self, origin: AnswerOrigin) -> AbstractContextManager[LiveAnswer]:
+        """Return the answer of one attempt at a step: complete after the block, and dropped if the block raises."""
+
+
+class HiddenAnswers:
+    """Answers that nobody sees; implements both protocols above."""
+
+    def open(self, origin: AnswerOrigin) -> AbstractContextManager[LiveAnswer]:  # noqa: ARG002 - the protocol's parameter
+        """Return an answer that forgets its text."""
+        return nullcontext(self)
+
+    def begin(self, model_id: str) -> None:
+        """Do nothing."""
+
+    def add(self, text: str) -> None:
+        """Do nothing."""
+
+    def drop(self, reason: str) -> None:
+        """Do nothing."""
+
+
+HIDDEN_ANSWERS: Final = HiddenAnswers()
 
 
 class _MissingService:
@@ -450,6 +503,7 @@ class NodeServices:
     signals: SignalWaitService = field(default_factory=_missing_service("Signals"))
     state: StateService = field(default_factory=_missing_service("States of executions"))
     models: ModelService = field(default_factory=_missing_service("Language models"))
+    live_answers: LiveAnswerService = HIDDEN_ANSWERS
     approvals: ApprovalLinkService = field(default_factory=_missing_service("Links of approvals"))
     callbacks: CallbackService = field(default_factory=_missing_service("Callbacks"))
 

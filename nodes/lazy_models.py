@@ -38,10 +38,11 @@ class LazyModels:
         *,
         idempotency_key: str,
         spending: NodeSpending,
+        on_text: Callable[[str], None] | None = None,
     ) -> ModelReply:
         """Ask a model once, as `ModelCaller` does; raises `NodeError`."""
         return await self._open().complete(
-            caller, model_id, request, idempotency_key=idempotency_key, spending=spending
+            caller, model_id, request, idempotency_key=idempotency_key, spending=spending, on_text=on_text
         )
 
     async def read_price(self, caller: RunCaller, model_id: str) -> ModelPrice | None:

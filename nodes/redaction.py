@@ -40,6 +40,42 @@ def redact_text(text: str, secrets: Iterable[str]) -> str:
     return text
 
 
+class PieceRedactor:
+    """Redaction of a text that arrives in pieces: the beginning of a secret at the end of a piece is held back.
+
+    A secret under four characters at the beginning of a piece is redacted even within a word.
+    """
+
+    def __init__(self, secrets: Iterable[str]) -> None:
+        self._secrets = _sort_longest_first(secrets)
+        self._held = ""
+
+    def feed(self, piece: str) -> str:
+        """Return the redacted text that is known not to end within a secret; empty if all is held back."""
+        if not self._secrets:
+            return piece
+        text = self._held + piece
+        held = max(_count_held(text, secret) for secret in self._secrets)
+        self._held = text[len(text) - held :]
+        return redact_text(text[: len(text) - held], self._secrets)
+
+    def finish(self) -> str:
+        """Return the redacted rest of the text, which has ended."""
+        rest, self._held = self._held, ""
+        return redact_text(rest, self._secrets)
+
+
+def _count_held(text: str, secret: str) -> int:
+    """Return the length of the longest end of a text with which a secret begins.
+
+    A short secret is held back as a whole, since the next character decides whether it is a word.
+    """
+    longest = len(secret) - 1 if len(secret) >= SHORTEST_ANYWHERE else len(secret)
+    if secret[0] not in text[-longest:]:
+        return 0
+    return next((size for size in range(min(longest, len(text)), 0, -1) if text.endswith(secret[:size])), 0)
+
+
 def redact_excerpt(text: str, secrets: Iterable[str]) -> str:
     """Return a text that may have been cut, such as a quoted error, without the secrets, nor the beginning of
     one at its end.

@@ -126,9 +126,10 @@ async def _ask_model(
     # Unique for each attempt and run, lest a gateway repeat a failure, or an answer in another conversation.
     key = f"{own_key}:{number}:{action.attempt}"
     try:
-        answer, record = await conversation.ask_first(
-            call, model_ids, action.request, key=key, note_failure=failures.append
-        )
+        with conversation.open_live_answer(call, number, action.attempt) as live:
+            answer, record = await conversation.ask_first(
+                call, model_ids, action.request, key=key, note_failure=failures.append, live=live
+            )
     except NodeError:
         # No worker is lost: a budget, a missing model and a failed call all leave the request unanswered.
         made = (*begun.model_calls, *failures)

@@ -25,11 +25,15 @@ from engine.model_calls import (
     NodeSpending,
 )
 from engine.run_errors import NodeError
+from engine.services import HIDDEN_ANSWERS, AnswerOrigin
 from nodes.ai import structured_answers
 from telemetry import tracing
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from engine.node_api import NodeCall
+    from engine.services import LiveAnswer
     from engine.values import Json
 
 MAX_REPAIRS: Final = 2
@@ -79,9 +83,15 @@ async def ask_models(
         else:
             # Unique for each call, lest a gateway repeat the answer or failure of another one.
             key = f"{call.idempotency_key}:{len(call.model_calls.recorded)}:{call.attempt}"
-            answered, new = await ask_first(
-                call, model_ids, request, key=key, note_failure=call.model_calls.add, budget=budget
-            )
+            number = sum(each.text is not None for each in call.model_calls.recorded)
+            with open_live_answer(call, number, call.attempt) as live:
+                answered, new = await ask_first(
+                    *(call, model_ids, request),
+                    key=key,
+                    note_failure=call.model_calls.add,
+                    budget=budget,
+                    live=live,
+                )
             turn = _Turn(answered.text, new)
         reason = turn.record.finish_reason or FinishReason.STOP
         if schema is None or reason in INCOMPLETE:
@@ -111,6 +121,20 @@ def _note_answer(call: NodeCall, turn: _Turn) -> None:
         call.model_calls.add(turn.record)
 
 
+def open_live_answer(call: NodeCall, number: int, attempt: int) -> AbstractContextManager[LiveAnswer]:
+    """Return the answer that clients of the run see while it is written, for an attempt at a step of a node.
+
+    Nobody sees it if the contents of the node are not recorded.
+    """
+    answers = call.services.live_answers if may_show_contents(call) else HIDDEN_ANSWERS
+    return answers.open(AnswerOrigin(call.caller.execution_id, call.node_id, call.iteration, number, attempt))
+
+
+def may_show_contents(call: NodeCall) -> bool:
+    """Return whether the texts of a node may leave its process before, or without, its record."""
+    return call.config.get("recordContent") is not False
+
+
 async def ask_first(
     call: NodeCall,
     model_ids: Sequence[str],
@@ -119,23 +143,30 @@ async def ask_first(
     key: str,
     note_failure: Callable[[ModelCallRecord], None],
     budget: ModelBudget | None = None,
+    live: LiveAnswer = HIDDEN_ANSWERS,
 ) -> tuple[ChatAnswer, ModelCallRecord]:
     """Return the answer of the first model that answers, with its record; raises the failure of the last one.
 
     Another model is asked only if it may do better: not after a refusal of the request itself. If no model answers,
     the node waits for the first of those whose providers have named a time. `key` is the idempotency key of the first
-    call; those of others add their number. The calls of the node with a `budget` never cost more.
+    call; those of others add their number. The calls of the node with a `budget` never cost more. `live` gets the text
+    while it is written.
     """
     failures: list[ModelCallFailed] = []
     spending = NodeSpending(f"{call.node_id}:{call.iteration}", budget)
     for number, model_id in enumerate(model_ids):
         own_key = f"{key}:{number}" if number else key
         began_at = call.model_calls.now()
+        live.begin(model_id)
         try:
             reply = await call.services.models.complete(
-                call.caller, model_id, request, idempotency_key=own_key, spending=spending
+                *(call.caller, model_id, request),
+                idempotency_key=own_key,
+                spending=spending,
+                on_text=live.add,
             )
         except ModelCallFailed as failure:
+            live.drop(failure.code)
             failures.append(failure.with_message(f"{model_id}: {failure.message}"))
             failed = ModelCallRecord(
                 model_id,

@@ -29,7 +29,7 @@ from nodes.ai.model_connection import ECHO_MODEL, ECHO_MODEL_ID, ModelConnection
 from nodes.ai.model_pacing import ModelPacer
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     from engine.model_prices import ModelPrice
     from engine.services import RunCaller
@@ -57,18 +57,22 @@ class ModelCaller:
         *,
         idempotency_key: str,
         spending: NodeSpending,
+        on_text: Callable[[str], None] | None = None,
     ) -> ModelReply:
         """Ask a model once, and return its answer with its cost, which is None without a price.
 
         The most that it may cost is reserved before. The reservation becomes the real cost with the answer, it ends
         if the provider refuses the call, and it stays if nobody knows whether the provider bills the call. A model is
         not called before the time that its provider has named after an earlier call, and not beyond its limits.
+        `on_text` gets the text while it is written, but not the JSON in which a model without tool calls calls tools.
 
         Raises `ModelCallFailed`, and `NodeError` for a model that the caller may not use and a budget that doesn't
         suffice.
         """
         if model_id == ECHO_MODEL_ID:
-            answer = await self._client.complete(ECHO_MODEL, request, idempotency_key=idempotency_key)
+            answer = await self._client.complete(
+                ECHO_MODEL, request, idempotency_key=idempotency_key, on_text=on_text
+            )
             return ModelReply(answer, 0, CalledModel(ECHO_MODEL.provider, ECHO_MODEL_ID))
         model = await self._connections.find(caller, model_id)
         if model.max_output_tokens is not None and model.max_output_tokens < request.max_tokens:
@@ -79,7 +83,8 @@ class ModelCaller:
         # A tool of an agent repeats a call under its key after a kill, and both calls are charged.
         reservation = _build_reservation(model, sent, f"{idempotency_key}#{token_hex(4)}", spending)
         async with self._pacer.admit(model, reservation.tokens) as admitted:
-            reply = await self._call(caller, model, sent, idempotency_key, reservation, admitted)
+            shown = None if is_translated else on_text
+            reply = await self._call(caller, model, sent, idempotency_key, reservation, admitted, shown)
         if not is_translated:
             return reply
         return msgspec.structs.replace(reply, answer=json_tools.translate_answer(reply.answer, request))
@@ -98,13 +103,16 @@ class ModelCaller:
         idempotency_key: str,
         reservation: ModelReservation,
         admitted: AdmittedCall,
+        on_text: Callable[[str], None] | None,
     ) -> ModelReply:
         """Make an admitted call of a model, between its reservation and its settlement."""
         ledger, charge_key = self._connections.ledger, reservation.key
         is_reserved = await _reserve(ledger, caller, reservation)
         began = monotonic()
         try:
-            answer = await self._client.complete(model, request, idempotency_key=idempotency_key)
+            answer = await self._client.complete(
+                model, request, idempotency_key=idempotency_key, on_text=on_text
+            )
         except ModelCallFailed as failure:
             failure.called = CalledModel(model.provider, model.vendor_model_id)
             if is_reserved and not failure.may_be_billed:

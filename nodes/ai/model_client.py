@@ -120,25 +120,41 @@ class ModelClient:
         self._outbound = outbound
 
     async def complete(
-        self, model: ModelConnection, request: ChatRequest, *, idempotency_key: str
+        self,
+        model: ModelConnection,
+        request: ChatRequest,
+        *,
+        idempotency_key: str,
+        on_text: Callable[[str], None] | None = None,
     ) -> ChatAnswer:
         """Send a request and return the complete answer; raises `ModelCallFailed`, whose message has no secrets.
+
+        `on_text` gets the text of the answer while it is written, without the key of the provider.
 
         No provider promises that a repeated request is not billed again. The key is for gateways that honor it.
         """
         if model.provider is ModelProvider.ECHO:
-            return echo_model.answer_request(request)
+            answer = echo_model.answer_request(request)
+            if on_text is not None:
+                on_text(answer.text)
+            return answer
         protocol = PROTOCOLS[model.provider]
         sent = _adapt_to_abilities(model, request)
         body = protocol.build_body(model, sent)
         with _redact_key(model):
-            answer = await self._send_adapting(model, sent, body, idempotency_key)
+            written = _WrittenText(on_text, [model.key])
+            answer = await self._send_adapting(model, sent, body, idempotency_key, written)
         if sent.forced_tool == ANSWER_TOOL:
             answer = _take_answer_from_tool(answer)
         return _redact_answer(answer, model)
 
     async def _send_adapting(
-        self, model: ModelConnection, request: ChatRequest, body: dict[str, Any], idempotency_key: str
+        self,
+        model: ModelConnection,
+        request: ChatRequest,
+        body: dict[str, Any],
+        idempotency_key: str,
+        written: _WrittenText,
     ) -> ChatAnswer:
         """Send a body and return the answer; a field that the server refuses by its name is removed, and the
         rest sent again.
@@ -147,7 +163,7 @@ class ModelClient:
         """
         while True:
             try:
-                return await self._send(model, request, body, idempotency_key)
+                return await self._send(model, request, body, idempotency_key, written)
             except ModelCallFailed as failure:
                 adapted = None
                 if failure.code == REFUSED:
@@ -157,7 +173,12 @@ class ModelClient:
                 body = adapted
 
     async def _send(
-        self, model: ModelConnection, request: ChatRequest, body: Mapping[str, Any], idempotency_key: str
+        self,
+        model: ModelConnection,
+        request: ChatRequest,
+        body: Mapping[str, Any],
+        idempotency_key: str,
+        written: _WrittenText,
     ) -> ChatAnswer:
         protocol = PROTOCOLS[model.provider]
         url = f"{model.base_url.rstrip('/')}/{protocol.PATH}"
@@ -174,7 +195,7 @@ class ModelClient:
             ) as stream:
                 if stream.status not in _OK:
                     raise build_status_failure(stream.status, stream.headers, await _read_error(stream))
-                return await _read_answer(stream, protocol.ChatAnswerParser(model, request))
+                return await _read_answer(stream, protocol.ChatAnswerParser(model, request), written)
         except OutboundError as error:
             raise _build_transport_failure(error) from error
 
@@ -290,27 +311,51 @@ def _ask_for_schema(request: ChatRequest, schema: Mapping[str, Any]) -> ChatRequ
     return msgspec.structs.replace(request, messages=tuple(messages))
 
 
-async def _read_answer(stream: OutboundStream, answer: AnswerParser) -> ChatAnswer:
+class _WrittenText:
+    """Text of an answer, passed on while it is written, without secrets that arrive in several pieces."""
+
+    def __init__(self, on_text: Callable[[str], None] | None, secrets: Sequence[str]) -> None:
+        self._on_text = on_text
+        self._redactor = redaction.PieceRedactor(secrets)
+
+    def add(self, text: str) -> None:
+        if self._on_text is not None and text:
+            self._pass_on(self._redactor.feed(text))
+
+    def finish(self) -> None:
+        """Pass on the end of the text."""
+        if self._on_text is not None:
+            self._pass_on(self._redactor.finish())
+
+    def _pass_on(self, text: str) -> None:
+        if text and self._on_text is not None:
+            self._on_text(text)
+
+
+async def _read_answer(stream: OutboundStream, answer: AnswerParser, written: _WrittenText) -> ChatAnswer:
     """Return the answer in a stream of events, or in one JSON document of a server that doesn't stream.
 
     Raises `ModelCallFailed` for an event of over 4 MB and an invalid answer.
     """
     if stream.headers.get("content-type", "").lower().startswith("application/json"):
-        answer.feed(b"".join([piece async for piece in stream]))
+        written.add(answer.feed(b"".join([piece async for piece in stream])))
+        written.finish()
         return answer.finish()
     events = EventStreamParser()
     try:
         async for piece in stream:
             for data in events.feed(piece):
-                answer.feed(data)
+                written.add(answer.feed(data))
         for data in events.finish():
-            answer.feed(data)
+            written.add(answer.feed(data))
     except EventTooLarge as error:
         message = "The provider sent an event that is too large"
         raise ModelCallFailed(
             message, code="model-invalid-answer", retryable=False, can_fall_back=True, may_be_billed=True
         ) from error
-    return msgspec.structs.replace(answer.finish(), is_streamed=True)
+    finished = answer.finish()
+    written.finish()
+    return msgspec.structs.replace(finished, is_streamed=True)
 
 
 # ── failures ────────────────────────────────────────────────────────────────────────────────────────────────

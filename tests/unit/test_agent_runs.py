@@ -135,6 +135,7 @@ class ScriptedModel:
         *,
         idempotency_key: str,
         spending: NodeSpending,  # noqa: ARG002 - as above
+        on_text: Callable[[str], None] | None = None,  # noqa: ARG002 - as above
     ) -> ModelReply:
         self.requests.append(request)
         self.on_request()

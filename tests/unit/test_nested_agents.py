@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -102,6 +102,7 @@ class TwoScripts(ScriptedModel):
         *,
         idempotency_key: str,
         spending: NodeSpending,  # noqa: ARG002 - as above
+        on_text: Callable[[str], None] | None = None,  # noqa: ARG002 - as above
     ) -> ModelReply:
         self.requests.append(request)
         self.on_request()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,10 +45,11 @@ class ReadingModel(ScriptedModel):
         *,
         idempotency_key: str,
         spending: NodeSpending,
+        on_text: Callable[[str], None] | None = None,
     ) -> ModelReply:
         if request.output_schema is None:
             given = await super().complete(
-                caller, model_id, request, idempotency_key=idempotency_key, spending=spending
+                caller, model_id, request, idempotency_key=idempotency_key, spending=spending, on_text=on_text
             )
             return ModelReply(given.answer, PRICE)
         self.open_calls += 1

@@ -1,6 +1,8 @@
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from nodes import redaction
 
@@ -64,3 +66,27 @@ def test_a_secret_is_hidden_in_a_value_however_it_was_escaped() -> None:
     value = json.loads(r'{"said": ["a \"quoted\" key", 1, null], "\u0061 \"quoted\" key": {"n": true}}')
     shown = {"said": ["[hidden]", 1, None], "[hidden]": {"n": True}}
     assert redaction.redact_value(value, ['a "quoted" key']) == shown
+
+
+@given(
+    text=st.text(alphabet="ab1 :", max_size=40),
+    secret=st.sampled_from(["abab", "abba1", "a", "1", "ab", "aab"]),
+    data=st.data(),
+)
+def test_a_text_in_pieces_shows_a_secret_no_more_than_the_whole_text(
+    text: str, secret: str, data: st.DataObject
+) -> None:
+    """Each part is redacted as in the whole text, but for short secrets, which are redacted within words too."""
+    redactor, shown, rest = redaction.PieceRedactor([secret]), "", text
+    while rest:
+        size = data.draw(st.integers(1, len(rest)))
+        shown += redactor.feed(rest[:size])
+        rest = rest[size:]
+        assert not (len(secret) >= redaction.SHORTEST_ANYWHERE and secret in shown)
+    shown += redactor.finish()
+    whole = redaction.redact_text(text, [secret])
+    if len(secret) >= redaction.SHORTEST_ANYWHERE:
+        assert shown == whole
+    else:
+        assert shown.count(redaction.REDACTED) >= whole.count(redaction.REDACTED)
+        assert shown.replace(redaction.REDACTED, secret) == text
