@@ -19,6 +19,8 @@ NOTICES: Final = b"pilotflame outcomes 1"
 """Purpose of messages to gateways: outcomes of runs, and grants of slots."""
 DIRECT_RUNS: Final = b"pilotflame direct runs 1"
 """Purpose of messages to workers: runs that are assigned to them."""
+LIVE_ANSWERS: Final = b"pilotflame live answers 1"
+"""Purpose of messages about texts that models are writing."""
 MAX_AGE_SECONDS: Final = 60
 """Time for which sealed messages are accepted; the database has the content of older ones."""
 
@@ -41,7 +43,8 @@ class MessageSeal:
     def __init__(self, secret: bytes, previous: Sequence[bytes], clock: DatabaseClock) -> None:
         """Derive an encryption key for each purpose, so that a message for one can't be opened for another."""
         self._vaults = {
-            purpose: SecretVault(secret, previous, purpose=purpose) for purpose in (NOTICES, DIRECT_RUNS)
+            purpose: SecretVault(secret, previous, purpose=purpose)
+            for purpose in (NOTICES, DIRECT_RUNS, LIVE_ANSWERS)
         }
         self._clock = clock
 

@@ -15,6 +15,7 @@ import uvloop
 from concurrency import gc_tuning, heartbeat
 from engine.services import NodeServices
 from execution import abandoned_runs, due_runs, task_sweeps
+from execution.answer_messages import BrokerAnswers
 from execution.approval_link_urls import ApprovalLinkUrls
 from execution.callback_urls import CallbackUrls
 from execution.child_runs import ChildRunStarter
@@ -138,6 +139,7 @@ async def run_worker(
     models = LazyModels(
         partial(_open_models, database, sources), settings.outbound_allowed_networks, settings.model_hosts
     )
+    answers = BrokerAnswers(broker, MessageSeal.from_settings(settings, database.clock))
     services = NodeServices(
         http=outbound,
         data_sources=connections,
@@ -150,6 +152,7 @@ async def run_worker(
         signals=SignalWaits(database, broker),
         state=StatePublisher(database),
         models=models,
+        live_answers=answers,
         approvals=ApprovalLinkUrls(database, settings.secret, settings.public_url),
         callbacks=CallbackUrls(signer, settings.secret, settings.public_url),
     )
@@ -189,6 +192,7 @@ async def run_worker(
         isolation=isolation,
     )
     try:
+        await answers.start()
         await executor.start()
         after.start()
         approval_mails.start()
@@ -200,6 +204,7 @@ async def run_worker(
     finally:
         await reader.close()
         await executor.drain()
+        await answers.close()
         await following.aclose()
         await approval_mails.close()
         await after.close()
