@@ -1,0 +1,296 @@
+"""Texts that models are writing for runs, as the clients of this gateway see them grow.
+
+The gateway asks the process that holds a run for its answers, and keeps one copy of each open text for all clients that
+follow the run. Each client has a position in it: a slow one gets more text at once, never less, and delays nobody. A
+copy is bounded, and is forgotten with the end of the answer, whose recorded step has the whole text.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+from execution import answer_messages
+from execution.answer_messages import FOLLOW, PIECES
+from execution.live_answers import MAX_ANSWER_CHARACTERS, AnswerPieces, FollowRequest
+from gateway.http.wire import WireStruct
+
+if TYPE_CHECKING:
+    from execution.live_answers import AnswerPiece, AnswerPlace
+    from gateway.executions.agent_step_rows import StepFilter
+    from messages.broker import Broker, Notification
+    from messages.message_seal import MessageSeal
+
+ASK_SECONDS: Final = 5.0
+"""Interval at which the process that holds a run is asked again."""
+MAX_CHARACTERS: Final = 32_000_000
+"""Open texts of all runs; beyond it, texts grow no further here."""
+MAX_POSITIONS: Final = 1_000
+"""Texts of one client whose positions are remembered."""
+WORKER_LOST: Final = "worker-lost"
+"""Reason of a dropped text whose run has gone to another process."""
+
+
+class TokenShape(WireStruct):
+    """Next part of a text that a model is writing."""
+
+    node_id: str
+    iteration: str
+    """Iteration of a loop; empty outside of loops."""
+    number: int
+    """Number of the step; for nodes other than agents, that of the answer within the node."""
+    attempt: int
+    model: str
+    """Id of the model."""
+    offset: int
+    """Number of characters of the text before this part."""
+    text: str
+
+
+class RetryShape(WireStruct):
+    """Text that clients have to drop, since its answer will not be completed."""
+
+    node_id: str
+    iteration: str
+    number: int
+    attempt: int
+    """Attempt whose text is dropped."""
+    reason: str
+    """Code of the failure, `worker-lost`, or `interrupted`."""
+
+
+@dataclass(slots=True, eq=False)
+class OpenText:
+    """Text of one call of a model."""
+
+    serial: int
+    """Number among all texts of this process."""
+    number: int
+    call: tuple[int, int]
+    """Attempt, and position of the call within it."""
+    model_id: str
+    text: str = ""
+    is_complete: bool = False
+    is_dropped: bool = False
+    reason: str = ""
+
+
+@dataclass(slots=True)
+class _Position:
+    """Part of a text that a client has got; the text itself may be forgotten."""
+
+    serial: int
+    number: int
+    attempt: int
+    sent: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class AnswerReader:
+    """Texts of one run that one client has not got yet."""
+
+    wanted: StepFilter
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    _changed_texts: dict[AnswerPlace, OpenText] = field(default_factory=dict)
+    _positions: dict[AnswerPlace, _Position] = field(default_factory=dict)
+    _recorded: dict[AnswerPlace, int] = field(default_factory=dict)
+    """Number of the last recorded answer of each node."""
+
+    def note(self, place: AnswerPlace, text: OpenText) -> None:
+        """Note that a text has changed, unless the client doesn't want it."""
+        node_id, iteration = place
+        if self.wanted.node_id in {None, node_id} and self.wanted.iteration in {None, iteration}:
+            self._changed_texts[place] = text
+            self.changed.set()
+
+    def note_recorded(self, place: AnswerPlace, number: int) -> None:
+        """Note that the client has got a recorded answer: late parts of its text are not sent any more."""
+        self._recorded[place] = max(number, self._recorded.get(place, -1))
+        position = self._positions.get(place)
+        if position is not None and position.number <= number:
+            del self._positions[place]
+
+    def take(self) -> list[tuple[str, TokenShape | RetryShape]]:
+        """Return the events since the last call by their names."""
+        self.changed.clear()
+        changed, self._changed_texts = self._changed_texts, {}
+        events: list[tuple[str, TokenShape | RetryShape]] = []
+        for place, text in changed.items():
+            if text.number > self._recorded.get(place, -1):
+                events.extend(self._take_text(place, text))
+        return events
+
+    def _take_text(self, place: AnswerPlace, text: OpenText) -> Iterator[tuple[str, TokenShape | RetryShape]]:
+        """Yield the events of one text: the end of an unrecorded text before it, and its new part."""
+        position = self._positions.get(place)
+        if position is None or position.serial != text.serial:
+            if position is not None and position.sent and text.number <= position.number:
+                yield _drop(place, position, text.reason or WORKER_LOST)
+            position = _Position(text.serial, text.number, text.call[0])
+            # A complete text counts as sent until it is recorded, since its worker may be lost before.
+            self._positions.pop(place, None)
+            self._positions[place] = position
+            while len(self._positions) > MAX_POSITIONS:
+                del self._positions[next(iter(self._positions))]
+        if text.is_dropped:
+            del self._positions[place]
+            if position.sent:
+                yield _drop(place, position, text.reason)
+            return
+        part = text.text[position.sent :]
+        if part:
+            offset, position.sent = position.sent, len(text.text)
+            yield (
+                "token",
+                TokenShape(
+                    node_id=place[0],
+                    iteration=place[1],
+                    number=text.number,
+                    attempt=text.call[0],
+                    model=text.model_id,
+                    offset=offset,
+                    text=part,
+                ),
+            )
+
+
+def _drop(place: AnswerPlace, position: _Position, reason: str) -> tuple[str, RetryShape]:
+    """Return the event that lets clients drop a text."""
+    shape = RetryShape(
+        node_id=place[0],
+        iteration=place[1],
+        number=position.number,
+        attempt=position.attempt,
+        reason=reason,
+    )
+    return "retry", shape
+
+
+@dataclass(slots=True, eq=False)
+class FollowedRun:
+    """Run that clients of this gateway follow."""
+
+    readers: set[AnswerReader] = field(default_factory=set)
+    texts: dict[AnswerPlace, OpenText] = field(default_factory=dict)
+    """Texts that have not ended."""
+    owner: str = ""
+    """Process that holds the run; empty for none."""
+    asked_at: float = 0.0
+    """Time of the last request to it, by the event loop's clock."""
+    has_gap: bool = False
+    """Whether a piece was lost."""
+
+    def note(self, place: AnswerPlace, text: OpenText) -> None:
+        for reader in self.readers:
+            reader.note(place, text)
+
+
+class LiveAnswerHub:
+    """Open texts of all runs that clients of this gateway follow."""
+
+    def __init__(self, broker: Broker, seal: MessageSeal) -> None:
+        self._broker = broker
+        self._seal = seal
+        self._runs: dict[str, FollowedRun] = {}
+        self._characters = 0
+        self._serial = 0
+
+    async def start(self) -> None:
+        """Listen to the processes that hold runs."""
+        await self._broker.listen(self._handle_notification, subject=PIECES)
+
+    @contextmanager
+    def reader(self, execution_id: str, wanted: StepFilter) -> Iterator[AnswerReader]:
+        """Yield a reader of the texts of a run, also of the part that is already written."""
+        run = self._runs.setdefault(execution_id, FollowedRun())
+        reader = AnswerReader(wanted)
+        run.readers.add(reader)
+        for place, text in run.texts.items():
+            reader.note(place, text)
+        try:
+            yield reader
+        finally:
+            run.readers.discard(reader)
+            if not run.readers:
+                self._forget_texts(run)
+                self._runs.pop(execution_id, None)
+
+    async def follow(self, execution_id: str, owner: str) -> None:
+        """Ask the process that holds a run for its answers, unless it was asked in the last five seconds.
+
+        `owner` is its name in the lease, empty without one. If it is another one than before, the texts of that are
+        dropped.
+        """
+        run = self._runs.get(execution_id)
+        if run is None:
+            return
+        if owner != run.owner:
+            run.owner, run.asked_at, run.has_gap = owner, 0.0, False
+            self._drop_texts(run)
+        now = asyncio.get_running_loop().time()
+        if not owner or (now - run.asked_at < ASK_SECONDS and run.asked_at and not run.has_gap):
+            return
+        request = FollowRequest(execution_id, self._broker.channel, is_repeated=run.has_gap)
+        run.asked_at, run.has_gap = now, False
+        await answer_messages.send_sealed(self._broker, self._seal, owner, FOLLOW, request)
+
+    def receive(self, message: AnswerPieces) -> None:
+        """Add pieces to the texts of followed runs; those of a process that holds the run no more are ignored."""
+        for piece in message.pieces:
+            run = self._runs.get(piece.execution_id)
+            if run is not None and message.sender == run.owner:
+                self._add(run, piece)
+
+    def has_gap(self, execution_id: str) -> bool:
+        """Return whether a piece of a followed run was lost, and will be asked for again."""
+        run = self._runs.get(execution_id)
+        return run is not None and run.has_gap
+
+    def _handle_notification(self, notification: Notification) -> None:
+        message = answer_messages.open_sealed(self._broker, self._seal, notification, PIECES, AnswerPieces)
+        if message is not None:
+            self.receive(message)
+
+    def _add(self, run: FollowedRun, piece: AnswerPiece) -> None:
+        """Add a piece to its text, which it may begin; a repeated part is left out, and one behind a gap too."""
+        call = (piece.attempt, piece.model_call)
+        text = run.texts.get(piece.place)
+        if text is None or (text.number, text.call) != (piece.number, call):
+            if piece.offset:
+                run.has_gap = True
+                return
+            self._forget(run, piece.place)
+            self._serial += 1
+            text = OpenText(self._serial, piece.number, call, piece.model_id, reason=piece.reason)
+            run.texts[piece.place] = text
+        held = len(text.text)
+        if piece.offset > held:
+            run.has_gap = True
+            return
+        if held < MAX_ANSWER_CHARACTERS and self._characters < MAX_CHARACTERS:
+            text.text += piece.text[held - piece.offset :]
+            self._characters += len(text.text) - held
+        text.is_complete, text.is_dropped = piece.is_complete, piece.is_dropped
+        text.reason = piece.reason or text.reason
+        if text.is_complete or text.is_dropped:
+            self._forget(run, piece.place)
+        run.note(piece.place, text)
+
+    def _drop_texts(self, run: FollowedRun) -> None:
+        """Drop all open texts of a run whose process has left it."""
+        for place, text in run.texts.items():
+            text.is_dropped, text.reason = True, WORKER_LOST
+            run.note(place, text)
+        self._forget_texts(run)
+
+    def _forget_texts(self, run: FollowedRun) -> None:
+        for place in list(run.texts):
+            self._forget(run, place)
+
+    def _forget(self, run: FollowedRun, place: AnswerPlace) -> None:
+        text = run.texts.pop(place, None)
+        if text is not None:
+            self._characters -= len(text.text)

@@ -1,0 +1,266 @@
+"""Texts that models are writing: from the process that holds a run to the clients of a gateway."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+import pytest
+
+from engine.services import AnswerOrigin
+from execution import live_answers
+from execution.live_answers import AnswerPiece, AnswerPieces, FollowRequest, LiveAnswers
+from gateway.executions.agent_step_rows import StepFilter
+from gateway.executions.live_answers import AnswerReader, LiveAnswerHub, RetryShape, TokenShape
+from messages.local_broker import LocalBroker
+from messages.message_seal import MessageSeal
+from models.timestamps import DatabaseClock
+
+pytestmark = pytest.mark.anyio
+PATIENCE_SECONDS = 60.0
+RUN = "exec_1"
+SEAL = MessageSeal(b"a secret of more than thirty-two characters", (), DatabaseClock())
+
+
+def origin(number: int = 0, attempt: int = 1, node_id: str = "agent") -> AnswerOrigin:
+    return AnswerOrigin(RUN, node_id, "", number, attempt)
+
+
+async def wait_until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        while not condition():  # noqa: ASYNC110 - texts are sent without an event
+            await asyncio.sleep(0.01)
+
+
+@dataclass
+class ClientText:
+    """Text as a client shows it, who follows the documented rules."""
+
+    reader: AnswerReader
+    texts: dict[str, str] = field(default_factory=dict)
+    names: list[str] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
+
+    def take(self) -> None:
+        for name, shape in self.reader.take():
+            self.names.append(name)
+            if isinstance(shape, RetryShape):
+                assert self.texts.pop(shape.node_id)
+                self.reasons.append(shape.reason)
+            else:
+                assert isinstance(shape, TokenShape)
+                # A text that begins anew follows a `retry`, or the step of the one before it.
+                text = "" if shape.offset == 0 else self.texts[shape.node_id]
+                assert len(text) == shape.offset
+                self.texts[shape.node_id] = text + shape.text
+
+    async def shows(self, text: str, node_id: str = "agent") -> None:
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while self.texts.get(node_id, "") != text:
+                await self.reader.changed.wait()
+                self.take()
+
+    async def has_dropped(self, *reasons: str) -> None:
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while self.reasons != list(reasons):
+                await self.reader.changed.wait()
+                self.take()
+
+
+@dataclass
+class Connected:
+    """Process that writes answers, and a gateway."""
+
+    hub: LiveAnswerHub
+    live: LiveAnswers = field(init=False)
+    sent: list[Sequence[AnswerPiece]] = field(default_factory=list)
+    owner: str = "worker"
+    loses: Callable[[AnswerPiece], bool] = lambda _piece: False
+
+    async def send(self, _channel: str, pieces: Sequence[AnswerPiece]) -> bool:
+        self.sent.append(pieces)
+        self.hub.receive(AnswerPieces(self.owner, [piece for piece in pieces if not self.loses(piece)]))
+        return True
+
+    async def follow(self, owner: str = "worker") -> None:
+        """Let the gateway see which process holds the run, and ask it."""
+        await self.hub.follow(RUN, owner)
+        self.live.follow(FollowRequest(RUN, "gateway"))
+
+
+@pytest.fixture
+async def connected() -> AsyncIterator[Connected]:
+    hub = LiveAnswerHub(LocalBroker(channel="gateway"), SEAL)
+    found = Connected(hub)
+    found.live = LiveAnswers(found.send)
+    yield found
+    await found.live.close()
+
+
+async def test_nothing_is_sent_while_nobody_follows_and_a_late_client_sees_the_whole_text(
+    connected: Connected,
+) -> None:
+    with connected.live.open(origin()) as answer:
+        answer.begin("model_1")
+        for _ in range(3):
+            answer.add("word ")
+        await asyncio.sleep(2 * live_answers.COALESCE_SECONDS)
+        assert connected.sent == []
+        with connected.hub.reader(RUN, StepFilter()) as reader:
+            client = ClientText(reader)
+            await connected.follow()
+            await client.shows("word word word ")
+            answer.add("end")
+            await client.shows("word word word end")
+            with (
+                connected.hub.reader(RUN, StepFilter()) as later,
+                connected.hub.reader(RUN, StepFilter("other")) as other,
+            ):
+                assert [shape.text for _, shape in later.take() if isinstance(shape, TokenShape)] == [
+                    "word word word end"
+                ]
+                assert other.take() == []
+    assert connected.sent[0][0].model_id == "model_1"
+
+
+async def test_a_client_that_reads_late_gets_all_texts_together_and_delays_nobody(
+    connected: Connected,
+) -> None:
+    with (
+        connected.hub.reader(RUN, StepFilter()) as slow_reader,
+        connected.hub.reader(RUN, StepFilter()) as reader,
+    ):
+        await connected.follow()
+        client, slow = ClientText(reader), ClientText(slow_reader)
+        with connected.live.open(origin()) as answer:
+            answer.begin("model_1")
+            shown = ""
+            for number in range(5):
+                answer.add(f"{number} ")
+                shown += f"{number} "
+                await client.shows(shown)
+        slow.take()
+        assert (slow.names, slow.texts) == (["token"], {"agent": "0 1 2 3 4 "})
+
+
+async def test_a_failed_call_and_a_fallback_drop_the_text_before_them(connected: Connected) -> None:
+    with connected.hub.reader(RUN, StepFilter()) as reader:
+        client = ClientText(reader)
+        await connected.follow()
+        with connected.live.open(origin()) as answer:
+            answer.begin("model_1")
+            answer.add("Half an ans")
+            await client.shows("Half an ans")
+            answer.drop("model-unavailable")
+            answer.begin("model_2")
+            answer.add("Another")
+            await client.shows("Another")
+        # The second text was complete, but its step is never recorded: the next attempt replaces it.
+        with suppress(LookupError), connected.live.open(origin(0, 2)) as again:
+            again.begin("model_1")
+            again.add("Third")
+            await client.shows("Third")
+            raise LookupError
+        await client.has_dropped("model-unavailable", "worker-lost", "interrupted")
+        assert client.texts == {}
+
+
+async def test_the_next_answer_replaces_no_recorded_one_and_late_parts_of_it_are_left_out(
+    connected: Connected,
+) -> None:
+    with connected.hub.reader(RUN, StepFilter()) as reader:
+        client = ClientText(reader)
+        await connected.follow()
+        with connected.live.open(origin()) as answer:
+            answer.begin("model_1")
+            answer.add("First")
+            await client.shows("First")
+        reader.note_recorded(("agent", ""), 0)
+        connected.hub.receive(
+            AnswerPieces("worker", [AnswerPiece(RUN, "agent", "", 0, 1, 0, "model_1", 0, "First")])
+        )
+        with connected.live.open(origin(1)) as answer:
+            answer.begin("model_1")
+            answer.add("Second")
+            await client.shows("Second")
+        assert client.names == ["token", "token"]
+
+
+async def test_another_worker_begins_the_text_again_and_the_first_one_is_not_heard_any_more(
+    connected: Connected,
+) -> None:
+    with connected.hub.reader(RUN, StepFilter()) as reader:
+        client = ClientText(reader)
+        await connected.follow()
+        with connected.live.open(origin()) as lost:
+            lost.begin("model_1")
+            lost.add("Half")
+            await client.shows("Half")
+            await connected.follow("another")
+            await client.has_dropped("worker-lost")
+            lost.add(" of it")
+            connected.live.follow(FollowRequest(RUN, "gateway", is_repeated=True))
+            seen = len(connected.sent)
+            await wait_until(lambda: len(connected.sent) > seen)
+            assert client.texts == {}
+            connected.hub.receive(
+                AnswerPieces("another", [AnswerPiece(RUN, "agent", "", 0, 2, 0, "model_1", 0, "Again")])
+            )
+            await client.shows("Again")
+            assert client.reasons == ["worker-lost"]
+
+
+async def test_a_lost_piece_is_asked_for_again(connected: Connected) -> None:
+    with connected.hub.reader(RUN, StepFilter()) as reader:
+        client = ClientText(reader)
+        await connected.follow()
+        with connected.live.open(origin()) as answer:
+            answer.begin("model_1")
+            answer.add("a")
+            await client.shows("a")
+            connected.loses = lambda piece: piece.offset == 1
+            answer.add("b")
+            await wait_until(lambda: len(connected.sent) >= 2)
+            answer.add("c")
+            await wait_until(lambda: len(connected.sent) >= 3)
+            assert client.texts == {"agent": "a"}
+            assert connected.hub.has_gap(RUN)
+            connected.live.follow(FollowRequest(RUN, "gateway", is_repeated=True))
+            await client.shows("abc")
+
+
+async def test_a_long_text_is_cut_into_messages_and_ends_at_its_limit(
+    connected: Connected, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live_answers, "MAX_ANSWER_CHARACTERS", 2_500)
+    with connected.hub.reader(RUN, StepFilter()) as reader:
+        client = ClientText(reader)
+        await connected.follow()
+        with connected.live.open(origin()) as answer:
+            answer.begin("model_1")
+            for _ in range(30):
+                answer.add("é" * 100)
+            await client.shows("é" * 2_500)
+    assert [len(piece.text) for pieces in connected.sent for piece in pieces] == [1_000, 1_000, 500]
+    assert all(len(pieces) == 1 for pieces in connected.sent)
+
+
+async def test_a_gateway_that_gets_no_message_is_forgotten_until_it_asks_again() -> None:
+    calls: list[str] = []
+
+    async def lose(channel: str, _pieces: Sequence[AnswerPiece]) -> bool:
+        calls.append(channel)
+        return False
+
+    live = LiveAnswers(lose)
+    with live.open(origin()) as answer:
+        live.follow(FollowRequest(RUN, "gateway"))
+        answer.begin("model_1")
+        answer.add("a")
+        await wait_until(lambda: bool(calls))
+        answer.add("b")
+        await asyncio.sleep(2 * live_answers.COALESCE_SECONDS)
+        assert calls == ["gateway"]
+    await live.close()
