@@ -1,4 +1,4 @@
-"""Texts that models are writing in this process, sent piece by piece to the gateways whose clients follow the runs.
+"""Open answers of models in this process, sent piece by piece to the gateways that follow their runs.
 
 Pieces are hints: they may be lost, and the recorded answer has the whole text. A gateway asks the process that holds a
 run, and asks again every few seconds; until it does, nothing is sent, and an answer costs one list of its texts. That
@@ -126,7 +126,7 @@ class WrittenAnswer:
         self.is_dropped = False
 
     def add(self, text: str) -> None:
-        """Add text; what exceeds the maximum length is left out."""
+        """Add text, up to the maximum length of an answer."""
         left = MAX_ANSWER_CHARACTERS - self.length
         if not text or left <= 0:
             return
@@ -251,10 +251,10 @@ class LiveAnswers:
         self._note_change(request.execution_id)
 
     async def close(self) -> None:
-        """Send nothing more."""
+        """Send nothing more, and wait for the messages that are on their way."""
         self._followers.clear()
+        self._changed.clear()
         if self._sending is not None:
-            self._sending.cancel()
             await asyncio.gather(self._sending, return_exceptions=True)
 
     def _note_change(self, execution_id: str) -> None:

@@ -25,6 +25,7 @@ from gateway.executions.acceptance import RunAcceptor, WorkflowRunAcceptor
 from gateway.executions.awaited_end import EndAwaiter
 from gateway.executions.event_wait_delivery import EventWaitDelivery
 from gateway.executions.large_outputs import LargeOutputs
+from gateway.executions.live_answers import LiveAnswerHub
 from gateway.executions.live_events import LiveEvents
 from gateway.executions.live_hints import LiveHints
 from gateway.executions.long_poll import ExecutionAccess, ExecutionPollHub
@@ -206,8 +207,9 @@ async def assemble_state(
     access = ExecutionAccess(database)
     workflows = WorkflowCache(database, catalogs)
     capacity = IngestCapacity(rates, backlog, workflows)
+    live_answers = LiveAnswerHub(broker, MessageSeal.from_settings(settings, database.clock))
     live_events = LiveEvents(
-        database, waiting, authenticator, access, LargeOutputs(blobs, settings.public_url)
+        database, waiting, authenticator, access, LargeOutputs(blobs, settings.public_url), live_answers
     )
     live_hints = LiveHints(live_events)
     ACTIVITY.count_streams = lambda: live_events.open + live_hints.open
@@ -234,6 +236,7 @@ async def assemble_state(
         redriver=RunRedriver(database, blobs, capacity, ingestor),
     )
     await waiting.start()
+    await live_answers.start()
     await acceptances.assigner.start()
     await pod_logs.start()
     await activation.start()

@@ -387,8 +387,11 @@ async def logs(request: GatewayRequest) -> JsonResponse | ASGIApp:
 async def steps(request: GatewayRequest) -> JsonResponse | ASGIApp:
     """List the steps of the agents of an execution by node, iteration and number, or follow them.
 
-    With `follow=true` each state of a step is an event with an id: send the last one as `Last-Event-ID`, and the
-    stream continues behind it. The end of the execution has the id `end`; a client that sends it gets 204.
+    With `follow=true` each state of a step is an event `step` with an id: send the last one as `Last-Event-ID`, and the
+    stream continues behind it. The end of the execution has the id `end`; a client that sends it gets 204. Events
+    `token` add `text` at `offset` to the answer that a model is writing, of any node; `retry` says that this text is
+    dropped, since its call has failed or its worker was lost. Neither has an id, and neither is sent again: a new
+    stream begins with the texts that are being written then.
     """
     query = request.query
     part, wanted = query.page(RECORDS), StepFilter(query[STEPS_OF], query[ITERATION_OF_STEPS])

@@ -1,4 +1,4 @@
-"""Texts that models are writing for runs, as the clients of this gateway see them grow.
+"""Open answers of the models of runs, for the clients of this gateway.
 
 The gateway asks the process that holds a run for its answers, and keeps one copy of each open text for all clients that
 follow the run. Each client has a position in it: a slow one gets more text at once, never less, and delays nobody. A
@@ -280,7 +280,7 @@ class LiveAnswerHub:
         run.note(piece.place, text)
 
     def _drop_texts(self, run: FollowedRun) -> None:
-        """Drop all open texts of a run whose process has left it."""
+        """Drop all open texts of a run that has left its process."""
         for place, text in run.texts.items():
             text.is_dropped, text.reason = True, WORKER_LOST
             run.note(place, text)

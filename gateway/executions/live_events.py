@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
 
 import msgspec
 
+from engine.agents.agent_steps import StepKind, StepStatus
+from execution.live_answers import COALESCE_SECONDS
 from gateway.executions import agent_step_rows, execution_rows, execution_shapes
+from gateway.executions.execution_shapes import StepShape
 from gateway.http import errors, limits
 from gateway.http.errors import ApiError
 from journal.group_commit import GroupCommit
 from models.errors import DatabaseUnavailable
-from models.execution_status import TERMINAL_STATUSES
+from models.execution_status import TERMINAL_STATUSES, ExecutionStatus
 from telemetry import instruments
 
 if TYPE_CHECKING:
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     from gateway.executions.agent_step_rows import StepFilter
     from gateway.executions.execution_rows import Recorded, RunChanges
     from gateway.executions.large_outputs import LargeOutputs
+    from gateway.executions.live_answers import AnswerReader, LiveAnswerHub
     from gateway.executions.long_poll import ExecutionAccess, ExecutionPollHub, ExecutionWaiter
     from gateway.http.authentication import KeyAuthenticator
     from gateway.http.wire import WireStruct
@@ -55,10 +59,12 @@ class LiveEvents:
         authenticator: KeyAuthenticator,
         access: ExecutionAccess,
         large_outputs: LargeOutputs,
+        answers: LiveAnswerHub,
     ) -> None:
         self.database = database
         self.waiting = waiting
         self.large_outputs = large_outputs
+        self.answers = answers
         self._authenticator = authenticator
         self._access = access
         self.open = 0
@@ -125,6 +131,10 @@ class EventSource(Protocol):
     def has_progress(self) -> bool:
         """Whether the stream also sends the progress of the run."""
 
+    @property
+    def answers(self) -> StepFilter | None:
+        """Nodes with open answers that the stream also sends; None for none."""
+
     async def read(self, connection: AsyncConnection, key: ExecutionKey, after: int) -> EventBatch:
         """Return up to `EVENTS_AT_ONCE` records with sequence numbers above `after`."""
 
@@ -135,6 +145,7 @@ class RunRecords:
 
     large_outputs: LargeOutputs
     has_progress: bool = True
+    answers: StepFilter | None = None
 
     async def read(self, connection: AsyncConnection, key: ExecutionKey, after: int) -> EventBatch:
         """Return the next spans and log lines."""
@@ -151,6 +162,7 @@ class LogLines:
     levels: frozenset[str]
     """Empty: all levels."""
     has_progress: bool = False
+    answers: StepFilter | None = None
 
     async def read(self, connection: AsyncConnection, key: ExecutionKey, after: int) -> EventBatch:
         """Return the lines of the wanted levels among the next records."""
@@ -161,10 +173,14 @@ class LogLines:
 
 @dataclass(frozen=True, slots=True)
 class AgentSteps:
-    """Steps of agents alone, each in its newest state."""
+    """Steps of agents, each in its newest state, and texts that models are writing."""
 
     wanted: StepFilter
     has_progress: bool = False
+
+    @property
+    def answers(self) -> StepFilter:
+        return self.wanted
 
     async def read(self, connection: AsyncConnection, key: ExecutionKey, after: int) -> EventBatch:
         """Return the next steps that have changed."""
@@ -195,6 +211,9 @@ class RunEventStream:
         self._after = after
         self._shown: Execution | None = None
         self._sent_at = 0.0
+        self._answers: AnswerReader | None = None
+        self._order = asyncio.Lock()
+        """Held while texts are taken and sent, so that no text overtakes an earlier one or its step."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
@@ -204,11 +223,35 @@ class RunEventStream:
             if self._after > 0:
                 instruments.counter("sse_resyncs_total").inc()
             try:
-                await self._follow(scope, receive, send)
+                if self._source.answers is None:
+                    await self._follow(scope, receive, send)
+                else:
+                    await self._follow_with_answers(self._source.answers, scope, receive, send)
             finally:
                 self._live.open -= 1
                 instruments.gauge("sse_clients").dec()
         await send({"type": "http.response.body", "body": b""})
+
+    async def _follow_with_answers(
+        self, wanted: StepFilter, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        """Send the events of the run, and beside them the texts that models are writing."""
+        with self._live.answers.reader(self._key.execution_id, wanted) as reader:
+            self._answers = reader
+            sending = asyncio.create_task(self._send_answers(reader, send))
+            try:
+                await self._follow(scope, receive, send)
+            finally:
+                sending.cancel()
+                await asyncio.gather(sending, return_exceptions=True)
+
+    async def _send_answers(self, reader: AnswerReader, send: Send) -> None:
+        """Send texts as they grow until canceled; a client that reads slowly gets more of them at once."""
+        while True:
+            await reader.changed.wait()
+            async with self._order:
+                await self._send(send, _encode_answers(reader))
+            await asyncio.sleep(COALESCE_SECONDS)
 
     async def _follow(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events of the run until it ends or the client leaves; between them, wait for changes."""
@@ -235,6 +278,10 @@ class RunEventStream:
             head = await self._live.head(self._key)
             if head is None:
                 return False
+            if self._answers is not None:
+                is_running = head.status == ExecutionStatus.RUNNING
+                owner = head.lease_owner if is_running and head.lease_owner else ""
+                await self._live.answers.follow(head.id, owner)
             await self._send_records(head, send)
         except ApiError:
             return False
@@ -259,11 +306,24 @@ class RunEventStream:
             async with self._live.database.read() as connection:
                 batch = await self._source.read(connection, self._key, self._after)
             is_all, self._after = batch.is_all, batch.last
-            encoded = (_encode_event(name, shape, str(sequence)) for sequence, name, shape in batch.events)
-            await self._send(send, b"".join(encoded))
+            await self._send_batch(batch, send)
         self._shown = head
         if head.status in TERMINAL_STATUSES:
             await self._send(send, _encode_event("execution", execution_shapes.show_head(head), END))
+
+    async def _send_batch(self, batch: EventBatch, send: Send) -> None:
+        """Send records, behind the texts of the answers among them."""
+        encoded = [_encode_event(name, shape, str(sequence)) for sequence, name, shape in batch.events]
+        reader = self._answers
+        if reader is None:
+            await self._send(send, b"".join(encoded))
+            return
+        async with self._order:
+            texts = _encode_answers(reader)
+            for _, _, shape in batch.events:
+                if isinstance(shape, StepShape) and _is_answer(shape):
+                    reader.note_recorded((shape.node_id, shape.iteration), shape.number)
+            await self._send(send, texts + b"".join(encoded))
 
     async def _keep_alive(self, send: Send) -> None:
         if asyncio.get_running_loop().time() - self._sent_at >= KEEP_ALIVE_SECONDS:
@@ -274,6 +334,15 @@ class RunEventStream:
         if body:
             self._sent_at = asyncio.get_running_loop().time()
             await send({"type": "http.response.body", "body": body, "more_body": True})
+
+
+def _is_answer(step: StepShape) -> bool:
+    return step.kind == StepKind.MODEL and step.status == StepStatus.COMPLETED
+
+
+def _encode_answers(reader: AnswerReader) -> bytes:
+    """Return the new events of a reader; they have no ids, since they can't be sent again."""
+    return b"".join(_encode_event(name, shape) for name, shape in reader.take())
 
 
 async def _until_gone(receive: Receive) -> None:

@@ -132,7 +132,7 @@ def open_live_answer(call: NodeCall, number: int, attempt: int) -> AbstractConte
 
 def may_show_contents(call: NodeCall) -> bool:
     """Return whether the texts of a node may leave its process before, or without, its record."""
-    return call.config.get("recordContent") is not False
+    return call.records_content
 
 
 async def ask_first(

@@ -18,8 +18,8 @@ PACKAGES = frozenset(
 # Modules of the process, then the most modules of the project and of libraries that its start may load. A new module
 # needs no change here while there is room; raise a budget only for modules that every start needs.
 BUDGETS = {
-    "gateway": (("gateway.settings", "gateway.main"), 546, 400),
-    "worker": (("workers.settings", "workers.main"), 250, 330),
+    "gateway": (("gateway.settings", "gateway.main"), 549, 400),
+    "worker": (("workers.settings", "workers.main"), 252, 330),
     "scheduler": (("scheduler.settings", "scheduler.main"), 182, 345),
     "deployer": (("workers.deployer.settings", "workers.deployer.main"), 101, 325),
     "runner": (("runner.settings", "runner.main"), 149, 250),

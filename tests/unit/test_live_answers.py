@@ -36,7 +36,7 @@ async def wait_until(condition: Callable[[], bool]) -> None:
 
 @dataclass
 class ClientText:
-    """Text as a client shows it, who follows the documented rules."""
+    """Text as a client shows it by the documented rules."""
 
     reader: AnswerReader
     texts: dict[str, str] = field(default_factory=dict)

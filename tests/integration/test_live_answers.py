@@ -1,0 +1,158 @@
+"""Texts that models are writing, over each broker and to the clients of a gateway."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from ipaddress import ip_network
+
+import msgspec
+
+from engine.services import AnswerOrigin
+from execution.answer_messages import PIECES, BrokerAnswers
+from execution.live_answers import COALESCE_SECONDS, AnswerPiece, AnswerPieces
+from gateway.executions.agent_step_rows import StepFilter
+from gateway.executions.live_answers import AnswerReader, LiveAnswerHub, TokenShape
+from messages.broker import Broker, DirectMessage, Notification
+from messages.message_seal import MessageSeal
+from models.timestamps import DatabaseClock
+from tests.fakes.model_server import ModelFault, ScriptedAnswer, serve_models
+from tests.integration.gateway_harness import GatewayHarness, OrganizationUsers
+from tests.integration.test_broker import (
+    _a_busy_machine_is_no_failure_of_postgresql as _a_busy_machine_is_no_failure_of_postgresql,  # noqa: PLC0414 - fixtures
+)
+from tests.integration.test_broker import other_broker as other_broker  # noqa: PLC0414 - as above
+from tests.integration.test_broker import postgresql_url as postgresql_url  # noqa: PLC0414 - as above
+from tests.integration.test_broker import redis_url as redis_url  # noqa: PLC0414 - as above
+from tests.integration.test_broker import url as url  # noqa: PLC0414 - as above
+from tests.integration.test_broker import worker_broker as worker_broker  # noqa: PLC0414 - as above
+from tests.integration.test_gateway_ai_models import create_model, create_provider
+from tests.integration.test_gateway_executions import EventStreamClient
+from tests.integration.test_waiting_runs import execute_workflow, wait_until_ended
+from workers.main import run_worker
+from workers.settings import WorkerSettings
+
+PATIENCE_SECONDS = 60.0
+TEXT = "Straße 東京 🙂 " * 700
+"""More than a notification of PostgreSQL holds."""
+
+
+def seal_of(secret: bytes) -> MessageSeal:
+    return MessageSeal(secret, (), DatabaseClock())
+
+
+async def read_text(reader: AnswerReader, characters: int) -> str:
+    """Return the text that a reader gets, once it is so long."""
+    text = ""
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        while len(text) < characters:
+            await reader.changed.wait()
+            for _, shape in reader.take():
+                assert isinstance(shape, TokenShape)
+                assert shape.offset == len(text)
+                text += shape.text
+    return text
+
+
+async def test_texts_are_sent_over_every_broker_so_that_nobody_else_reads_or_forges_them(
+    worker_broker: Broker, other_broker: Broker
+) -> None:
+    passed: list[Notification] = []
+    await other_broker.listen(passed.append)
+    seal = seal_of(b"a secret that all processes share")
+    answers, hub = BrokerAnswers(worker_broker, seal), LiveAnswerHub(other_broker, seal)
+    await answers.start()
+    await hub.start()
+    with hub.reader("exec_1", StepFilter()) as reader:
+        await hub.follow("exec_1", worker_broker.channel)
+        with answers.open(AnswerOrigin("exec_1", "ask", "", 0, 1)) as answer:
+            answer.begin("model_1")
+            answer.add(TEXT)
+            assert await read_text(reader, len(TEXT)) == TEXT
+            # Neither a message without a seal nor one of another secret is taken.
+            piece = AnswerPiece("exec_1", "ask", "", 0, 1, 0, "model_1", len(TEXT), "forged")
+            forged = msgspec.json.encode(AnswerPieces(worker_broker.channel, [piece]))
+            sealed = seal_of(b"another secret").seal(
+                b"pilotflame live answers 1", other_broker.channel, forged
+            )
+            for content in (forged, msgspec.json.encode(sealed)):
+                await worker_broker.send(other_broker.channel, {PIECES: content.decode()})
+            answer.add("!")
+            assert await read_more(reader) == "!"
+    await answers.close()
+    messages = [each.message for each in passed if isinstance(each, DirectMessage)]
+    assert any(PIECES in message for message in messages)
+    assert sum("exec_1" in str(message) for message in messages) == 1, "the forged one alone can be read"
+
+
+async def read_more(reader: AnswerReader) -> str:
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        await reader.changed.wait()
+    return "".join(shape.text for _, shape in reader.take() if isinstance(shape, TokenShape))
+
+
+@asynccontextmanager
+async def serve_worker(harness: GatewayHarness) -> AsyncIterator[None]:
+    """Run a worker in the process of the gateway, as `pilotflame dev` does."""
+    gateway = harness.gateway
+    shared = gateway.settings.model_dump(include={"data_dir", "database_url", "secret_key"})
+    networks = (ip_network("127.0.0.1/32"),)
+    settings = WorkerSettings(**shared, sweep_seconds=0.05, outbound_allowed_networks=networks)
+    async with run_worker(settings, gateway.store, gateway.broker, gateway.database):
+        yield
+
+
+async def test_a_fallback_drops_the_text_of_the_model_before_it(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    stalled = [ScriptedAnswer(text, fault=ModelFault.STALL) for text in ("First half", "Other half")]
+    async with serve_models(*stalled) as served, serve_worker(harness):
+        provider_id = await create_provider(people.owner, served.url)
+        models = [await create_model(people.owner, provider_id, name=name) for name in ("One", "Two")]
+        config = {"model": models[0], "fallbackModelIds": models[1:], "prompt": "How is Oslo?"}
+        workflow_id = await people.owner.create(
+            nodes=[{"id": "start", "nodeId": "manual"}, {"id": "ask", "nodeId": "llm", "config": config}],
+            connections=[{"source": "start", "target": "ask"}],
+        )
+        execution_id = await execute_workflow(people.owner, workflow_id)
+        headers = {"X-API-Key": people.owner.key, "Accept": "text/event-stream"}
+        stream = EventStreamClient(harness.app, f"/api/v1/executions/{execution_id}/steps", headers)
+        first = await stream.next()
+        served.connections[-1].abort()  # type: ignore[attr-defined]
+        retry, second = await stream.next(), await stream.next()
+        served.released.set()
+        ended = await wait_until_ended(people.owner, execution_id)
+        rest = await stream.rest()
+    assert [event.name for event in (first, retry, second)] == ["token", "retry", "token"]
+    assert (first.data["text"], first.data["model"]) == ("First", models[0])
+    assert (retry.data["reason"], retry.id) == ("model-unavailable", None)
+    assert (second.data["text"], second.data["offset"], second.data["model"]) == ("Other", 0, models[1])
+    assert ended["outputs"]["ask"]["response"] == "Other half"
+    assert rest[-1].id == "end"
+
+
+async def test_a_node_whose_contents_are_not_recorded_shows_no_text(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    async with (
+        serve_models(ScriptedAnswer("A secret", fault=ModelFault.STALL)) as served,
+        serve_worker(harness),
+    ):
+        model_id = await create_model(people.owner, await create_provider(people.owner, served.url))
+        config = {"model": model_id, "prompt": "How is Oslo?", "recordContent": False}
+        workflow_id = await people.owner.create(
+            nodes=[{"id": "start", "nodeId": "manual"}, {"id": "ask", "nodeId": "llm", "config": config}],
+            connections=[{"source": "start", "target": "ask"}],
+        )
+        execution_id = await execute_workflow(people.owner, workflow_id)
+        headers = {"X-API-Key": people.owner.key, "Accept": "text/event-stream"}
+        stream = EventStreamClient(harness.app, f"/api/v1/executions/{execution_id}/steps", headers)
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while not served.requests:  # noqa: ASYNC110 - of a server without events
+                await asyncio.sleep(0.01)
+        await asyncio.sleep(10 * COALESCE_SECONDS)
+        served.released.set()
+        await wait_until_ended(people.owner, execution_id)
+        events = await stream.rest()
+    assert [event.name for event in events] == ["execution"]
