@@ -49,7 +49,7 @@ async def begin(person: UserClient, path: str, **body: Any) -> dict[str, Any]:  
 
 async def wait_for_end(person: UserClient, operation: Mapping[str, Any]) -> dict[str, Any]:
     """Wait until a bulk operation has ended, and return it."""
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(200):
         while (shown := await get_json(person, f"{OPERATIONS}/{operation['id']}"))["status"] not in ENDED:  # noqa: ASYNC110 - another task performs it
             await asyncio.sleep(0.02)
     return shown
@@ -140,6 +140,8 @@ async def test_another_gateway_repeats_the_step_of_a_dead_one_and_counts_each_ob
         cursor_at=failed[runs[2]].created_at,
         cursor_id=runs[2],
         leased_until=now - timedelta(seconds=1),
+        # The clock of the gateway may be behind that of the database, by which the runs were accepted.
+        created_at=failed[runs[-1]].created_at + timedelta(seconds=1),
         ended_at=None,
     )
 
@@ -173,9 +175,8 @@ async def test_a_stopped_operation_leaves_the_rest_and_others_may_not_see_it(
         assert_refused(await stranger.api.get(path), 404, "not-found")
         assert_refused(await stranger.api.post(f"{path}/stop"), 404, "not-found")
         assert (await get_json(stranger, OPERATIONS))["operations"] == []
-    assert [one["id"] for one in (await get_json(people.admin, f"{OPERATIONS}?open=true"))["operations"]] == [
-        begun["id"]
-    ]
+    seen = (await get_json(people.admin, OPERATIONS))["operations"]
+    assert [one["id"] for one in seen] == [begun["id"]]
     stopped = await people.admin.api.post(f"{path}/stop")
     assert stopped.json()["status"] in {"stopping", "stopped"}
     ended = await wait_for_end(people.owner, begun)
