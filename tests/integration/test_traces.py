@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
+from sqlalchemy import func, select
+from sqlmodel import col
 
 from gateway.openapi.openapi_document import TRACEPARENT
+from models.model_spending import ModelCost
 from pilotflame.log_lines import as_json
 from telemetry import log_context, tracing
 from telemetry.trace_export import run_tracer
@@ -390,3 +393,68 @@ async def test_calls_of_models_and_tools_have_spans_by_the_conventions_for_gener
     assert asked["chat scripted-1"].attributes["error.type"] == "model-unavailable"
     assert asked["chat echo"].attributes["gen_ai.provider.name"] == "echo"
     assert SECRET.encode() not in b"".join(collector.bodies)
+
+
+async def test_reused_answers_of_a_replay_have_no_second_span_usage_or_cost(
+    collector: OtlpReceiver, harness: GatewayHarness, user: UserClient
+) -> None:
+    wanted = [{"name": "find", "arguments": json.dumps({"city": "Oslo"})}]
+    async with serve_models(ScriptedAnswer("", tool_calls=wanted), ScriptedAnswer("Cold.")) as served:
+        price = {"input": "1", "output": "10"}
+        model_id = await create_model(user, await create_provider(user, served.url), price=price)
+        target = {"node": {"type": "set", "config": {"values": {"city": "{{ args.city }}"}}}}
+        schema = {"type": "object", "properties": {"city": {"type": "string"}}}
+        tool = {"name": "find", "description": "d", "parameters": schema, "target": target}
+        agent = {"model": model_id, "prompt": "How is Oslo?", "maxIterations": 1, "onLimit": "error"}
+        workflow_id = await user.create(
+            nodes=[
+                {"id": "start", "nodeId": "manual"},
+                {"id": "agent", "nodeId": "agent", "config": agent},
+                {"id": "tool", "nodeId": "tool", "config": tool},
+            ],
+            connections=[
+                {"source": "start", "target": "agent"},
+                {"source": "tool", "target": "agent", "targetPort": "tools"},
+            ],
+        )
+        begun = await user.api.post(
+            f"/api/v1/workflows/{workflow_id}/execute", json={}, headers={"traceparent": CALLER}
+        )
+        first: str = begun.json()["executionId"]
+        await wait_until(lambda: has_status(user, first, "failed"), what="the agent reaches its limit")
+        node = f"/api/v1/workflows/{workflow_id}/nodes/agent"
+        changed = await user.api.put(node, json={"config": {**agent, "maxIterations": 5}})
+        assert changed.status_code == 200, changed.text
+        answer = await user.api.post(
+            f"/api/v1/executions/{first}/replay",
+            json={"definition": "current"},
+            headers={"traceparent": CALLER},
+        )
+        again: str = answer.json()["executionId"]
+        await wait_until(lambda: has_status(user, again, "completed"), what="the replay completes")
+        assert len(served.requests) == 2
+    steps = (await user.api.get(f"/api/v1/executions/{again}/steps")).json()["steps"]
+    assert [step["reused"] for step in steps] == [True, True, False]
+    spans = await received_nodes(collector, again, 1)
+    operations = [span.attributes.get("gen_ai.operation.name") for span in spans]
+    assert sorted(each for each in operations if each) == ["chat", "invoke_agent"]
+    used = {"inputTokens": 100, "outputTokens": 20, "cost": "0.0003"}
+    for execution_id in (first, again):
+        shown = (await user.api.get(f"/api/v1/executions/{execution_id}")).json()
+        assert shown["usage"].items() >= used.items(), "each run has one answer of its own"
+    path = f"/api/v1/ai/models/{model_id}/metrics"
+
+    async def are_counted() -> bool:
+        return bool((await user.api.get(path)).json()["total"]["requests"] >= 2)
+
+    await wait_until(are_counted, what="both answers are counted")
+    assert (await user.api.get(path)).json()["total"].items() >= {"requests": 2, "cost": "0.0006"}.items()
+    month_sums = select(func.sum(ModelCost.calls), func.sum(ModelCost.cost))
+    async with harness.gateway.database.read() as connection:
+        sums = (await connection.execute(month_sums.where(col(ModelCost.model_id) == model_id))).one()
+    assert tuple(map(int, sums)) == (2, 600_000)
+
+
+async def has_status(user: UserClient, execution_id: str, status: str) -> bool:
+    found = (await user.api.get(f"/api/v1/executions/{execution_id}/progress?wait=5")).json()
+    return bool(found["status"] == status)
