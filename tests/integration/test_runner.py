@@ -770,6 +770,44 @@ async def test_a_node_in_a_pod_calls_a_model_within_the_budget_of_its_run(pods: 
     assert hours[0]["calls"] == 3
 
 
+async def test_a_killed_pod_keeps_its_reservation_and_the_budget_of_the_month_is_never_passed(
+    pods: DeployedPods,
+) -> None:
+    """Two reservations fit into the budget, or one and the answers so far, but not a third call."""
+    budget = 2_300
+    stalled = ScriptedAnswer(fault=ModelFault.STALL)
+    async with serve_models(stalled, ScriptedAnswer()) as served:
+        model_id = await create_model(pods, served.url)
+        ask = {"id": "ask", "type": "llm", "config": {"model": model_id, "prompt": "How is Oslo?"}}
+        await pods.run_database.query(
+            "INSERT INTO ai_settings (organization_id, shard, month_budget, updated_at)"
+            " VALUES (:id, :shard, :budget, 0)",
+            id=pods.owned_workflow.organization.id,
+            shard=pods.owned_workflow.organization.shard,
+            budget=json.dumps({"maxTokens": budget}),
+        )
+        key = await pods.accept(chain_definition(ask, {**ask, "id": "again"}))
+        first = pods.start()
+        await pods.has_swept(lambda: bool(served.billed))
+        first.started.kill()
+        reserved = await list_charges(pods)
+        pods.start()
+        await pods.reaches(key, "failed")
+    assert [is_settled for _, is_settled in reserved] == [False]
+    assert len(served.billed) == 2, "the killed call, and its repetition"
+    charges = await list_charges(pods)
+    assert sorted(charges) == sorted([*reserved, (120, True)]), "a refused call reserves nothing"
+    assert sum(tokens for tokens, _ in charges) + reserved[0][0] > budget
+    assert sum(tokens for tokens, _ in charges) <= budget
+    assert "month-budget-exceeded" in str((await pods.run_database.row(key.execution_id))["error"])
+
+
+async def list_charges(pods: DeployedPods) -> list[tuple[int, bool]]:
+    """Return the tokens of each call of a model, and whether it is settled."""
+    rows = await pods.run_database.query("SELECT tokens, is_settled FROM model_charge")
+    return [(int(row["tokens"]), bool(row["is_settled"])) for row in rows]
+
+
 async def test_a_node_in_a_pod_calls_the_tools_that_people_have_accepted(pods: DeployedPods) -> None:
     """The pod gets the acceptances with the key; a tool that has changed since is refused there too."""
     async with serve_tools(tools=[build_tool("add_note"), build_tool("find")]) as served:
