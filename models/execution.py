@@ -54,6 +54,8 @@ UNSETTLED_CONDITION = "status = 'failed' AND settled_at IS NULL"
 
 Completed runs, the most, have no such index: a list finds them by time alone.
 """
+LIVE_PRIVATE_CONDITION = "is_private AND ended_at IS NULL"
+"""Condition of the index of private runs that have not ended, of which there are few."""
 AWAITS_INPUT_CONDITION = 'awaits LIKE \'%"kind":"input"%\''
 """Condition of the index of nodes that wait for input of a person.
 
@@ -170,6 +172,12 @@ class Execution(SQLModel, table=True):
                 sqlite_where=text(condition),
             )
             for name, condition in (("live", LIVE_CONDITION), ("unsuccessful", UNSUCCESSFUL_CONDITION))
+        ),
+        Index(
+            "ix_execution_private",
+            "organization_id",
+            postgresql_where=text(LIVE_PRIVATE_CONDITION),
+            sqlite_where=text(LIVE_PRIVATE_CONDITION),
         ),
         Index(
             "ix_execution_deployed",

@@ -89,7 +89,8 @@ WORKFLOW_ID = TextParameter("workflow_id", "Only executions of this workflow.")
 STATUS = ChoicesParameter("status", "Only executions in one of these states.", ExecutionStatus)
 REASON = ChoicesParameter(
     "reason",
-    "Only unfinished executions that wait for one of these reasons now, as `GET /why` counts them.",
+    "Only unfinished executions that wait for one of these reasons now, as `GET /why` counts them: without private"
+    " ones.",
     BlockerCode,
 )
 TRIGGER_TYPE = TextParameter("trigger_type", "Only executions with this type of trigger.")

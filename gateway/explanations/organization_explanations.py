@@ -80,8 +80,8 @@ _recent: Final = TTLCache[tuple[int, str], OrganizationExplanation](RECENT_SECON
 async def show(request: GatewayRequest) -> JsonResponse:
     """Count the unfinished runs of the organization by the reason that keeps them from moving.
 
-    Runs in the queue of the workers count as `queued-behind`, and running ones as `node-running`. The counts are
-    at most a second old.
+    Private runs, such as node tests, don't count. Runs in the queue of the workers count as `queued-behind`, and
+    running ones as `node-running`. The counts are at most a second old.
     """
     key = (id(request.gateway), request.caller.organization_id)
     shape = _recent.get(key)

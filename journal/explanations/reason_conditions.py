@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 async def build_condition(
     connection: AsyncConnection, organization_id: str, codes: Sequence[BlockerCode]
 ) -> ColumnElement[bool]:
-    """Return the SQL condition of the runs that wait for one of some reasons now.
+    """Return the SQL condition of the runs that wait for one of some reasons now, without private ones.
 
     Workers and deployments are read first: the same run has another reason when a worker or a pod appears.
     """
@@ -42,12 +42,13 @@ async def build_condition(
         ]
 
     pending = [*of_queues, *find_pods(BlockerCode.QUEUED_BEHIND)]
-    return or_(
+    has_reason = or_(
         false(),
         and_(wakes.IS_PENDING, col(Execution.target).in_(pending)),
         and_(wakes.IS_DEFERRED, col(Execution.target).in_(find_pods(BlockerCode.WAKING))),
         *(condition for code in codes for condition in _list_conditions(code)),
     )
+    return and_(run_counts.IS_PUBLIC, has_reason)
 
 
 def _list_conditions(code: BlockerCode) -> Iterator[ColumnElement[bool]]:

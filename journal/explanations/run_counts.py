@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final
 
-from sqlalchemy import case, func, literal, literal_column, select, union_all
+from sqlalchemy import case, func, literal, literal_column, select, text, union_all
 from sqlmodel import col
 
 from journal.deployments import activity, wakes
@@ -23,6 +23,7 @@ from models.execution import (
     ISOLATED_TARGET,
     ISOLATED_UNPARSED_TARGET,
     LIMITED_TARGET,
+    LIVE_PRIVATE_CONDITION,
     SHARED_TARGET,
     UNPARSED_TARGET,
     Execution,
@@ -43,6 +44,8 @@ WORKER_QUEUES: Final = (SHARED_TARGET, ISOLATED_TARGET, UNPARSED_TARGET, ISOLATE
 # Literals instead of bound parameters: the databases use a partial index only for a condition that they can
 # read.
 IS_RUNNING: Final = col(Execution.status) == literal_column(f"'{ExecutionStatus.RUNNING}'")
+IS_PUBLIC: Final = col(Execution.is_private) == literal_column("false")
+"""Runs that count for everybody in the organization; the others, such as node tests, are for few to see."""
 IS_HELD: Final = col(Execution.due_at) == UNTIL_RESUMED
 """Deferred runs that a paused workflow holds."""
 RUNNING_CODE: Final = case(
@@ -95,8 +98,8 @@ class RunCounts:
 async def count_runs(connection: AsyncConnection, organization_id: str | None = None) -> RunCounts:
     """Count the unfinished runs of an organization, or (None) of all, by the reason why they do not move.
 
-    Each kind is counted up to 10,000. Runs in the queue of the workers all count as queued, or as without a
-    worker. The result has the reports of up to 1,000 workers.
+    Private runs of an organization don't count. Each kind is counted up to 10,000. Runs in the queue of the workers
+    all count as queued, or as without a worker. The result has the reports of up to 1,000 workers.
     """
     now, present = await read_workers(connection)
     totals = _CodeTotals()
@@ -167,7 +170,17 @@ def _count_bounded(label: Any, *conditions: ColumnElement[bool]) -> Select[Any]:
 
 
 def _select_organization(organization_id: str | None) -> Sequence[ColumnElement[bool]]:
-    return () if organization_id is None else (col(Execution.organization_id) == organization_id,)
+    """Return the SQL conditions of an organization's runs that count for everybody in it; none for None."""
+    if organization_id is None:
+        return ()
+    return col(Execution.organization_id) == organization_id, IS_PUBLIC
+
+
+def live_private_statement(organization_id: str) -> Select[*tuple[Any, ...]]:
+    """Return the statement of the ids of an organization's private runs that have not ended."""
+    return select(col(Execution.id)).where(
+        col(Execution.organization_id) == organization_id, text(LIVE_PRIVATE_CONDITION)
+    )
 
 
 async def list_deployed_targets(connection: AsyncConnection, organization_id: str | None) -> Sequence[str]:
@@ -263,7 +276,10 @@ async def _count_waiting(
     """
     is_open: list[ColumnElement[bool]] = [col(BlockedInterval.ended_at).is_(None)]
     if organization_id is not None:
-        is_open.append(col(BlockedInterval.organization_id) == organization_id)
+        is_open += [
+            col(BlockedInterval.organization_id) == organization_id,
+            col(BlockedInterval.execution_id).not_in(live_private_statement(organization_id)),
+        ]
     statements = []
     for code in WAITING_CODES:
         some = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any
@@ -15,6 +16,7 @@ from sqlmodel import col
 
 from execution import due_runs
 from journal import concurrency_limits, process_presence, wake_times, worker_presence
+from journal.explanations import run_counts
 from models import ids
 from models.access import Organization
 from models.blocked_interval import BlockedInterval
@@ -29,6 +31,7 @@ from tests.integration.gateway_harness import (
     UserClient,
     assert_refused,
 )
+from tests.integration.query_plans import explain_statement
 
 
 async def start(person: UserClient, workflow_id: str) -> str:
@@ -258,6 +261,46 @@ async def test_counts_cover_every_unfinished_run_of_the_organization_alone(
     assert await list_by_reason(people.owner, "no-worker", status="running") == []
     assert await list_by_reason(people.stranger, "no-worker") == []
     assert (await why(people.stranger, ""))["reasons"] == []
+
+
+async def test_private_runs_are_in_neither_the_counts_nor_the_list_by_reason(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    workflow_id = await people.owner.create(**GRAPH, status="active")
+    soon = datetime.now(UTC) + timedelta(hours=1)
+    states: Sequence[dict[str, Any]] = (
+        {"status": "pending"},
+        {"status": "running", "lease_until": soon},
+        {"status": "waiting", "due_at": soon, "target": "delayed"},
+        {"status": "waiting", "started_at": datetime.now(UTC)},
+    )
+    public = [await start(people.owner, workflow_id) for _ in states]
+    private = [await start(people.owner, workflow_id) for _ in states]
+
+    async def change(connection: AsyncConnection) -> None:
+        for is_private, started in ((False, public), (True, private)):
+            for execution_id, state in zip(started, states, strict=True):
+                of_run = update(Execution).where(col(Execution.id) == execution_id)
+                await connection.execute(of_run.values(is_private=is_private, **state))
+            interval = BlockedInterval(
+                execution_id=started[-1],
+                started_at=datetime.now(UTC),
+                shard=people.owner.user.shard,
+                organization_id=people.owner.user.organization_id,
+                code="awaiting-input",
+            )
+            await connection.execute(insert(BlockedInterval).values(interval.model_dump()))
+
+    await harness.gateway.database.transaction(change)
+    codes = ("no-worker", "node-running", "timer", "awaiting-input")
+    for person in (people.admin, people.owner):
+        counts = await why(person, "")
+        assert {one["code"]: one["count"] for one in counts["reasons"]} == dict.fromkeys(codes, 1)
+        for code, execution_id in zip(codes, public, strict=True):
+            assert await list_by_reason(person, code) == [execution_id]
+    hidden = people.owner.user.organization_id
+    plan = await explain_statement(harness.gateway.database, run_counts.live_private_statement(hidden))
+    assert "ix_execution_private" in plan
 
 
 async def await_reason(person: UserClient, code: str) -> dict[str, Any]:
