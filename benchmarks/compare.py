@@ -221,6 +221,8 @@ def _parse_request() -> CompareRequest:
         help=f"clients of a load with --together (default: {scenario.CLIENTS})",
     )
     given = parser.parse_args()
+    if given.together and given.writes:
+        parser.error("--together measures pure runs: leave out --writes")
     unknown = set(given.part) - set(PARTS)
     if unknown:
         parser.error(f"unknown: {', '.join(sorted(unknown))}")
