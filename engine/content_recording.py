@@ -35,6 +35,7 @@ SHOWN_CONFIG: Final = b'{"recordContent":false}'
 OPEN_CODES: Final = frozenset(
     {
         *(LOST_ATTEMPT_CODE, TIMEOUT_CODE, REFUSED_CODE, "missing-config", "unresolved-mapping"),
+        "agent-limit",
         *("model-budget-exceeded", "month-budget-exceeded", "model-price-unknown", "model-not-found"),
     }
 )

@@ -481,7 +481,8 @@ def _conclude(task: AgentTask, steps: Sequence[AgentStep], answer: StoredAnswer)
     correction = ChatMessage(MessageRole.USER, wish + "\n".join(f"- {problem}" for problem in problems))
     request = _build_request(task, [*build_conversation(task, steps), correction], ())
     if not _has_budget(task, steps, request, answers=1):
-        return Fail(LIMIT_CODE, f"The budget doesn't suffice to correct an answer: {problems[0]}")
+        # No message of this code quotes an answer: it is shown for agents whose contents are not recorded too.
+        return Fail(LIMIT_CODE, "The budget doesn't suffice to correct an answer that doesn't fit the schema")
     return CallModel(steps[-1].number + 1, request)
 
 

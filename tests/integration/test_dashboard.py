@@ -41,7 +41,7 @@ from tests.integration.gateway_harness import GRAPH, GatewayHarness, Organizatio
 from tests.integration.test_gateway_ai_models import allow_loopback, create_model, create_provider
 from tests.integration.test_gateway_enqueue import QUEUE
 from tests.integration.test_gateway_tool_servers import accept_offered, create_tool_server, refresh
-from tests.integration.test_waiting_runs import execute_workflow, serve_worker
+from tests.integration.test_waiting_runs import execute_workflow, serve_worker, wait_until_ended
 from tests.services import PostgresServer
 
 MARKUP = "<script>alert(1)</script><img src=x onerror=alert(1)>"
@@ -365,6 +365,25 @@ async def test_turns_of_an_agent_inside_of_another_are_folded_into_its_call(
     assert "A person has to approve it" in folded
     assert html.escape(MARKUP) in folded
     assert "<img" not in page
+
+
+async def test_turns_of_an_agent_say_that_their_contents_are_not_recorded(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    config = {"model": "echo", "prompt": f"Report {MARKUP}.", "recordContent": False}
+    workflow_id = await people.owner.create(
+        name="Unrecorded",
+        nodes=[{"id": "start", "nodeId": "manual"}, {"id": "agent", "nodeId": "agent", "config": config}],
+        connections=[{"source": "start", "target": "agent"}],
+    )
+    async with serve_worker(harness):
+        execution_id = await execute_workflow(people.owner, workflow_id)
+        assert (await wait_until_ended(people.owner, execution_id))["status"] == "completed"
+    browser = await sign_in(harness, people.owner.key)
+    page = (await browser.get(f"/dashboard/runs/{execution_id}?node=agent")).text
+    _, _, turn = page.partition('data-turn="1"')
+    assert "conversation 1, not recorded" in turn
+    assert 'aria-label="Answer of turn 1' not in turn
 
 
 async def test_a_model_shows_its_status_metrics_and_cost_of_the_month(

@@ -210,6 +210,16 @@ async def test_lost_conversations_count_in_the_budget() -> None:
     assert len(world.model.billed) == 5
 
 
+async def test_an_error_that_quotes_nothing_keeps_its_message() -> None:
+    program = compile_graph(build_agent({**UNRECORDED, "maxIterations": 1, "onLimit": "error"}))
+    world = RecordedWorld(program, ScriptedModel(TURNS))
+    ended = await world.work()
+    assert ended is not None
+    cause = require_error(ended).cause
+    assert cause is not None
+    assert (cause.code, cause.message) == ("agent-limit", "The agent has reached a limit: max-iterations")
+
+
 async def test_limits_and_checks_of_repetition_count_the_present_conversation_alone() -> None:
     turns = [turn(("look", "Oslo")), turn(("look", "Rome")), turn(("look", "Bonn"))]
     program = compile_graph(build_agent({**UNRECORDED, "maxIterations": 4, "maxToolCalls": 4}))
