@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 from msgspec import UNSET, Meta, UnsetType
 
 from engine import inline_secrets
+from engine.node_api import NodeEffect
 from gateway.executions import run_graph_rows
 from gateway.executions.execution_rows import ShownSpanStatus
 from gateway.executions.run_graph_rows import SHOWN_ATTEMPTS, SHOWN_ITERATIONS
@@ -24,6 +25,7 @@ from gateway.workflows import graph_shapes
 from gateway.workflows.graph_shapes import CanvasPosition
 from gateway.workflows.workflow_shapes import ShownConnection
 from json_text import decoding
+from nodes import custom_types
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from gateway.executions.execution_rows import Recorded
     from gateway.executions.run_graph_rows import IterationCounts, RunGraphRows
     from journal.definition_snapshot import LoadedWorkflow
+    from nodes.catalog import NodeCatalog
 
 _MILLISECOND: Final = timedelta(milliseconds=1)
 _WORST_FIRST: Final = ("failed", "running", "retrying", "waiting", "cancelled", "completed", "skipped")
@@ -55,6 +58,8 @@ class RunGraphNode(WireStruct):
     id: str
     label: str
     type: str
+    effect: NodeEffect | None
+    """Effect on the outside, by the type and the config of the definition; null for a type that is gone."""
     position: CanvasPosition
     config: Mapping[str, Any] | UnsetType = UNSET
     """Only with `expand=config`: as in the definition, without credentials."""
@@ -137,7 +142,9 @@ async def show(request: GatewayRequest) -> JsonResponse:
     workflow = await _load_workflow(request, rows)
     with_config = GraphExpansion.CONFIG in request.query[EXPAND]
     # In a thread, so that large graphs do not block other requests.
-    shown = await asyncio.to_thread(_show, key.execution_id, rows, workflow, with_config=with_config)
+    shown = await asyncio.to_thread(
+        _show, key.execution_id, rows, workflow, gateway.catalog, with_config=with_config
+    )
     return JsonResponse(shown)
 
 
@@ -156,9 +163,15 @@ async def _load_workflow(request: GatewayRequest, rows: RunGraphRows) -> LoadedW
 
 
 def _show(
-    execution_id: str, rows: RunGraphRows, workflow: LoadedWorkflow | None, *, with_config: bool
+    execution_id: str,
+    rows: RunGraphRows,
+    workflow: LoadedWorkflow | None,
+    catalog: NodeCatalog,
+    *,
+    with_config: bool,
 ) -> RunGraph:
     definition = decoding.decode(rows.definition) if rows.definition else {}
+    catalog = custom_types.catalog_of_definition(catalog, definition)
     connections = definition.get("connections", [])
     nodes = graph_shapes.placed(definition.get("nodes", []), connections)
     return RunGraph(
@@ -167,7 +180,7 @@ def _show(
         workflow_name=None if workflow is None else workflow.name,
         definition_hash=rows.head.definition_hash,
         is_current=None if workflow is None else workflow.definition_hash == rows.head.definition_hash,
-        nodes=[_show_node(node, with_config=with_config) for node in nodes],
+        nodes=[_show_node(node, catalog, with_config=with_config) for node in nodes],
         connections=[
             ShownConnection(
                 id=edge["id"],
@@ -183,15 +196,25 @@ def _show(
     )
 
 
-def _show_node(node: Mapping[str, Any], *, with_config: bool) -> RunGraphNode:
+def _show_node(node: Mapping[str, Any], catalog: NodeCatalog, *, with_config: bool) -> RunGraphNode:
     position = node["position"]
     return RunGraphNode(
         id=node["id"],
         label=node["label"],
         type=node["type"],
+        effect=_find_effect(node, catalog),
         position=CanvasPosition(x=position["x"], y=position["y"]),
         config=_hide(node.get("config") or {}) if with_config else UNSET,
     )
+
+
+def _find_effect(node: Mapping[str, Any], catalog: NodeCatalog) -> NodeEffect | None:
+    """Return the effect of a node on the outside; None if its type is gone."""
+    try:
+        node_type = catalog.get(node["type"], node.get("version"))
+    except LookupError:
+        return None
+    return node_type.effect.of(catalog.with_defaults(node_type, node.get("config") or {}))
 
 
 def _hide(config: Mapping[str, Json]) -> Mapping[str, Any]:

@@ -23,6 +23,7 @@ from execution.stored_model_ledger import StoredModelLedger
 from gateway.dashboard import assets, routes
 from gateway.dashboard.page import POLICY
 from gateway.dashboard.pages import access, ai_registry
+from gateway.dashboard.pages import run as run_page
 from gateway.drift import recent_observations
 from gateway.executions import source_usage
 from models import ids
@@ -892,6 +893,25 @@ async def test_a_failed_run_is_shown_with_an_incomplete_error(
     page = await browser.get(f"/dashboard/runs/{started['executionId']}")
     assert page.status_code == 200, page.text
     assert "The disk is full" in page.text
+
+
+def test_a_failed_run_names_the_writes_before_it() -> None:
+    nodes = [
+        {"id": node_id, "effect": effect}
+        for node_id, effect in (("a", "write"), ("b", "read"), ("c", "write"), ("old", None))
+    ]
+
+    def list_writes(code: str, *states: tuple[str, str]) -> object:
+        shown = [
+            {"nodeId": node_id, "nodeLabel": node_id.upper(), "status": status, "iterationCounts": {}}
+            for node_id, status in states
+        ]
+        return run_page.list_writes({"nodes": nodes, "states": shown}, {"code": code, "nodeId": "c"})
+
+    assert list_writes("timeout", ("b", "completed"), ("a", "skipped")) == []
+    assert list_writes("timeout", ("a", "completed"), ("b", "completed"), ("c", "failed")) == ["A", "C"]
+    assert list_writes("unresolved-mapping", ("a", "completed"), ("c", "failed")) == ["A"]
+    assert list_writes("timeout", ("old", "completed"), ("c", "failed")) is None
 
 
 async def fail_execution(harness: GatewayHarness, execution_id: str) -> None:

@@ -105,6 +105,7 @@ async def test_a_run_shows_its_error_first_and_each_node_by_its_address(visit: D
     await visit.show("/dashboard/runs/{execution_id}")
     page = visit.page
     assert "Write the order: POST https://orders.invalid/" in await page.text(".banner h2")
+    assert "Nodes that write had run before: Write the order." in await page.text(".banner")
     above = "document.querySelector('.banner').compareDocumentPosition(document.querySelector('.row')) & 4"
     assert await page.evaluate(above)
     selected = "document.querySelector('.row[aria-current]').id"
@@ -146,7 +147,7 @@ async def test_a_failed_run_is_resumed_after_a_question_and_replayed_after_its_p
     await visit.page.follow("form.filters button[type=submit]")
     assert await visit.page.value("#from") == "lines"
     loop = "[...document.querySelectorAll('main tbody tr')].find(row => row.textContent.includes('For each line'))"
-    assert "forced" in await visit.page.wait_for(f"{loop}?.textContent")
+    assert "you chose it" in await visit.page.wait_for(f"{loop}?.textContent")
     await visit.page.click("input[name=again]")  # it was resumed before
     await visit.page.follow("main form.card button[type=submit]")
     assert visit.execution_id not in await visit.page.evaluate("location.pathname")

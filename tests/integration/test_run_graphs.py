@@ -60,6 +60,8 @@ async def test_a_run_shows_the_definition_that_ran_with_the_state_of_each_node(
     graph = await get_json(owner, f"/{run}/graph")
     assert [node["id"] for node in graph["nodes"]] == [node["id"] for node in [*NODES, secret]]
     assert all("config" not in node and node["position"]["x"] >= 0 for node in graph["nodes"])
+    assert graph["nodes"][0]["effect"] == "pure"
+    assert graph["nodes"][-1]["effect"] == "read", "by the method of the request"
     assert len(graph["connections"]) == len(EDGES) + 1
     assert graph["isCurrent"] is True
     assert graph["previousExecutionId"] == first

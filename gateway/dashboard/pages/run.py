@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from gateway.dashboard.page_request import PageRequest
     from gateway.dashboard.run_rows import RunTimeline
 
+UNREACHED: Final = frozenset({"pending", "skipped"})
+"""States of nodes that have not run."""
+BEFORE_CALL: Final = frozenset({"unresolved-mapping"})
+"""Codes of errors of nodes that were not called."""
 ENDED: Final = frozenset({"completed", "failed", "stopped", "cancelled"})
 WORDS_OF_TIME: Final = (
     ("queued", "in the queue", ""),
@@ -146,6 +150,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "shares": show_shares(why.get("timing")),
         "timeline": timeline,
         "summary": summarize(timeline),
+        "written": list_writes(graph, run["error"]) if run["error"] else None,
         "labels": {state["nodeId"]: state["nodeLabel"] for state in graph["states"]},
         "row": row,
         "map": draw_graph(
@@ -203,6 +208,24 @@ def _waking_seconds(run: Mapping[str, Any], history: Sequence[Mapping[str, Any]]
         if one["code"] == "waking" and started and one["from"] < started
     ]
     return sum(length or 0 for length in lengths) / 1_000
+
+
+def list_writes(graph: Mapping[str, Any], error: Mapping[str, Any]) -> Sequence[str] | None:
+    """Return the labels of the nodes with a write that have run, also in vain; None if the effect of one is unknown.
+
+    A node whose mapping has found nothing was not called, unless it has completed in another iteration.
+    """
+    effects = {node["id"]: node["effect"] for node in graph["nodes"]}
+    cause = error.get("cause") or error
+    uncalled = error.get("nodeId") if cause["code"] in BEFORE_CALL else None
+    states = [
+        one
+        for one in graph["states"]
+        if one["status"] not in UNREACHED and (one["nodeId"] != uncalled or one["iterationCounts"])
+    ]
+    if any(effects.get(one["nodeId"]) is None for one in states):
+        return None
+    return [one["nodeLabel"] for one in states if effects[one["nodeId"]] == "write"]
 
 
 def name_holder(lease: Mapping[str, Any] | None) -> str:

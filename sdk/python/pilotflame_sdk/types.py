@@ -2894,6 +2894,7 @@ class _RunGraphNodeAlways(TypedDict):
     id: str
     label: str
     type: str
+    effect: NodeEffect | None
     position: CanvasPosition
 
 
