@@ -19,6 +19,8 @@ class AuditAction(StrEnum):
     WORKFLOW_UPDATED = "workflow.updated"
     WORKFLOW_STATUS_SET = "workflow.status-set"
     WORKFLOW_LIFECYCLE_SET = "workflow.lifecycle-set"
+    WORKFLOW_KEPT_AWAKE = "workflow.kept-awake"
+    WORKFLOW_HOLD_ENDED = "workflow.hold-ended"
     WORKFLOW_DEPLOYED = "workflow.deployed"
     WORKFLOW_UNDEPLOYED = "workflow.undeployed"
     WORKFLOW_STOPPED = "workflow.stopped"

@@ -95,6 +95,11 @@ class Deployment(SQLModel, table=True):
     """Time of a start by a user, not by a rule or a run: outside its window it then stays up until the next
     closing.
     """
+    kept_awake_since: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
+    kept_awake_until: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
+    """Time of the request of a user to keep it awake, and its end; None after the next stop."""
+    kept_awake_by: str | None = None
+    """Id of that user."""
     last_activity_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
     """Time of the last delivery or start; ends of runs are read from their rows."""
 
@@ -178,6 +183,8 @@ class DeploymentState(Protocol):
     def stopped_at(self) -> datetime | None: ...
     @property
     def started_by_hand_at(self) -> datetime | None: ...
+    @property
+    def kept_awake_until(self) -> datetime | None: ...
     @property
     def last_activity_at(self) -> datetime | None: ...
     @property
@@ -278,6 +285,7 @@ def build_situation(
         stopped_reason=stopped_reason_of(deployment),
         stopped_at=deployment.stopped_at,
         started_by_hand_at=deployment.started_by_hand_at,
+        kept_awake_until=deployment.kept_awake_until,
         last_activity_at=max(happened, default=None),
         start_failures=deployment.start_failures,
         is_waking=status_of(deployment) in {DeploymentStatus.STARTING, DeploymentStatus.DEPLOYING},

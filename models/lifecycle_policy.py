@@ -111,6 +111,7 @@ class LifecycleReason(StrEnum):
     IN_USE = "in-use"
     NOT_IDLE_YET = "not-idle-yet"
     STARTED_BY_HAND = "started-by-hand"
+    KEPT_AWAKE = "kept-awake"
     STOPPED_BY_HAND = "stopped-by-hand"
     DRAINING = "draining"
     ASLEEP = "asleep"
@@ -131,6 +132,8 @@ class DeploymentSituation:
     """Time of the stop, or of the begin of draining."""
     started_by_hand_at: datetime | None = None
     """Time of a start by a user; None after a start by a rule."""
+    kept_awake_until: datetime | None = None
+    """Time until which a user keeps it awake; None or a past time: nobody does."""
     last_activity_at: datetime | None = None
     """Time of the last delivery, end of a run, or start."""
     is_waking: bool = False
@@ -229,7 +232,7 @@ def decide(policy: DeploymentPolicy, situation: DeploymentSituation, now: dateti
     if situation.drain_until is not None:
         return _decide_while_draining(policy, situation, situation.drain_until, now)
     if situation.is_up:
-        return _decide_while_up(policy, situation, now)
+        return _keep_awake(_decide_while_up(policy, situation, now), situation, now)
     return _decide_while_down(policy, situation, now)
 
 
@@ -253,7 +256,9 @@ def start_refusal(
     match policy:
         case AlwaysOnPolicy() if situation.stopped_reason is StoppedReason.MANUAL:
             return StartRefusal(StartRefusalCode.STOPPED_MANUALLY)
-        case ScheduledWindowPolicy(schedule) if not weekly_windows.is_open(schedule, now):
+        case ScheduledWindowPolicy(schedule) if not (
+            weekly_windows.is_open(schedule, now) or _is_kept_awake(situation, now)
+        ):
             return StartRefusal(StartRefusalCode.OUTSIDE_WINDOW, weekly_windows.next_opening(schedule, now))
         case _:
             return None
@@ -315,6 +320,21 @@ def _decide_while_up(
             return _stop_unless_in_use(stop, situation, ON_DEMAND_TIME, now)
         case ScheduledWindowPolicy(schedule):
             return _stop_unless_open(schedule, situation, now)
+
+
+def _is_kept_awake(situation: DeploymentSituation, now: datetime) -> bool:
+    return situation.kept_awake_until is not None and situation.kept_awake_until > now
+
+
+def _keep_awake(verdict: LifecycleVerdict, situation: DeploymentSituation, now: datetime) -> LifecycleVerdict:
+    """Return a verdict about a deployment that is up; if a user keeps it awake, no stop before the end of that time."""
+    until = situation.kept_awake_until
+    if until is None or until <= now:
+        return verdict
+    stops_before = verdict.check_at is not None and verdict.check_at < until
+    if verdict.action is LifecycleAction.NONE and not stops_before:
+        return verdict
+    return LifecycleVerdict(LifecycleAction.NONE, LifecycleReason.KEPT_AWAKE, check_at=until)
 
 
 def _stop_unless_in_use(
@@ -395,6 +415,8 @@ def _start_reason(
     policy: DeploymentPolicy, situation: DeploymentSituation, now: datetime
 ) -> LifecycleReason | None:
     """Return the reason why a policy wants a deployment up without a due run; None if it doesn't."""
+    if _is_kept_awake(situation, now):
+        return LifecycleReason.KEPT_AWAKE
     is_by_hand = situation.stopped_reason is StoppedReason.MANUAL
     match policy:
         case AlwaysOnPolicy() if not is_by_hand:

@@ -124,6 +124,8 @@ METHODS: Final = {
     "intake_samplesIndex": "deliveries.samples",
     "intake_samplesOfWorkflow": "deliveries.workflow_samples",
     "lifecycleHistory": "deployments.lifecycle_history",
+    "lifecycle_holdEnd": "deployments.end_hold",
+    "lifecycle_holdKeep": "deployments.keep_awake",
     "lifecyclePreview": "deployments.preview_lifecycle",
     "lifecycleShow": "deployments.lifecycle",
     "lifecycleUpdate": "deployments.set_lifecycle",

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta, timezone, tzinfo
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, cast
 from zoneinfo import ZoneInfo
 
+from gateway.access.audit import AuditChange
 from gateway.deployments import lifecycle_rows, lifecycle_shapes
 from gateway.deployments.lifecycle_rows import DAY, DAY_SECONDS, TimeRange
 from gateway.deployments.lifecycle_shapes import LifecyclePolicy, PolicyPreviewRequest, PolicyShape
@@ -43,6 +44,7 @@ from models.lifecycle_policy import (
 if TYPE_CHECKING:
     from gateway.deployments.lifecycle_rows import PodUsage
     from journal.deployments.activity import DeploymentActivity
+    from models.audit import AuditEntry
     from models.deployment import LifecycleDecision
     from models.lifecycle_forecast import PastRun
     from models.weekly_windows import WindowChange, ZoneClockChange
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
 
 HOUR_SECONDS = 3_600
 LISTED = (LIMIT, OFFSET)
+EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 class UsageShape(WireStruct):
@@ -128,6 +131,19 @@ class DecisionShape(WireStruct):
     """Facts on which the decision is based."""
 
 
+class LifecycleChange(WireStruct):
+    """Change of the lifecycle policy by a user, or of the time until which a user keeps the deployment awake."""
+
+    id: str
+    at: Instant
+    action: Literal["workflow.lifecycle-set", "workflow.kept-awake", "workflow.hold-ended"]
+    user_id: str
+    user_name: str | None
+    """Name of the user, or the mail address of one without; null for one who is gone."""
+    changes: Sequence[AuditChange]
+    """Changed values by path, such as `lifecyclePolicy.type`."""
+
+
 class DecisionList(WireStruct):
     """Page of the decisions about a deployment, newest first; `count` is the number of all decisions."""
 
@@ -135,6 +151,8 @@ class DecisionList(WireStruct):
     limit: int
     offset: int
     decisions: Sequence[DecisionShape]
+    changes: Sequence[LifecycleChange]
+    """Changes by users in the time of the page's decisions, newest first, at most 100."""
 
 
 class TransitionShape(WireStruct):
@@ -254,18 +272,28 @@ async def _read_policy(request: GatewayRequest) -> LifecyclePolicy:
 
 
 async def history(request: GatewayRequest) -> JsonResponse:
-    """List the decisions about a workflow's deployment, by users and by its policy, newest first."""
+    """List the decisions about a workflow's deployment, by users and by its policy, newest first.
+
+    `changes` has the changes of the policy among them, and the times until which users keep it awake.
+    """
     part = request.query.page()
     async with request.gateway.database.read() as connection:
         workflow = await editing.find_readable_row(connection, request.requested_object)
         count, found = await lifecycle_rows.list_decisions(connection, workflow.id, part)
+        span = TimeRange(
+            found[-1].at if part.offset + len(found) < count else EPOCH,
+            found[0].at if part.offset and found else request.gateway.clock() + timedelta(days=1),
+        )
+        changed = await lifecycle_rows.list_changes(connection, workflow, span)
         by_users = [one.user_id for one in found if one.user_id is not None]
+        by_users += [one.user_id for one in changed]
         names = await access_store.read_user_names(connection, request.caller.organization_id, by_users)
     shape = DecisionList(
         count=count,
         limit=part.limit,
         offset=part.offset,
         decisions=[_show_decision(one, names) for one in found],
+        changes=[_show_change(one, names) for one in changed],
     )
     return JsonResponse(shape)
 
@@ -358,6 +386,17 @@ def _show_decision(row: LifecycleDecision, names: Mapping[str, str]) -> Decision
         user_id=row.user_id,
         user_name=None if row.user_id is None else names.get(row.user_id),
         inputs=row.inputs,
+    )
+
+
+def _show_change(entry: AuditEntry, names: Mapping[str, str]) -> LifecycleChange:
+    return LifecycleChange(
+        id=entry.id,
+        at=instant(entry.created_at),
+        action=cast("Any", entry.action),
+        user_id=entry.user_id,
+        user_name=names.get(entry.user_id),
+        changes=[AuditChange(**change) for change in entry.changes or ()],
     )
 
 

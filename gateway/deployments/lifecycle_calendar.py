@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
+from enum import StrEnum
 from typing import TYPE_CHECKING, Final
 from zoneinfo import ZoneInfoNotFoundError
 
@@ -71,13 +72,24 @@ class CalendarDay(WireStruct):
     """Pod time to come without further activity."""
 
 
+class HoldKind(StrEnum):
+    """Act of a user that keeps the pods awake."""
+
+    STARTED = "started"
+    """Start outside the windows of the policy, which lasts until the next closing."""
+    KEPT_AWAKE = "kept-awake"
+    """Request to keep the deployment awake until a time."""
+
+
 class CalendarHold(WireStruct):
-    """Start by a user that keeps the pods awake outside the windows of the policy."""
+    """Act of a user that keeps the pods awake against the policy."""
+
+    kind: HoldKind
 
     since: Instant
     user_id: str | None
     until: Instant | None
-    """End of the hold: the next closing of a window after the start; null without one."""
+    """End of the hold: the time that the user has set, or the next closing of a window; null without one."""
 
 
 class LifecycleCalendar(WireStruct):
@@ -97,7 +109,7 @@ class LifecycleCalendar(WireStruct):
     """Windows of a `scheduled-window` policy, past ones by the present policy."""
     failed_starts: Sequence[Instant]
     hold: CalendarHold | None
-    """Null unless a start by a user alone keeps the pods awake now."""
+    """Null unless a user alone keeps the pods awake now, or until a time that the user has set."""
 
 
 class PodTime(WireStruct):
@@ -306,17 +318,30 @@ def _show_range(one: TimeRange) -> TimeSpan:
 def _find_hold(
     seen: DeploymentActivity | None, decisions: Sequence[LifecycleDecision]
 ) -> CalendarHold | None:
-    """Return the start by a user that alone keeps a deployment awake outside its windows; None without one.
+    """Return the act of a user that keeps a deployment awake: until a set time, or alone outside its windows.
+
+    None without one.
 
     Raises `ZoneInfoNotFoundError` for an unknown time zone.
     """
-    if seen is None or seen.situation.started_by_hand_at is None:
+    if seen is None:
+        return None
+    kept = seen.deployment
+    if kept.is_deployed and kept.kept_awake_until is not None and kept.kept_awake_until > seen.now:
+        return CalendarHold(
+            kind=HoldKind.KEPT_AWAKE,
+            since=instant(kept.kept_awake_since or seen.now),
+            user_id=kept.kept_awake_by,
+            until=instant(kept.kept_awake_until),
+        )
+    if seen.situation.started_by_hand_at is None:
         return None
     verdict = lifecycle_policy.decide(seen.policy, seen.situation, seen.now)
     if verdict.reason is not LifecycleReason.STARTED_BY_HAND:
         return None
     by_users = [one.user_id for one in decisions if one.user_id is not None and one.replicas > 0]
     return CalendarHold(
+        kind=HoldKind.STARTED,
         since=instant(seen.situation.started_by_hand_at),
         user_id=by_users[-1] if by_users else None,
         until=optional_instant(verdict.check_at),

@@ -11,6 +11,7 @@ from sqlmodel import col
 
 from gateway.http import limits
 from models import timestamps
+from models.audit import AuditAction, AuditEntry
 from models.column_types import TimestampColumn
 from models.deployment import Deployment, LifecycleDecision
 from models.execution import Execution, ExecutionData
@@ -23,11 +24,18 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from gateway.http.parameters import PageBounds
+    from models.workflow import Workflow
 
 USAGE_TIME: Final = timedelta(days=7)
 """Time over which the use of pods is measured."""
 DAY: Final = timedelta(days=1)
 DAY_SECONDS: Final = 86_400
+CHANGES: Final = (
+    AuditAction.WORKFLOW_LIFECYCLE_SET,
+    AuditAction.WORKFLOW_KEPT_AWAKE,
+    AuditAction.WORKFLOW_HOLD_ENDED,
+)
+"""Entries of the audit trail that explain later starts and stops."""
 LISTED_DECISIONS: Final = 1_000
 """Number of decisions that are read for a time, the newest."""
 _SECOND_MICROSECONDS: Final = 1_000_000
@@ -79,6 +87,32 @@ async def list_decisions(
         .offset(part.offset)
     )
     return count or 0, [LifecycleDecision(**row) for row in rows.mappings()]
+
+
+def changes_statement(organization_id: str, workflow_id: str, span: TimeRange) -> Select[*tuple[Any, ...]]:
+    """Return the statement that reads changes of a workflow's policy, and of holds, within a time, newest first."""
+    return (
+        select(AuditEntry)
+        .where(
+            col(AuditEntry.organization_id) == organization_id,
+            col(AuditEntry.object_id) == workflow_id,
+            col(AuditEntry.created_at) >= span.since,
+            col(AuditEntry.created_at) < span.until,
+            col(AuditEntry.action).in_(CHANGES),
+        )
+        .order_by(col(AuditEntry.created_at).desc(), col(AuditEntry.id).desc())
+        .limit(limits.LIFECYCLE_CHANGES)
+    )
+
+
+async def list_changes(
+    connection: AsyncConnection, workflow: Workflow, span: TimeRange
+) -> Sequence[AuditEntry]:
+    """Return changes of a workflow's policy, and of holds, within a time, newest first, at most 100."""
+    rows = (
+        await connection.execute(changes_statement(workflow.organization_id, workflow.id, span))
+    ).mappings()
+    return [AuditEntry(**row) for row in rows]
 
 
 async def read_decisions(

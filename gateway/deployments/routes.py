@@ -12,6 +12,7 @@ from gateway.deployments import (
     discover,
     lifecycle,
     lifecycle_calendar,
+    lifecycle_hold,
     trigger,
     workflow_activity,
 )
@@ -172,6 +173,23 @@ ROUTES: Final[Sequence[Route]] = (
         READ,
         lifecycle_calendar.show,
         answer=lifecycle_calendar.LifecycleCalendar,
+    ),
+    Route(
+        "POST",
+        "/api/v1/workflows/{id}/lifecycle/hold",
+        WRITE,
+        lifecycle_hold.keep,
+        body=lifecycle_hold.HoldRequest,
+        answer=lifecycle_hold.DeploymentHold,
+        docs=OperationDoc(refusals=("not-owner", "not-deployed")),
+    ),
+    Route(
+        "DELETE",
+        "/api/v1/workflows/{id}/lifecycle/hold",
+        WRITE,
+        lifecycle_hold.end,
+        status=204,
+        docs=OperationDoc(refusals=("not-owner", "not-deployed")),
     ),
     Route(
         "POST",

@@ -112,6 +112,10 @@ WINDOWS: Final = 50
 """Windows of a lifecycle policy's schedule."""
 TIMEZONE_LENGTH: Final = 64
 """Characters of the name of a time zone."""
+HOLD_SECONDS: Final = 7 * 86_400
+"""Seconds for which a deployment is kept awake by one request: a week."""
+LIFECYCLE_CHANGES: Final = 100
+"""Changes of a lifecycle policy, and requests to keep a deployment awake, beside a page of its decisions."""
 POD_MILLICORES: Final = 8_000
 """Thousandths of a processor of each pod of a workflow."""
 POD_MEBIBYTES: Final = 16_384

@@ -85,7 +85,7 @@ _TAG_OF_MODULE: Final[Mapping[str, str]] = {
         "Access": ("access", "sessions", "sign_in", "signing", "invitations"),
         "Workflows": ("workflows", "workflow_logs", "apply", "copies", "sharing", "graph", "node_statistics"),
         "Nodes": ("validation", "catalog", "nodes", "node_tests", "custom_nodes"),
-        "Deployments": ("discover", "deployments", "lifecycle", "trigger"),
+        "Deployments": ("discover", "deployments", "lifecycle", "lifecycle_hold", "trigger"),
         "Tasks": ("task_protocol", "task_lists"),
         "Events": ("events", "event_tokens"),
         "Queues": ("enqueue", "enqueue_batch"),

@@ -27,6 +27,7 @@ from gateway.workflows import graph_shapes, workflow_documents, workflow_rows
 from gateway.workflows.stored_workflow import StoredWorkflow
 from journal import definition_snapshot
 from journal.definition_snapshot import build_definition
+from models import lifecycle_policy
 from models.audit import AuditAction
 from models.column_types import column_values
 from models.data_source import DataSource, decrypt_secrets, is_usable_by
@@ -56,7 +57,7 @@ _AUDITED_COLUMNS: Final[Mapping[str, str]] = {
 }
 """Columns whose changes the audit trail has, by the names that the API gives them."""
 _SHOWN_FIELDS: Final = frozenset(
-    {"name", "status", "version", "tags", "isPublic", "isTemplate", "sharedWith"}
+    {"name", "status", "version", "tags", "isPublic", "isTemplate", "sharedWith", "lifecyclePolicy"}
 )
 """Fields whose values it has too: all others may contain credentials."""
 _encode_sorted = msgspec.json.Encoder(order="sorted").encode
@@ -328,6 +329,7 @@ def _list_changes(before: StoredWorkflow, after: StoredWorkflow) -> Sequence[Map
                 name: msgspec.to_builtins(getattr(stored.workflow, column))
                 for name, column in _AUDITED_COLUMNS.items()
             },
+            "lifecyclePolicy": lifecycle_policy.effective_policy(stored.workflow.lifecycle),
             "sharedWith": sorted(stored.shared_with),
             "nodes": audit_log.by_id(stored.nodes),
             "connections": audit_log.by_id(stored.connections),

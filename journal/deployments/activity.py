@@ -52,6 +52,7 @@ log = structlog.get_logger()
 instruments.declare("lifecycle_decisions_total")
 
 _STARTING_ACTIONS: Final = frozenset({LifecycleAction.START, LifecycleAction.WAKE})
+KEPT_AWAKE_COLUMNS: Final = ("kept_awake_since", "kept_awake_until", "kept_awake_by")
 
 # Literals instead of bound parameters: the databases use a partial index only for a condition that they can
 # read.
@@ -408,6 +409,9 @@ def _determine_changes(
         "started_by_hand_at": None,
         "start_failures": before.start_failures + has_failed,
     }
+    if decision.stopped_reason is not StoppedReason.FAILED:
+        # After a failed start, it is tried again until the end of the time.
+        stopped |= dict.fromkeys(KEPT_AWAKE_COLUMNS)
     if decision.action is LifecycleAction.DRAIN:
         return {**stopped, "drain_until": before.drain_until or now + DRAIN_TIME}
     return {**stopped, "replicas": 0, "drain_until": None}

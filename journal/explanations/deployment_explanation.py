@@ -40,6 +40,7 @@ REASON_TEXTS: Final[Mapping[LifecycleReason, str]] = {
     LifecycleReason.IN_USE: "It has runs, or starts",
     LifecycleReason.NOT_IDLE_YET: "It was used within the time of its policy",
     LifecycleReason.STARTED_BY_HAND: "A user has started it outside its window",
+    LifecycleReason.KEPT_AWAKE: "A user keeps it awake",
     LifecycleReason.STOPPED_BY_HAND: "A user has stopped it",
     LifecycleReason.DRAINING: "It waits for its last runs, and stops then",
     LifecycleReason.ASLEEP: "It is asleep: the next run starts it",
@@ -47,7 +48,12 @@ REASON_TEXTS: Final[Mapping[LifecycleReason, str]] = {
 }
 """Text of each reason of a lifecycle decision."""
 _TIMED: Final = frozenset(
-    {LifecycleReason.WINDOW_OPEN, LifecycleReason.WINDOW_CLOSED, LifecycleReason.STARTED_BY_HAND}
+    {
+        LifecycleReason.WINDOW_OPEN,
+        LifecycleReason.WINDOW_CLOSED,
+        LifecycleReason.STARTED_BY_HAND,
+        LifecycleReason.KEPT_AWAKE,
+    }
 )
 """Reasons that hold until a time that is known."""
 

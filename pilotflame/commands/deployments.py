@@ -77,6 +77,23 @@ def lifecycle(
     show_object(dict(client.deployments.lifecycle(workflow_id)), output, key="workflowId")
 
 
+@app.command("keep-awake")
+def keep_awake(
+    workflow: WorkflowArgument,
+    hours: Annotated[float, Option(min=1 / 60, max=168, help="Hours from now.")] = 1,
+    ends: Annotated[bool, Option("--end", help="Keep it awake no longer.")] = False,
+    output: FormatOption = OutputFormat.JSON,
+) -> None:
+    """Keep a deployment awake for a time, whatever its lifecycle policy says."""
+    client = connect().deployments
+    workflow_id = connect().workflows.find(workflow)
+    if ends:
+        client.end_hold(workflow_id)
+        return
+    held = client.keep_awake(workflow_id, expires_in_seconds=round(hours * 3_600))
+    show_object(dict(held), output, key="workflowId")
+
+
 @app.command("logs")
 def logs(workflow: WorkflowArgument) -> None:
     """Print the output of the pods of a deployed workflow."""

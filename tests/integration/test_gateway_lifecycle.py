@@ -31,6 +31,7 @@ from tests.integration.gateway_harness import (
     UserClient,
     assert_refused,
 )
+from tests.integration.query_plans import explain_statement
 
 DEFAULT = {"type": "idle-shutdown", "idleTimeoutMinutes": 30}
 OFFICE_HOURS = {"days": [1, 2, 3, 4, 5], "startTime": "09:00", "endTime": "17:00"}
@@ -345,6 +346,91 @@ async def test_a_calendar_has_windows_and_the_times_with_pods_past_and_to_come(
     why = (await people.owner.api.get(f"/api/v1/workflows/{workflow_id}/why")).json()
     assert why["message"].startswith("A user has started it outside its window, until ")
     assert_refused(await people.stranger.api.get(lifecycle_path(workflow_id, "/calendar")), 404, "not-found")
+
+
+async def test_a_user_keeps_a_deployment_awake_until_a_time_and_releases_it(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    owner, workflow_id = people.owner, await people.owner.create(**GRAPH)
+    hold = lifecycle_path(workflow_id, "/hold")
+    body = {"expiresInSeconds": 7200}
+    assert_refused(await owner.api.post(hold, json=body), 409, "not-deployed")
+    asleep = {"replicas": 0, "observed": ObservedState.STOPPED, "stopped_reason": StoppedReason.IDLE}
+    await deploy_with_pod(harness, owner, workflow_id, **asleep)
+    for seconds in (59, 8 * 86_400):
+        wrong = await owner.api.post(hold, json={"expiresInSeconds": seconds})
+        assert_refused(wrong, 422, "validation-failed")
+    assert_refused(await people.stranger.api.post(hold, json=body), 404, "not-found")
+
+    held = (await owner.api.post(hold, json=body)).json()
+    since, until = (datetime.fromisoformat(held[name]) for name in ("since", "until"))
+    assert until - since == 2 * HOUR
+    shown = await get_lifecycle(owner, workflow_id)
+    assert shown["stoppedReason"] is None
+    calendar = (await get_lifecycle(owner, workflow_id, "/calendar"))["hold"]
+    assert calendar == {
+        "kind": "kept-awake",
+        "since": held["since"],
+        "userId": owner.user.id,
+        "until": held["until"],
+    }
+    history = await get_lifecycle(owner, workflow_id, "/history")
+    started = history["decisions"][0]
+    assert (started["action"], started["reason"], started["userId"]) == (
+        "start",
+        "kept-awake",
+        owner.user.id,
+    )
+    # Its pods are ready and idle for longer than its policy allows: it stops at the end of the time.
+    ready = {"observed": ObservedState.RUNNING, "ready_replicas": 1, "observed_generation": 99}
+    idle = {"last_activity_at": datetime.now(UTC) - 3 * HOUR}
+    await change_deployment(harness, workflow_id, {**ready, **idle})
+    shown = await get_lifecycle(owner, workflow_id)
+    assert (shown["nextTransition"], shown["nextTransitionAt"]) == ("stop", held["until"])
+    why = (await owner.api.get(f"/api/v1/workflows/{workflow_id}/why")).json()
+    assert why["message"].startswith("A user keeps it awake, until ")
+
+    assert (await owner.api.put(lifecycle_path(workflow_id), json={"type": "on-demand"})).is_success
+    for _ in range(2):
+        assert (await owner.api.delete(hold)).status_code == 204
+    assert (await get_lifecycle(owner, workflow_id, "/calendar"))["hold"] is None
+    shown = await get_lifecycle(owner, workflow_id)
+    assert shown["nextTransition"] == "stop"
+    assert shown["nextTransitionAt"] < held["until"]
+    changes = (await get_lifecycle(owner, workflow_id, "/history"))["changes"]
+    assert [one["action"] for one in changes] == [
+        "workflow.hold-ended",
+        "workflow.lifecycle-set",
+        "workflow.kept-awake",
+    ]
+    assert {"path": "lifecyclePolicy.type", "before": '"idle-shutdown"', "after": '"on-demand"'} in changes[
+        1
+    ]["changes"]
+    assert changes[2]["changes"][0]["path"] == "keptAwakeUntil"
+    assert {one["userId"] for one in changes} == {owner.user.id}
+
+
+async def test_a_stop_by_hand_ends_the_time_for_which_a_deployment_is_kept_awake(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    owner, workflow_id = people.owner, await people.owner.create(**GRAPH)
+    await deploy_with_pod(harness, owner, workflow_id)
+    held = await owner.api.post(lifecycle_path(workflow_id, "/hold"), json={"expiresInSeconds": 600})
+    assert held.status_code == 200, held.text
+    stopped = await owner.api.post(f"/api/v1/workflows/{workflow_id}/stop")
+    assert stopped.is_success
+    assert (await get_lifecycle(owner, workflow_id, "/calendar"))["hold"] is None
+
+
+async def test_changes_among_decisions_are_found_by_an_index(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    organization_id = people.owner.user.organization_id
+    span = TimeRange(datetime(2026, 1, 1, tzinfo=UTC), datetime(2026, 2, 1, tzinfo=UTC))
+    plan = await explain_statement(
+        harness.gateway.database, lifecycle_rows.changes_statement(organization_id, "wf_1", span)
+    )
+    assert "ix_audit_entry_object" in plan
 
 
 def test_windows_of_whole_days_are_one_a_day_wherever_they_begin() -> None:

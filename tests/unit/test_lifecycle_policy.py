@@ -197,6 +197,41 @@ def test_start_reasons_of_a_stopped_deployment_end_a_drain() -> None:
 # ── deployments that never start ────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.parametrize("policy", [IdleShutdownPolicy(30), OnDemandPolicy(), OFFICE_HOURS])
+def test_a_deployment_that_a_user_keeps_awake_stops_at_the_end_of_that_time(policy: DeploymentPolicy) -> None:
+    until = OUTSIDE + HOUR
+    held = situation_up(kept_awake_until=until)
+    assert decide(policy, held, OUTSIDE) == LifecycleVerdict(NONE, LifecycleReason.KEPT_AWAKE, check_at=until)
+    planned = lifecycle_policy.next_transition(policy, held, OUTSIDE)
+    assert planned == LifecycleTransition(TransitionKind.STOP, until)
+    assert decide(policy, held, until).action is STOP
+
+
+def test_a_time_to_be_kept_awake_shortens_nothing() -> None:
+    idle_at = MONDAY + 30 * MINUTE
+    held = situation_up(kept_awake_until=MONDAY + 20 * MINUTE)
+    assert decide(IdleShutdownPolicy(30), held, MONDAY) == LifecycleVerdict(
+        NONE, LifecycleReason.NOT_IDLE_YET, check_at=idle_at
+    )
+    longer = replace(held, kept_awake_until=idle_at + MINUTE)
+    assert decide(IdleShutdownPolicy(30), longer, MONDAY).check_at == idle_at + MINUTE
+    always = decide(AlwaysOnPolicy(), held, MONDAY)
+    assert always == LifecycleVerdict(NONE, LifecycleReason.ALWAYS_ON)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_sleeping_deployment_that_is_to_be_kept_awake_starts_and_serves_runs(
+    policy: DeploymentPolicy,
+) -> None:
+    held = situation_down(StoppedReason.SCHEDULE, kept_awake_until=OUTSIDE + HOUR)
+    assert decide(policy, held, OUTSIDE) == LifecycleVerdict(START, LifecycleReason.KEPT_AWAKE)
+    assert start_refusal(policy, held, OUTSIDE) is None
+    archived = situation_down(StoppedReason.ARCHIVED, kept_awake_until=OUTSIDE + HOUR)
+    assert decide(policy, archived, OUTSIDE).action is NONE
+    failed = situation_down(StoppedReason.FAILED, OUTSIDE, kept_awake_until=OUTSIDE + HOUR, start_failures=1)
+    assert decide(policy, failed, OUTSIDE).reason is LifecycleReason.FAILED
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 def test_undeployed_workflows_are_left_alone(policy: DeploymentPolicy) -> None:
     gone = DeploymentSituation(is_deployed=False, is_up=False, has_due=True)

@@ -82,6 +82,7 @@ __all__ = [
     "DeliveryRedriveResults",
     "DeployResult",
     "Deployment",
+    "DeploymentHold",
     "DeploymentList",
     "DeploymentStatus",
     "DeploymentSummary",
@@ -128,6 +129,7 @@ __all__ = [
     "FixAction",
     "FollowUp",
     "HealthStatus",
+    "HoldKind",
     "Holder",
     "ImportAnswer",
     "ImportFindings",
@@ -153,6 +155,7 @@ __all__ = [
     "Lifecycle",
     "LifecycleAction",
     "LifecycleCalendar",
+    "LifecycleChange",
     "LifecycleReason",
     "Limits",
     "ListedDeployment",
@@ -393,7 +396,7 @@ AnswerRefusal = Literal['already-answered', 'not-assigned', 'self-approval']
 ApplyAction = Literal['archive', 'conflict', 'create', 'delete', 'unchanged', 'update']
 
 
-AuditAction = Literal['ai-settings.updated', 'connection.added', 'connection.removed', 'data-source.created', 'data-source.deleted', 'data-source.updated', 'data-source.visibility-set', 'dead-letters.muted', 'dead-letters.purged', 'dead-letters.redriven', 'dead-letters.replayed', 'dead-letters.unmuted', 'deliveries.redriven', 'deployment.drained', 'deployment.started', 'deployment.stopped', 'deployment.woken', 'drift.fixed', 'event-token.created', 'event-token.revoked', 'executions.cancelled', 'executions.deleted', 'executions.replayed', 'executions.retried', 'identity.connected', 'input.answered', 'input.reassigned', 'invitation.accepted', 'invitation.created', 'invitation.revoked', 'key.created', 'key.revoked', 'model.created', 'model.deleted', 'model.updated', 'node-type.added', 'node-type.deleted', 'node-type.deprecated', 'node.added', 'node.configured', 'node.removed', 'session.created', 'session.ended', 'share.added', 'share.removed', 'sign-in.refused', 'signing-secret.set', 'task.cancelled', 'task.retried', 'template.saved', 'template.used', 'tools.accepted', 'tools.refreshed', 'trigger-token.revoked', 'trigger-token.set', 'user.created', 'version.created', 'version.restored', 'workflow.built', 'workflow.created', 'workflow.deleted', 'workflow.deployed', 'workflow.duplicated', 'workflow.imported', 'workflow.laid-out', 'workflow.lifecycle-set', 'workflow.log-level-set', 'workflow.scopes-computed', 'workflow.started', 'workflow.status-set', 'workflow.stopped', 'workflow.undeployed', 'workflow.updated', 'workflow.visibility-set']
+AuditAction = Literal['ai-settings.updated', 'connection.added', 'connection.removed', 'data-source.created', 'data-source.deleted', 'data-source.updated', 'data-source.visibility-set', 'dead-letters.muted', 'dead-letters.purged', 'dead-letters.redriven', 'dead-letters.replayed', 'dead-letters.unmuted', 'deliveries.redriven', 'deployment.drained', 'deployment.started', 'deployment.stopped', 'deployment.woken', 'drift.fixed', 'event-token.created', 'event-token.revoked', 'executions.cancelled', 'executions.deleted', 'executions.replayed', 'executions.retried', 'identity.connected', 'input.answered', 'input.reassigned', 'invitation.accepted', 'invitation.created', 'invitation.revoked', 'key.created', 'key.revoked', 'model.created', 'model.deleted', 'model.updated', 'node-type.added', 'node-type.deleted', 'node-type.deprecated', 'node.added', 'node.configured', 'node.removed', 'session.created', 'session.ended', 'share.added', 'share.removed', 'sign-in.refused', 'signing-secret.set', 'task.cancelled', 'task.retried', 'template.saved', 'template.used', 'tools.accepted', 'tools.refreshed', 'trigger-token.revoked', 'trigger-token.set', 'user.created', 'version.created', 'version.restored', 'workflow.built', 'workflow.created', 'workflow.deleted', 'workflow.deployed', 'workflow.duplicated', 'workflow.hold-ended', 'workflow.imported', 'workflow.kept-awake', 'workflow.laid-out', 'workflow.lifecycle-set', 'workflow.log-level-set', 'workflow.scopes-computed', 'workflow.started', 'workflow.status-set', 'workflow.stopped', 'workflow.undeployed', 'workflow.updated', 'workflow.visibility-set']
 
 
 AuditKind = Literal['change', 'decision']
@@ -453,6 +456,9 @@ FindingType = Literal['agent-exfiltration-path', 'broken-connection', 'cycle', '
 FixAction = Literal['remove-connection', 'rename-config', 'set-config', 'set-input-mapping', 'set-node-type', 'set-pass-through-value', 'set-port', 'set-version']
 
 
+HoldKind = Literal['kept-awake', 'started']
+
+
 InactiveReason = Literal['archived', 'draft', 'invalid-schedule', 'no-schedule', 'paused', 'template']
 
 
@@ -471,7 +477,7 @@ KeyScope = Literal['datasources:read', 'datasources:write', 'keys:write', 'model
 LifecycleAction = Literal['drain', 'none', 'start', 'stop', 'wake']
 
 
-LifecycleReason = Literal['always-on', 'asleep', 'by-hand', 'deployed', 'drain-time-over', 'drained', 'draining', 'failed', 'idle', 'in-use', 'no-more-runs', 'not-deployed', 'not-idle-yet', 'run-due', 'started-by-hand', 'stopped-by-hand', 'undeployed', 'window-closed', 'window-open']
+LifecycleReason = Literal['always-on', 'asleep', 'by-hand', 'deployed', 'drain-time-over', 'drained', 'draining', 'failed', 'idle', 'in-use', 'kept-awake', 'no-more-runs', 'not-deployed', 'not-idle-yet', 'run-due', 'started-by-hand', 'stopped-by-hand', 'undeployed', 'window-closed', 'window-open']
 
 
 LogLevel = Literal['debug', 'error', 'info', 'warning']
@@ -875,8 +881,9 @@ class CalendarDay(TypedDict):
 
 
 class CalendarHold(TypedDict):
-    """Start by a user that keeps the pods awake outside the windows of the policy."""
+    """Act of a user that keeps the pods awake against the policy."""
 
+    kind: HoldKind
     since: str
     userId: str | None
     until: str | None
@@ -1142,6 +1149,7 @@ class DecisionList(TypedDict):
     limit: int
     offset: int
     decisions: List[Decision]
+    changes: List[LifecycleChange]
 
 
 class Delivery(TypedDict):
@@ -1228,6 +1236,17 @@ class Deployment(TypedDict):
     drainUntil: str | None
     observedAt: str | None
     updatedAt: str | None
+
+
+class DeploymentHold(TypedDict):
+    """Time for which a user keeps a deployment awake."""
+
+    workflowId: str
+    since: str
+    until: str
+    userId: str
+    nextTransition: TransitionKind | None
+    nextTransitionAt: str | None
 
 
 class DeploymentList(TypedDict):
@@ -1845,6 +1864,17 @@ class LifecycleCalendar(TypedDict):
     windows: List[TimeSpan]
     failedStarts: List[str]
     hold: CalendarHold | None
+
+
+class LifecycleChange(TypedDict):
+    """Change of the lifecycle policy by a user, or of the time until which a user keeps the deployment awake."""
+
+    id: str
+    at: str
+    action: Literal['workflow.hold-ended', 'workflow.kept-awake', 'workflow.lifecycle-set']
+    userId: str
+    userName: str | None
+    changes: List[AuditChange]
 
 
 class Limits(TypedDict, total=False):
