@@ -260,6 +260,8 @@ async def open_visit(postgres: PostgresServer, folder: Path) -> AsyncIterator[Da
         orders_id = await people.owner.create(**ORDERS)
         execution_id = await run_to_its_end(harness, folder, people, orders_id)
         await deploy_with_pod(harness, people.owner, orders_id)
+        hold = f"/api/v1/workflows/{orders_id}/lifecycle/hold"
+        assert (await people.owner.api.post(hold, json={"expiresInSeconds": 86_400})).is_success
         await RunHourCounter(harness.gateway.database).count_runs()
         await page.open(f"{url}/sign-in?next=%2Fdashboard%2Fruns")
         await page.fill("#key", "sk-wrong")

@@ -154,6 +154,24 @@ async def test_a_failed_run_is_resumed_after_a_question_and_replayed_after_its_p
     assert f"replays {visit.execution_id}" in await visit.page.text(".facts")
 
 
+async def test_a_workflow_that_is_kept_awake_is_released_and_the_release_taken_back(
+    visit: DashboardVisit,
+) -> None:
+    page = visit.page
+    await visit.show("/dashboard/workflows/{orders_id}/lifecycle")
+    await page.wait_for("document.querySelector('#hold form button') !== null")
+    await page.click("#hold form button")
+    await page.wait_for("document.querySelector('#toast button') !== null")
+    await page.wait_for("document.querySelector('#hold') === null")
+    await visit.press("z")
+    await page.wait_for("document.querySelector('#toast').textContent === 'Undone'")
+    await page.wait_for("document.querySelector('#hold') !== null")
+    await page.evaluate("document.querySelector('#keep-awake').open = true")
+    await page.click("#keep-awake button[type=submit]")
+    await page.wait_for("document.querySelector('#toast').textContent.includes('Kept awake')")
+    assert page.problems == []
+
+
 async def test_texts_of_users_never_become_elements(visit: DashboardVisit) -> None:
     await visit.show("/dashboard/runs")
     texts = await visit.page.evaluate("[...document.querySelectorAll('td a')].map(one => one.textContent)")

@@ -167,6 +167,18 @@ async def test_times_awake_are_a_calendar_and_another_policy_is_tried_on_past_ru
     assert "Europe/Berlin" in tried.text
     present = (await people.owner.api.get(f"/api/v1/workflows/{workflow_id}/lifecycle")).json()
     assert present["lifecyclePolicy"]["type"] == "idle-shutdown", "a preview changes nothing"
+    assert "Keep awake until…" in page.text
+    api, path = people.owner.api, f"/api/v1/workflows/{workflow_id}/lifecycle"
+    assert (await api.post(f"{path}/hold", json={"expiresInSeconds": 86_400})).is_success
+    assert (await api.put(path, json={"type": "on-demand"})).is_success
+    held = (await browser.get(address)).text
+    name = people.owner.user.name or people.owner.user.email
+    assert f"Kept awake by {name}</b> until" in unescape(held)
+    assert f'data-request="DELETE {path}/hold"' in held
+    assert f"{name}: On demand in place of Stops when idle" in unescape(held)
+    assert f"{name}: until 20" in unescape(held)
+    assert (await api.delete(f"{path}/hold")).is_success
+    assert f"{name}: its policy decides again" in unescape((await browser.get(address)).text)
     for wrong in ("type=scheduled-window&zone=Nowhere", "type=idle-shutdown&minutes=0"):
         refused = await browser.get(f"{address}?{wrong}")
         assert refused.status_code == 200

@@ -5,14 +5,23 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final
 
 from gateway.dashboard.addresses import list_address
 from gateway.dashboard.day_calendar import HOUR_SECONDS, draw_calendar
-from gateway.dashboard.formats import LIFECYCLE_REASONS, look_of_pod, parse_moment, show_duration
+from gateway.dashboard.formats import (
+    LIFECYCLE_REASONS,
+    look_of_pod,
+    parse_moment,
+    show_day_time,
+    show_duration,
+)
 from gateway.dashboard.page import Page, PageData, PageFrame
 from gateway.dashboard.policy_chart import draw_policy_chart
 from gateway.http.errors import ApiError
+from json_text import decoding
 
 if TYPE_CHECKING:
     from gateway.dashboard.page_request import PageRequest
@@ -33,6 +42,8 @@ DAYS: Final = {
     "weekend": ("Saturday and Sunday", [0, 6]),
 }
 IDLE_MINUTES: Final = 30
+HOLD_HOURS: Final = ((1, "an hour"), (4, "4 hours"), (12, "12 hours"), (24, "a day"), (168, "a week"))
+"""Times for which the page offers to keep a workflow awake, in hours."""
 DIGITS: Final = re.compile(r"[0-9]{1,9}\Z")
 WORDS: Final = {
     "start": ("lit", "awake", "Started"),
@@ -42,6 +53,17 @@ WORDS: Final = {
     "none": ("", "minus", "Left as it is"),
 }
 """Tone, icon and word of each action."""
+
+
+@dataclass(frozen=True, slots=True)
+class LifecycleEvent:
+    """Start, stop or change by a user, as the list shows it."""
+
+    at: str
+    tone: str
+    icon: str
+    word: str
+    detail: str
 
 
 async def load(page: PageRequest) -> PageData:
@@ -117,6 +139,11 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
     page_path = f"{frame.root}{PATH.replace('{id}', workflow['id']).removesuffix('/lifecycle')}"
     present = lifecycle["lifecyclePolicy"]
     days = draw_calendar(data["calendar"], changes)
+    hold, by_users = data["calendar"]["hold"], data["history"]["changes"]
+    holders = {
+        "started": (one["userName"] for one in decisions if one["userId"] and one["replicas"]),
+        "kept-awake": (one["userName"] for one in by_users if one["action"] == "workflow.kept-awake"),
+    }
     is_all = frame.query.get("decisions") == "all"
     return {
         "title": f"When {workflow['name']} is awake",
@@ -133,10 +160,19 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "days": days,
         "tones": {bar.tone for day in days for bar in day.bars},
         "saving": describe_saving(data["calendar"]["days"], frame),
-        "hold": data["calendar"]["hold"],
-        "holder": next((one["userName"] for one in decisions if one["userId"] and one["replicas"]), None),
-        "decisions": [(*WORDS.get(one["action"], WORDS["none"]), one) for one in decisions],
-        "reasons": LIFECYCLE_REASONS,
+        "hold": hold,
+        "holder": next(holders[hold["kind"]], None) if hold else None,
+        "left_seconds": max(int((parse_moment(hold["until"]) - frame.now).total_seconds()), 60)
+        if hold and hold["until"]
+        else 0,
+        "hold_choices": [
+            (
+                hours * HOUR_SECONDS,
+                f"{label}, until {show_day_time((frame.now + timedelta(hours=hours)).isoformat(), frame.now)} UTC",
+            )
+            for hours, label in HOLD_HOURS
+        ],
+        "events": list_events(decisions, by_users),
         "all_decisions": ""
         if is_all or data["history"]["count"] <= len(decisions)
         else list_address(frame, f"/dashboard/workflows/{workflow['id']}/lifecycle", {"decisions": "all"}),
@@ -152,6 +188,61 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "api": f"/api/v1/workflows/{workflow['id']}",
         "may_write": frame.may("workflows:write"),
     }
+
+
+def list_events(
+    decisions: Sequence[Mapping[str, Any]], by_users: Sequence[Mapping[str, Any]]
+) -> Sequence[LifecycleEvent]:
+    """Return starts and stops with the changes by users among them, the newest first."""
+    found = [*map(_show_decision, decisions), *map(_show_change, by_users)]
+    return sorted(found, key=lambda one: parse_moment(one.at), reverse=True)
+
+
+def _show_decision(decision: Mapping[str, Any]) -> LifecycleEvent:
+    """Return a start or stop in words: its reason, its user and its pods."""
+    tone, icon, word = WORDS.get(decision["action"], WORDS["none"])
+    if decision["reason"] == "failed":
+        tone, icon, word = "bad", "failed", "Start failed"
+    facts = [LIFECYCLE_REASONS.get(decision["reason"], decision["reason"].replace("-", " "))]
+    if decision["userId"]:
+        facts.append(f"by {decision['userName'] or decision['userId']}")
+    if decision["replicas"] > 1:
+        facts.append(f"{decision['replicas']} pods")
+    return LifecycleEvent(decision["at"], tone, icon, word, ", ".join(facts))
+
+
+def _show_change(change: Mapping[str, Any]) -> LifecycleEvent:
+    """Return a change of the policy, or of the time until which a user keeps the workflow awake, in words."""
+    who = change["userName"] or change["userId"]
+    values = {one["path"]: (_decode(one["before"]), _decode(one["after"])) for one in change["changes"]}
+    if change["action"] == "workflow.lifecycle-set":
+        return LifecycleEvent(change["at"], "", "pin", "Policy changed", f"{who}: {_describe_change(values)}")
+    _, until = values.get("keptAwakeUntil", (None, None))
+    if until is None:
+        return LifecycleEvent(change["at"], "", "hand", "Released", f"{who}: its policy decides again")
+    until = parse_moment(str(until))
+    return LifecycleEvent(
+        change["at"], "warn", "hand", "Kept awake", f"{who}: until {until:%Y-%m-%d %H:%M} UTC"
+    )
+
+
+def _describe_change(values: Mapping[str, tuple[Any, Any]]) -> str:
+    """Return a change of a policy in words, such as `On demand in place of Always on`."""
+    if "lifecyclePolicy.type" in values:
+        before, after = (POLICIES.get(str(one), str(one)) for one in values["lifecyclePolicy.type"])
+        return f"{after} in place of {before}"
+    if "lifecyclePolicy.idleTimeoutMinutes" in values:
+        before, after = values["lifecyclePolicy.idleTimeoutMinutes"]
+        return f"stops after {after} idle minutes in place of {before}"
+    return "other windows"
+
+
+def _decode(text: str | None) -> Any:  # noqa: ANN401 - any JSON value
+    """Return the value of a change; the text itself if it is a hash of a long one."""
+    try:
+        return None if text is None else decoding.decode(text)
+    except ValueError:
+        return text
 
 
 def describe_saving(days: Sequence[Mapping[str, Any]], frame: PageFrame) -> str:
