@@ -12,6 +12,8 @@ import msgspec
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+EXACT_MS: Final = 10
+"""Time from which fractions of a millisecond are noise."""
 SECOND_MS: Final = 1_000
 MINUTE_MS: Final = 60_000
 HOUR_MS: Final = 3_600_000
@@ -210,6 +212,13 @@ def show_duration(milliseconds: float | None) -> str:
     if left < DAY_MS:
         return f"{left // HOUR_MS} h {left % HOUR_MS // MINUTE_MS:02} min"
     return f"{left // DAY_MS} d {left % DAY_MS // HOUR_MS} h"
+
+
+def show_latency(milliseconds: float) -> str:
+    """Return the time of an answer as text, such as `0.4 ms`, `7.5 ms`, `268 ms` or `1.2 s`."""
+    if milliseconds < EXACT_MS:
+        return f"{milliseconds:.1f} ms"
+    return show_duration(round(milliseconds))
 
 
 def show_age(text: str | None, now: datetime) -> str:

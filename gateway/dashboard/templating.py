@@ -47,6 +47,7 @@ def _open_environment() -> jinja2.Environment:
         "in_runs": formats.say_runs,
         "json": formats.show_json,
         "json_whole": formats.show_whole_json,
+        "latency": formats.show_latency,
         "line": formats.show_line,
         "moment": formats.show_moment,
     }

@@ -113,6 +113,8 @@ BODIES: Mapping[str, dict[str, Any]] = {
 }
 """Bodies that create or change objects, by operation; each other field of a text is added to a copy of its own."""
 WITHOUT_OBJECTS = {
+    "POST /api/v1/dead-letters/bulk-operations": "a selection, which no page shows",
+    "POST /api/v1/executions/bulk-operations": "a selection, which no page shows",
     "PUT /api/v1/datasources/{id}": "the texts of a data source",
     "POST /api/v1/ai/models": "a language model, on no page",
     "PUT /api/v1/ai/models/{id}": "a language model, on no page",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from gateway.dashboard.formats import show_share
+import pytest
+
+from gateway.dashboard.formats import show_latency, show_share
 from gateway.dashboard.hour_charts import draw_bars, draw_lines, label_hours
 
 
@@ -32,3 +34,11 @@ def test_a_share_is_never_shown_as_none_by_rounding() -> None:
     shares = [(0, 9), (1, 100_000), (4, 1_000), (1, 20), (97, 1_000), (2, 3), (0, 0)]
     shown = [show_share(*one) for one in shares]
     assert shown == ["0 %", "<0.1 %", "0.4 %", "5 %", "9.7 %", "67 %", "0 %"]
+
+
+@pytest.mark.parametrize(
+    ("milliseconds", "shown"),
+    [(0.04, "0.0 ms"), (0.42, "0.4 ms"), (7.55, "7.5 ms"), (267.55, "268 ms"), (1_234.5, "1.23 s")],
+)
+def test_a_latency_is_shown_to_the_digit_that_matters(milliseconds: float, shown: str) -> None:
+    assert show_latency(milliseconds) == shown
