@@ -11,6 +11,7 @@ from engine.agents.agent_steps import AGENT_TYPE
 from engine.agents.agent_wiring import (
     MAX_AGENT_DEPTH,
     MAX_INNER_TOOLS,
+    MAX_TOOLS,
     PORT_OF_MODELS,
     PORT_OF_TOOLS,
     PROVIDER_PORTS,
@@ -78,6 +79,10 @@ def _check_agent(
         yield GraphFinding(
             FindingType.INVALID_CONFIG, message, "Connect one, with fallbackModelIds.", agent.id, extra.id
         )
+    if len(edges) - len(models) > MAX_TOOLS:
+        message = f'Node "{agent.label}" (agent) has more than {MAX_TOOLS} tools'
+        suggestion = "Connect fewer tools, or let agents inside it have some of them."
+        yield GraphFinding(FindingType.INVALID_CONFIG, message, suggestion, agent.id)
     yield from _find_exfiltration_path(agent, graph, catalog, traits)
     names: dict[str, str] = {}
     for edge in edges:

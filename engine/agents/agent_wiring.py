@@ -21,6 +21,8 @@ PORT_OF_TOOLS: Final = "tools"
 PROVIDER_PORTS: Final = frozenset({PORT_OF_MODELS, PORT_OF_TOOLS})
 MAX_AGENT_DEPTH: Final = 3
 """Maximum number of agents one inside another, the outermost among them."""
+MAX_TOOLS: Final = 64
+"""Maximum number of tools of one agent; each request to its model describes all of them."""
 MAX_INNER_TOOLS: Final = 256
 """Maximum number of tools of the agents inside one agent; one tool of several agents counts for each of them."""
 TYPES_THAT_WAIT: Final = frozenset(

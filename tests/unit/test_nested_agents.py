@@ -369,6 +369,19 @@ def test_validation_follows_agents_inside_agents() -> None:
     assert "at most 3 deep" in too_deep[0].message
 
 
+@pytest.mark.parametrize(("count", "is_valid"), [(64, True), (65, False)])
+def test_an_agent_has_at_most_64_tools(count: int, *, is_valid: bool) -> None:
+    more: list[dict[str, Json]] = [
+        {"id": f"look-{number}", "type": "tool", "config": {**LOOK, "name": f"look-{number}"}}
+        for number in range(count - 1)
+    ]
+    wires = [(str(tool["id"]), "agent") for tool in more]
+    graph = build_graph({"effects": ["read"]}, tools=[("look", "agent")], wires=wires, more=more)
+    found = validate_graph(graph, load_catalog()).errors
+    assert [one.message for one in found if "64 tools" not in one.message] == []
+    assert (not found) is is_valid
+
+
 def test_agents_with_too_many_tools_are_refused_before_all_their_paths_are_followed() -> None:
     names = [f"helper-{number}" for number in range(150)]
     wires = [(source, target) for place, source in enumerate(names) for target in ("agent", *names[:place])]
