@@ -97,7 +97,7 @@ async def test_a_writing_node_is_approved_like_every_tool() -> None:
         (node("postgresql-source"), {"dataSource", "query"}),
         (node("code"), {"source"}),
         (node("email-send"), {"dataSource", "headers"}),
-        (node("llm"), {"model", "fallbackModelIds", "budget"}),
+        (node("llm"), {"model", "fallbackModelIds", "budget", "recordContent"}),
     ],
 )
 def test_what_decides_about_effect_access_and_code_is_no_parameter(
