@@ -10,6 +10,7 @@ from engine.model_prices import ModelPrice
 from engine.run_errors import NodeError
 from engine.services import RunCaller
 from nodes.ai.model_connection import ModelConnection
+from nodes.ai.model_ledger import ModelLedger
 from nodes.lazy_models import LazyModels
 from tests.fakes.model_ledger import MemoryLedger
 from tests.fakes.model_server import KEY
@@ -49,6 +50,20 @@ class ServedModels:
 
     async def block(self, caller: RunCaller, model_id: str, seconds: float) -> None:
         """Remember nothing: each answer of a server is asked for."""
+
+
+class ChargedModels:
+    """Served models with a ledger of another kind."""
+
+    def __init__(self, served: ServedModels, ledger: ModelLedger) -> None:
+        self._served = served
+        self.ledger = ledger
+
+    async def find(self, caller: RunCaller, model_id: str) -> ModelConnection:
+        return await self._served.find(caller, model_id)
+
+    async def block(self, caller: RunCaller, model_id: str, seconds: float) -> None:
+        """Remember nothing, as the served models."""
 
 
 def open_served_models(

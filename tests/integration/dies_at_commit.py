@@ -13,6 +13,7 @@ from engine.services import NodeServices
 from execution.child_runs import ChildRunStarter
 from execution.executor import ExecutorHooks, RunExecutor
 from execution.message_signer import MessageSigner
+from execution.stored_model_ledger import StoredModelLedger
 from journal.blobs.blob_store import BlobStore
 from journal.blobs.folder_storage import FolderBlobStorage
 from journal.store import RunWrite
@@ -22,8 +23,9 @@ from messages.local_broker import LocalBroker
 from models.database import Database, parse_url
 from models.encryption import SecretVault
 from nodes import catalog
+from nodes.lazy_models import LazyModels
 from nodes.outbound_http import OutboundClient, OutboundPolicy
-from tests.fakes.model_lookup import LOOPBACK, open_served_models
+from tests.fakes.model_lookup import LOOPBACK, ChargedModels, ServedModels
 from workers.completion_actions import CompletionActions
 from workers.settings import WorkerSettings
 from workers.webhook_delivery import WebhookSender
@@ -54,7 +56,11 @@ async def _execute_runs(url: str, folder: Path, model_url: str, last_commit: int
     database, broker, types = Database(parse_url(url)), LocalBroker(channel="dies"), catalog.load_catalog()
     runs = ChildRunStarter(database, store, broker, types, settings)
     client = OutboundClient(OutboundPolicy(allowed_networks=LOOPBACK))
-    services = NodeServices(http=client, models=open_served_models({"first": model_url}), runs=runs)
+    charged = ChargedModels(
+        ServedModels({"first": model_url}), StoredModelLedger(database, is_deferring=True)
+    )
+    models = LazyModels(lambda: charged, LOOPBACK, ())
+    services = NodeServices(http=client, models=models, runs=runs)
     webhooks = WebhookSender(
         MessageSigner(database, SecretVault(b"a secret of more than thirty-two characters")), client
     )

@@ -24,7 +24,7 @@ from journal.waits.approvals import ApprovalDecision
 from models.workflow import WorkflowGraph
 from nodes.custom_types import PINNED
 from tests.custom_types import custom_type
-from tests.fakes.model_server import ModelServer, ScriptedAnswer, serve_models
+from tests.fakes.model_server import ModelFault, ModelServer, ScriptedAnswer, serve_models
 from tests.forks import ForkedProcess
 from tests.integration import dies_at_commit
 from tests.integration.run_database import MigratedDatabase, OwnedWorkflow, RunDatabase, open_run_database
@@ -335,6 +335,50 @@ async def test_an_agent_whose_contents_are_not_recorded_begins_again_and_pays_fo
         assert len([call for call in await read_calls(run_database, key) if "usage" in call]) == len(answers)
         keys = [step["key"] for step in steps if step["kind"] == "tool"]
         assert len(set(keys)) == len(keys)
+
+
+class StallingTurns(FollowedTurns):
+    """Script that stalls in the middle of each second answer, in which its reader is killed."""
+
+    stalled = 0
+
+    def choose(self) -> None:
+        super().choose()
+        if len(self._served.requests) % 2 == 0:
+            self.stalled += 1
+            self._served.script = [ScriptedAnswer(fault=ModelFault.STALL)]
+
+
+@pytest.mark.timeout(300)
+async def test_the_budget_of_a_run_is_never_passed_through_kills(
+    run_database: RunDatabase, migrated_database: MigratedDatabase, tmp_path: Path
+) -> None:
+    """Answers that are lost with their workers keep their reservations, until no further call fits."""
+    budget = 4_500
+    async with serve_models() as served:
+        script = StallingTurns(served)
+        definition = json.loads(build_agent(served.url)) | {"settings": {"aiBudget": {"maxTokens": budget}}}
+        key = await run_database.accept(await run_database.workflow(), definition=json.dumps(definition))
+        died = 0
+        async with asyncio.timeout(2 * PATIENCE_SECONDS):
+            while not await has_ended(run_database, key):
+                process = work(migrated_database, tmp_path, served, 0)
+                while script.stalled == died and not await has_ended(run_database, key):  # noqa: ASYNC110 - of another process
+                    await asyncio.sleep(0.05)
+                died = script.stalled
+                process.kill()
+                process.wait()
+                await run_database.query("UPDATE execution SET lease_until = 1 WHERE status = 'running'")
+                await run_database.store.sweep(10)
+        error = str((await run_database.row(key.execution_id))["error"])
+    charges = await run_database.query(
+        "SELECT tokens, is_settled FROM model_charge WHERE execution_id = :id", id=key.execution_id
+    )
+    lost = [charge["tokens"] for charge in charges if not charge["is_settled"]]
+    assert "model-budget-exceeded" in error
+    assert len(charges) == len(served.billed), "no call without a reservation, and none for a refused one"
+    assert len(lost) == died > 0
+    assert sum(charge["tokens"] for charge in charges) <= budget
 
 
 async def approve(run_database: RunDatabase, key: ExecutionKey) -> str:
