@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncIterator, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -340,16 +340,6 @@ class ServedDocument:
     key: str
     document: dict[str, Any]
 
-    @property
-    def operations(self) -> int:
-        return sum(len(methods) for methods in self.document["paths"].values())
-
-    def sample(self, number: int) -> ServedDocument:
-        """Return the document with those of its paths that a checksum puts into a sample."""
-        paths = self.document["paths"]
-        some = {path: paths[path] for path in paths if checksum(path) % SAMPLES == number}
-        return replace(self, document={**self.document, "paths": some})
-
 
 @dataclass
 class FuzzReport:
@@ -398,11 +388,11 @@ async def claim_at_once(
 def test_missing_oversized_and_mistyped_values_get_documented_answers(
     postgres: PostgresServer, tmp_path: Path, *, is_thorough: bool
 ) -> None:
-    with serve_gateway("sqlite", postgres, tmp_path) as served:
-        asked = served if is_thorough else served.sample(0)
-        report = fuzz_operation(asked, examples_of_an_operation=2, phases={"coverage"})
+    document = sample_document(None if is_thorough else 0)
+    with serve_gateway("sqlite", postgres, tmp_path, document) as served:
+        report = fuzz_operation(served, examples_of_an_operation=2, phases={"coverage"})
     assert report.failures == []
-    assert len(report.statuses) == asked.operations
+    assert len(report.statuses) == count_operations(document)
 
 
 @BUSY
@@ -410,23 +400,37 @@ def test_missing_oversized_and_mistyped_values_get_documented_answers(
 def test_generated_requests_get_documented_answers(
     postgres: PostgresServer, tmp_path: Path, *, is_thorough: bool
 ) -> None:
-    with serve_gateway("postgresql", postgres, tmp_path) as served:
-        asked = served if is_thorough else served.sample(1)
-        report = fuzz_operation(asked, examples_of_an_operation=1, phases={"fuzzing"})
+    document = sample_document(None if is_thorough else 1)
+    with serve_gateway("postgresql", postgres, tmp_path, document) as served:
+        report = fuzz_operation(served, examples_of_an_operation=1, phases={"fuzzing"})
     assert report.failures == []
-    assert len(report.statuses) == asked.operations
+    assert len(report.statuses) == count_operations(document)
     assert report.share_of_success >= ENOUGH
 
 
 def test_samples_of_the_document_have_each_operation_once() -> None:
-    served = ServedDocument("", "", read_document())
-    samples = [served.sample(number) for number in range(SAMPLES)]
-    assert all(10 < sample.operations < 2 * served.operations / SAMPLES for sample in samples)
-    assert sum(sample.operations for sample in samples) == served.operations == len(routes.TABLE)
+    samples = [sample_document(number) for number in range(SAMPLES)]
+    operations = count_operations(sample_document(None))
+    assert sum(map(count_operations, samples)) == operations == len(routes.TABLE)
+    assert all(10 < count_operations(sample) < 2 * operations / SAMPLES for sample in samples)
+
+
+def sample_document(number: int | None) -> dict[str, Any]:
+    """Return the document with those of its paths that a checksum puts into a sample; with all for None."""
+    document = read_document()
+    paths = document["paths"]
+    chosen = [path for path in paths if number is None or checksum(path) % SAMPLES == number]
+    return {**document, "paths": {path: paths[path] for path in chosen}}
+
+
+def count_operations(document: Mapping[str, Any]) -> int:
+    return sum(len(methods) for methods in document["paths"].values())
 
 
 @contextmanager
-def serve_gateway(kind: str, postgres: PostgresServer, folder: Path) -> Iterator[ServedDocument]:
+def serve_gateway(
+    kind: str, postgres: PostgresServer, folder: Path, document: dict[str, Any]
+) -> Iterator[ServedDocument]:
     """Run a gateway in a thread, while schemathesis waits for its answers in this one."""
     servers: list[main.GatewayServer] = []
     served: list[ServedDocument] = []
@@ -436,8 +440,8 @@ def serve_gateway(kind: str, postgres: PostgresServer, folder: Path) -> Iterator
             people = await harness.people()
             host, port = listener.getsockname()
             ids = await create_examples(harness, people)
-            document = await place_examples(harness, people, ids)
-            served.append(ServedDocument(f"http://{host}:{port}", people.admin.key, document))
+            placed = await place_examples(harness, people, ids, document)
+            served.append(ServedDocument(f"http://{host}:{port}", people.admin.key, placed))
             app = main.create_app(lambda: nullcontext(harness.gateway))
             servers.append(main.build_server(app, harness.gateway.settings))
             await servers[0].serve(sockets=[listener])
@@ -456,13 +460,13 @@ def serve_gateway(kind: str, postgres: PostgresServer, folder: Path) -> Iterator
 
 
 async def place_examples(
-    harness: GatewayHarness, people: OrganizationUsers, ids: Mapping[str, str]
+    harness: GatewayHarness, people: OrganizationUsers, ids: Mapping[str, str], documented: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return the document with examples of existing objects; each destructive example has an object of its
+    """Return a document with examples of existing objects; each destructive example has an object of its
     own.
     """
-    document = replace_example_ids(read_document(), ids)
-    for path, methods in read_document()["paths"].items():
+    document = replace_example_ids(documented, ids)
+    for path, methods in documented["paths"].items():
         for method, operation in methods.items():
             if method == "delete" or operation["operationId"] in UNDOING:
                 document["paths"][path][method] = replace_example_ids(
