@@ -101,6 +101,9 @@ _INCOMPLETE: Final[Mapping[FinishReason, StopReason]] = {
 }
 
 
+_OF_BUDGET: Final = frozenset({StopReason.MAX_COST, StopReason.MAX_TOKENS})
+
+
 class StoredAnswer(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True):
     """Answer of a model as its step stores it."""
 
@@ -516,6 +519,12 @@ def _end_without_asking(task: AgentTask, steps: Sequence[AgentStep], limit: Stop
     """Fail at a limit, or end with the text of the last answer; without an answer the node fails in any case."""
     present = list_present_steps(steps)
     texts = [read_stored_answer(step).text for step in present if step.kind is StepKind.MODEL]
+    if not texts and limit in _OF_BUDGET:
+        message = (
+            f"The budget ({limit.value}) doesn't suffice for an answer and a last one of the longest length: raise it,"
+            " or lower maxTokens of the agent"
+        )
+        return Fail(LIMIT_CODE, message)
     if task.limits.fails_at_limit or not texts:
         return Fail(LIMIT_CODE, f"The agent has reached a limit: {limit.value}")
     return Finish(texts[-1], None, limit)

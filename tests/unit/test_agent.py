@@ -516,6 +516,7 @@ def test_a_first_answer_that_may_cost_too_much_is_not_asked_for() -> None:
     ended = run.run()
     assert isinstance(ended, Fail)
     assert (ended.code, run.requests) == (agent.LIMIT_CODE, [])
+    assert "lower maxTokens" in ended.message
 
 
 def test_arguments_of_tool_calls_count_as_input_and_as_conversation() -> None:
