@@ -34,7 +34,7 @@ from engine.node_api import (
 )
 from engine.run_errors import LeaseLost, NodeError
 from engine.run_records import SpanStatus
-from engine.services import ApprovalLinkService
+from engine.services import ApprovalLinkService, BlobService
 from json_text import decoding
 
 if TYPE_CHECKING:
@@ -50,6 +50,9 @@ if TYPE_CHECKING:
     from engine.span_recorder import SpanRecorder
     from engine.values import Json
 
+KEEPS_NOTHING: Final = (
+    "The contents of the agent are not recorded, so that its tools can keep nothing in the run"
+)
 CUT_NOTE: Final = "\n[… {left} of {size} bytes left out …]\n"
 
 
@@ -256,6 +259,32 @@ class RefusedApprovalLinks(ApprovalLinkService):
         raise NodeError("A tool can't send links of approvals", code="not-a-tool")
 
 
+class ReadOnlyBlobs(BlobService):
+    """Blobs for tools of an agent whose contents are not recorded: they may be read alone."""
+
+    def __init__(self, blobs: BlobService) -> None:
+        self._blobs = blobs
+
+    async def put(
+        self,
+        caller: RunCaller,  # noqa: ARG002 - the protocol's parameters
+        content: bytes,  # noqa: ARG002 - as above
+        *,
+        media_type: str,  # noqa: ARG002 - as above
+        name: str = "",  # noqa: ARG002 - as above
+    ) -> dict[str, Json]:
+        """Raise a `NodeError`, which the model gets."""
+        raise NodeError(KEEPS_NOTHING, code=content_recording.REFUSED_CODE)
+
+    async def get(self, caller: RunCaller, reference: Json, *, max_bytes: int) -> bytes:
+        return await self._blobs.get(caller, reference, max_bytes=max_bytes)
+
+
+def _refuse_metadata(_metadata: Mapping[str, str]) -> None:
+    """Raise a `NodeError`, which the model gets."""
+    raise NodeError(KEEPS_NOTHING, code=content_recording.REFUSED_CODE)
+
+
 class VisitTools(AgentTools):
     """Tools of one agent in its run."""
 
@@ -264,6 +293,9 @@ class VisitTools(AgentTools):
         self._agent = agent
         self._steps = steps
         services = replace(call.services, approvals=RefusedApprovalLinks())
+        if not call.records_content:
+            services = replace(services, blobs=ReadOnlyBlobs(services.blobs))
+            call = msgspec.structs.replace(call, set_metadata=_refuse_metadata)
         self._call = msgspec.structs.replace(call, services=services)
 
     async def list_tools(self) -> Sequence[CallableTool]:

@@ -14,13 +14,15 @@ import pytest
 from engine import content_recording, workflow_runner
 from engine.agents.agent import MAX_CONVERSATIONS
 from engine.agents.agent_steps import StepStatus
+from engine.agents.tool_calls import ReadOnlyBlobs
 from engine.findings import FindingType
 from engine.graph import ParsedGraph
 from engine.model_calls import ModelReply
 from engine.model_prices import show_cost
 from engine.program import WorkflowProgram
+from engine.run_errors import NodeError
 from engine.run_records import AttemptSpan, LogLine, RunOutcome, RunStatus
-from engine.services import ControlRequest
+from engine.services import BlobService, ControlRequest, RunCaller
 from engine.validation import validate_graph
 from engine.values import Json
 from nodes.catalog import load_catalog
@@ -303,6 +305,33 @@ async def test_lines_of_tools_are_recorded_without_their_texts() -> None:
     assert await world.work() == RunOutcome(RunStatus.COMPLETED)
     assert CANARY not in world.list_records(with_outputs=True)
     assert [line.message for line in world.lines] == [content_recording.HIDDEN_LINE] * 3
+
+
+async def test_tools_keep_nothing_in_the_run() -> None:
+    config: Json = {"metadata": {"city": "{{ args.city }}"}}
+    graph = build_agent(UNRECORDED, {"target": {"node": {"type": "set-metadata", "config": config}}})
+    world = RecordedWorld(compile_graph(graph), ScriptedModel(TURNS[:1]))
+    worker = world.worker()
+    assert await worker.work() == RunOutcome(RunStatus.COMPLETED)
+    assert worker.notebook.metadata == {}
+    told = world.model.requests[-1].messages[-1].content
+    assert "can keep nothing in the run" in told
+    blobs = ReadOnlyBlobs(KeptBlobs())
+    with pytest.raises(NodeError, match="can keep nothing"):
+        await blobs.put(worker.start.caller, b"x", media_type="text/plain")
+    assert await blobs.get(worker.start.caller, None, max_bytes=1) == b"kept"
+
+
+class KeptBlobs(BlobService):
+    """Blobs that a run has received."""
+
+    async def put(
+        self, caller: RunCaller, content: bytes, *, media_type: str, name: str = ""
+    ) -> dict[str, Json]:
+        raise NotImplementedError
+
+    async def get(self, caller: RunCaller, reference: Json, *, max_bytes: int) -> bytes:  # noqa: ARG002 - the protocol's parameters
+        return b"kept"
 
 
 def find_messages(graph: ParsedGraph) -> list[str]:
