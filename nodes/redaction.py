@@ -48,6 +48,7 @@ class PieceRedactor:
 
     def __init__(self, secrets: Iterable[str]) -> None:
         self._secrets = _sort_longest_first(secrets)
+        self._long = [secret for secret in self._secrets if len(secret) >= SHORTEST_ANYWHERE]
         self._held = ""
 
     def feed(self, piece: str) -> str:
@@ -55,9 +56,27 @@ class PieceRedactor:
         if not self._secrets:
             return piece
         text = self._held + piece
-        held = max(_count_held(text, secret) for secret in self._secrets)
-        self._held = text[len(text) - held :]
-        return redact_text(text[: len(text) - held], self._secrets)
+        shown = self._find_held(text)
+        self._held = text[shown:]
+        return redact_text(text[:shown], self._secrets)
+
+    def _find_held(self, text: str) -> int:
+        """Return the position from which the end of a text is held back.
+
+        A complete secret may end with its own beginning: it is redacted as a whole, and only the text behind it
+        may begin another one.
+        """
+        held = self._find_beginning(text, 0)
+        for match in re.finditer("|".join(map(re.escape, self._long)), text) if self._long else ():
+            if match.start() >= held:
+                break
+            if match.end() > held:
+                held = self._find_beginning(text, match.end())
+        return held
+
+    def _find_beginning(self, text: str, start: int) -> int:
+        """Return the first position from `start` at which the rest of a text begins a secret; its end for none."""
+        return len(text) - max(_count_held(text[start:], secret) for secret in self._secrets)
 
     def finish(self) -> str:
         """Return the redacted rest of the text, which has ended."""

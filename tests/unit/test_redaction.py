@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nodes import redaction
@@ -68,6 +68,17 @@ def test_a_secret_is_hidden_in_a_value_however_it_was_escaped() -> None:
     assert redaction.redact_value(value, ['a "quoted" key']) == shown
 
 
+@pytest.mark.parametrize("secret", ["sk-live-keys", "abab", "aaaa"])
+@pytest.mark.parametrize("rest", ["", " is the key", "s"])
+def test_a_secret_that_ends_with_its_beginning_is_hidden_at_the_end_of_a_piece(
+    secret: str, rest: str
+) -> None:
+    redactor = redaction.PieceRedactor([secret])
+    shown = redactor.feed(f"The key: {secret}") + redactor.feed(rest) + redactor.finish()
+    assert shown == f"The key: [hidden]{rest}"
+
+
+@settings(max_examples=300)
 @given(
     text=st.text(alphabet="ab1 :", max_size=40),
     secret=st.sampled_from(["abab", "abba1", "a", "1", "ab", "aab"]),
