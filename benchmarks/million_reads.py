@@ -104,6 +104,7 @@ READS: Final[Mapping[str, str]] = {
     "same_failures": f"{_PATH}/{_FAILED}/same-failures",
     "inputs_of_a_run": f"{_PATH}/{_WAITING}/pending-inputs",
     "workflows": _WORKFLOWS,
+    "workflows_by_cursor": f"{_WORKFLOWS}?after=start",
     "workflows_by_name": f"{_WORKFLOWS}?sort=name:asc",
     "workflow_statistics": f"{_WORKFLOWS}/stats",
     "versions": f"{_WORKFLOWS}/{workflow_id(3)}/versions",

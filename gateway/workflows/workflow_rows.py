@@ -12,7 +12,8 @@ from sqlalchemy import Row, UnaryExpression, delete, func, insert, null, select,
 from sqlalchemy.sql import operators
 from sqlmodel import col
 
-from gateway.http import errors
+from gateway.http import errors, keyset
+from gateway.http.keyset import ListPage
 from gateway.workflows import schedule_rows, stored_workflow
 from gateway.workflows.stored_workflow import StoredWorkflow
 from journal import definition_snapshot, held_runs
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
     from sqlalchemy.sql.expression import SQLColumnExpression
 
+    from gateway.http.keyset import KeysetBounds
     from gateway.http.parameters import PageBounds
     from gateway.workflows.stored_workflow import StoredNode
     from models.access import ApiCaller
@@ -158,8 +160,9 @@ async def list_workflows(
     wanted: WorkflowFilter,
     part: PageBounds,
     order: ColumnElement[Any],
-) -> tuple[int, Sequence[Listed]]:
-    """Return the number of workflows that the caller may read and that match, and the page `part` in `order`.
+) -> ListPage[Listed]:
+    """Return the page `part` in `order` of the workflows that the caller may read and that match, with the number of
+    all.
 
     Templates are left out; rows have no graph.
     """
@@ -179,10 +182,29 @@ async def list_workflows(
     )
     rows = found.all()
     if rows and rows[0].total is not None:
-        return rows[0].total, rows
+        return ListPage(rows[0].total, rows)
     if len(rows) < part.limit and (rows or part.offset == 0):
-        return part.offset + len(rows), rows
-    return await count_workflows(connection, caller, wanted), rows
+        return ListPage(part.offset + len(rows), rows)
+    return ListPage(await count_workflows(connection, caller, wanted), rows)
+
+
+async def list_page(
+    connection: AsyncConnection, caller: ApiCaller, wanted: WorkflowFilter, bounds: KeysetBounds
+) -> ListPage[Workflow]:
+    """Return a page of the workflows that the caller may read and that match, by a cursor, with their number up to
+    10,000.
+
+    Templates are left out; rows have the columns of lists alone.
+    """
+    found = await keyset.list_rows(
+        connection,
+        LISTED,
+        list_conditions(caller, wanted),
+        bounds,
+        created_at=col(Workflow.created_at),
+        item_id=col(Workflow.id),
+    )
+    return found.convert(lambda row: Workflow(**row))
 
 
 async def count_workflows(connection: AsyncConnection, caller: ApiCaller, wanted: WorkflowFilter) -> int:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from concurrency import offload
 from gateway.deployments import deployment_changes
 from gateway.executions.cancellation import request_end_of_run
-from gateway.http import errors, read_only
+from gateway.http import errors, keyset, read_only
+from gateway.http.keyset import AFTER, KeysetPage, ListPage
 from gateway.http.parameters import LIMIT, OFFSET, ChoiceParameter, FlagParameter, TextParameter, sorted_by
 from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse, NoContent
@@ -34,7 +35,7 @@ STATUS = ChoiceParameter("status", "Only workflows of this status.", WorkflowSta
 TAG = TextParameter("tag", "Only workflows with this tag.")
 SEARCH = TextParameter("search", "Only workflows with this text in their name or description.")
 SORT = sorted_by(workflow_rows.SORTABLE)
-LISTED = (STATUS, TAG, SEARCH, LIMIT, OFFSET, SORT)
+LISTED = (STATUS, TAG, SEARCH, LIMIT, OFFSET, AFTER, SORT)
 FORCE = FlagParameter(
     "force", "Undeploy the workflow, and cancel the executions that have not ended, instead of refusing."
 )
@@ -55,8 +56,8 @@ class SetStatus(GuardedWire):
     status: WorkflowStatus
 
 
-class WorkflowList(WireStruct):
-    """Page of a list of workflows; `count` is the total."""
+class WorkflowList(KeysetPage, kw_only=True):
+    """Page of a list of workflows; `count` is the total, with `after` up to 10,000."""
 
     count: int
     limit: int
@@ -82,10 +83,23 @@ async def index(request: GatewayRequest) -> JsonResponse:
     query = request.query
     part, order = query.page(), query[SORT]
     wanted = WorkflowFilter(query[STATUS], query[TAG], query[SEARCH])
+    bounds = keyset.read_bounds(query, SORT)
     async with request.gateway.database.read() as connection:
-        count, workflows = await workflow_rows.list_workflows(connection, request.caller, wanted, part, order)
-    shown = [workflow_shapes.show_summary(workflow) for workflow in workflows]
-    return JsonResponse({"count": count, "limit": part.limit, "offset": part.offset, "workflows": shown})
+        page: ListPage[Any] = (
+            await workflow_rows.list_workflows(connection, request.caller, wanted, part, order)
+            if bounds is None
+            else await workflow_rows.list_page(connection, request.caller, wanted, bounds)
+        )
+    return JsonResponse(
+        WorkflowList(
+            count=page.count,
+            count_is_lower_bound=page.is_lower_bound,
+            limit=part.limit,
+            offset=part.offset,
+            next=page.next_cursor,
+            workflows=[WorkflowSummary(**workflow_shapes.summary_fields(one)) for one in page.items],
+        )
+    )
 
 
 async def show(request: GatewayRequest) -> JsonResponse:

@@ -775,6 +775,25 @@ async def test_keys_have_their_sessions_below_and_trigger_tokens_their_state(
     assert f"{replaced['id']}-actions" not in seen
 
 
+async def test_keys_are_listed_page_by_page(
+    harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(access, "KEYS_LIMIT", 2)
+    for number in range(4):
+        await people.owner.api.post("/api/v1/auth/keys", json={"name": f"Key {number}"})
+    expected = [one["id"] for one in (await people.owner.api.get("/api/v1/auth/keys")).json()["keys"]]
+    browser = await sign_in(harness, people.owner.key)
+    seen: list[str] = []
+    address: str | None = "/dashboard/keys"
+    while address is not None:
+        page = (await browser.get(address)).text
+        assert f"<p>{len(expected)}</p>" in page
+        seen += re.findall(r'<tr id="(key_\w+)"', page)
+        more = re.search(r'href="([^"]+)" rel="next">Show more<', page)
+        address = None if more is None else more[1]
+    assert seen == expected
+
+
 def test_browsers_are_named_by_their_user_agent() -> None:
     chrome = "Mozilla/5.0 (X11; Linux x86_64) AppleWebKit/537.36 (KHTML, like Gecko) Chrome/140.0.0.0 Safari/537.36"
     assert access.name_browser(chrome) == "Chrome, Linux"

@@ -31,6 +31,7 @@ LISTS = {
     EXECUTIONS: "executions",
     DELIVERIES: "deliveries",
     "/api/v1/events": "events",
+    "/api/v1/workflows": "workflows",
     "/api/v1/audit": "entries",
     "/api/v1/audit?kind=all": "entries",
 }
@@ -107,9 +108,8 @@ async def test_pages_contain_each_item_once_although_others_come_and_go(
 ) -> None:
     pages = 0
     seen: list[str] = []
-    table = {"executions": "execution_data", "deliveries": "delivery", "events": "event"}.get(
-        name, "audit_entry"
-    )
+    tables = {"executions": "execution_data", "deliveries": "delivery", "events": "event"}
+    table = {**tables, "workflows": "workflow"}.get(name, "audit_entry")
     column = "execution_id" if name == "executions" else "id"
     sign = "&" if "?" in path else "?"
     expected = [one["id"] for one in (await _read(many.admin, f"{path}{sign}limit=100"))[name]]
@@ -296,6 +296,8 @@ INDEXES: Mapping[str, str] = {
     PAGES[3]: "ix_execution_data_workflow",
     DELIVERIES: "ix_delivery_workflow",
     "/api/v1/events": "ix_event_organization",
+    "/api/v1/workflows": "ix_workflow_listed_by_created_at",
+    "/api/v1/workflows?sort=createdAt:asc": "ix_workflow_listed_by_created_at",
     "/api/v1/audit": "ix_audit_entry_organization",
     "/api/v1/audit?action=drift.fixed": "ix_audit_entry_action",
     "/api/v1/audit?requestId=req_absent": "ix_audit_entry_request",

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Final
 
+from gateway.dashboard.addresses import list_address
 from gateway.dashboard.formats import parse_instant
 from gateway.dashboard.page import Page, PageData, PageFrame
 from gateway.dashboard.sign_in_page import PROBLEMS
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from gateway.dashboard.page_request import PageRequest
 
 LIMIT: Final = 100
+KEYS_LIMIT: Final = 25
+"""Keys of a page: the row of each has a column for every kind of scope, and its sessions below."""
+PATH: Final = "/dashboard/keys"
 UNUSED_DAYS: Final = 90
 BROWSERS: Final = (
     *(("Edg/", "Edge"), ("OPR/", "Opera"), ("Firefox/", "Firefox"), ("FxiOS/", "Firefox")),
@@ -31,12 +35,12 @@ NEW_ADDRESSES: Final = {"queue": "urls.api", "email": "urls.api", "webhook": "ur
 
 
 async def load(page: PageRequest) -> PageData:
-    """Ask the API for up to 100 keys, trigger tokens, users and invitations each, and for sessions.
+    """Ask the API for 25 keys, up to 100 trigger tokens, users and invitations each, and for sessions.
 
     Parts that the visitor may not see are None. Raises `ApiError`.
     """
     keys, sessions, tokens, users, invitations = await asyncio.gather(
-        page.get_if_present("/api/v1/auth/keys", limit=LIMIT),
+        page.get_if_present("/api/v1/auth/keys", limit=KEYS_LIMIT, offset=page.query.get("offset")),
         page.get("/api/v1/auth/sessions"),
         page.get_if_present("/api/v1/auth/trigger-tokens", limit=LIMIT),
         page.get_if_present("/api/v1/auth/users", limit=LIMIT),
@@ -62,6 +66,8 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         {**session, "browser": name_browser(session["userAgent"])} for session in data["sessions"]["sessions"]
     ]
     key_ids = {key["id"] for key in keys}
+    listed = data["keys"] or {"count": 0, "offset": 0}
+    behind = listed["offset"] + len(keys)
     scopes = sorted(frame.visitor["scopes"]) if frame.visitor else []
     return {
         "title": "Keys and users",
@@ -77,6 +83,9 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
             }
             for key in keys
         ],
+        "key_count": listed["count"],
+        "more_keys": list_address(frame, PATH, {"offset": str(behind)}) if behind < listed["count"] else "",
+        "first_keys": list_address(frame, PATH, {}) if listed["offset"] else "",
         "may_change_keys": frame.may("keys:write"),
         "sessions": [session for session in sessions if session["keyId"] not in key_ids],
         "tokens": None
@@ -150,4 +159,4 @@ def _is_unused(credential: Mapping[str, Any], frame: PageFrame) -> bool:
     return used_at is not None and (frame.now - used_at).days >= UNUSED_DAYS
 
 
-PAGE: Final = Page("/dashboard/keys", "access.html", load, view, "keys")
+PAGE: Final = Page(PATH, "access.html", load, view, "keys")

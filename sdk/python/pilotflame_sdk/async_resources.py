@@ -963,13 +963,13 @@ class AsyncWorkflows(AsyncResource):
         """Arrange the nodes of a workflow from left to right; an arranged graph does not change."""
         return cast("t.LayoutResult", await self._client.request("POST", f"/api/v1/workflows/{self._quote(workflow_id)}/layout"))
 
-    async def list(self, *, status: Literal['draft', 'active', 'paused', 'archived'] | None = None, tag: str | None = None, search: str | None = None, limit: int | None = None, offset: int | None = None, sort: Literal['createdAt', 'createdAt:asc', 'createdAt:desc', 'updatedAt', 'updatedAt:asc', 'updatedAt:desc', 'name', 'name:asc', 'name:desc', 'status', 'status:asc', 'status:desc', 'version', 'version:asc', 'version:desc'] | None = None) -> t.WorkflowList:
+    async def list(self, *, status: Literal['draft', 'active', 'paused', 'archived'] | None = None, tag: str | None = None, search: str | None = None, limit: int | None = None, offset: int | None = None, after: str | None = None, sort: Literal['createdAt', 'createdAt:asc', 'createdAt:desc', 'updatedAt', 'updatedAt:asc', 'updatedAt:desc', 'name', 'name:asc', 'name:desc', 'status', 'status:asc', 'status:desc', 'version', 'version:asc', 'version:desc'] | None = None) -> t.WorkflowList:
         """List the workflows that the caller may read."""
-        return cast("t.WorkflowList", await self._client.request("GET", "/api/v1/workflows", query={"status": status, "tag": tag, "search": search, "limit": limit, "offset": offset, "sort": sort}))
+        return cast("t.WorkflowList", await self._client.request("GET", "/api/v1/workflows", query={"status": status, "tag": tag, "search": search, "limit": limit, "offset": offset, "after": after, "sort": sort}))
 
     def iterate(self, *, status: Literal['draft', 'active', 'paused', 'archived'] | None = None, tag: str | None = None, search: str | None = None, sort: Literal['createdAt', 'createdAt:asc', 'createdAt:desc', 'updatedAt', 'updatedAt:asc', 'updatedAt:desc', 'name', 'name:asc', 'name:desc', 'status', 'status:asc', 'status:desc', 'version', 'version:asc', 'version:desc'] | None = None) -> AsyncIterator[Any]:
         """Yield every item of `list`, page by page."""
-        return self._client.iterate("/api/v1/workflows", "workflows", {"status": status, "tag": tag, "search": search, "sort": sort})
+        return self._client.iterate("/api/v1/workflows", "workflows", {"status": status, "tag": tag, "search": search, "sort": sort}, has_cursor=True)
 
     async def log_level(self, workflow_id: str) -> t.LogLevelShape:
         """Show the log level of a workflow, and the time until which it holds."""

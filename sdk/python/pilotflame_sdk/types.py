@@ -4093,13 +4093,18 @@ class WorkflowHour(TypedDict):
     failed: int
 
 
-class WorkflowList(TypedDict):
-    """Page of a list of workflows; `count` is the total."""
-
+class _WorkflowListAlways(TypedDict):
     count: int
     limit: int
     offset: int
     workflows: List[WorkflowSummary]
+
+
+class WorkflowList(_WorkflowListAlways, total=False):
+    """Page of a list of workflows; `count` is the total, with `after` up to 10,000."""
+
+    next: str | None
+    countIsLowerBound: bool
 
 
 class WorkflowSchedule(TypedDict):
