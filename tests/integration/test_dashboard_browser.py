@@ -581,6 +581,37 @@ async def test_a_map_is_zoomed_by_buttons_and_keys_and_keeps_its_size(visit: Das
     assert not visit.take_problems()
 
 
+async def test_a_change_in_another_tab_is_told_before_it_is_overwritten(visit: DashboardVisit) -> None:
+    page, owner = visit.page, visit.people.owner
+    body = {"name": "of two", "type": "http-basic", "settings": {"username": "a"}, "secrets": {"password": "p"}}
+    made = (await owner.api.post("/api/v1/datasources", json=body)).json()
+    path = f"/api/v1/datasources/{made['dataSourceId']}"
+    told = "[...document.querySelectorAll('[data-problem], #problem p')].map(one => one.textContent).join()"
+
+    await visit.show(f"/dashboard/sources?source={made['dataSourceId']}")
+    assert (await owner.api.put(path, json={"settings": {"username": "b"}})).status_code == 200
+    before = (await owner.api.get(path)).json()["secretsFingerprint"]
+    await page.fill("#secret-password", "of this tab")
+    await page.click("form:has(#secret-password) button")
+    await page.wait_for(f"{told}.includes('Somebody has changed it')")
+    assert await page.value("#secret-password") == "of this tab"
+    assert (await owner.api.get(path)).json()["secretsFingerprint"] == before
+    await page.click("form:has(#secret-password) button")
+    await page.wait_for("document.querySelector('#toast').textContent.startsWith('Replaced')")
+    assert (await owner.api.get(path)).json()["secretsFingerprint"] != before
+
+    policy = f"/api/v1/workflows/{visit.orders_id}/lifecycle"
+    await visit.show("/dashboard/workflows/{orders_id}/lifecycle?type=on-demand")
+    assert (await owner.api.put(policy, json={"type": "always-on"})).status_code == 200
+    await page.click("form[data-request$='/lifecycle'] button")
+    await page.wait_for(f"{told}.includes('Somebody has changed it')")
+    assert (await owner.api.get(policy)).json()["lifecyclePolicy"]["type"] == "always-on"
+    await page.click("form[data-request$='/lifecycle'] button")
+    await page.wait_for("document.querySelector('#toast').textContent.includes('is set')")
+    assert (await owner.api.get(policy)).json()["lifecyclePolicy"]["type"] == "on-demand"
+    assert not [one for one in visit.take_problems() if "412" not in one]
+
+
 async def test_two_changes_of_a_node_are_merged_by_path(visit: DashboardVisit) -> None:
     page, owner = visit.page, visit.people.owner
     workflow_id = await owner.create(name="Changed twice", status="active", **GRAPH)

@@ -167,8 +167,14 @@ async function submit(form, button) {
     const answer = await fetch(root + path, options);
     const text = await answer.text();
     const value = text ? JSON.parse(text) : {};
-    if (answer.status === 412 && form.dataset.node) {
-      const { resolve } = await import("./merge.js");
+    if (answer.status === 412) {
+      const { renew, resolve } = await import("./merge.js");
+      if (!form.querySelector("[data-merge]")) {
+        await renew(form, root);
+        await reload();
+        refuse(form, "Somebody has changed it since you opened this page, which shows it as it is now. Look at it, then press the button again.");
+        return;
+      }
       if (await resolve(form, root, sayProblem, () => submit(form, button))) await submit(form, button);
       return;
     }

@@ -69,6 +69,12 @@ function show(section, rows) {
   section.querySelector("h3").focus();
 }
 
+// Lets a form be sent again that has no config to merge, on the state that its object has now.
+export async function renew(form, root) {
+  const answer = await fetch(root + form.dataset.of, { headers: { Accept: "application/json" } });
+  form.dataset.ifMatch = answer.headers.get("ETag") ?? "";
+}
+
 // Called after a refusal because of another change. Returns true if the form may be sent again at once: the other change
 // was of something else. Otherwise both versions are shown, and a button sends the merge.
 export async function resolve(form, root, say, send) {

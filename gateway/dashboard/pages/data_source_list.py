@@ -42,7 +42,13 @@ async def load(page: PageRequest) -> PageData:
         page.get_if_present("/api/v1/auth/users", limit=MAX_USERS) if selected else no_answer(),
     )
     # It may be deleted between the two answers.
-    return {"sources": sources, "source": source, "usage": source and usage, "users": users}
+    return {
+        "sources": sources,
+        "source": source,
+        "usage": source and usage,
+        "users": users,
+        "tag": page.tags.get(path, ""),
+    }
 
 
 async def no_answer() -> None:
@@ -64,6 +70,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         ],
         "count": sources["count"],
         "source": source,
+        "tag": data["tag"],
         "usage": usage,
         "bars": None
         if usage is None

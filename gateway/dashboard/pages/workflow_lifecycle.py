@@ -94,6 +94,7 @@ async def load(page: PageRequest) -> PageData:
     return {
         "workflow": {name: workflow[name] for name in ("id", "name", "status")},
         "lifecycle": lifecycle,
+        "tag": page.tags.get(f"{path}/lifecycle", ""),
         "calendar": calendar,
         "history": history,
         "why": why,
