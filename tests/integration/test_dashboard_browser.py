@@ -583,7 +583,12 @@ async def test_a_map_is_zoomed_by_buttons_and_keys_and_keeps_its_size(visit: Das
 
 async def test_a_change_in_another_tab_is_told_before_it_is_overwritten(visit: DashboardVisit) -> None:
     page, owner = visit.page, visit.people.owner
-    body = {"name": "of two", "type": "http-basic", "settings": {"username": "a"}, "secrets": {"password": "p"}}
+    body = {
+        "name": "of two",
+        "type": "http-basic",
+        "settings": {"username": "a"},
+        "secrets": {"password": "p"},
+    }
     made = (await owner.api.post("/api/v1/datasources", json=body)).json()
     path = f"/api/v1/datasources/{made['dataSourceId']}"
     told = "[...document.querySelectorAll('[data-problem], #problem p')].map(one => one.textContent).join()"

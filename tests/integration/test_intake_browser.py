@@ -198,7 +198,7 @@ async def test_a_mail_of_sendgrid_appears_on_the_open_page_of_its_trigger(visit:
     path = address.removeprefix(visit.url)
     refused = await sender.post(path, content=mail.body, headers=dict(mail.headers))
     assert refused.status_code == 401
-    await page.wait_for("document.querySelector('.banner.failed') !== null")
+    await page.wait_for("document.querySelector('main .banner.failed') !== null")
     # What is typed stays while the page updates itself.
     public_key = send_grid.public_key
     await page.fill("#public-key", public_key)
@@ -210,7 +210,7 @@ async def test_a_mail_of_sendgrid_appears_on_the_open_page_of_its_trigger(visit:
     await page.evaluate("window.isSamePage = true")
     accepted = await post_until_accepted(sender, path, send_grid.mail(2))
     await page.wait_for("document.querySelector('.title .pill').innerText.trim() === 'Receiving'")
-    await page.wait_for("document.querySelector('.banner.failed') === null")
+    await page.wait_for("document.querySelector('main .banner.failed') === null")
     run = accepted.json()["executionId"]
     await page.wait_for(f"document.querySelector('a[href$=\"{run}\"]') !== null")
     assert await page.evaluate("window.isSamePage === true")
