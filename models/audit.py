@@ -92,6 +92,10 @@ class AuditAction(StrEnum):
     DEPLOYMENT_WOKEN = "deployment.woken"
     DEPLOYMENT_DRAINED = "deployment.drained"
     DEPLOYMENT_STOPPED = "deployment.stopped"
+    DELIVERY_DEFERRED = "delivery.deferred"
+    """Decision of the system to start the run of a delivery later; the delivery itself is its record."""
+    EXECUTIONS_PRUNED = "executions.pruned"
+    """Decision of the system to delete old executions, kept as `SystemDecision`."""
 
 
 class AuditEntry(SQLModel, table=True):
@@ -141,3 +145,24 @@ class AuditEntry(SQLModel, table=True):
     """Place in the chain of its organization, from 1; None until it joins the chain."""
     chain_hash: str | None = None
     """SHA-256 of its content and of the chain hash before it, in hexadecimal; see `journal.audit_chain`."""
+
+
+class SystemDecision(SQLModel, table=True):
+    """Decision of the system about objects of a workflow; those about its pods are `LifecycleDecision`."""
+
+    __tablename__ = "system_decision"
+    __table_args__ = (
+        Index("ix_system_decision_organization", "organization_id", "at"),
+        Index("ix_system_decision_workflow", "organization_id", "workflow_id", "at"),
+        Index("ix_system_decision_action", "organization_id", "action", "at"),
+    )
+
+    id: str = Field(primary_key=True)
+    organization_id: str
+    shard: int = Field(sa_column=Column(SmallInteger, nullable=False))
+    workflow_id: str
+    at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))
+    action: str
+    """Name of the action in the audit trail."""
+    reason: str
+    inputs: dict[str, Any] = Field(sa_column=Column(JsonTextColumn, nullable=False))

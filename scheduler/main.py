@@ -109,6 +109,7 @@ def list_duties(
             "forget absent processes", 3_600, partial(process_presence.forget_absent_processes, database)
         ),
         PeriodicDuty("forget expired throttles", 60, partial(retention.forget_past_paces, database)),
+        PeriodicDuty("forget system decisions", 3_600, partial(retention.forget_system_decisions, database)),
         PeriodicDuty("forget bulk operations", 3_600, partial(retention.forget_bulk_operations, database)),
         PeriodicDuty("forget model hours", 3_600, partial(retention.forget_model_hours, database)),
         PeriodicDuty(

@@ -8,13 +8,14 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final
 
 import structlog
-from sqlalchemy import and_, false, or_, select
+from sqlalchemy import and_, false, insert, or_, select
 from sqlmodel import col
 
 from journal.blobs import orphan_blobs
 from journal.blobs.blob_storage import BlobOwner, BlobsUnavailable
 from journal.blobs.blob_store_factory import open_blobs
 from journal.run_deletion import IS_DELETABLE, delete_runs
+from models import ids
 from models.database_time import DatabaseTime
 from models.errors import LockWaitTimeout
 from models.execution import Execution, ExecutionData
@@ -22,6 +23,7 @@ from models.workflow import Workflow
 
 if TYPE_CHECKING:
     from sqlalchemy import Row, Select
+    from sqlalchemy.ext.asyncio import AsyncConnection
 
     from models.database import Database
     from scheduler.settings import SchedulerSettings
@@ -31,6 +33,8 @@ log = structlog.get_logger()
 KEPT_HOURS: Final = 24
 """Minimum age: within this time, a repeated request gets the execution of the first one."""
 BATCH_WORKFLOWS: Final = 100
+PRUNED: Final = "executions.pruned"
+"""Action of the audit trail."""
 BATCH_RUNS: Final = 100
 _HOUR_MICROSECONDS: Final = 3_600_000_000
 
@@ -84,11 +88,43 @@ async def _delete_batches(
         for workflow in found:
             if not _may_have_old(workflow, retention, database.clock.now()):
                 continue
+            deleted = 0
             try:
                 async for owners in _delete_of_workflow(database, workflow.id, workflow.beyond, retention):
+                    deleted += len(owners)
                     yield owners
             except LockWaitTimeout as error:
                 log.warning("old executions locked", workflow_id=workflow.id, error=str(error))
+            if deleted:
+                await _record_deletion(database, workflow, deleted, retention)
+
+
+async def _record_deletion(
+    database: Database, workflow: Row[Any], deleted: int, retention: RetentionPeriods
+) -> None:
+    """Store the decision to delete executions of a workflow, for the audit trail: one row for each sweep."""
+    from models.audit import SystemDecision  # noqa: PLC0415 - loaded by the first deletion
+
+    decision = SystemDecision(
+        id=ids.new_id("pruning"),
+        organization_id=workflow.organization_id,
+        shard=workflow.shard,
+        workflow_id=workflow.id,
+        at=database.clock.now(),
+        action=PRUNED,
+        reason="retention",
+        inputs={
+            "executions": deleted,
+            "retentionDays": retention.days,
+            "retentionRuns": retention.runs,
+            "isOverRuns": workflow.beyond is not None,
+        },
+    )
+
+    async def store(connection: AsyncConnection) -> None:
+        await connection.execute(insert(SystemDecision).values(decision.model_dump()))
+
+    await database.transaction(store)
 
 
 def workflows(after: str, retention: RetentionPeriods) -> Select[*tuple[Any, ...]]:
@@ -104,7 +140,7 @@ def workflows(after: str, retention: RetentionPeriods) -> Select[*tuple[Any, ...
     beyond = accepted_at.order_by(col(ExecutionData.created_at).desc()).offset(retention.runs).limit(1)
     return (
         select(
-            col(Workflow.id),
+            *(col(Workflow.id), col(Workflow.organization_id), col(Workflow.shard)),
             oldest.scalar_subquery().label("oldest"),
             beyond.scalar_subquery().label("beyond"),
         )

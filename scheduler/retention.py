@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from scheduler.settings import SchedulerSettings
 
 BATCH_ROWS: Final = 1_000
+DECISION_DAYS: Final = 30
+"""Days for which decisions of the system about data are kept."""
 BULK_OPERATION_DAYS: Final = 30
 """Days for which ended bulk operations are kept; the audit trail has their numbers for good."""
 MODEL_HOUR_DAYS: Final = 91
@@ -69,6 +71,14 @@ async def forget_model_hours(database: Database) -> None:
     identity = [col(getattr(ModelHour, name)) for name in names]
     before = database.clock.now() - timedelta(days=MODEL_HOUR_DAYS)
     await _forget(database, ModelHour, identity, col(ModelHour.starts_at), before)
+
+
+async def forget_system_decisions(database: Database) -> None:
+    """Delete decisions of the system about data that are over 30 days old; raises `DatabaseUnavailable`."""
+    from models.audit import SystemDecision  # noqa: PLC0415 - loaded by the first turn of the duty
+
+    before = database.clock.now() - timedelta(days=DECISION_DAYS)
+    await _forget(database, SystemDecision, [col(SystemDecision.id)], col(SystemDecision.at), before)
 
 
 async def forget_bulk_operations(database: Database) -> None:

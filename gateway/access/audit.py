@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from gateway.access import audit_rows
-from gateway.access.audit_rows import SYSTEM, AuditFilter, AuditKind, AuditSelection
+from gateway.access.audit_rows import SYSTEM, AuditFilter, AuditKind, AuditSelection, DeferredDelivery
 from gateway.http import keyset
 from gateway.http.keyset import AFTER, KeysetPage
 from gateway.http.parameters import (
@@ -19,17 +19,19 @@ from gateway.http.parameters import (
 )
 from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse
-from gateway.http.wire import Instant, WireStruct, instant
-from models.audit import AuditAction, AuditEntry
+from gateway.http.wire import Instant, WireStruct, instant, optional_instant
+from models.audit import AuditAction, AuditEntry, SystemDecision
 from models.lifecycle_policy import LifecycleAction, LifecycleReason
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     from gateway.access.audit_rows import AuditRow
     from models.deployment import LifecycleDecision
 
 KIND: Final = ChoiceParameter(
     "kind",
-    "`change` (default): changes of objects; `decision`: decisions of the system about deployments; `all`: both.",
+    "`change` (default): changes of objects; `decision`: decisions of the system; `all`: both.",
     AuditSelection,
 )
 OBJECT: Final = TextParameter("objectId", "Only entries about this workflow, data source, key or user.")
@@ -85,10 +87,10 @@ class AuditEntryShape(WireStruct):
     """Place in the hash chain of the organization; null in the first seconds."""
     chain_hash: str | None
     """SHA-256 of the entry and of the chain hash before it, by which changed or missing entries are found."""
-    reason: LifecycleReason | None
-    """Reason of a decision; null for a change."""
+    reason: str | None
+    """Reason of a decision, such as `idle`, `outside-window` or `retention`; null for a change."""
     inputs: Mapping[str, Any] | None
-    """Facts on which a decision is based, such as the policy and the last activity; null for a change."""
+    """Facts on which a decision is based, such as the policy, the delivery or the retention; null for a change."""
     created_at: Instant
 
 
@@ -104,8 +106,9 @@ class AuditEntryList(KeysetPage, kw_only=True):
 async def index(request: GatewayRequest) -> JsonResponse:
     """List changes of workflows, data sources, keys and users of the organization, with author and time.
 
-    With `kind`, the list also has the decisions of the system to start, wake, drain and stop deployments, with reason
-    and inputs. Decisions are kept for 30 days, changes for good.
+    With `kind`, the list also has the decisions of the system to start, wake, drain and stop deployments, to defer
+    deliveries and to delete old executions, with reason and inputs. Decisions are kept for 30 days, deferred
+    deliveries as long as other ones, and changes for good.
     """
     query = request.query
     part = query.page()
@@ -140,7 +143,60 @@ async def index(request: GatewayRequest) -> JsonResponse:
 
 
 def _show_row(row: AuditRow) -> AuditEntryShape:
-    return _show_entry(row) if isinstance(row, AuditEntry) else _show_decision(row)
+    match row:
+        case AuditEntry():
+            return _show_entry(row)
+        case DeferredDelivery():
+            return _show_deferral(row)
+        case SystemDecision():
+            return _show_by_system(
+                row.id, AuditAction(row.action), row.workflow_id, row.reason, row.inputs, row.at
+            )
+        case _:
+            return _show_decision(row)
+
+
+def _show_deferral(row: DeferredDelivery) -> AuditEntryShape:
+    """Return the deferral of a delivery as the API shows it; its reason is the code of that of the delivery."""
+    inputs = {
+        "deliveryId": row.id,
+        "executionId": row.execution_id,
+        "route": row.route,
+        "notBefore": optional_instant(row.not_before),
+    }
+    code = (row.reason or "").partition(":")[0] or None
+    return _show_by_system(
+        row.id, AuditAction.DELIVERY_DEFERRED, row.workflow_id, code, inputs, row.created_at
+    )
+
+
+def _show_by_system(
+    item_id: str,
+    action: AuditAction,
+    workflow_id: str,
+    reason: str | None,
+    inputs: Mapping[str, Any],
+    at: datetime,
+) -> AuditEntryShape:
+    """Return a decision that no user has asked for as the API shows it."""
+    return AuditEntryShape(
+        id=item_id,
+        kind=AuditKind.DECISION,
+        action=action,
+        object_id=workflow_id,
+        user_id=SYSTEM,
+        key_id=SYSTEM,
+        before_hash=None,
+        after_hash=None,
+        request_id=None,
+        address_hash=None,
+        changes=None,
+        sequence=None,
+        chain_hash=None,
+        reason=reason,
+        inputs=inputs,
+        created_at=instant(at),
+    )
 
 
 def _show_entry(entry: AuditEntry) -> AuditEntryShape:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
 
-from sqlalchemy import func, select, union_all
+from sqlalchemy import func, literal_column, select, union_all
 from sqlmodel import col
 
 from gateway.http import keyset, limits
 from gateway.http.keyset import ListPage
 from models.access import ApiCaller
-from models.audit import AuditAction, AuditEntry
+from models.audit import AuditAction, AuditEntry, SystemDecision
 from models.deployment import LifecycleDecision
+from models.ingest import Delivery
 from models.lifecycle_policy import LifecycleAction, LifecycleReason
 
 if TYPE_CHECKING:
@@ -26,7 +27,21 @@ if TYPE_CHECKING:
     from gateway.http.keyset import KeysetBounds
     from gateway.http.parameters import PageBounds
 
-AuditRow: TypeAlias = "AuditEntry | LifecycleDecision"
+
+@dataclass(frozen=True, slots=True)
+class DeferredDelivery:
+    """Part of the row of a delivery whose run starts later."""
+
+    id: str
+    workflow_id: str
+    route: str
+    reason: str | None
+    not_before: datetime | None
+    execution_id: str | None
+    created_at: datetime
+
+
+AuditRow: TypeAlias = "AuditEntry | LifecycleDecision | SystemDecision | DeferredDelivery"
 SORTABLE: Final[Mapping[str, SQLColumnExpression[Any]]] = {"createdAt": col(AuditEntry.created_at)}
 
 
@@ -36,7 +51,7 @@ class AuditKind(StrEnum):
     CHANGE = "change"
     """Change of an object by a user or the operator of the server."""
     DECISION = "decision"
-    """Start, wake, drain or stop of the pods of a workflow."""
+    """Decision of the system: about the pods of a workflow, a deferred delivery, or deleted executions."""
 
 
 class AuditSelection(StrEnum):
@@ -78,7 +93,7 @@ class AuditFilter:
 class _AuditTable:
     """Table of entries of one kind, with the conditions of a filter on it."""
 
-    model: type[AuditEntry | LifecycleDecision]
+    model: type[AuditEntry | LifecycleDecision | SystemDecision | Delivery]
     created_at: SQLColumnExpression[Any]
     conditions: Sequence[ColumnElement[bool]]
 
@@ -89,12 +104,17 @@ class _AuditTable:
     @property
     def columns(self) -> Sequence[SQLColumnExpression[Any]]:
         """All columns, and the time of the entry as `created_at`."""
+        if self.model is Delivery:
+            return [getattr(Delivery, one.name) for one in fields(DeferredDelivery)]
         columns = self.model.__table__.columns  # type: ignore[union-attr]  # SQLModel adds it
         return [*columns] if "created_at" in columns else [*columns, self.created_at.label("created_at")]
 
     def build(self, row: RowMapping) -> AuditRow:
         """Return the entry of a row, which has the columns of the table."""
-        return self.model(**{name: row[name] for name in self.model.model_fields})
+        if self.model is Delivery:
+            return DeferredDelivery(**{one.name: row[one.name] for one in fields(DeferredDelivery)})
+        built = self.model(**{name: row[name] for name in self.model.model_fields})
+        return cast("AuditRow", built)
 
 
 async def list_entries(
@@ -175,7 +195,7 @@ async def _list_by_offset(
 
 def time_of(row: AuditRow) -> datetime:
     """Return the time of a change or decision."""
-    return row.created_at if isinstance(row, AuditEntry) else row.at
+    return row.created_at if isinstance(row, AuditEntry | DeferredDelivery) else row.at
 
 
 def _order_key(row: AuditRow) -> tuple[datetime, str]:
@@ -211,6 +231,33 @@ def _choose_tables(caller: ApiCaller, wanted: AuditFilter) -> Iterable[_AuditTab
             *_within(at, wanted),
         ]
         yield _AuditTable(LifecycleDecision, at, conditions)
+    is_by_system = wanted.reason is None and wanted.user_id in {None, SYSTEM} and not names_request
+    if wanted.selection is not AuditSelection.CHANGE and is_by_system:
+        yield from _choose_system_tables(caller, wanted)
+
+
+def _choose_system_tables(caller: ApiCaller, wanted: AuditFilter) -> Iterable[_AuditTable]:
+    """Yield the tables of decisions that no user has asked for: deferred deliveries, and deleted executions."""
+    if wanted.action in {None, AuditAction.DELIVERY_DEFERRED}:
+        created_at = col(Delivery.created_at)
+        conditions = [
+            # Literals, by which the databases recognize the partial index.
+            col(Delivery.outcome) != literal_column("'accepted'"),
+            col(Delivery.outcome) == literal_column("'deferred'"),
+            col(Delivery.organization_id) == caller.organization_id,
+            *_equals(col(Delivery.workflow_id), wanted.object_id),
+            *_within(created_at, wanted),
+        ]
+        yield _AuditTable(Delivery, created_at, conditions)
+    if wanted.action in {None, AuditAction.EXECUTIONS_PRUNED}:
+        at = col(SystemDecision.at)
+        conditions = [
+            col(SystemDecision.organization_id) == caller.organization_id,
+            *_equals(col(SystemDecision.workflow_id), wanted.object_id),
+            *_equals(col(SystemDecision.action), wanted.action),
+            *_within(at, wanted),
+        ]
+        yield _AuditTable(SystemDecision, at, conditions)
 
 
 def _equals(column: SQLColumnExpression[Any], value: str | None) -> Sequence[ColumnElement[bool]]:

@@ -26,7 +26,7 @@ def list_entries(
     action: Annotated[str | None, Option(help="Kind of change, such as workflow.updated.")] = None,
     kind: Annotated[
         Literal["change", "decision", "all"],
-        Option(help="Changes of objects, decisions of the system about deployments, or both."),
+        Option(help="Changes of objects, decisions of the system, or both."),
     ] = "change",
     user: Annotated[str | None, Option(help="Id of a user, or `system`.")] = None,
     request: Annotated[str | None, Option(help="Id of the request that made the changes.")] = None,

@@ -55,6 +55,7 @@ TABLES = (
         "model_hour",
         "failure_hour",
         "bulk_operation",
+        "system_decision",
         "ai_settings",
         "approval_request",
         "approval_link",

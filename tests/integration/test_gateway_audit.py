@@ -9,6 +9,7 @@ from typing import Any
 import httpx2
 import pytest
 from sqlalchemy import insert, select
+from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlmodel import col
 
 from gateway.access.bootstrap import bootstrap
@@ -16,7 +17,7 @@ from gateway.http import errors
 from journal import audit_chain
 from models import ids
 from models.access import KeyScope, Organization, UserRole
-from models.audit import AuditEntry
+from models.audit import AuditAction, AuditEntry, SystemDecision
 from models.database import Database, parse_url
 from models.deployment import LifecycleDecision
 from models.lifecycle_policy import LifecycleAction, LifecycleReason
@@ -144,7 +145,7 @@ async def test_an_entry_names_its_request_the_hash_of_its_address_and_its_place_
 async def test_changes_name_paths_and_never_values_that_may_be_secret(people: OrganizationUsers) -> None:
     secret = "sk-live-4eC39HqLyjWDarjtT1zdp7dc"
     workflow_id = await people.owner.create(**GRAPH)
-    step = {**STEP, "config": {"values": {"key": secret, "limit": 7_777}}}
+    step = {**STEP, "config": {"values": {"key": secret, "limit": 987_654_321_012}}}
     body = {"name": "n" * 150, "nodes": [TRIGGER, step], "config": {"token": secret}, "tags": ["shop"]}
     answer = await people.owner.api.put(f"{WORKFLOWS}/{workflow_id}", json=body)
     assert answer.status_code == 200, answer.text
@@ -175,7 +176,7 @@ async def test_changes_name_paths_and_never_values_that_may_be_secret(people: Or
     assert {"path": "name", "before": None, "after": '"Job"'} in created_key["changes"]
     trail = str(await read_trail(people.admin))
     assert secret not in trail
-    assert "7777" not in trail
+    assert "987654321012" not in trail, "long enough to be in no hash by chance"
     assert made["key"] not in trail
 
 
@@ -396,6 +397,64 @@ async def test_decisions_of_the_system_stand_among_the_changes_in_the_order_of_t
 
 
 @pytest.mark.every_database
+async def test_deferred_deliveries_and_deleted_executions_are_decisions_of_the_system(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    trigger = {"id": "start", "nodeId": "email-trigger", "config": {}}
+    workflow_id = await people.owner.create(status="active", nodes=[trigger, STEP])
+    path = f"{WORKFLOWS}/{workflow_id}"
+    await people.owner.api.put(f"{path}/status", json={"status": "paused"})
+    mail = {"from": "mira@example.org", "subject": "Order"}
+    for _ in range(2):
+        assert (await people.owner.api.post(f"{path}/email-trigger", json=mail)).is_success
+    moment = harness.gateway.clock() + timedelta(hours=1)
+    owner = people.owner.user
+    rows = [
+        SystemDecision(
+            id=ids.new_id("pruning"),
+            organization_id=organization_id,
+            shard=owner.shard,
+            workflow_id=workflow_id,
+            at=moment,
+            action=AuditAction.EXECUTIONS_PRUNED.value,
+            reason="retention",
+            inputs={"executions": 7},
+        )
+        for organization_id in (owner.organization_id, people.stranger.user.organization_id)
+    ]
+
+    async def store(connection: AsyncConnection) -> None:
+        await connection.execute(insert(SystemDecision), [row.model_dump() for row in rows])
+
+    await harness.gateway.database.transaction(store)
+    listed = (await people.owner.api.get(f"{path}/deliveries")).json()["deliveries"]
+    deferred = [one for one in listed if one["outcome"] == "deferred"]
+    assert deferred, listed
+
+    found = await read_trail(people.admin, kind="decision")
+    assert list_actions(found) == ["delivery.deferred"] * len(deferred) + ["executions.pruned"]
+    assert {one["userId"] for one in found} == {"system"}
+    assert {one["objectId"] for one in found} == {workflow_id}
+    assert [one["reason"] for one in found] == ["workflow-paused"] * len(deferred) + ["retention"]
+    assert {one["inputs"]["deliveryId"] for one in found[:-1]} == {one["id"] for one in deferred}
+    assert found[-1]["inputs"] == {"executions": 7}
+    assert all(set(entry) == FIELDS for entry in found)
+    assert await read_trail(people.admin, kind="decision", userId="system") == found
+    assert await read_trail(people.admin, kind="decision", action="executions.pruned") == found[-1:]
+    assert await read_trail(people.admin, kind="all", action="delivery.deferred") == found[:-1]
+    assert await read_trail(people.admin, kind="decision", objectId="wf_other") == []
+    assert await read_trail(people.admin, kind="decision", reason="idle") == []
+    assert "delivery.deferred" not in list_actions(await read_trail(people.admin))
+    walked: list[str] = []
+    cursor: str | None = "start"
+    while cursor is not None:
+        query = {"kind": "decision", "sort": "createdAt:asc", "limit": "1", "after": cursor}
+        page = (await people.admin.api.get(AUDIT, params=query)).json()
+        walked += [entry["id"] for entry in page["entries"]]
+        cursor = page["next"]
+    assert sorted(walked) == sorted(entry["id"] for entry in found)
+
+
 async def test_the_trail_is_filtered_by_every_column(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,7 +20,7 @@ from journal.blobs.blob_store_factory import open_blobs
 from journal.store import AcceptanceVerdict, ClaimedRun, RunAcceptance
 from models.database import is_sqlite
 from models.timestamps import to_microseconds
-from scheduler import old_executions, unused_definitions
+from scheduler import old_executions, retention, unused_definitions
 from scheduler.settings import SchedulerSettings
 from tests.integration.query_plans import explain_statement
 from tests.integration.run_database import (
@@ -125,6 +126,17 @@ async def test_ended_runs_go_after_their_days_with_all_that_belongs_to_them(
     assert await remaining_executions(run_database) == {young.execution_id}
     await old_executions.delete_old_executions(settings, run_database.database)
     assert await remaining_executions(run_database) == {young.execution_id}
+    decided = await run_database.query("SELECT workflow_id, action, reason, inputs FROM system_decision")
+    assert {one["workflow_id"]: json.loads(one["inputs"])["executions"] for one in decided} == {
+        owned_workflow.workflow_id: 3,
+        other.workflow_id: 2,
+    }
+    assert {(one["action"], one["reason"]) for one in decided} == {("executions.pruned", "retention")}
+    await retention.forget_system_decisions(run_database.database)
+    assert len(await run_database.query("SELECT id FROM system_decision")) == 2
+    await run_database.query("UPDATE system_decision SET at = 0 RETURNING id")
+    await retention.forget_system_decisions(run_database.database)
+    assert await run_database.query("SELECT id FROM system_decision") == []
 
 
 async def test_blobs_of_present_or_referenced_runs_stay_at_any_age(
@@ -199,15 +211,15 @@ async def test_contents_go_with_the_last_run_of_a_line(
 
 
 async def test_old_runs_are_found_by_indexes(run_database: RunDatabase) -> None:
-    retention = old_executions.RetentionPeriods(14, 10_000)
+    periods = old_executions.RetentionPeriods(14, 10_000)
     if not is_sqlite(run_database.url):
         # PostgreSQL takes any index of a table that is empty by its statistics.
         place = await run_database.workflow()
         await run_database.store.accept([place.run() for _ in range(300)])
         await run_database.query("ANALYZE execution, execution_data")
-    plan = await explain_statement(run_database.database, old_executions.workflows("", retention))
+    plan = await explain_statement(run_database.database, old_executions.workflows("", periods))
     assert plan.count("ix_execution_data_workflow") == 2
-    plan = await explain_statement(run_database.database, old_executions.old("wf_1", NOW, retention))
+    plan = await explain_statement(run_database.database, old_executions.old("wf_1", NOW, periods))
     assert "ix_execution_data_workflow" in plan
     assert "SCAN" not in plan.replace("Index Scan", "")
 

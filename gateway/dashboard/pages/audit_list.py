@@ -30,6 +30,8 @@ DECISION_ICONS: Final = {
     "deployment.woken": "waking",
     "deployment.drained": "draining",
     "deployment.stopped": "asleep",
+    "delivery.deferred": "clock",
+    "executions.pruned": "trash",
 }
 
 
