@@ -100,6 +100,18 @@ async def test_a_sign_in_replaces_the_session_before_it(
     )
 
 
+async def test_a_session_that_another_client_ends_opens_nothing(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    browser = await sign_in(harness, people.owner.key)
+    path = f"/api/v1/auth/sessions/{(await browser.get('/api/v1/auth/sessions')).json()['sessions'][0]['id']}"
+    assert_refused(await people.colleague.api.delete(path), 404, "not-found")
+    assert (await browser.get(WHOAMI)).status_code == 200
+    assert (await people.admin.api.delete(path)).status_code == 204
+    assert_refused(await browser.get(WHOAMI), 401, "unauthorized")
+    assert_refused(await people.admin.api.get(path), 404, "not-found")
+
+
 async def test_a_session_ends_with_its_key_and_by_itself(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
