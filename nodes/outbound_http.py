@@ -333,12 +333,14 @@ class OutboundClient:
         body: bytes,
         idle_seconds: float,
         total_seconds: float = inf,
+        is_alone: bool = False,
     ) -> AsyncIterator[OutboundStream]:
         """Send a request over an idle connection or a new one, and yield its response while the body arrives.
 
         Redirects are not followed. `idle_seconds` is the time until the headers, and that of each pause in the body;
         `total_seconds` ends a response that never pauses for so long, and never ends.
-        At the end of the block the connection is closed unless the response is complete. Raises
+        At the end of the block the connection is closed unless the response is complete. With `is_alone`, the request
+        has a connection of its own, which is closed in any case. Raises
         `OutboundError`, and so does the stream. A request on an idle connection that breaks is not repeated.
         """
         require_valid_request(method.upper(), headers)
@@ -348,14 +350,18 @@ class OutboundClient:
         try:
             with time_limits.enforce(call.target) as until:
                 async with asyncio.timeout_at(until):
-                    connection = self._take_kept(call.target) or await self._connect(call.target)
+                    kept = None if is_alone else self._take_kept(call.target)
+                    connection = kept or await self._connect(call.target)
                     response = await connection.open_stream(_request_head(call), body)
                 _require_final_status(call.target, response.status)
             yield OutboundStream(response, call.target, time_limits)
         finally:
             if connection is not None:
                 connection.end_stream()
-                self._return(connection, call.target)
+                if is_alone:
+                    self._discard(connection)
+                else:
+                    self._return(connection, call.target)
 
     async def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)

@@ -192,6 +192,9 @@ class ModelClient:
                 body=content,
                 idle_seconds=IDLE_SECONDS,
                 total_seconds=TOTAL_SECONDS,
+                # llama.cpp closes connections that it has promised to keep, after three requests, and a call that
+                # breaks may be billed. Without TLS, as in a network of one's own, a new one costs next to nothing.
+                is_alone=url.startswith("http:"),
             ) as stream:
                 if stream.status not in _OK:
                     raise build_status_failure(stream.status, stream.headers, await _read_error(stream))
