@@ -29,6 +29,8 @@ PIECES: Final = "answer_pieces"
 """Subject of messages to gateways, with pieces of answers."""
 FOLLOW: Final = "follow_answers"
 """Subject of messages of gateways, which ask for the answers of a run."""
+FOLLOW_POD: Final = "follow_pod_answers"
+"""Subject of messages to all gateways, since any of them may serve the pod that holds a run."""
 
 Content = TypeVar("Content")
 log = structlog.get_logger()
@@ -72,7 +74,7 @@ class BrokerAnswers:
     def _receive(self, notification: Notification) -> None:
         from execution.live_answers import FollowRequest  # noqa: PLC0415 - as above
 
-        request = open_sealed(self._broker, self._seal, notification, FOLLOW, FollowRequest)
+        request = open_sealed(self._broker.channel, self._seal, notification, FOLLOW, FollowRequest)
         if request is not None:
             self._live.follow(request)
 
@@ -91,15 +93,15 @@ async def send_sealed(
 
 
 def open_sealed(
-    broker: Broker, seal: MessageSeal, notification: Notification, subject: str, kind: type[Content]
+    channel: str, seal: MessageSeal, notification: Notification, subject: str, kind: type[Content]
 ) -> Content | None:
-    """Return the content of a message of `send_sealed` to this process; None for any other."""
+    """Return the content of a message of `send_sealed` to a channel; None for any other."""
     if not isinstance(notification, DirectMessage) or subject not in notification.message:
         return None
     try:
         sealed = decoding.decode(notification.message[subject].encode(), SealedMessage)
-        content = seal.open(LIVE_ANSWERS, broker.channel, sealed)
+        content = seal.open(LIVE_ANSWERS, channel, sealed)
         return None if content is None else decoding.decode(content, kind)
     except ValueError:
-        log.warning("message unreadable", channel=broker.channel, subject=subject)
+        log.warning("message unreadable", channel=channel, subject=subject)
         return None

@@ -250,6 +250,10 @@ class LiveAnswers:
         follower.until = now + FOLLOW_SECONDS
         self._note_change(request.execution_id)
 
+    def list_runs(self) -> list[str]:
+        """Return the executions with open answers."""
+        return list(self._answers)
+
     async def close(self) -> None:
         """Send nothing more, and wait for the messages that are on their way."""
         self._followers.clear()

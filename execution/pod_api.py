@@ -16,6 +16,7 @@ import msgspec
 from engine.agents.agent_steps import AgentStep
 from engine.model_calls import FailedModelCall, ModelReservation, ModelSettlement
 from engine.run_records import NodeSpan
+from execution.live_answers import AnswerPiece
 from journal.store import ClaimedRun, RunWrite
 from models.loss_limits import MAX_ISOLATION_LOSSES
 
@@ -28,6 +29,8 @@ FINAL: Final = "final"
 
 MAX_CLAIM: Final = 50
 MAX_WRITES: Final = 200
+MAX_PIECES: Final = 100
+"""Pieces of answers in one call."""
 MAX_RUNS: Final = 10_000
 """Maximum number of runs that one pod holds."""
 MAX_LEASE_SECONDS: Final = 600.0
@@ -85,6 +88,22 @@ class WorkPollResponse(msgspec.Struct, frozen=True):
     gateway: str = ""
     run_count: int = msgspec.field(default=0, name="arrivals")
     """Number of runs, or batches of them, that this gateway has accepted for the deployment."""
+
+
+class OpenAnswersRequest(msgspec.Struct, frozen=True):
+    """Pieces of open answers of models, best effort, and the question whether a client follows a run."""
+
+    open: Annotated[list[str], msgspec.Meta(max_length=MAX_RUNS)] = []
+    """Executions with open answers."""
+    pieces: Annotated[list[AnswerPiece], msgspec.Meta(max_length=MAX_PIECES)] = []
+
+
+class OpenAnswersResponse(msgspec.Struct, frozen=True):
+    """Executions of the request that a client follows."""
+
+    followed: Sequence[str] = ()
+    repeated: Sequence[str] = ()
+    """Those with a lost piece, whose open answers are needed from their beginning."""
 
 
 class ClaimRequest(msgspec.Struct, frozen=True):

@@ -165,7 +165,7 @@ async def open_state(settings: GatewaySettings) -> AsyncIterator[GatewayState]:
         store = await open_store(url, clock=database.clock, connections=settings.run_path_connections)
         stack.push_async_callback(store.close)
         seal = MessageSeal.from_settings(settings, database.clock)
-        broker = await brokers.connect_broker(settings.broker_url, seal=seal)
+        broker = await brokers.connect_broker(settings.broker_url, seal=seal, is_gateway=True)
         stack.push_async_callback(broker.close)
         await stack.enter_async_context(clock_sync.run_clock_sync(database))
         await stack.enter_async_context(process_presence.report_process(database, "gateway"))

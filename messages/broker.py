@@ -22,6 +22,8 @@ CHANGED_EXECUTIONS: Final = "changed executions"
 """Subject of notifications about changed executions; that of a direct message is any key of it."""
 GRANT_SECONDS: Final = 2.0
 """Time for which a grant is valid: workers renew it each second."""
+GATEWAYS: Final = "gateways"
+"""Channel of all gateways together."""
 SLOT_GRANTS: Final = "slot grants"
 """Subject of grants, for listeners."""
 
@@ -154,8 +156,8 @@ class Broker(RunBroker, Protocol):
         """
 
     async def send(self, channel: str, message: Mapping[str, str]) -> None:
-        """Send a direct message to the channel of another process; it is lost silently if none listens.
-        Raises `BrokerUnavailable`.
+        """Send a direct message to the channel of another process, or to all gateways; it is lost silently if none
+        listens. Raises `BrokerUnavailable`.
         """
 
     async def send_direct(self, worker: str, message: DirectRuns) -> bool:
@@ -195,12 +197,17 @@ class Broker(RunBroker, Protocol):
 
 
 async def connect_broker(
-    url: str | None, *, channel: str | None = None, seal: MessageSeal | None = None
+    url: str | None,
+    *,
+    channel: str | None = None,
+    seal: MessageSeal | None = None,
+    is_gateway: bool = False,
 ) -> Broker:
     """Connect to the Redis or PostgreSQL at `url`, or (None) return a broker inside this process.
 
     `channel` is its name, by default a random one. Without a `seal`, and over PostgreSQL, notifications carry
-    no outcomes and no grants, so that all runs are claimed. An unreachable server doesn't prevent the start.
+    no outcomes and no grants, so that all runs are claimed. A gateway also gets the messages to all gateways. An
+    unreachable server doesn't prevent the start.
     Raises `RedisMayEvict`, and ValueError for an invalid URL.
     """
     name = channel or uuid4().hex
@@ -212,11 +219,11 @@ async def connect_broker(
     if url.startswith("postgresql"):
         from messages import postgresql_broker  # noqa: PLC0415 - the same
 
-        return await postgresql_broker.connect(url, channel=name)
+        return await postgresql_broker.connect(url, channel=name, is_gateway=is_gateway)
 
     from messages.client_imports import without_client_metrics  # noqa: PLC0415 - the same
 
     with without_client_metrics():
         from messages import redis_broker  # noqa: PLC0415 - redis costs 40 MB that a single process saves
 
-    return await redis_broker.connect(url, channel=name, seal=seal)
+    return await redis_broker.connect(url, channel=name, seal=seal, is_gateway=is_gateway)

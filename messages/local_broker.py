@@ -7,6 +7,7 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 
 from messages.broker import (
+    GATEWAYS,
     NO_GRANTS,
     WATCH_SECONDS,
     ChangedExecutions,
@@ -69,7 +70,7 @@ class LocalBroker:
             self._listeners.deliver(grants[self.channel])
 
     async def send(self, channel: str, message: Mapping[str, str]) -> None:
-        if channel == self.channel:
+        if channel in {self.channel, GATEWAYS}:
             self._listeners.deliver(DirectMessage(dict(message)))
 
     async def is_heard(self, channel: str) -> bool:

@@ -22,6 +22,7 @@ from concurrency.shielded_opening import open_shielded
 from json_text import decoding
 from messages import deployer_messages, mail_parser_wakeup, worker_wakeup
 from messages.broker import (
+    GATEWAYS,
     NO_GRANTS,
     WATCH_SECONDS,
     BrokerUnavailable,
@@ -140,8 +141,9 @@ async def _check_answer() -> AsyncIterator[None]:
 class PostgresqlBroker:
     """Broker of one process."""
 
-    def __init__(self, url: str, pool: asyncpg.Pool, *, channel: str) -> None:
+    def __init__(self, url: str, pool: asyncpg.Pool, *, channel: str, is_gateway: bool = False) -> None:
         self.channel = channel
+        self._channels = (channel, GATEWAYS) if is_gateway else (channel,)
         self._url = url
         self._pool = pool
         self._listeners = NotificationListeners()
@@ -341,9 +343,10 @@ class PostgresqlBroker:
         """
         await connection.add_listener(QUEUE_CHANNEL, lambda *given: self._drain(given[3]))
         await connection.add_listener(CHANGES_CHANNEL, lambda *given: self._deliver_changes(given[3]))
-        await connection.add_listener(
-            _channel_name(self.channel), lambda *given: self._deliver_direct(given[3])
-        )
+        for channel in self._channels:
+            await connection.add_listener(
+                _channel_name(channel), lambda *given: self._deliver_direct(given[3])
+            )
         # Locks of one session count: a predecessor of the same name may not be gone yet.
         await connection.execute("SELECT pg_try_advisory_lock($1)", _lock_key(self.channel))
         self._is_channel_open.set()
@@ -423,7 +426,7 @@ class PostgresqlBroker:
         self._pool.terminate()
 
 
-async def connect(url: str, *, channel: str) -> PostgresqlBroker:
+async def connect(url: str, *, channel: str, is_gateway: bool = False) -> PostgresqlBroker:
     """Return a broker for a database URL; statements open up to four connections when they need them.
 
     Raises `ValueError` for an invalid URL.
@@ -439,7 +442,7 @@ async def connect(url: str, *, channel: str) -> PostgresqlBroker:
         # Lost writes do no harm: a crash empties these tables in any case.
         server_settings={"application_name": "pilotflame", "synchronous_commit": "off"},
     )
-    return PostgresqlBroker(address, pool, channel=channel)
+    return PostgresqlBroker(address, pool, channel=channel, is_gateway=is_gateway)
 
 
 async def _open_session(dsn: str | None = None, **options: Any) -> Any:  # noqa: ANN401 - asyncpg's own

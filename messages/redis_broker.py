@@ -19,6 +19,7 @@ from redis.backoff import NoBackoff
 from json_text import decoding
 from messages import deployer_messages, mail_parser_wakeup, wakeup_worker, worker_wakeup
 from messages.broker import (
+    GATEWAYS,
     NO_GRANTS,
     WATCH_SECONDS,
     BrokerUnavailable,
@@ -180,12 +181,14 @@ async def _check_answer() -> AsyncIterator[None]:
         raise BrokerUnavailable(str(error) or "redis did not answer in time") from error
 
 
-async def connect(url: str, *, channel: str, seal: MessageSeal | None = None) -> "RedisBroker":
+async def connect(
+    url: str, *, channel: str, seal: MessageSeal | None = None, is_gateway: bool = False
+) -> "RedisBroker":
     """Return a broker for Redis; an unreachable server doesn't prevent the start.
 
     Raises `RedisMayEvict` if Redis may evict keys.
     """
-    broker = RedisBroker(url, channel=channel, seal=seal)
+    broker = RedisBroker(url, channel=channel, seal=seal, is_gateway=is_gateway)
     try:
         async with _check_answer():
             await refuse_evicting(broker.client)
@@ -216,8 +219,11 @@ def _create_client(url: str) -> Redis:
 
 
 class RedisBroker:
-    def __init__(self, url: str, *, channel: str, seal: MessageSeal | None = None) -> None:
+    def __init__(
+        self, url: str, *, channel: str, seal: MessageSeal | None = None, is_gateway: bool = False
+    ) -> None:
         self.channel = channel
+        self._channels = (channel, GATEWAYS) if is_gateway else (channel,)
         self._seal = seal
         self.client = _create_client(url)
         self._url = url
@@ -393,12 +399,12 @@ class RedisBroker:
         await self.client.aclose()
 
     async def _keep_listening(self) -> None:
-        """Keep the subscription to the own channel, and subscribe again after a growing pause."""
+        """Keep the subscription to the own channels, and subscribe again after a growing pause."""
         failures = 0
         while True:
             try:
                 async with self.client.pubsub() as subscription:
-                    await subscription.subscribe(CHANNELS + self.channel)
+                    await subscription.subscribe(*(CHANNELS + channel for channel in self._channels))
                     async for event in subscription.listen():
                         failures = 0
                         self._take(event["type"], event["data"])
@@ -413,7 +419,7 @@ class RedisBroker:
         """Handle an event of the subscription: note that the channel is open, or deliver a message;
         unreadable ones are logged.
         """
-        if kind == "subscribe":
+        if kind == "subscribe" and not self._is_channel_open.is_set():
             self._is_channel_open.set()
             log.info("channel open", channel=self.channel)
         if kind != "message":

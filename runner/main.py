@@ -44,6 +44,7 @@ from runner.node_services import (
 )
 from runner.orphan_watch import wait_orphaned
 from runner.pod_app import PodLifecycle, PodPhase, create_app
+from runner.remote_answers import RemoteAnswers
 from runner.remote_store import RemoteRunStore
 from runner.work_poll import GatewayWorkPoll
 from telemetry.exporter import serve_metrics
@@ -165,6 +166,7 @@ async def run_executor(
     models = LazyModels(
         lambda: RemoteModels(gateway), settings.outbound_allowed_networks, settings.model_hosts
     )
+    answers = RemoteAnswers(gateway)
     services = NodeServices(
         http=outbound,
         data_sources=connections,
@@ -176,6 +178,7 @@ async def run_executor(
         signals=RemoteSignalWaits(gateway),
         state=RemoteState(gateway),
         models=models,
+        live_answers=answers,
         approvals=RemoteApprovalLinks(gateway),
         callbacks=RemoteCallbacks(gateway),
     )
@@ -192,6 +195,7 @@ async def run_executor(
         yield executor
     finally:
         await executor.drain(patience_seconds=life.patience_seconds)
+        await answers.close()
         await code.close()
         await processes.close()
         await models.close()

@@ -14,9 +14,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from execution import answer_messages
-from execution.answer_messages import FOLLOW, PIECES
+from execution.answer_messages import FOLLOW, FOLLOW_POD, PIECES
 from execution.live_answers import MAX_ANSWER_CHARACTERS, AnswerPieces, FollowRequest
 from gateway.http.wire import WireStruct
+from messages.broker import GATEWAYS
+from models.pod_identity import POD_OWNER_PREFIX
 
 if TYPE_CHECKING:
     from execution.live_answers import AnswerPiece, AnswerPlace
@@ -177,7 +179,7 @@ class FollowedRun:
     texts: dict[AnswerPlace, OpenText] = field(default_factory=dict)
     """Texts that have not ended."""
     owner: str = ""
-    """Process that holds the run; empty for none."""
+    """Process that holds the run, or was the last one to do so."""
     asked_at: float = 0.0
     """Time of the last request to it, by the event loop's clock."""
     has_gap: bool = False
@@ -221,21 +223,24 @@ class LiveAnswerHub:
     async def follow(self, execution_id: str, owner: str) -> None:
         """Ask the process that holds a run for its answers, unless it was asked in the last five seconds.
 
-        `owner` is its name in the lease, empty without one. If it is another one than before, the texts of that are
-        dropped.
+        `owner` is its name in the lease. If it is another one than before, the texts of that are dropped, and it has to
+        send its own from their beginning: gateways may have passed them on before. An empty one changes nothing, since
+        the last texts of a run that has just left its process may still arrive.
         """
         run = self._runs.get(execution_id)
-        if run is None:
+        if run is None or not owner:
             return
         if owner != run.owner:
-            run.owner, run.asked_at, run.has_gap = owner, 0.0, False
+            run.owner, run.has_gap = owner, True
             self._drop_texts(run)
         now = asyncio.get_running_loop().time()
-        if not owner or (now - run.asked_at < ASK_SECONDS and run.asked_at and not run.has_gap):
+        if now - run.asked_at < ASK_SECONDS and not run.has_gap:
             return
         request = FollowRequest(execution_id, self._broker.channel, is_repeated=run.has_gap)
         run.asked_at, run.has_gap = now, False
-        await answer_messages.send_sealed(self._broker, self._seal, owner, FOLLOW, request)
+        to_pod = owner.startswith(POD_OWNER_PREFIX)
+        channel, subject = (GATEWAYS, FOLLOW_POD) if to_pod else (owner, FOLLOW)
+        await answer_messages.send_sealed(self._broker, self._seal, channel, subject, request)
 
     def receive(self, message: AnswerPieces) -> None:
         """Add pieces to the texts of followed runs; those of a process that holds the run no more are ignored."""
@@ -250,7 +255,9 @@ class LiveAnswerHub:
         return run is not None and run.has_gap
 
     def _handle_notification(self, notification: Notification) -> None:
-        message = answer_messages.open_sealed(self._broker, self._seal, notification, PIECES, AnswerPieces)
+        message = answer_messages.open_sealed(
+            self._broker.channel, self._seal, notification, PIECES, AnswerPieces
+        )
         if message is not None:
             self.receive(message)
 

@@ -38,6 +38,7 @@ from execution.pod_api import (
     ModelRequest,
     ModelReserveRequest,
     ModelSettleRequest,
+    OpenAnswersRequest,
     PublishRequest,
     PublishResponse,
     ReplyToSignalRequest,
@@ -180,6 +181,12 @@ async def count_failed_model_call(request: GatewayRequest, holder: LeaseHolder) 
     caller = await lease_checks.read_caller(request.gateway.database, holder, request.path_params["id"])
     await request.gateway.pod_services.models.ledger.count_failure(caller, call.failed)
     return JsonResponse({})
+
+
+async def receive_open_answers(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
+    """Take pieces of open answers, and answer with the runs of the pod that a client follows."""
+    call = await decode_call(request, OpenAnswersRequest)
+    return JsonResponse(await request.gateway.pod_services.answers.receive(holder, call))
 
 
 async def start_run(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:

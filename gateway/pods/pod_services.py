@@ -17,9 +17,11 @@ from execution.signal_waits import SignalWaits
 from execution.state_publisher import StatePublisher
 from execution.stored_data_sources import StoredDataSources
 from execution.stored_models import StoredModels
+from gateway.pods.pod_answers import PodAnswers
 from gateway.pods.pod_authentication import PodAuthenticator
 from gateway.pods.poll_hub import PodPollHub
 from journal import log_levels
+from messages.message_seal import MessageSeal
 
 if TYPE_CHECKING:
     from gateway.settings import GatewaySettings
@@ -45,6 +47,7 @@ class PodApiServices:
     state: StatePublisher
     approvals: ApprovalLinkUrls
     callbacks: CallbackUrls
+    answers: PodAnswers
     log_levels: Mapping[str, str]
     """Log levels by workflow, as they are now."""
 
@@ -62,7 +65,9 @@ async def open_pod_services(
     """Open the services that pods call, and accept their polls while the context lasts; then close them."""
     stack = AsyncExitStack()
     sources = StoredDataSources(database, vault)
+    answers = PodAnswers(database, broker, MessageSeal.from_settings(settings, database.clock))
     await poll_hub.start()
+    await answers.start()
     try:
         yield PodApiServices(
             authenticator=PodAuthenticator(database),
@@ -76,6 +81,7 @@ async def open_pod_services(
             state=StatePublisher(database),
             approvals=ApprovalLinkUrls(database, settings.secret, settings.public_url),
             callbacks=CallbackUrls(MessageSigner(database, vault), settings.secret, settings.public_url),
+            answers=answers,
             log_levels=await stack.enter_async_context(log_levels.follow_log_levels(database)),
         )
     finally:

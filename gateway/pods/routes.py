@@ -44,6 +44,7 @@ TABLE: Sequence[PodRoute] = (
     PodRoute("POST", "/steps", journal.steps),
     PodRoute("POST", "/log-ends", journal.log_ends),
     PodRoute("POST", "/answers", journal.answers),
+    PodRoute("POST", "/open-answers", node_services.receive_open_answers),
     PodRoute("PUT", "/blobs/{id}/{sub}", node_services.put_blob),
     PodRoute("GET", "/blobs/{id}/{sub}", node_services.get_blob),
     PodRoute("POST", "/executions/{id}/data-sources", node_services.open_data_source),

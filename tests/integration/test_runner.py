@@ -7,7 +7,7 @@ import json
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from contextlib import AsyncExitStack, ExitStack, contextmanager, nullcontext
+from contextlib import AsyncExitStack, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
@@ -31,6 +31,8 @@ from engine.values import Json
 from execution.pod_api import PREFIX, RUNNER_HEADER, WorkPollResponse
 from gateway import main as gateways
 from gateway import state
+from gateway.executions.agent_step_rows import StepFilter
+from gateway.executions.live_answers import AnswerReader, TokenShape
 from gateway.http import failed_attempts
 from gateway.pods import journal as pod_journal
 from gateway.pods import poll_hub as desks
@@ -896,6 +898,44 @@ async def test_a_pod_that_is_lost_takes_contents_that_are_not_recorded_with_it(p
     assert {(step["arguments"], step["result"]) for step in steps} == {(None, None)}
 
 
+@ON_SQLITE
+async def test_a_text_that_a_pod_writes_reaches_clients_and_begins_again_in_another_pod(
+    pods: DeployedPods,
+) -> None:
+    stalled = [ScriptedAnswer(text, fault=ModelFault.STALL) for text in ("Oslo is cold", "Rome is warm")]
+    async with serve_models(*stalled) as served:
+        model_id = await create_model(pods, served.url)
+        ask = {"id": "ask", "type": "llm", "config": {"model": model_id, "prompt": "How is it?"}}
+        key = await pods.accept(chain_definition(ask))
+        hub = pods.gateway.state.live_events.answers
+        with hub.reader(key.execution_id, StepFilter()) as reader:
+            first = await pods.start().ready()
+            assert await take_answer_events(pods, key, reader, 1) == [("token", "Oslo i")]
+            first.started.kill()
+            pods.start()
+            await pods.has_swept(lambda: len(served.requests) == 2)
+            events = await take_answer_events(pods, key, reader, 2)
+            assert events == [("retry", "worker-lost"), ("token", "Rome i")]
+        served.released.set()
+        await pods.reaches(key, "completed")
+
+
+async def take_answer_events(
+    pods: DeployedPods, key: ExecutionKey, reader: AnswerReader, count: int
+) -> list[tuple[str, str]]:
+    """Return so many events of a client that follows a run, each with its text or reason."""
+    found: list[tuple[str, str]] = []
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        while len(found) < count:
+            owner = (await pods.run_database.row(key.execution_id))["lease_owner"] or ""
+            await pods.gateway.state.live_events.answers.follow(key.execution_id, owner)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(reader.changed.wait(), 0.2)
+            for name, shape in reader.take():
+                found.append((name, shape.text if isinstance(shape, TokenShape) else shape.reason))
+    return found
+
+
 async def test_an_agent_in_a_pod_waits_for_the_workflow_of_an_agent_that_is_its_tool(
     pods: DeployedPods,
 ) -> None:
@@ -1125,6 +1165,7 @@ class HeldRun:
             "/steps": {"execution_id": execution_id},
             "/log-ends": {"execution_ids": [execution_id]},
             "/answers": {"execution_ids": [execution_id]},
+            "/open-answers": {"open": [execution_id]},
             "/executions/{id}/data-sources": {"source_id": self.source_id},
             "/executions/{id}/models": {"model_id": self.model_id},
             "/executions/{id}/models/blocked": {"model_id": self.model_id, "seconds": 60},
@@ -1191,6 +1232,7 @@ NOTHING: Mapping[str, Mapping[str, Any]] = {
     "/steps": {"steps": []},
     "/log-ends": {"last_lines": {}},
     "/answers": {"answers": []},
+    "/open-answers": {"followed": []},
 }
 """Answers to pods without a lease; all other routes answer that the lease is lost."""
 
