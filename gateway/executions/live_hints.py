@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, Final
 
@@ -50,6 +51,8 @@ LOOK_SECONDS: Final = 0.2
 """Interval at which the version of a list is read while a stream waits for it."""
 SECONDS_OF_A_LIST: Final = 0.01
 """Interval for each watched list of a process: a hundred reads a second serve any number of organizations."""
+RECENT: Final = timedelta(minutes=1)
+"""Age of a change up to which a new stream begins with a hint: the page may be older than the change."""
 WATCHED_ROWS: Final = 50
 """Newest rows of a list of an organization whose changes count as a change of the list."""
 
@@ -110,6 +113,8 @@ class ListWatch:
     queues: set[HintQueue] = field(default_factory=set)
     task: asyncio.Task[None] | None = None
     version: str = ""
+    changed_at: datetime | None = None
+    """Time of the newest change that the version counts."""
 
 
 class LiveHints:
@@ -202,7 +207,8 @@ class LiveHints:
                 if head is None:
                     return
                 version = head.updated_at.isoformat()
-                if shown and version != shown:
+                # A page that was made before the stream may lack a change of that time.
+                if version != shown and (shown or self._is_recent(head.updated_at)):
                     queue.put(LiveHint(f"{EXECUTION}{key.execution_id}", key.execution_id, version))
                 shown = version
                 if head.status in TERMINAL_STATUSES:
@@ -215,6 +221,8 @@ class LiveHints:
         """Add a queue to those that are told of changes of a list; the first one starts the watch."""
         watch = self._lists.setdefault((topic, organization_id), ListWatch())
         watch.queues.add(queue)
+        if watch.version and self._is_recent(watch.changed_at):
+            queue.put(LiveHint(topic, "", watch.version))
         if watch.task is None:
             watch.task = asyncio.create_task(self._watch_list(topic, organization_id, watch))
 
@@ -236,17 +244,26 @@ class LiveHints:
         statements = _STATEMENTS[topic](organization_id)
         while True:
             with suppress(DatabaseUnavailable):
-                version = await self._read_version(statements)
-                if watch.version and version != watch.version:
+                version, watch.changed_at = await self._read_version(statements)
+                if version != watch.version and (watch.version or self._is_recent(watch.changed_at)):
                     for queue in watch.queues:
                         queue.put(LiveHint(topic, "", version))
                 watch.version = version
             await asyncio.sleep(max(LOOK_SECONDS, SECONDS_OF_A_LIST * len(self._lists)))
 
-    async def _read_version(self, statements: Sequence[Select[*tuple[Any, ...]]]) -> str:
+    async def _read_version(
+        self, statements: Sequence[Select[*tuple[Any, ...]]]
+    ) -> tuple[str, datetime | None]:
+        """Return the version of a list, and the time of its newest change; None for an empty list."""
         async with self._live_events.database.read() as connection:
-            rows = [row for one in statements for row in (await connection.execute(one)).all()]
-        return blake2b(repr([tuple(row) for row in rows]).encode(), digest_size=12).hexdigest()
+            rows = [tuple(row) for one in statements for row in (await connection.execute(one)).all()]
+        version = blake2b(repr(rows).encode(), digest_size=12).hexdigest()
+        return version, max(
+            (value for row in rows for value in row if isinstance(value, datetime)), default=None
+        )
+
+    def _is_recent(self, changed_at: datetime | None) -> bool:
+        return changed_at is not None and self._live_events.database.clock.now() - changed_at < RECENT
 
 
 def _newest_runs(organization_id: str) -> Sequence[Select[*tuple[Any, ...]]]:
@@ -275,7 +292,7 @@ def _newest_runs(organization_id: str) -> Sequence[Select[*tuple[Any, ...]]]:
 def _newest_deliveries(organization_id: str) -> Sequence[Select[*tuple[Any, ...]]]:
     """Return the queries of the 50 newest deliveries, and of the newest sample of a refused request."""
     newest = (
-        select(col(Delivery.id))
+        select(col(Delivery.id), col(Delivery.created_at))
         .where(col(Delivery.organization_id) == organization_id)
         .order_by(col(Delivery.created_at).desc(), col(Delivery.id).desc())
         .limit(WATCHED_ROWS)

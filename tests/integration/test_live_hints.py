@@ -79,6 +79,17 @@ async def test_hints_name_changed_runs_and_lists(harness: GatewayHarness, people
         changing.cancel()
 
 
+async def test_a_new_stream_begins_with_what_has_just_changed(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    """A page may be older than a change that precedes its stream."""
+    execution_id = await start_run(people.owner)
+    async with serve_gateway(harness) as url:
+        for topic in (f"execution:{execution_id}", "executions", "executions"):
+            async with open_stream(url, people.admin.key, topic) as stream:
+                assert (await next_hint(stream)).topic == topic
+
+
 async def repeat_changes(harness: GatewayHarness, execution_id: str) -> None:
     """Change a run until a reader has seen a change: the first may precede its watch."""
     while True:
