@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from execution import answer_messages
 from execution.answer_messages import FOLLOW, FOLLOW_POD, PIECES
@@ -32,6 +32,8 @@ MAX_CHARACTERS: Final = 32_000_000
 """Open texts of all runs; beyond it, texts grow no further here."""
 MAX_POSITIONS: Final = 1_000
 """Texts of one client whose positions are remembered."""
+MAX_WAITING_CHARACTERS: Final = 1_000_000
+"""Ended texts that wait for a client that does not read; beyond it, the oldest are left to their steps."""
 WORKER_LOST: Final = "worker-lost"
 """Reason of a dropped text whose run has gone to another process."""
 
@@ -78,6 +80,12 @@ class OpenText:
     is_complete: bool = False
     is_dropped: bool = False
     reason: str = ""
+    is_cut: bool = False
+    """Whether it grows no further here."""
+
+    @property
+    def has_ended(self) -> bool:
+        return self.is_complete or self.is_dropped
 
 
 @dataclass(slots=True)
@@ -105,15 +113,29 @@ class AnswerReader:
         """Note that a text has changed, unless the client doesn't want it."""
         node_id, iteration = place
         if self.wanted.node_id in {None, node_id} and self.wanted.iteration in {None, iteration}:
+            self._changed_texts.pop(place, None)
             self._changed_texts[place] = text
+            if text.has_ended:
+                self._limit_ended()
             self.changed.set()
 
     def note_recorded(self, place: AnswerPlace, number: int) -> None:
         """Note that the client has got a recorded answer: late parts of its text are not sent any more."""
-        self._recorded[place] = max(number, self._recorded.get(place, -1))
+        self._recorded[place] = max(number, self._recorded.pop(place, -1))
+        _limit_size(self._recorded)
         position = self._positions.get(place)
         if position is not None and position.number <= number:
             del self._positions[place]
+
+    def _limit_ended(self) -> None:
+        """Leave out the oldest ended texts beyond the limits; nothing else keeps those in memory."""
+        ended = {place: len(text.text) for place, text in self._changed_texts.items() if text.has_ended}
+        characters = sum(ended.values())
+        for number, (place, length) in enumerate(ended.items()):
+            if characters <= MAX_WAITING_CHARACTERS and len(ended) - number <= MAX_POSITIONS:
+                return
+            del self._changed_texts[place]
+            characters -= length
 
     def take(self) -> list[tuple[str, TokenShape | RetryShape]]:
         """Return the events since the last call by their names."""
@@ -135,8 +157,7 @@ class AnswerReader:
             # A complete text counts as sent until it is recorded, since its worker may be lost before.
             self._positions.pop(place, None)
             self._positions[place] = position
-            while len(self._positions) > MAX_POSITIONS:
-                del self._positions[next(iter(self._positions))]
+            _limit_size(self._positions)
         if text.is_dropped:
             del self._positions[place]
             if position.sent:
@@ -157,6 +178,12 @@ class AnswerReader:
                     text=part,
                 ),
             )
+
+
+def _limit_size(places: dict[AnswerPlace, Any]) -> None:
+    """Remove the oldest of more than a thousand places."""
+    while len(places) > MAX_POSITIONS:
+        del places[next(iter(places))]
 
 
 def _drop(place: AnswerPlace, position: _Position, reason: str) -> tuple[str, RetryShape]:
@@ -274,15 +301,16 @@ class LiveAnswerHub:
             text = OpenText(self._serial, piece.number, call, piece.model_id, reason=piece.reason)
             run.texts[piece.place] = text
         held = len(text.text)
-        if piece.offset > held:
-            run.has_gap = True
-            return
-        if held < MAX_ANSWER_CHARACTERS and self._characters < MAX_CHARACTERS:
+        text.is_cut = text.is_cut or held >= MAX_ANSWER_CHARACTERS or self._characters >= MAX_CHARACTERS
+        if not text.is_cut:
+            if piece.offset > held:
+                run.has_gap = True
+                return
             text.text += piece.text[held - piece.offset :]
             self._characters += len(text.text) - held
         text.is_complete, text.is_dropped = piece.is_complete, piece.is_dropped
         text.reason = piece.reason or text.reason
-        if text.is_complete or text.is_dropped:
+        if text.has_ended:
             self._forget(run, piece.place)
         run.note(piece.place, text)
 

@@ -12,6 +12,7 @@ import pytest
 from engine.services import AnswerOrigin
 from execution import live_answers
 from execution.live_answers import AnswerPiece, AnswerPieces, FollowRequest, LiveAnswers
+from gateway.executions import live_answers as gateway_answers
 from gateway.executions.agent_step_rows import StepFilter
 from gateway.executions.live_answers import AnswerReader, LiveAnswerHub, RetryShape, TokenShape
 from messages.local_broker import LocalBroker
@@ -264,3 +265,36 @@ async def test_a_gateway_that_gets_no_message_is_forgotten_until_it_asks_again()
         await asyncio.sleep(2 * live_answers.COALESCE_SECONDS)
         assert calls == ["gateway"]
     await live.close()
+
+
+@pytest.mark.parametrize("limit", ["MAX_WAITING_CHARACTERS", "MAX_POSITIONS"])
+async def test_a_client_that_does_not_read_keeps_a_limited_number_of_ended_texts(
+    connected: Connected, monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    length = 10
+    kept = 3
+    monkeypatch.setattr(gateway_answers, limit, kept * length if limit == "MAX_WAITING_CHARACTERS" else kept)
+
+    def receive(node_id: str, *, is_complete: bool) -> None:
+        piece = AnswerPiece(*(RUN, node_id, "", 0, 1, 0, "model_1", 0, "x" * length), is_complete=is_complete)
+        connected.hub.receive(AnswerPieces("worker", [piece]))
+
+    with connected.hub.reader(RUN, StepFilter()) as stuck:
+        await connected.follow()
+        receive("open", is_complete=False)
+        for number in range(20):
+            receive(f"llm{number}", is_complete=True)
+        assert [shape.node_id for _, shape in stuck.take()] == ["open", "llm17", "llm18", "llm19"]
+
+
+async def test_texts_beyond_the_memory_of_a_gateway_are_cut_and_not_asked_for_again(
+    connected: Connected, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gateway_answers, "MAX_CHARACTERS", 4)
+    with connected.hub.reader(RUN, StepFilter()) as reader:
+        await connected.follow()
+        for offset, text in enumerate("abcdefgh"):
+            piece = AnswerPiece(RUN, "agent", "", 0, 1, 0, "model_1", offset, text)
+            connected.hub.receive(AnswerPieces("worker", [piece]))
+        assert [shape.text for _, shape in reader.take() if isinstance(shape, TokenShape)] == ["abcd"]
+        assert not connected.hub.has_gap(RUN)
