@@ -161,6 +161,10 @@ class _SentPart:
     characters: int = 0
     has_end: bool = False
 
+    def is_left_by(self, call: tuple[int, int, int]) -> bool:
+        """Return whether a call takes the place of this one, whose failure the gateway has not heard of."""
+        return bool(self.characters) and not self.has_end and call[0] == self.call[0]
+
 
 @dataclass(slots=True)
 class AnswerFollower:
@@ -176,6 +180,12 @@ class AnswerFollower:
         call = (origin.number, origin.attempt, answer.model_call)
         sent = self.sent.get(answer.place)
         if sent is None or sent.call != call:
+            if sent is not None and sent.is_left_by(call):
+                yield AnswerPiece(
+                    *(origin.execution_id, *answer.place, *sent.call, "", sent.characters),
+                    is_dropped=True,
+                    reason=answer.reason or INTERRUPTED,
+                )
             sent = self.sent[answer.place] = _SentPart(call)
         text = "" if answer.is_dropped else "".join(answer.texts[sent.texts :])
         ends = answer.has_ended and not sent.has_end and bool(sent.characters or text)

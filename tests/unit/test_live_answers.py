@@ -267,6 +267,22 @@ async def test_a_gateway_that_gets_no_message_is_forgotten_until_it_asks_again()
     await live.close()
 
 
+async def test_a_failed_text_is_dropped_although_its_fallback_writes_none(connected: Connected) -> None:
+    """Clients that come later don't see it either."""
+    with connected.hub.reader(RUN, StepFilter()) as reader:
+        client = ClientText(reader)
+        await connected.follow()
+        with connected.live.open(origin()) as answer:
+            answer.begin("model_1")
+            answer.add("Half an ans")
+            await client.shows("Half an ans")
+            answer.drop("model-unavailable")
+            answer.begin("model_2")
+        await client.has_dropped("model-unavailable")
+        with connected.hub.reader(RUN, StepFilter()) as later:
+            assert later.take() == []
+
+
 @pytest.mark.parametrize("limit", ["MAX_WAITING_CHARACTERS", "MAX_POSITIONS"])
 async def test_a_client_that_does_not_read_keeps_a_limited_number_of_ended_texts(
     connected: Connected, monkeypatch: pytest.MonkeyPatch, limit: str
