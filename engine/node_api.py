@@ -330,6 +330,11 @@ class ModelCallLog:
         """Calls that are recorded, also by earlier attempts and other processes."""
         return ()
 
+    @property
+    def iteration(self) -> str | None:
+        """Iteration under which clients see these answers; None for that of the node."""
+        return None
+
     def add(self, record: ModelCallRecord) -> None:
         """Record a call together with the next state of the node."""
 

@@ -240,6 +240,10 @@ class ToolModelCalls(ModelCallLog):
     def recorded(self) -> Sequence[ModelCallRecord]:
         return self._steps.recorded[self._number].model_calls
 
+    @property
+    def iteration(self) -> str:
+        return call_waits.name_iteration(self._steps.recorded[self._number])
+
     def add(self, record: ModelCallRecord) -> None:
         step = self._steps.recorded[self._number]
         self._steps.record(msgspec.structs.replace(step, model_calls=(*step.model_calls, record)))

@@ -127,7 +127,8 @@ def open_live_answer(call: NodeCall, number: int, attempt: int) -> AbstractConte
     Nobody sees it if the contents of the node are not recorded.
     """
     answers = call.services.live_answers if may_show_contents(call) else HIDDEN_ANSWERS
-    return answers.open(AnswerOrigin(call.caller.execution_id, call.node_id, call.iteration, number, attempt))
+    iteration = call.iteration if call.model_calls.iteration is None else call.model_calls.iteration
+    return answers.open(AnswerOrigin(call.caller.execution_id, call.node_id, iteration, number, attempt))
 
 
 def may_show_contents(call: NodeCall) -> bool:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from engine.graph import ParsedGraph
 from engine.model_calls import ChatAnswer, ChatRequest, FinishReason, ModelReply, NodeSpending, TokenUsage
 from engine.program import WorkflowProgram
 from engine.run_records import RunOutcome, RunStatus
-from engine.services import RunCaller
+from engine.services import AnswerOrigin, HiddenAnswers, LiveAnswer, RunCaller
 from engine.values import Json
 from nodes.catalog import load_catalog
 from tests.unit.test_agent_runs import AGENT, LOOK, ScriptedModel, World, turn
@@ -120,3 +121,20 @@ async def test_a_tool_may_spend_what_is_left_to_its_agent_less_a_last_answer() -
     expected = [*["0.000098"] * 4, *["0.000097"] * 2]
     assert [budget.max_cost for budget in budgets if budget is not None] == expected
     assert all(budget.max_tokens < 50_000 for budget in budgets if budget and budget.max_tokens)
+
+
+async def test_clients_can_tell_the_texts_of_calls_of_a_tool_apart() -> None:
+    opened: list[AnswerOrigin] = []
+
+    class NotedAnswers(HiddenAnswers):
+        def open(self, origin: AnswerOrigin) -> AbstractContextManager[LiveAnswer]:
+            opened.append(origin)
+            return super().open(origin)
+
+    world = replace(build_world(), services={"live_answers": NotedAnswers()})
+    assert await world.work() == RunOutcome(RunStatus.COMPLETED)
+    assert len(opened) == ANSWERS
+    assert len({(one.node_id, one.iteration, one.number) for one in opened}) == ANSWERS
+    places = {one.iteration for one in opened if one.node_id == "read"}
+    # Step 0 is the answer with the first two calls.
+    assert sorted(iteration.partition("-")[0] for iteration in places) == ["1", "2", "4"]
