@@ -152,7 +152,7 @@ def test_lists_yield_each_page_by_cursor_or_by_offset() -> None:
     server = ScriptedServer(
         *(httpx2.Response(200, json={"workflows": [{"id": n}], "count": 150}) for n in (1, 2))
     )
-    assert [one["id"] for one in server.client().workflows.iterate(tag="x")] == [1, 2]
+    assert [one["id"] for one in server.client().workflows.iterate(tag="x", sort="name")] == [1, 2]
     assert [request.url.params["offset"] for request in server.requests] == ["0", "100"]
 
 

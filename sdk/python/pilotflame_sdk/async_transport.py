@@ -74,19 +74,12 @@ class AsyncTransport:
 
         `list_field` is the field of the answer that has the items. Raises `APIError` and `TransportError`.
         """
-        place: dict[str, Any] = {"after": "start"} if has_cursor else {"offset": 0}
-        while True:
+        place = request_coding.first_place(query, has_cursor=has_cursor)
+        while place is not None:
             page = await self.request("GET", path, query={**query, "limit": request_coding.PAGE, **place})
             for item in page[list_field]:
                 yield item
-            if has_cursor:
-                place = {"after": page["next"]}
-                is_last = page["next"] is None
-            else:
-                place = {"offset": place["offset"] + request_coding.PAGE}
-                is_last = place["offset"] >= page["count"]
-            if is_last:
-                return
+            place = request_coding.next_place(place, page)
 
     async def stream(self, path: str) -> AsyncIterator[RunEvent]:
         """Yield the events of a run to its end; lost connections are resumed behind the last event.

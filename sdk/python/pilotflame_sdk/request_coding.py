@@ -24,6 +24,7 @@ PREFER_SECONDS: Final = 60
 ANSWER_SECONDS: Final = 15.0
 """Time that an answer may take beyond the wait that the request asks for."""
 PAGE: Final = 100
+CREATED_AT: Final = "createdAt"
 TERMINAL: Final = frozenset({"completed", "failed", "stopped", "cancelled"})
 NO_CONTENT: Final = 204
 ERROR: Final = 400
@@ -109,6 +110,23 @@ def _query_fields(query: Mapping[str, Any]) -> list[tuple[str, str]]:
         else:
             fields.append((name, str(value)))
     return fields
+
+
+def first_place(query: Mapping[str, Any], *, has_cursor: bool) -> dict[str, Any] | None:
+    """Return the place of the first page of a list as fields of its query.
+
+    It is a cursor if the list has any and is sorted by `createdAt`, otherwise an offset.
+    """
+    is_by_creation = (query.get("sort") or CREATED_AT).startswith(CREATED_AT)
+    return {"after": "start"} if has_cursor and is_by_creation else {"offset": 0}
+
+
+def next_place(place: Mapping[str, Any], page: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the place of the page behind `page`, which is at `place`; None if that is the last one."""
+    if "after" in place:
+        return None if page["next"] is None else {"after": page["next"]}
+    offset = place["offset"] + PAGE
+    return {"offset": offset} if offset < page["count"] else None
 
 
 def quote_segment(value: str) -> str:
