@@ -93,13 +93,20 @@ def deadline_columns() -> Sequence[DeadlineColumn]:
     """
     # Clocks are rarely set: no process loads these tables for that alone when it starts.
     from models.ai_model import AiModel  # noqa: PLC0415 - see above
+    from models.bulk_operation import IS_OPEN, BulkOperation  # noqa: PLC0415 - see above
     from models.invitation import Invitation  # noqa: PLC0415 - see above
     from models.task import Task  # noqa: PLC0415 - see above
 
     is_open = col(Invitation.accepted_at).is_(None) & col(Invitation.revoked_at).is_(None)
     # Ended tasks have no time of these.
     of_tasks = [(Task, name, None) for name in ("lease_until", "deadline_at", "due_at", "check_at")]
-    return [*_COLUMNS, *of_tasks, (Invitation, "expires_at", is_open), (AiModel, "blocked_until", None)]
+    return [
+        *_COLUMNS,
+        *of_tasks,
+        (Invitation, "expires_at", is_open),
+        (AiModel, "blocked_until", None),
+        (BulkOperation, "leased_until", IS_OPEN),
+    ]
 
 
 async def follow_host_clock(database: Database) -> None:

@@ -54,7 +54,7 @@ ENDING_NAMES = {
 }
 CALENDAR = {
     *("api_key.expires_at", "intake_token.expires_at", "signing_secret.expires_at"),
-    *("schedule.due_at", "schedule.next_run_at", "workflow_log_level.until"),
+    *("deployment.kept_awake_until", "schedule.due_at", "schedule.next_run_at", "workflow_log_level.until"),
 }
 """Moments that a person has named, or a calendar: a clock is set so that these are right."""
 
