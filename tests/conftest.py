@@ -2,7 +2,6 @@ import asyncio
 import gc
 import inspect
 import os
-import shutil
 from collections.abc import Awaitable, Callable, Iterator
 from functools import wraps
 from pathlib import Path
@@ -16,8 +15,8 @@ from concurrency import gc_tuning
 from telemetry import exposition, instruments
 from tests import ordinary_run, preloads, services
 
-MEMORY = Path("/dev/shm")
 ROOM_BYTES = 2 << 30
+"""Free memory with which temporary folders are put into it."""
 SLOWEST_FILES = (
     "test_openapi.py",
     "test_runner.py",
@@ -95,8 +94,9 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     if config.getoption("hypothesis_profile") is None:
         pytest.MonkeyPatch().setattr(providers, "is_local_module_file", lambda _path: False)
-    if MEMORY.is_dir() and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > ROOM_BYTES:
-        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
+    memory = services.find_memory(ROOM_BYTES)
+    if memory is not None:
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(memory))
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:

@@ -39,8 +39,10 @@ _given_ports: set[int] = set()
 
 # Committed data outlives the server without syncs, and tests don't wait for a slow disk.
 NEVER_SYNCED = {"fsync": "off", "full_page_writes": "off"}
-# For measurements of the cost of durability.
+# For measurements of the cost of durability, on a disk.
 DURABLE: Mapping[str, str] = {}
+SERVERS_ROOM_BYTES = 8 << 30
+"""Free memory with which databases that never sync are put into it: those of a whole run need two gigabytes."""
 
 # PostgreSQL and PgBouncer refuse to run as root.
 NOBODY = 65534
@@ -240,7 +242,7 @@ def run_postgres(
     if named := os.environ.get("TEST_DATABASE_URL"):
         yield PostgresServer(make_url(named).set(drivername="postgresql+asyncpg"))
         return
-    with _server_folder("postgres") as folder:
+    with _server_folder("postgres", may_be_memory=durability is NEVER_SYNCED) as folder:
         programs = _find_postgres(folder)
         data = str(folder / "data")
         initdb = [str(programs / "initdb"), "--pgdata", data, "--username=pilotflame", "--auth=trust"]
@@ -291,7 +293,7 @@ def run_mysql() -> Iterator[MysqlServer | None]:
     if program is None or setup is None:
         yield None
         return
-    with _server_folder("mysql") as folder:
+    with _server_folder("mysql", may_be_memory=True) as folder:
         url = URL.create("mysql", "root", None, "127.0.0.1", reserve_port(), "test")
         where = ["--no-defaults", f"--datadir={folder / 'data'}", f"--tmpdir={folder}"]
         prepared = [setup, *where, "--auth-root-authentication-method=normal"]
@@ -386,9 +388,17 @@ def _run_server(server: AnyServer) -> Iterator[AnyServer]:
         server.kill()
 
 
+def find_memory(room_bytes: int) -> Path | None:
+    """Return the folder whose files are in memory; None if that has less room, or there is none."""
+    memory = Path("/dev/shm")
+    is_usable = memory.is_dir() and os.access(memory, os.W_OK)
+    return memory if is_usable and shutil.disk_usage(memory).free > room_bytes else None
+
+
 @contextmanager
-def _server_folder(name: str) -> Iterator[Path]:
-    folder = Path(tempfile.mkdtemp(prefix=f"pilotflame-{name}-"))
+def _server_folder(name: str, *, may_be_memory: bool = False) -> Iterator[Path]:
+    memory = find_memory(SERVERS_ROOM_BYTES) if may_be_memory else None
+    folder = Path(tempfile.mkdtemp(prefix=f"pilotflame-{name}-", dir=memory))
     try:
         if WE_ARE_ROOT:
             os.chown(folder, NOBODY, NOBODY)
