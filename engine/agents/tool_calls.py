@@ -34,7 +34,7 @@ from engine.node_api import (
 )
 from engine.run_errors import LeaseLost, NodeError
 from engine.run_records import SpanStatus
-from engine.services import ApprovalLinkService, BlobService
+from engine.services import ApprovalLinkService, BlobService, ThrottleService
 from json_text import decoding
 
 if TYPE_CHECKING:
@@ -284,6 +284,22 @@ class ReadOnlyBlobs(BlobService):
         return await self._blobs.get(caller, reference, max_bytes=max_bytes)
 
 
+class RefusedThrottle(ThrottleService):
+    """Rate limits for tools of an agent whose contents are not recorded: a key is kept, and may hold arguments."""
+
+    async def reserve(
+        self,
+        caller: RunCaller,  # noqa: ARG002 - the protocol's parameters
+        key: str,  # noqa: ARG002 - as above
+        *,
+        limit: int,  # noqa: ARG002 - as above
+        per_seconds: float,  # noqa: ARG002 - as above
+        max_wait_seconds: float,  # noqa: ARG002 - as above
+    ) -> datetime:
+        """Raise a `NodeError`, which the model gets."""
+        raise NodeError(KEEPS_NOTHING, code=content_recording.REFUSED_CODE)
+
+
 def _refuse_metadata(_metadata: Mapping[str, str]) -> None:
     """Raise a `NodeError`, which the model gets."""
     raise NodeError(KEEPS_NOTHING, code=content_recording.REFUSED_CODE)
@@ -298,7 +314,7 @@ class VisitTools(AgentTools):
         self._steps = steps
         services = replace(call.services, approvals=RefusedApprovalLinks())
         if not call.records_content:
-            services = replace(services, blobs=ReadOnlyBlobs(services.blobs))
+            services = replace(services, blobs=ReadOnlyBlobs(services.blobs), throttle=RefusedThrottle())
             call = msgspec.structs.replace(call, set_metadata=_refuse_metadata)
         self._call = msgspec.structs.replace(call, services=services)
 

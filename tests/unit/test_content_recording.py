@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
@@ -22,7 +23,7 @@ from engine.model_prices import show_cost
 from engine.program import WorkflowProgram
 from engine.run_errors import NodeError
 from engine.run_records import AttemptSpan, LogLine, RunOutcome, RunStatus
-from engine.services import BlobService, ControlRequest, RunCaller
+from engine.services import BlobService, ControlRequest, RunCaller, ThrottleService
 from engine.validation import validate_graph
 from engine.values import Json
 from nodes.catalog import load_catalog
@@ -307,19 +308,49 @@ async def test_lines_of_tools_are_recorded_without_their_texts() -> None:
     assert [line.message for line in world.lines] == [content_recording.HIDDEN_LINE] * 3
 
 
-async def test_tools_keep_nothing_in_the_run() -> None:
-    config: Json = {"metadata": {"city": "{{ args.city }}"}}
-    graph = build_agent(UNRECORDED, {"target": {"node": {"type": "set-metadata", "config": config}}})
-    world = RecordedWorld(compile_graph(graph), ScriptedModel(TURNS[:1]))
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        ("set-metadata", {"metadata": {"city": "{{ args.city }}"}}),
+        ("throttle", {"key": "{{ args.city }}", "limit": 1, "perSeconds": 1}),
+    ],
+)
+async def test_tools_keep_nothing_in_the_run(kind: str, config: Json) -> None:
+    graph = build_agent(UNRECORDED, {"target": {"node": {"type": kind, "config": config}}})
+    throttle = KeptKeys()
+    world = RecordedWorld(compile_graph(graph), ScriptedModel(TURNS[:1]), services={"throttle": throttle})
     worker = world.worker()
     assert await worker.work() == RunOutcome(RunStatus.COMPLETED)
-    assert worker.notebook.metadata == {}
+    assert (worker.notebook.metadata, throttle.keys) == ({}, [])
     told = world.model.requests[-1].messages[-1].content
     assert "can keep nothing in the run" in told
+
+
+async def test_tools_may_read_blobs() -> None:
+    worker = RecordedWorld().worker()
     blobs = ReadOnlyBlobs(KeptBlobs())
     with pytest.raises(NodeError, match="can keep nothing"):
         await blobs.put(worker.start.caller, b"x", media_type="text/plain")
     assert await blobs.get(worker.start.caller, None, max_bytes=1) == b"kept"
+
+
+class KeptKeys(ThrottleService):
+    """Throttle that never delays."""
+
+    def __init__(self) -> None:
+        self.keys: list[str] = []
+
+    async def reserve(
+        self,
+        caller: RunCaller,  # noqa: ARG002 - the protocol's parameters
+        key: str,
+        *,
+        limit: int,  # noqa: ARG002 - as above
+        per_seconds: float,  # noqa: ARG002 - as above
+        max_wait_seconds: float,  # noqa: ARG002 - as above
+    ) -> datetime:
+        self.keys.append(key)
+        return datetime.now(UTC)
 
 
 class KeptBlobs(BlobService):
