@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Final, TypeAlias
 
 import msgspec
 
@@ -32,6 +32,8 @@ MAX_GATEWAYS: Final = 16
 INTERRUPTED: Final = "interrupted"
 """Reason of a dropped text whose call ended without an answer and without a failure of the model."""
 
+ShortText: TypeAlias = Annotated[str, msgspec.Meta(max_length=500)]
+"""Id or code in a message; pods may send anything."""
 AnswerPlace: TypeAlias = tuple[str, str]
 """Node id and iteration; a node asks one model at a time."""
 
@@ -39,22 +41,22 @@ AnswerPlace: TypeAlias = tuple[str, str]
 class AnswerPiece(msgspec.Struct, frozen=True, omit_defaults=True):
     """Part of the text of one call of a model."""
 
-    execution_id: str
-    node_id: str
-    iteration: str
+    execution_id: ShortText
+    node_id: ShortText
+    iteration: ShortText
     number: int
     """Number of the step of an agent; for other nodes, that of the answer within the node."""
     attempt: int
     model_call: int
     """Position among the calls of this attempt: a fallback is the next one."""
-    model_id: str
+    model_id: ShortText
     offset: int
     """Number of characters before this piece."""
-    text: str = ""
+    text: Annotated[str, msgspec.Meta(max_length=MAX_MESSAGE_CHARACTERS)] = ""
     is_complete: bool = False
     is_dropped: bool = False
     """Whether the call has failed, so that its text is no part of an answer."""
-    reason: str = ""
+    reason: ShortText = ""
     """Code of the last failed call of this attempt."""
 
     @property

@@ -31,7 +31,7 @@ ASK_SECONDS: Final = 5.0
 MAX_CHARACTERS: Final = 32_000_000
 """Open texts of all runs; beyond it, texts grow no further here."""
 MAX_POSITIONS: Final = 1_000
-"""Texts of one client whose positions are remembered."""
+"""Open texts of one run, and texts of one client whose positions are remembered."""
 MAX_WAITING_CHARACTERS: Final = 1_000_000
 """Ended texts that wait for a client that does not read; beyond it, the oldest are left to their steps."""
 WORKER_LOST: Final = "worker-lost"
@@ -105,6 +105,8 @@ class AnswerReader:
     wanted: StepFilter
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     _changed_texts: dict[AnswerPlace, OpenText] = field(default_factory=dict)
+    _ended_characters: int = 0
+    """Length of those that have ended."""
     _positions: dict[AnswerPlace, _Position] = field(default_factory=dict)
     _recorded: dict[AnswerPlace, int] = field(default_factory=dict)
     """Number of the last recorded answer of each node."""
@@ -116,6 +118,7 @@ class AnswerReader:
             self._changed_texts.pop(place, None)
             self._changed_texts[place] = text
             if text.has_ended:
+                self._ended_characters += len(text.text)
                 self._limit_ended()
             self.changed.set()
 
@@ -128,19 +131,25 @@ class AnswerReader:
             del self._positions[place]
 
     def _limit_ended(self) -> None:
-        """Leave out the oldest ended texts beyond the limits; nothing else keeps those in memory."""
+        """Leave out the oldest ended texts if there are too many; nothing else keeps those in memory.
+
+        A half is left, so that a client that never reads costs little.
+        """
+        if self._ended_characters <= MAX_WAITING_CHARACTERS and len(self._changed_texts) <= MAX_POSITIONS:
+            return
         ended = {place: len(text.text) for place, text in self._changed_texts.items() if text.has_ended}
         characters = sum(ended.values())
         for number, (place, length) in enumerate(ended.items()):
-            if characters <= MAX_WAITING_CHARACTERS and len(ended) - number <= MAX_POSITIONS:
-                return
+            if characters <= MAX_WAITING_CHARACTERS // 2 and len(ended) - number <= MAX_POSITIONS // 2:
+                break
             del self._changed_texts[place]
             characters -= length
+        self._ended_characters = characters
 
     def take(self) -> list[tuple[str, TokenShape | RetryShape]]:
         """Return the events since the last call by their names."""
         self.changed.clear()
-        changed, self._changed_texts = self._changed_texts, {}
+        changed, self._changed_texts, self._ended_characters = self._changed_texts, {}, 0
         events: list[tuple[str, TokenShape | RetryShape]] = []
         for place, text in changed.items():
             if text.number > self._recorded.get(place, -1):
@@ -297,6 +306,7 @@ class LiveAnswerHub:
                 run.has_gap = True
                 return
             self._forget(run, piece.place)
+            self._make_room(run)
             self._serial += 1
             text = OpenText(self._serial, piece.number, call, piece.model_id, reason=piece.reason)
             run.texts[piece.place] = text
@@ -313,6 +323,15 @@ class LiveAnswerHub:
         if text.has_ended:
             self._forget(run, piece.place)
         run.note(piece.place, text)
+
+    def _make_room(self, run: FollowedRun) -> None:
+        """End the oldest text of a run with a thousand open ones: a pod may begin any number of them."""
+        if len(run.texts) < MAX_POSITIONS:
+            return
+        place, text = next(iter(run.texts.items()))
+        text.is_complete = True
+        self._forget(run, place)
+        run.note(place, text)
 
     def _drop_texts(self, run: FollowedRun) -> None:
         """Drop all open texts of a run that has left its process."""

@@ -7,14 +7,17 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
+import msgspec
 import pytest
 
 from engine.services import AnswerOrigin
 from execution import live_answers
 from execution.live_answers import AnswerPiece, AnswerPieces, FollowRequest, LiveAnswers
+from execution.pod_api import OpenAnswersRequest
 from gateway.executions import live_answers as gateway_answers
 from gateway.executions.agent_step_rows import StepFilter
 from gateway.executions.live_answers import AnswerReader, LiveAnswerHub, RetryShape, TokenShape
+from json_text import decoding
 from messages.local_broker import LocalBroker
 from messages.message_seal import MessageSeal
 from models.timestamps import DatabaseClock
@@ -283,16 +286,14 @@ async def test_a_failed_text_is_dropped_although_its_fallback_writes_none(connec
             assert later.take() == []
 
 
-@pytest.mark.parametrize("limit", ["MAX_WAITING_CHARACTERS", "MAX_POSITIONS"])
+@pytest.mark.parametrize(("limit", "allowed"), [("MAX_WAITING_CHARACTERS", 60), ("MAX_POSITIONS", 6)])
 async def test_a_client_that_does_not_read_keeps_a_limited_number_of_ended_texts(
-    connected: Connected, monkeypatch: pytest.MonkeyPatch, limit: str
+    connected: Connected, monkeypatch: pytest.MonkeyPatch, limit: str, allowed: int
 ) -> None:
-    length = 10
-    kept = 3
-    monkeypatch.setattr(gateway_answers, limit, kept * length if limit == "MAX_WAITING_CHARACTERS" else kept)
+    monkeypatch.setattr(gateway_answers, limit, allowed)
 
     def receive(node_id: str, *, is_complete: bool) -> None:
-        piece = AnswerPiece(*(RUN, node_id, "", 0, 1, 0, "model_1", 0, "x" * length), is_complete=is_complete)
+        piece = AnswerPiece(*(RUN, node_id, "", 0, 1, 0, "model_1", 0, "x" * 10), is_complete=is_complete)
         connected.hub.receive(AnswerPieces("worker", [piece]))
 
     with connected.hub.reader(RUN, StepFilter()) as stuck:
@@ -300,7 +301,11 @@ async def test_a_client_that_does_not_read_keeps_a_limited_number_of_ended_texts
         receive("open", is_complete=False)
         for number in range(20):
             receive(f"llm{number}", is_complete=True)
-        assert [shape.node_id for _, shape in stuck.take()] == ["open", "llm17", "llm18", "llm19"]
+        kept = [shape.node_id for _, shape in stuck.take()]
+    assert kept[0] == "open"
+    # The newest are kept: at least half as many as may be.
+    assert kept[1:] == [f"llm{number}" for number in range(21 - len(kept), 20)]
+    assert 4 <= len(kept) <= 7
 
 
 async def test_texts_beyond_the_memory_of_a_gateway_are_cut_and_not_asked_for_again(
@@ -314,3 +319,31 @@ async def test_texts_beyond_the_memory_of_a_gateway_are_cut_and_not_asked_for_ag
             connected.hub.receive(AnswerPieces("worker", [piece]))
         assert [shape.text for _, shape in reader.take() if isinstance(shape, TokenShape)] == ["abcd"]
         assert not connected.hub.has_gap(RUN)
+
+
+async def test_a_run_has_a_limited_number_of_open_texts(
+    connected: Connected, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pods may begin texts and never end them."""
+    monkeypatch.setattr(gateway_answers, "MAX_POSITIONS", 3)
+    with connected.hub.reader(RUN, StepFilter()) as stuck:
+        await connected.follow()
+        for number in range(20):
+            piece = AnswerPiece(RUN, f"llm{number}", "", 0, 1, 0, "model_1", 0, "text")
+            connected.hub.receive(AnswerPieces("worker", [piece]))
+        with connected.hub.reader(RUN, StepFilter()) as later:
+            assert [shape.node_id for _, shape in later.take()] == ["llm17", "llm18", "llm19"]
+        kept = [shape.node_id for _, shape in stuck.take()]
+        assert {"llm17", "llm18", "llm19"} <= set(kept)
+        assert len(kept) <= 6
+
+
+@pytest.mark.parametrize("field_name", ["execution_id", "node_id", "iteration", "model_id", "text", "reason"])
+def test_a_piece_of_a_pod_has_short_ids_and_a_short_text(field_name: str) -> None:
+    piece = {"execution_id": RUN, "node_id": "agent", "iteration": "", "number": 0, "attempt": 1}
+    piece |= {"model_call": 0, "model_id": "model_1", "offset": 0}
+    decoding.decode(msgspec.json.encode({"pieces": [piece]}), OpenAnswersRequest)
+    with pytest.raises(msgspec.ValidationError):
+        decoding.decode(
+            msgspec.json.encode({"pieces": [piece | {field_name: "x" * 1_001}]}), OpenAnswersRequest
+        )
