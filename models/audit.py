@@ -96,6 +96,8 @@ class AuditAction(StrEnum):
     """Decision of the system to start the run of a delivery later; the delivery itself is its record."""
     EXECUTIONS_PRUNED = "executions.pruned"
     """Decision of the system to delete old executions, kept as `SystemDecision`."""
+    EXECUTION_RECLAIMED = "execution.reclaimed"
+    """Decision of the system to take an execution back from a lost worker, kept as its `BlockedInterval`."""
 
 
 class AuditEntry(SQLModel, table=True):

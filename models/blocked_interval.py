@@ -28,6 +28,12 @@ class BlockedInterval(SQLModel, table=True):
             postgresql_where=text("code = 'waking'"),
             sqlite_where=text("code = 'waking'"),
         ),
+        Index(
+            "ix_blocked_interval_lost",
+            *("organization_id", "ended_at"),
+            postgresql_where=text("code = 'worker-lost'"),
+            sqlite_where=text("code = 'worker-lost'"),
+        ),
     )
 
     execution_id: str = Field(primary_key=True)

@@ -6,7 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from gateway.access import audit_rows
-from gateway.access.audit_rows import SYSTEM, AuditFilter, AuditKind, AuditSelection, DeferredDelivery
+from gateway.access.audit_rows import (
+    SYSTEM,
+    AuditFilter,
+    AuditKind,
+    AuditSelection,
+    DeferredDelivery,
+    ReclaimedExecution,
+)
 from gateway.http import keyset
 from gateway.http.keyset import AFTER, KeysetPage
 from gateway.http.parameters import (
@@ -20,6 +27,7 @@ from gateway.http.parameters import (
 from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse
 from gateway.http.wire import Instant, WireStruct, instant, optional_instant
+from journal.explanations.blockers import BlockerCode
 from models.audit import AuditAction, AuditEntry, SystemDecision
 from models.lifecycle_policy import LifecycleAction, LifecycleReason
 
@@ -40,7 +48,9 @@ USER: Final = TextParameter("userId", "Only entries by this user; `system`: deci
 KEY: Final = TextParameter("keyId", "Only changes by this key.")
 REQUEST: Final = TextParameter("requestId", "Only changes by this request.")
 ADDRESS: Final = TextParameter("addressHash", "Only changes from the address with this hash.")
-REASON: Final = ChoiceParameter("reason", "Only decisions with this reason.", LifecycleReason)
+REASON: Final = ChoiceParameter(
+    "reason", "Only decisions about deployments with this reason.", LifecycleReason
+)
 SINCE: Final = TimeParameter("since", "Only entries from this time on.")
 UNTIL: Final = TimeParameter("until", "Only entries before this time.")
 SORT: Final = sorted_by(audit_rows.SORTABLE)
@@ -88,7 +98,7 @@ class AuditEntryShape(WireStruct):
     chain_hash: str | None
     """SHA-256 of the entry and of the chain hash before it, by which changed or missing entries are found."""
     reason: str | None
-    """Reason of a decision, such as `idle`, `outside-window` or `retention`; null for a change."""
+    """Reason of a decision, such as `idle`, `worker-lost` or `retention`; null for a change."""
     inputs: Mapping[str, Any] | None
     """Facts on which a decision is based, such as the policy, the delivery or the retention; null for a change."""
     created_at: Instant
@@ -107,8 +117,9 @@ async def index(request: GatewayRequest) -> JsonResponse:
     """List changes of workflows, data sources, keys and users of the organization, with author and time.
 
     With `kind`, the list also has the decisions of the system to start, wake, drain and stop deployments, to defer
-    deliveries and to delete old executions, with reason and inputs. Decisions are kept for 30 days, deferred
-    deliveries as long as other ones, and changes for good.
+    deliveries, to take executions back from lost workers and to delete old executions, with reason and inputs.
+    Decisions are kept for 30 days, deferred deliveries as long as other ones, reclaims as long as their executions,
+    and changes for good.
     """
     query = request.query
     part = query.page()
@@ -148,6 +159,8 @@ def _show_row(row: AuditRow) -> AuditEntryShape:
             return _show_entry(row)
         case DeferredDelivery():
             return _show_deferral(row)
+        case ReclaimedExecution():
+            return _show_reclaim(row)
         case SystemDecision():
             return _show_by_system(
                 row.id, AuditAction(row.action), row.workflow_id, row.reason, row.inputs, row.at
@@ -167,6 +180,18 @@ def _show_deferral(row: DeferredDelivery) -> AuditEntryShape:
     code = (row.reason or "").partition(":")[0] or None
     return _show_by_system(
         row.id, AuditAction.DELIVERY_DEFERRED, row.workflow_id, code, inputs, row.created_at
+    )
+
+
+def _show_reclaim(row: ReclaimedExecution) -> AuditEntryShape:
+    """Return the reclaim of an execution from a lost worker as the API shows it."""
+    return _show_by_system(
+        row.id,
+        AuditAction.EXECUTION_RECLAIMED,
+        row.workflow_id,
+        BlockerCode.WORKER_LOST.value,
+        {"executionId": row.execution_id, "leaseEndedAt": instant(row.started_at)},
+        row.created_at,
     )
 
 

@@ -8,14 +8,18 @@ from datetime import datetime
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
 
-from sqlalchemy import func, literal_column, select, union_all
+from sqlalchemy import BigInteger, String, func, literal_column, select, type_coerce, union_all
+from sqlalchemy import cast as cast_sql
 from sqlmodel import col
 
 from gateway.http import keyset, limits
 from gateway.http.keyset import ListPage
+from journal.explanations.blockers import BlockerCode
 from models.access import ApiCaller
 from models.audit import AuditAction, AuditEntry, SystemDecision
+from models.blocked_interval import BlockedInterval
 from models.deployment import LifecycleDecision
+from models.execution import Execution
 from models.ingest import Delivery
 from models.lifecycle_policy import LifecycleAction, LifecycleReason
 
@@ -41,7 +45,23 @@ class DeferredDelivery:
     created_at: datetime
 
 
-AuditRow: TypeAlias = "AuditEntry | LifecycleDecision | SystemDecision | DeferredDelivery"
+@dataclass(frozen=True, slots=True)
+class ReclaimedExecution:
+    """Execution that was taken back from a lost worker, at one time."""
+
+    id: str
+    """Id of the execution, `-`, and the time in microseconds: an execution may lose several workers."""
+    execution_id: str
+    workflow_id: str
+    started_at: datetime
+    """End of the lease of the lost worker."""
+    created_at: datetime
+    """Time at which the execution was taken back."""
+
+
+AuditRow: TypeAlias = (
+    "AuditEntry | LifecycleDecision | SystemDecision | DeferredDelivery | ReclaimedExecution"
+)
 SORTABLE: Final[Mapping[str, SQLColumnExpression[Any]]] = {"createdAt": col(AuditEntry.created_at)}
 
 
@@ -51,7 +71,9 @@ class AuditKind(StrEnum):
     CHANGE = "change"
     """Change of an object by a user or the operator of the server."""
     DECISION = "decision"
-    """Decision of the system: about the pods of a workflow, a deferred delivery, or deleted executions."""
+    """Decision of the system: about the pods of a workflow, a deferred delivery, or reclaimed or deleted
+    executions.
+    """
 
 
 class AuditSelection(StrEnum):
@@ -93,13 +115,13 @@ class AuditFilter:
 class _AuditTable:
     """Table of entries of one kind, with the conditions of a filter on it."""
 
-    model: type[AuditEntry | LifecycleDecision | SystemDecision | Delivery]
+    model: type[AuditEntry | LifecycleDecision | SystemDecision | Delivery | BlockedInterval]
     created_at: SQLColumnExpression[Any]
     conditions: Sequence[ColumnElement[bool]]
 
     @property
     def item_id(self) -> SQLColumnExpression[Any]:
-        return col(self.model.id)
+        return col(self.model.id)  # type: ignore[union-attr]  # `_ReclaimTable` has its own
 
     @property
     def columns(self) -> Sequence[SQLColumnExpression[Any]]:
@@ -115,6 +137,43 @@ class _AuditTable:
             return DeferredDelivery(**{one.name: row[one.name] for one in fields(DeferredDelivery)})
         built = self.model(**{name: row[name] for name in self.model.model_fields})
         return cast("AuditRow", built)
+
+    def matches_ids(self, ids: Sequence[str]) -> Sequence[ColumnElement[bool]]:
+        """Return the conditions for the rows among a set of ids, which may be of other tables."""
+        return (self.item_id.in_(ids),)
+
+
+_IS_LOSS: Final = (
+    # A literal, by which the databases recognize the partial index.
+    col(BlockedInterval.code) == literal_column(f"'{BlockerCode.WORKER_LOST.value}'"),
+    # Intervals have no workflow.
+    col(Execution.id) == col(BlockedInterval.execution_id),
+)
+
+
+class _ReclaimTable(_AuditTable):
+    """Table of blocked intervals, with conditions for those by lost workers, which end as the run is taken back."""
+
+    @property
+    def item_id(self) -> SQLColumnExpression[Any]:
+        ended_at = cast_sql(type_coerce(col(BlockedInterval.ended_at), BigInteger), String)
+        return col(BlockedInterval.execution_id).concat("-").concat(ended_at)
+
+    @property
+    def columns(self) -> Sequence[SQLColumnExpression[Any]]:
+        return [
+            self.item_id.label("id"),
+            *(col(BlockedInterval.execution_id), col(Execution.workflow_id), col(BlockedInterval.started_at)),
+            self.created_at.label("created_at"),
+        ]
+
+    def build(self, row: RowMapping) -> AuditRow:
+        return ReclaimedExecution(**{one.name: row[one.name] for one in fields(ReclaimedExecution)})
+
+    def matches_ids(self, ids: Sequence[str]) -> Sequence[ColumnElement[bool]]:
+        """Return the conditions for all reclaims of the executions of a set of ids, by the index of executions."""
+        execution_ids = {one.rpartition("-")[0] for one in ids}
+        return (*_IS_LOSS, col(BlockedInterval.execution_id).in_(execution_ids))
 
 
 async def list_entries(
@@ -188,14 +247,14 @@ async def _list_by_offset(
     ids = (await connection.scalars(page)).all()
     found: dict[str, AuditRow] = {}
     for table in tables:
-        rows = await connection.execute(select(*table.columns).where(table.item_id.in_(ids)))
+        rows = await connection.execute(select(*table.columns).where(*table.matches_ids(ids)))
         found |= {row["id"]: table.build(row) for row in rows.mappings()}
     return ListPage(count, [found[item] for item in ids if item in found])
 
 
 def time_of(row: AuditRow) -> datetime:
     """Return the time of a change or decision."""
-    return row.created_at if isinstance(row, AuditEntry | DeferredDelivery) else row.at
+    return row.at if isinstance(row, LifecycleDecision | SystemDecision) else row.created_at
 
 
 def _order_key(row: AuditRow) -> tuple[datetime, str]:
@@ -237,7 +296,9 @@ def _choose_tables(caller: ApiCaller, wanted: AuditFilter) -> Iterable[_AuditTab
 
 
 def _choose_system_tables(caller: ApiCaller, wanted: AuditFilter) -> Iterable[_AuditTable]:
-    """Yield the tables of decisions that no user has asked for: deferred deliveries, and deleted executions."""
+    """Yield the tables of decisions that no user has asked for: deferred deliveries, reclaimed and
+    deleted executions.
+    """
     if wanted.action in {None, AuditAction.DELIVERY_DEFERRED}:
         created_at = col(Delivery.created_at)
         conditions = [
@@ -249,6 +310,15 @@ def _choose_system_tables(caller: ApiCaller, wanted: AuditFilter) -> Iterable[_A
             *_within(created_at, wanted),
         ]
         yield _AuditTable(Delivery, created_at, conditions)
+    if wanted.action in {None, AuditAction.EXECUTION_RECLAIMED}:
+        reclaimed_at = col(BlockedInterval.ended_at)
+        conditions = [
+            *_IS_LOSS,
+            col(BlockedInterval.organization_id) == caller.organization_id,
+            *_equals(col(Execution.workflow_id), wanted.object_id),
+            *_within(reclaimed_at, wanted),
+        ]
+        yield _ReclaimTable(BlockedInterval, reclaimed_at, conditions)
     if wanted.action in {None, AuditAction.EXECUTIONS_PRUNED}:
         at = col(SystemDecision.at)
         conditions = [

@@ -65,7 +65,9 @@ class RunExplanation(WireStruct):
     unknown: Sequence[str]
     """Facts that could not be read."""
     history: Sequence[BlockedIntervalShape]
-    """Past reasons, the earliest first; waits in the queue and under a quarter of a second are left out."""
+    """Past reasons, the earliest first, and each lost worker; waits in the queue and other ones under a quarter of a
+    second are left out.
+    """
     timing: TimingShape
     wake: WakeShape | None
     """Wake of the pods that the run has waited for before its first node; null if none was woken for it."""

@@ -892,15 +892,20 @@ UPDATE execution SET token = token + 1, lease_owner = NULL, lease_until = NULL, 
     END,
     target = {release_target_sql(_IS_NEXT_ISOLATED)}
 """
-_SWEEP = f"""
+# The leases of an owner that is known to be dead end at once, often before their time. An interval may begin where
+# the last one ended: its start, which is its key, is never its end.
+_FIND_LOST = f"""
 WITH lost AS MATERIALIZED (
     SELECT id, shard, organization_id, lease_until FROM execution
-    WHERE status = 'running' AND lease_until < {NOW} LIMIT $1::integer FOR NO KEY UPDATE SKIP LOCKED
+    WHERE status = 'running' AND {{condition}} FOR NO KEY UPDATE SKIP LOCKED
 ), new_interval AS (
     INSERT INTO blocked_interval ({INTERVAL_COLUMNS_SQL})
-    SELECT id, lease_until, shard, organization_id, '{BlockerCode.WORKER_LOST}', NULL, {NOW} FROM lost
+    SELECT id, least(lease_until, {NOW} - 1), shard, organization_id, '{BlockerCode.WORKER_LOST}', NULL, {NOW} FROM lost
     ON CONFLICT DO NOTHING
 )
+"""
+_SWEEP = f"""
+{_FIND_LOST.format(condition=f"lease_until < {NOW} LIMIT $1::integer")}
 {_RECLAIM.format(least_isolation_losses=0, least_losses=0)}
 WHERE id = ANY (ARRAY(SELECT id FROM lost))
 RETURNING id, status, channel
@@ -910,8 +915,9 @@ _HAD_TRIAL = (
 )
 _COUNT_LOSS = "CASE WHEN $3::boolean THEN {} ELSE 0 END"
 _RECLAIM_OWNER = f"""
+{_FIND_LOST.format(condition="starts_with(lease_owner, $1)")}
 {_RECLAIM.format(least_isolation_losses=_COUNT_LOSS.format(1), least_losses=_COUNT_LOSS.format(SUSPECT_LOSSES))}
-WHERE {_skip_locked_sql("status = 'running' AND starts_with(lease_owner, $1)")}
+WHERE id = ANY (ARRAY(SELECT id FROM lost))
 RETURNING id
 """
 _RELEASE_RUNS = f"""

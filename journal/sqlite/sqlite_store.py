@@ -749,9 +749,11 @@ _END_WAITS = (
     "UPDATE blocked_interval SET ended_at = :now WHERE ended_at IS NULL"
     f" AND execution_id IN (SELECT id FROM execution WHERE {_IS_DUE} AND NOT is_fresh)"
 )
+# The leases of an owner that is known to be dead end at once, often before their time. An interval may begin where
+# the last one ended: its start, which is its key, is never its end.
 _NAME_LOSSES = (
-    f"{_INSERT_INTERVALS} SELECT id, lease_until, shard, organization_id, '{BlockerCode.WORKER_LOST}', NULL, :now"
-    " FROM execution WHERE status = 'running' AND lease_until < :now LIMIT :limit"
+    f"{_INSERT_INTERVALS} SELECT id, min(lease_until, :now - 1), shard, organization_id, '{BlockerCode.WORKER_LOST}',"
+    " NULL, :now FROM execution"
 )
 
 
@@ -798,11 +800,10 @@ _RELEASE = (
 def _sweep(connection: sqlite3.Connection, limit: int) -> SweepResult:
     now = _now_microseconds()
     due = _promote_due(connection)
-    connection.execute(_NAME_LOSSES, {"now": now, "limit": limit})
+    expired = " WHERE status = 'running' AND lease_until < :now LIMIT :limit"
+    connection.execute(_NAME_LOSSES + expired, {"now": now, "limit": limit})
     rows = connection.execute(
-        _RECLAIM
-        + " WHERE id IN (SELECT id FROM execution WHERE status = 'running' AND lease_until < :now LIMIT :limit)"
-        " RETURNING id, status, channel",
+        f"{_RECLAIM} WHERE id IN (SELECT id FROM execution{expired}) RETURNING id, status, channel",
         {"now": now, "crashed": CRASHED_ERROR, "limit": limit, **_NO_LEAST},
     ).fetchall()
     has_pending = connection.execute("SELECT 1 FROM execution WHERE status = 'pending' LIMIT 1").fetchone()
@@ -818,6 +819,7 @@ def _reclaim(connection: sqlite3.Connection, owner_prefix: str, *, out_of_memory
         isolated = f"SELECT 1 FROM execution{of_owner} AND isolated LIMIT 1"
         if connection.execute(isolated, {"owner": owner_prefix}).fetchone() is None:
             values |= {"least_isolation_losses": 1, "least_losses": SUSPECT_LOSSES}
+    connection.execute(_NAME_LOSSES + of_owner, {"now": values["now"], "owner": owner_prefix})
     return connection.execute(_RECLAIM + of_owner, values).rowcount
 
 

@@ -31,7 +31,9 @@ def list_entries(
     user: Annotated[str | None, Option(help="Id of a user, or `system`.")] = None,
     request: Annotated[str | None, Option(help="Id of the request that made the changes.")] = None,
     key: Annotated[str | None, Option(help="Id of the key that made the changes.")] = None,
-    reason: Annotated[str | None, Option(help="Reason of a decision, such as idle.")] = None,
+    reason: Annotated[
+        str | None, Option(help="Reason of a decision about a deployment, such as idle.")
+    ] = None,
     since: Annotated[str | None, Option(help="Earliest time, as 2026-02-01T00:00:00Z.")] = None,
     until: Annotated[str | None, Option(help="Time before which the changes happened.")] = None,
     limit: LimitOption = 20,

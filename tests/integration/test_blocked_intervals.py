@@ -153,6 +153,28 @@ async def test_a_lost_worker_counts_from_the_end_of_its_lease(runs: RunDatabase)
     assert row["resumed_at"] >= row["ended_at"]
 
 
+@pytest.mark.parametrize("out_of_memory", [False, True])
+async def test_a_worker_that_is_known_to_be_dead_counts_from_its_reclaim(
+    runs: RunDatabase, *, out_of_memory: bool
+) -> None:
+    one, other = await runs.claimed(), await runs.claimed()
+    await runs.query("UPDATE execution SET lease_owner = 'other' WHERE id = :id", id=other.execution_id)
+    for number in (1, 2):
+        await runs.query("UPDATE execution SET lease_until = :at", at=microseconds_from_now(3_600))
+        assert await runs.store.reclaim("worker", out_of_memory=out_of_memory) == 1
+        rows = await intervals(runs, key_of(one))
+        assert [row["code"] for row in rows] == ["worker-lost"] * number
+        assert rows[-1]["ended_at"] - rows[-1]["started_at"] == 1, "it did not wait for the end of its lease"
+        assert rows[-1]["resumed_at"] is None
+        if out_of_memory:
+            assert await runs.trial()
+            break
+        assert await (runs.claim() if number == 1 else runs.trial())
+        (*_, row) = await intervals(runs, key_of(one))
+        assert row["resumed_at"] >= row["ended_at"]
+    assert await intervals(runs, key_of(other)) == []
+
+
 async def test_a_wait_for_a_slot_is_kept_unless_it_was_short(runs: RunDatabase) -> None:
     place = await runs.workflow()
     limit = {"concurrency_key": place.workflow_id, "concurrency_limit": 1}

@@ -8,18 +8,20 @@ from typing import Any
 
 import httpx2
 import pytest
-from sqlalchemy import insert, select
+from sqlalchemy import insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlmodel import col
 
 from gateway.access.bootstrap import bootstrap
 from gateway.http import errors
 from journal import audit_chain
+from journal.store import ClaimQuery
 from models import ids
 from models.access import KeyScope, Organization, UserRole
 from models.audit import AuditAction, AuditEntry, SystemDecision
 from models.database import Database, parse_url
 from models.deployment import LifecycleDecision
+from models.execution import Execution
 from models.lifecycle_policy import LifecycleAction, LifecycleReason
 from pilotflame import accounts
 from tests import databases
@@ -455,6 +457,72 @@ async def test_deferred_deliveries_and_deleted_executions_are_decisions_of_the_s
     assert sorted(walked) == sorted(entry["id"] for entry in found)
 
 
+@pytest.mark.every_database
+async def test_executions_that_are_taken_back_from_lost_workers_are_decisions_of_the_system(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    store, worker = harness.gateway.store, people.owner.user.id
+    workflow_id = await people.owner.create(**GRAPH)
+    execution_ids = set()
+    for _ in range(3):
+        answer = await people.owner.api.post(f"{WORKFLOWS}/{workflow_id}/execute", json={})
+        assert answer.status_code == 201, answer.text
+        execution_ids.add(answer.json()["executionId"])
+
+    async def claim() -> None:
+        """Claim all executions, as a worker that is lost then."""
+        claimed: set[str] = set()
+        while not execution_ids <= claimed:
+            found = await store.claim(ClaimQuery(worker, lease_seconds=600.0, limit=50))
+            assert found
+            claimed |= {one.execution_id for one in found}
+
+    await claim()
+    expired = harness.gateway.clock() - timedelta(hours=1)
+    ended = update(Execution).where(col(Execution.id).in_(execution_ids)).values(lease_until=expired)
+    await harness.gateway.database.transaction(lambda connection: connection.execute(ended))
+    assert (await store.sweep(1_000)).requeued >= 3
+    await claim()
+    assert await store.reclaim(worker) >= 3
+
+    found = await read_trail(people.admin, kind="decision")
+    assert list_actions(found) == ["execution.reclaimed"] * 6
+    assert {(one["objectId"], one["userId"], one["reason"]) for one in found} == {
+        (workflow_id, "system", "worker-lost")
+    }
+    assert all(set(entry) == FIELDS for entry in found)
+    for part in (found[:3], found[3:]):
+        assert {one["inputs"]["executionId"] for one in part} == execution_ids
+    lease_ends = [datetime.fromisoformat(one["inputs"]["leaseEndedAt"]) for one in found]
+    times = [datetime.fromisoformat(one["createdAt"]) for one in found]
+    assert all(abs(one - expired) < timedelta(seconds=1) for one in lease_ends[:3])
+    assert all(expired + timedelta(minutes=30) < one for one in (*lease_ends[3:], *times))
+    assert await read_trail(people.admin, kind="all", action="execution.reclaimed") == found
+    assert await read_trail(people.admin, kind="decision", userId="system", objectId=workflow_id) == found
+    assert await read_trail(people.admin, kind="decision", until=found[0]["createdAt"]) == []
+    for query in ({"objectId": "wf_other"}, {"reason": "idle"}, {"action": "executions.pruned"}):
+        assert await read_trail(people.admin, kind="decision", **query) == []
+    assert "execution.reclaimed" not in list_actions(await read_trail(people.admin))
+    assert await read_trail(people.stranger, kind="decision") == []
+    # All three of one time have a place of their own.
+    for order in ("asc", "desc"):
+        walked: list[str] = []
+        cursor: str | None = "start"
+        while cursor is not None:
+            query = {"kind": "decision", "sort": f"createdAt:{order}", "limit": "2", "after": cursor}
+            page = (await people.admin.api.get(AUDIT, params=query)).json()
+            walked += [entry["id"] for entry in page["entries"]]
+            cursor = page["next"]
+        assert sorted(walked) == sorted({entry["id"] for entry in found})
+        assert len(walked) == 6
+    skipped = await read_trail(people.admin, kind="decision", limit="2", offset="3")
+    assert [one["id"] for one in skipped] == [one["id"] for one in found[3:5]]
+    page = await people.admin.api.get("/dashboard/audit?action=execution.reclaimed")
+    assert page.status_code == 200, page.text
+    assert all(page.text.count(one) >= 2 for one in execution_ids)
+
+
+@pytest.mark.every_database
 async def test_the_trail_is_filtered_by_every_column(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:

@@ -66,7 +66,14 @@ async def test_a_run_that_kills_its_worker_fails_as_crashed_after_two_trials(
             ended = await client.end(run, within=4 * RECOVERY_SECONDS)
             expected = {run: "failed"} | dict.fromkeys(beside, "completed")
             await consistency_checks.assert_consistent(deployment, client, ledger, expected)
+            losses = await client.answer(
+                "GET", f"/audit?kind=decision&action=execution.reclaimed&objectId={poison}"
+            )
     assert ended.error_code == "crashed"
+    # Each call has killed its worker, and the run was taken back each time.
+    reclaims = losses.json()["entries"]
+    assert len(reclaims) >= len(ledger.of("poison"))
+    assert {one["inputs"]["executionId"] for one in reclaims} == {run}
     # A lease that ends on a busy machine, while its worker gets no processor, is a loss without a call.
     assert SUSPECT_LOSSES <= len(ledger.of("poison")) <= SUSPECT_LOSSES + MAX_ISOLATION_LOSSES
 

@@ -32,6 +32,7 @@ DECISION_ICONS: Final = {
     "deployment.stopped": "asleep",
     "delivery.deferred": "clock",
     "executions.pruned": "trash",
+    "execution.reclaimed": "undo",
 }
 
 

@@ -258,7 +258,8 @@ def summarize(timeline: RunTimeline) -> str:
 def show_shares(timing: Mapping[str, Any] | None) -> Sequence[tuple[str, str, int, int, int]]:
     """Return label, tone, milliseconds, start and width of each part of a run's time, the longest first.
 
-    Start and width are in thousandths of the whole, at least 2. Empty without timing.
+    Start and width are in thousandths of the whole, at least 2. Parts under a millisecond are left out. Empty without
+    timing.
     """
     if not timing:
         return ()
@@ -269,9 +270,10 @@ def show_shares(timing: Mapping[str, Any] | None) -> Sequence[tuple[str, str, in
     whole = sum(seconds for _, _, seconds in parts)
     shares, start = [], 0
     for word, tone, seconds in sorted(parts, key=lambda part: -part[2]):
-        if seconds > 0 and whole:
+        milliseconds = int(seconds * 1_000)
+        if milliseconds > 0 and whole:
             width = max(round(SHARES * seconds / whole), 2)
-            shares.append((word, tone, int(seconds * 1_000), start, width))
+            shares.append((word, tone, milliseconds, start, width))
             start += width
     return shares
 
