@@ -356,6 +356,8 @@ class CallDecision:
     is_approved: bool
     reason: str = ""
     """Reason of a denial, for the model."""
+    arguments: Mapping[str, Json] | None = None
+    """Arguments that the person has given in place of those of the model; None to keep these."""
 
 
 class AgentSteps:

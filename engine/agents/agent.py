@@ -25,6 +25,7 @@ from engine.agents.agent_steps import (
     count_conversations,
     list_present_steps,
 )
+from engine.agents.call_approvals import MAX_APPROVED_BYTES
 from engine.model_calls import (
     JSON_RULES_TOKENS,
     OVERHEAD_TOKENS,
@@ -58,10 +59,9 @@ MAX_ERRORS_IN_A_ROW: Final = 3
 MAX_EQUAL_CALLS: Final = 3
 MAX_CONVERSATION_BYTES: Final = 2_000_000
 MAX_QUOTED_CHARACTERS: Final = 500
-MAX_APPROVED_BYTES: Final = 16_384
-"""Maximum size of the arguments of a call that a person approves, who has to see all of them."""
 MAX_ITERATIONS: Final = 100
 LIMIT_CODE: Final = "agent-limit"
+EDITED_NOTE: Final = "A person changed the arguments of this call before it was made. It was made with:"
 
 
 class ApprovalPolicy(StrEnum):
@@ -320,6 +320,32 @@ def require_approval(step: AgentStep, tool: AgentTool, *, is_tainted: bool) -> A
     return msgspec.structs.replace(step, status=status, request_hash=digest)
 
 
+def begin_approved(
+    step: AgentStep,
+    tool: AgentTool,
+    arguments: Mapping[str, Json] | None,
+    moment: datetime,
+    *,
+    is_tainted: bool,
+) -> AgentStep:
+    """Return an approved call that is to be done, with the arguments of its approver in place of those of the model.
+
+    `arguments` is None if these stay. The hash is that of the call with its new arguments, and the key stays, since
+    nothing was done under it. Invalid arguments fail the call.
+    """
+    if arguments is None:
+        return msgspec.structs.replace(step, status=StepStatus.STARTED)
+    if problems := tool.find_problems(arguments):
+        error = (
+            f"A person has changed the arguments of this call, and they are invalid: {'; '.join(problems)}"
+        )
+        return fail_tool_step(step, error, "Call it again with valid arguments", moment)
+    edited = msgspec.structs.replace(
+        step, status=StepStatus.STARTED, arguments=msgspec.json.encode(arguments)
+    )
+    return msgspec.structs.replace(edited, request_hash=tool.hash_call(edited, is_tainted=is_tainted))
+
+
 def list_pending_calls(steps: Sequence[AgentStep]) -> Sequence[AgentStep]:
     """Return the recorded tool calls without a result, in the order of the model."""
     present = list_present_steps(steps)
@@ -347,13 +373,16 @@ def read_tool_result(step: AgentStep) -> str:
 def build_conversation(task: AgentTask, steps: Sequence[AgentStep]) -> list[ChatMessage]:
     """Return the messages so far: the task, each complete answer, and the results of its tool calls."""
     messages = list(task.messages)
+    requested: Mapping[int, RequestedToolCall] = {}
     for step in list_present_steps(steps):
         if step.ended_at is None or (step.kind is StepKind.MODEL and step.status is not StepStatus.COMPLETED):
             continue
         if step.kind is StepKind.TOOL:
-            messages.append(ChatMessage(MessageRole.TOOL, read_tool_result(step), tool_call_id=step.call_id))
+            shown = _show_result(step, requested.get(step.number))
+            messages.append(ChatMessage(MessageRole.TOOL, shown, tool_call_id=step.call_id))
             continue
         answer = read_stored_answer(step)
+        requested = dict(enumerate(answer.tool_calls, step.number + 1))
         messages.append(
             ChatMessage(
                 MessageRole.ASSISTANT,
@@ -363,6 +392,16 @@ def build_conversation(task: AgentTask, steps: Sequence[AgentStep]) -> list[Chat
             )
         )
     return messages
+
+
+def _show_result(step: AgentStep, requested: RequestedToolCall | None) -> str:
+    """Return the text that the model gets from a tool call, and the arguments if a person has changed them."""
+    result = read_tool_result(step)
+    if requested is None or step.arguments is None:
+        return result
+    if step.arguments == msgspec.json.encode(requested.arguments):
+        return result
+    return f"{EDITED_NOTE} {step.arguments.decode()}\n\n{result}"
 
 
 # ── tools ───────────────────────────────────────────────────────────────────────────────────────────────────

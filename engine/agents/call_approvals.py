@@ -1,7 +1,8 @@
 """Questions to people whether an agent may call a tool, with exactly the recorded arguments.
 
 A question is recorded under the node of the tool, in place of an iteration under the number and the hash of the call.
-So an answer, a vote or a link belongs to these arguments alone, and other arguments are another question.
+So an answer, a vote or a link belongs to these arguments alone, and other arguments are another question. A person who
+approves a call may give other arguments, which the answer then holds.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from json_text import decoding
 
 if TYPE_CHECKING:
     from engine.agents.agent_steps import AgentStep
+    from engine.program import ToolProgram
     from engine.values import Json
 
 APPROVE: Final = "approve"
@@ -27,6 +29,8 @@ EXPIRED: Final = "expired"
 APPROVER_FIELDS: Final = ("assignees", "approvals", "allowSelf", "remindAfterSeconds", "notify")
 MAX_TITLE: Final = 200
 MAX_REASON: Final = 1_000
+MAX_APPROVED_BYTES: Final = 16_384
+"""Maximum size of the arguments of a call that a person approves, who has to see all of them."""
 HASH_CHARACTERS: Final = 16
 _HIDDEN_CATEGORIES: Final = frozenset({"Cc", "Cf", "Co", "Cs", "Zl", "Zp"})
 """Unicode categories of characters that change how others are shown, or that can't be seen."""
@@ -39,16 +43,17 @@ def name_iteration(step: AgentStep) -> str:
 
 
 def encode_question(
-    step: AgentStep, agent_label: str, description: str, approvers: Mapping[str, Json]
+    step: AgentStep, agent_label: str, tool: ToolProgram, approvers: Mapping[str, Json]
 ) -> Json:
     """Return the stored form of the question about a tool call, with its tool and its exact arguments.
 
-    `description` is that of the tool; `approvers` holds the fields of a question about the people that may answer.
+    `approvers` holds the fields of a question about the people that may answer. `parameters` is the schema by which
+    other arguments are checked when a person gives some.
     """
     arguments = decoding.decode(step.arguments or b"{}", dict)
     request: dict[str, Json] = {
         "title": f"Let {agent_label} call {step.name}?"[:MAX_TITLE],
-        "description": f"{description}\n\n{show_arguments(arguments)}",
+        "description": f"{tool.description}\n\n{show_arguments(arguments)}",
         "choices": [{"port": APPROVE, "label": "Approve"}, {"port": DENY, "label": "Deny"}],
         "schema": {
             "type": ["object", "null"],
@@ -66,6 +71,7 @@ def encode_question(
             "tool": step.name,
             "arguments": arguments,
             "hash": step.request_hash,
+            "parameters": dict(tool.parameters),
         },
         **{name: approvers[name] for name in APPROVER_FIELDS if name in approvers},
     }
@@ -92,4 +98,9 @@ def read_decision(payload: bytes) -> CallDecision:
     output = answer.output if isinstance(answer.output, dict) else {}
     data = output.get("data")
     reason = data.get("reason") if isinstance(data, dict) else None
-    return CallDecision(is_approved=answer.port == APPROVE, reason=reason if isinstance(reason, str) else "")
+    arguments = output.get("arguments")
+    return CallDecision(
+        is_approved=answer.port == APPROVE,
+        reason=reason if isinstance(reason, str) else "",
+        arguments=arguments if isinstance(arguments, dict) else None,
+    )

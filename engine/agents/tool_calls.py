@@ -152,7 +152,7 @@ class VisitSteps(AgentSteps):
 
     def ask(self, step: AgentStep, approvers: Mapping[str, Json], expires_at: datetime) -> None:
         tool = self._find_tool(step)
-        question = call_approvals.encode_question(step, self._label, tool.description, approvers)
+        question = call_approvals.encode_question(step, self._label, tool, approvers)
         self._recorder.record_tool_wait(
             *(tool.program.node, self.place_of(step)[1], step.started_at),
             values.encode_json(question),

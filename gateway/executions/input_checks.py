@@ -5,15 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final, cast
 
+import msgspec
+
+from engine.agents import call_approvals
 from engine.run_errors import NodeError
 from gateway.http import errors, limits
 from gateway.http.text_rules import ProblemCollector
+from journal.waits import approvals
 from nodes.sandbox.form_checks import InvalidSchema
 
 if TYPE_CHECKING:
     from engine.values import Json
     from nodes.sandbox.form_checks import FormChecker, FormViolation
 
+ARGUMENTS: Final = "arguments"
 FORM_ROOT: Final = "data"
 """First part of the paths of violations."""
 
@@ -45,6 +50,41 @@ async def require_valid_inputs(
         for violation in await _find_violations(forms, organization_id, schema, data):
             found.add(violation.path, violation.keyword, f"{violation.path}: {violation.message}")
     found.raise_any()
+
+
+async def require_valid_arguments(
+    forms: FormChecker,
+    organization_id: str,
+    asked: Mapping[str, Json],
+    choice: str | None,
+    arguments: dict[str, Json],
+) -> dict[str, Json] | None:
+    """Return the arguments that replace those of an approved tool call; None if they are the same.
+
+    Raises a 422 error for a question or a choice that takes none, for too long ones, and unless they match the
+    parameters of the tool; 503 if these could not be checked in time.
+    """
+    call = asked.get("toolCall")
+    given = _encode_sorted(arguments)
+    if isinstance(call, dict) and given == _encode_sorted(call.get("arguments")):
+        return None
+    parameters = approvals.find_parameters(asked)
+    problem = ""
+    if parameters is None:
+        problem = "are not accepted: only the approval of a tool call by one person can change its arguments"
+    elif choice != call_approvals.APPROVE:
+        problem = f"are accepted only with the choice {call_approvals.APPROVE}"
+    elif len(given) > call_approvals.MAX_APPROVED_BYTES:
+        problem = f"must be at most {call_approvals.MAX_APPROVED_BYTES:,} bytes of JSON"
+    if problem or parameters is None:
+        raise errors.invalid([errors.problem(ARGUMENTS, "invalid-value", f"{ARGUMENTS} {problem}")])
+    await require_valid_value(forms, organization_id, parameters, arguments, ARGUMENTS)
+    return arguments
+
+
+def _encode_sorted(value: object) -> bytes:
+    """Return a value as JSON that is the same for objects with the same fields in another order."""
+    return msgspec.json.encode(value, order="sorted")
 
 
 async def require_valid_value(

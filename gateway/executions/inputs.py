@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
+import msgspec
 import structlog
 from msgspec import Meta
 from sqlalchemy import select
@@ -43,6 +44,7 @@ from models.workflow import Workflow
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
+    from engine.values import Json
     from gateway.access.audit_log import ChangeAuthor
     from gateway.executions.acceptance import RunAcceptor
     from journal.store import ExecutionKey, IdempotencyKey
@@ -81,6 +83,8 @@ class InputAnswer(StrictWire):
     """Required if several iterations of a loop wait, and for the tool call of an agent."""
     choice: str | None = None
     data: Any = None
+    arguments: dict[str, Any] | None = None
+    """Arguments of the tool call of an agent in place of those that the question shows, by its `parameters`."""
 
 
 class InputAnswerResult(WireStruct):
@@ -222,8 +226,9 @@ async def answer(request: GatewayRequest) -> JsonResponse:
     """Answer a node that waits for a person; the first answer counts.
 
     Only its assignees may answer, and not the user who started the run if the question excludes that. The
-    answer must fit the question's choices and schema. A repetition with the same `Idempotency-Key` gets the
-    same result.
+    answer must fit the question's choices and schema. The approval of the tool call of an agent may have other
+    `arguments`, with which the call is made, and which the agent is told. A repetition with the same
+    `Idempotency-Key` gets the same result.
     """
     gateway, caller = request.gateway, request.caller
     key = await gateway.access.key(request.path_params["id"], caller)
@@ -246,6 +251,11 @@ async def answer(request: GatewayRequest) -> JsonResponse:
     await input_checks.require_valid_inputs(
         gateway.forms, caller.organization_id, asked.request, body.choice, body.data
     )
+    if body.arguments is not None:
+        changed = await input_checks.require_valid_arguments(
+            gateway.forms, caller.organization_id, asked.request, body.choice, body.arguments
+        )
+        body = msgspec.structs.replace(body, arguments=changed)
     given = await _store_answer(request, key, asked, body, idempotency_key)
     if given is None:
         return _build_response(key, body, idempotency.REPLAYED)
@@ -278,7 +288,9 @@ async def audit_decision(
             col(Execution.id) == key.execution_id, col(Execution.shard) == key.shard
         )
     )
-    content = [key.execution_id, asked.node_id, asked.iteration, decision.by, decision.choice, decision.data]
+    content: list[Json] = [key.execution_id, asked.node_id, asked.iteration]
+    content += [decision.by, decision.choice, decision.data]
+    content += [] if decision.arguments is None else [{**decision.arguments}]
     await audit_log.record_change(
         connection,
         author,
@@ -376,7 +388,9 @@ async def _store_answer(
     answer, 403 if the question was passed on meanwhile, and 422 if the body of the earlier request differs.
     """
     caller, answered_at = request.caller, request.gateway.clock()
-    decision = ApprovalDecision(caller.user_id, caller.user_id, body.choice, body.data, answered_at)
+    decision = ApprovalDecision(
+        caller.user_id, caller.user_id, body.choice, body.data, answered_at, body.arguments
+    )
     answer_id = ids.new_id("answer")
 
     async def work(connection: AsyncConnection) -> DecisionResult | None:

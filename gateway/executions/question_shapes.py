@@ -47,6 +47,8 @@ class AwaitedToolCall(WireStruct):
     """Exact arguments of the call; other ones are another question."""
     hash: str
     """SHA-256 of the call in hexadecimal, to which an answer is bound."""
+    parameters: Mapping[str, Any] | None
+    """JSON Schema of `arguments` in the answer, which replace those of the call; null if it takes none."""
 
 
 class PendingInput(WireStruct):
@@ -279,12 +281,13 @@ def show_wait(one: WaitingNode, mails: ApprovalRequest | None) -> PendingInput:
         else QuestionMails(
             rounds=mails.round, next_at=optional_instant(mails.due_at), last_error=mails.error
         ),
-        tool_call=_show_tool_call(one.request.get("toolCall")),
+        tool_call=_show_tool_call(one.request),
     )
 
 
-def _show_tool_call(asked: Json) -> AwaitedToolCall | None:
+def _show_tool_call(request: Mapping[str, Json]) -> AwaitedToolCall | None:
     """Return the tool call in the request of a question; None for a question without one."""
+    asked = request.get("toolCall")
     if not isinstance(asked, dict):
         return None
     arguments = asked.get("arguments")
@@ -293,6 +296,7 @@ def _show_tool_call(asked: Json) -> AwaitedToolCall | None:
         tool=str(asked.get("tool", "")),
         arguments=arguments if isinstance(arguments, dict) else {},
         hash=str(asked.get("hash", "")),
+        parameters=approvals.find_parameters(request),
     )
 
 

@@ -74,6 +74,8 @@ class ApprovalDecision:
     choice: str | None
     data: Json
     answered_at: datetime
+    arguments: Mapping[str, Json] | None = None
+    """Arguments of an approved tool call in place of those of the model; None to keep these."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +100,22 @@ def assignees_of(request: Mapping[str, Json]) -> Sequence[str]:
     """
     assignees = request.get("assignees")
     return [str(one) for one in assignees] if isinstance(assignees, list) else []
+
+
+def find_parameters(request: Mapping[str, Json]) -> Mapping[str, Json] | None:
+    """Return the JSON Schema of the arguments that an answer may give in place of those of the tool call.
+
+    None for other questions, and for those that need several people, who have to approve the same arguments.
+    """
+    asked = request.get("toolCall")
+    parameters = asked.get("parameters") if isinstance(asked, dict) else None
+    return parameters if isinstance(parameters, dict) and needed_approvals(request) == 1 else None
+
+
+def find_call_hash(request: Mapping[str, Json]) -> str:
+    """Return the hash of the tool call that a question is about; empty for other questions."""
+    asked = request.get("toolCall")
+    return str(asked.get("hash", "")) if isinstance(asked, dict) else ""
 
 
 def extra_addresses(request: Mapping[str, Json]) -> Sequence[str]:
@@ -155,6 +173,9 @@ async def record_decision(
         "at": timestamps.format_timestamp(decision.answered_at),
     }
     value: dict[str, Json] = {"data": decision.data, **own}
+    if decision.arguments is not None:
+        value["arguments"] = {**decision.arguments}
+        value["originalHash"] = find_call_hash(asked.request)
     needed = needed_approvals(asked.request)
     await lock_run(connection, key)
     waiting = {

@@ -206,8 +206,10 @@ async def _apply_decisions(call: NodeCall, task: AgentTask, *, may_expire: bool)
         decision = call.steps.find_decision(step)
         now = call.steps.now()
         if decision is not None and decision.is_approved:
-            call.steps.record(msgspec.structs.replace(step, status=StepStatus.STARTED))
-            approved.add(step.number)
+            tool, is_tainted = task.tools[step.name], agent.is_call_tainted(task, call.steps.recorded, step)
+            begun = agent.begin_approved(step, tool, decision.arguments, now, is_tainted=is_tainted)
+            call.steps.record(begun)
+            approved |= {step.number} if begun.status is StepStatus.STARTED else set()
         elif decision is not None:
             error = f"A person has denied this call: {decision.reason or 'no reason given'}"
             call.steps.record(agent.fail_tool_step(step, error, DENIED_HINT, now))

@@ -47,7 +47,11 @@ def answer(
     node: Annotated[str, Argument(metavar="NODE", help="Node that asks.")],
     choice: Annotated[str | None, Option(help="Port of the choice.")] = None,
     data: Annotated[str | None, Option(help="Data of a form, as JSON, @file or @-.")] = None,
-    iteration: Annotated[str | None, Option(help="Iteration of a loop.")] = None,
+    iteration: Annotated[str | None, Option(help="Iteration of a loop, or a tool call.")] = None,
+    arguments: Annotated[
+        str | None,
+        Option(help="Arguments to make a tool call with, as JSON, @file or @-.", show_default="as asked"),
+    ] = None,
     idempotency_key: KeyOption = None,
     output: FormatOption = OutputFormat.JSON,
 ) -> None:
@@ -58,6 +62,7 @@ def answer(
         choice=choice,
         iteration=iteration,
         data=None if data is None else read_json(data, "--data"),
+        arguments=None if arguments is None else read_json(arguments, "--arguments"),
         idempotency_key=idempotency_key,
     )
     show_object(dict(done), output, key="executionId")

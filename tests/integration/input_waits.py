@@ -23,6 +23,20 @@ REQUEST: Final[dict[str, Any]] = {
     "schema": {"type": "object", "properties": {"comment": {"type": "string", "maxLength": 20}}},
     "choices": [{"port": "approve", "label": "Yes, write"}, {"port": "reject", "label": "No"}],
 }
+TOOL_CALL: Final[dict[str, Any]] = {
+    "agentId": "agent",
+    "tool": "send",
+    "arguments": {"to": "a@b.example"},
+    "hash": "0" * 64,
+    "parameters": {
+        "type": "object",
+        "properties": {"to": {"type": "string"}},
+        "required": ["to"],
+        "additionalProperties": False,
+    },
+}
+CALL_PLACE: Final = ("send", "3-0000000000000000")
+"""Node and iteration of a question about a tool call."""
 HOUR: Final = timedelta(hours=1)
 
 

@@ -461,6 +461,31 @@ async def test_a_question_is_answered_by_its_form(visit: DashboardVisit) -> None
     assert not visit.page.problems
 
 
+async def test_the_arguments_of_a_tool_call_are_changed_in_the_inbox_and_never_rounded(
+    visit: DashboardVisit,
+) -> None:
+    page, database = visit.page, visit.harness.gateway.database
+    started = await visit.people.owner.api.post(f"/api/v1/workflows/{visit.workflow_id}/execute", json={})
+    execution_id = started.json()["executionId"]
+    request = {**input_waits.REQUEST, "toolCall": input_waits.TOOL_CALL}
+    await input_waits.wait_for_input(database, execution_id, *input_waits.CALL_PLACE, request=request)
+    await visit.show("/dashboard/approvals")
+    field = "main textarea[name=arguments]"
+    await page.wait_for(f"document.querySelector('{field}') !== null")
+    await page.click("main form details summary")
+    await page.wait_for("document.querySelector('main form details').open")
+    await page.fill(field, '{"to": 12345678901234567890}')
+    await page.click("main button[value=approve]")
+    await page.wait_for(f"document.querySelector('{field}').validationMessage.includes('round')")
+    await page.fill(field, '{"to": "c@d.example"}')
+    await page.click("main button[value=approve]")
+    await page.wait_for("document.querySelector('main form') === null")
+    async with database.read() as connection:
+        answers = (await connection.execute(select(WaitAnswer))).mappings().all()
+    (answer,) = [one for one in answers if one["execution_id"] == execution_id]
+    assert "c@d.example" in str(answer)
+
+
 async def test_a_key_answers_a_question_after_asking_and_another_person_gets_the_next(
     visit: DashboardVisit,
 ) -> None:

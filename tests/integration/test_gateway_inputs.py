@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from datetime import timedelta
 from typing import Any
 
@@ -67,9 +68,8 @@ async def test_a_question_about_a_tool_call_shows_its_exact_arguments(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     execution_id = await start_waiting_run(people.owner)
-    asked = {"agentId": "agent", "tool": "send", "arguments": {"to": "a@b.example"}, "hash": "0" * 64}
+    asked, place = input_waits.TOOL_CALL, input_waits.CALL_PLACE
     request = {**input_waits.REQUEST, "toolCall": asked}
-    place = ("send", "3-0000000000000000")
     await input_waits.wait_for_input(harness.gateway.database, execution_id, *place, request=request)
     (shown,) = await get_pending(people.owner, execution_id)
     assert shown["toolCall"] == asked
@@ -80,6 +80,76 @@ async def test_a_question_about_a_tool_call_shows_its_exact_arguments(
     assert error_paths(unnamed) == ["iteration"]
     answered = await answer(people.owner, execution_id, {**body, "iteration": place[1]})
     assert answered.status_code == 200, answered.text
+
+
+async def read_answer(harness: GatewayHarness, execution_id: str) -> dict[str, Any]:
+    """Return the stored answer of an execution as the output of its node."""
+    async with harness.gateway.database.read() as connection:
+        statement = select(col(WaitAnswer.payload)).where(col(WaitAnswer.execution_id) == execution_id)
+        stored = (await connection.execute(statement)).scalar_one()
+    output: dict[str, Any] = json.loads(stored)["output"]
+    return output
+
+
+async def test_an_approver_changes_the_arguments_of_a_tool_call_within_its_parameters(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    execution_id = await start_waiting_run(people.owner)
+    request = {**input_waits.REQUEST, "toolCall": input_waits.TOOL_CALL}
+    await input_waits.wait_for_input(
+        harness.gateway.database, execution_id, *input_waits.CALL_PLACE, request=request
+    )
+    asked: dict[str, Json] = {
+        **YES,
+        "nodeId": input_waits.CALL_PLACE[0],
+        "iteration": input_waits.CALL_PLACE[1],
+    }
+
+    async def edit(arguments: Json, **fields: Json) -> httpx2.Response:
+        return await answer(people.owner, execution_id, {**asked, **fields, "arguments": arguments})
+
+    assert error_paths(await edit({"to": 7})) == ["arguments.to"]
+    assert error_paths(await edit({"to": "c@d.example", "url": "https://x.example"})) == ["arguments.url"]
+    assert error_paths(await edit({"to": "c@d.example"}, choice="reject")) == ["arguments"]
+    assert error_paths(await edit({"to": "x" * 20_000})) == ["arguments"]
+    (shown,) = await get_pending(people.owner, execution_id)
+    assert shown["toolCall"] == input_waits.TOOL_CALL, "the question stays open as it is"
+    edited = await edit({"to": "c@d.example"})
+    assert edited.status_code == 200, edited.text
+    kept = await read_answer(harness, execution_id)
+    assert (kept["arguments"], kept["originalHash"]) == ({"to": "c@d.example"}, input_waits.TOOL_CALL["hash"])
+    assert kept["by"] == people.owner.user.id
+    assert_refused(await edit({"to": "e@f.example"}), 409, "already-answered")
+
+
+async def test_equal_arguments_change_nothing_and_several_approvers_change_none(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    asked: dict[str, Json] = {
+        **YES,
+        "nodeId": input_waits.CALL_PLACE[0],
+        "iteration": input_waits.CALL_PLACE[1],
+    }
+    request = {**input_waits.REQUEST, "toolCall": input_waits.TOOL_CALL}
+    execution_id = await start_waiting_run(people.owner)
+    await input_waits.wait_for_input(
+        harness.gateway.database, execution_id, *input_waits.CALL_PLACE, request=request
+    )
+    same = {**asked, "choice": "reject", "arguments": input_waits.TOOL_CALL["arguments"]}
+    assert (await answer(people.owner, execution_id, same)).status_code == 200
+    assert "arguments" not in await read_answer(harness, execution_id)
+    # Each of several people would approve another call.
+    execution_id = await start_waiting_run(people.owner)
+    await input_waits.wait_for_input(
+        harness.gateway.database, execution_id, *input_waits.CALL_PLACE, request={**request, "approvals": 2}
+    )
+    (shown,) = await get_pending(people.owner, execution_id)
+    assert shown["toolCall"]["parameters"] is None
+    edited = await answer(people.owner, execution_id, {**asked, "arguments": {"to": "c@d.example"}})
+    assert error_paths(edited) == ["arguments"]
+    execution_id = await start_waiting_run(people.owner)
+    await input_waits.wait_for_input(harness.gateway.database, execution_id)
+    assert error_paths(await answer(people.owner, execution_id, {**YES, "arguments": {}})) == ["arguments"]
 
 
 async def test_a_question_is_shown_answered_once_and_passed_to_the_run(

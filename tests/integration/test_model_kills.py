@@ -381,11 +381,11 @@ async def test_the_budget_of_a_run_is_never_passed_through_kills(
     assert sum(charge["tokens"] for charge in charges) <= budget
 
 
-async def approve(run_database: RunDatabase, key: ExecutionKey) -> str:
-    """Approve the one call that waits; return the iteration of the question."""
+async def approve(run_database: RunDatabase, key: ExecutionKey, arguments: dict[str, Any]) -> str:
+    """Approve the one call that waits with other arguments; return the iteration of the question."""
     async with run_database.database.read() as connection:
         (asked,) = await node_answers.list_input_waits(connection, key)
-    decision = ApprovalDecision("user_1", "user_1", "approve", None, datetime.now(UTC))
+    decision = ApprovalDecision("user_1", "user_1", "approve", None, datetime.now(UTC), arguments)
 
     async def work(connection: AsyncConnection) -> None:
         given = await approvals.record_decision(connection, key, asked, decision)
@@ -396,7 +396,7 @@ async def approve(run_database: RunDatabase, key: ExecutionKey) -> str:
 
 
 @pytest.mark.timeout(300)
-async def test_an_approved_call_is_done_once_through_kills_before_and_after_the_vote(
+async def test_an_edited_call_is_done_once_through_kills_before_and_after_the_vote(
     run_database: RunDatabase,
     migrated_database: MigratedDatabase,
     owned_workflow: OwnedWorkflow,
@@ -419,7 +419,7 @@ async def test_an_approved_call_is_done_once_through_kills_before_and_after_the_
         process.kill()
         process.wait()
         assert not served.effects
-        iteration = await approve(run_database, key)
+        iteration = await approve(run_database, key, {"city": "Rome"})
         # Behind the commit that applies the vote, and before the one with the result of the call.
         died = await run_killed(run_database, migrated_database, key, served, tmp_path, [2, -2])
         assert died == 2
@@ -431,6 +431,11 @@ async def test_an_approved_call_is_done_once_through_kills_before_and_after_the_
             id=key.execution_id,
         )
         assert spans == [{"iteration": iteration, "status": "completed", "port": "approve"}]
+        steps = await run_database.query(
+            "SELECT arguments FROM execution_step WHERE execution_id = :id AND name = 'send'",
+            id=key.execution_id,
+        )
+        assert [json.loads(step["arguments"]) for step in steps] == [{"city": "Rome"}]
 
 
 # ── tools that others do ────────────────────────────────────────────────────────────────────────────────────

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from engine.agents import agent_exposure, call_approvals
-from engine.agents.agent import AgentTask, is_conversation_tainted
+from engine.agents.agent import EDITED_NOTE, AgentTask, is_conversation_tainted
 from engine.agents.agent_steps import StepStatus
 from engine.findings import FindingType
 from engine.graph import ParsedGraph
@@ -18,7 +18,7 @@ from engine.run_records import NodeSpan, RunOutcome, RunStatus, SpanStatus
 from engine.validation import validate_graph
 from engine.values import Json
 from nodes.catalog import load_catalog
-from tests.unit.test_agent_runs import TURNS, ScriptedModel, World, compile_agent, turn
+from tests.unit.test_agent_runs import SEND, TURNS, ScriptedModel, World, compile_agent, turn
 
 pytestmark = pytest.mark.anyio
 
@@ -38,12 +38,17 @@ def read_request(span: NodeSpan) -> dict[str, Any]:
     return found
 
 
-def decide(world: World, choice: str = "approve", reason: str | None = None) -> int:
+def decide(
+    world: World, choice: str = "approve", reason: str | None = None, arguments: Json | None = None
+) -> int:
     """Answer all open questions, as the journal stores answers; return their number."""
     asked = list_questions(world)
     for span in asked:
-        data = None if reason is None else {"reason": reason}
-        answer = {"output": {"data": data, "choice": choice, "by": "user_1"}, "port": choice}
+        data: Json = None if reason is None else {"reason": reason}
+        output: dict[str, Json] = {"data": data, "choice": choice, "by": "user_1"}
+        if arguments is not None:
+            output["arguments"] = arguments
+        answer = {"output": output, "port": choice}
         world.answers[span.node_id, span.iteration] = json.dumps(answer).encode()
     return len(asked)
 
@@ -110,6 +115,70 @@ async def test_a_denial_goes_to_the_model_with_its_reason() -> None:
     assert world.outside.effects == []
     told = json.loads(world.model.requests[-1].messages[-1].content)
     assert told["error"] == "A person has denied this call: Oslo is closed"
+
+
+async def test_an_edited_call_is_made_with_the_arguments_of_its_approver_and_the_model_gets_to_know_them() -> (
+    None
+):
+    world = build_world(turn(("send", "Oslo")))
+    await world.work()
+    (asked,) = list_questions(world)
+    assert read_request(asked)["toolCall"]["parameters"] == SEND["parameters"]
+    decide(world, arguments={"city": "Rome"})
+    assert await world.work() == RunOutcome(RunStatus.COMPLETED)
+    assert world.outside.bodies == [{"to": "Rome", "by": "north"}]
+    (step,) = [step for step in world.steps if step.name == "send"]
+    assert json.loads(step.arguments or b"") == {"city": "Rome"}
+    assert step.request_hash != read_request(asked)["toolCall"]["hash"]
+    told = world.model.requests[-1].messages[-1].content
+    assert told.startswith(f'{EDITED_NOTE} {{"city":"Rome"}}\n\n')
+    (closed,) = [span for span in world.spans if span.node_id == "send"]
+    kept = json.loads(closed.output or b"")
+    assert (closed.port, kept["by"], kept["arguments"]) == ("approve", "user_1", {"city": "Rome"})
+
+
+async def test_edited_arguments_that_no_longer_fit_the_tool_are_not_used() -> None:
+    world = build_world(turn(("send", "Oslo")))
+    await world.work()
+    decide(world, arguments={"city": 7})
+    assert await world.work() == RunOutcome(RunStatus.COMPLETED)
+    assert world.outside.effects == []
+    assert "they are invalid: city" in world.model.requests[-1].messages[-1].content
+
+
+async def test_a_changed_tool_needs_another_approval_of_edited_arguments() -> None:
+    def redirect(tool: dict[str, Json]) -> None:
+        tool["target"] = {
+            "node": {"type": "http-request", "config": {"url": "https://c.example/x", "method": "POST"}}
+        }
+
+    world = build_world(turn(("send", "Oslo")))
+    await world.work()
+    decide(world, arguments={"city": "Rome"})
+    # Dies behind the commit of the approval, before the call is made.
+    assert await world.work(2) is None
+    assert world.outside.effects == []
+    world.program = compile_agent(redirect, approval="writes")
+    ended = await world.work()
+    assert ended is not None
+    assert ended.status is RunStatus.WAITING
+    (asked,) = list_questions(world)
+    assert read_request(asked)["toolCall"]["arguments"] == {"city": "Rome"}
+
+
+async def test_a_death_at_any_commit_makes_an_edited_call_once_with_its_new_arguments() -> None:
+    for last in range(1, 5):
+        for kill in (-last, last):
+            world = build_world(turn(("send", "Oslo")), turn(("look", "Bonn")))
+            for _ in range(20):
+                if (ended := await world.work(kill)) is None:
+                    ended = await world.work()
+                if ended == RunOutcome(RunStatus.COMPLETED):
+                    break
+                decide(world, arguments={"city": "Rome"})
+            assert world.output["response"] == "Reported.", kill
+            assert len(world.outside.effects) == 1, kill
+            assert {body["to"] for body in world.outside.bodies if isinstance(body, dict)} == {"Rome"}, kill
 
 
 async def test_other_arguments_need_another_approval() -> None:

@@ -73,6 +73,14 @@ function confirmed(question) {
   });
 }
 
+// A reviver that refuses whole numbers which the browser would round, such as long ids.
+function refuseRounded(_key, value) {
+  if (Number.isInteger(value) && !Number.isSafeInteger(value)) {
+    throw new RangeError(`The browser would round a number, to ${value}: write it as a text, or use the API`);
+  }
+  return value;
+}
+
 // `data-json` fields hold JSON, `data-number` fields a number, `data-any` fields JSON or else text; `data-list` fields of
 // one name become a list, the lines of a `data-lines` field become one, and `data-off` boxes are false unless checked.
 // `data-in` is the path of the object that a field belongs to. `data-before` is the object that a field changes: keys
@@ -102,9 +110,9 @@ function bodyOf(form, button) {
     }
     if ("json" in field.dataset) {
       try {
-        value = JSON.parse(field.value);
+        value = JSON.parse(field.value, refuseRounded);
       } catch (problem) {
-        field.setCustomValidity(`This is no JSON: ${problem.message}`);
+        field.setCustomValidity(problem instanceof RangeError ? problem.message : `This is no JSON: ${problem.message}`);
         field.reportValidity();
         field.addEventListener("input", () => field.setCustomValidity(""), { once: true });
         return null;

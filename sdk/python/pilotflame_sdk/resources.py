@@ -83,9 +83,9 @@ class AiSettings(Resource):
 class Approvals(Resource):
     """Methods of `client.approvals`."""
 
-    def answer(self, execution_id: str, *, node_id: str, iteration: str | None = None, choice: str | None = None, data: Any = None, idempotency_key: str | None = None) -> t.InputAnswerResult:
+    def answer(self, execution_id: str, *, node_id: str, iteration: str | None = None, choice: str | None = None, data: Any = None, arguments: Mapping[str, Any] | None = None, idempotency_key: str | None = None) -> t.InputAnswerResult:
         """Answer a node that waits for a person; the first answer counts."""
-        return cast("t.InputAnswerResult", self._client.request("POST", f"/api/v1/executions/{self._quote(execution_id)}/input", fields={"nodeId": node_id, "iteration": iteration, "choice": choice, "data": data}, idempotency_key=idempotency_key, is_keyed=True))
+        return cast("t.InputAnswerResult", self._client.request("POST", f"/api/v1/executions/{self._quote(execution_id)}/input", fields={"nodeId": node_id, "iteration": iteration, "choice": choice, "data": data, "arguments": arguments}, idempotency_key=idempotency_key, is_keyed=True))
 
     def answered(self, *, limit: int | None = None, after: str | None = None) -> t.AnsweredInputs:
         """List the answers of people to questions in visible executions, the newest first."""

@@ -732,6 +732,7 @@ class AwaitedToolCall(TypedDict):
     tool: str
     arguments: Dict[str, Any]
     hash: str
+    parameters: Dict[str, Any] | None
 
 
 class AwakeSpan(TypedDict):
