@@ -645,6 +645,46 @@ async def test_the_next_times_of_an_edited_schedule_are_shown_before_it_is_saved
     assert page.problems == []
 
 
+async def test_a_trigger_that_was_changed_in_another_tab_is_saved_at_a_second_press(
+    visit: IntakeVisit,
+) -> None:
+    page, owner = visit.page, visit.people.owner
+    workflow_id = await owner.create(**graph_of("schedule-trigger", {"cron": "0 * * * *"}))
+    path = f"{WORKFLOWS}/{workflow_id}"
+    save, problem = "form:has(#cron) button:not([formaction])", "form:has(#cron) [data-problem]"
+
+    async def read_cron() -> str:
+        cron: str = (await owner.api.get(path)).json()["nodes"][0]["config"]["cron"]
+        return cron
+
+    async def save_and_wait() -> None:
+        await page.evaluate("document.querySelector('#toast').hidden = true; 0")
+        await page.click(save)
+        await page.wait_for("!document.querySelector('#toast').hidden")
+
+    await visit.sign_in(owner.key)
+    await visit.show(f"/dashboard/workflows/{workflow_id}/trigger")
+    # A change of another part holds up nothing.
+    assert (await owner.api.put(path, json={"description": "of another tab"})).status_code == 200
+    await page.fill("#cron", "5 * * * *")
+    await save_and_wait()
+    assert await read_cron() == "5 * * * *"
+
+    other = {"config": {"cron": "10 * * * *"}}
+    assert (await owner.api.put(f"{path}/nodes/start", json=other)).status_code == 200
+    await page.fill("#cron", "15 * * * *")
+    await page.click(save)
+    await page.wait_for(
+        f"document.querySelector({problem!r}).textContent.includes('Somebody has changed it')"
+    )
+    assert await page.value("#cron") == "15 * * * *"
+    assert await read_cron() == "10 * * * *"
+    await save_and_wait()
+    assert await read_cron() == "15 * * * *"
+    assert [one for one in page.problems if "412" not in one] == []
+    page.problems.clear()
+
+
 async def test_a_viewer_sees_the_pages_and_cannot_act(visit: IntakeVisit) -> None:
     page = visit.page
     for kind in TRIGGERS:

@@ -178,7 +178,10 @@ async function submit(form, button) {
     if (answer.status === 412) {
       const { renew, resolve } = await import("./merge.js");
       if (!form.querySelector("[data-merge]")) {
-        await renew(form, root);
+        if (await renew(form, root)) {
+          await submit(form, button);
+          return;
+        }
         await reload();
         refuse(form, "Somebody has changed it since you opened this page, which shows it as it is now. Look at it, then press the button again.");
         return;

@@ -69,10 +69,16 @@ function show(section, rows) {
   section.querySelector("h3").focus();
 }
 
-// Lets a form be sent again that has no config to merge, on the state that its object has now.
+// Lets a form be sent again that has no config to merge, on the state that its object has now. Returns true if it may be
+// sent at once: the config that it knows (`data-known`) of its node (`data-node`) is as it was, something else has changed.
 export async function renew(form, root) {
   const answer = await fetch(root + form.dataset.of, { headers: { Accept: "application/json" } });
   form.dataset.ifMatch = answer.headers.get("ETag") ?? "";
+  const { node, known } = form.dataset;
+  if (!known || !answer.ok) return false;
+  const config = (await answer.json()).nodes.find((one) => one.id === node)?.config ?? null;
+  form.dataset.known = JSON.stringify(config);
+  return equal(JSON.parse(known), config);
 }
 
 // Called after a refusal because of another change. Returns true if the form may be sent again at once: the other change

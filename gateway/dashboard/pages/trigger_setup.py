@@ -94,7 +94,13 @@ async def load(page: PageRequest) -> PageData:
         except ApiError as error:
             problem = error.message
     found = dict(zip(names, answers, strict=True))
-    return {"workflow": workflow, "preview": preview, "problem": problem, **found}
+    return {
+        "workflow": workflow,
+        "tag": page.tags.get(path, ""),
+        "preview": preview,
+        "problem": problem,
+        **found,
+    }
 
 
 def kept_times(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -131,6 +137,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
             (TITLES.get(kind, "Trigger"), ""),
         ),
         "workflow": workflow,
+        "tag": data["tag"],
         "api": f"/api/v1/workflows/{workflow['id']}",
         "node": node,
         "kind": kind,
