@@ -310,6 +310,40 @@ async def test_a_redrive_goes_on_without_the_page_changes_its_pace_and_is_stoppe
     assert page.problems == []
 
 
+async def test_all_runs_of_a_filter_are_canceled_or_resumed_after_their_number_is_typed(
+    visit: IntakeVisit,
+) -> None:
+    page, owner = visit.page, visit.people.owner
+    workflow_id = await owner.create(**graph_of("queue-trigger", {}))
+    runs = [await enqueue(owner, workflow_id, number) for number in range(5)]
+    await fail_alike(visit.harness, runs[:2], "Broken", node_id="step")
+    await visit.sign_in(owner.key)
+    for state, word, count in (("pending", "canceled", 3), ("failed", "resumed", 2)):
+        await visit.show(f"/dashboard/runs?workflow_id={workflow_id}&status={state}")
+        await page.follow(".title a.button")
+        await page.wait_for("document.querySelector('#act form') !== null")
+        await page.evaluate(f"{AXE}; 0")
+        assert await page.evaluate(RUN_AXE) == []
+        await page.fill("#act .input", str(count + 1))
+        await page.click("#act button[type=submit]")
+        await page.wait_for("!document.querySelector('#act .input').checkValidity()")
+        await page.fill("#act .input", str(count))
+        if state == "failed":
+            await page.click("#act [name=firstAlone]")
+        await page.click("#act button[type=submit]")
+        await page.wait_for(
+            f"document.querySelector('#toast').textContent.includes('{count} of {count} {word}')"
+        )
+        await page.wait_for("document.querySelector('#act') === null")
+    # A reason of waits is no filter of a bulk act.
+    await visit.show(f"/dashboard/runs?workflow_id={workflow_id}&status=pending&reason=queued-behind")
+    assert await page.evaluate("document.querySelector('.title a.button') === null")
+    listed = (await owner.api.get(f"/api/v1/executions?workflow_id={workflow_id}&limit=50")).json()
+    ended = [one["status"] for one in listed["executions"] if one["id"] in runs]
+    assert sorted(ended) == ["cancelled"] * 3 + ["failed"] * 2
+    assert page.problems == []
+
+
 async def test_a_refused_dead_letter_counts_once_and_holds_up_no_other(visit: IntakeVisit) -> None:
     page, owner = visit.page, visit.people.owner
     workflow_id = await owner.create(**graph_of("queue-trigger", {}))

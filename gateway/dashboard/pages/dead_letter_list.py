@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlencode
 
+from gateway.dashboard import bulk_acts
 from gateway.dashboard.addresses import list_address
 from gateway.dashboard.formats import parse_instant
 from gateway.dashboard.page import Page, PageData, PageFrame
@@ -27,25 +28,6 @@ FILTERS: Final = ("workflow_id", "trigger_type", "failure")
 STATES: Final = ("redriving", "settled")
 """States other than open, whose dead letters are listed without groups."""
 LISTED: Final = 50
-RECENT_OPERATIONS: Final = 5
-PACES: Final = ((2, "2 a second"), (10, "10 a second"), (100, "100 a second"), (1000, "at once"))
-ACTS: Final = {
-    "redrive-dead-letters": ("Redrive", "redriven"),
-    "replay-dead-letters": ("Replay", "replayed"),
-    "purge-dead-letters": ("Discard", "discarded"),
-    "cancel-executions": ("Cancel runs", "canceled"),
-    "retry-executions": ("Resume runs", "resumed"),
-    "replay-executions": ("Replay runs", "replayed"),
-}
-"""Name and participle of each act of a bulk operation."""
-ENDS: Final = {
-    "stopped": "stopped",
-    "first-failed": "the first one did not complete",
-    "key-not-valid": "its key is no longer valid",
-    "scope-required": "its key may not run workflows",
-    "internal-error": "an error of the server, which its log has",
-}
-"""Words for the end of a bulk operation before its last object, by status or reason."""
 GROWING_SECONDS: Final = 600
 """Age of the newest dead letter up to which a group counts as growing."""
 FAILURES: Final = (
@@ -74,7 +56,7 @@ async def load(page: PageRequest) -> PageData:
     given = page.query
     filters = {name: given[name] for name in FILTERS if given.get(name)}
     nothing = dict.fromkeys(("rows", "workflow", "types", "plan", "newest", "settled"))
-    recent = page.get_if_present("/api/v1/bulk-operations", limit=RECENT_OPERATIONS)
+    recent = page.get_if_present(bulk_acts.PATH, limit=bulk_acts.RECENT_OPERATIONS)
     if given.get("state") in STATES:
         groups, operations, settled = await asyncio.gather(
             page.get("/api/v1/dead-letters/groups", **filters),
@@ -173,12 +155,12 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
     filters = {name: frame.query[name] for name in FILTERS if frame.query.get(name)}
     exported = {**filters, "state": state} if state else filters
     shown = _open_group(listed["groups"], frame.query.get("group"))
-    operations = [_describe_operation(one) for one in (data["operations"] or {}).get("operations", ())]
+    operations = bulk_acts.describe_operations(data["operations"])
     return {
         "title": "Dead letters",
         "running": [one for one in operations if one["endedAt"] is None],
         "ended": [one for one in operations if one["endedAt"] is not None],
-        "paces": PACES,
+        "paces": bulk_acts.PACES,
         "crumbs": (("Dead letters", ""),),
         "count": listed["count"],
         "count_is_lower_bound": listed["countIsLowerBound"],
@@ -250,13 +232,6 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "user_id": frame.visitor["userId"] if frame.visitor else "",
         "sample_characters": SAMPLE_CHARACTERS,
     }
-
-
-def _describe_operation(operation: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a bulk operation with its name, its participle, and its end in words, empty for a complete one."""
-    act, done_word = ACTS[operation["action"]]
-    end = ENDS.get(operation["endReason"] or operation["status"], "")
-    return {**operation, "act": act, "done_word": done_word, "end": end}
 
 
 def _is_growing(group: Mapping[str, Any], now: datetime) -> bool:
