@@ -5,17 +5,22 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import AsyncIterator
+from hashlib import sha256
 from urllib.parse import urlsplit
 
 import msgspec
 import pytest
-from sqlalchemy import select
+from sqlalchemy import select, update
+from sqlmodel import col
 
 from engine.agents.agent import StoredAnswer
 from engine.agents.agent_steps import StepStatus
 from engine.model_calls import FinishReason, ModelCallRecord, RequestedToolCall, TokenUsage
 from engine.run_records import RunStatus, SpanStatus
+from models.data_source import DataSource
 from models.execution import WaitAnswer
+from models.tool_server import ListedTools, to_stored
+from nodes.mcp.tool_definitions import ToolDefinition
 from tests.integration import input_waits
 from tests.integration.browser import LOADED, needs_chromium
 from tests.integration.dashboard_visit import HOSTILE, DashboardVisit, open_visit
@@ -425,6 +430,23 @@ async def test_a_connection_is_tested_by_phase(visit: DashboardVisit) -> None:
     assert await page.text("#phases dt") == "Name and address"
     assert (await page.text("#phases dd")).startswith("Failed after ")
     assert "not a public address" in await page.text("#phases p")
+    assert await visit.find_violations() == []
+    assert not visit.take_problems()
+
+
+async def test_a_tool_server_with_hashes_of_tools_fits_and_has_no_violation_of_accessibility(
+    visit: DashboardVisit,
+) -> None:
+    body = {"name": "Warehouse", "url": "https://tools.example.com/mcp"}
+    made = await visit.people.owner.api.post("/api/v1/ai/tool-servers", json=body)
+    source_id = made.json()["dataSourceId"]
+    tool = ToolDefinition("find", sha256(b"find").hexdigest(), input_schema={"type": "object"})
+    listed = to_stored(ListedTools(offered=[msgspec.to_builtins(tool)]))
+    stored = update(DataSource).where(col(DataSource.id) == source_id).values(tools=listed)
+    await visit.harness.gateway.database.transaction(lambda connection: connection.execute(stored))
+
+    await visit.show(f"/dashboard/models?server={source_id}")
+    assert await visit.page.text("[data-hash]") == tool.hash
     assert await visit.find_violations() == []
     assert not visit.take_problems()
 
