@@ -33,7 +33,9 @@ class TTLCache(Generic[Key, Value]):
         self._items[key] = (now + self._seconds, value)
         # All values live equally long, so those at the front expire next.
         self._items.move_to_end(key)
-        while len(self._items) > self._max_items or next(iter(self._items.values()))[0] <= now:
+        while self._items and (
+            len(self._items) > self._max_items or next(iter(self._items.values()))[0] <= now
+        ):
             self._items.popitem(last=False)
 
     def drop(self, key: Key) -> None:

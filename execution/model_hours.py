@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from sqlalchemy.dialects import postgresql, sqlite
 
@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from engine.model_calls import FailedModelCall, ModelSettlement
+
+
+SUM_COLUMNS: Final = ("calls", "unpriced_calls", "input_tokens", "output_tokens", "cost")
+"""Columns to which each call adds."""
 
 
 class ModelHourKey(NamedTuple):
@@ -51,9 +55,22 @@ class ModelHourCounts:
         self._counts.setdefault(key, Counter()).update(amounts)
 
     async def store(self, connection: AsyncConnection) -> None:
-        """Add the counts to those in the database."""
-        for key, amounts in sorted(self._counts.items()):
-            await _add_to_hour(connection, key, amounts)
+        """Add the counts to those in the database in one statement, in the order of their keys."""
+        if not self._counts:
+            return
+        insert = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
+        columns = ModelHour.__table__.c  # type: ignore[attr-defined]  # SQLModel doesn't declare it
+        statement = insert(ModelHour)
+        await connection.execute(
+            statement.on_conflict_do_update(
+                index_elements=list(ModelHourKey._fields),
+                set_={name: columns[name] + statement.excluded[name] for name in SUM_COLUMNS},
+            ),
+            [
+                {**key._asdict(), **{name: amounts[name] for name in SUM_COLUMNS}}
+                for key, amounts in sorted(self._counts.items())
+            ],
+        )
 
 
 def count_settlement(settlement: ModelSettlement) -> dict[str, int]:
@@ -65,21 +82,3 @@ def count_settlement(settlement: ModelSettlement) -> dict[str, int]:
         "output_tokens": settlement.usage.output_tokens,
         "cost": settlement.cost or 0,
     }
-
-
-_AMOUNTS = ("calls", "unpriced_calls", "input_tokens", "output_tokens", "cost")
-
-
-async def _add_to_hour(connection: AsyncConnection, key: ModelHourKey, amounts: Counter[str]) -> None:
-    """Add the amounts of calls to the row of their key."""
-    insert = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
-    columns = ModelHour.__table__.c  # type: ignore[attr-defined]  # SQLModel doesn't declare it
-    added = {name: amounts[name] for name in _AMOUNTS}
-    await connection.execute(
-        insert(ModelHour)
-        .values({**key._asdict(), **added})
-        .on_conflict_do_update(
-            index_elements=list(ModelHourKey._fields),
-            set_={name: columns[name] + amount for name, amount in added.items()},
-        )
-    )

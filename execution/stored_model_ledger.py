@@ -23,7 +23,7 @@ from engine.month_budget import month_number
 from engine.run_errors import NodeError
 from execution import organization_budgets
 from execution.deferred_writes import DeferredWrites
-from execution.model_hours import ModelHourCounts, count_settlement
+from execution.model_hours import SUM_COLUMNS, ModelHourCounts, count_settlement
 from execution.retry import until_available
 from journal.concurrency_limits import advisory_lock_id
 from json_text import decoding
@@ -186,15 +186,12 @@ class StoredModelLedger:
             for call in calls:
                 if isinstance(call, _UnansweredCall):
                     hours.add_failure(call.organization_id, call.failed, call.ended_at)
-            for each in ordered:
-                created_at = await _settle(connection, each)
-                if created_at is not None:
-                    # That of the reservation, whose budget has admitted the call.
-                    row = (each.caller.organization_id, month_number(created_at), *_find_month_row(each)[1:])
-                    months.setdefault(row, Counter()).update(count_settlement(each.settlement))
-                    hours.add_answer(row[0], each.settlement, each.charge["created_at"])
-            for row in sorted(months):
-                await _add_to_month(connection, row, months[row])
+            for each, created_at in await _settle(connection, ordered):
+                # That of the reservation, whose budget has admitted the call.
+                row = (each.caller.organization_id, month_number(created_at), *_find_month_row(each)[1:])
+                months.setdefault(row, Counter()).update(count_settlement(each.settlement))
+                hours.add_answer(row[0], each.settlement, each.charge["created_at"])
+            await _add_to_months(connection, months)
             await hours.store(connection)
 
         await self._database.transaction(work)
@@ -315,50 +312,62 @@ async def _require_rest(
         raise NodeError(message, code="model-budget-exceeded")
 
 
-async def _settle(connection: AsyncConnection, call: _SettledCall) -> datetime | None:
-    """Settle the charge of one call, and return when it was made; None if it is settled already."""
-    settlement, usage = call.settlement, call.settlement.usage
-    values = {
-        "tokens": usage.input_tokens + usage.output_tokens,
-        "cost": settlement.cost,
-        "is_settled": True,
-    }
-    statement = (
-        _insert(connection, ModelCharge)
-        .values({**call.charge, **values})
-        .on_conflict_do_update(
-            index_elements=["execution_id", "key"],
-            set_=values,
-            where=col(ModelCharge.is_settled).is_(False),
-        )
-        .returning(col(ModelCharge.created_at))
-    )
-    created_at: datetime | None = await connection.scalar(statement)
-    return created_at
+async def _settle(
+    connection: AsyncConnection, calls: Sequence[_SettledCall]
+) -> Sequence[tuple[_SettledCall, datetime]]:
+    """Settle the charges of calls in one statement; return the calls that were not settled before, each with the
+    time of its charge.
+    """
+    by_key: dict[tuple[str, str], _SettledCall] = {}
+    for call in calls:
+        by_key.setdefault((call.caller.execution_id, call.settlement.key), call)
+    if not by_key:
+        return ()
+    statement = _insert(connection, ModelCharge)
+    statement = statement.on_conflict_do_update(
+        index_elements=["execution_id", "key"],
+        set_={name: statement.excluded[name] for name in ("tokens", "cost", "is_settled")},
+        where=col(ModelCharge.is_settled).is_(False),
+    ).returning(col(ModelCharge.execution_id), col(ModelCharge.key), col(ModelCharge.created_at))
+    rows = [_build_settled_charge(call) for call in by_key.values()]
+    settled = (await connection.execute(statement, rows)).all()
+    return [(by_key[row.execution_id, row.key], row.created_at) for row in settled]
+
+
+def _build_settled_charge(call: _SettledCall) -> dict[str, Any]:
+    """Return the columns of a charge with the amounts of an answered call."""
+    usage = call.settlement.usage
+    tokens = usage.input_tokens + usage.output_tokens
+    return {**call.charge, "tokens": tokens, "cost": call.settlement.cost, "is_settled": True}
 
 
 def _find_month_row(call: _SettledCall) -> tuple[str, str, str]:
     return call.caller.organization_id, call.caller.workflow_id, call.settlement.model_id
 
 
-async def _add_to_month(connection: AsyncConnection, row: _MonthRow, sums: Mapping[str, int]) -> None:
-    """Add settled calls to the sums of their month."""
-    organization_id, month, workflow_id, model_id = row
-    place = {
-        "organization_id": organization_id,
-        "month": month,
-        "workflow_id": workflow_id,
-        "model_id": model_id,
-        "shard": ids.shard_of(organization_id),
-    }
+async def _add_to_months(connection: AsyncConnection, months: Mapping[_MonthRow, Mapping[str, int]]) -> None:
+    """Add settled calls to the sums of their months in one statement, in the order of the rows."""
+    if not months:
+        return
     columns = ModelCost.__table__.c  # type: ignore[attr-defined]  # SQLModel doesn't declare it
+    statement = _insert(connection, ModelCost)
+    rows = [
+        {
+            "organization_id": organization_id,
+            "month": month,
+            "workflow_id": workflow_id,
+            "model_id": model_id,
+            "shard": ids.shard_of(organization_id),
+            **{name: sums[name] for name in SUM_COLUMNS},
+        }
+        for (organization_id, month, workflow_id, model_id), sums in sorted(months.items())
+    ]
     await connection.execute(
-        _insert(connection, ModelCost)
-        .values({**place, **sums})
-        .on_conflict_do_update(
+        statement.on_conflict_do_update(
             index_elements=["organization_id", "month", "workflow_id", "model_id"],
-            set_={name: columns[name] + amount for name, amount in sums.items()},
-        )
+            set_={name: columns[name] + statement.excluded[name] for name in SUM_COLUMNS},
+        ),
+        rows,
     )
 
 

@@ -6,12 +6,13 @@ from contextlib import suppress
 from datetime import timedelta
 from functools import cached_property
 from time import monotonic
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 import msgspec
 from sqlalchemy import or_, select, update
 from sqlmodel import col
 
+from concurrency.ttl_cache import TTLCache
 from engine.model_calls import ModelProvider
 from engine.model_limits import ModelLimits, share_limits
 from engine.model_prices import ModelPrice
@@ -32,6 +33,12 @@ if TYPE_CHECKING:
 
 
 MAX_BLOCKED_SECONDS: Final = 86_400.0
+CACHE_SECONDS: Final = 1.0
+"""Maximum delay until a run that calls a model again and again sees a change of it or of its shares."""
+MAX_CACHED: Final = 1_000
+
+_LookupKey: TypeAlias = tuple[str, str, str]
+"""Execution, user and model."""
 
 
 class StoredModels:
@@ -44,6 +51,7 @@ class StoredModels:
         self._is_deferring = is_deferring
         self._workers = 1
         self._workers_known_until = 0.0
+        self._cached: TTLCache[_LookupKey, ModelConnection] = TTLCache(CACHE_SECONDS, MAX_CACHED)
 
     @cached_property
     def ledger(self) -> StoredModelLedger:
@@ -53,11 +61,23 @@ class StoredModels:
         return StoredModelLedger(self._database, is_deferring=self._is_deferring)
 
     async def find(self, caller: RunCaller, model_id: str) -> ModelConnection:
-        """Return a model that a run may use, with the key of its provider.
+        """Return a model that a run may use, with the key of its provider, cached for a second for each run.
 
-        Raises `NodeError` if it is missing, or the caller may not use it, or its owner may no longer use its data
-        source; and one that may be retried if the database is unavailable.
+        A blocked model is read every time, since the rest of its time is part of it. Raises `NodeError` if it is
+        missing, or the caller may not use it, or its owner may no longer use its data source; and one that may be
+        retried if the database is unavailable.
         """
+        key = (caller.execution_id, caller.user_id, model_id)
+        cached = self._cached.get(key)
+        if cached is not None:
+            return cached
+        found = await self.connect(await self._look_up(caller, model_id))
+        if not found.blocked_seconds:
+            self._cached.put(key, found)
+        return found
+
+    async def _look_up(self, caller: RunCaller, model_id: str) -> AiModel:
+        """Return the row of a model that a run may use; raises `NodeError` as `find` does."""
         is_usable = is_usable_by(caller.organization_id, caller.user_id)
         statement = select(AiModel).where(col(AiModel.id) == model_id, is_usable)
         try:
@@ -69,7 +89,7 @@ class StoredModels:
             # The same text for absent and for forbidden models: guessing an id reveals nothing.
             message = f"There is no model {model_id!r} that this run may use"
             raise NodeError(message, code="model-not-found")
-        return await self.connect(AiModel(**row))
+        return AiModel(**row)
 
     async def block(self, caller: RunCaller, model_id: str, seconds: float) -> None:
         """Store the time until which the provider of a model accepts no calls, unless a later one is stored.
@@ -92,6 +112,7 @@ class StoredModels:
 
         with suppress(DatabaseUnavailable):
             await self._database.transaction(work)
+        self._cached.drop((caller.execution_id, caller.user_id, model_id))
 
     async def connect(self, model: AiModel) -> ModelConnection:
         """Return a model with address and key of its data source, which is used with the rights of the model's owner.

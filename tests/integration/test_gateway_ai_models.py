@@ -7,6 +7,7 @@ from base64 import b64decode
 from ipaddress import ip_network
 from typing import Any
 
+import msgspec
 import pytest
 from sqlalchemy import select, text, update
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -195,12 +196,12 @@ async def test_a_model_is_seen_and_used_by_its_owner_until_it_is_shared(
 async def test_a_model_is_used_by_the_users_that_it_is_shared_with(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
-    guest, models = people.colleague.user.id, stored_models(harness)
+    guest = people.colleague.user.id
     model_id = await create_model(people.owner, await create_provider(people.owner), sharedWith=[guest])
     shown = await get_model(people.colleague, model_id)
     assert shown["sharedWith"] == [guest]
     assert (await people.colleague.api.get(MODELS)).json()["models"] == [shown]
-    assert (await models.find(caller_of(people.colleague), model_id)).key == KEY
+    assert (await stored_models(harness).find(caller_of(people.colleague), model_id)).key == KEY
     path = f"{MODELS}/{model_id}"
     assert_refused(await people.colleague.api.put(path, json={"sharedWith": []}), 403, "not-owner")
     unchanged = await people.owner.api.put(path, json=shown)
@@ -219,7 +220,7 @@ async def test_a_model_is_used_by_the_users_that_it_is_shared_with(
     assert ended.json()["sharedWith"] == [people.admin.user.id]
     assert_refused(await people.colleague.api.get(path), 404, "not-found")
     with pytest.raises(NodeError):
-        await models.find(caller_of(people.colleague), model_id)
+        await stored_models(harness).find(caller_of(people.colleague), model_id)
     assert (await people.owner.api.delete(path)).status_code == 204
 
 
@@ -549,6 +550,32 @@ async def test_a_test_stores_what_a_model_can_do_until_it_becomes_another(
     assert (await stored_models(harness).find(caller_of(people.owner), model_id)).follows_schemas
     changed = await people.owner.api.put(f"{MODELS}/{model_id}", json={"vendorModelId": "scripted-2"})
     assert changed.json()["capabilities"] is None
+
+
+async def test_a_run_that_has_found_a_model_finds_it_again_until_the_lookup_expires(
+    harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source_id = await create_provider(people.owner)
+    model_id = await create_model(people.owner, source_id, sharedWith=[people.colleague.user.id])
+    caller = caller_of(people.colleague)
+    monkeypatch.setattr("execution.stored_models.CACHE_SECONDS", 3_600.0)
+    lasting = stored_models(harness)
+    monkeypatch.setattr("execution.stored_models.CACHE_SECONDS", 0.0)
+    expiring = stored_models(harness)
+    for models in (lasting, expiring):
+        assert (await models.find(caller, model_id)).id == model_id
+    await people.owner.api.put(f"{MODELS}/{model_id}", json={"sharedWith": []})
+    assert (await lasting.find(caller, model_id)).id == model_id
+    another_run = msgspec.structs.replace(caller, execution_id="exec_other")
+    for models, run in ((lasting, another_run), (expiring, caller)):
+        with pytest.raises(NodeError, match=model_id):
+            await models.find(run, model_id)
+    owner = caller_of(people.owner)
+    assert (await lasting.find(owner, model_id)).blocked_seconds == 0
+    await lasting.block(owner, model_id, 600)
+    assert (await lasting.find(owner, model_id)).blocked_seconds > 0
+    await people.owner.api.put(f"{MODELS}/{model_id}", json={"vendorModelId": "scripted-2"})
+    assert (await lasting.find(owner, model_id)).blocked_seconds == 0, "a blocked model is not cached"
 
 
 @pytest.mark.parametrize("mend", ["a test", "another model"])

@@ -6,6 +6,7 @@ from collections import Counter
 from datetime import datetime, timedelta
 from typing import Any
 
+import msgspec
 import pytest
 from sqlalchemy import insert, update
 from sqlmodel import col
@@ -67,14 +68,17 @@ async def test_metrics_show_the_calls_that_were_made(
         gone_id = await create_provider(people.owner, "http://127.0.0.1:1")
         moved = await people.owner.api.put(f"{MODELS}/{model_id}", json={"dataSourceId": gone_id})
         assert moved.status_code == 200, moved.text
+        # Another run, since this one has just looked up the model.
+        later = msgspec.structs.replace(caller, execution_id="exec_later")
         with pytest.raises(ModelCallFailed):
-            await models.complete(caller, model_id, REQUEST, idempotency_key="4", spending=spending)
+            await models.complete(later, model_id, REQUEST, idempotency_key="4", spending=spending)
         for refused, code in (
             (NodeSpending("ask:", ModelBudget(max_tokens=1)), "model-budget-exceeded"),
             (spending, "model-rate-limited"),
         ):
+            run = msgspec.structs.replace(caller, execution_id=f"exec_{code}")
             with pytest.raises(NodeError) as failed:
-                await models.complete(caller, model_id, REQUEST, idempotency_key="5", spending=refused)
+                await models.complete(run, model_id, REQUEST, idempotency_key="5", spending=refused)
             assert failed.value.code == code
             await stored_models(harness).block(caller, model_id, 60)
         await models.close()
