@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -285,6 +286,33 @@ class World:
         found = json.loads(span.output or b"null")
         assert isinstance(found, dict), span.error
         return found
+
+
+class LateOutside(Outside):
+    """Servers whose answers come after the run has been cancelled."""
+
+    async def request(self, method: str, url: str, **options: Any) -> Answer:  # noqa: ANN401 - passed on
+        self.on_request()
+        with suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        return await super().request(method, url, **options)
+
+
+@pytest.mark.parametrize("cities", [[("send", "Oslo")], [("look", "Oslo"), ("look", "Rome")]])
+async def test_a_result_after_a_cancel_is_recorded_and_not_given_to_the_model(
+    cities: list[tuple[str, str]],
+) -> None:
+    world = World(model=ScriptedModel(turns=[turn(*cities)]), outside=LateOutside())
+    worker = world.worker()
+    world.outside.on_request = lambda: worker.control.ask(ControlRequest.CANCEL)
+    assert (await worker.work()).status is RunStatus.CANCELLED
+    world.keep(worker.notebook)
+    _, *called = sorted(world.steps, key=lambda step: step.number)
+    assert [step.status for step in called] == [StepStatus.COMPLETED] * len(cities)
+    assert all(b"https://" in (step.result or b"") for step in called)
+    assert len(world.model.requests) == 1
+    (span,) = [span for span in world.spans if span.node_id == "agent"]
+    assert span.status is SpanStatus.CANCELLED
 
 
 async def test_an_agent_waits_for_its_provider_only_so_often(monkeypatch: pytest.MonkeyPatch) -> None:
