@@ -58,6 +58,8 @@ MAX_REPAIRS: Final = 2
 MAX_ERRORS_IN_A_ROW: Final = 3
 MAX_EQUAL_CALLS: Final = 3
 MAX_CONVERSATION_BYTES: Final = 2_000_000
+MAX_MESSAGES: Final = 200
+"""Messages of a conversation behind which no further tools are called; the last answer may come on top."""
 MAX_QUOTED_CHARACTERS: Final = 500
 MAX_ITERATIONS: Final = 100
 LIMIT_CODE: Final = "agent-limit"
@@ -88,7 +90,7 @@ class StopReason(StrEnum):
     MAX_TOKENS = "max-tokens"
     MAX_COST = "max-cost"
     MAX_CONTEXT = "max-context"
-    """The conversation has reached its maximum size."""
+    """The conversation has reached its maximum size, or number of messages."""
     TOOL_ERRORS = "tool-errors"
     """A tool has failed three times in a row."""
     LOOP = "loop"
@@ -549,7 +551,7 @@ def _end_at_limit(task: AgentTask, steps: Sequence[AgentStep], limit: StopReason
         MessageRole.USER, f"Answer now with what you know, without tools: a limit is reached ({limit.value})."
     )
     request = _build_request(task, [*build_conversation(task, steps), wish], ())
-    if limit is StopReason.MAX_CONTEXT or not _has_budget(task, steps, request, answers=1):
+    if _is_too_large(request) or not _has_budget(task, steps, request, answers=1):
         return _end_without_asking(task, steps, limit)
     return CallModel(number, request)
 
@@ -593,12 +595,17 @@ def _find_limit(task: AgentTask, steps: Sequence[AgentStep], request: ChatReques
         return StopReason.MAX_ITERATIONS
     if calls and len(calls) >= limits.max_tool_calls:
         return StopReason.MAX_TOOL_CALLS
-    sizes = (len(message.content) + measure_calls(message) for message in request.messages)
-    if sum(sizes) > MAX_CONVERSATION_BYTES:
+    if len(request.messages) > MAX_MESSAGES or _is_too_large(request):
         return StopReason.MAX_CONTEXT
     if not _has_budget(task, steps, request, answers=2):
         return _name_budget(task, steps, request, 2)
     return None
+
+
+def _is_too_large(request: ChatRequest) -> bool:
+    """Return whether the messages of a request exceed the maximum size, so that it isn't made."""
+    sizes = (len(message.content) + measure_calls(message) for message in request.messages)
+    return sum(sizes) > MAX_CONVERSATION_BYTES
 
 
 def _name_budget(

@@ -237,10 +237,16 @@ def test_an_agent_continues_equally_behind_every_step() -> None:
 # ── limits ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def numbered(name: str = "look") -> Callable[[ChatRequest], StoredAnswer]:
-    """Return a model that calls a tool each time, never twice with the same arguments."""
+def numbered(*names: str) -> Callable[[ChatRequest], StoredAnswer]:
+    """Return a model that calls these tools each time, `look` by default, and no two times with the same arguments."""
     count = iter(range(1_000))
-    return lambda request: calls(name, city=next(count)) if request.tools else StoredAnswer("At last.")
+
+    def answer(request: ChatRequest) -> StoredAnswer:
+        if not request.tools:
+            return StoredAnswer("At last.")
+        return calls(*(names or ("look",)), city=next(count))
+
+    return answer
 
 
 @pytest.mark.parametrize(
@@ -530,3 +536,24 @@ def test_arguments_of_tool_calls_count_as_input_and_as_conversation() -> None:
     ended = Simulation(TASK, script(calls("look", city=huge))).run()
     assert isinstance(ended, Finish)
     assert ended.stop_reason is StopReason.MAX_CONTEXT
+
+
+@pytest.mark.parametrize("fails_at_limit", [False, True])
+def test_a_conversation_of_too_many_messages_ends_with_a_last_answer(*, fails_at_limit: bool) -> None:
+    """Each turn adds four messages: an answer, and the results of its three calls."""
+    limits = AgentLimits(max_iterations=100, max_tool_calls=1_000, fails_at_limit=fails_at_limit)
+    run = Simulation(replace(TASK, limits=limits), numbered("look", "look", "look"))
+    ended = run.run()
+    with_tools = [len(request.messages) for request in run.requests if request.tools]
+    assert with_tools[-1] == 1 + 4 * 49, "one question, and 49 turns"
+    if fails_at_limit:
+        assert isinstance(ended, Fail)
+        assert (ended.code, ended.message) == (
+            agent.LIMIT_CODE,
+            "The agent has reached a limit: max-context",
+        )
+        return
+    assert isinstance(ended, Finish)
+    assert (ended.text, ended.stop_reason) == ("At last.", StopReason.MAX_CONTEXT)
+    assert len(run.requests) == len(with_tools) + 1
+    assert "max-context" in run.requests[-1].messages[-1].content
