@@ -159,6 +159,7 @@ def build_connection(model: AiModel, source: ConnectionSource) -> ModelConnectio
         key=source.secrets.get("key", ""),
         key_header=str(settings.get("keyHeader", "")),
         follows_schemas=bool(seen.get("jsonSchema")),
+        has_json_mode=bool(seen.get("jsonMode")),
         calls_tools=bool(seen.get("tools")),
         ignores_tools=seen.get("tools") is False,
         max_output_tokens=model.max_output_tokens,

@@ -109,7 +109,7 @@ async def delete(request: GatewayRequest) -> NoContent:
 
 
 async def test(request: GatewayRequest) -> JsonResponse:
-    """Test a model with up to five short calls, which its provider bills, and store the abilities that it shows.
+    """Test a model with up to six short calls, which its provider bills, and store the abilities that it shows.
 
     They take up to a minute together; an ability that is null had no answer in its share of that.
     `GET /ai/models/:id/status` shows the result of the last test.

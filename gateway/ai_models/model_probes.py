@@ -135,7 +135,7 @@ class ModelProber:
         await self._database.transaction(work)
 
     async def _call(self, model: ModelConnection, deadline: float) -> CapabilitiesShape:
-        """Call a model up to five times until a time by `monotonic`, and return its abilities.
+        """Call a model up to six times until a time by `monotonic`, and return its abilities.
 
         The first answer may take half of the time, and each further one its share of the time that is left, so that a
         slow one takes no other's place. Raises `NodeError` if the model doesn't answer at all, and `TimeoutError`.
@@ -147,10 +147,15 @@ class ModelProber:
         try:
             async with asyncio.timeout(_share_time(deadline, 2)):
                 answer = await client.complete(model, _build_request(), idempotency_key=ids.new_id("test"))
-            calls_tools = await _try_until(_share_time(deadline, 4), _calls_tools(client, model))
+            calls_tools = await _try_until(_share_time(deadline, 5), _calls_tools(client, model))
+            follows_schemas = await _try_until(_share_time(deadline, 4), _follows_schemas(client, model))
+            json_mode = None
+            if not follows_schemas:
+                json_mode = await _try_until(_share_time(deadline, 3), _answers_in_json_mode(client, model))
             return CapabilitiesShape(
                 tools=calls_tools,
-                json_schema=await _try_until(_share_time(deadline, 3), _follows_schemas(client, model)),
+                json_schema=follows_schemas,
+                json_mode=json_mode,
                 streaming=answer.is_streamed,
                 vision=await _try_until(_share_time(deadline, 2), _sees_images(client, model)),
                 parallel_tools=calls_tools
@@ -176,7 +181,12 @@ async def _try_until(seconds: float, probe: Awaitable[bool]) -> bool | None:
 
 def _describe_abilities(found: CapabilitiesShape) -> str:
     """Return the message of a test that was answered, with the abilities that it had no time to look at."""
-    missing = [name for name, ability in msgspec.to_builtins(found).items() if ability is None]
+    unneeded = {"jsonMode"} if found.json_schema else set()
+    missing = [
+        name
+        for name, ability in msgspec.to_builtins(found).items()
+        if ability is None and name not in unneeded
+    ]
     untested = f", but had no time to show: {', '.join(missing)}" if missing else ""
     return f"The model answers{untested}"
 
@@ -204,30 +214,52 @@ async def _follows_schemas(client: ModelClient, model: ModelConnection) -> bool:
 
     Raises `ModelCallFailed` for a temporary failure.
     """
-    from nodes.ai import structured_answers  # noqa: PLC0415 - loaded with the first test
+    by_schema = msgspec.structs.replace(model, follows_schemas=True)
+    return _names_city(await _ask(client, by_schema, _build_city_request()))
 
-    request = msgspec.structs.replace(_build_request(), output_schema=CITY_SCHEMA)
-    answer = await _ask(client, msgspec.structs.replace(model, follows_schemas=True), request)
-    return answer is not None and not structured_answers.read_answer(answer.text, CITY_SCHEMA).problems
+
+async def _answers_in_json_mode(client: ModelClient, model: ModelConnection) -> bool:
+    """Return whether a model answers in the JSON mode of its provider by a schema in words; this makes one call.
+
+    False without a call if the protocol has no such mode. Raises `ModelCallFailed` for a rate limit.
+    """
+    from nodes.ai.model_client import PROTOCOLS  # noqa: PLC0415 - loaded with the first test
+
+    if PROTOCOLS[model.provider].JSON_MODE is None:
+        return False
+    in_json_mode = msgspec.structs.replace(model, follows_schemas=False, has_json_mode=True)
+    return _names_city(await _ask_for_rarity(client, in_json_mode, _build_city_request()))
 
 
 async def _sees_images(client: ModelClient, model: ModelConnection) -> bool:
     """Return whether a model names the color of an image, which few would guess; this makes one call.
 
-    Servers refuse images with any status, 500 among them. Raises `ModelCallFailed` for a rate limit.
+    Raises `ModelCallFailed` for a rate limit.
     """
-    from nodes.ai.model_client import PROTOCOLS, RATE_LIMITED  # noqa: PLC0415 - loaded with the first test
+    from nodes.ai.model_client import PROTOCOLS  # noqa: PLC0415 - loaded with the first test
 
     parts = PROTOCOLS[model.provider].build_image_question(COLOR_QUESTION, b64encode(_draw_image()).decode())
     content = ProviderContent(model.id, parts)
     message = ChatMessage(MessageRole.USER, COLOR_QUESTION, provider_content=content)
+    answer = await _ask_for_rarity(client, model, ChatRequest((message,), PROBE_TOKENS))
+    return answer is not None and COLOR in answer.text.lower()
+
+
+async def _ask_for_rarity(
+    client: ModelClient, model: ModelConnection, request: ChatRequest
+) -> ChatAnswer | None:
+    """Return the answer to a request that many servers don't know; None if the provider refuses it.
+
+    They refuse it with any status, 500 among them. Raises `ModelCallFailed` for a rate limit.
+    """
+    from nodes.ai.model_client import RATE_LIMITED  # noqa: PLC0415 - loaded with the first test
+
     try:
-        answer = await _ask(client, model, ChatRequest((message,), PROBE_TOKENS))
+        return await _ask(client, model, request)
     except ModelCallFailed as failure:
         if failure.code == RATE_LIMITED:
             raise
-        return False
-    return answer is not None and COLOR in answer.text.lower()
+        return None
 
 
 async def _ask(client: ModelClient, model: ModelConnection, request: ChatRequest) -> ChatAnswer | None:
@@ -241,6 +273,13 @@ async def _ask(client: ModelClient, model: ModelConnection, request: ChatRequest
         if failure.retryable:
             raise
         return None
+
+
+def _names_city(answer: ChatAnswer | None) -> bool:
+    """Return whether an answer is a value by the schema of a city."""
+    from nodes.ai import structured_answers  # noqa: PLC0415 - loaded with the first test
+
+    return answer is not None and not structured_answers.read_answer(answer.text, CITY_SCHEMA).problems
 
 
 def _list_cities(answer: ChatAnswer | None) -> list[str]:
@@ -265,3 +304,7 @@ def _draw_image() -> bytes:
 
 def _build_request(question: str = QUESTION) -> ChatRequest:
     return ChatRequest((ChatMessage(MessageRole.USER, question),), PROBE_TOKENS)
+
+
+def _build_city_request() -> ChatRequest:
+    return msgspec.structs.replace(_build_request(), output_schema=CITY_SCHEMA)

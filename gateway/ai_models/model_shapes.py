@@ -71,6 +71,8 @@ class CapabilitiesShape(WireStruct):
     """The model has called a tool with valid arguments."""
     json_schema: bool | None
     """The model has answered by a JSON Schema that it got as such."""
+    json_mode: bool | None = None
+    """The model has answered in its provider's JSON mode; null too if it follows schemas, which is better."""
     streaming: bool | None = None
     """The answer came as a stream; null for tests before this was looked at."""
     vision: bool | None = None

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from nodes.ai.model_connection import ModelConnection
 
 PATH: Final = "messages"
+JSON_MODE: Final[Mapping[str, Any] | None] = None
 VERSION: Final = "2023-06-01"
 KEY_HEADER: Final = "x-api-key"
 _FINISH_REASONS: Final[Mapping[str, FinishReason]] = {

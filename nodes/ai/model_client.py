@@ -87,6 +87,10 @@ class ProviderProtocol(Protocol):
     def PATH(self) -> str:  # noqa: N802 - a constant of the modules that implement it
         """Path of the operation below the address of the provider."""
 
+    @property
+    def JSON_MODE(self) -> Mapping[str, Any] | None:  # noqa: N802 - as above
+        """Fields of a body that restrict the answer to a JSON object; None if the protocol has no such mode."""
+
     def build_key_headers(self, model: ModelConnection) -> dict[str, str]:
         """Return the headers that authenticate a request."""
 
@@ -141,6 +145,8 @@ class ModelClient:
         protocol = PROTOCOLS[model.provider]
         sent = _adapt_to_abilities(model, request)
         body = protocol.build_body(model, sent)
+        if _uses_json_mode(model, request):
+            body |= protocol.JSON_MODE or {}
         with _redact_key(model):
             written = _WrittenText(on_text, [model.key])
             answer = await self._send_adapting(model, sent, body, idempotency_key, written)
@@ -276,16 +282,39 @@ def build_headers(model: ModelConnection) -> dict[str, str]:
 
 
 def _adapt_to_abilities(model: ModelConnection, request: ChatRequest) -> ChatRequest:
-    """Return a request for a value in the way that the model knows: by its schema, else by a tool, else in words."""
+    """Return a request for a value in the way that the model knows: by its schema, else in words, with the JSON mode
+    of the provider, else by a tool, else in words alone.
+    """
     schema = request.output_schema
-    if schema is None:
+    if schema is None or _follows_schema(model, schema):
         return request
-    if model.follows_schemas and PROTOCOLS[model.provider].accepts_schema(schema):
-        return request
+    if _uses_json_mode(model, request):
+        return _ask_for_schema(request, schema)
     if model.calls_tools and not request.tools and schema.get("type") == "object":
         tool = ToolDescription(ANSWER_TOOL, "Gives the answer.", schema)
         return msgspec.structs.replace(request, output_schema=None, tools=(tool,), forced_tool=tool.name)
     return _ask_for_schema(request, schema)
+
+
+def _follows_schema(model: ModelConnection, schema: Mapping[str, Any]) -> bool:
+    """Return whether the provider of a model gets the schema of an answer as such."""
+    return model.follows_schemas and PROTOCOLS[model.provider].accepts_schema(schema)
+
+
+def _uses_json_mode(model: ModelConnection, request: ChatRequest) -> bool:
+    """Return whether the provider restricts the answer to a JSON object, whose schema the model gets in words.
+
+    Providers refuse that mode beside tools, or ignore it.
+    """
+    schema = request.output_schema
+    return (
+        schema is not None
+        and schema.get("type") == "object"
+        and not request.tools
+        and model.has_json_mode
+        and PROTOCOLS[model.provider].JSON_MODE is not None
+        and not _follows_schema(model, schema)
+    )
 
 
 def _take_answer_from_tool(answer: ChatAnswer) -> ChatAnswer:

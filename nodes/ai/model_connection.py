@@ -36,6 +36,8 @@ class ModelConnection(msgspec.Struct, frozen=True):
     """Further headers of every request."""
     follows_schemas: bool = False
     """Whether a test has shown that the model answers by a JSON Schema."""
+    has_json_mode: bool = False
+    """Whether a test has shown that its provider restricts answers to JSON objects."""
     calls_tools: bool = False
     """Whether a test has shown that the model calls tools."""
     ignores_tools: bool = False

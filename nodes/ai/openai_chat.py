@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from nodes.ai.model_connection import ModelConnection
 
 PATH: Final = "chat/completions"
+JSON_MODE: Final[Mapping[str, Any] | None] = {"response_format": {"type": "json_object"}}
 END: Final = b"[DONE]"
 SCHEMA_NAME: Final = "answer"
 _FINISH_REASONS: Final[Mapping[str, FinishReason]] = {

@@ -539,7 +539,10 @@ async def test_a_test_stores_what_a_model_can_do_until_it_becomes_another(
     async with serve_models(*script) as served:
         model_id = await create_model(people.owner, await create_provider(people.owner, served.url))
         tested = (await people.owner.api.post(f"{MODELS}/{model_id}/test")).json()
-    seen = dict.fromkeys(("tools", "jsonSchema", "streaming", "vision", "parallelTools"), True)
+    seen: dict[str, bool | None] = dict.fromkeys(
+        ("tools", "jsonSchema", "streaming", "vision", "parallelTools"), True
+    )
+    seen["jsonMode"] = None  # It is not looked at if there is a better way.
     (shown,) = served.requests[3]["messages"]
     image = b64decode(shown["content"][1]["image_url"]["url"].removeprefix("data:image/png;base64,"))
     assert image.startswith(b"\x89PNG\r\n")
@@ -659,10 +662,28 @@ async def test_a_slow_ability_takes_no_time_of_the_others_and_is_named(
         tested = (await people.owner.api.post(f"{MODELS}/{model_id}/test")).json()
     assert (tested["ok"], len(served.requests)) == (True, 4)
     assert tested["message"] == "The model answers, but had no time to show: tools, parallelTools"
-    seen = {"jsonSchema": True, "streaming": True, "vision": False, "tools": None, "parallelTools": None}
+    seen: dict[str, bool | None] = {"jsonSchema": True, "streaming": True, "vision": False}
+    seen |= dict.fromkeys(("tools", "parallelTools", "jsonMode"))
     assert tested["capabilities"] == seen
     found = (await get_model(people.owner, model_id))["capabilities"]
     assert found == {**seen, "tools": True}, "an earlier test has shown it"
+
+
+async def test_a_test_shows_the_json_mode_of_a_provider_without_schemas(
+    harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allow_loopback(harness, monkeypatch)
+    script = (ScriptedAnswer(), ScriptedAnswer(), ScriptedAnswer(), ScriptedAnswer('{"city": "Oslo"}'))
+    async with serve_models(*script) as served:
+        model_id = await create_model(people.owner, await create_provider(people.owner, served.url))
+        tested = (await people.owner.api.post(f"{MODELS}/{model_id}/test")).json()
+        found = await stored_models(harness).find(caller_of(people.owner), model_id)
+    assert (tested["capabilities"]["jsonSchema"], tested["capabilities"]["jsonMode"]) == (False, True)
+    assert (found.follows_schemas, found.has_json_mode) == (False, True)
+    by_schema, in_json_mode = served.requests[2:4]
+    assert by_schema["response_format"]["type"] == "json_schema"
+    assert in_json_mode["response_format"] == {"type": "json_object"}
+    assert "JSON Schema" in in_json_mode["messages"][0]["content"]
 
 
 async def test_a_test_believes_answers_and_not_statuses(
@@ -677,7 +698,7 @@ async def test_a_test_believes_answers_and_not_statuses(
     async with serve_models(*script) as served:
         model_id = await create_model(people.owner, await create_provider(people.owner, served.url))
         tested = (await people.owner.api.post(f"{MODELS}/{model_id}/test")).json()
-    names = ("tools", "jsonSchema", "streaming", "vision", "parallelTools")
+    names = ("tools", "jsonSchema", "jsonMode", "streaming", "vision", "parallelTools")
     assert tested["capabilities"] == dict.fromkeys(names, False)
 
 

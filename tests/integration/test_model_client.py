@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from ipaddress import ip_network
 
+import msgspec
 import pytest
 
 from engine.model_calls import (
@@ -293,6 +294,40 @@ async def test_a_model_without_schemas_is_asked_in_words() -> None:
     asked = native["response_format"]["json_schema"]
     assert (asked["schema"], asked["strict"]) == ({**SCHEMA, "additionalProperties": False}, True)
     assert len(native["messages"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("abilities", "form", "has_tool", "in_words"),
+    [
+        (("follows_schemas", "has_json_mode", "calls_tools"), "json_schema", False, False),
+        (("has_json_mode", "calls_tools"), "json_object", False, True),
+        (("calls_tools",), None, True, False),
+        ((), None, False, True),
+    ],
+)
+async def test_a_value_is_asked_for_in_the_best_way_that_a_model_knows(
+    abilities: tuple[str, ...], form: str | None, *, has_tool: bool, in_words: bool
+) -> None:
+    request = ChatRequest(REQUEST.messages, 50, output_schema=SCHEMA)
+    async with serve_models() as served, open_model_client() as client:
+        model = msgspec.structs.replace(model_at(served.url), **dict.fromkeys(abilities, True))
+        await client.complete(model, request, idempotency_key="k")
+    (sent,) = served.requests
+    assert (sent.get("response_format") or {}).get("type") == form
+    assert ("tools" in sent, "JSON Schema" in sent["messages"][0]["content"]) == (has_tool, in_words)
+
+
+async def test_json_mode_is_for_objects_and_for_protocols_that_have_it() -> None:
+    values = ChatRequest(REQUEST.messages, 50, output_schema={"type": "array"})
+    request = ChatRequest(REQUEST.messages, 50, output_schema=SCHEMA)
+    async with serve_models() as served, open_model_client() as client:
+        model = msgspec.structs.replace(model_at(served.url), has_json_mode=True)
+        await client.complete(model, values, idempotency_key="k")
+        other = msgspec.structs.replace(model, provider=ModelProvider.ANTHROPIC)
+        await client.complete(other, request, idempotency_key="k")
+    assert not any("response_format" in sent for sent in served.requests)
+    assert "JSON Schema" in served.requests[0]["messages"][0]["content"]
+    assert "JSON Schema" in served.requests[1]["system"]
 
 
 async def test_a_private_provider_is_reached_only_if_the_operator_names_it() -> None:

@@ -56,6 +56,8 @@ def build_samples(provider: ModelProvider, folder: str) -> dict[str, list[Any]]:
         data = parser.feed((ANSWERS / folder / f"{name}.txt").read_bytes()) + parser.finish()
         events += [json.loads(each) for each in data if each != b"[DONE]"]
     bodies = [PROTOCOLS[provider].build_body(model, request) for request in REQUESTS]
+    if (json_mode := PROTOCOLS[provider].JSON_MODE) is not None:
+        bodies.append({**bodies[-1], **json_mode})
     requests = json.loads(msgspec.json.encode(bodies))
     return {"requests": requests, "events": [event for event in events if event.get("type") != "ping"]}
 

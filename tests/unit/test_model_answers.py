@@ -22,7 +22,7 @@ from engine.model_calls import (
     TokenUsage,
     ToolDescription,
 )
-from nodes.ai import openai_chat, provider_json
+from nodes.ai import openai_chat, provider_json, structured_answers
 from nodes.ai.event_stream import EventStreamParser
 from nodes.ai.model_connection import ModelConnection
 
@@ -55,6 +55,12 @@ def calls_of(name: str) -> list[RequestedToolCall]:
 def test_an_answer_has_text_usage_and_model() -> None:
     usage = TokenUsage(12, 3, cache_read_tokens=8, reasoning_tokens=1)
     assert parse_file("plain") == ChatAnswer("Cold.", FinishReason.STOP, usage, "gpt-5-mini-2026")
+
+
+def test_an_answer_in_json_mode_may_have_white_space_around_its_object() -> None:
+    answer = parse_file("json_mode")
+    found = structured_answers.read_answer(answer.text, {"type": "object", "required": ["city"]})
+    assert (found.value, found.problems) == (OSLO, ())
 
 
 def test_a_missing_usage_is_estimated_and_marked() -> None:

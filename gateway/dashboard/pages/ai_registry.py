@@ -33,6 +33,7 @@ ABILITIES: Final[Mapping[str, str]] = {
     "tools": "calls tools",
     "parallelTools": "calls several at once",
     "jsonSchema": "follows schemas",
+    "jsonMode": "answers in JSON",
     "streaming": "streams",
     "vision": "sees images",
 }
