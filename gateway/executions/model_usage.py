@@ -26,6 +26,18 @@ class ModelUsageShape(WireStruct):
     """US dollars as a decimal text; null if the price of a called model is unknown."""
 
 
+class ModelSumsShape(WireStruct):
+    """Answered calls of language models that ended within a time: of all for admins, and of your own for others."""
+
+    calls: int
+    unpriced_calls: int
+    """Calls of a model without a price, which `cost` doesn't contain."""
+    input_tokens: int
+    output_tokens: int
+    cost: str
+    """US dollars as a decimal text."""
+
+
 def show_usage(texts: Iterable[str]) -> ModelUsageShape:
     """Return the usage of spans by the JSON of their calls."""
     return sum_records([record for text in texts for record in decoding.decode(text, list[ModelCallRecord])])

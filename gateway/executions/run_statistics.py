@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from sqlalchemy import Row, select
 from sqlmodel import col
 
+from gateway.executions.model_usage import ModelSumsShape
 from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse
 from gateway.http.wire import Instant, WireStruct, instant
@@ -48,6 +49,8 @@ class RunCountsShape(WireStruct):
     wake_p50_ms: int | None
     """Median of the times for which runs have waited for pods to start; waits under 250 ms are left out."""
     wake_p95_ms: int | None
+    usage: ModelSumsShape
+    """Calls of language models that ended within the time, of private runs too; a second or so old."""
 
 
 class RunHourShape(RunCountsShape, kw_only=True):
@@ -72,18 +75,26 @@ async def show(request: GatewayRequest) -> JsonResponse:
 
     A run counts in the hour of its acceptance. All runs of the organization count, whoever may see them, but
     private ones, such as node tests. The counts are a few seconds old, on a server with thousands of runs per
-    minute up to a few minutes.
+    minute up to a few minutes. `usage` has the calls of language models that ended within the time, with tokens and
+    costs: those of all models for admins, and of their own models for others, as the metrics of models.
     """
+    from gateway.executions import model_hour_sums  # noqa: PLC0415 - loaded with the first request
+
     now = request.gateway.clock()
+    since = run_hours.first_hour(now)
     async with request.gateway.database.read() as connection:
         rows = await read_hours(connection, request.caller.organization_id, (ALL_WORKFLOWS,), now)
+        called = await model_hour_sums.read_hours(connection, request.caller, since, now)
     found = rows[ALL_WORKFLOWS]
-    since = run_hours.first_hour(now)
-    hours = [
-        RunHourShape(starts_at=instant(since + number * HOUR), **sum_hours([row] if row else []))
-        for number, row in enumerate(found)
-    ]
-    total = RunCountsShape(**sum_hours([row for row in found if row]))
+    hours = []
+    for number, row in enumerate(found):
+        begin = since + number * HOUR
+        usage = model_hour_sums.sum_rows([called[begin]] if begin in called else [])
+        counts = sum_hours([row] if row else [])
+        hours.append(RunHourShape(starts_at=instant(begin), usage=usage, **counts))
+    total = RunCountsShape(
+        usage=model_hour_sums.sum_rows(called.values()), **sum_hours([row for row in found if row])
+    )
     return JsonResponse(RunStatistics(since=instant(since), as_of=instant(now), total=total, hours=hours))
 
 
@@ -115,7 +126,7 @@ def hours_statement(
 
 
 def sum_hours(rows: Sequence[CountedHour]) -> dict[str, Any]:
-    """Return the fields of `RunCountsShape` for the sums of counts."""
+    """Return the fields of `RunCountsShape` but `usage` for the sums of counts."""
     counts = {
         name: sum(getattr(row, name) for row in rows)
         for name in ("accepted", "completed", "failed", "stopped", "cancelled")

@@ -130,6 +130,34 @@ async def test_metrics_of_a_window_have_percentiles_and_periods(
     assert (failing["requests"], failing["failed"], failing["p50Ms"], failing["p95Ms"]) == (1, 1, None, None)
 
 
+@pytest.mark.every_database
+async def test_the_statistics_of_runs_have_the_calls_of_all_models_for_admins_and_of_own_ones_for_others(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    source_id = await create_provider(people.owner)
+    own_id = await create_model(people.owner, source_id)
+    other_id = await create_model(people.admin, source_id, name="Other")
+    ledger, caller = StoredModelLedger(harness.gateway.database), caller_of(people.owner)
+    for number, (model_id, cost) in enumerate(((own_id, 1_000_000), (other_id, 2_000_000), (other_id, None))):
+        usage = TokenUsage(3, 2)
+        settlement = ModelSettlement(f"summed-{number}", "ask:", model_id, usage, cost, 100)
+        await ledger.settle(caller, settlement, is_reserved=False)
+    await ledger.count_failure(caller, FailedModelCall(own_id, "model-unavailable"))
+    assert (await people.admin.api.delete(f"{MODELS}/{other_id}")).status_code == 204
+    none = {"calls": 0, "unpricedCalls": 0, "inputTokens": 0, "outputTokens": 0, "cost": "0"}
+    own = {"calls": 1, "unpricedCalls": 0, "inputTokens": 3, "outputTokens": 2, "cost": "0.001"}
+    every = {"calls": 3, "unpricedCalls": 1, "inputTokens": 9, "outputTokens": 6, "cost": "0.003"}
+    for person, expected in (
+        (people.admin, every),
+        (people.owner, own),
+        (people.colleague, none),
+        (people.stranger, none),
+    ):
+        shown = await get(person, "/api/v1/executions/statistics")
+        assert shown["total"]["usage"] == expected
+        assert sum(hour["usage"]["calls"] for hour in shown["hours"]) == expected["calls"]
+
+
 async def test_metrics_of_earlier_hours_are_forgotten_after_the_longest_window(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:

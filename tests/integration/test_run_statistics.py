@@ -12,7 +12,7 @@ from sqlmodel import col
 
 from gateway.deployments import deployment_list, lifecycle_rows, workflow_activity
 from gateway.deployments.lifecycle_rows import TimeRange
-from gateway.executions import failure_groups, run_statistics
+from gateway.executions import failure_groups, model_hour_sums, run_statistics
 from gateway.http.parameters import PageBounds
 from gateway.workflows.workflow_rows import WorkflowFilter
 from journal import failure_hours, run_hours
@@ -492,6 +492,7 @@ async def test_counts_and_lists_are_read_by_indexes(
         "blocked_interval": run_hours.wakes_statement(of_organization, since),
         "ix_execution_live": run_hours.unfinished_statement(of_organization, since),
         "run_hour": run_statistics.hours_statement(user.organization_id, [ALL_WORKFLOWS], since),
+        "model_hour": model_hour_sums.hours_statement(caller, since, since + 24 * HOUR),
         "ix_execution_unsuccessful": failure_hours.failures_statement(user.organization_id, since),
         "failure_hour": failure_groups.groups_statement(caller, since, since + HOUR),
         "ix_workflow_listed_by": workflow_activity.page_statement(
@@ -511,6 +512,7 @@ async def test_counts_and_lists_are_read_by_indexes(
             "execution_data",
             "blocked_interval",
             "run_hour",
+            "model_hour",
             "failure_hour",
             "workflow",
             "lifecycle_decision",

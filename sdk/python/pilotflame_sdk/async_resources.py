@@ -56,7 +56,7 @@ class AsyncAiModels(AsyncResource):
         return cast("t.ModelStatus", await self._client.request("GET", f"/api/v1/ai/models/{self._quote(model_id)}/status"))
 
     async def test(self, model_id: str) -> t.ModelTest:
-        """Test a model with up to five short calls, which its provider bills, and store the abilities that it shows."""
+        """Test a model with up to six short calls, which its provider bills, and store the abilities that it shows."""
         return cast("t.ModelTest", await self._client.request("POST", f"/api/v1/ai/models/{self._quote(model_id)}/test"))
 
     async def update(self, model_id: str, *, name: str | None = None, vendor_model_id: str | None = None, data_source_id: str | None = None, type: Literal['self-hosted', 'third-party'] | None = None, context_length: int | None | Absent = ABSENT, max_output_tokens: int | None | Absent = ABSENT, price: Any = ABSENT, limits: Any = ABSENT, is_shared: bool | None = None, shared_with: Sequence[str] | None = None, force: bool | None = None) -> t.Model:

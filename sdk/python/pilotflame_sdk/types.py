@@ -181,6 +181,7 @@ __all__ = [
     "ModelProvider",
     "ModelState",
     "ModelStatus",
+    "ModelSums",
     "ModelTest",
     "ModelType",
     "ModelUsage",
@@ -905,6 +906,7 @@ class _CapabilitiesAlways(TypedDict):
 class Capabilities(_CapabilitiesAlways, total=False):
     """Abilities that the last test has seen; null for one that it had no time to look at."""
 
+    jsonMode: bool | None
     streaming: bool | None
     vision: bool | None
     parallelTools: bool | None
@@ -2101,6 +2103,16 @@ class ModelStatus(TypedDict):
     lastTest: LastModelTest | None
 
 
+class ModelSums(TypedDict):
+    """Answered calls of language models that ended within a time: of all for admins, and of your own for others."""
+
+    calls: int
+    unpricedCalls: int
+    inputTokens: int
+    outputTokens: int
+    cost: str
+
+
 class ModelTest(TypedDict):
     """Result of a test with real calls."""
 
@@ -2883,6 +2895,7 @@ class RunCounts(TypedDict):
     queueP95Ms: int | None
     wakeP50Ms: int | None
     wakeP95Ms: int | None
+    usage: ModelSums
 
 
 class RunExplanation(TypedDict):
@@ -2950,6 +2963,7 @@ class RunHour(TypedDict):
     queueP95Ms: int | None
     wakeP50Ms: int | None
     wakeP95Ms: int | None
+    usage: ModelSums
     startsAt: str
 
 
