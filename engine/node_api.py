@@ -354,10 +354,13 @@ class CallDecision:
     """Decision of people about one tool call."""
 
     is_approved: bool
+    """Whether it is to be made, or made again."""
     reason: str = ""
     """Reason of a denial, for the model."""
     arguments: Mapping[str, Json] | None = None
     """Arguments that the person has given in place of those of the model; None to keep these."""
+    result: str | None = None
+    """Result of a call with an unknown outcome that was made, as the person says; None for other decisions."""
 
 
 class AgentSteps:
@@ -401,7 +404,7 @@ class AgentSteps:
         raise NotImplementedError
 
     def ask(self, step: AgentStep, approvers: Mapping[str, Json], expires_at: datetime) -> None:
-        """Add the question whether a tool may be called to the next commit.
+        """Add the question whether a tool may be called, or what came of a call, to the next commit.
 
         `approvers` are fields of a question to people, such as `assignees`.
         """
@@ -436,6 +439,8 @@ class CallableTool:
     """Whether an agent of its own does the calls, in steps that are recorded too."""
     is_paid: bool = False
     """Whether its calls ask language models themselves."""
+    asks_about_unknown: bool = False
+    """Whether a person decides about a write with an unknown outcome."""
 
 
 @dataclass(frozen=True, slots=True)

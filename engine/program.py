@@ -125,6 +125,8 @@ class ToolProgram:
     """Whether its results may hold text of outsiders."""
     fills_config: bool = False
     """Whether the arguments are fields of the node's config, beside the fixed ones."""
+    asks_about_unknown: bool = False
+    """Whether a person decides about a write with an unknown outcome."""
 
     @property
     def effect(self) -> NodeEffect:
@@ -563,6 +565,7 @@ def _compile_tool(
         max_result_bytes=int(_number(config, "maxResultBytes", TOOL_RESULT_BYTES)),
         is_repeated=is_repeated,
         approval=_optional_text(config, "approval"),
+        asks_about_unknown=config.get("onUnknown") == "ask",
     )
 
 
@@ -601,7 +604,7 @@ def _compile_direct_tool(
 def _is_repeated(config: Mapping[str, Json], target: GraphNode) -> bool:
     """Return whether a tool repeats a write with an unknown outcome: tool servers, as a rule, ignore its key."""
     by_default = "fail" if target.type == MCP_TOOL_TYPE else "retry"
-    return config.get("onUnknown", by_default) != "fail"
+    return config.get("onUnknown", by_default) == "retry"
 
 
 def _number(config: Mapping[str, Json], name: str, default: float) -> float:

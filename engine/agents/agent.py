@@ -136,6 +136,8 @@ class AgentTool:
     """Whether an agent does its calls: one at a time, since each may spend all that is left of the budget."""
     is_paid: bool = False
     """Whether its calls ask models themselves: one at a time too, and each result is committed at once."""
+    asks_about_unknown: bool = False
+    """Whether a person decides about a write with an unknown outcome, in place of the model."""
 
     def needs_approval(self, *, is_tainted: bool) -> bool:
         """Return whether a person has to approve a call; `is_tainted`: a text of outsiders is in the conversation."""
@@ -148,9 +150,14 @@ class AgentTool:
 
     def hash_call(self, step: AgentStep, *, is_tainted: bool) -> str:
         """Return the SHA-256 that binds an approval to a call: its key, tool and arguments; empty if it needs none."""
-        if not self.needs_approval(is_tainted=is_tainted):
-            return ""
-        parts = [step.key, step.name, (step.arguments or b"").decode(), self.fingerprint]
+        return self._hash(step) if self.needs_approval(is_tainted=is_tainted) else ""
+
+    def hash_outcome(self, step: AgentStep) -> str:
+        """Return the SHA-256 that binds a decision about an unknown outcome to a call and its attempt."""
+        return self._hash(step, step.attempt)
+
+    def _hash(self, step: AgentStep, *further: Json) -> str:
+        parts = [step.key, step.name, (step.arguments or b"").decode(), self.fingerprint, *further]
         return sha256(msgspec.json.encode(parts)).hexdigest()
 
 
@@ -218,7 +225,7 @@ class CallTools:
 
 @dataclass(frozen=True, slots=True)
 class AwaitApprovals:
-    """Wait until people have decided about recorded tool calls."""
+    """Wait until people have decided about recorded tool calls, before them or about their outcomes."""
 
     steps: Sequence[AgentStep]
 
@@ -333,10 +340,11 @@ def begin_approved(
     """Return an approved call that is to be done, with the arguments of its approver in place of those of the model.
 
     `arguments` is None if these stay. The hash is that of the call with its new arguments, and the key stays, since
-    nothing was done under it. Invalid arguments fail the call.
+    nothing was done under it. Invalid arguments fail the call. One with an unknown outcome is done again.
     """
     if arguments is None:
-        return msgspec.structs.replace(step, status=StepStatus.STARTED)
+        begun = msgspec.structs.replace(step, status=StepStatus.STARTED)
+        return msgspec.structs.replace(begun, request_hash=tool.hash_call(begun, is_tainted=is_tainted))
     if problems := tool.find_problems(arguments):
         error = (
             f"A person has changed the arguments of this call, and they are invalid: {'; '.join(problems)}"
@@ -346,6 +354,14 @@ def begin_approved(
         step, status=StepStatus.STARTED, arguments=msgspec.json.encode(arguments)
     )
     return msgspec.structs.replace(edited, request_hash=tool.hash_call(edited, is_tainted=is_tainted))
+
+
+def ask_about_outcome(step: AgentStep, tool: AgentTool, moment: datetime) -> AgentStep:
+    """Return a tool call with an unknown outcome that waits from `moment` on for a person to decide about it."""
+    asked = msgspec.structs.replace(
+        step, status=StepStatus.WAITING, started_at=moment, attempt=step.attempt + 1
+    )
+    return msgspec.structs.replace(asked, request_hash=tool.hash_outcome(asked))
 
 
 def list_pending_calls(steps: Sequence[AgentStep]) -> Sequence[AgentStep]:
@@ -359,6 +375,13 @@ def fail_tool_step(step: AgentStep, error: str, hint: str, moment: datetime) -> 
     text = msgspec.json.encode({"error": error, "hint": hint}).decode()
     return msgspec.structs.replace(
         step, status=StepStatus.FAILED, result=msgspec.json.encode(text), ended_at=moment
+    )
+
+
+def complete_tool_step(step: AgentStep, result: str, moment: datetime) -> AgentStep:
+    """Return a tool call that was made, with the text that the model gets from it."""
+    return msgspec.structs.replace(
+        step, status=StepStatus.COMPLETED, ended_at=moment, result=msgspec.json.encode(result)
     )
 
 

@@ -28,7 +28,7 @@ class StepStatus(StrEnum):
     STARTED = "started"
     """Recorded before it is done; its outcome is unknown if the worker was lost."""
     WAITING = "waiting"
-    """Tool call that a person has to approve; it has not begun."""
+    """Tool call that a person has to decide about: it has not begun, or its outcome is unknown."""
     COMPLETED = "completed"
     FAILED = "failed"
     """For a model: no answer yet, it is asked again. For a tool: the model gets the error."""
@@ -63,6 +63,7 @@ class AgentStep(msgspec.Struct, frozen=True):
     started_at: datetime
     ended_at: datetime | None = None
     attempt: int = 1
+    """Of a tool call above 1 once a person was asked about an unknown outcome: that question counts as an attempt."""
     losses: int = 0
     """Attempts with an unknown outcome, since their worker was lost; of a tool call, those of the agent that did it."""
     effect: str | None = None
@@ -85,6 +86,11 @@ class AgentStep(msgspec.Struct, frozen=True):
     """Number of its conversation, from 0, if its contents are not recorded, so that no other worker continues behind
     it; None if they are.
     """
+
+    @property
+    def has_unknown_outcome(self) -> bool:
+        """Whether a person is asked about the outcome of a tool call, which may have been made."""
+        return self.status is StepStatus.WAITING and self.attempt > 1
 
     @property
     def is_candidate(self) -> bool:

@@ -54,7 +54,8 @@ def _require_leaving(candidates: Mapping[int, AgentStep], answer: AgentStep) -> 
     writes = [
         step.name
         for step in behind
-        if step.effect == NodeEffect.WRITE and step.status is not StepStatus.WAITING
+        if step.effect == NodeEffect.WRITE
+        and (step.has_unknown_outcome or step.status is not StepStatus.WAITING)
     ]
     if writes and answer.reuse is StepReuse.GUARDED:
         way = f"name the agent in `confirm` to go on from there, which may repeat calls of {writes[0]}"

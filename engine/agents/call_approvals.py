@@ -25,13 +25,22 @@ if TYPE_CHECKING:
 
 APPROVE: Final = "approve"
 DENY: Final = "deny"
+DONE: Final = "done"
+NOT_DONE: Final = "not-done"
+REPEAT: Final = "repeat"
 EXPIRED: Final = "expired"
 APPROVER_FIELDS: Final = ("assignees", "approvals", "allowSelf", "remindAfterSeconds", "notify")
 MAX_TITLE: Final = 200
 MAX_REASON: Final = 1_000
 MAX_APPROVED_BYTES: Final = 16_384
 """Maximum size of the arguments of a call that a person approves, who has to see all of them."""
+MAX_RESULT: Final = 16_000
+"""Maximum length of the result that a person gives for a call that was made."""
 HASH_CHARACTERS: Final = 16
+UNKNOWN: Final = (
+    "The worker was lost during this call, or got no answer, so that it may have been made. Look at the receiver first:"
+    " to make it again may do it twice."
+)
 _HIDDEN_CATEGORIES: Final = frozenset({"Cc", "Cf", "Co", "Cs", "Zl", "Zp"})
 """Unicode categories of characters that change how others are shown, or that can't be seen."""
 
@@ -50,32 +59,68 @@ def encode_question(
     `approvers` holds the fields of a question about the people that may answer. `parameters` is the schema by which
     other arguments are checked when a person gives some.
     """
-    arguments = decoding.decode(step.arguments or b"{}", dict)
+    reason: dict[str, Json] = {
+        "type": "string",
+        "maxLength": MAX_REASON,
+        "description": "Reason of a denial, which the model gets.",
+    }
     request: dict[str, Json] = {
         "title": f"Let {agent_label} call {step.name}?"[:MAX_TITLE],
-        "description": f"{tool.description}\n\n{show_arguments(arguments)}",
+        "description": _describe_call(step, tool),
         "choices": [{"port": APPROVE, "label": "Approve"}, {"port": DENY, "label": "Deny"}],
-        "schema": {
-            "type": ["object", "null"],
-            "properties": {
-                "reason": {
-                    "type": "string",
-                    "maxLength": MAX_REASON,
-                    "description": "Reason of a denial, which the model gets.",
-                }
-            },
-            "additionalProperties": False,
-        },
-        "toolCall": {
-            "agentId": step.node_id,
-            "tool": step.name,
-            "arguments": arguments,
-            "hash": step.request_hash,
-            "parameters": dict(tool.parameters),
-        },
+        "schema": _build_form({"reason": reason}),
+        "toolCall": {**_show_call(step), "parameters": dict(tool.parameters)},
         **{name: approvers[name] for name in APPROVER_FIELDS if name in approvers},
     }
     return answer_payloads.encode_wait(AnswerWait(AnswerSource.INPUT, request))
+
+
+def encode_outcome_question(
+    step: AgentStep, agent_label: str, tool: ToolProgram, approvers: Mapping[str, Json]
+) -> Json:
+    """Return the stored form of the question about a tool call with an unknown outcome, as `encode_question` does.
+
+    One person decides: what has happened is not put to a vote.
+    """
+    text: dict[str, Json] = {"type": "string", "maxLength": MAX_REASON}
+    request: dict[str, Json] = {
+        "title": f"Has {agent_label} called {step.name}?"[:MAX_TITLE],
+        "description": f"{UNKNOWN}\n\n{_describe_call(step, tool)}",
+        "choices": [
+            {"port": DONE, "label": "It was made"},
+            {"port": NOT_DONE, "label": "It was not made"},
+            {"port": REPEAT, "label": "Make it again"},
+        ],
+        "schema": _build_form(
+            {
+                "result": {**text, "maxLength": MAX_RESULT, "description": "Result of a call that was made."},
+                "reason": {**text, "description": "Reason why it was not made. The model gets both."},
+            }
+        ),
+        "toolCall": _show_call(step),
+        **{name: approvers[name] for name in APPROVER_FIELDS if name in approvers and name != "approvals"},
+    }
+    return answer_payloads.encode_wait(AnswerWait(AnswerSource.INPUT, request))
+
+
+def _describe_call(step: AgentStep, tool: ToolProgram) -> str:
+    """Return the description of a tool, and the arguments of a call as a person reads them."""
+    return f"{tool.description}\n\n{show_arguments(decoding.decode(step.arguments or b'{}', dict))}"
+
+
+def _show_call(step: AgentStep) -> dict[str, Json]:
+    """Return a tool call as its question has it."""
+    return {
+        "agentId": step.node_id,
+        "tool": step.name,
+        "arguments": decoding.decode(step.arguments or b"{}", dict),
+        "hash": step.request_hash,
+    }
+
+
+def _build_form(properties: dict[str, Json]) -> dict[str, Json]:
+    """Return the JSON Schema of an answer with these fields, all of which may be missing."""
+    return {"type": ["object", "null"], "properties": properties, "additionalProperties": False}
 
 
 def show_arguments(arguments: Mapping[str, Json]) -> str:
@@ -90,7 +135,7 @@ def show_arguments(arguments: Mapping[str, Json]) -> str:
 
 
 def read_decision(payload: bytes) -> CallDecision:
-    """Return the decision in a stored answer to a question; anything but an approval is a denial."""
+    """Return the decision in a stored answer to a question; anything but an approval or a result is a denial."""
     try:
         answer = answer_payloads.decode_answer(payload)
     except NodeError as error:
@@ -99,8 +144,10 @@ def read_decision(payload: bytes) -> CallDecision:
     data = output.get("data")
     reason = data.get("reason") if isinstance(data, dict) else None
     arguments = output.get("arguments")
+    result = data.get("result", "") if isinstance(data, dict) else ""
     return CallDecision(
-        is_approved=answer.port == APPROVE,
+        is_approved=answer.port in {APPROVE, REPEAT},
         reason=reason if isinstance(reason, str) else "",
         arguments=arguments if isinstance(arguments, dict) else None,
+        result=str(result) if answer.port == DONE else None,
     )

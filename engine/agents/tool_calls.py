@@ -152,7 +152,12 @@ class VisitSteps(AgentSteps):
 
     def ask(self, step: AgentStep, approvers: Mapping[str, Json], expires_at: datetime) -> None:
         tool = self._find_tool(step)
-        question = call_approvals.encode_question(step, self._label, tool, approvers)
+        encode = (
+            call_approvals.encode_outcome_question
+            if step.has_unknown_outcome
+            else call_approvals.encode_question
+        )
+        question = encode(step, self._label, tool, approvers)
         self._recorder.record_tool_wait(
             *(tool.program.node, self.place_of(step)[1], step.started_at),
             values.encode_json(question),
@@ -330,6 +335,7 @@ class VisitTools(AgentTools):
                 is_untrusted=tool.is_untrusted,
                 is_agent=tool.program.agent is not None,
                 is_paid=tool.is_paid,
+                asks_about_unknown=tool.asks_about_unknown,
             )
             for tool in self._agent.tools.values()
         ]

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 UNKNOWN_HINT = "It may have been done, and is not done again: tell the user"
 ERROR_HINT = "Call it in another way, or answer without it"
+LOST_CALL = "The worker was lost during this call, and its outcome is unknown"
+DONE_RESULT = "A person has found that this call was made"
 DENIED_HINT = "Do not call it again in the same way: answer without it, or ask for something else"
 
 
@@ -184,8 +186,12 @@ def _review_calls(call: NodeCall, task: AgentTask) -> None:
                 call.steps.record(msgspec.structs.replace(step, status=StepStatus.STARTED))
             continue
         is_tainted = agent.is_call_tainted(task, steps, step)
-        is_same = tool.hash_call(step, is_tainted=is_tainted) == step.request_hash
-        reviewed = step if is_same else agent.require_approval(step, tool, is_tainted=is_tainted)
+        if step.has_unknown_outcome:
+            reviewed = msgspec.structs.replace(step, request_hash=tool.hash_outcome(step))
+            is_same = reviewed == step
+        else:
+            is_same = tool.hash_call(step, is_tainted=is_tainted) == step.request_hash
+            reviewed = step if is_same else agent.require_approval(step, tool, is_tainted=is_tainted)
         if not is_same or (step.status is StepStatus.WAITING and call.steps.find_decision(step) is None):
             _record_call(call, task, reviewed)
 
@@ -193,8 +199,8 @@ def _review_calls(call: NodeCall, task: AgentTask) -> None:
 async def _apply_decisions(call: NodeCall, task: AgentTask, *, may_expire: bool) -> set[int]:
     """Record the decisions about waiting calls, and return the numbers of the approved ones, which may begin.
 
-    Calls that were denied go back to the model as errors, and so do those without a decision at their time if
-    `may_expire`: then the decisions were read after it.
+    Calls that were denied, or not made, go back to the model as errors, and so do those without a decision at their
+    time if `may_expire`: then the decisions were read after it. Those that were made have the result of the person.
     """
     approved: set[int] = set()
     waiting = [
@@ -205,17 +211,22 @@ async def _apply_decisions(call: NodeCall, task: AgentTask, *, may_expire: bool)
     for step in waiting:
         decision = call.steps.find_decision(step)
         now = call.steps.now()
-        if decision is not None and decision.is_approved:
+        if decision is not None and decision.result is not None:
+            call.steps.record(agent.complete_tool_step(step, decision.result or DONE_RESULT, now))
+        elif decision is not None and decision.is_approved:
             tool, is_tainted = task.tools[step.name], agent.is_call_tainted(task, call.steps.recorded, step)
             begun = agent.begin_approved(step, tool, decision.arguments, now, is_tainted=is_tainted)
             call.steps.record(begun)
             approved |= {step.number} if begun.status is StepStatus.STARTED else set()
         elif decision is not None:
-            error = f"A person has denied this call: {decision.reason or 'no reason given'}"
-            call.steps.record(agent.fail_tool_step(step, error, DENIED_HINT, now))
+            found = "found that this call was not made" if step.has_unknown_outcome else "denied this call"
+            error = f"A person has {found}: {decision.reason or 'no reason given'}"
+            hint = ERROR_HINT if step.has_unknown_outcome else DENIED_HINT
+            call.steps.record(agent.fail_tool_step(step, error, hint, now))
         elif may_expire and now >= step.started_at + timedelta(seconds=task.approval_seconds):
-            error = "Nobody has approved this call in time"
-            call.steps.record(agent.fail_tool_step(step, error, DENIED_HINT, now))
+            error = LOST_CALL if step.has_unknown_outcome else "Nobody has approved this call in time"
+            hint = UNKNOWN_HINT if step.has_unknown_outcome else DENIED_HINT
+            call.steps.record(agent.fail_tool_step(step, error, hint, now))
         else:
             continue
         call.steps.close_question(step)
@@ -263,8 +274,10 @@ async def _perform_tools(
     is_write = step.effect == NodeEffect.WRITE
     tool = task.tools.get(step.name)
     if is_write and step.number not in begun_here and not (tool is None or tool.is_repeated):
-        error = "The worker was lost during this call, and its outcome is unknown"
-        call.steps.record(agent.fail_tool_step(step, error, UNKNOWN_HINT, call.steps.now()))
+        if tool.asks_about_unknown:
+            _record_call(call, task, agent.ask_about_outcome(step, tool, call.steps.now()))
+        else:
+            call.steps.record(agent.fail_tool_step(step, LOST_CALL, UNKNOWN_HINT, call.steps.now()))
     elif (wait := await _perform_tool(call, task, step)) is not None:
         return [wait]
     if is_write or (tool is not None and tool.is_paid):
@@ -297,6 +310,10 @@ async def _perform_tool(call: NodeCall, task: AgentTask, step: AgentStep) -> Ste
         if task.tools[step.name].is_agent and (error.retryable or error.code == answer_reuse.DIVERGED_CODE):
             raise
         is_unknown = error.code in UNKNOWN_OUTCOMES and step.effect == NodeEffect.WRITE
+        tool = task.tools[step.name]
+        if is_unknown and tool.asks_about_unknown and not tool.is_repeated:
+            _record_call(call, task, agent.ask_about_outcome(step, tool, call.steps.now()))
+            return None
         hint = UNKNOWN_HINT if is_unknown else ERROR_HINT
         failed = agent.fail_tool_step(step, f"{error.code}: {error.message}", hint, call.steps.now())
         spent, losses = call.tools.collect_calls(step), call.tools.count_losses(step)
@@ -305,10 +322,7 @@ async def _perform_tool(call: NodeCall, task: AgentTask, step: AgentStep) -> Ste
     if isinstance(result, StepWait | StepPause):
         return result
     done = msgspec.structs.replace(
-        step,
-        status=StepStatus.COMPLETED,
-        ended_at=call.steps.now(),
-        result=msgspec.json.encode(result.text),
+        agent.complete_tool_step(step, result.text, call.steps.now()),
         model_calls=result.model_calls,
         # They may have been billed, and count in the budget of this agent too.
         losses=call.tools.count_losses(step),

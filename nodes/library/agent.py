@@ -148,6 +148,7 @@ def _select_tools(
             tool.is_untrusted,
             tool.is_agent,
             tool.is_paid,
+            tool.asks_about_unknown,
         )
         for tool in connected
         if tool.effect.value in allowed and (not isinstance(enabled, list) or tool.name in enabled)

@@ -381,11 +381,12 @@ async def test_the_budget_of_a_run_is_never_passed_through_kills(
     assert sum(charge["tokens"] for charge in charges) <= budget
 
 
-async def approve(run_database: RunDatabase, key: ExecutionKey, arguments: dict[str, Any]) -> str:
-    """Approve the one call that waits with other arguments; return the iteration of the question."""
+async def decide(run_database: RunDatabase, key: ExecutionKey, choice: str, **answer: Any) -> str:  # noqa: ANN401 - fields
+    """Decide about the one call that waits; return the iteration of the question."""
     async with run_database.database.read() as connection:
         (asked,) = await node_answers.list_input_waits(connection, key)
-    decision = ApprovalDecision("user_1", "user_1", "approve", None, datetime.now(UTC), arguments)
+    fields = {"data": None, "answered_at": datetime.now(UTC), **answer}
+    decision = ApprovalDecision("user_1", "user_1", choice, **fields)
 
     async def work(connection: AsyncConnection) -> None:
         given = await approvals.record_decision(connection, key, asked, decision)
@@ -393,6 +394,53 @@ async def approve(run_database: RunDatabase, key: ExecutionKey, arguments: dict[
 
     await run_database.database.transaction(work)
     return asked.iteration
+
+
+async def lose_worker(
+    run_database: RunDatabase,
+    database: MigratedDatabase,
+    key: ExecutionKey,
+    served: ModelServer,
+    folder: Path,
+    kill: int,
+) -> None:
+    """Kill a worker at a commit, and let the next one work until the run waits for a person."""
+    process = work(database, folder, served, kill)
+    while process.poll() is None:  # noqa: ASYNC110 - of another process, which this loop serves
+        await asyncio.sleep(0.05)
+    assert process.poll() == -signal.SIGKILL
+    await run_database.query("UPDATE execution SET lease_until = 1 WHERE status = 'running'")
+    await run_database.store.sweep(10)
+    process = work(database, folder, served, 0)
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        while (await run_database.row(key.execution_id))["status"] != "waiting":  # noqa: ASYNC110 - of another process
+            await asyncio.sleep(0.05)
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.timeout(300)
+async def test_a_person_decides_about_a_call_whose_worker_was_killed(
+    run_database: RunDatabase,
+    migrated_database: MigratedDatabase,
+    owned_workflow: OwnedWorkflow,
+    tmp_path: Path,
+) -> None:
+    async with serve_models() as served:
+        FollowedTurns(served, [(("send", "Oslo"),)])
+        definition = json.loads(build_agent(served.url))
+        definition["nodes"][-1]["config"]["onUnknown"] = "ask"
+        key = await run_database.accept(owned_workflow, definition=json.dumps(definition))
+        # Before the commit with the result of the call.
+        await lose_worker(run_database, migrated_database, key, served, tmp_path, -4)
+        assert len(served.effects) == 1
+        await decide(run_database, key, "done", data={"result": "Sent."})
+        await run_killed(run_database, migrated_database, key, served, tmp_path, [2])
+        row = await run_database.row(key.execution_id)
+        assert row["status"] == "completed", row["error"]
+        assert (len(served.effects), served.repeated) == (1, 0)
+        told = served.requests[-1]["messages"][-1]
+        assert (told["role"], told["content"]) == ("tool", "Sent.")
 
 
 @pytest.mark.timeout(300)
@@ -406,20 +454,9 @@ async def test_an_edited_call_is_done_once_through_kills_before_and_after_the_vo
         FollowedTurns(served, [(("look", "Oslo"), ("send", "Oslo"))])
         key = await run_database.accept(owned_workflow, definition=build_agent(served.url, "writes"))
         # Behind the commit of the answer, which asks the question.
-        process = work(migrated_database, tmp_path, served, 3)
-        while process.poll() is None:  # noqa: ASYNC110 - of another process, which this loop serves
-            await asyncio.sleep(0.05)
-        assert process.poll() == -signal.SIGKILL
-        await run_database.query("UPDATE execution SET lease_until = 1 WHERE status = 'running'")
-        await run_database.store.sweep(10)
-        process = work(migrated_database, tmp_path, served, 0)
-        async with asyncio.timeout(PATIENCE_SECONDS):
-            while (await run_database.row(key.execution_id))["status"] != "waiting":  # noqa: ASYNC110 - of another process
-                await asyncio.sleep(0.05)
-        process.kill()
-        process.wait()
+        await lose_worker(run_database, migrated_database, key, served, tmp_path, 3)
         assert not served.effects
-        iteration = await approve(run_database, key, {"city": "Rome"})
+        iteration = await decide(run_database, key, "approve", arguments={"city": "Rome"})
         # Behind the commit that applies the vote, and before the one with the result of the call.
         died = await run_killed(run_database, migrated_database, key, served, tmp_path, [2, -2])
         assert died == 2
