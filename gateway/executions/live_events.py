@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 END: Final = "end"
 KEEP_ALIVE_SECONDS: Final = 15.0
 EVENTS_AT_ONCE: Final = 50
+MAX_UNCHECKED_SECONDS: Final = 10.0
+"""Time after a check of the client's access for which texts are sent; streams that are read check it each second."""
 HEADERS: Final = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"x-accel-buffering", b"no")]
 """A buffering proxy would delay events. Every answer has `cache-control` anyway."""
 
@@ -212,6 +214,8 @@ class RunEventStream:
         self._shown: Execution | None = None
         self._sent_at = 0.0
         self._answers: AnswerReader | None = None
+        self._checked_at = float("-inf")
+        """Time of the last check of the client's access."""
         self._order = asyncio.Lock()
         """Held while texts are taken and sent, so that no text overtakes an earlier one or its step."""
 
@@ -250,7 +254,7 @@ class RunEventStream:
         while True:
             await reader.changed.wait()
             async with self._order:
-                await self._send(send, _encode_answers(reader))
+                await self._send(send, self._take_answers(reader))
             await asyncio.sleep(COALESCE_SECONDS)
 
     async def _follow(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -273,6 +277,7 @@ class RunEventStream:
         waiter.changed.clear()
         try:
             await self._live.check_access(self._key, scope)
+            self._checked_at = asyncio.get_running_loop().time()
             if not self._live.waiting.is_watched(self._key.execution_id):
                 await self._live.waiting.watch([self._key.execution_id])
             head = await self._live.head(self._key)
@@ -319,11 +324,20 @@ class RunEventStream:
             await self._send(send, b"".join(encoded))
             return
         async with self._order:
-            texts = _encode_answers(reader)
+            texts = self._take_answers(reader)
             for _, _, shape in batch.events:
                 if isinstance(shape, StepShape) and _is_answer(shape):
                     reader.note_recorded((shape.node_id, shape.iteration), shape.number)
             await self._send(send, texts + b"".join(encoded))
+
+    def _take_answers(self, reader: AnswerReader) -> bytes:
+        """Return the new events of a reader; they have no ids, since they can't be sent again.
+
+        They wait for the next check of access if a client that did not read has kept the stream from it.
+        """
+        if asyncio.get_running_loop().time() - self._checked_at > MAX_UNCHECKED_SECONDS:
+            return b""
+        return b"".join(_encode_event(name, shape) for name, shape in reader.take())
 
     async def _keep_alive(self, send: Send) -> None:
         if asyncio.get_running_loop().time() - self._sent_at >= KEEP_ALIVE_SECONDS:
@@ -338,11 +352,6 @@ class RunEventStream:
 
 def _is_answer(step: StepShape) -> bool:
     return step.kind == StepKind.MODEL and step.status == StepStatus.COMPLETED
-
-
-def _encode_answers(reader: AnswerReader) -> bytes:
-    """Return the new events of a reader; they have no ids, since they can't be sent again."""
-    return b"".join(_encode_event(name, shape) for name, shape in reader.take())
 
 
 async def _until_gone(receive: Receive) -> None:

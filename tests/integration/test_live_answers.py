@@ -6,19 +6,27 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from ipaddress import ip_network
+from typing import Any
 
 import msgspec
+import pytest
+from sqlalchemy.ext.asyncio import AsyncConnection
+from starlette.applications import Starlette
 
 from engine.services import AnswerOrigin
 from execution.answer_messages import PIECES, BrokerAnswers
 from execution.live_answers import COALESCE_SECONDS, AnswerPiece, AnswerPieces
+from gateway.executions import live_events
 from gateway.executions.agent_step_rows import StepFilter
 from gateway.executions.live_answers import AnswerReader, LiveAnswerHub, TokenShape
+from gateway.executions.live_events import AgentSteps, EventBatch
+from journal.store import ExecutionKey
+from messages import broker as brokers
 from messages.broker import Broker, DirectMessage, Notification
 from messages.message_seal import MessageSeal
 from models.timestamps import DatabaseClock
 from tests.fakes.model_server import ModelFault, ScriptedAnswer, serve_models
-from tests.integration.gateway_harness import GatewayHarness, OrganizationUsers
+from tests.integration.gateway_harness import GRAPH, GatewayHarness, OrganizationUsers
 from tests.integration.test_broker import (
     _a_busy_machine_is_no_failure_of_postgresql as _a_busy_machine_is_no_failure_of_postgresql,  # noqa: PLC0414 - fixtures
 )
@@ -28,7 +36,8 @@ from tests.integration.test_broker import redis_url as redis_url  # noqa: PLC041
 from tests.integration.test_broker import url as url  # noqa: PLC0414 - as above
 from tests.integration.test_broker import worker_broker as worker_broker  # noqa: PLC0414 - as above
 from tests.integration.test_gateway_ai_models import create_model, create_provider
-from tests.integration.test_gateway_executions import EventStreamClient
+from tests.integration.test_gateway_executions import EventStreamClient, run_second_gateway, spin_until
+from tests.integration.test_gateway_executions import looks as looks  # noqa: PLC0414 - as above
 from tests.integration.test_waiting_runs import execute_workflow, wait_until_ended
 from workers.main import run_worker
 from workers.settings import WorkerSettings
@@ -156,3 +165,62 @@ async def test_a_node_whose_contents_are_not_recorded_shows_no_text(
         await wait_until_ended(people.owner, execution_id)
         events = await stream.rest()
     assert [event.name for event in events] == ["execution"]
+
+
+class UnreadStream(EventStreamClient):
+    """Client of a stream that may stop to read."""
+
+    def __init__(self, app: Starlette, path: str, headers: dict[str, str]) -> None:
+        self.reads = asyncio.Event()
+        self.reads.set()
+        self.is_full = asyncio.Event()
+        """Whether the server waits to send more."""
+        super().__init__(app, path, headers)
+
+    async def _send(self, message: Any) -> None:  # noqa: ANN401 - ASGI's message
+        if not self.reads.is_set():
+            self.is_full.set()
+            await self.reads.wait()
+        await super()._send(message)
+
+
+@pytest.mark.usefixtures("looks")
+async def test_a_revoked_key_gets_no_text_that_was_written_while_its_client_did_not_read(
+    harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    execution_id = await execute_workflow(people.owner, await people.owner.create(**GRAPH))
+    key = (await people.owner.api.post("/api/v1/auth/keys", json={"name": "short-lived"})).json()
+    headers = {"X-API-Key": key["key"], "Accept": "text/event-stream"}
+    async with run_second_gateway(harness, await brokers.connect_broker(None)) as there:
+        live = there.gateway.live_events
+        has_read, read_steps = asyncio.Event(), AgentSteps.read
+
+        async def read_when_full(
+            source: AgentSteps, connection: AsyncConnection, key: ExecutionKey, after: int
+        ) -> EventBatch:
+            """Return the steps once the client does not read, so that they wait for the texts before them."""
+            await stream.is_full.wait()
+            has_read.set()
+            return await read_steps(source, connection, key, after)
+
+        def write(offset: int, text: str) -> None:
+            # No process holds the pending run.
+            piece = AnswerPiece(execution_id, "ask", "", 0, 1, 0, "model_1", offset, text)
+            live.answers.receive(AnswerPieces("", [piece]))
+
+        monkeypatch.setattr(AgentSteps, "read", read_when_full)
+        monkeypatch.setattr(live_events, "MAX_UNCHECKED_SECONDS", 1_000.0)
+        stream = UnreadStream(there.app, f"/api/v1/executions/{execution_id}/steps", headers)
+        await spin_until(lambda: live.open == 1)
+        write(0, "Read. ")
+        assert (await stream.next()).data["text"] == "Read. "
+        stream.reads.clear()
+        write(6, "Unread. ")
+        await asyncio.wait_for(has_read.wait(), PATIENCE_SECONDS)
+        await people.owner.api.delete(f"/api/v1/auth/keys/{key['id']}")
+        write(14, "Secret.")
+        monkeypatch.setattr(live_events, "MAX_UNCHECKED_SECONDS", 0.0)
+        stream.reads.set()
+        await asyncio.wait_for(stream.ended, PATIENCE_SECONDS)
+    assert b"Unread." in stream.raw
+    assert b"Secret." not in stream.raw
