@@ -216,6 +216,20 @@ def list_custom_types(nodes: Sequence[Mapping[str, Json]]) -> Iterator[CustomTyp
                 yield CustomTypeUse(node, target.type, target.version)
 
 
+def hash_definition(
+    nodes: Sequence[dict[str, Json]],
+    connections: Sequence[dict[str, Json]],
+    settings: Mapping[str, Json],
+    catalog: NodeTypeRegistry,
+) -> str:
+    """Return the hash that runs of a graph with these settings have, as long as the catalog does not change.
+
+    Takes noticeable time for a large graph.
+    """
+    text = encode_canonical(build_definition(nodes, connections, settings, catalog))
+    return sha256(text).hexdigest()
+
+
 def _pin_custom_types(nodes: Sequence[Mapping[str, Json]], catalog: NodeTypeRegistry) -> dict[str, Json]:
     """Return the documents of the custom types of nodes, by type and version; unknown ones are left out."""
     pinned: dict[str, Json] = {}

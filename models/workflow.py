@@ -156,7 +156,14 @@ class WorkflowVersion(SQLModel, table=True):
     """Immutable snapshot of a workflow."""
 
     __tablename__ = "workflow_version"
-    __table_args__ = (UniqueConstraint("workflow_id", "version_tag", name="uq_workflow_version_tag"),)
+    __table_args__ = (
+        UniqueConstraint("workflow_id", "version_tag", name="uq_workflow_version_tag"),
+        # With all columns that are looked for: SQLite reads through a snapshot to those behind it.
+        Index(
+            "ix_workflow_version_definition",
+            *("workflow_id", "definition_hash", "created_at", "version"),
+        ),
+    )
 
     workflow_id: str = Field(primary_key=True, foreign_key="workflow.id")
     version: int = Field(primary_key=True)
@@ -166,6 +173,8 @@ class WorkflowVersion(SQLModel, table=True):
     snapshot: dict[str, Any] = Field(sa_column=Column(JsonTextColumn, nullable=False))
     created_by: str
     created_at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))
+    definition_hash: str | None = None
+    """Hash that a run of it had when it was stored, as `Definition.hash`; None for old versions."""
 
 
 class Definition(SQLModel, table=True):

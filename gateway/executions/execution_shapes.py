@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from gateway.executions.execution_rows import ExecutionRecord, Recorded
     from gateway.executions.large_outputs import ShownOutputs
     from gateway.executions.span_details import ShownConfig, SpanDetails
+    from gateway.workflows.version_rows import VersionOfRun
     from journal.run_labels import RunLabel
     from journal.store import RunProgressReport
     from models.execution import Execution
@@ -94,6 +95,8 @@ class ExecutionShape(WireStruct):
 
     id: str
     workflow_id: str
+    version: int | None
+    """Version of the workflow whose definition it executes; null if no version has it, as after an edit."""
     status: Status
     trigger: TriggerShape
     trigger_type: str
@@ -133,6 +136,8 @@ class ExecutionShape(WireStruct):
     """Tokens and cost of the language models that its nodes have called; absent in lists and without a call."""
     follow_up: FollowUpShape | UnsetType | None = UNSET
     """Null without a callback or failure workflow."""
+    base_version: int | UnsetType = UNSET
+    """Newest version when it was accepted, of which it executes an edit; absent with a `version`, and in lists."""
     attempt: int | UnsetType = UNSET
     """Number of claims since its last recorded progress: above 1 it has lost a process meanwhile; lists omit it."""
     lease: LeaseShape | UnsetType | None = UNSET
@@ -281,11 +286,14 @@ class LogShape(WireStruct):
     created_at: Instant
 
 
-def show_summary(execution: Execution, labels: Sequence[RunLabel]) -> ExecutionShape:
-    """Return an execution as lists show it, without trigger data, config and outputs."""
+def show_summary(execution: Execution, labels: Sequence[RunLabel], version: int | None) -> ExecutionShape:
+    """Return an execution as lists show it, without trigger data, config and outputs; `version` is the number of its
+    version.
+    """
     return ExecutionShape(
         id=execution.id,
         workflow_id=execution.workflow_id,
+        version=version,
         status=execution.status,
         trigger=TriggerShape(type=execution.trigger_type),
         trigger_type=execution.trigger_type,
@@ -323,9 +331,9 @@ def show_lease(execution: Execution) -> LeaseShape | None:
     return LeaseShape(owner=execution.lease_owner, until=instant(execution.lease_until))
 
 
-def show_execution(found: ExecutionRecord, outputs: ShownOutputs) -> ExecutionShape:
+def show_execution(found: ExecutionRecord, outputs: ShownOutputs, version: VersionOfRun) -> ExecutionShape:
     """Return an execution as the API shows it, with its data; large outputs are shown as `outputs` decides."""
-    shape = show_summary(found.execution, found.labels)
+    shape = show_summary(found.execution, found.labels, version.number)
     shape.trigger = TriggerShape(
         type=found.execution.trigger_type, data=outputs.show_trigger(found.data.trigger)
     )

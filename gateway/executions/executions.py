@@ -46,6 +46,7 @@ from gateway.http.parameters import (
 from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse, NoContent, location
 from gateway.http.wire import StrictWire, WireStruct, body_of, read_json
+from gateway.workflows import version_rows
 from journal.blobs.blob_storage import BlobLost, BlobOwner, BlobsUnavailable
 from journal.explanations.blockers import BlockerCode
 from models import ids
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from engine.values import Json
     from gateway.executions.large_outputs import ShownOutputs
     from gateway.executions.live_events import EventSource
+    from gateway.workflows.version_rows import VersionOfRun
     from journal.store import ExecutionKey
     from models.execution import Execution
 
@@ -251,6 +253,7 @@ async def index(request: GatewayRequest) -> JsonResponse:
             page = await execution_pages.list_page(connection, request.caller, wanted, bounds)
         listed = [one.id for one in page.items]
         labels = await execution_rows.read_labels(connection, request.caller, listed)
+        versions = await version_rows.find_versions_of_runs(connection, request.caller.shard, listed)
     return JsonResponse(
         ExecutionList(
             count=page.count,
@@ -258,7 +261,10 @@ async def index(request: GatewayRequest) -> JsonResponse:
             limit=part.limit,
             offset=part.offset,
             next=page.next_cursor,
-            executions=[execution_shapes.show_summary(one, labels.get(one.id, ())) for one in page.items],
+            executions=[
+                execution_shapes.show_summary(one, labels.get(one.id, ()), versions.get(one.id))
+                for one in page.items
+            ],
         )
     )
 
@@ -289,15 +295,16 @@ async def show(request: GatewayRequest) -> JsonResponse:
         if request.query[SUMMARY]:
             return await _show_summary(connection, request)
         found = await execution_rows.find_execution(connection, request.path_params["id"], request.caller)
-    if found is None:
-        raise errors.not_found("execution")
+        if found is None:
+            raise errors.not_found("execution")
+        version = await version_rows.find_version_of_run(connection, found.execution)
     owner = BlobOwner(found.execution.organization_id, found.execution.key_id)
     large = frozenset(found.references)
     texts = [text for node_id, text in found.outputs if node_id in large]
     texts += large_outputs.trigger_references(found.data.trigger)
     outputs = await _select_view(request, found.execution.id, owner, texts)
-    shown = execution_shapes.show_execution(found, outputs)
-    return JsonResponse(_add_own_fields(shown, found.execution, request))
+    shown = execution_shapes.show_execution(found, outputs, version)
+    return JsonResponse(_add_own_fields(shown, found.execution, version, request))
 
 
 async def _show_summary(connection: AsyncConnection, request: GatewayRequest) -> JsonResponse:
@@ -307,12 +314,19 @@ async def _show_summary(connection: AsyncConnection, request: GatewayRequest) ->
     if execution is None:
         raise errors.not_found("execution")
     labels = await execution_rows.read_labels(connection, caller, [execution_id])
-    shown = execution_shapes.show_summary(execution, labels.get(execution_id, ()))
-    return JsonResponse(_add_own_fields(shown, execution, request))
+    version = await version_rows.find_version_of_run(connection, execution)
+    shown = execution_shapes.show_summary(execution, labels.get(execution_id, ()), version.number)
+    return JsonResponse(_add_own_fields(shown, execution, version, request))
 
 
-def _add_own_fields(shown: ExecutionShape, execution: Execution, request: GatewayRequest) -> ExecutionShape:
-    """Return a shown execution with the fields that lists omit: its attempt, its lease and the page of its trace."""
+def _add_own_fields(
+    shown: ExecutionShape, execution: Execution, version: VersionOfRun, request: GatewayRequest
+) -> ExecutionShape:
+    """Return a shown execution with the fields that lists omit: the version that it was edited from, its attempt, its
+    lease and the page of its trace.
+    """
+    if version.base is not None:
+        shown.base_version = version.base
     shown.attempt, shown.lease = execution.attempt, execution_shapes.show_lease(execution)
     template = request.gateway.settings.trace_url
     page = tracing.find_trace_page(template, execution.id, execution.trace_origin)

@@ -16,7 +16,7 @@ from gateway.http.responses import JsonResponse
 from gateway.http.wire import Instant, WireStruct, instant
 from journal import failure_causes, run_hours
 from journal.run_hours import HOUR
-from models.execution import Execution
+from models.execution import Execution, SpanRow
 from models.failure_hour import OTHER_CAUSES, FailureHour
 from models.timestamps import hour_of
 from models.workflow import Workflow, is_readable_by
@@ -36,6 +36,17 @@ UNTIL: Final = TimeParameter(
     "until", "Only executions accepted before the end of the hour that ends here or later."
 )
 RANGE: Final = (SINCE, UNTIL)
+_NODE_LABEL: Final = (
+    select(col(SpanRow.label))
+    .where(
+        col(SpanRow.execution_id) == col(FailureHour.execution_id),
+        col(SpanRow.node_id) == col(FailureHour.node_id),
+    )
+    .limit(1)
+    .correlate(FailureHour)
+    .scalar_subquery()
+)
+"""Label of a node in its last failed run; a node in a loop has the same in all iterations."""
 
 
 class FailureGroup(WireStruct):
@@ -45,6 +56,8 @@ class FailureGroup(WireStruct):
     workflow_name: str | None
     """Null for a workflow that is no longer kept."""
     node_id: str | None
+    node_label: str | None
+    """Label of the node in the last run; null if the run is no longer kept, or if the node has not started."""
     code: str
     message: str | None
     """That of the last run; null if the run is no longer kept."""
@@ -176,14 +189,16 @@ def _is_visible(caller: ApiCaller) -> ColumnElement[bool]:
 async def _read_last_hours(
     connection: AsyncConnection, caller: ApiCaller, groups: Sequence[Row[*tuple[Any, ...]]]
 ) -> Mapping[str, Row[*tuple[Any, ...]]]:
-    """Return node, code and last run of groups by fingerprint, from the hour with the last failure of each."""
+    """Return node with its label, code and last run of groups by fingerprint, from the hour with the last failure of
+    each.
+    """
     if not groups:
         return {}
     last_at = {group.fingerprint: group.last_at for group in groups}
     rows = await connection.execute(
         select(
             *(col(FailureHour.fingerprint), col(FailureHour.last_at), col(FailureHour.node_id)),
-            *(col(FailureHour.code), col(FailureHour.execution_id)),
+            *(col(FailureHour.code), col(FailureHour.execution_id), _NODE_LABEL.label("node_label")),
         ).where(
             col(FailureHour.organization_id) == caller.organization_id,
             col(FailureHour.fingerprint).in_(last_at),
@@ -216,6 +231,7 @@ def _show_group(
         workflow_id=group.workflow_id,
         workflow_name=group.name,
         node_id=last.node_id,
+        node_label=last.node_label,
         code=last.code,
         message=messages.get(last.execution_id),
         fingerprint=group.fingerprint,

@@ -16,11 +16,13 @@ from sqlmodel import col
 from engine.node_api import CONTINUE
 from engine.run_records import CANDIDATE_STATUSES, SpanStatus
 from gateway.executions import execution_rows
+from gateway.workflows import version_rows
 from models.execution import AttemptRow, Execution, ExecutionData, SpanRow
 from models.execution_status import ExecutionStatus
 from models.workflow import Definition, Workflow
 
 if TYPE_CHECKING:
+    from sqlalchemy import Select
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from gateway.executions.execution_rows import Recorded
@@ -32,6 +34,8 @@ SHOWN_ATTEMPTS: Final = 1_000
 """Failed attempts of all nodes that are read."""
 EARLIER_RUNS: Final = 20
 """Runs of the workflow before this one among which a completed run is looked for."""
+RUNS_BEFORE_FAILED: Final = 500
+"""The same for a failed run, which may follow many others that have failed."""
 
 IS_ITERATION_OF_LOOP: Final = and_(col(SpanRow.port) == CONTINUE, col(SpanRow.hashes).is_(None))
 """Condition of the records of a loop about its own iterations, which are no spans of nodes."""
@@ -45,6 +49,7 @@ class RunHead:
     workflow_id: str
     definition_hash: str
     created_at: datetime
+    status: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +79,8 @@ class RunGraphRows:
     """Revision of the workflow; None if its row is gone."""
     previous_run: str | None
     """Newest completed run of the workflow before this one."""
+    previous_version: int | None
+    """Version of `previous_run`, if it has another definition than this run."""
     durations: Mapping[str, timedelta] = field(default_factory=dict)
     """Durations of nodes in `previous_run`, by node."""
 
@@ -107,20 +114,22 @@ async def read_rows(connection: AsyncConnection, key: ExecutionKey) -> RunGraphR
             )
         ),
         previous,
+        None if previous is None else await _find_other_version(connection, previous, key.shard, head),
         {} if previous is None else await _read_durations(connection, previous, key.shard),
     )
 
 
 async def read_head(connection: AsyncConnection, key: ExecutionKey) -> RunHead | None:
-    """Return organization, workflow, definition hash and creation time of a run.
+    """Return organization, workflow, definition hash, creation time and status of a run.
 
     None if its deletion is in progress.
     """
+    columns: Sequence[Any] = (
+        *(col(Execution.organization_id), col(Execution.workflow_id), col(Execution.definition_hash)),
+        *(col(ExecutionData.created_at), col(Execution.status)),
+    )
     statement = (
-        select(
-            *(col(Execution.organization_id), col(Execution.workflow_id)),
-            *(col(Execution.definition_hash), col(ExecutionData.created_at)),
-        )
+        select(*columns)
         .join(ExecutionData, execution_rows.SAME_RUN)
         .where(col(Execution.id) == key.execution_id, col(Execution.shard) == key.shard)
     )
@@ -129,7 +138,16 @@ async def read_head(connection: AsyncConnection, key: ExecutionKey) -> RunHead |
 
 
 async def find_completed_before(connection: AsyncConnection, key: ExecutionKey, head: RunHead) -> str | None:
-    """Return the id of the newest completed run among the 20 runs of the workflow before a run; None without one."""
+    """Return the id of the newest completed run among the 20 runs of the workflow before a run, or the 500 before a
+    failed one; None without one.
+    """
+    found: str | None = await connection.scalar(completed_before(key, head))
+    return found
+
+
+def completed_before(key: ExecutionKey, head: RunHead) -> Select[*tuple[Any, ...]]:
+    """Return the statement of `find_completed_before`."""
+    is_failed = head.status == ExecutionStatus.FAILED
     earlier = (
         select(col(ExecutionData.execution_id), col(ExecutionData.shard), col(ExecutionData.created_at))
         .where(
@@ -138,10 +156,10 @@ async def find_completed_before(connection: AsyncConnection, key: ExecutionKey, 
             col(ExecutionData.execution_id) != key.execution_id,
         )
         .order_by(col(ExecutionData.created_at).desc(), col(ExecutionData.execution_id).desc())
-        .limit(EARLIER_RUNS)
+        .limit(RUNS_BEFORE_FAILED if is_failed else EARLIER_RUNS)
         .subquery()
     )
-    statement = (
+    return (
         select(earlier.c.execution_id)
         .join(
             Execution,
@@ -151,8 +169,20 @@ async def find_completed_before(connection: AsyncConnection, key: ExecutionKey, 
         .order_by(earlier.c.created_at.desc(), earlier.c.execution_id.desc())
         .limit(1)
     )
-    found: str | None = await connection.scalar(statement)
-    return found
+
+
+async def _find_other_version(
+    connection: AsyncConnection, execution_id: str, shard: int, head: RunHead
+) -> int | None:
+    """Return the version of a run unless it has the definition of `head`; None without a version too."""
+    definition_hash = await connection.scalar(
+        select(col(Execution.definition_hash)).where(
+            col(Execution.id) == execution_id, col(Execution.shard) == shard
+        )
+    )
+    if definition_hash == head.definition_hash:
+        return None
+    return (await version_rows.find_versions_of_runs(connection, shard, [execution_id])).get(execution_id)
 
 
 _COLUMNS: Final = (

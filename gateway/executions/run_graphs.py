@@ -125,7 +125,9 @@ class RunGraph(WireStruct):
     connections: Sequence[ShownConnection]
     states: Sequence[NodeState]
     previous_execution_id: str | None
-    """Newest completed run of the workflow among the 20 before this one."""
+    """Newest completed run of the workflow among the 20 before this one, or the 500 before a failed one."""
+    previous_version: int | None
+    """Version that `previousExecutionId` executed; null if it had the same definition, or one that no version has."""
 
 
 async def show(request: GatewayRequest) -> JsonResponse:
@@ -193,6 +195,7 @@ def _show(
         ],
         states=[*_show_states(rows)],
         previous_execution_id=rows.previous_run,
+        previous_version=rows.previous_version,
     )
 
 

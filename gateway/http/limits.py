@@ -48,6 +48,8 @@ GROUPED_DEAD_LETTERS: Final = 1_000
 """Newest dead letters that are grouped by cause."""
 EXPLAINED_GROUPS: Final = 20
 """Groups of dead letters, the newest, for which later runs are counted."""
+VERSIONS_OF_GROUP: Final = 10
+"""Newest definitions of a group of dead letters of which the versions are looked up."""
 RUNS_AFTER_GROUP: Final = 100
 """Newest runs of a workflow among which those that completed after a group of dead letters are counted."""
 MUTE_SECONDS: Final = 366 * 86_400

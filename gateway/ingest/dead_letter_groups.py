@@ -25,7 +25,7 @@ from gateway.ingest.dead_letter_rows import (
     FailedRun,
 )
 from gateway.ingest.organization_dead_letters import FAILURE, FIRST_PAGE, KIND, SINCE, UNTIL, WORKFLOW
-from gateway.workflows import editing, workflow_rows
+from gateway.workflows import editing, version_rows, workflow_rows
 from journal.failure_causes import ErrorCause, FailureKind
 from models import access_store, dead_letter_mute
 from models.audit import AuditAction
@@ -78,6 +78,10 @@ class DeadLetterGroup(WireStruct):
     newest_execution_id: str
     definitions: int
     """Number of different definitions that failed: nodes, connections and settings."""
+    versions: Sequence[int]
+    """Versions of the newest 10 of these definitions, ascending, without those that no version has; empty for groups
+    behind the first 20.
+    """
     is_current: bool | None
     """Whether the newest failed with the workflow as it is now; null for a deleted workflow, and for groups
     behind the first 20.
@@ -118,7 +122,8 @@ class _GroupedRuns:
     newest: FailedRun
     oldest: FailedRun
     count: int = 0
-    definitions: set[str] = field(default_factory=set)
+    definitions: dict[str, str] = field(default_factory=dict)
+    """Newest run of each definition, by its hash."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +169,7 @@ async def index(request: GatewayRequest) -> JsonResponse:
         collected = [group for group in collected if group.cause.kind is query[FAILURE]]
     oldest_at = min((group.oldest.created_at for group in collected), default=None)
     facts = await _compare_with_present(request, collected[: limits.EXPLAINED_GROUPS], heads)
+    versions = await _find_versions(request, collected[: limits.EXPLAINED_GROUPS])
     return JsonResponse(
         DeadLetterGroups(
             count=sum(group.count for group in collected),
@@ -180,6 +186,7 @@ async def index(request: GatewayRequest) -> JsonResponse:
                     group,
                     heads[group.newest.workflow_id].name,
                     facts.get(group.cause.fingerprint, _GroupFacts()),
+                    versions.get(group.cause.fingerprint, ()),
                     _show_mute(mutes.get(group.cause.fingerprint), names),
                 )
                 for group in collected
@@ -317,6 +324,22 @@ async def _compare_with_present(
     return facts | {key: _GroupFacts(is_current=False, completed_since=count) for key, count in completed}
 
 
+async def _find_versions(
+    request: GatewayRequest, groups: Sequence[_GroupedRuns]
+) -> Mapping[str, Sequence[int]]:
+    """Return the ascending versions of the newest 10 definitions of each group, by the fingerprints of the groups."""
+    runs = {
+        group.cause.fingerprint: [*group.definitions.values()][: limits.VERSIONS_OF_GROUP] for group in groups
+    }
+    wanted = [execution_id for of_group in runs.values() for execution_id in of_group]
+    async with request.gateway.database.read() as connection:
+        found = await version_rows.find_versions_of_runs(connection, request.caller.shard, wanted)
+    return {
+        fingerprint: sorted({found[one] for one in of_group if one in found})
+        for fingerprint, of_group in runs.items()
+    }
+
+
 def _collect(rows: Sequence[FailedRun]) -> Sequence[_GroupedRuns]:
     """Return groups of failed runs with the same cause; `rows` are ordered from the newest to the oldest, and
     so are groups.
@@ -327,12 +350,12 @@ def _collect(rows: Sequence[FailedRun]) -> Sequence[_GroupedRuns]:
         group = collected.setdefault(cause.fingerprint, _GroupedRuns(cause, failed, failed))
         group.oldest = failed
         group.count += 1
-        group.definitions.add(failed.definition_hash)
+        group.definitions.setdefault(failed.definition_hash, failed.id)
     return list(collected.values())
 
 
 def _show_group(
-    group: _GroupedRuns, name: str, facts: _GroupFacts, muted: MuteShape | None
+    group: _GroupedRuns, name: str, facts: _GroupFacts, versions: Sequence[int], muted: MuteShape | None
 ) -> DeadLetterGroup:
     """Return a group of dead letters as the API shows it; `name` is that of its workflow."""
     return DeadLetterGroup(
@@ -348,6 +371,7 @@ def _show_group(
         last_at=instant(group.newest.created_at),
         newest_execution_id=group.newest.id,
         definitions=len(group.definitions),
+        versions=versions,
         is_current=facts.is_current,
         completed_since=facts.completed_since,
         mute=muted,

@@ -15,6 +15,7 @@ from gateway.http import errors
 from gateway.http.responses import JsonResponse
 from gateway.http.wire import Instant, WireStruct, instant
 from gateway.ingest import dead_letter_rows
+from gateway.workflows import version_rows
 from journal import failure_causes
 from models.execution import Execution
 from models.execution_status import ExecutionStatus
@@ -92,8 +93,9 @@ async def _read_summaries(
     statement = select(Execution).where(col(Execution.id).in_(execution_ids), visibility_condition(caller))
     found = {row["id"]: Execution(**row) for row in (await connection.execute(statement)).mappings()}
     labels = await execution_rows.read_labels(connection, caller, execution_ids)
+    versions = await version_rows.find_versions_of_runs(connection, caller.shard, execution_ids)
     return [
-        execution_shapes.show_summary(found[one], labels.get(one, ()))
+        execution_shapes.show_summary(found[one], labels.get(one, ()), versions.get(one))
         for one in execution_ids
         if one in found
     ]

@@ -8,15 +8,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Final
 
-from sqlalchemy import insert, select
+from sqlalchemy import func, insert, select
 from sqlmodel import col
 
 from models.column_types import column_values
+from models.execution import Execution
 from models.workflow import WorkflowVersion
 
 if TYPE_CHECKING:
+    from sqlalchemy import ColumnElement, Select
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from gateway.http.parameters import PageBounds
@@ -71,6 +73,83 @@ async def tagged(connection: AsyncConnection, workflow_id: str, version_tag: str
     )
     row = (await connection.execute(statement)).mappings().first()
     return VersionRow(**row) if row else None
+
+
+@dataclass(frozen=True, slots=True)
+class VersionOfRun:
+    """Version of its workflow that a run executes."""
+
+    number: int | None = None
+    """None if no version has its definition."""
+    base: int | None = None
+    """Newest version when it was accepted, if `number` is None."""
+
+
+async def find_versions_of_runs(
+    connection: AsyncConnection, shard: int, execution_ids: Sequence[str]
+) -> dict[str, int]:
+    """Return the numbers of the versions that runs of one shard execute, by the ids of the runs.
+
+    Runs whose definition no version has are left out. Of versions with the same definition, it is the newest that
+    was stored before the run, or else the first.
+    """
+    if not execution_ids:
+        return {}
+    rows = await connection.execute(versions_of_runs(shard, execution_ids))
+    return {row.id: row.version for row in rows if row.version is not None}
+
+
+async def find_version_of_run(connection: AsyncConnection, execution: Execution) -> VersionOfRun:
+    """Return the version that a run executes; for a run without one that is no test, the version it was edited from."""
+    found = await find_versions_of_runs(connection, execution.shard, [execution.id])
+    if execution.id in found or execution.is_private:
+        return VersionOfRun(found.get(execution.id))
+    base = await connection.scalar(newest_before(execution.workflow_id, execution.created_at))
+    return VersionOfRun(None, base)
+
+
+def versions_of_runs(shard: int, execution_ids: Sequence[str]) -> Select[*tuple[Any, ...]]:
+    """Return the statement for ids of runs with the numbers of their versions, null without one."""
+    version = func.coalesce(_VERSION_BEFORE_RUN, _FIRST_VERSION_OF_RUN).label("version")
+    columns: Sequence[Any] = (col(Execution.id), version)
+    return select(*columns).where(col(Execution.id).in_(execution_ids), col(Execution.shard) == shard)
+
+
+def newest_before(workflow_id: str, moment: datetime) -> Select[*tuple[Any, ...]]:
+    """Return the statement for the number of the newest version of a workflow that was stored at a time."""
+    return (
+        select(col(WorkflowVersion.version))
+        .where(col(WorkflowVersion.workflow_id) == workflow_id, col(WorkflowVersion.created_at) <= moment)
+        .order_by(col(WorkflowVersion.created_at).desc(), col(WorkflowVersion.version).desc())
+        .limit(1)
+    )
+
+
+def _select_version(
+    order: Sequence[ColumnElement[Any]], *conditions: ColumnElement[bool]
+) -> ColumnElement[Any]:
+    """Return the number of the first version in an order that has the definition of the execution."""
+    return (
+        select(col(WorkflowVersion.version))
+        .where(
+            col(WorkflowVersion.workflow_id) == col(Execution.workflow_id),
+            col(WorkflowVersion.definition_hash) == col(Execution.definition_hash),
+            *conditions,
+        )
+        .order_by(*order)
+        .limit(1)
+        .correlate(Execution)
+        .scalar_subquery()
+    )
+
+
+_VERSION_BEFORE_RUN: Final = _select_version(
+    (col(WorkflowVersion.created_at).desc(), col(WorkflowVersion.version).desc()),
+    col(WorkflowVersion.created_at) <= col(Execution.created_at),
+)
+_FIRST_VERSION_OF_RUN: Final = _select_version(
+    (col(WorkflowVersion.created_at).asc(), col(WorkflowVersion.version).asc())
+)
 
 
 async def add_version(connection: AsyncConnection, version: WorkflowVersion) -> None:

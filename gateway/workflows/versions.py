@@ -270,6 +270,7 @@ async def create(request: GatewayRequest) -> JsonResponse:
         taken = await version_rows.tagged(connection, workflow.id, tag)
         if taken is not None:
             raise errors.conflict("version-tag-taken", f"Version {taken.version} has the tag {tag} already")
+        catalog = await request.gateway.workflow_editor.read_catalog(connection, workflow.organization_id)
         version = WorkflowVersion(
             workflow_id=workflow.id,
             version=workflow.version,
@@ -279,6 +280,7 @@ async def create(request: GatewayRequest) -> JsonResponse:
             snapshot=workflow_rows.snapshot(edited.after),
             created_by=request.caller.user_id,
             created_at=now,
+            definition_hash=await workflow_rows.hash_definition(edited.after, catalog),
         )
         await version_rows.add_version(connection, version)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import unicodedata
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -369,6 +370,7 @@ async def add_workflow(connection: AsyncConnection, stored: StoredWorkflow, cata
         snapshot=snapshot(stored),
         created_by=workflow.owner_id,
         created_at=workflow.created_at,
+        definition_hash=await hash_definition(stored, catalog),
     )
     await connection.execute(insert(Workflow).values(_collect_columns(workflow)))
     await connection.execute(insert(WorkflowGraph).values(column_values(graph)))
@@ -492,6 +494,18 @@ def snapshot(stored: StoredWorkflow) -> dict[str, object]:
         "settings": workflow.settings,
         "config": workflow.config,
     }
+
+
+async def hash_definition(stored: StoredWorkflow, catalog: NodeCatalog) -> str:
+    """Return the hash that runs of a workflow have, by which they are assigned to its version."""
+    # In a thread, so that a large graph does not block other requests.
+    return await asyncio.to_thread(
+        definition_snapshot.hash_definition,
+        stored.nodes,
+        stored.connections,
+        stored.workflow.settings,
+        catalog,
+    )
 
 
 async def add_triggers(connection: AsyncConnection, stored: StoredWorkflow, catalog: NodeCatalog) -> None:

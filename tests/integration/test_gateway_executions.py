@@ -49,7 +49,7 @@ WORKFLOWS = "/api/v1/workflows"
 EXECUTIONS = "/api/v1/executions"
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
 EXECUTION = {
-    "id", "workflowId", "status", "startedAt", "endedAt", "durationMs", "trigger", "triggerType", "userId",
+    "id", "workflowId", "version", "status", "startedAt", "endedAt", "durationMs", "trigger", "triggerType", "userId",
     "organizationId", "error", "progress", "completedNodes", "totalNodes", "resumedFrom", "createdAt", "updatedAt",
     "replayOf",
     "parentId", "rootId", "tags", "metadata",

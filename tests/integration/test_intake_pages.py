@@ -265,6 +265,16 @@ def test_nodes_that_write_are_named_by_the_effect_of_their_config() -> None:
     assert dead_letter_list.list_writes(None, types) == ()
 
 
+def test_a_group_of_dead_letters_names_the_versions_that_failed() -> None:
+    describe = dead_letter_list.describe_versions
+    assert describe([14], 1) == "only version 14"
+    assert describe([13, 14], 2) == "versions 13, 14"
+    assert describe([13], 2) == "version 13 and 1 other definition"
+    assert describe([13, 14], 4) == "versions 13, 14 and 2 other definitions"
+    assert describe([], 1) == "one definition"
+    assert describe([], 3) == "3 different definitions"
+
+
 # ── set-up of triggers ──────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -557,17 +557,19 @@ async def test_a_group_says_whether_its_workflow_was_mended_and_is_replayed_afte
 
     async def show_group() -> dict[str, Any]:
         [group] = (await get_json(owner, f"{DEAD_LETTERS}/groups"))["groups"]
-        return {name: group[name] for name in ("count", "definitions", "isCurrent", "completedSince")}
+        names = ("count", "definitions", "versions", "isCurrent", "completedSince")
+        return {name: group[name] for name in names}
 
     async with serve_worker(harness):
         for run in [await enqueue(owner, workflow_id) for _ in range(3)]:
             await wait_until_ended(owner, run)
-        assert await show_group() == {"count": 3, "definitions": 1, "isCurrent": True, "completedSince": None}
+        failed = {"count": 3, "definitions": 1, "versions": [1]}
+        assert await show_group() == {**failed, "isCurrent": True, "completedSince": None}
         mended = await owner.api.put(f"{WORKFLOWS}/{workflow_id}", json=graph("{{ data.n }}"))
         assert mended.status_code == 200, mended.text
         harness.gateway.workflows.forget(owner.user.organization_id, workflow_id)
         await wait_until_ended(owner, await enqueue(owner, workflow_id))
-        assert await show_group() == {"count": 3, "definitions": 1, "isCurrent": False, "completedSince": 1}
+        assert await show_group() == {**failed, "isCurrent": False, "completedSince": 1}
 
         body: dict[str, Any] = {"filter": {"workflowId": workflow_id}}
         path = f"{DEAD_LETTERS}/replay"

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
+from sqlalchemy import update
+from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlmodel import col
 
 from gateway.executions import node_statistics, run_graph_rows
-from tests.integration.gateway_harness import GatewayHarness, OrganizationUsers, UserClient
+from gateway.executions.run_graph_rows import RunHead
+from gateway.workflows import version_rows
+from journal.store import ExecutionKey
+from models import schema_migration
+from models.workflow import WorkflowVersion
+from tests.integration.gateway_harness import GRAPH, TRIGGER, GatewayHarness, OrganizationUsers, UserClient
+from tests.integration.query_plans import explain_statement
 from tests.integration.test_waiting_runs import execute_workflow, get_json, serve_worker, wait_until_ended
+from tests.upgrades import schemas
 
 SECRET = "sk-live-0123456789abcdefghij"
 NODES: list[dict[str, Any]] = [
@@ -94,6 +106,84 @@ async def test_a_run_shows_the_definition_that_ran_with_the_state_of_each_node(
     assert (await people.stranger.api.get(f"/api/v1/executions/{run}/graph")).status_code == 404
     await owner.api.delete(f"/api/v1/workflows/{workflow_id}")
     assert (await get_json(owner, f"/{run}/graph"))["isCurrent"] is None
+
+
+@pytest.mark.every_database
+async def test_a_run_has_the_number_of_its_version(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    owner = people.owner
+    workflow_id = await owner.create(name="Orders", **GRAPH)
+    path = f"/api/v1/workflows/{workflow_id}"
+    fatal = {"id": "step", "nodeId": "stop-with-error", "label": "Write", "config": {"message": "No"}}
+    async with serve_worker(harness):
+        good = await execute_workflow(owner, workflow_id)
+        assert (await wait_until_ended(owner, good))["status"] == "completed"
+        edited = await owner.api.put(path, json={"nodes": [TRIGGER, fatal]})
+        assert edited.status_code == 200, edited.text
+        failed = await execute_workflow(owner, workflow_id)
+        assert (await wait_until_ended(owner, failed))["status"] == "failed"
+
+    async def read_versions(execution_id: str) -> set[tuple[int | None, int | None]]:
+        """Return the version of a run and that of its base, as the answer and its summary have them."""
+        shown = [await get_json(owner, f"/{execution_id}{query}") for query in ("", "?summary=true")]
+        return {(one["version"], one.get("baseVersion")) for one in shown}
+
+    assert await read_versions(good) == {(1, None)}
+    assert await read_versions(failed) == {(None, 1)}
+    listed = (await get_json(owner, f"?workflow_id={workflow_id}"))["executions"]
+    assert {one["id"]: one["version"] for one in listed} == {good: 1, failed: None}
+    graph = await get_json(owner, f"/{failed}/graph")
+    assert (graph["previousExecutionId"], graph["previousVersion"]) == (good, 1)
+    page = (await owner.api.get(f"/dashboard/runs/{failed}")).text
+    assert "edit of version 1</a>" in page
+    assert "act=restore&amp;version=1" in page
+    assert "Go back to version 1…" in page
+
+    for tag in ("v2", "v3"):
+        stored = await owner.api.post(f"{path}/versions", json={"versionTag": tag})
+        assert stored.status_code == 201, stored.text
+    assert await read_versions(failed) == {(2, None)}, "the first that was stored afterwards"
+    assert (await get_json(owner, f"/{failed}/same-failures"))["executions"][0]["version"] == 2
+    assert ">version 2</a>" in (await owner.api.get(f"/dashboard/runs/{failed}")).text
+
+    def move_third(connection: AsyncConnection) -> Awaitable[object]:
+        third = update(WorkflowVersion).where(
+            col(WorkflowVersion.workflow_id) == workflow_id, col(WorkflowVersion.version) == 3
+        )
+        return connection.execute(third.values(created_at=datetime(2020, 1, 1, tzinfo=UTC)))
+
+    await harness.gateway.database.transaction(move_third)
+    assert await read_versions(failed) == {(3, None)}, "the newest that was stored before"
+
+
+@pytest.mark.every_database
+async def test_versions_of_older_releases_are_those_of_their_runs(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    owner, database = people.owner, harness.gateway.database
+    workflow_id = await owner.create(**GRAPH, settings={"timeout": 60})
+    run = await execute_workflow(owner, workflow_id)
+    await schemas.downgrade(database.url.render_as_string(hide_password=False), "0058")
+    await schema_migration.migrate(database.url)
+    assert (await get_json(owner, f"/{run}"))["version"] == 1
+
+
+@pytest.mark.every_database
+async def test_versions_of_runs_are_found_by_indexes(harness: GatewayHarness) -> None:
+    database, now = harness.gateway.database, datetime(2026, 1, 1, tzinfo=UTC)
+    head = RunHead("org_1", "wf_1", "hash", now, "failed")
+    statements = {
+        "ix_workflow_version_definition": version_rows.versions_of_runs(1, ["exec_1", "exec_2"]),
+        "INDEX": version_rows.newest_before("wf_1", now),
+        "ix_execution_data_workflow": run_graph_rows.completed_before(ExecutionKey("exec_1", 1), head),
+    }
+    for index, statement in statements.items():
+        plan = await explain_statement(database, statement)
+        assert index.casefold() in plan.casefold()
+        for table in ("execution", "execution_data", "workflow_version"):
+            assert f"SCAN {table}'" not in plan
+            assert f"Seq Scan on {table} " not in plan
 
 
 async def test_the_worst_iteration_is_the_state_of_a_node_in_a_loop(

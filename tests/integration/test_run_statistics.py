@@ -19,7 +19,7 @@ from journal import failure_hours, run_hours
 from models.access import ApiCaller, KeyScope, UserRole
 from models.blocked_interval import BlockedInterval
 from models.deployment import ObservedState
-from models.execution import Execution
+from models.execution import Execution, SpanRow
 from models.failure_hour import FailureHour
 from models.run_hour import ALL_WORKFLOWS, RunHour
 from models.timestamps import format_timestamp, hour_of
@@ -54,7 +54,7 @@ async def count_runs(harness: GatewayHarness) -> datetime:
     return hour_of(harness.gateway.clock())
 
 
-async def insert_row(harness: GatewayHarness, row: BlockedInterval | RunHour) -> None:
+async def insert_row(harness: GatewayHarness, row: BlockedInterval | RunHour | SpanRow) -> None:
     statement = insert(type(row)).values(row.model_dump())
     await harness.gateway.database.transaction(lambda connection: connection.execute(statement))
 
@@ -374,6 +374,19 @@ async def test_all_failures_of_a_day_are_grouped_by_cause(
         present - 2 * HOUR,
         error={"code": "sub-workflow-failed", "message": "", "nodeId": "call", "cause": inner},
     )
+    await insert_row(
+        harness,
+        SpanRow(
+            execution_id=last,
+            node_id="write",
+            shard=people.owner.user.shard,
+            id="span_1",
+            sequence=1,
+            label="Write the row",
+            type="set",
+            status="failed",
+        ),
+    )
     await fail_run(harness, people.owner, workflow_id, present - 2 * HOUR, is_private=True)
     await end_run(harness, people.owner, workflow_id, "stopped", present - 2 * HOUR)
     await fail_run(harness, people.owner, workflow_id, present - 24 * HOUR)
@@ -386,6 +399,7 @@ async def test_all_failures_of_a_day_are_grouped_by_cause(
     assert (rows["count"], rows["executionId"], rows["message"]) == (6, last, "Row 7 of 'c' is wrong")
     assert rows["firstAt"] == format_timestamp(present - 3 * HOUR + 60 * SECOND)
     assert rows["lastAt"] == format_timestamp(present - HOUR + 61 * SECOND)
+    assert (rows["nodeLabel"], http["nodeLabel"]) == ("Write the row", None)
     assert (http["nodeId"], http["code"], http["count"]) == ("call", "http-status", 1)
     assert http["executionId"] == called
     [same] = {

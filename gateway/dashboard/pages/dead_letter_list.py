@@ -171,6 +171,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
                 "is_open": group is shown,
                 "selection": _select_group(group, frame.query),
                 "is_growing": _is_growing(group, frame.now),
+                "hit": describe_versions(group["versions"], group["definitions"]),
                 "address": list_address(frame, PATH, {**filters, "muted": muted, "group": group["id"]}),
             }
             for group in listed["groups"]
@@ -238,6 +239,21 @@ def _is_growing(group: Mapping[str, Any], now: datetime) -> bool:
     """Return whether a group has several dead letters, and the newest has arrived within ten minutes."""
     newest = parse_instant(group["lastAt"])
     return group["count"] > 1 and newest is not None and (now - newest).total_seconds() < GROWING_SECONDS
+
+
+def describe_versions(versions: Sequence[int], definitions: int) -> str:
+    """Return the versions whose runs failed in words, such as `versions 13, 14 and 1 other definition`.
+
+    `definitions` is the number of definitions that failed, of which some may be edits that no version has.
+    """
+    others = definitions - len(versions)
+    if not versions:
+        return "one definition" if definitions == 1 else f"{definitions} different definitions"
+    numbers = ", ".join(map(str, versions))
+    if not others:
+        return f"only version {numbers}" if len(versions) == 1 else f"versions {numbers}"
+    named = f"version {numbers}" if len(versions) == 1 else f"versions {numbers}"
+    return f"{named} and {others} other definition{'' if others == 1 else 's'}"
 
 
 def _open_group(groups: Sequence[Mapping[str, Any]], group_id: str | None) -> Mapping[str, Any] | None:

@@ -144,6 +144,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "holder": name_holder(run["lease"]),
         "has_ended": has_ended,
         "api": f"/api/v1/executions/{run['id']}",
+        "versions_path": f"{frame.root}/dashboard/workflows/{run['workflowId']}/versions",
         "why": data["why"],
         "alike": data["alike"],
         "phases": list_phases(why.get("wake")),

@@ -1098,6 +1098,7 @@ class DeadLetterGroup(TypedDict):
     lastAt: str
     newestExecutionId: str
     definitions: int
+    versions: List[int]
     isCurrent: bool | None
     completedSince: int | None
     mute: Mute | None
@@ -1502,6 +1503,7 @@ class ExecuteResult(_ExecuteResultAlways, total=False):
 class _ExecutionAlways(TypedDict):
     id: str
     workflowId: str
+    version: int | None
     status: Literal['pending', 'running', 'waiting', 'completed', 'failed', 'stopped', 'cancelled']
     trigger: Trigger
     triggerType: str
@@ -1532,6 +1534,7 @@ class Execution(_ExecutionAlways, total=False):
     outputs: Dict[str, Any]
     usage: ModelUsage
     followUp: FollowUp | None
+    baseVersion: int
     attempt: int
     lease: Lease | None
     traceUrl: str
@@ -1600,6 +1603,7 @@ class FailureGroup(TypedDict):
     workflowId: str
     workflowName: str | None
     nodeId: str | None
+    nodeLabel: str | None
     code: str
     message: str | None
     fingerprint: str
@@ -2932,6 +2936,7 @@ class RunGraph(TypedDict):
     connections: List[ShownConnection]
     states: List[NodeState]
     previousExecutionId: str | None
+    previousVersion: int | None
 
 
 class _RunGraphNodeAlways(TypedDict):
