@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from datetime import timedelta
+from functools import partial
 from typing import Any, Final
 
 import pytest
@@ -16,7 +17,7 @@ from gateway.http import idempotency, limits
 from gateway.ingest import dead_letter_rows
 from models import access_store, bulk_operation, ids
 from models.access import KeyScope
-from models.bulk_operation import BulkAction, BulkStatus
+from models.bulk_operation import BulkAction, BulkOperation, BulkStatus
 from models.execution import ExecutionData
 from tests.bulk_rows import build_operation
 from tests.integration.gateway_harness import (
@@ -77,6 +78,35 @@ async def list_audited(people: OrganizationUsers, workflow_id: str, action: str)
     return [{change["path"]: change["after"] for change in one["changes"]} for one in found]
 
 
+async def store_operation(
+    harness: GatewayHarness,
+    person: UserClient,
+    workflow_id: str,
+    **columns: Any,  # noqa: ANN401 - any column
+) -> BulkOperation:
+    """Store an open redrive of the dead letters of a workflow that no gateway performs, unless `columns` say otherwise.
+
+    It is left alone until the gateway is woken, or looks by itself.
+    """
+    now = harness.gateway.clock()
+    operation = build_operation(
+        person.user,
+        now,
+        **{
+            "key_id": await read_key_id(person),
+            "action": BulkAction.REDRIVE_DEAD_LETTERS.value,
+            "selection": {"workflowId": workflow_id},
+            "per_second": limits.BULK_PER_SECOND,
+            "status": BulkStatus.RUNNING.value,
+            "leased_until": now - timedelta(seconds=1),
+            "ended_at": None,
+            **columns,
+        },
+    )
+    await harness.gateway.database.transaction(partial(bulk_operation.insert_operation, operation=operation))
+    return operation
+
+
 async def test_a_redrive_of_many_is_one_operation_with_one_entry_in_the_audit_trail(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
@@ -126,29 +156,17 @@ async def test_another_gateway_repeats_the_step_of_a_dead_one_and_counts_each_ob
         failed = await dead_letter_rows.read_runs(connection, caller, runs)
     redrive_key = idempotency.redrive_key(workflow_id, runs[1])
     await gateway.redriver.redrive_dead_letter(caller, failed[runs[1]], redrive_key)
-    now = gateway.clock()
-    operation = build_operation(
-        owner.user,
-        now,
-        key_id=caller.key_id,
-        action=BulkAction.REDRIVE_DEAD_LETTERS.value,
-        selection={"workflowId": workflow_id},
+    operation = await store_operation(
+        harness,
+        owner,
+        workflow_id,
         total=6,
-        per_second=limits.BULK_PER_SECOND,
-        status=BulkStatus.RUNNING.value,
         step=runs[:3],
         cursor_at=failed[runs[2]].created_at,
         cursor_id=runs[2],
-        leased_until=now - timedelta(seconds=1),
         # The clock of the gateway may be behind that of the database, by which the runs were accepted.
         created_at=failed[runs[-1]].created_at + timedelta(seconds=1),
-        ended_at=None,
     )
-
-    async def insert(connection: AsyncConnection) -> None:
-        await bulk_operation.insert_operation(connection, operation)
-
-    await gateway.database.transaction(insert)
     gateway.bulk_operations.wake()
     ended = await wait_for_end(owner, {"id": operation.id})
     assert (ended["status"], ended["done"], ended["refused"]) == ("completed", 6, 0)
@@ -166,41 +184,79 @@ async def test_a_stopped_operation_leaves_the_rest_and_others_may_not_see_it(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id, _ = await create_dead_letters(harness, people.owner, 3)
-    everything = {"workflowId": workflow_id}
-    begun = await begin(
-        people.owner, OF_DEAD_LETTERS, action="redrive", filter=everything, count=3, perSecond=1
-    )
-    path = f"{OPERATIONS}/{begun['id']}"
+    database = harness.gateway.database
+    # Another gateway performs it.
+    held = harness.gateway.clock() + timedelta(hours=1)
+    operation = await store_operation(harness, people.owner, workflow_id, total=3, leased_until=held)
+    path = f"{OPERATIONS}/{operation.id}"
     for stranger in (people.colleague, people.stranger):
         assert_refused(await stranger.api.get(path), 404, "not-found")
         assert_refused(await stranger.api.post(f"{path}/stop"), 404, "not-found")
         assert (await get_json(stranger, OPERATIONS))["operations"] == []
     seen = (await get_json(people.admin, OPERATIONS))["operations"]
-    assert [one["id"] for one in seen] == [begun["id"]]
+    assert [one["id"] for one in seen] == [operation.id]
     stopped = await people.admin.api.post(f"{path}/stop")
-    assert stopped.json()["status"] in {"stopping", "stopped"}
-    ended = await wait_for_end(people.owner, begun)
-    # It was stopped within its first two seconds, or the machine was busy and it is done.
-    assert ended["status"] == ("stopped" if ended["done"] < 3 else ended["status"])
-    assert len(await list_open(people.owner, workflow_id)) == 3 - ended["done"]
+    assert stopped.json()["status"] == "stopping"
+    await database.transaction(partial(bulk_operation.release, operation=operation))
+    harness.gateway.bulk_operations.wake()
+    ended = await wait_for_end(people.owner, {"id": operation.id})
+    assert (ended["status"], ended["done"]) == ("stopped", 0)
+    assert len(await list_open(people.owner, workflow_id)) == 3
     [entry] = await list_audited(people, workflow_id, "dead-letters.redriven")
     assert (entry["done"], entry["status"]) == (str(ended["done"]), f'"{ended["status"]}"')
     assert (await get_json(people.owner, f"{OPERATIONS}?open=true"))["operations"] == []
 
 
+@pytest.mark.parametrize(
+    ("scopes", "is_revoked", "reason"),
+    [
+        ([KeyScope.WORKFLOWS_READ, KeyScope.WORKFLOWS_EXECUTE], True, "key-not-valid"),
+        ([KeyScope.WORKFLOWS_READ], False, "scope-required"),
+    ],
+    ids=["revoked", "without-scope"],
+)
 async def test_an_operation_ends_with_the_right_of_its_user(
+    harness: GatewayHarness,
+    people: OrganizationUsers,
+    *,
+    scopes: list[KeyScope],
+    is_revoked: bool,
+    reason: str,
+) -> None:
+    workflow_id, runs = await create_dead_letters(harness, people.owner, 3)
+    made = await people.owner.api.post("/api/v1/auth/keys", json={"name": "For a while", "scopes": scopes})
+    key_id = made.json()["id"]
+    if is_revoked:
+        assert (await people.owner.api.delete(f"/api/v1/auth/keys/{key_id}")).is_success
+    operation = await store_operation(
+        harness, people.owner, workflow_id, total=3, key_id=key_id, step=runs[:1]
+    )
+    harness.gateway.bulk_operations.wake()
+    ended = await wait_for_end(people.owner, {"id": operation.id})
+    assert (ended["status"], ended["endReason"], ended["done"]) == ("failed", reason, 0)
+    assert await list_open(people.owner, workflow_id) == set(runs)
+
+
+@pytest.mark.every_database
+async def test_a_gateway_that_has_lost_its_lease_changes_nothing(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
-    workflow_id, _ = await create_dead_letters(harness, people.owner, 3)
-    scopes = [KeyScope.WORKFLOWS_READ, KeyScope.WORKFLOWS_EXECUTE]
-    made = await people.owner.api.post("/api/v1/auth/keys", json={"name": "For a while", "scopes": scopes})
-    key = made.json()
-    passing = await harness.client(key["key"])
-    body = {"action": "redrive", "filter": {"workflowId": workflow_id}, "count": 3, "perSecond": 1}
-    begun = (await passing.post(OF_DEAD_LETTERS, json=body)).json()
-    assert (await people.owner.api.delete(f"/api/v1/auth/keys/{key['id']}")).is_success
-    ended = await wait_for_end(people.owner, begun)
-    assert (ended["status"], ended["endReason"]) == ("failed", "key-not-valid") or ended["done"] == 3
+    workflow_id, _ = await create_dead_letters(harness, people.owner, 1)
+    held = harness.gateway.clock() + timedelta(hours=1)
+    lost = await store_operation(harness, people.owner, workflow_id, leased_until=held)
+
+    async def progress(connection: AsyncConnection) -> list[BulkOperation | None]:
+        change = partial(bulk_operation.store_progress, connection, values={"done": 1}, lease_seconds=3_600)
+        present = await change(operation=lost)
+        assert present is not None
+        assert not await bulk_operation.store_end(connection, lost, BulkStatus.COMPLETED, None)
+        return [await change(operation=lost), await change(operation=present)]
+
+    late, present = await harness.gateway.database.transaction(progress)
+    assert late is None
+    assert present is not None
+    shown = await get_json(people.owner, f"{OPERATIONS}/{lost.id}")
+    assert (shown["status"], shown["done"]) == ("running", 1)
 
 
 async def test_dead_letters_are_purged_by_those_who_may_and_executions_canceled_and_retried(
