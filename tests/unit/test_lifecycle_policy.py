@@ -226,6 +226,10 @@ def test_a_sleeping_deployment_that_is_to_be_kept_awake_starts_and_serves_runs(
     held = situation_down(StoppedReason.SCHEDULE, kept_awake_until=OUTSIDE + HOUR)
     assert decide(policy, held, OUTSIDE) == LifecycleVerdict(START, LifecycleReason.KEPT_AWAKE)
     assert start_refusal(policy, held, OUTSIDE) is None
+    # Afterwards, the policy decides as if nobody had asked.
+    over, never = replace(held, kept_awake_until=OUTSIDE), replace(held, kept_awake_until=None)
+    assert decide(policy, over, OUTSIDE) == decide(policy, never, OUTSIDE)
+    assert start_refusal(policy, over, OUTSIDE) == start_refusal(policy, never, OUTSIDE)
     archived = situation_down(StoppedReason.ARCHIVED, kept_awake_until=OUTSIDE + HOUR)
     assert decide(policy, archived, OUTSIDE).action is NONE
     failed = situation_down(StoppedReason.FAILED, OUTSIDE, kept_awake_until=OUTSIDE + HOUR, start_failures=1)
