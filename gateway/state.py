@@ -37,11 +37,8 @@ from gateway.http.failed_attempts import FailedAttempts, PasswordAttempts
 from gateway.http.key_refusals import KeyRefusals
 from gateway.http.sender import SenderAuthenticator
 from gateway.http.sessions import SessionAuthenticator
-from gateway.ingest.bulk_operation_runner import (
-    BulkOperationRunner,
-    BulkServices,
-    run_bulk_operations,
-)
+from gateway.ingest.bulk_operation_runner import BulkOperationRunner, run_bulk_operations
+from gateway.ingest.bulk_services import BulkServices
 from gateway.ingest.delivery_log import DeliveryLog
 from gateway.ingest.event_dispatch import EventDispatcher
 from gateway.ingest.ingest import IngestCapacity, RequestIngestor
@@ -66,8 +63,8 @@ from journal.blobs.blob_store_factory import open_blobs
 from journal.store import JournalStore
 from journal.store_factory import open_store
 from journal.tasks.task_store import TaskStore
-from messages import broker as brokers
 from messages.broker import Broker
+from messages.broker_connection import connect_broker
 from messages.message_seal import MessageSeal
 from models import database as databases
 from models import schema_migration
@@ -165,7 +162,7 @@ async def open_state(settings: GatewaySettings) -> AsyncIterator[GatewayState]:
         store = await open_store(url, clock=database.clock, connections=settings.run_path_connections)
         stack.push_async_callback(store.close)
         seal = MessageSeal.from_settings(settings, database.clock)
-        broker = await brokers.connect_broker(settings.broker_url, seal=seal, is_gateway=True)
+        broker = await connect_broker(settings.broker_url, seal=seal, is_gateway=True)
         stack.push_async_callback(broker.close)
         await stack.enter_async_context(clock_sync.run_clock_sync(database))
         await stack.enter_async_context(process_presence.report_process(database, "gateway"))

@@ -7,12 +7,10 @@ process reads the rows.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol, TypeAlias
-from uuid import uuid4
 
 import msgspec
 
 from messages.deployer_messages import DeployerMessage
-from messages.message_seal import MessageSeal
 from messages.token_buckets import TokenDemand, TokenGrant
 from messages.worker_wakeup import ALL_SHARDS
 from models.ended_execution import EndedExecution
@@ -194,36 +192,3 @@ class Broker(RunBroker, Protocol):
         """
 
     async def ping(self) -> None: ...
-
-
-async def connect_broker(
-    url: str | None,
-    *,
-    channel: str | None = None,
-    seal: MessageSeal | None = None,
-    is_gateway: bool = False,
-) -> Broker:
-    """Connect to the Redis or PostgreSQL at `url`, or (None) return a broker inside this process.
-
-    `channel` is its name, by default a random one. Without a `seal`, and over PostgreSQL, notifications carry
-    no outcomes and no grants, so that all runs are claimed. A gateway also gets the messages to all gateways. An
-    unreachable server doesn't prevent the start.
-    Raises `RedisMayEvict`, and ValueError for an invalid URL.
-    """
-    name = channel or uuid4().hex
-    if url is None:
-        from messages.local_broker import LocalBroker  # noqa: PLC0415 - each process pays for one broker only
-
-        return LocalBroker(channel=name)
-
-    if url.startswith("postgresql"):
-        from messages import postgresql_broker  # noqa: PLC0415 - the same
-
-        return await postgresql_broker.connect(url, channel=name, is_gateway=is_gateway)
-
-    from messages.client_imports import without_client_metrics  # noqa: PLC0415 - the same
-
-    with without_client_metrics():
-        from messages import redis_broker  # noqa: PLC0415 - redis costs 40 MB that a single process saves
-
-    return await redis_broker.connect(url, channel=name, seal=seal, is_gateway=is_gateway)

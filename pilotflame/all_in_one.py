@@ -30,7 +30,7 @@ from gateway.state import GatewayState
 from journal import clock_sync
 from journal.store import JournalStore
 from journal.store_factory import open_store
-from messages import broker as brokers
+from messages.broker_connection import connect_broker
 from models import access, access_store, ids, schema_migration
 from models import database as databases
 from models.database import Database
@@ -39,8 +39,8 @@ from models.schema_migration import OutdatedDatabase
 from models.worker_processes import ALL_IN_ONE_OWNER
 from pilotflame import data_dir
 from pilotflame.command_error import CommandError
-from pilotflame.dev import begin_migration
 from pilotflame.log_lines import LineWriter
+from pilotflame.migration_process import begin_migration
 from scheduler.main import list_duties, run_duties
 from scheduler.settings import SchedulerSettings
 from telemetry.exporter import serve_metrics
@@ -147,7 +147,7 @@ async def _run(
         await stack.enter_async_context(clock_sync.run_clock_sync(database, moves=lambda: True))
         store = await open_store(url, clock=database.clock)
         stack.push_async_callback(store.close)
-        broker = await brokers.connect_broker(None, channel=ids.new_id(ALL_IN_ONE_OWNER))
+        broker = await connect_broker(None, channel=ids.new_id(ALL_IN_ONE_OWNER))
         stack.push_async_callback(broker.close)
         # The folder lock excludes other processes: leases of such a process in its database belong to a dead one. Its
         # pods may have outlived it, and keep their leases.

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import socket
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -15,6 +12,7 @@ from models.settings import ServerSettings
 from pilotflame import data_dir
 from pilotflame.command_error import CommandError
 from pilotflame.log_lines import LineWriter
+from pilotflame.migration_process import begin_migration
 
 SHUTDOWN_SECONDS: Final = 3
 """Seconds to wait for open requests; handing off runs comes after it, and the whole stop takes 20 s at most."""
@@ -45,16 +43,6 @@ def serve(
         with _open_listener(roles.gateway.host, roles.gateway.port) as listener:
             loaded = None if example is None else all_in_one.ExampleWorkflow(example, example_inputs)
             all_in_one.run_all_roles(roles, listener, migration, lines, loaded)
-
-
-def begin_migration(database_url: str) -> subprocess.Popen[bytes]:
-    """Start the migration of a database in another process, and return it without waiting.
-
-    Alembic would stay in the memory of this one.
-    """
-    environment = os.environ | {"PILOTFLAME_DATABASE_URL": database_url}
-    command = [sys.executable, "-m", "pilotflame", "migrate"]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)  # noqa: S603 - this program itself
 
 
 def _is_new(settings: ServerSettings) -> bool:

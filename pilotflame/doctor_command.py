@@ -31,9 +31,9 @@ from gateway.settings import GatewaySettings
 from journal.blobs import orphan_blobs
 from journal.blobs.blob_store_factory import open_blobs
 from journal.store_factory import open_store
-from messages import broker as brokers
 from messages import wakeups
 from messages.broker import RedisMayEvict
+from messages.broker_connection import connect_broker
 from messages.redis_broker import RedisBroker
 from models import database as databases
 from models.access import Organization
@@ -202,7 +202,7 @@ async def _open_stores(settings: ServerSettings, request: DoctorRequest) -> Asyn
 async def _open_broker(url: str | None) -> Broker:
     """Return the broker, also of a Redis that no other process would use: its policy is a finding."""
     try:
-        return await brokers.connect_broker(url)
+        return await connect_broker(url)
     except RedisMayEvict:
         return RedisBroker(url or "", channel=uuid4().hex)
 

@@ -24,8 +24,8 @@ from execution.event_matching import EventMatcher
 from journal import audit_chain, clock_sync, process_presence, worker_presence
 from journal.store import JournalStore
 from journal.store_factory import open_store
-from messages import broker as brokers
 from messages.broker import Broker
+from messages.broker_connection import connect_broker
 from models import database as databases
 from models import schema_migration
 from models.database import Database
@@ -174,7 +174,7 @@ async def _serve(settings: SchedulerSettings) -> None:
         await schema_migration.require_current(database)
         store = await open_store(url, clock=database.clock, connections=1)
         stack.push_async_callback(store.close)
-        broker = await brokers.connect_broker(settings.broker_url)
+        broker = await connect_broker(settings.broker_url)
         stack.push_async_callback(broker.close)
         is_leading = await stack.enter_async_context(_run_leadership(settings, database))
         await stack.enter_async_context(clock_sync.run_clock_sync(database, moves=is_leading))

@@ -10,9 +10,9 @@ import structlog
 
 from journal import out_of_memory_reclaim, worker_leases
 from journal.store_factory import open_store
-from messages import broker as brokers
 from messages import wakeups
 from messages.broker import BrokerError, BrokerUnavailable
+from messages.broker_connection import connect_broker
 from models import database as databases
 from models.database import Database
 from models.errors import DatabaseUnavailable
@@ -50,7 +50,7 @@ async def release_leases(
                 count = await store.reclaim(owner)
             log.warning("executions reclaimed", owner=owner, count=count)
             if count:
-                broker = await brokers.connect_broker(settings.broker_url)
+                broker = await connect_broker(settings.broker_url)
                 stack.push_async_callback(broker.close)
                 await wakeups.wake_workers(broker)
     except (DatabaseUnavailable, BrokerError, TimeoutError) as error:

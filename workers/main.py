@@ -35,8 +35,8 @@ from journal.store import JournalStore
 from journal.store_factory import open_store
 from journal.tasks.task_upkeep import TaskUpkeep
 from journal.waits import node_answers
-from messages import broker as brokers
 from messages.broker import Broker
+from messages.broker_connection import connect_broker
 from messages.message_seal import MessageSeal
 from models import database as databases
 from models import schema_migration
@@ -94,7 +94,7 @@ async def _serve(settings: WorkerSettings, announce: Callable[[str], None]) -> N
         stack.push_async_callback(store.close)
         owner = new_lease_owner(settings.worker_name)
         seal = MessageSeal.from_settings(settings, database.clock)
-        broker = await brokers.connect_broker(settings.broker_url, channel=owner, seal=seal)
+        broker = await connect_broker(settings.broker_url, channel=owner, seal=seal)
         stack.push_async_callback(broker.close)
         await lost_worker_leases.reclaim_predecessor_leases(database, store, broker, settings.worker_name)
         announce(owner)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -16,15 +15,8 @@ from models.bulk_operation import LEASE_SECONDS
 from models.errors import DatabaseUnavailable
 
 if TYPE_CHECKING:
-    from gateway.executions.acceptance import RunAcceptor
-    from gateway.executions.long_poll import ExecutionAccess
-    from gateway.executions.replay_planning import ReplayPlanner
-    from gateway.executions.request_limits import BacklogLimits
-    from gateway.ingest.redrive_runs import RunRedriver
-    from journal.store import JournalStore
-    from messages.broker import Broker
+    from gateway.ingest.bulk_services import BulkServices
     from models.bulk_operation import BulkOperation
-    from models.database import Database
 
 log = structlog.get_logger()
 
@@ -32,20 +24,6 @@ LOOK_SECONDS: Final = 5.0
 """Interval at which a gateway looks for operations of other gateways that have died."""
 AT_ONCE: Final = 4
 """Operations that one gateway performs at the same time."""
-
-
-@dataclass(frozen=True, slots=True)
-class BulkServices:
-    """Stores, limits and clients with which a gateway performs bulk operations."""
-
-    database: Database
-    store: JournalStore
-    broker: Broker
-    acceptances: RunAcceptor
-    access: ExecutionAccess
-    backlog: BacklogLimits
-    replays: ReplayPlanner
-    redriver: RunRedriver
 
 
 class BulkOperationRunner:

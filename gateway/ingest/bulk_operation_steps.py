@@ -40,7 +40,7 @@ from models.execution_status import TERMINAL_STATUSES, ExecutionStatus
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-    from gateway.ingest.bulk_operation_runner import BulkServices
+    from gateway.ingest.bulk_services import BulkServices
     from gateway.ingest.dead_letter_rows import FailedRun
     from models.access import ApiCaller
 

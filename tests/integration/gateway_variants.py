@@ -10,8 +10,8 @@ import httpx2
 
 from gateway import state
 from gateway.main import create_app
-from messages import broker as brokers
 from messages.broker import Broker
+from messages.broker_connection import connect_broker
 from tests.integration.gateway_harness import GatewayHarness, UserClient
 
 
@@ -23,7 +23,7 @@ async def run_with_settings(
 ) -> AsyncIterator[GatewayHarness]:
     """Run it on the same database."""
     here = harness.gateway
-    broker = broker or await brokers.connect_broker(None)
+    broker = broker or await connect_broker(None)
     told = here.settings.model_copy(update=settings)
     async with AsyncExitStack() as stack:
         stack.push_async_callback(broker.close)

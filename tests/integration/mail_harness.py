@@ -26,7 +26,7 @@ from gateway.ingest.sns_certificates import SnsCertificateCache
 from gateway.main import create_app
 from gateway.state import GatewayState
 from journal.store import ClaimedRun
-from messages import broker as brokers
+from messages.broker_connection import connect_broker
 from models.execution import Execution, ExecutionData
 from models.ingest import Delivery
 from nodes.connections.data_source_connections import DataSourceConnections
@@ -258,7 +258,7 @@ async def wait_until(condition: Callable[[], Awaitable[bool]]) -> None:
 async def run_mail_harness(harness: GatewayHarness) -> AsyncIterator[MailHarness]:
     """Run it on the database of a harness."""
     here, sns, now = harness.gateway, FakeSns(), [datetime.now(UTC)]
-    broker = await brokers.connect_broker(None)
+    broker = await connect_broker(None)
 
     @asynccontextmanager
     async def opened() -> AsyncIterator[GatewayState]:

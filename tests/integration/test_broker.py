@@ -20,8 +20,8 @@ from messages.broker import (
     DirectMessage,
     Notification,
     RedisMayEvict,
-    connect_broker,
 )
+from messages.broker_connection import connect_broker
 from messages.deployer_messages import DeployerMessage, PodLogRequest, ReconcileRequest
 from messages.message_seal import MessageSeal
 from messages.token_buckets import BucketRate, TokenDemand

@@ -7,7 +7,8 @@ from contextlib import AsyncExitStack
 import pytest
 import redis
 
-from messages.broker import Broker, connect_broker
+from messages.broker import Broker
+from messages.broker_connection import connect_broker
 from messages.token_buckets import SPARE, BucketRate, LocalTokenBuckets, TokenDemand, TokenGrant
 from tests import services
 

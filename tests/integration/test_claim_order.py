@@ -15,7 +15,7 @@ from engine.node_api import EffectRule, NodeCall, NodeEffect, NodeType, RunNode
 from engine.services import NodeServices
 from engine.values import Json
 from execution.executor import RunExecutor
-from messages.broker import connect_broker
+from messages.broker_connection import connect_broker
 from models.execution import PRIORITY_MICROSECONDS
 from nodes import catalog
 from nodes.catalog import NodeCatalog

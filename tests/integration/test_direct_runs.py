@@ -31,7 +31,8 @@ from journal.store import (
     InboundRequest,
     RunAcceptance,
 )
-from messages.broker import SLOT_GRANTS, Broker, DirectRuns, SlotGrant, connect_broker
+from messages.broker import SLOT_GRANTS, Broker, DirectRuns, SlotGrant
+from messages.broker_connection import connect_broker
 from messages.message_seal import MessageSeal
 from models.timestamps import DatabaseClock
 from nodes import catalog

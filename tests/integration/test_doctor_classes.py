@@ -17,8 +17,8 @@ from sqlalchemy import text
 from doctor import alert_states
 from doctor.findings import FIXES, DriftClass
 from journal.blobs.blob_reference import BlobReference
-from messages import broker as brokers
 from messages import wakeups
+from messages.broker_connection import connect_broker
 from models.database import is_sqlite
 from models.deployment import ObservedState
 from models.settings import ServerSettings
@@ -97,7 +97,7 @@ async def test_workers_are_woken_for_a_run_that_none_has_claimed(examine: Examin
     key = await runs.accept(await runs.workflow())
     await runs.query("UPDATE execution SET updated_at = :at, rank = :at", at=LONG_AGO)
     woken = asyncio.Event()
-    worker = await brokers.connect_broker(runs.url.render_as_string(hide_password=False))
+    worker = await connect_broker(runs.url.render_as_string(hide_password=False))
     worker.start_worker(lambda _shard: woken.set())
     try:
         (finding,) = (await examine()).report.findings

@@ -25,8 +25,8 @@ from engine.values import Json
 from execution import executor as executors
 from execution.executor import RunExecutor
 from journal.store import ClaimedRun, ClaimQuery, DefinitionKey, ExecutionKey, JournalStore, SweepResult
-from messages import broker as brokers
 from messages.broker import Broker, ChangedExecutions, Notification
+from messages.broker_connection import connect_broker
 from messages.local_broker import LocalBroker
 from models.ended_execution import EndedExecution
 from models.errors import DatabaseUnavailable
@@ -270,7 +270,7 @@ async def test_a_run_goes_from_its_row_to_its_outputs(
     run_database: RunDatabase, owned_workflow: OwnedWorkflow, workers: WorkerStarter
 ) -> None:
     # An outcome is published with a run that one commit begins and ends.
-    worker = await workers.start(broker=await brokers.connect_broker(None), commit_seconds=LONG_SECONDS)
+    worker = await workers.start(broker=await connect_broker(None), commit_seconds=LONG_SECONDS)
     notifications: list[Notification] = []
     await worker.broker.listen(notifications.append)
     definition = {
@@ -363,7 +363,7 @@ async def test_a_loop_leaves_a_span_for_each_turn_and_its_nodes_count_once(
 async def test_the_accepting_gateway_is_notified_of_the_end_once_without_a_watch(
     run_database: RunDatabase, owned_workflow: OwnedWorkflow, workers: WorkerStarter
 ) -> None:
-    worker = await workers.start(broker=await brokers.connect_broker(None))
+    worker = await workers.start(broker=await connect_broker(None))
     notifications: list[Notification] = []
     await worker.broker.listen(notifications.append)
     run = owned_workflow.run(

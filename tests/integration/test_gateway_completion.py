@@ -15,7 +15,7 @@ import pytest
 from pydantic import SecretStr
 from sqlalchemy import text
 
-from messages import broker as brokers
+from messages.broker_connection import connect_broker
 from models.access import ALL_KEY_SCOPES, KeyScope, UserRole
 from models.execution_status import TERMINAL_STATUSES
 from tests.http_receiver import run_receiver
@@ -83,7 +83,7 @@ async def serve_worker(harness: GatewayHarness, folder: Path) -> AsyncIterator[N
         outbound_allowed_networks=(ip_network("127.0.0.1/32"),),
         sweep_seconds=0.1,
     )
-    broker = await brokers.connect_broker(None)
+    broker = await connect_broker(None)
     try:
         async with run_worker(settings, gateway.store, broker, gateway.database):
             yield

@@ -26,9 +26,9 @@ from gateway.http import limits
 from gateway.main import create_app
 from gateway.state import GatewayState
 from journal.store import ClaimedRun, ClaimQuery, RunWrite
-from messages import broker as brokers
 from messages import redis_broker
 from messages.broker import Broker, DirectMessage, Notification
+from messages.broker_connection import connect_broker
 from models.access import KeyScope, Organization
 from models.execution import Execution, Idempotency, SpanRow
 from models.workflow import Definition, Workflow, WorkflowShare
@@ -937,7 +937,7 @@ async def test_polls_are_read_again_after_their_first_second_only(
 async def test_a_notification_that_is_lost_costs_a_look(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
-    async with run_second_gateway(harness, await brokers.connect_broker(None)) as there:
+    async with run_second_gateway(harness, await connect_broker(None)) as there:
         owner = await as_client_of(people.owner, there)
         execution_id = await execute_workflow(owner, await owner.create(**GRAPH))
         poll = asyncio.create_task(measure_poll(get_json(owner, f"/{execution_id}/progress")))
@@ -1004,7 +1004,7 @@ async def test_with_the_broker_away_runs_are_taken_in_and_polls_answered_by_look
 ) -> None:
     monkeypatch.setattr(redis_broker, "LISTEN_SECONDS", 0.01)
     workflow_id = await people.owner.create(**GRAPH)
-    async with run_second_gateway(harness, await brokers.connect_broker("redis://127.0.0.1:1")) as alone:
+    async with run_second_gateway(harness, await connect_broker("redis://127.0.0.1:1")) as alone:
         owner = await as_client_of(people.owner, alone)
         execution_id = await execute_workflow(owner, workflow_id)
         poll = asyncio.create_task(measure_poll(get_json(owner, f"/{execution_id}/progress")))
@@ -1022,11 +1022,11 @@ async def test_a_run_taken_in_at_one_gateway_is_followed_at_another(
     async with AsyncExitStack() as stack:
         one, other = [
             await stack.enter_async_context(
-                run_second_gateway(harness, await brokers.connect_broker(redis_server.url))
+                run_second_gateway(harness, await connect_broker(redis_server.url))
             )
             for _ in range(2)
         ]
-        worker = await brokers.connect_broker(redis_server.url)
+        worker = await connect_broker(redis_server.url)
         stack.push_async_callback(worker.close)
         execution_id = await execute_workflow(await as_client_of(people.owner, one), workflow_id)
         persons = [await as_client_of(people.owner, gateway) for gateway in (one, other)]
@@ -1044,7 +1044,7 @@ async def test_at_the_end_of_the_process_polls_are_answered_at_once(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     execution_id = await execute_workflow(people.owner, await people.owner.create(**GRAPH))
-    async with run_second_gateway(harness, await brokers.connect_broker(None)) as ending:
+    async with run_second_gateway(harness, await connect_broker(None)) as ending:
         owner = await as_client_of(people.owner, ending)
         poll = asyncio.create_task(measure_poll(get_json(owner, f"/{execution_id}/progress")))
         await spin_until(lambda: ending.gateway.waiting.polls > 0)
@@ -1382,7 +1382,7 @@ async def test_a_quiet_stream_is_kept_alive(
 ) -> None:
     monkeypatch.setattr(live_events, "KEEP_ALIVE_SECONDS", 0.05)
     execution_id = await execute_workflow(people.owner, await people.owner.create(**GRAPH))
-    async with run_second_gateway(harness, await brokers.connect_broker(None)) as there:
+    async with run_second_gateway(harness, await connect_broker(None)) as there:
         stream = open_stream(there, people.owner, execution_id)
         await spin_until(lambda: stream.raw.endswith(b": keep-alive\n\n"))
         await stream.hang_up()
@@ -1392,7 +1392,7 @@ async def test_a_quiet_stream_is_kept_alive(
 async def test_a_revoked_key_ends_its_streams(harness: GatewayHarness, people: OrganizationUsers) -> None:
     execution_id = await execute_workflow(people.owner, await people.owner.create(**GRAPH))
     key = (await people.owner.api.post("/api/v1/auth/keys", json={"name": "short-lived"})).json()
-    async with run_second_gateway(harness, await brokers.connect_broker(None)) as there:
+    async with run_second_gateway(harness, await connect_broker(None)) as there:
         stream = open_stream(there, UserClient(people.owner.user, people.owner.api, key["key"]), execution_id)
         await stream.next()
         await people.owner.api.delete(f"/api/v1/auth/keys/{key['id']}")

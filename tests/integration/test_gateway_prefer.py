@@ -12,7 +12,7 @@ import pytest
 from engine.run_records import RunError, RunStatus
 from gateway.executions import long_poll
 from gateway.http import limits
-from messages import broker as brokers
+from messages.broker_connection import connect_broker
 from models.access import KeyScope
 from models.ended_execution import EndedExecution
 from tests.integration.gateway_harness import GRAPH, GatewayHarness, OrganizationUsers, UserClient
@@ -127,7 +127,7 @@ async def test_an_outcome_that_comes_with_the_notification_is_not_read(
 ) -> None:
     monkeypatch.setattr(long_poll, "LOOK_SECONDS", 3_600.0)
     workflow_id = await people.owner.create(**GRAPH)
-    async with run_second_gateway(harness, await brokers.connect_broker(None)) as there:
+    async with run_second_gateway(harness, await connect_broker(None)) as there:
         owner = await as_client_of(people.owner, there)
         asking = asyncio.create_task(post(owner, f"{workflow_id}/execute", "wait=30"))
         execution_id, run = await claim_awaited(there, owner, workflow_id)

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import redis
 
-from messages import broker as brokers
 from messages.broker import BrokerUnavailable
+from messages.broker_connection import connect_broker
 from messages.local_broker import LocalBroker
 from messages.token_buckets import TokenDemand, TokenGrant
 from tests.integration.gateway_harness import (
@@ -99,8 +99,8 @@ async def test_gateways_share_their_buckets(
     workflow_id = await people.owner.create(**GRAPH)
     burst: dict[str, Any] = {"rate_per_key": 0.01, "rate_per_key_burst": 7}
     async with (
-        run_with_settings(harness, await brokers.connect_broker(url), **burst) as one,
-        run_with_settings(harness, await brokers.connect_broker(url), **burst) as other,
+        run_with_settings(harness, await connect_broker(url), **burst) as one,
+        run_with_settings(harness, await connect_broker(url), **burst) as other,
     ):
         answered = await asyncio.gather(
             *(send_many(gateway, people.owner, workflow_id, 8) for gateway in (one, other))

@@ -16,7 +16,7 @@ from pydantic import SecretStr
 from gateway import main, state
 from gateway.settings import GatewaySettings
 from journal.store_factory import open_store
-from messages import broker as brokers
+from messages.broker_connection import connect_broker
 from models.database import Database, parse_url
 from models.settings import InvalidSettings
 from tests import databases
@@ -142,7 +142,7 @@ async def run_gateway_on(
         bootstrap_api_key=SecretStr(KEY),
     )
     url = parse_url(database_url)
-    database, store, broker = Database(url), await open_store(url), await brokers.connect_broker(redis_url)
+    database, store, broker = Database(url), await open_store(url), await connect_broker(redis_url)
     app = main.create_app(lambda: state.assemble_state(settings, database, store, broker))
     transport = httpx2.ASGITransport(app)
     headers = {"X-API-Key": KEY}

@@ -21,8 +21,8 @@ from gateway.executions.agent_step_rows import StepFilter
 from gateway.executions.live_answers import AnswerReader, LiveAnswerHub, TokenShape
 from gateway.executions.live_events import AgentSteps, EventBatch
 from journal.store import ExecutionKey
-from messages import broker as brokers
 from messages.broker import Broker, DirectMessage, Notification
+from messages.broker_connection import connect_broker
 from messages.message_seal import MessageSeal
 from models.timestamps import DatabaseClock
 from tests.fakes.model_server import ModelFault, ScriptedAnswer, serve_models
@@ -191,7 +191,7 @@ async def test_a_revoked_key_gets_no_text_that_was_written_while_its_client_did_
     execution_id = await execute_workflow(people.owner, await people.owner.create(**GRAPH))
     key = (await people.owner.api.post("/api/v1/auth/keys", json={"name": "short-lived"})).json()
     headers = {"X-API-Key": key["key"], "Accept": "text/event-stream"}
-    async with run_second_gateway(harness, await brokers.connect_broker(None)) as there:
+    async with run_second_gateway(harness, await connect_broker(None)) as there:
         live = there.gateway.live_events
         has_read, read_steps = asyncio.Event(), AgentSteps.read
 

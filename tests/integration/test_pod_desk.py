@@ -13,8 +13,8 @@ from gateway.pods import poll_hub as desks
 from gateway.pods.forwarding import WakeupForwarder
 from gateway.pods.lease_checks import LeaseHolder
 from gateway.pods.poll_hub import PodPollHub
-from messages import broker as brokers
 from messages.broker import Broker
+from messages.broker_connection import connect_broker
 from models.pod_identity import PodProcess
 
 if TYPE_CHECKING:
@@ -29,8 +29,8 @@ SECONDS = 5.0
 async def two_brokers(redis_server: RedisServer) -> AsyncIterator[tuple[Broker, Broker]]:
     """Yield the brokers of two gateways."""
     one, other = (
-        await brokers.connect_broker(redis_server.url),
-        await brokers.connect_broker(redis_server.url),
+        await connect_broker(redis_server.url),
+        await connect_broker(redis_server.url),
     )
     yield one, other
     await one.close()

@@ -14,7 +14,8 @@ from redis.asyncio import Redis
 from structlog.testing import capture_logs
 
 from messages import redis_consumer, wakeup_worker, worker_wakeup
-from messages.broker import Broker, BrokerUnavailable, connect_broker
+from messages.broker import Broker, BrokerUnavailable
+from messages.broker_connection import connect_broker
 from messages.redis_consumer import MESSAGE_ID, BlockingConsumer, WakeupQueues
 from tests import services
 
@@ -27,7 +28,7 @@ SOON_SECONDS = 8.0
 
 COMMAND = """
 import asyncio, signal, sys
-from messages.broker import connect_broker
+from messages.broker_connection import connect_broker
 
 async def main():
     broker = await connect_broker(sys.argv[1])

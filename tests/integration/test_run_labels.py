@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 import pytest
 from sqlalchemy import BigInteger, literal
 
-from messages import broker as brokers
+from messages.broker_connection import connect_broker
 from models.timestamps import to_microseconds
 from nodes import catalog
 from scheduler.schedules import ScheduleRunner
@@ -205,7 +205,7 @@ async def test_a_scheduled_run_and_a_parsed_mail_get_the_metadata_of_the_setting
     mail = await people.owner.create(settings=settings, **trigger_graph("email-trigger"))
     database = harness.gateway.database
     soon = literal(to_microseconds(datetime.now(UTC) + timedelta(hours=2)), BigInteger)
-    broker = await brokers.connect_broker(None)
+    broker = await connect_broker(None)
     await ScheduleRunner(database, broker, catalog.load_catalog(), soon).start_due()
     await broker.close()
     [run] = await found_by(people.owner, f"workflow_id={clock}")

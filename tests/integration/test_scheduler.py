@@ -15,8 +15,8 @@ import msgspec
 import pytest
 from apscheduler.schedulers import base
 
-from messages import broker as brokers
 from messages.broker import ChangedExecutions, Notification
+from messages.broker_connection import connect_broker
 from models.database import Database
 from models.errors import DatabaseUnavailable
 from models.loss_limits import MAX_LOST_ATTEMPTS
@@ -133,7 +133,7 @@ async def test_recovery_takes_back_all_lost_leases_and_tells_of_those_that_end(
     )
     notifications: asyncio.Queue[Notification] = asyncio.Queue()
     wakeups: asyncio.Queue[int] = asyncio.Queue()
-    broker = await brokers.connect_broker(None)
+    broker = await connect_broker(None)
     await broker.listen(notifications.put_nowait)
     broker.start_worker(wakeups.put_nowait)
     await broker.watch([run.execution_id for run in lost])
@@ -159,7 +159,7 @@ async def test_delayed_runs_are_promoted_when_due_and_workers_are_woken(
     )
     await run_database.store.ingest([place.inbound(runs=[due, later])])
     wakeups: asyncio.Queue[int] = asyncio.Queue()
-    broker = await brokers.connect_broker(None)
+    broker = await connect_broker(None)
     broker.start_worker(wakeups.put_nowait)
     await recovery.promote_due_runs(run_database.store, broker)
     assert [(await run_database.row(run.execution_id))["status"] for run in (due, later)] == [
@@ -173,7 +173,7 @@ async def test_delayed_runs_are_promoted_when_due_and_workers_are_woken(
 async def test_recovery_goes_on_though_the_broker_is_away(run_database: RunDatabase) -> None:
     lost = await run_database.claimed()
     await run_database.expire(lost)
-    broker = await brokers.connect_broker("redis://127.0.0.1:1")
+    broker = await connect_broker("redis://127.0.0.1:1")
     await recovery.recover_runs(run_database.store, broker)
     assert (await run_database.row(lost.execution_id))["status"] == "pending"
     await broker.close()

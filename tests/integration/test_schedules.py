@@ -14,7 +14,7 @@ from sqlalchemy import BigInteger, bindparam, delete, literal, select, update
 from sqlmodel import col
 
 from journal import concurrency_limits, scheduled_runs
-from messages import broker as brokers
+from messages.broker_connection import connect_broker
 from messages.local_broker import LocalBroker
 from models.ai_model import AiSettings
 from models.database import Database
@@ -130,7 +130,7 @@ async def tick(harness: GatewayHarness, now: datetime, database: Database | None
 async def run_scheduler(
     harness: GatewayHarness, now: datetime, database: Database | None = None
 ) -> AsyncIterator[ScheduleRunner]:
-    broker = await brokers.connect_broker(None)
+    broker = await connect_broker(None)
     moment = literal(to_microseconds(now), BigInteger())
     yield ScheduleRunner(database or harness.gateway.database, broker, catalog.load_catalog(), moment)
     await broker.close()
@@ -459,7 +459,7 @@ async def test_a_run_has_the_default_model_of_its_instant(
     assert (await people.admin.api.put(settings, json={"defaultModelId": "echo"})).status_code == 200
     workflow_id = await people.owner.create(**graph, status="active")
     (first, second, *_) = await get_instants(people.owner, workflow_id)
-    broker = await brokers.connect_broker(None)
+    broker = await connect_broker(None)
     present = [first]
     moment = bindparam("moment", callable_=lambda: to_microseconds(present[0]), type_=BigInteger())
     schedules = ScheduleRunner(harness.gateway.database, broker, catalog.load_catalog(), moment)

@@ -18,12 +18,12 @@ PACKAGES = frozenset(
 # Modules of the process, then the most modules of the project and of libraries that its start may load. A new module
 # needs no change here while there is room; raise a budget only for modules that every start needs.
 BUDGETS = {
-    "gateway": (("gateway.settings", "gateway.main"), 551, 400),
+    "gateway": (("gateway.settings", "gateway.main"), 553, 400),
     "worker": (("workers.settings", "workers.main"), 252, 330),
     "scheduler": (("scheduler.settings", "scheduler.main"), 182, 345),
     "deployer": (("workers.deployer.settings", "workers.deployer.main"), 101, 325),
     "runner": (("runner.settings", "runner.main"), 151, 250),
-    "dev": (("pilotflame.dev", "pilotflame.all_in_one"), 621, 420),
+    "dev": (("pilotflame.dev", "pilotflame.all_in_one"), 624, 420),
 }
 LIBRARIES_OF_OTHERS = {"aiohttp", "alembic", "cryptography", "kubernetes", "rich", "typer"}
 """Libraries for blobs of pods, migrations, secrets, clusters and the command line: loaded by their first use."""
@@ -90,9 +90,9 @@ def test_a_start_loads_no_more_modules_than_its_budget(
 def test_the_redis_client_loads_no_metrics_library_though_one_is_installed() -> None:
     program = """
 import asyncio, json, sys
-from messages import broker
+from messages.broker_connection import connect_broker
 try:
-    asyncio.run(broker.connect_broker("redis://127.0.0.1:wrong"))
+    asyncio.run(connect_broker("redis://127.0.0.1:wrong"))
 except ValueError:
     pass
 assert "messages.redis_broker" in sys.modules

@@ -15,7 +15,7 @@ import uvloop
 from concurrency import gc_tuning, heartbeat
 from journal import clock_sync, process_presence
 from journal.store_factory import open_store
-from messages import broker as brokers
+from messages.broker_connection import connect_broker
 from models import database as databases
 from models import schema_migration
 from models.database import Database
@@ -57,7 +57,7 @@ async def _serve(settings: DeployerSettings) -> None:
         await stack.enter_async_context(clock_sync.run_clock_sync(database))
         store = await open_store(database.url, clock=database.clock, connections=1)
         stack.push_async_callback(store.close)
-        broker = await brokers.connect_broker(settings.broker_url)
+        broker = await connect_broker(settings.broker_url)
         stack.push_async_callback(broker.close)
         await stack.enter_async_context(process_presence.report_process(database, "deployer"))
         to_cluster = partial(open_driver, settings)
