@@ -222,7 +222,7 @@ async def post_until_accepted(sender: httpx2.AsyncClient, path: str, mail: Signe
     async with asyncio.timeout(30):
         while True:
             answer = await sender.post(path, content=mail.body, headers=dict(mail.headers))
-            if answer.status_code == 201:
+            if answer.status_code in {201, 202}:
                 return answer
             await asyncio.sleep(0.2)
 
@@ -238,6 +238,31 @@ async def test_a_test_message_is_sent_from_the_page_and_arrives_beside_it(visit:
     await page.click("form[data-request$='/enqueue'] button[type=submit]")
     await page.wait_for("document.querySelector('#message').validationMessage.includes('no JSON')")
     assert page.problems == []
+
+
+async def test_a_start_by_hand_becomes_a_webhook_without_a_signature_on_one_page(visit: IntakeVisit) -> None:
+    page = visit.page
+    workflow_id = await visit.people.owner.create(**graph_of("manual", {}))
+    await visit.sign_in(visit.people.owner.key)
+    await visit.show(f"/dashboard/workflows/{workflow_id}/trigger?sender=other")
+    assert await find_violations(page) == []
+    await page.click("form[data-sends*='webhook'] button")
+    await page.click("form[data-request$='/trigger-token'] button")
+    await page.wait_for("document.querySelector('#shown').open")
+    path = (await page.text("#shown-value")).removeprefix(visit.url)
+    await page.click("#shown [data-closes]")
+    sender = await visit.harness.client()
+    refused = await sender.post(path, json={})
+    assert refused.status_code == 422, refused.text
+    await page.wait_for("document.querySelector('main .banner.failed') !== null")
+    await page.click("form[data-sends*='\"none\"'] button")
+    await page.click("[data-confirms]")
+    await page.wait_for("document.querySelector('#toast').textContent.startsWith('Saved: it applies')")
+    await post_until_accepted(sender, path, SignedRequest({"Content-Type": "application/json"}, b"{}"))
+    await page.wait_for("document.querySelector('.title .pill').innerText.trim() === 'Receiving'")
+    nodes = (await visit.people.owner.workflow(workflow_id))["nodes"]
+    assert nodes[0]["nodeId"] == "webhook"
+    page.problems.clear()
 
 
 async def test_dead_letters_are_redriven_after_their_number_is_typed(visit: IntakeVisit) -> None:

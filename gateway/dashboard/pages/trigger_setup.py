@@ -49,13 +49,34 @@ TITLES: Final = {
     "event": "Events",
     "schedule": "Schedule",
 }
+BY_HAND: Final = frozenset({"manual", "rest-api"})
+"""Types of nodes that start a run by hand or by the API."""
+STARTS: Final[Sequence[tuple[str, str, str, Mapping[str, Any]]]] = (
+    (
+        "webhook",
+        "A webhook",
+        "Another system sends an HTTP request: GitHub, Stripe, Slack, or one of your own.",
+        {},
+    ),
+    ("email-trigger", "A mail", "SendGrid, Mailgun, Amazon SES or your mail server delivers it.", {}),
+    ("queue-trigger", "A message", "Your own programs send it, with an API key.", {}),
+    (
+        "schedule-trigger",
+        "The clock",
+        "Every day at 08:00 UTC, until you set other times.",
+        {"cron": "0 8 * * *"},
+    ),
+)
+"""Type, name, description and first config of the triggers that may take the place of a start by hand."""
+MAX_CHANGED_NODES: Final = 30
+"""Nodes of a graph that the page sends back whole with another trigger."""
 REMEDIES: Final = {
     "unauthorized": "It reaches the address, but has no valid signature and no token. Finish the steps.",
     "missing-signature": "It reaches the address and does not sign yet. Turn the signature on at the sender.",
     "invalid-signature": "The secret here is not the sender's. Compare both, and the clock of the sender.",
     "stale-signature": "It was signed too long ago. Compare the clocks.",
     "no-secret": "It is signed, but no key is saved here. Save it on the left.",
-    "no-verification": "The trigger does not say how to verify senders. Choose it on the left.",
+    "no-verification": "Choose on the left how to verify senders, or accept requests without a signature.",
     "trigger-not-ready": "The data source of the trigger is not usable. Choose one of the right type.",
     "workflow-not-active": "Activate the workflow, then redrive the request.",
     "network-not-allowed": "Add the sender's network to allowedNetworks.",
@@ -142,6 +163,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "node": node,
         "kind": kind,
         "config": config,
+        "starts": list_starts(workflow["nodes"]) if node is None and frame.may("workflows:write") else (),
         "senders": [
             (name, label, list_address(frame, here, {"sender": name}), name == sender)
             for name, label in senders
@@ -184,6 +206,33 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
 def find_trigger(nodes: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
     """Return the node of a graph that inbound requests or times start; None for one that is started by hand."""
     return next((node for node in nodes if node["nodeId"] in KINDS), None)
+
+
+def list_starts(nodes: Sequence[Mapping[str, Any]]) -> Sequence[tuple[str, str, str, Mapping[str, Any]]]:
+    """Return type, name and description of each trigger that can replace the start by hand, with the change
+    of the workflow.
+
+    Empty for a large graph, and for one without a single start by hand.
+    """
+    begins = [node["id"] for node in nodes if node["nodeId"] in BY_HAND]
+    if len(begins) != 1 or len(nodes) > MAX_CHANGED_NODES:
+        return ()
+    return [
+        (
+            type_,
+            name,
+            description,
+            {
+                "nodes": [
+                    {**node, "nodeId": type_, "type": type_, "config": config}
+                    if node["id"] == begins[0]
+                    else node
+                    for node in nodes
+                ]
+            },
+        )
+        for type_, name, description, config in STARTS
+    ]
 
 
 def guess_sender(config: Mapping[str, Any], senders: Sequence[tuple[str, str]]) -> str:
