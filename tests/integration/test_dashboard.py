@@ -831,7 +831,7 @@ async def test_a_workflow_page_shows_the_graph_the_last_run_and_actions(
     assert (await colleague.get(f"/dashboard/workflows/{workflow_id}")).status_code == 404
     reader = await harness.person(await harness.organization(), UserRole.VIEWER)
     assert (
-        "There is no workflow yet"
+        "No workflow is shared with you yet"
         in (await (await sign_in(harness, reader.key)).get("/dashboard/workflows")).text
     )
 

@@ -46,7 +46,7 @@ BY_HAND: Final = ("manual", "Manual")
 
 async def load(page: PageRequest) -> PageData:
     """Ask the API for 50 workflows with their activity, and for their number by status; for templates if there are
-    none.
+    none, or if the query asks for a new one.
 
     Raises `ApiError`.
     """
@@ -62,8 +62,8 @@ async def load(page: PageRequest) -> PageData:
         ),
         page.get("/api/v1/workflows/stats"),
     )
-    is_first = not filters and workflows["count"] == 0
-    templates = await page.get("/api/v1/workflows/templates", limit=SHOWN_TEMPLATES) if is_first else None
+    wants_new = "new" in given or (not filters and workflows["count"] == 0)
+    templates = await page.get("/api/v1/workflows/templates", limit=SHOWN_TEMPLATES) if wants_new else None
     return {"workflows": workflows, "stats": stats, "templates": templates}
 
 
@@ -74,10 +74,15 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
     kept = {**filters, **({"order": frame.query["order"]} if frame.query.get("order") else {})}
     shown = listed["offset"] + len(listed["workflows"])
     templates = [] if data["templates"] is None else data["templates"]["templates"]
+    is_new = "new" in frame.query and frame.may("workflows:write")
     example = next((one for one in templates if one["id"] == EXAMPLE_TEMPLATE), None)
     return {
         "title": "Workflows",
-        "crumbs": (("Workflows", ""),),
+        "crumbs": (("Workflows", ""),)
+        if not is_new
+        else (("Workflows", frame.root + PATH), ("New workflow", "")),
+        "is_new": is_new,
+        "new_page": list_address(frame, PATH, {"new": "1"}),
         "workflows": [describe_workflow(one) for one in listed["workflows"]],
         "count": listed["count"],
         "templates": [one for one in templates if one is not example],
@@ -98,20 +103,27 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
 
 def list_chips(
     data: PageData, frame: PageFrame, kept: Mapping[str, str]
-) -> Sequence[tuple[str, int, str, bool]]:
+) -> Sequence[tuple[str, int | None, str, bool]]:
     """Return label, number, address and whether it is on for each chip: all, the states, and the statuses.
 
-    `kept` are the filters and the order of the page. A chip that is on leads to the page without its filter.
+    Numbers that count workflows which the visitor may not see are None. `kept` are the filters and the order of
+    the page. A chip that is on leads to the page without its filter.
     """
     everything = {name: value for name, value in kept.items() if name not in {"state", "status"}}
     counts = data["workflows"]["states"]
+    sees_all = frame.may("users:write")
     is_whole = not {"state", "status"} & set(kept)
-    chips = [("All", data["stats"]["total"], list_address(frame, PATH, everything), is_whole)]
-    for name, choices, numbers in (("state", STATES, counts), ("status", STATUSES, data["stats"])):
+    whole = data["stats"]["total"] if sees_all else data["workflows"]["count"] if not kept else None
+    chips: list[tuple[str, int | None, str, bool]] = [
+        ("All", whole, list_address(frame, PATH, everything), is_whole)
+    ]
+    by_status = data["stats"] if sees_all else {}
+    for name, choices, numbers in (("state", STATES, counts), ("status", STATUSES, by_status)):
         for value, label in choices:
             is_on = kept.get(name) == value
             address = list_address(frame, PATH, {**kept, name: "" if is_on else value})
-            chips.append((label, numbers.get(value, 0), address, is_on))
+            number = numbers.get(value, 0) if name == "state" or sees_all else None
+            chips.append((label, number, address, is_on))
     return chips
 
 
