@@ -82,7 +82,13 @@ def list_inputs(nodes: Iterable[Mapping[str, Any]]) -> Sequence[FormField]:
     if not has_body:
         return ()
     return [
-        FormField(name, name, "any", is_required=False, hint=f"read by {', '.join(readers[:3])}")
+        FormField(
+            name,
+            name,
+            "any",
+            is_required=False,
+            hint=f"used by {', '.join(f'“{reader}”' for reader in readers[:3])}",
+        )
         for name, readers in [*found.items()][:MAX_FIELDS]
     ]
 

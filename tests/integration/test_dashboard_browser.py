@@ -6,6 +6,7 @@ import json
 import shlex
 from collections.abc import AsyncIterator
 from hashlib import sha256
+from itertools import pairwise
 from urllib.parse import urlsplit
 
 import msgspec
@@ -613,6 +614,7 @@ async def test_a_map_is_zoomed_by_buttons_and_keys_and_keeps_its_size(visit: Das
     await visit.show("/dashboard/runs/{execution_id}?view=map")
     width = "Number(document.querySelector('[data-map] svg').getAttribute('width'))"
     whole = await page.evaluate(width)
+    await page.click("[data-zoom=whole]")
     await page.click("[data-zoom=in]")
     await page.wait_for(f"{width} === {round(whole * 1.25)}")
     assert await page.text("[data-zoom=whole]") == "125 %"
@@ -626,6 +628,23 @@ async def test_a_map_is_zoomed_by_buttons_and_keys_and_keeps_its_size(visit: Das
     await page.click("[data-zoom=whole]")
     await page.wait_for(f"{width} === {whole}")
     assert not visit.take_problems()
+
+
+async def test_a_map_that_is_a_little_too_wide_is_drawn_smaller(visit: DashboardVisit) -> None:
+    page, owner = visit.page, visit.people.owner
+    ids = [f"n{number}" for number in range(5)]
+    nodes = [{"id": one, "nodeId": "set" if number else "manual"} for number, one in enumerate(ids)]
+    edges = [{"source": one, "target": other} for one, other in pairwise(ids)]
+    workflow_id = await owner.create(name="Five in a row", nodes=nodes, connections=edges)
+    await visit.look(1280, "light")
+    await visit.show(f"/dashboard/workflows/{workflow_id}")
+    map_ = "document.querySelector('[data-map]')"
+    assert await page.evaluate(f"{map_}.scrollWidth === {map_}.clientWidth")
+    factor = int((await page.text("[data-zoom=whole]")).removesuffix(" %"))
+    assert 80 <= factor < 100
+    await page.click("[data-zoom=whole]")
+    await page.wait_for(f"{map_}.scrollWidth > {map_}.clientWidth")
+    assert await page.text("[data-zoom=whole]") == "100 %"
 
 
 async def test_a_change_in_another_tab_is_told_before_it_is_overwritten(visit: DashboardVisit) -> None:

@@ -82,6 +82,7 @@ async def test_a_newcomer_runs_breaks_understands_mends_and_replays_the_example(
     why = await page.text("main")
     assert "Species by island: " in why
     assert "data.birds" in why
+    assert "data has items, count, removed." in why
     assert "Its config has changed since it last went well" in why
     changes = await page.evaluate("[...document.querySelectorAll('.diff span')].map(one => one.textContent)")
     at = changes.index("Config · items")
@@ -99,6 +100,7 @@ async def test_a_newcomer_runs_breaks_understands_mends_and_replays_the_example(
     assert "Reused" in plan
     mended = await start_run(visit, "form[data-request$='/replay'] button[type=submit]", "Completed")
     assert bad in await page.text(".facts")
+    assert await page.evaluate("document.body.textContent.split('result reused').length - 1") == 3
     outputs = (await owner.api.get(f"/api/v1/executions/{mended}")).json()["outputs"]
     assert (
         outputs["report"] == (await owner.api.get(f"/api/v1/executions/{good}")).json()["outputs"]["report"]
@@ -128,6 +130,10 @@ async def test_a_newcomer_begins_with_a_file_or_a_template(visit: DashboardVisit
         assert await page.count("form[data-request$=from-template]") == 0
         listed = (await person.api.get("/api/v1/workflows")).json()["workflows"]
         assert [one["name"] for one in listed] == ["Penguin report"]
+        await page.follow(".title a.main")
+        assert await page.text("h1") == "New workflow"
+        assert await page.count("form[data-request$=from-template]") > 3
+        assert await visit.find_violations() == []
         assert (await person.api.delete(f"/api/v1/workflows/{listed[0]['id']}")).status_code == 204
         await visit.show("/dashboard/workflows")
         await page.follow("section[aria-labelledby=example] button")

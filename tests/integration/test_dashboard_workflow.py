@@ -46,7 +46,7 @@ async def test_a_workflow_shows_figures_of_its_nodes_and_a_form_for_its_inputs(
     assert "figures of 1 run in 7 days" in page.text
     assert re.search(r'class="note"[^>]*>p95 \d+ ms', page.text)
     assert 'name=".csv"' in page.text
-    assert "read by Read" in page.text
+    assert "used by “Read" in page.text
     assert "Versions" in page.text
     filled = await browser.get(f"{address}?input=last")
     assert re.search(r'name=".csv"[^>]*>a,b\n1,2</textarea>', filled.text)

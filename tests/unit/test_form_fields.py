@@ -21,8 +21,8 @@ def test_inputs_are_the_paths_of_the_body_that_nodes_read() -> None:
         {**node("map", "set"), "inputMappings": {"x": "trigger.body.by"}},
     ]
     assert [(field.name, field.hint) for field in list_inputs(nodes)] == [
-        ("csv", "read by Parse, Note"),
-        ("by", "read by Note, Map"),
+        ("csv", "used by “Parse”, “Note”"),
+        ("by", "used by “Note”, “Map”"),
     ]
     assert list_inputs([node("start", "queue-trigger"), nodes[1]]) == ()
     assert list(list_inputs(nodes[:1])) == []

@@ -46,8 +46,17 @@ function focus(card) {
 const ZOOMS = [0.25, 0.35, 0.5, 0.7, 0.85, 1, 1.25, 1.5, 2];
 const place = () => `zoom:${location.pathname}`;
 
-function zoomOf() {
-  return Number(sessionStorage.getItem(place())) || 1;
+function keptZoom() {
+  return Number(sessionStorage.getItem(place())) || undefined;
+}
+
+// The factor of the drawing in sight: a map that is a little too wide is drawn smaller until a factor is chosen.
+function shownZoom(drawing) {
+  return drawing.getBoundingClientRect().width / drawing.viewBox.baseVal.width;
+}
+
+function sayZoom(factor) {
+  document.querySelector("[data-zoom=whole]").textContent = `${Math.round(factor * 100)} %`;
 }
 
 // Sets the factor of the map; the middle of the view and the height of the frame stay.
@@ -56,30 +65,34 @@ function zoom(factor) {
   const drawing = map?.querySelector("svg");
   if (!drawing) return;
   const { width, height } = drawing.viewBox.baseVal;
-  const before = drawing.getBoundingClientRect().width / width;
+  const before = shownZoom(drawing);
   const middle = { x: map.scrollLeft + map.clientWidth / 2, y: map.scrollTop + map.clientHeight / 2 };
   if (factor !== 1) map.style.height = `${map.offsetHeight}px`;
+  drawing.classList.remove("fits");
   drawing.setAttribute("width", Math.round(width * factor));
   drawing.setAttribute("height", Math.round(height * factor));
   map.scrollTo(middle.x * factor / before - map.clientWidth / 2, middle.y * factor / before - map.clientHeight / 2);
-  document.querySelector("[data-zoom=whole]").textContent = `${Math.round(factor * 100)} %`;
+  sayZoom(factor);
   sessionStorage.setItem(place(), factor);
 }
 
 function step(how) {
   const map = document.querySelector("[data-map]");
   if (!map) return;
-  const { width, height } = map.querySelector("svg").viewBox.baseVal;
-  const now = zoomOf();
-  if (how === "in") zoom(ZOOMS.find((one) => one > now + 0.01) ?? now);
-  else if (how === "out") zoom(ZOOMS.findLast((one) => one < now - 0.01) ?? now);
+  const drawing = map.querySelector("svg");
+  const { width, height } = drawing.viewBox.baseVal;
+  const now = shownZoom(drawing);
+  if (how === "in") zoom(ZOOMS.find((one) => one > now * 1.05) ?? now);
+  else if (how === "out") zoom(ZOOMS.findLast((one) => one < now / 1.05) ?? now);
   else if (how === "fit") zoom(Math.max(Math.min((map.clientWidth - 4) / width, map.clientHeight / height, 1), ZOOMS[0]));
   else zoom(1);
 }
 
-// An update of the page draws the map at its own size.
+// An update of the page draws the map as at first.
 export function keepZoom() {
-  if (zoomOf() !== 1) zoom(zoomOf());
+  const drawing = document.querySelector("[data-map] > svg");
+  if (drawing && keptZoom()) zoom(keptZoom());
+  else if (drawing) sayZoom(shownZoom(drawing));
 }
 
 const ZOOM_KEYS = { "+": "in", "=": "in", "-": "out", 0: "whole" };

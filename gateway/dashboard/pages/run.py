@@ -174,6 +174,9 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
             for node_id, spent in steps.items()
         },
         "states": {state["nodeId"]: state for state in graph["states"]},
+        "reused": {
+            one["nodeId"] for one in graph["states"] if one["endedAt"] and one["endedAt"] < run["createdAt"]
+        },
         "address_of": lambda node_id: _build_address(
             frame, node=node_id, tab="", iteration="", at="", **{"with": ""}
         ),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
@@ -31,6 +31,8 @@ PARTS: Final = (
     ("config", "Rendered config"),
     ("output", "Output"),
 )
+MAX_NAMES: Final = 10
+"""Names in the input that are shown beside a path that found nothing."""
 MAX_LINES: Final = 60
 """Changes that are shown of each part."""
 
@@ -151,7 +153,25 @@ def view_node(
         ],
         "output_texts": list_texts((span or {}).get("outputData")) if tab == "output" else (),
         "lost_paths": (span or {}).get("unresolved") or (),
+        "found_names": list_found_names((span or {}).get("unresolved") or (), (span or {}).get("inputData")),
     }
+
+
+def list_found_names(paths: Iterable[str], data: Any) -> Sequence[tuple[str, Sequence[str]]]:  # noqa: ANN401 - any JSON value
+    """Return for paths into the input that found nothing the names that are there instead, by their place.
+
+    For `data.order.sum`, that are the names in `data.order`, at most ten. Paths into anything but an object
+    of the input are left out.
+    """
+    found: dict[str, Sequence[str]] = {}
+    for path in paths:
+        first, *names = path.split(".")
+        place, value = first, data
+        while names and isinstance(value, dict) and names[0] in value:
+            place, value = f"{place}.{names[0]}", value[names.pop(0)]
+        if first == "data" and names and isinstance(value, dict) and value and "$blob" not in value:
+            found[place] = list(value)[:MAX_NAMES]
+    return [*found.items()]
 
 
 def list_texts(output: Any) -> Sequence[tuple[str, str]]:  # noqa: ANN401 - any JSON value
