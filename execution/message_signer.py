@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 import structlog
 
 from models import signing_secrets
+from models.column_types import build_row
 from models.encryption import VaultError
 from models.signing_secrets import SigningSecret
 
@@ -49,7 +50,7 @@ class MessageSigner:
     async def _secrets(self, organization_id: str) -> Sequence[str]:
         async with self._database.read() as connection:
             rows = await connection.execute(signing_secrets.valid_secrets_statement(organization_id))
-            found = [SigningSecret(**row) for row in rows.mappings()]
+            found = [build_row(SigningSecret, row) for row in rows.mappings()]
         # In a thread: the first use loads the cryptographic library and derives the key.
         return await asyncio.to_thread(self._decrypt_secrets, found)
 

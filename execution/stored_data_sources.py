@@ -12,6 +12,7 @@ from sqlmodel import col
 
 from concurrency.single_flight import SingleFlight
 from engine.run_errors import NodeError
+from models.column_types import build_row
 from models.data_source import DataSource, decrypt_secrets, is_usable_by
 from models.encryption import VaultError
 from models.errors import DatabaseUnavailable
@@ -82,7 +83,7 @@ class StoredDataSources:
             # The same text for absent and for forbidden data sources: guessing an id reveals nothing.
             message = f"There is no data source {source_id!r} that this run may use"
             raise NodeError(message, code="data-source-not-found")
-        return DataSource(**row)
+        return build_row(DataSource, row)
 
     def _decrypt(self, row: DataSource) -> ConnectionSource:
         try:

@@ -21,6 +21,7 @@ from engine.services import RunCaller
 from journal import worker_presence
 from journal.presence_reports import REPORT_SECONDS
 from models.ai_model import AiModel, is_usable_by
+from models.column_types import build_row
 from models.errors import DatabaseUnavailable
 from nodes.ai.model_connection import ModelConnection
 
@@ -89,7 +90,7 @@ class StoredModels:
             # The same text for absent and for forbidden models: guessing an id reveals nothing.
             message = f"There is no model {model_id!r} that this run may use"
             raise NodeError(message, code="model-not-found")
-        return AiModel(**row)
+        return build_row(AiModel, row)
 
     async def block(self, caller: RunCaller, model_id: str, seconds: float) -> None:
         """Store the time until which the provider of a model accepts no calls, unless a later one is stored.

@@ -15,6 +15,7 @@ from sqlalchemy import delete, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import col
 
+from models.column_types import build_row
 from models.database_time import DatabaseTime
 from models.errors import DatabaseUnavailable
 from models.workflow import WorkflowLogLevel
@@ -53,7 +54,7 @@ async def read_log_level(connection: AsyncConnection, workflow_id: str) -> Workf
         col(WorkflowLogLevel.workflow_id) == workflow_id, col(WorkflowLogLevel.until) > DatabaseTime()
     )
     row = (await connection.execute(statement)).mappings().first()
-    return None if row is None else WorkflowLogLevel(**row)
+    return None if row is None else build_row(WorkflowLogLevel, row)
 
 
 async def store_log_level(

@@ -12,6 +12,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import col
 
 from models import database_time
+from models.column_types import build_row
 from models.execution import Execution
 from models.execution_status import TERMINAL_STATUSES
 from models.published_value import PublishedValue
@@ -112,4 +113,4 @@ async def _list_values(connection: AsyncConnection, execution_id: str) -> Sequen
         .where(col(PublishedValue.execution_id) == execution_id)
         .order_by(col(PublishedValue.key))
     )
-    return [PublishedValue(**row) for row in (await connection.execute(statement)).mappings()]
+    return [build_row(PublishedValue, row) for row in (await connection.execute(statement)).mappings()]

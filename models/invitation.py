@@ -10,7 +10,7 @@ from sqlalchemy import Column, Index, SmallInteger, func, insert, select, update
 from sqlmodel import Field, SQLModel, col
 
 from models import browser_session, ids
-from models.column_types import TimestampColumn
+from models.column_types import TimestampColumn, build_row
 
 if TYPE_CHECKING:
     from sqlalchemy import ColumnElement
@@ -95,7 +95,7 @@ async def list_invitations(
     condition = col(Invitation.organization_id) == organization_id
     count = await connection.scalar(select(func.count()).select_from(Invitation).where(condition))
     page = select(Invitation).where(condition).order_by(col(Invitation.id).desc()).limit(limit).offset(offset)
-    return count or 0, [Invitation(**row) for row in (await connection.execute(page)).mappings()]
+    return count or 0, [build_row(Invitation, row) for row in (await connection.execute(page)).mappings()]
 
 
 async def find_by_code(connection: AsyncConnection, code: str) -> Invitation | None:
@@ -141,4 +141,4 @@ async def revoke_invitation(
 async def _find(connection: AsyncConnection, *conditions: ColumnElement[bool]) -> Invitation | None:
     """Return the invitation that matches; None without one."""
     row = (await connection.execute(select(Invitation).where(*conditions))).mappings().first()
-    return None if row is None else Invitation(**row)
+    return None if row is None else build_row(Invitation, row)

@@ -11,7 +11,7 @@ from sqlalchemy import BigInteger, Column, delete, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import Field, SQLModel, col
 
-from models.column_types import TimestampColumn
+from models.column_types import TimestampColumn, build_row
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
@@ -87,7 +87,7 @@ async def list_by_key(
         .order_by(col(KeyRefusal.last_at))
     )
     found: dict[str, dict[str, RefusedScope]] = {}
-    for row in (KeyRefusal(**values) for values in (await connection.execute(statement)).mappings()):
+    for row in (build_row(KeyRefusal, values) for values in (await connection.execute(statement)).mappings()):
         of_key = found.setdefault(row.key_id, {})
         before = of_key[row.scope].count if row.scope in of_key else 0
         of_key[row.scope] = RefusedScope(row.scope, before + row.count, row.last_at, row.last_route)

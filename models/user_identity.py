@@ -10,7 +10,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlmodel import Field, SQLModel, col
 
 from models.access import User
-from models.column_types import TimestampColumn
+from models.column_types import TimestampColumn, build_row
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
@@ -42,7 +42,7 @@ async def find_identity(connection: AsyncConnection, issuer: str, subject: str) 
         col(UserIdentity.issuer) == issuer, col(UserIdentity.subject) == subject
     )
     row = (await connection.execute(statement)).mappings().first()
-    return None if row is None else UserIdentity(**row)
+    return None if row is None else build_row(UserIdentity, row)
 
 
 async def add_identity(

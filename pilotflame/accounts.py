@@ -16,6 +16,7 @@ from models import access_store, database_time, schema_migration
 from models.access import ApiKey, KeyScope, Organization, User, UserRole
 from models.access_store import EmailTaken
 from models.audit import AuditAction
+from models.column_types import build_row
 from models.database import Database, parse_url
 from pilotflame.command_error import CommandError
 
@@ -191,4 +192,4 @@ async def _find_user(connection: AsyncConnection, organization: Organization, id
         raise CommandError(
             f"{organization.name} has no user {id_or_email!r}: `pilotflame users create` creates one"
         )
-    return User(**row)
+    return build_row(User, row)

@@ -28,6 +28,7 @@ from mail import composition, headers
 from mail.composition import OutgoingMail
 from models.access import User, UserRole
 from models.approval import ApprovalLink, ApprovalRequest, ApprovalVote
+from models.column_types import build_row
 from models.database_time import DatabaseTime
 from models.errors import DatabaseUnavailable
 from models.execution import Execution
@@ -274,7 +275,7 @@ class ApprovalMailer:
                 col(ApprovalLink.hash) == digest, col(ApprovalLink.used_at).is_(None)
             )
             row = (await connection.execute(unused)).mappings().first()
-            return None if row is None else ApprovalLink(**row)
+            return None if row is None else build_row(ApprovalLink, row)
 
         return await self._database.transaction(store)
 
@@ -361,7 +362,7 @@ async def _read_users(
         condition = condition | (col(User.role) == UserRole.ADMIN)
     statement = select(User).where(col(User.organization_id) == organization_id, condition)
     rows = await connection.execute(statement.order_by(col(User.id)).limit(MAX_RECIPIENTS))
-    return [User(**row) for row in rows.mappings()]
+    return [build_row(User, row) for row in rows.mappings()]
 
 
 def _list_recipients(

@@ -18,6 +18,7 @@ from journal.explanations.blockers import BlockerCode
 from models.access import ApiCaller
 from models.audit import AuditAction, AuditEntry, SystemDecision
 from models.blocked_interval import BlockedInterval
+from models.column_types import build_row
 from models.deployment import LifecycleDecision
 from models.execution import Execution
 from models.ingest import Delivery
@@ -135,7 +136,7 @@ class _AuditTable:
         """Return the entry of a row, which has the columns of the table."""
         if self.model is Delivery:
             return DeferredDelivery(**{one.name: row[one.name] for one in fields(DeferredDelivery)})
-        built = self.model(**{name: row[name] for name in self.model.model_fields})
+        built = build_row(self.model, {name: row[name] for name in self.model.model_fields})
         return cast("AuditRow", built)
 
     def matches_ids(self, ids: Sequence[str]) -> Sequence[ColumnElement[bool]]:

@@ -22,6 +22,7 @@ from json_text import decoding
 from models import access_store, browser_session, invitation, user_identity
 from models.access import SCOPES_OF_ROLES, ApiCaller, ApiKey, Organization, User, UserRole
 from models.audit import AuditAction
+from models.column_types import build_row
 from models.encryption import EncryptedText, SecretCorrupted, SecretVault, UnknownSecret
 from models.invitation import Invitation
 from nodes.outbound_http import OutboundClient, OutboundPolicy
@@ -300,7 +301,7 @@ async def _find_invitation(connection: AsyncConnection, email: str, now: datetim
         .limit(1)
     )
     row = (await connection.execute(statement)).mappings().first()
-    return None if row is None else Invitation(**row)
+    return None if row is None else build_row(Invitation, row)
 
 
 async def has_one_organization(connection: AsyncConnection) -> bool:

@@ -22,6 +22,7 @@ from gateway.http.responses import JsonResponse
 from gateway.http.wire import Instant, StrictWire, WireStruct, body_of, instant, read_json
 from models.ai_model import AiSettings
 from models.audit import AuditAction
+from models.column_types import build_row
 from nodes.ai.model_connection import ECHO_MODEL_ID
 
 if TYPE_CHECKING:
@@ -166,7 +167,7 @@ async def _read(connection: AsyncConnection, caller: ApiCaller, *, is_locking: b
     rows = await connection.execute(statement.with_for_update() if is_locking else statement)
     row = rows.mappings().first()
     if row is not None:
-        return AiSettings(**row)
+        return build_row(AiSettings, row)
     return AiSettings(organization_id=caller.organization_id, shard=caller.shard, updated_at=NEVER)
 
 

@@ -12,6 +12,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlmodel import col
 
 from models.ai_model import AiModel, AiModelShare, AiSettings, is_readable_by
+from models.column_types import build_row
 
 if TYPE_CHECKING:
     from sqlalchemy import ColumnElement
@@ -55,7 +56,7 @@ async def find(
     if row is None:
         return None
     shared_with = await _read_shares(connection, [model_id])
-    return StoredModel(AiModel(**row), shared_with.get(model_id, {}))
+    return StoredModel(build_row(AiModel, row), shared_with.get(model_id, {}))
 
 
 async def page(
@@ -71,7 +72,7 @@ async def page(
         .limit(part.limit)
         .offset(part.offset)
     )
-    models = [AiModel(**row) for row in rows.mappings()]
+    models = [build_row(AiModel, row) for row in rows.mappings()]
     shared_with = await _read_shares(connection, [model.id for model in models])
     return count or 0, [StoredModel(model, shared_with.get(model.id, {})) for model in models]
 

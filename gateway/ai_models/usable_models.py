@@ -18,6 +18,7 @@ from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse
 from gateway.http.wire import WireStruct
 from models.ai_model import AiModel, AiSettings, is_readable_by
+from models.column_types import build_row
 from nodes.ai.model_connection import ECHO_MODEL_ID
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ async def index(request: GatewayRequest) -> JsonResponse:
     async with request.gateway.database.read() as connection:
         rows = (await connection.execute(statement)).mappings().all()
         default_id = await connection.scalar(default)
-    found = [_show(AiModel(**row), default_id, now) for row in rows]
+    found = [_show(build_row(AiModel, row), default_id, now) for row in rows]
     found.sort(key=lambda model: (not model.is_default, RANKS.index(model.status)))
     echo = UsableModel(
         id=ECHO_MODEL_ID,

@@ -13,6 +13,7 @@ from sqlmodel import col
 
 from models.ai_model import AiModel
 from models.ai_model import is_readable_by as model_readable_by
+from models.column_types import build_row
 from models.data_source import DataSource, DataSourceShare, is_readable_by, is_writable_by
 from models.workflow import Workflow, WorkflowGraph
 from models.workflow import is_readable_by as workflow_readable_by
@@ -71,7 +72,7 @@ async def find(connection: AsyncConnection, source_id: str, caller: ApiCaller) -
     if row is None:
         return None
     shared_with = await _read_shares(connection, [source_id])
-    return StoredDataSource(DataSource(**row), shared_with.get(source_id, {}))
+    return StoredDataSource(build_row(DataSource, row), shared_with.get(source_id, {}))
 
 
 async def page(
@@ -96,7 +97,7 @@ async def page(
         .limit(part.limit)
         .offset(part.offset)
     )
-    sources = [DataSource(**row) for row in rows.mappings()]
+    sources = [build_row(DataSource, row) for row in rows.mappings()]
     shared_with = await _read_shares(connection, [source.id for source in sources])
     return count or 0, [StoredDataSource(source, shared_with.get(source.id, {})) for source in sources]
 

@@ -12,7 +12,7 @@ from sqlmodel import col
 from gateway.http import limits
 from models import timestamps
 from models.audit import AuditAction, AuditEntry
-from models.column_types import TimestampColumn
+from models.column_types import TimestampColumn, build_row
 from models.deployment import Deployment, LifecycleDecision
 from models.execution import Execution, ExecutionData
 from models.lifecycle_forecast import PastRun
@@ -86,7 +86,7 @@ async def list_decisions(
         .limit(part.limit)
         .offset(part.offset)
     )
-    return count or 0, [LifecycleDecision(**row) for row in rows.mappings()]
+    return count or 0, [build_row(LifecycleDecision, row) for row in rows.mappings()]
 
 
 def changes_statement(organization_id: str, workflow_id: str, span: TimeRange) -> Select[*tuple[Any, ...]]:
@@ -112,7 +112,7 @@ async def list_changes(
     rows = (
         await connection.execute(changes_statement(workflow.organization_id, workflow.id, span))
     ).mappings()
-    return [AuditEntry(**row) for row in rows]
+    return [build_row(AuditEntry, row) for row in rows]
 
 
 async def read_decisions(
@@ -147,7 +147,7 @@ async def read_decisions(
         earlier.c.at == col(LifecycleDecision.at),
     )
     before = (await connection.execute(select(LifecycleDecision).join(earlier, is_earlier))).mappings()
-    found = [LifecycleDecision(**row) for rows in (before, after) for row in rows]
+    found = [build_row(LifecycleDecision, row) for rows in (before, after) for row in rows]
     return sorted(found, key=lambda one: (one.workflow_id, one.at, one.id))
 
 

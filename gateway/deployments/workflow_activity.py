@@ -20,6 +20,7 @@ from gateway.workflows.workflow_shapes import WorkflowSummary
 from gateway.workflows.workflows import SEARCH, STATUS, TAG
 from journal import run_hours
 from models import access_store
+from models.column_types import build_row
 from models.deployment import SERVING_STATES, Deployment, DeploymentStatus, ObservedState, status_of
 from models.execution import Execution, ExecutionData
 from models.execution_status import ExecutionStatus
@@ -328,7 +329,7 @@ async def _read_deployments(
     """Return the deployments of workflows by id; those that were never deployed are absent."""
     statement = select(Deployment).where(col(Deployment.workflow_id).in_(workflow_ids))
     rows = (await connection.execute(statement)).mappings()
-    return {row["workflow_id"]: Deployment(**row) for row in rows}
+    return {row["workflow_id"]: build_row(Deployment, row) for row in rows}
 
 
 async def _read_newest_runs(

@@ -22,6 +22,7 @@ from gateway.http.wire import Instant, WireStruct, instant, optional_instant
 from journal.presence_reports import ABSENT_SECONDS, program_version
 from messages.broker import BrokerUnavailable
 from models import access_store
+from models.column_types import build_row
 from models.database import is_sqlite
 from models.execution import Leadership
 from models.process_presence import ProcessPresence
@@ -253,7 +254,7 @@ async def _find_lead(connection: AsyncConnection, now: datetime) -> SchedulerLea
     row = (await connection.execute(select(Leadership).limit(1))).mappings().first()
     if row is None:
         return None
-    leader = Leadership(**row)
+    leader = build_row(Leadership, row)
     return SchedulerLead(
         name=leader.owner, is_held=leader.lease_until > now, lease_until=instant(leader.lease_until)
     )
@@ -266,7 +267,7 @@ async def _read_processes(connection: AsyncConnection) -> Sequence[ProcessPresen
         .order_by(col(ProcessPresence.role), col(ProcessPresence.seen_at).desc())
         .limit(SHOWN_PROCESSES)
     )
-    return [ProcessPresence(**row) for row in (await connection.execute(statement)).mappings()]
+    return [build_row(ProcessPresence, row) for row in (await connection.execute(statement)).mappings()]
 
 
 async def _read_workers(connection: AsyncConnection) -> Sequence[WorkerPresence]:
@@ -277,7 +278,7 @@ async def _read_workers(connection: AsyncConnection) -> Sequence[WorkerPresence]
         .order_by(col(WorkerPresence.seen_at).desc())
         .limit(SHOWN_PROCESSES)
     )
-    return [WorkerPresence(**row) for row in (await connection.execute(statement)).mappings()]
+    return [build_row(WorkerPresence, row) for row in (await connection.execute(statement)).mappings()]
 
 
 def _show_process(one: ProcessPresence | WorkerPresence, now: datetime) -> ServerProcess:

@@ -34,6 +34,7 @@ from journal.waits.approvals import ApprovalDecision
 from journal.waits.node_answers import AnswerReception, WaitingNode
 from models.access import Organization, User
 from models.approval import ApprovalLink
+from models.column_types import build_row
 from models.execution import Execution, SpanRow
 from models.execution_status import TERMINAL_STATUSES
 from models.ingest import INTAKE_KINDS
@@ -251,7 +252,7 @@ async def _find_question(request: GatewayRequest) -> ApprovalQuestion | None:
                 col(User.id) == link.assignee, col(User.organization_id) == link.organization_id
             )
             row = (await connection.execute(users)).mappings().first()
-            user = None if row is None else User(**row)
+            user = None if row is None else build_row(User, row)
         is_early = (
             not asked and run.status not in TERMINAL_STATUSES and not await _was_reached(connection, link)
         )

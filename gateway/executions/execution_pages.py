@@ -12,6 +12,7 @@ from sqlmodel import col
 from gateway.executions import execution_rows
 from gateway.http import keyset, limits
 from gateway.http.keyset import KeysetBounds, ListPage, RowSource
+from models.column_types import build_row
 from models.execution import Execution, ExecutionData
 from models.execution_label import ExecutionLabel
 from models.execution_status import ExecutionStatus
@@ -55,7 +56,7 @@ async def list_page(
             edges.append(examined.edge)
         for row in examined.rows:
             columns_of_run = dict(row)
-            found.append((columns_of_run.pop("listed_at"), Execution(**columns_of_run)))
+            found.append((columns_of_run.pop("listed_at"), build_row(Execution, columns_of_run)))
         counted = await keyset.count_page(connection, source, bounds, examined)
         count, is_lower_bound = count + counted.count, is_lower_bound or counted.is_lower_bound
     runs, next_cursor = _cut_page(found, edges, bounds)

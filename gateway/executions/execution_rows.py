@@ -30,6 +30,7 @@ from sqlmodel import col
 from engine.run_records import CANDIDATE_STATUSES, SpanStatus
 from gateway.http.keyset import ListPage
 from journal.blobs.blob_storage import BlobOwner
+from models.column_types import build_row
 from models.execution import AttemptRow, Execution, ExecutionData, LogRow, SpanRow
 from models.execution_label import ExecutionLabel
 from models.execution_visibility import visibility_condition
@@ -155,7 +156,7 @@ async def list_executions(
         .limit(part.limit)
         .offset(part.offset)
     )
-    return ListPage(count or 0, [Execution(**row) for row in rows.mappings()])
+    return ListPage(count or 0, [build_row(Execution, row) for row in rows.mappings()])
 
 
 async def find_oldest(
@@ -272,7 +273,7 @@ async def find_head(connection: AsyncConnection, execution_id: str, caller: ApiC
     """Return the row of an execution without its data; None if it is missing or the caller may not see it."""
     condition = and_(col(Execution.id) == execution_id, visibility_condition(caller))
     row = (await connection.execute(select(Execution).where(condition))).mappings().first()
-    return None if row is None else Execution(**row)
+    return None if row is None else build_row(Execution, row)
 
 
 async def find_execution(
@@ -305,7 +306,7 @@ async def find_execution(
     rows = (await connection.execute(outputs)).all()
     return ExecutionRecord(
         execution,
-        ExecutionData(**data),
+        build_row(ExecutionData, data),
         [(row.node_id, row.output) for row in rows],
         [row.node_id for row in rows if row.output_is_reference],
         (await read_labels(connection, caller, [execution_id])).get(execution_id, ()),
@@ -544,7 +545,7 @@ async def read_heads(connection: AsyncConnection, keys: Sequence[ExecutionKey]) 
     ids, shards = {key.execution_id for key in keys}, {key.shard for key in keys}
     statement = select(Execution).where(col(Execution.id).in_(ids), col(Execution.shard).in_(shards))
     rows = await connection.execute(statement)
-    return {row["id"]: Execution(**row) for row in rows.mappings()}
+    return {row["id"]: build_row(Execution, row) for row in rows.mappings()}
 
 
 async def read_changes(

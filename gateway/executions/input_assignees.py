@@ -22,6 +22,7 @@ from journal.waits import approvals
 from journal.waits.node_answers import AnswerReception
 from models.access import User, UserRole
 from models.audit import AuditAction
+from models.column_types import build_row
 from models.execution import Execution
 from models.execution_visibility import visibility_condition
 from models.ingest import INTAKE_KINDS
@@ -126,7 +127,7 @@ async def _read_users(
         col(User.role) != UserRole.VIEWER,
         or_(col(User.id).in_(names), func.lower(col(User.email)).in_(addresses)),
     )
-    users = [User(**row) for row in (await connection.execute(statement)).mappings()]
+    users = [build_row(User, row) for row in (await connection.execute(statement)).mappings()]
     return {one.id: one for one in users} | {one.email.casefold(): one for one in users}
 
 

@@ -21,6 +21,7 @@ from gateway.http.responses import JsonResponse
 from gateway.http.wire import Instant, WireStruct, instant
 from json_text import decoding
 from models.access import KeyScope
+from models.column_types import build_row
 from models.deployment import Deployment, DeploymentStatus, status_of
 from models.execution import Execution, ExecutionData, SpanRow
 from models.execution_visibility import visibility_condition
@@ -164,7 +165,8 @@ async def _list_workflows(
     graphs = {row["workflow_id"]: row["nodes"] for row in (await connection.execute(statement)).mappings()}
     deployed = select(Deployment).where(col(Deployment.workflow_id).in_(names))
     deployments = {
-        row["workflow_id"]: Deployment(**row) for row in (await connection.execute(deployed)).mappings()
+        row["workflow_id"]: build_row(Deployment, row)
+        for row in (await connection.execute(deployed)).mappings()
     }
     return [
         SourceWorkflow(

@@ -33,6 +33,7 @@ from gateway.http.wire import (
 from gateway.ingest.dead_letter_selection import DeadLetterSelection
 from models import bulk_operation, ids
 from models.bulk_operation import BulkAction, BulkOperation, BulkStatus
+from models.column_types import build_row
 from models.database_time import read_database_time
 
 if TYPE_CHECKING:
@@ -298,7 +299,7 @@ async def _list_operations(
     page = await keyset.list_rows(
         connection, columns, conditions, bounds, created_at=created_at, item_id=item_id
     )
-    return page.convert(lambda row: BulkOperation(**row))
+    return page.convert(lambda row: build_row(BulkOperation, row))
 
 
 async def _change(request: GatewayRequest, values: Mapping[str, Any]) -> JsonResponse:

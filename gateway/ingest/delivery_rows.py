@@ -16,6 +16,7 @@ from gateway.executions.resume_runs import IS_TAKEN_UP
 from gateway.http import idempotency, keyset
 from gateway.http.keyset import ListPage, RowSource
 from json_text import decoding
+from models.column_types import build_row
 from models.execution import Execution, ExecutionData, Idempotency
 from models.execution_status import ExecutionStatus
 from models.ingest import INTAKE_KINDS, Delivery, DeliveryOutcome, IngestRoute
@@ -86,7 +87,7 @@ async def find_delivery(connection: AsyncConnection, delivery_id: str, caller: A
         col(Delivery.id) == delivery_id, col(Delivery.organization_id) == caller.organization_id
     )
     row = (await connection.execute(statement)).mappings().first()
-    return None if row is None else Delivery(**row)
+    return None if row is None else build_row(Delivery, row)
 
 
 async def list_deliveries(
@@ -115,7 +116,7 @@ async def list_deliveries(
         .limit(part.limit)
         .offset(part.offset)
     )
-    return ListPage(count or 0, [Delivery(**row) for row in rows.mappings()])
+    return ListPage(count or 0, [build_row(Delivery, row) for row in rows.mappings()])
 
 
 async def list_of_organization(
@@ -148,7 +149,7 @@ async def _list_examined(
     table: FromClause = Delivery.__table__  # type: ignore[attr-defined]  # SQLModel adds it
     source = RowSource(table, col(Delivery.created_at), col(Delivery.id), within, residual)
     page = await keyset.list_examined(connection, LISTED, source, bounds)
-    return page.convert(lambda row: Delivery(**row))
+    return page.convert(lambda row: build_row(Delivery, row))
 
 
 def visible_conditions(caller: ApiCaller) -> Iterable[ColumnElement[bool]]:
@@ -222,7 +223,7 @@ async def list_dead_letters(
         .limit(part.limit)
         .offset(part.offset)
     )
-    return count or 0, [Execution(**row) for row in rows.mappings()]
+    return count or 0, [build_row(Execution, row) for row in rows.mappings()]
 
 
 async def read_input(connection: AsyncConnection, execution_ids: Sequence[str]) -> dict[str, str]:

@@ -22,6 +22,7 @@ from gateway.http.wire import Instant, StrictWire, WireStruct, body_of, instant,
 from gateway.ingest import event_signatures
 from models import ids, sender_tokens
 from models.audit import AuditAction
+from models.column_types import build_row
 from models.ingest import SenderToken, SenderTokenKind
 from senders.event_senders import EventSender as Provider
 
@@ -180,7 +181,7 @@ async def index(request: GatewayRequest) -> JsonResponse:
             .limit(part.limit)
             .offset(part.offset)
         )
-        found = [_show_token(SenderToken(**row)) for row in rows.mappings()]
+        found = [_show_token(build_row(SenderToken, row)) for row in rows.mappings()]
     return JsonResponse(EventTokenList(count=count or 0, limit=part.limit, offset=part.offset, tokens=found))
 
 

@@ -35,6 +35,7 @@ from gateway.ingest.ingest import RunInput
 from journal.store import AcceptanceVerdict, InboundRequest
 from journal.waits import event_waits
 from json_text import decoding
+from models.column_types import build_row
 from models.ingest import Delivery, IngestRoute, SenderTokenKind
 from models.ingest import EventRecord as EventRow
 from senders import event_senders
@@ -380,7 +381,7 @@ async def _find_readable(
         col(Delivery.event_id) == event.id,
     )
     delivery = (await connection.execute(brought)).mappings().first()
-    return event, None if delivery is None else Delivery(**delivery)
+    return event, None if delivery is None else build_row(Delivery, delivery)
 
 
 def _native_event(body: EmitEventRequest) -> SenderEvent:

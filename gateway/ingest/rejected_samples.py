@@ -22,6 +22,7 @@ from gateway.http import metrics
 from gateway.ingest.delivery_log import REASON_LENGTH, TOO_MANY
 from messages.token_buckets import BucketRate, LocalTokenBuckets, TokenDemand
 from models import ids
+from models.column_types import build_row
 from models.errors import DatabaseUnavailable
 from models.ingest import IngestRoute, RejectedRequestSample
 from models.workflow import Workflow
@@ -161,7 +162,7 @@ async def list_samples(
         .limit(part.limit)
         .offset(part.offset)
     )
-    return found or 0, [RejectedRequestSample(**row) for row in rows.mappings()]
+    return found or 0, [build_row(RejectedRequestSample, row) for row in rows.mappings()]
 
 
 async def _upsert_samples(connection: AsyncConnection, rows: Sequence[Mapping[str, Any]]) -> None:

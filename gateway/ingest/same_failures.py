@@ -17,6 +17,7 @@ from gateway.http.wire import Instant, WireStruct, instant
 from gateway.ingest import dead_letter_rows
 from gateway.workflows import version_rows
 from journal import failure_causes
+from models.column_types import build_row
 from models.execution import Execution
 from models.execution_status import ExecutionStatus
 from models.execution_visibility import visibility_condition
@@ -91,7 +92,7 @@ async def _read_summaries(
     if not execution_ids:
         return ()
     statement = select(Execution).where(col(Execution.id).in_(execution_ids), visibility_condition(caller))
-    found = {row["id"]: Execution(**row) for row in (await connection.execute(statement)).mappings()}
+    found = {row["id"]: build_row(Execution, row) for row in (await connection.execute(statement)).mappings()}
     labels = await execution_rows.read_labels(connection, caller, execution_ids)
     versions = await version_rows.find_versions_of_runs(connection, caller.shard, execution_ids)
     return [

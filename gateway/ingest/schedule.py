@@ -23,6 +23,7 @@ from gateway.workflows import editing
 from journal import definition_snapshot
 from journal.definition_snapshot import TriggerNode
 from models import schedule_timetable
+from models.column_types import build_row
 from models.execution import Execution
 from models.execution_status import ExecutionStatus
 from models.schedule import Schedule
@@ -274,7 +275,7 @@ async def _read_row(
         return None, None
     columns = dict(row)
     last = _find_last(columns.pop("last_status"), columns.pop("last_created_at"))
-    return Schedule(**columns), last
+    return build_row(Schedule, columns), last
 
 
 def _show_schedule(

@@ -26,6 +26,7 @@ from journal.explanations.blockers import BlockerCode
 from journal.held_runs import UNTIL_RESUMED
 from models import lifecycle_policy, schedule_timetable, weekly_windows
 from models.blocked_interval import BlockedInterval
+from models.column_types import build_row
 from models.deployment import Deployment, LifecycleDecision
 from models.execution import DELAYED_TARGET, LIVE_CONDITION, Execution
 from models.execution_status import ExecutionStatus
@@ -237,7 +238,7 @@ async def _list_rows(
     rows = []
     for row in found:
         config, deployment_id = row.pop("trigger_config"), row.pop("deployment_id")
-        rows.append(_LaneRow(Workflow(**row), schedules.get(row["id"]), config, deployment_id))
+        rows.append(_LaneRow(build_row(Workflow, row), schedules.get(row["id"]), config, deployment_id))
     return count or 0, rows
 
 
@@ -245,7 +246,7 @@ async def _read_schedules(connection: AsyncConnection, workflow_ids: Sequence[st
     if not workflow_ids:
         return {}
     rows = await connection.execute(select(Schedule).where(col(Schedule.workflow_id).in_(workflow_ids)))
-    return {row["workflow_id"]: Schedule(**row) for row in rows.mappings()}
+    return {row["workflow_id"]: build_row(Schedule, row) for row in rows.mappings()}
 
 
 def _select_waiting(caller: ApiCaller) -> Subquery:

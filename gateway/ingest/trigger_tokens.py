@@ -20,6 +20,7 @@ from gateway.workflows import editing, workflow_rows
 from journal import definition_snapshot
 from models import ids, sender_tokens
 from models.audit import AuditAction
+from models.column_types import build_row
 from models.ingest import SenderToken, SenderTokenKind
 from models.process_presence import ProcessPresence
 
@@ -208,7 +209,7 @@ async def _list_valid_tokens(
         .where(col(SenderToken.workflow_id) == workflow_id, is_valid_token(now))
         .order_by(col(SenderToken.id).desc())
     )
-    return [SenderToken(**row) for row in (await connection.execute(statement)).mappings()]
+    return [build_row(SenderToken, row) for row in (await connection.execute(statement)).mappings()]
 
 
 async def _end(connection: AsyncConnection, workflow_id: str, now: datetime, at: datetime) -> list[str]:

@@ -16,6 +16,7 @@ from concurrency import offload
 from gateway.http import errors
 from gateway.http.errors import ApiError
 from gateway.ingest import event_signatures, trigger_secrets
+from models.column_types import build_row
 from models.data_source_types import DataSourceType
 from models.deployment import Deployment
 from senders import basic_auth, github, hmac_signature, slack, standard_webhooks, stripe
@@ -211,7 +212,7 @@ class TriggerVerifier:
         )
         async with self._database.read() as connection:
             row = (await connection.execute(statement)).mappings().first()
-        return workflow if row is None else await self._deployed.load(workflow, Deployment(**row))
+        return workflow if row is None else await self._deployed.load(workflow, build_row(Deployment, row))
 
 
 def parse_config(said: Json) -> VerificationConfig:

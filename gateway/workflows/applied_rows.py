@@ -12,7 +12,7 @@ from sqlmodel import col
 from gateway.workflows import workflow_rows
 from models.access import Organization
 from models.applied_workflow import AppliedWorkflow
-from models.column_types import column_values
+from models.column_types import build_row, column_values
 from models.data_source import DataSource, is_usable_by
 from models.workflow import Workflow, is_readable_by
 
@@ -84,7 +84,7 @@ async def find_applications(
     """Return the last application (what was applied, and by whom) of each workflow, by its id; others are omitted."""
     statement = select(AppliedWorkflow).where(col(AppliedWorkflow.workflow_id).in_(workflow_ids))
     rows = (await connection.execute(statement)).mappings()
-    return {row["workflow_id"]: AppliedWorkflow(**row) for row in rows}
+    return {row["workflow_id"]: build_row(AppliedWorkflow, row) for row in rows}
 
 
 async def replace_application(connection: AsyncConnection, applied: AppliedWorkflow) -> None:

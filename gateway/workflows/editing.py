@@ -29,7 +29,7 @@ from journal import definition_snapshot
 from journal.definition_snapshot import build_definition
 from models import lifecycle_policy
 from models.audit import AuditAction
-from models.column_types import column_values
+from models.column_types import build_row, column_values
 from models.data_source import DataSource, decrypt_secrets, is_usable_by
 from models.encryption import VaultError
 from models.workflow import Workflow, WorkflowStatus
@@ -430,7 +430,7 @@ async def require_usable(
         col(DataSource.id).in_({one.id for one in named}), is_usable_by(owner.organization_id, owner.owner_id)
     )
     rows = (await connection.execute(statement)).mappings()
-    found = {row["id"]: DataSource(**row) for row in rows}
+    found = {row["id"]: build_row(DataSource, row) for row in rows}
     problems = [
         problem for one in named if (problem := _find_problem(one, found.get(one.id), vault)) is not None
     ]

@@ -9,6 +9,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import col
 
 from models import database_time, schedule_timetable
+from models.column_types import build_row
 from models.schedule import Schedule
 from models.schedule_timetable import InvalidTimetable
 from models.workflow import WorkflowStatus
@@ -53,7 +54,7 @@ async def save_schedule(
     )
     now = await database_time.read_database_time(connection)
     row = _new_schedule(workflow, trigger, now, _last_run_at(found, now))
-    if found is not None and found["next_run_at"] is not None and _is_alike(row, Schedule(**found)):
+    if found is not None and found["next_run_at"] is not None and _is_alike(row, build_row(Schedule, found)):
         return
     values = row.model_dump(exclude=set(_HISTORY))
     if found is None or found["node_id"] != trigger.node_id:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 from sqlalchemy import func, insert, select
 from sqlmodel import col
 
-from models.column_types import column_values
+from models.column_types import build_row, column_values
 from models.execution import Execution
 from models.workflow import WorkflowVersion
 
@@ -63,7 +63,7 @@ async def find_version(connection: AsyncConnection, workflow_id: str, version: i
         col(WorkflowVersion.workflow_id) == workflow_id, col(WorkflowVersion.version) == version
     )
     row = (await connection.execute(statement)).mappings().first()
-    return WorkflowVersion(**row) if row else None
+    return build_row(WorkflowVersion, row) if row else None
 
 
 async def tagged(connection: AsyncConnection, workflow_id: str, version_tag: str) -> VersionRow | None:

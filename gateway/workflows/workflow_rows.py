@@ -20,7 +20,7 @@ from gateway.workflows.stored_workflow import StoredWorkflow
 from journal import definition_snapshot, held_runs
 from journal.store import ExecutionKey
 from models import ids
-from models.column_types import column_values
+from models.column_types import build_row, column_values
 from models.custom_node_type import CustomNodeType
 from models.execution import Execution, ExecutionData
 from models.execution_status import TERMINAL_STATUSES
@@ -128,7 +128,7 @@ async def find_workflow_row(
     """Return a workflow without its graph and shares; None if it is missing or the caller may not read it."""
     statement = select(Workflow).where(col(Workflow.id) == workflow_id, is_readable_by(caller))
     row = (await connection.execute(statement)).mappings().first()
-    return None if row is None else Workflow(**stored_workflow.move_foreign_settings({**row}))
+    return None if row is None else build_row(Workflow, stored_workflow.move_foreign_settings({**row}))
 
 
 async def find_readable_ids(
@@ -143,7 +143,7 @@ def _build_workflow(row: Mapping[Any, Any], shared_with: Mapping[str, datetime])
     """Return a workflow from its row joined with that of its graph."""
     fields = stored_workflow.move_foreign_settings(row)
     nodes, connections = fields.pop("nodes"), fields.pop("connections")
-    return StoredWorkflow(Workflow(**fields), nodes, connections, shared_with)
+    return StoredWorkflow(build_row(Workflow, fields), nodes, connections, shared_with)
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +205,7 @@ async def list_page(
         created_at=col(Workflow.created_at),
         item_id=col(Workflow.id),
     )
-    return found.convert(lambda row: Workflow(**row))
+    return found.convert(lambda row: build_row(Workflow, row))
 
 
 async def count_workflows(connection: AsyncConnection, caller: ApiCaller, wanted: WorkflowFilter) -> int:

@@ -11,6 +11,7 @@ from sqlmodel import col
 
 from journal.deployments import activity, wakes
 from models import database_time, deployment_token
+from models.column_types import build_row
 from models.database_time import DatabaseTime
 from models.deployment import Deployment, DeploymentStatus, is_desired, status_of
 from models.deployment_token import TokenBearer
@@ -55,7 +56,7 @@ async def find_deployment(connection: AsyncConnection, workflow_id: str) -> Depl
     """
     statement = select(Deployment).where(col(Deployment.workflow_id) == workflow_id)
     row = (await connection.execute(statement)).mappings().first()
-    return None if row is None else Deployment(**row)
+    return None if row is None else build_row(Deployment, row)
 
 
 async def deploy_workflow(connection: AsyncConnection, order: DeployRequest, *, secret: bytes) -> Deployment:

@@ -22,6 +22,7 @@ from journal import blocked_intervals
 from journal.deployments import activity
 from journal.explanations.blockers import BlockerCode
 from models import lifecycle_policy
+from models.column_types import build_row
 from models.database_time import DatabaseTime
 from models.deployment import (
     Deployment,
@@ -206,13 +207,13 @@ async def _record_activities(
         counted_ids = workflow_ids[start : start + BATCH_COUNTED]
         result = await connection.execute(_RECORD_ACTIVITY, {"counted_ids": counted_ids})
         for row in result.mappings():
-            found[row["workflow_id"]] = Deployment(**row)
+            found[row["workflow_id"]] = build_row(Deployment, row)
     if locked := [workflow_id for workflow_id in workflow_ids if workflow_id not in found]:
         statement = select(Deployment).where(
             col(Deployment.workflow_id).in_(locked), col(Deployment.is_deployed)
         )
         for row in (await connection.execute(statement)).mappings():
-            found[row["workflow_id"]] = Deployment(**row)
+            found[row["workflow_id"]] = build_row(Deployment, row)
     return found
 
 

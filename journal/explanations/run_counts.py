@@ -16,6 +16,7 @@ from journal.explanations.blockers import BlockerCode
 from journal.explanations.run_facts import SPECIAL_TARGETS
 from journal.held_runs import UNTIL_RESUMED
 from models.blocked_interval import BlockedInterval
+from models.column_types import build_row
 from models.database_time import DatabaseTime
 from models.deployment import Deployment
 from models.execution import (
@@ -129,7 +130,7 @@ async def read_workers(connection: AsyncConnection) -> tuple[datetime, Sequence[
     workers = await connection.execute(
         select(WorkerPresence).order_by(col(WorkerPresence.seen_at).desc()).limit(1_000)
     )
-    return now, [WorkerPresence(**row) for row in workers.mappings()]
+    return now, [build_row(WorkerPresence, row) for row in workers.mappings()]
 
 
 class _CodeTotals:

@@ -18,6 +18,7 @@ from journal.deployments import activity
 from json_text import decoding
 from models.agent_step import AgentStepRow
 from models.blocked_interval import BlockedInterval
+from models.column_types import build_row
 from models.database_time import DatabaseTime
 from models.deployment import LifecycleDecision
 from models.execution import (
@@ -193,7 +194,7 @@ async def read_run_facts(
     row = (await connection.execute(statement)).mappings().first()
     if row is None:
         return None
-    run = Execution(**{name: row[name] for name in Execution.model_fields})
+    run = build_row(Execution, {name: row[name] for name in Execution.model_fields})
     intervals = await read_intervals(connection, execution_id)
     facts = RunFacts(
         run=run,
@@ -217,7 +218,7 @@ async def read_intervals(connection: AsyncConnection, execution_id: str) -> Sequ
         .order_by(col(BlockedInterval.started_at))
         .limit(MAX_INTERVALS)
     )
-    return [BlockedInterval(**row) for row in (await connection.execute(statement)).mappings()]
+    return [build_row(BlockedInterval, row) for row in (await connection.execute(statement)).mappings()]
 
 
 def _claimable_sql() -> str:
@@ -317,7 +318,7 @@ async def _read_workers(connection: AsyncConnection, owner: str | None) -> Seque
     statement = select(WorkerPresence).order_by(col(WorkerPresence.seen_at).desc()).limit(1_000)
     if owner is not None:
         statement = statement.where(col(WorkerPresence.owner) == owner)
-    return [WorkerPresence(**row) for row in (await connection.execute(statement)).mappings()]
+    return [build_row(WorkerPresence, row) for row in (await connection.execute(statement)).mappings()]
 
 
 async def read_last_decision(connection: AsyncConnection, workflow_id: str) -> LastDecision | None:

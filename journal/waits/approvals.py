@@ -25,6 +25,7 @@ from journal.waits.node_answers import AnswerReception, AnswerResult, WaitingNod
 from models import ids, timestamps
 from models.access import UserRole
 from models.approval import ApprovalLink, ApprovalRequest, ApprovalVote
+from models.column_types import build_row
 from models.database_time import DatabaseTime
 from models.execution import Execution
 from models.ingest import INTAKE_KINDS
@@ -268,7 +269,7 @@ async def read_votes(
             .order_by(col(ApprovalVote.created_at), col(ApprovalVote.voter))
         )
         for row in (await connection.execute(statement)).mappings():
-            vote = ApprovalVote(**row)
+            vote = build_row(ApprovalVote, row)
             found.setdefault((vote.execution_id, vote.node_id, vote.iteration), []).append(vote)
     return {**found}
 
@@ -315,7 +316,7 @@ async def read_requests(
     if not execution_ids:
         return {}
     statement = select(ApprovalRequest).where(col(ApprovalRequest.execution_id).in_(execution_ids))
-    found = [ApprovalRequest(**row) for row in (await connection.execute(statement)).mappings()]
+    found = [build_row(ApprovalRequest, row) for row in (await connection.execute(statement)).mappings()]
     return {(one.execution_id, one.node_id, one.iteration): one for one in found}
 
 
@@ -384,7 +385,7 @@ async def find_link(connection: AsyncConnection, token: str) -> ApprovalLink | N
     """Return the approval link with a token, used or not; None if there is none."""
     statement = select(ApprovalLink).where(col(ApprovalLink.hash) == hash_token(token))
     row = (await connection.execute(statement)).mappings().first()
-    return None if row is None else ApprovalLink(**row)
+    return None if row is None else build_row(ApprovalLink, row)
 
 
 async def use_link(connection: AsyncConnection, link: ApprovalLink) -> bool:

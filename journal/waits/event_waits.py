@@ -21,7 +21,7 @@ from engine.node_api import OUTPUT, AnswerSource
 from journal.store import ExecutionKey
 from journal.waits import node_answers
 from models import database_time
-from models.column_types import TimestampColumn
+from models.column_types import TimestampColumn, build_row
 from models.database_time import DatabaseTime
 from models.event_wait import EventWait
 from models.execution import Execution, SpanRow
@@ -132,7 +132,7 @@ async def list_events_since(
         .order_by(col(EventRecord.created_at), col(EventRecord.id))
         .limit(BATCH_SCANNED)
     )
-    return [EventRecord(**row) for row in (await connection.execute(statement)).mappings()]
+    return [build_row(EventRecord, row) for row in (await connection.execute(statement)).mappings()]
 
 
 def matches_pattern(pattern: str) -> ColumnElement[bool]:
@@ -197,7 +197,7 @@ async def list_waits(
         .order_by(col(EventWait.execution_id), col(EventWait.node_id), col(EventWait.iteration))
         .limit(BATCH_WAITS)
     )
-    return [EventWait(**row) for row in (await connection.execute(statement)).mappings()]
+    return [build_row(EventWait, row) for row in (await connection.execute(statement)).mappings()]
 
 
 async def read_event_data(connection: AsyncConnection, event_id: str) -> str | None:

@@ -24,7 +24,7 @@ from journal.store import ExecutionKey
 from journal.waits import node_answers
 from journal.waits.node_answers import AnswerReception, AnswerResult
 from models import database_time, timestamps
-from models.column_types import TimestampColumn
+from models.column_types import TimestampColumn, build_row
 from models.database_time import DatabaseTime
 from models.execution import Execution, SpanRow, WaitAnswer
 from models.execution_status import TERMINAL_STATUSES
@@ -213,7 +213,7 @@ async def list_signals(
     numbers = [number for number, _ in found][: min(max(fitting, 1), at_most)]
     statement = select(Signal).where(*conditions, col(Signal.number).in_(numbers))
     rows = (await connection.execute(statement.order_by(col(Signal.number)))).mappings().all()
-    return [Signal(**row) for row in rows], numbers[-1] if len(numbers) < len(found) else None
+    return [build_row(Signal, row) for row in rows], numbers[-1] if len(numbers) < len(found) else None
 
 
 async def find_signal(connection: AsyncConnection, key: ExecutionKey, signal_id: str) -> Signal | None:
@@ -222,7 +222,7 @@ async def find_signal(connection: AsyncConnection, key: ExecutionKey, signal_id:
         col(Signal.execution_id) == key.execution_id, col(Signal.id) == signal_id
     )
     row = (await connection.execute(statement)).mappings().first()
-    return None if row is None else Signal(**row)
+    return None if row is None else build_row(Signal, row)
 
 
 async def store_reply(
@@ -275,7 +275,7 @@ async def read_progress(connection: AsyncConnection, key: ExecutionKey, number: 
     if row is None:
         return None
     fields = {name: value for name, value in row.items() if name != "run_status"}
-    return SignalProgress(Signal(**fields), row["run_status"] in TERMINAL_STATUSES)
+    return SignalProgress(build_row(Signal, fields), row["run_status"] in TERMINAL_STATUSES)
 
 
 async def _answer_longest_wait(
@@ -326,7 +326,7 @@ async def _find_unread(connection: AsyncConnection, key: ExecutionKey, name: str
         select(Signal).where(*_is_unread(key), col(Signal.name) == name).order_by(col(Signal.number)).limit(1)
     )
     row = (await connection.execute(statement)).mappings().first()
-    return None if row is None else Signal(**row)
+    return None if row is None else build_row(Signal, row)
 
 
 async def _count_unread(connection: AsyncConnection, key: ExecutionKey) -> int:

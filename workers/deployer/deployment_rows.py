@@ -12,6 +12,7 @@ from sqlmodel import col
 
 from json_text import decoding
 from models import database_time, deployment_token
+from models.column_types import build_row
 from models.database_time import DatabaseTime
 from models.deployment import Deployment, ObservedState
 from models.deployment_token import TokenBearer
@@ -123,7 +124,7 @@ async def find_deployment(database: Database, workflow_id: str) -> DeploymentSna
     if row is None:
         return None
     columns = {name: value for name, value in row.items() if name != "now"}
-    return DeploymentSnapshot(Deployment(**columns), from_microseconds(row["now"]))
+    return DeploymentSnapshot(build_row(Deployment, columns), from_microseconds(row["now"]))
 
 
 async def list_unsettled(database: Database, *, after: str = "") -> Sequence[tuple[str, int]]:
