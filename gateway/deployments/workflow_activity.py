@@ -6,11 +6,24 @@ from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import and_, case, func, literal_column, or_, select
+import msgspec
+from sqlalchemy import (
+    BigInteger,
+    Text,
+    and_,
+    case,
+    cast,
+    func,
+    literal_column,
+    or_,
+    select,
+    true,
+    type_coerce,
+    union,
+)
 from sqlmodel import col
 
-from gateway.executions import run_statistics
-from gateway.http.parameters import LIMIT, OFFSET, ChoiceParameter
+from gateway.http.parameters import LIMIT, OFFSET, ChoiceParameter, PageBounds
 from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse
 from gateway.http.wire import Instant, WireStruct, instant, optional_instant
@@ -19,25 +32,26 @@ from gateway.workflows.workflow_rows import WorkflowFilter
 from gateway.workflows.workflow_shapes import WorkflowSummary
 from gateway.workflows.workflows import SEARCH, STATUS, TAG
 from journal import run_hours
+from json_text import decoding
 from models import access_store
 from models.column_types import build_row
 from models.deployment import SERVING_STATES, Deployment, DeploymentStatus, ObservedState, status_of
+from models.duration_histogram import estimate_quantile, merge_histograms
 from models.execution import Execution, ExecutionData
 from models.execution_status import ExecutionStatus
 from models.lifecycle_policy import StoppedReason
 from models.run_hour import ALL_WORKFLOWS, RunHour
+from models.timestamps import to_microseconds
 from models.workflow import Workflow
 from models.workflow_triggers import TriggerKind, WorkflowTrigger
 
 if TYPE_CHECKING:
     from datetime import datetime
 
-    from sqlalchemy import ColumnElement, Select, Subquery
+    from sqlalchemy import CTE, ColumnElement, Select, UnaryExpression
     from sqlalchemy.ext.asyncio import AsyncConnection
     from sqlalchemy.sql.expression import Label, SQLColumnExpression
 
-    from gateway.executions.run_statistics import CountedHour
-    from gateway.http.parameters import PageBounds
     from gateway.workflows.workflow_rows import Listed
     from models.access import ApiCaller
 
@@ -135,11 +149,15 @@ async def index(request: GatewayRequest) -> JsonResponse:
     wanted = WorkflowFilter(query[STATUS], query[TAG], query[SEARCH])
     since = run_hours.first_hour(now)
     async with request.gateway.database.read() as connection:
-        totals = (await connection.execute(states_statement(caller, wanted, since))).one()
         listed = page_statement(caller, wanted, part, since, state=state, order=order)
-        rows = (await connection.execute(listed)).all()
+        found = (await connection.execute(listed)).all()
+        totals = found[0]
+        rows = [row for row in found if row.id is not None]
+        if len(rows) < part.limit and state is None and order is not ActivityOrder.NAME:
+            behind = PageBounds(part.limit - len(rows), max(part.offset - (totals.busy or 0), 0))
+            rows += (await connection.execute(quiet_statement(caller, wanted, behind, since, order))).all()
         shown = [row.id for row in rows]
-        hours = await run_statistics.read_hours(connection, caller.organization_id, shown, now)
+        hours = await _read_hours(connection, caller.organization_id, shown, since)
         triggers = await _read_triggers(connection, shown)
         deployments = await _read_deployments(connection, shown)
         newest_runs = await _read_newest_runs(connection, shown)
@@ -149,7 +167,8 @@ async def index(request: GatewayRequest) -> JsonResponse:
     workflows = [
         _show_workflow(
             row,
-            hours[row.id],
+            hours.get(row.id, ()),
+            since,
             triggers.get(row.id, ()),
             deployments.get(row.id),
             newest_runs.get(row.id),
@@ -169,24 +188,6 @@ async def index(request: GatewayRequest) -> JsonResponse:
     )
 
 
-def states_statement(caller: ApiCaller, wanted: WorkflowFilter, since: datetime) -> Select[*tuple[Any, ...]]:
-    """Return the statement of the number of workflows in each state, by their counts from an hour on, and in total."""
-    sums = _sum_hours(caller, since)
-    return (
-        select(
-            func.count().label("total"),
-            *(
-                func.sum(case((_state_condition(one, sums), 1), else_=0)).label(one.value)
-                for one in WorkflowState
-            ),
-        )
-        .select_from(Workflow)
-        .outerjoin(sums, sums.c.workflow_id == col(Workflow.id))
-        .outerjoin(Deployment, col(Deployment.workflow_id) == col(Workflow.id))
-        .where(*workflow_rows.list_conditions(caller, wanted))
-    )
-
-
 def page_statement(
     caller: ApiCaller,
     wanted: WorkflowFilter,
@@ -196,38 +197,119 @@ def page_statement(
     state: WorkflowState | None = None,
     order: ActivityOrder = ActivityOrder.WORST,
 ) -> Select[*tuple[Any, ...]]:
-    """Return the statement of a page of workflows in an order, by their counts from an hour on; in any state for None.
+    """Return the statement of a page of workflows in an order, by their counts from an hour on, with the number of
+    all that match, of busy ones, and of those in each state; in any state for None.
 
-    Only ids are sorted, without the rest of their rows, and only as far as the page reaches: a number of each row
-    would need all of them in order.
+    In any state, the page has busy workflows alone, unless it is ordered by name; `quiet_statement` lists the others
+    behind them. So few rows are read and sorted, however many workflows have neither runs nor pods. A page without
+    workflows is one row with the numbers. Only ids are sorted, without the rest of their rows.
     """
-    sums = _sum_hours(caller, since)
-    terms: list[tuple[Label[Any], bool]] = [
-        (term.label(f"rank_{number}"), is_descending)
-        for number, (term, is_descending) in enumerate(_list_order_terms(order, sums))
-    ]
-    conditions = [*workflow_rows.list_conditions(caller, wanted)]
-    if state is not None:
-        conditions.append(_state_condition(state, sums))
-    ranked = (
-        select(col(Workflow.id), *(term for term, _ in terms))
-        .outerjoin(sums, sums.c.workflow_id == col(Workflow.id))
-        .outerjoin(Deployment, col(Deployment.workflow_id) == col(Workflow.id))
-        .where(*conditions)
-        .order_by(*(term.desc() if is_descending else term.asc() for term, is_descending in terms))
+    conditions = workflow_rows.list_conditions(caller, wanted)
+    ranked, terms = _rank_active(caller, wanted, since, order)
+    total = select(func.count()).select_from(Workflow).where(*conditions).scalar_subquery()
+    totals = select(
+        total.label("total"),
+        *(func.sum(ranked.c[name]).label(name) for name in ("busy", *(one.value for one in WorkflowState))),
+    ).subquery("totals")
+    if state is None and order is ActivityOrder.NAME:
+        ranks: Sequence[ColumnElement[Any]] = terms
+        listed = select(col(Workflow.id), *ranks).where(*conditions)
+    else:
+        ranks = [ranked.c[term.name] for term in terms]
+        is_shown = ranked.c["busy" if state is None else state.value] == literal_column("1")
+        listed = select(ranked.c.id, *ranks).where(is_shown)
+    is_descending = order is not ActivityOrder.NAME
+    page = (
+        listed.order_by(*_direct(ranks, is_descending=is_descending))
         .limit(part.limit)
         .offset(part.offset)
-        .subquery()
+        .subquery("page")
     )
-    ranks = [(ranked.c[term.name], is_descending) for term, is_descending in terms]
     return (
-        select(*workflow_rows.LISTED)
-        .join(ranked, ranked.c.id == col(Workflow.id))
-        .order_by(*(rank.desc() if is_descending else rank.asc() for rank, is_descending in ranks))
+        select(totals, *workflow_rows.LISTED)
+        .select_from(totals)
+        .outerjoin(page, true())
+        .outerjoin(Workflow, col(Workflow.id) == page.c.id)
+        .order_by(*_direct([page.c[term.name] for term in terms], is_descending=is_descending))
     )
 
 
-def _sum_hours(caller: ApiCaller, since: datetime) -> Subquery:
+def quiet_statement(
+    caller: ApiCaller, wanted: WorkflowFilter, part: PageBounds, since: datetime, order: ActivityOrder
+) -> Select[*tuple[Any, ...]]:
+    """Return the statement of a page of the workflows that are not busy in an order, the latest change first.
+
+    It follows the index of lists by the last change, in which rows are skipped without being read.
+    """
+    busy = [
+        select(col(RunHour.workflow_id)).where(
+            col(RunHour.organization_id) == caller.organization_id,
+            col(RunHour.workflow_id) > ALL_WORKFLOWS,
+            col(RunHour.starts_at) >= since,
+        )
+    ]
+    if order is ActivityOrder.WORST:
+        busy.append(
+            select(col(Deployment.workflow_id)).where(
+                col(Deployment.organization_id) == caller.organization_id, _CANNOT_START
+            )
+        )
+    newest = (col(Workflow.updated_at).desc(), col(Workflow.id).desc())
+    page = (
+        select(col(Workflow.id))
+        .where(*workflow_rows.list_conditions(caller, wanted), col(Workflow.id).not_in(union(*busy)))
+        .order_by(*newest)
+        .limit(part.limit)
+        .offset(part.offset)
+        .subquery("page")
+    )
+    return select(*workflow_rows.LISTED).join(page, page.c.id == col(Workflow.id)).order_by(*newest)
+
+
+def _rank_active(
+    caller: ApiCaller, wanted: WorkflowFilter, since: datetime, order: ActivityOrder
+) -> tuple[CTE, Sequence[Label[Any]]]:
+    """Return the workflows with runs or a deployment, with their terms of an order, whether each is busy in it, and
+    whether it is in each state; and these terms.
+
+    Busy ones stand before all others in the order: those with runs, and by the worst those whose pods can't start.
+    """
+    sums = _sum_hours(caller, since)
+    active = union(
+        select(sums.c.workflow_id),
+        select(col(Deployment.workflow_id)).where(
+            col(Deployment.organization_id) == caller.organization_id, col(Deployment.is_deployed)
+        ),
+    )
+    terms: Sequence[Label[Any]] = [
+        term.label(f"rank_{number}") for number, term in enumerate(_list_order_terms(order, sums))
+    ]
+    has_runs = sums.c.workflow_id.is_not(None)
+    is_busy = or_(has_runs, _CANNOT_START) if order is ActivityOrder.WORST else has_runs
+    flags = {"busy": is_busy} | {one.value: _state_condition(one, sums) for one in WorkflowState}
+    ranked = (
+        select(
+            col(Workflow.id),
+            *terms,
+            *(case((condition, 1), else_=0).label(name) for name, condition in flags.items()),
+        )
+        .select_from(Workflow)
+        .outerjoin(sums, sums.c.workflow_id == col(Workflow.id))
+        .outerjoin(Deployment, col(Deployment.workflow_id) == col(Workflow.id))
+        .where(col(Workflow.id).in_(active), *workflow_rows.list_conditions(caller, wanted))
+        .cte("ranked")
+        # SQLite would compute it for the numbers, and again for the page.
+        .prefix_with("MATERIALIZED")
+    )
+    return ranked, terms
+
+
+def _direct(terms: Sequence[ColumnElement[Any]], *, is_descending: bool) -> Sequence[UnaryExpression[Any]]:
+    """Return the terms of an ORDER BY in one direction."""
+    return [term.desc() if is_descending else term.asc() for term in terms]
+
+
+def _sum_hours(caller: ApiCaller, since: datetime) -> CTE:
     """Return the counts of runs by workflow from an hour on."""
     starts_at = col(RunHour.starts_at)
     return (
@@ -244,36 +326,31 @@ def _sum_hours(caller: ApiCaller, since: datetime) -> Subquery:
             starts_at >= since,
         )
         .group_by(col(RunHour.workflow_id))
-        .subquery()
+        .cte("sums")
     )
 
 
-def _list_order_terms(
-    order: ActivityOrder, sums: Subquery
-) -> Sequence[tuple[SQLColumnExpression[Any], bool]]:
-    """Return the terms by which workflows with the counts of their runs are sorted, and whether the greatest come
-    first.
+def _list_order_terms(order: ActivityOrder, sums: CTE) -> Sequence[SQLColumnExpression[Any]]:
+    """Return the terms by which workflows with the counts of their runs are sorted: names with the least first, all
+    others with the greatest first.
     """
-    last_run = (func.coalesce(sums.c.accepted_at, 0), True)
-    newest: Sequence[tuple[SQLColumnExpression[Any], bool]] = (
-        (col(Workflow.updated_at), True),
-        (col(Workflow.id), True),
-    )
+    last_run = func.coalesce(sums.c.accepted_at, 0)
+    newest: Sequence[SQLColumnExpression[Any]] = (col(Workflow.updated_at), col(Workflow.id))
     if order is ActivityOrder.NAME:
-        return (func.lower(col(Workflow.name)), False), (col(Workflow.id), False)
+        return func.lower(col(Workflow.name)), col(Workflow.id)
     if order is ActivityOrder.LAST_RUN:
         return last_run, *newest
     return (
-        (case((_CANNOT_START, 1), else_=0), True),
-        (func.coalesce(sums.c.failed_at, 0), True),
-        (func.coalesce(sums.c.failed, 0), True),
-        (case((sums.c.unfinished > 0, 1), else_=0), True),
+        case((_CANNOT_START, 1), else_=0),
+        func.coalesce(sums.c.failed_at, 0),
+        func.coalesce(sums.c.failed, 0),
+        case((sums.c.unfinished > 0, 1), else_=0),
         last_run,
         *newest,
     )
 
 
-def _state_condition(state: WorkflowState, sums: Subquery) -> ColumnElement[bool]:
+def _state_condition(state: WorkflowState, sums: CTE) -> ColumnElement[bool]:
     """Return the condition of workflows in a state; it may be unknown instead of false."""
     match state:
         case WorkflowState.FAILING:
@@ -303,6 +380,57 @@ _CANNOT_START = and_(
         _FAILED_START,
     ),
 )
+
+
+class CountedHour(msgspec.Struct, array_like=True):
+    """Counts of a workflow's runs within one hour, in the order of `hours_statement`."""
+
+    starts_at: int
+    """Begin of the hour, in microseconds."""
+    accepted: int
+    completed: int
+    failed: int
+    stopped: int
+    cancelled: int
+    run_times: dict[str, int]
+
+
+async def _read_hours(
+    connection: AsyncConnection, organization_id: str, workflow_ids: Sequence[str], since: datetime
+) -> Mapping[str, Sequence[CountedHour]]:
+    """Return the counts of workflows by id, of each hour with runs from an hour on, in no order."""
+    rows = await connection.execute(hours_statement(organization_id, workflow_ids, since))
+    return {row.workflow_id: _decode_hours(f"[{row.hours}]") for row in rows}
+
+
+def hours_statement(
+    organization_id: str, workflow_ids: Sequence[str], since: datetime
+) -> Select[*tuple[Any, ...]]:
+    """Return the statement of the counts of workflows from an hour on: one row with JSON arrays of each workflow.
+
+    A row of each hour would take far longer to fetch than to read: a page has 1,200.
+    """
+    numbers = (
+        type_coerce(col(RunHour.starts_at), BigInteger),
+        *(col(RunHour.accepted), col(RunHour.completed), col(RunHour.failed)),
+        *(col(RunHour.stopped), col(RunHour.cancelled)),
+    )
+    array: ColumnElement[str] = literal_column("'['", Text)
+    for number in numbers:
+        array = array.concat(cast(number, Text)).concat(literal_column("','", Text))
+    array = array.concat(type_coerce(col(RunHour.run_times), Text)).concat(literal_column("']'", Text))
+    return (
+        select(
+            col(RunHour.workflow_id),
+            func.aggregate_strings(array, ",").label("hours"),
+        )
+        .where(
+            col(RunHour.organization_id) == organization_id,
+            col(RunHour.workflow_id).in_(workflow_ids),
+            col(RunHour.starts_at) >= since,
+        )
+        .group_by(col(RunHour.workflow_id))
+    )
 
 
 async def _read_triggers(
@@ -373,16 +501,20 @@ def newest_runs_statement(workflow_ids: Sequence[str]) -> Select[*tuple[Any, ...
 
 def _show_workflow(
     row: Listed,
-    hours: Sequence[CountedHour | None],
+    hours: Sequence[CountedHour],
+    since: datetime,
     triggers: Sequence[TriggerKind],
     deployment: Deployment | None,
     newest_run: NewestRun | None,
     owner_name: str | None,
 ) -> WorkflowActivity:
     """Return a workflow as the list shows it."""
-    sums = run_statistics.sum_hours([hour for hour in hours if hour is not None])
     status = status_of(deployment)
     is_failed = deployment is not None and status is DeploymentStatus.FAILED
+    accepted, completed, failed = (
+        sum(getattr(hour, name) for hour in hours) for name in ("accepted", "completed", "failed")
+    )
+    run_times = merge_histograms(hour.run_times for hour in hours)
     return WorkflowActivity(
         **workflow_shapes.summary_fields(row),
         owner_name=owner_name,
@@ -390,9 +522,26 @@ def _show_workflow(
         deployment_status=status,
         reason=(deployment.observed_reason or deployment.failed_reason) if deployment and is_failed else None,
         newest_run=newest_run,
-        hours=[WorkflowHour(hour.accepted, hour.failed) if hour else WorkflowHour(0, 0) for hour in hours],
-        **{name: sums[name] for name in _SUMMED},
+        accepted=accepted,
+        unfinished=accepted - completed - failed - sum(hour.stopped + hour.cancelled for hour in hours),
+        completed=completed,
+        failed=failed,
+        run_p50_ms=estimate_quantile(run_times, 50),
+        run_p95_ms=estimate_quantile(run_times, 95),
+        hours=_list_hours(hours, since),
     )
 
 
-_SUMMED = ("accepted", "unfinished", "completed", "failed", "run_p50_ms", "run_p95_ms")
+def _list_hours(hours: Sequence[CountedHour], since: datetime) -> Sequence[WorkflowHour]:
+    """Return the counts of the 24 hours from an hour on, the earliest first."""
+    shown = [_NO_RUNS] * run_hours.HOURS
+    first = to_microseconds(since)
+    for hour in hours:
+        number = (hour.starts_at - first) // run_hours.HOUR_MICROSECONDS
+        if number < run_hours.HOURS:
+            shown[number] = WorkflowHour(hour.accepted, hour.failed)
+    return shown
+
+
+_NO_RUNS = WorkflowHour(0, 0)
+_decode_hours = decoding.build_decoder(list[CountedHour]).decode

@@ -12,6 +12,7 @@ from sqlmodel import col
 
 from gateway.deployments import deployment_list, lifecycle_rows, workflow_activity
 from gateway.deployments.lifecycle_rows import TimeRange
+from gateway.deployments.workflow_activity import ActivityOrder
 from gateway.executions import failure_groups, model_hour_sums, run_statistics
 from gateway.http.parameters import PageBounds
 from gateway.workflows.workflow_rows import WorkflowFilter
@@ -254,6 +255,14 @@ async def test_the_worst_workflows_come_first(harness: GatewayHarness, people: O
             assert found["count"] == listed["states"][query.partition("state=")[2].partition("&")[0]]
     latest = await get_json(people.owner, "/api/v1/workflows/activity?order=last-run")
     assert {one["name"] for one in latest["workflows"][:2]} == {"busy", "failed lately"}
+    for whole in (listed, latest):
+        order = "worst" if whole is listed else "last-run"
+        pages = [
+            await get_json(people.owner, f"/api/v1/workflows/activity?order={order}&limit=2&offset={offset}")
+            for offset in range(0, len(names) + 2, 2)
+        ]
+        assert [one for page in pages for one in page["workflows"]] == whole["workflows"]
+        assert {(page["count"], *page["states"].values()) for page in pages} == {(len(names), 3, 1, 1, 1)}
     assert (await get_json(people.stranger, "/api/v1/workflows/activity"))["workflows"] == []
 
 
@@ -512,6 +521,10 @@ async def test_counts_and_lists_are_read_by_indexes(
         "ix_workflow_listed_by": workflow_activity.page_statement(
             caller, everything, PageBounds(50, 0), since
         ),
+        "ix_workflow_listed_by_updated_at": workflow_activity.quiet_statement(
+            caller, everything, PageBounds(50, 9_000), since, ActivityOrder.WORST
+        ),
+        "workflow_id": workflow_activity.hours_statement(user.organization_id, ["one", "other"], since),
         "ix_execution_data_workflow": workflow_activity.newest_runs_statement(["one", "other"]),
         "ix_lifecycle_decision_workflow": lifecycle_rows.pod_time_statement(
             ["one", "other"], [TimeRange(since, since + HOUR), TimeRange(since + HOUR, since + 2 * HOUR)]
