@@ -27,6 +27,7 @@ from gateway.executions.agent_step_rows import StepFilter
 from gateway.executions.cancellation import request_end_of_run
 from gateway.executions.execution_rows import ExecutionFilter, ShownSpanStatus
 from gateway.executions.execution_shapes import ExecutionShape, LogShape, SpanShape, StepShape
+from gateway.executions.live_hints import HintTopics
 from gateway.executions.run_labels import MetadataParameter
 from gateway.http import errors, idempotency, keyset, limits
 from gateway.http.downloads import BlobDownload
@@ -127,7 +128,9 @@ EXPAND = ChoicesParameter(
 )
 SUMMARY = FlagParameter("summary", "Leave out `config`, `outputs` and the data of the trigger, as in lists.")
 TOPICS = TextParameter(
-    "topics", "Topics, separated by commas: `executions`, `deliveries`, or `execution:` and an id."
+    "topics",
+    "Topics, separated by commas: `executions`, `deliveries`, `execution:` and an id, or, for one execution, `texts:`"
+    " and its id, which adds the texts of its models to its hints.",
 )
 ITERATION = TextParameter(
     "iteration", "Iteration of a loop, such as `3`; the path then has the id of the node.", max_length=200
@@ -196,9 +199,11 @@ class StreamedEvent(WireStruct):
 class StreamedHint(WireStruct):
     """Server-sent event of the stream of hints."""
 
-    event: Literal["hint", "resync"]
+    event: Literal["hint", "resync", "token", "retry"]
     data: str
-    """JSON: `topic`, `id` of the changed object (empty for a list), and `version`, which differs after a change."""
+    """JSON. Of a hint: `topic`, `id` of the changed object (empty for a list), and `version`, which differs after a
+    change. Of `token` and `retry`: as in the stream of steps.
+    """
 
 
 class EndRequestResult(WireStruct):
@@ -471,24 +476,37 @@ async def blob(request: GatewayRequest) -> BlobDownload:
 async def live(request: GatewayRequest) -> ASGIApp:
     """Stream hints that runs or deliveries have changed, as server-sent events; ask the other routes what has changed.
 
-    After `resync`, hints were dropped: load everything again. A comment is sent every 15 seconds.
+    After `resync`, hints were dropped: load everything again. A comment is sent every 15 seconds. The topic `texts:`
+    adds the events `token` and `retry` of one run, as `GET /executions/{id}/steps?follow=true` has them.
     """
     topics = [topic for topic in (request.query[TOPICS] or "").split(",") if topic]
     if not topics or len(topics) > limits.LIVE_TOPICS:
         text = f"topics must name 1 to {limits.LIVE_TOPICS} topics, separated by commas"
         raise errors.invalid_query(TOPICS.name, "invalid-value", text)
-    keys = []
-    for topic in topics:
-        if topic.startswith(live_hints.EXECUTION):
-            execution_id = topic.removeprefix(live_hints.EXECUTION)
-            keys.append(await request.gateway.access.key(execution_id, request.caller))
-        elif topic not in live_hints.LISTS:
-            text = "topics must be executions, deliveries, or execution: with an id"
-            raise errors.invalid_query(TOPICS.name, "invalid-value", text)
-    lists = live_hints.LISTS.intersection(topics)
-    if not lists and await request.gateway.live_hints.have_ended(keys):
+    asked = await _find_topics(request, topics)
+    if not asked.lists and await request.gateway.live_hints.have_ended(asked.runs):
         return NoContent()
-    return request.gateway.live_hints.stream(request.caller, keys, lists)
+    return request.gateway.live_hints.stream(request.caller, asked)
+
+
+async def _find_topics(request: GatewayRequest, topics: Sequence[str]) -> HintTopics:
+    """Return the objects that topics name.
+
+    Raises a 400 error for an unknown topic, and 404 for a run that the caller may not see.
+    """
+    runs: list[ExecutionKey] = []
+    texts: list[ExecutionKey] = []
+    for topic in topics:
+        if topic.startswith((live_hints.EXECUTION, live_hints.TEXTS)):
+            runs.append(await request.gateway.access.key(topic.partition(":")[2], request.caller))
+            texts += runs[-1:] if topic.startswith(live_hints.TEXTS) else []
+        elif topic not in live_hints.LISTS:
+            text = "topics must be executions, deliveries, execution: or texts: with an id"
+            raise errors.invalid_query(TOPICS.name, "invalid-value", text)
+    if len(texts) > 1:
+        # Their events name nodes, and no run.
+        raise errors.invalid_query(TOPICS.name, "invalid-value", "topics may name the texts of one run")
+    return HintTopics(runs, live_hints.LISTS.intersection(topics), texts[0] if texts else None)
 
 
 async def stop(request: GatewayRequest) -> JsonResponse:

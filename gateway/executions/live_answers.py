@@ -122,6 +122,11 @@ class AnswerReader:
                 self._limit_ended()
             self.changed.set()
 
+    def note_waiting(self) -> None:
+        """Set `changed` if texts wait to be taken."""
+        if self._changed_texts:
+            self.changed.set()
+
     def note_recorded(self, place: AnswerPlace, number: int) -> None:
         """Note that the client has got a recorded answer: late parts of its text are not sent any more."""
         self._recorded[place] = max(number, self._recorded.pop(place, -1))
@@ -241,10 +246,15 @@ class LiveAnswerHub:
         await self._broker.listen(self._handle_notification, subject=PIECES)
 
     @contextmanager
-    def reader(self, execution_id: str, wanted: StepFilter) -> Iterator[AnswerReader]:
-        """Yield a reader of the texts of a run, also of the part that is already written."""
+    def reader(
+        self, execution_id: str, wanted: StepFilter, changed: asyncio.Event | None = None
+    ) -> Iterator[AnswerReader]:
+        """Yield a reader of the texts of a run, also of the part that is already written.
+
+        It sets `changed`, by default an event of its own, when there are texts to take.
+        """
         run = self._runs.setdefault(execution_id, FollowedRun())
-        reader = AnswerReader(wanted)
+        reader = AnswerReader(wanted, changed or asyncio.Event())
         run.readers.add(reader)
         for place, text in run.texts.items():
             reader.note(place, text)

@@ -101,6 +101,11 @@ class LiveEvents:
         """Raise a 401 error if the client's key or session is no longer valid."""
         await self._authenticator.caller(scope)
 
+    async def follow_answers(self, head: Execution) -> None:
+        """Ask the process that holds a run for the texts of its models; a run without one has no new texts."""
+        is_running = head.status == ExecutionStatus.RUNNING
+        await self.answers.follow(head.id, head.lease_owner if is_running and head.lease_owner else "")
+
     async def head(self, key: ExecutionKey) -> Execution | None:
         """Return the row of a run without its data, None if it is gone; concurrent calls share one query."""
         return await self._heads.submit(key)
@@ -202,6 +207,33 @@ def _merge(events: Sequence[RecordEvent], changes: RunChanges, after: int) -> Ev
     return EventBatch(sorted(events, key=lambda event: event[0]), last, changes.is_all)
 
 
+@dataclass(slots=True)
+class CheckedTexts:
+    """Texts of one run for one client, which gets them only while its access is checked again and again."""
+
+    reader: AnswerReader
+    _checked_at: float = float("-inf")
+    """Time of the last check."""
+
+    def note_check(self) -> None:
+        """Note that the client may see the run; texts that have waited for it can be taken now."""
+        self._checked_at = asyncio.get_running_loop().time()
+        self.reader.note_waiting()
+
+    def note_refusal(self) -> None:
+        """Note that the client may not see the run any more."""
+        self._checked_at = float("-inf")
+
+    def take(self) -> bytes:
+        """Return the new events of the reader; they have no ids, since they can't be sent again.
+
+        They wait for the next check of access if a client that did not read has kept the stream from it.
+        """
+        if asyncio.get_running_loop().time() - self._checked_at > MAX_UNCHECKED_SECONDS:
+            return b""
+        return b"".join(_encode_event(name, shape) for name, shape in self.reader.take())
+
+
 class RunEventStream:
     """Event stream of one client, as an ASGI response."""
 
@@ -213,9 +245,7 @@ class RunEventStream:
         self._after = after
         self._shown: Execution | None = None
         self._sent_at = 0.0
-        self._answers: AnswerReader | None = None
-        self._checked_at = float("-inf")
-        """Time of the last check of the client's access."""
+        self._texts: CheckedTexts | None = None
         self._order = asyncio.Lock()
         """Held while texts are taken and sent, so that no text overtakes an earlier one or its step."""
 
@@ -241,20 +271,20 @@ class RunEventStream:
     ) -> None:
         """Send the events of the run, and beside them the texts that models are writing."""
         with self._live.answers.reader(self._key.execution_id, wanted) as reader:
-            self._answers = reader
-            sending = asyncio.create_task(self._send_answers(reader, send))
+            self._texts = CheckedTexts(reader)
+            sending = asyncio.create_task(self._send_answers(self._texts, send))
             try:
                 await self._follow(scope, receive, send)
             finally:
                 sending.cancel()
                 await asyncio.gather(sending, return_exceptions=True)
 
-    async def _send_answers(self, reader: AnswerReader, send: Send) -> None:
+    async def _send_answers(self, texts: CheckedTexts, send: Send) -> None:
         """Send texts as they grow until canceled; a client that reads slowly gets more of them at once."""
         while True:
-            await reader.changed.wait()
+            await texts.reader.changed.wait()
             async with self._order:
-                await self._send(send, self._take_answers(reader))
+                await self._send(send, texts.take())
             await asyncio.sleep(COALESCE_SECONDS)
 
     async def _follow(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -277,16 +307,15 @@ class RunEventStream:
         waiter.changed.clear()
         try:
             await self._live.check_access(self._key, scope)
-            self._checked_at = asyncio.get_running_loop().time()
+            if self._texts is not None:
+                self._texts.note_check()
             if not self._live.waiting.is_watched(self._key.execution_id):
                 await self._live.waiting.watch([self._key.execution_id])
             head = await self._live.head(self._key)
             if head is None:
                 return False
-            if self._answers is not None:
-                is_running = head.status == ExecutionStatus.RUNNING
-                owner = head.lease_owner if is_running and head.lease_owner else ""
-                await self._live.answers.follow(head.id, owner)
+            if self._texts is not None:
+                await self._live.follow_answers(head)
             await self._send_records(head, send)
         except ApiError:
             return False
@@ -319,25 +348,15 @@ class RunEventStream:
     async def _send_batch(self, batch: EventBatch, send: Send) -> None:
         """Send records, behind the texts of the answers among them."""
         encoded = [_encode_event(name, shape, str(sequence)) for sequence, name, shape in batch.events]
-        reader = self._answers
-        if reader is None:
+        if self._texts is None:
             await self._send(send, b"".join(encoded))
             return
         async with self._order:
-            texts = self._take_answers(reader)
+            texts = self._texts.take()
             for _, _, shape in batch.events:
                 if isinstance(shape, StepShape) and _is_answer(shape):
-                    reader.note_recorded((shape.node_id, shape.iteration), shape.number)
+                    self._texts.reader.note_recorded((shape.node_id, shape.iteration), shape.number)
             await self._send(send, texts + b"".join(encoded))
-
-    def _take_answers(self, reader: AnswerReader) -> bytes:
-        """Return the new events of a reader; they have no ids, since they can't be sent again.
-
-        They wait for the next check of access if a client that did not read has kept the stream from it.
-        """
-        if asyncio.get_running_loop().time() - self._checked_at > MAX_UNCHECKED_SECONDS:
-            return b""
-        return b"".join(_encode_event(name, shape) for name, shape in reader.take())
 
     async def _keep_alive(self, send: Send) -> None:
         if asyncio.get_running_loop().time() - self._sent_at >= KEEP_ALIVE_SECONDS:

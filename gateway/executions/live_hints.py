@@ -1,6 +1,8 @@
 """Hints for pages of the dashboard: one event stream per tab, which says that something has changed, never what.
 
-The page asks again with its own rights, so that a hint can't show anything, and a lost one costs a reload.
+The page asks again with its own rights, so that a hint can't show anything, and a lost one costs a reload. The same
+stream has the texts that the models of one run are writing, which no page could ask for; they are sent only while the
+client's access to the run is checked once a second.
 Changes of single runs come from the broker's watches. Lists have a version that is read five times a second, once
 for all streams of an organization, from the newest rows alone.
 """
@@ -8,19 +10,20 @@ for all streams of an organization, from the newest rows alone.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import msgspec
 import structlog
 from sqlalchemy import and_, func, select
 from sqlmodel import col
 
-from gateway.executions.live_events import HEADERS
+from gateway.executions.agent_step_rows import StepFilter
+from gateway.executions.live_events import HEADERS, CheckedTexts
 from gateway.http import errors, limits
 from gateway.http.errors import ApiError
 from models.errors import DatabaseUnavailable
@@ -44,6 +47,8 @@ DELIVERIES: Final = "deliveries"
 LISTS: Final = frozenset({EXECUTIONS, DELIVERIES})
 """Topics of lists of an organization."""
 EXECUTION: Final = "execution:"
+TEXTS: Final = "texts:"
+"""Beginning of the topic of a run with the texts of its models."""
 QUEUE_LENGTH: Final = 256
 """Hints that wait for a slow client; a client with more is asked to load everything again."""
 PING_SECONDS: Final = 15.0
@@ -56,6 +61,9 @@ RECENT: Final = timedelta(minutes=1)
 WATCHED_ROWS: Final = 50
 """Newest rows of a list of an organization whose changes count as a change of the list."""
 
+TakeTexts: TypeAlias = Callable[[], bytes]
+"""Function that returns new texts as encoded events."""
+
 _encode = msgspec.json.Encoder().encode
 
 
@@ -67,6 +75,16 @@ class LiveHint(msgspec.Struct):
     """Id of the object; empty for a list."""
     version: str
     """Text that differs after each change."""
+
+
+@dataclass(frozen=True, slots=True)
+class HintTopics:
+    """Objects that one stream has hints about."""
+
+    runs: Sequence[ExecutionKey] = ()
+    lists: Collection[str] = ()
+    texts: ExecutionKey | None = None
+    """The one of the runs whose texts are sent while models write them."""
 
 
 @dataclass(slots=True, eq=False)
@@ -146,31 +164,29 @@ class LiveHints:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def stream(self, caller: ApiCaller, runs: Sequence[ExecutionKey], lists: Collection[str]) -> HintStream:
-        """Return a stream of hints about single runs and about the lists named in `lists`; they say that, not
-        what, changed.
+    def stream(self, caller: ApiCaller, topics: HintTopics) -> HintStream:
+        """Return a stream of hints about topics; they say that, not what, changed.
 
         Raises a 503 error if 500 streams are open here, or the process stops.
         """
         if self.open >= limits.EVENT_STREAMS or self._is_released:
             raise errors.not_ready("Too many event streams are open here: load the page again instead")
-        return HintStream(self, caller, runs, lists)
+        return HintStream(self, caller, topics)
 
     async def have_ended(self, runs: Sequence[ExecutionKey]) -> bool:
         """Return whether none of these runs can change any more: each has ended or is gone."""
         heads = await asyncio.gather(*map(self._live_events.head, runs))
         return all(head is None or head.status in TERMINAL_STATUSES for head in heads)
 
-    async def follow(
-        self, queue: HintQueue, caller: ApiCaller, runs: Sequence[ExecutionKey], lists: Collection[str]
-    ) -> None:
-        """Put hints about changes of these runs, and of the organization's lists, into a queue until canceled.
+    async def follow(self, queue: HintQueue, caller: ApiCaller, topics: HintTopics) -> None:
+        """Put hints about changes of runs, and of the organization's lists, into a queue until canceled.
 
         Without lists, the queue ends when all runs have ended. Clients of one organization share the queries
         of a list.
         """
         self._queues.add(queue)
-        following = [asyncio.create_task(self._follow_run(queue, key)) for key in runs]
+        following = [asyncio.create_task(self._follow_run(queue, key)) for key in topics.runs]
+        lists = topics.lists
         for topic in lists:
             self._join_list(queue, topic, caller.organization_id)
         try:
@@ -185,6 +201,23 @@ class LiveHints:
             for task in following:
                 task.cancel()
             await asyncio.gather(*following, return_exceptions=True)
+
+    @contextmanager
+    def open_texts(self, queue: HintQueue, run: ExecutionKey | None, scope: Scope) -> Iterator[TakeTexts]:
+        """Yield a function that returns the new texts of a run as encoded events; without a run, there are none.
+
+        The queue is notified of new ones.
+        """
+        if run is None:
+            yield bytes
+            return
+        with self._live_events.answers.reader(run.execution_id, StepFilter(), queue.changed) as reader:
+            texts = CheckedTexts(reader)
+            following = asyncio.create_task(self._follow_texts(queue, texts, run, scope))
+            try:
+                yield texts.take
+            finally:
+                following.cancel()
 
     async def check(self, scope: Scope) -> None:
         """Raise the 401 error that a new request of the same client would get."""
@@ -213,6 +246,33 @@ class LiveHints:
                 shown = version
                 if head.status in TERMINAL_STATUSES:
                     return
+                await waiter.changed.wait()
+
+    async def _follow_texts(
+        self, queue: HintQueue, texts: CheckedTexts, key: ExecutionKey, scope: Scope
+    ) -> None:
+        """Check the client's access to a run once a second, and ask the process that holds it for its texts.
+
+        It returns once the run has ended. If the client may not see it any more, the queue ends.
+        """
+        events = self._live_events
+        with events.waiting.waiter(key.execution_id) as waiter:
+            while not waiter.is_over:
+                waiter.changed.clear()
+                with suppress(DatabaseUnavailable):
+                    try:
+                        await events.check_access(key, scope)
+                    except ApiError:
+                        texts.note_refusal()
+                        queue.end()  # the client connects again, and gets the reason
+                        return
+                    texts.note_check()
+                    if not events.waiting.is_watched(key.execution_id):
+                        await events.waiting.watch([key.execution_id])
+                    head = await events.head(key)
+                    if head is None or head.status in TERMINAL_STATUSES:
+                        return
+                    await events.follow_answers(head)
                 await waiter.changed.wait()
 
     # ── lists ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -313,13 +373,10 @@ _STATEMENTS: Final[Mapping[str, Callable[[str], Sequence[Select[*tuple[Any, ...]
 class HintStream:
     """Stream of hints of one client, as an ASGI response."""
 
-    def __init__(
-        self, live: LiveHints, caller: ApiCaller, runs: Sequence[ExecutionKey], lists: Collection[str]
-    ) -> None:
+    def __init__(self, live: LiveHints, caller: ApiCaller, topics: HintTopics) -> None:
         self._live = live
         self._caller = caller
-        self._runs = runs
-        self._lists = lists
+        self._topics = topics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
@@ -329,7 +386,14 @@ class HintStream:
 
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
         queue = HintQueue()
-        following = asyncio.create_task(self._live.follow(queue, self._caller, self._runs, self._lists))
+        with self._live.open_texts(queue, self._topics.texts, scope) as take_texts:
+            await self._send_hints(queue, take_texts, scope, receive, send)
+
+    async def _send_hints(
+        self, queue: HintQueue, take_texts: TakeTexts, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        """Send hints, and texts behind them, until the queue ends or the client has lost its access."""
+        following = asyncio.create_task(self._live.follow(queue, self._caller, self._topics))
         gone = asyncio.create_task(_until_gone(receive))
         gone.add_done_callback(lambda _: queue.end())
         try:
@@ -341,7 +405,8 @@ class HintStream:
                         await queue.changed.wait()
                 except TimeoutError:
                     await self._live.check(scope)
-                body = queue.take() or b": ping\n\n"
+                # Texts last: the page that a hint loads may show the end of an earlier one.
+                body = (queue.take() + take_texts()) or b": ping\n\n"
         except (ApiError, DatabaseUnavailable):
             pass  # the client connects again, and gets the reason
         finally:

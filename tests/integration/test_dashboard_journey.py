@@ -7,6 +7,7 @@ import csv
 import json
 from collections.abc import AsyncIterator
 from datetime import datetime, timedelta
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
@@ -14,8 +15,10 @@ from urllib.parse import parse_qs
 import pytest
 
 from gateway.dashboard.graph_map import WINDOW
+from tests.fakes.model_server import ModelFault, ScriptedAnswer, serve_models
 from tests.integration.browser import LOADED, WAIT_SECONDS, needs_chromium
 from tests.integration.dashboard_visit import DashboardVisit, open_visit
+from tests.integration.test_gateway_ai_models import create_model, create_provider
 from tests.integration.test_waiting_runs import execute_workflow, serve_worker, wait_until_ended
 from tests.services import PostgresServer
 
@@ -37,7 +40,11 @@ async def visit(
 ) -> AsyncIterator[DashboardVisit]:
     async with (
         open_visit(postgres, tmp_path_factory.mktemp("dashboard")) as visit,
-        serve_worker(visit.harness),
+        serve_worker(
+            visit.harness,
+            visit.harness.gateway.broker,
+            outbound_allowed_networks=(ip_network("127.0.0.1/32"),),
+        ),
     ):
         yield visit
 
@@ -172,6 +179,8 @@ async def test_dragging_over_a_chart_sets_the_time_range_of_links(visit: Dashboa
     await visit.show("/dashboard/overview")
     await page.wait_for("document.querySelector('[data-brush]') !== null")
     first = await page.evaluate("document.querySelector('[data-brush]').dataset.brush")
+    # Problems above it may have moved it below the window.
+    await page.evaluate("document.querySelector('[data-brush]').scrollIntoView({block: 'center'})")
 
     box = (
         "(({x, y, width, height}) => [x, y + height / 2, width / 24])"
@@ -244,6 +253,44 @@ async def test_the_page_of_a_hundred_nodes_loads_few_files_and_shifts_nothing(vi
         size = "performance.getEntriesByType('navigation')[0].encodedBodySize"
         assert await visit.page.evaluate(size) < MAX_BYTES
         await visit.require_still()
+    problems = visit.take_problems()
+    assert not problems, "\n".join(problems)
+
+
+async def test_a_text_is_shown_while_its_model_writes_it_and_begins_again_after_a_failure(
+    visit: DashboardVisit,
+) -> None:
+    page, owner = visit.page, visit.people.owner
+    # Half of each arrives; texts of models are no HTML.
+    script = [ScriptedAnswer(f"<b>{word}</b>" * 2, fault=ModelFault.STALL) for word in ("First", "Other")]
+    written = "document.querySelector('[data-writes] pre')?.textContent"
+    says = "document.querySelector('[data-writes] [role=status]').textContent"
+    async with serve_models(*script) as served:
+        provider_id = await create_provider(owner, served.url)
+        models = [await create_model(owner, provider_id, name=name) for name in ("One", "Two")]
+        config = {"model": models[0], "fallbackModelIds": models[1:], "prompt": "How is Oslo?"}
+        workflow_id = await owner.create(
+            name="Weather",
+            nodes=[{"id": "start", "nodeId": "manual"}, {"id": "ask", "nodeId": "llm", "config": config}],
+            connections=[{"source": "start", "target": "ask"}],
+        )
+        run = await execute_workflow(owner, workflow_id)
+        page.requested.clear()
+        await visit.show(f"/dashboard/runs/{run}")
+        await page.wait_for(f"{written} === '<b>First</b>'")
+        assert await page.text("#node-ask .strip") == "<b>First</b>"
+        assert await page.evaluate(says) == "Writing"
+        served.connections[-1].abort()  # type: ignore[attr-defined]
+        await page.wait_for(f"{says}.startsWith('Begun again, since the call failed')")
+        await page.wait_for(f"{written} === '<b>Other</b>'")
+        assert await visit.find_violations() == []
+        await visit.require_still()
+        assert sum("/live?" in url for url in page.requested) == 1
+        served.released.set()
+        await page.wait_for("document.querySelector('[data-writes], .strip') === null")
+        await page.wait_for("document.querySelector('.pill').textContent === 'Completed'")
+    assert "<b>Other</b><b>Other</b>" in await page.text("#inspector pre")
+    assert await page.count("main pre b") == 0
     problems = visit.take_problems()
     assert not problems, "\n".join(problems)
 

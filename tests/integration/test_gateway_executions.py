@@ -1094,8 +1094,8 @@ class EventStreamClient:
         scope = {
             "type": "http",
             "method": "GET",
-            "path": path,
-            "query_string": b"",
+            "path": path.partition("?")[0],
+            "query_string": path.partition("?")[2].encode(),
             "headers": [(name.lower().encode(), value.encode()) for name, value in headers.items()],
             "client": ("10.0.0.1", 1234),
         }

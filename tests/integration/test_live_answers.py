@@ -36,7 +36,12 @@ from tests.integration.test_broker import redis_url as redis_url  # noqa: PLC041
 from tests.integration.test_broker import url as url  # noqa: PLC0414 - as above
 from tests.integration.test_broker import worker_broker as worker_broker  # noqa: PLC0414 - as above
 from tests.integration.test_gateway_ai_models import create_model, create_provider
-from tests.integration.test_gateway_executions import EventStreamClient, run_second_gateway, spin_until
+from tests.integration.test_gateway_executions import (
+    EventStreamClient,
+    StreamEvent,
+    run_second_gateway,
+    spin_until,
+)
 from tests.integration.test_gateway_executions import looks as looks  # noqa: PLC0414 - as above
 from tests.integration.test_waiting_runs import execute_workflow, wait_until_ended
 from workers.main import run_worker
@@ -127,18 +132,49 @@ async def test_a_fallback_drops_the_text_of_the_model_before_it(
         execution_id = await execute_workflow(people.owner, workflow_id)
         headers = {"X-API-Key": people.owner.key, "Accept": "text/event-stream"}
         stream = EventStreamClient(harness.app, f"/api/v1/executions/{execution_id}/steps", headers)
+        hints = EventStreamClient(harness.app, f"/live?topics=texts:{execution_id}", headers)
         first = await stream.next()
+        assert (await read_texts(hints, 1))[0].data == first.data
         served.connections[-1].abort()  # type: ignore[attr-defined]
         retry, second = await stream.next(), await stream.next()
+        assert [event.data for event in await read_texts(hints, 2)] == [retry.data, second.data]
         served.released.set()
         ended = await wait_until_ended(people.owner, execution_id)
         rest = await stream.rest()
+        assert {event.name for event in await hints.rest()} <= {"hint", "token"}
     assert [event.name for event in (first, retry, second)] == ["token", "retry", "token"]
     assert (first.data["text"], first.data["model"]) == ("First", models[0])
     assert (retry.data["reason"], retry.id) == ("model-unavailable", None)
     assert (second.data["text"], second.data["offset"], second.data["model"]) == ("Other", 0, models[1])
     assert ended["outputs"]["ask"]["response"] == "Other half"
     assert rest[-1].id == "end"
+
+
+async def read_texts(stream: EventStreamClient, count: int) -> list[StreamEvent]:
+    """Return the next events about texts of a stream of hints."""
+    found: list[StreamEvent] = []
+    while len(found) < count:
+        if (event := await stream.next()).name in {"token", "retry"}:
+            found.append(event)
+    return found
+
+
+@pytest.mark.usefixtures("looks")
+async def test_a_stream_of_hints_with_texts_ends_with_the_access_of_its_client(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    execution_id = await execute_workflow(people.owner, await people.owner.create(**GRAPH))
+    key = (await people.owner.api.post("/api/v1/auth/keys", json={"name": "short-lived"})).json()
+    async with run_second_gateway(harness, await connect_broker(None)) as there:
+        path = f"/live?topics=executions,texts:{execution_id}"
+        stream = EventStreamClient(there.app, path, {"X-API-Key": key["key"]})
+        await spin_until(lambda: there.gateway.live_hints.open == 1)
+        # No process holds the pending run.
+        piece = AnswerPiece(execution_id, "ask", "", 0, 1, 0, "model_1", 0, "Read.")
+        there.gateway.live_events.answers.receive(AnswerPieces("", [piece]))
+        assert (await read_texts(stream, 1))[0].data["text"] == "Read."
+        await people.owner.api.delete(f"/api/v1/auth/keys/{key['id']}")
+        await asyncio.wait_for(stream.ended, PATIENCE_SECONDS)
 
 
 async def test_a_node_whose_contents_are_not_recorded_shows_no_text(

@@ -110,11 +110,13 @@ async def test_a_stream_ends_with_the_access_of_its_client(
 
 async def test_topics_are_checked(people: OrganizationUsers) -> None:
     execution_id = await start_run(people.owner)
-    for topics in ("", "nonsense", ",".join(["executions"] * 21)):
+    twice = f"texts:{execution_id},texts:{execution_id}"
+    for topics in ("", "nonsense", ",".join(["executions"] * 21), twice):
         assert_refused(await people.owner.api.get("/live", params={"topics": topics}), 400, "invalid-query")
     for user in (people.stranger, people.colleague):
-        hidden = await user.api.get("/live", params={"topics": f"execution:{execution_id}"})
-        assert_refused(hidden, 404, "not-found")
+        for kind in ("execution", "texts"):
+            hidden = await user.api.get("/live", params={"topics": f"{kind}:{execution_id}"})
+            assert_refused(hidden, 404, "not-found")
 
 
 def test_a_slow_client_is_asked_to_load_everything_again() -> None:

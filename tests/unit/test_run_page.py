@@ -11,7 +11,9 @@ from starlette.types import Receive, Scope, Send
 
 from gateway.dashboard.page_request import PageRequest
 from gateway.dashboard.pages import run as run_page
+from gateway.dashboard.pages import run_node
 from journal.explanations.blockers import BlockerCode
+from nodes.catalog import load_catalog
 
 NO_WAITS = frozenset(
     {BlockerCode.NONE, BlockerCode.PARENTS, BlockerCode.BRANCH_NOT_TAKEN, BlockerCode.PARALLELISM}
@@ -61,3 +63,9 @@ def test_the_parts_of_a_runs_time_have_words_and_no_codes() -> None:
     assert words[0] == "work"
     assert "waiting for an answer of a person" in words
     assert all(word.startswith("waiting for ") for word in words if word not in {"work", "in the queue"})
+
+
+def test_nodes_that_ask_models_have_a_place_for_their_texts() -> None:
+    catalog = load_catalog()
+    paid = {name for name in catalog.types() if catalog.get(name).is_paid}
+    assert paid == run_node.MODEL_TYPES

@@ -79,6 +79,9 @@ function holdRows(page) {
   page.querySelector(".title").append(button);
 }
 
+// A text that is being written keeps its scroll position, and is not read out again.
+const isSameText = (old, fresh) => old.matches("[data-writes]") && old.id === fresh.id;
+
 // The address names the object that a page has chosen to show, so that an update shows the same one.
 export function keepAddress() {
   const { address } = document.querySelector("main [data-address]")?.dataset ?? {};
@@ -111,7 +114,8 @@ export async function reload({ takesNewRows = true } = {}) {
       Idiomorph.morph(document.querySelector("main"), page.querySelector("main"), {
         ignoreActiveValue: true,
         callbacks: {
-          beforeNodeMorphed: (old) => !(old instanceof HTMLElement && (old.matches("form:focus-within, form[data-changed], dialog[open]"))),
+          beforeNodeMorphed: (old, fresh) =>
+            !(old instanceof HTMLElement && (old.matches("form:focus-within, form[data-changed], dialog[open]") || isSameText(old, fresh))),
           beforeAttributeUpdated: (name, node) =>
             !((name === "open" && node.matches("details")) || (name === "checked" && node.matches("[data-pick]"))),
         },
@@ -156,6 +160,9 @@ function open() {
   });
   stream.addEventListener("hint", ask);
   stream.addEventListener("resync", ask);
+  for (const name of ["token", "retry"]) {
+    stream.addEventListener(name, async ({ data }) => (await import("./writing.js")).take(name, JSON.parse(data)));
+  }
   stream.addEventListener("error", () => {
     label("lost", `Lost · ${heard}`);
     // A stream that was refused, or about runs that have ended, does not reconnect by itself.

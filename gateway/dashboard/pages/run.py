@@ -137,7 +137,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
             (name, f"{frame.root}/dashboard/workflows/{run['workflowId']}"),
             (run["id"], ""),
         ),
-        "topics": () if has_ended else (f"execution:{run['id']}",),
+        "topics": () if has_ended else (name_topic(run["id"], graph),),
         "run": run,
         "graph": graph,
         "name": name,
@@ -177,6 +177,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "reused": {
             one["nodeId"] for one in graph["states"] if one["endedAt"] and one["endedAt"] < run["createdAt"]
         },
+        "writers": {state["nodeId"] for state in graph["states"] if run_node.writes_text(state)},
         "address_of": lambda node_id: _build_address(
             frame, node=node_id, tab="", iteration="", at="", **{"with": ""}
         ),
@@ -191,6 +192,14 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "may_execute": frame.may("workflows:execute"),
         **run_node.view_node(data, frame, row, lambda **changes: _build_address(frame, **changes)),
     }
+
+
+def name_topic(run_id: str, graph: Mapping[str, Any]) -> str:
+    """Return the topic of the event stream of a run that goes on: its changes, and the texts of its models if it has a
+    node that asks one.
+    """
+    types = {node["type"] for node in graph["nodes"]} | {state["nodeType"] for state in graph["states"]}
+    return f"texts:{run_id}" if types & run_node.MODEL_TYPES else f"execution:{run_id}"
 
 
 def _build_address(frame: PageFrame, **changes: str) -> str:

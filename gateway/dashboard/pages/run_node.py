@@ -25,6 +25,8 @@ FIRST_STATES: Final = ("failed", "retrying", "waiting", "running")
 """States of the node that is selected first, the most urgent first."""
 UNFINISHED: Final = frozenset({"retrying", "waiting", "running"})
 """States of nodes without an output yet."""
+MODEL_TYPES: Final = frozenset({AGENT_TYPE, "ai-gateway", "classifier", "extract", "llm", "llm-router"})
+"""Types of nodes that ask language models, whose texts are shown while they are written."""
 PARTS: Final = (
     ("definition", "Config"),
     ("input", "Input"),
@@ -92,7 +94,8 @@ def choose_tab(query: Mapping[str, str], state: State | None, graph: Mapping[str
     """Return the tab that the query names, else a default by the state of the selected node.
 
     That is `steps` for an agent; `diff` for a failed node if an earlier good run exists, else its `input`;
-    also `input` for a node that runs or waits, `output` for other ones, and `config` for one without a state.
+    also `input` for a node that runs or waits, unless its model writes a text, `output` for other ones, and
+    `config` for one without a state.
     """
     wanted = query.get("tab", "")
     if wanted in _list_tabs(state):
@@ -101,11 +104,18 @@ def choose_tab(query: Mapping[str, str], state: State | None, graph: Mapping[str
         return "config"
     if state["nodeType"] == AGENT_TYPE:
         return STEPS
+    if writes_text(state):
+        return "output"
     if state["status"] in UNFINISHED:
         return "input"
     if state["status"] != "failed":
         return "output"
     return "diff" if graph["previousExecutionId"] else "input"
+
+
+def writes_text(state: State) -> bool:
+    """Return whether a model may be writing a text for a node now."""
+    return state["status"] == "running" and state["nodeType"] in MODEL_TYPES
 
 
 def _list_tabs(state: State | None) -> Mapping[str, str]:
@@ -151,6 +161,7 @@ def view_node(
             (one["id"], f"{one['status']}, {show_age(one['createdAt'], frame.now)}")
             for one in (data["others"] or {}).get("executions", ())
         ],
+        "writes_text": state is not None and writes_text(state) and records_content(span),
         "output_texts": list_texts((span or {}).get("outputData")) if tab == "output" else (),
         "lost_paths": (span or {}).get("unresolved") or (),
         "found_names": list_found_names((span or {}).get("unresolved") or (), (span or {}).get("inputData")),
@@ -172,6 +183,12 @@ def list_found_names(paths: Iterable[str], data: Any) -> Sequence[tuple[str, Seq
         if first == "data" and names and isinstance(value, dict) and value and "$blob" not in value:
             found[place] = list(value)[:MAX_NAMES]
     return [*found.items()]
+
+
+def records_content(span: Mapping[str, Any] | None) -> bool:
+    """Return whether the texts of a node are shown and recorded, by the config in its span."""
+    config = (span or {}).get("config")
+    return not (isinstance(config, dict) and config.get("recordContent") is False)
 
 
 def list_texts(output: Any) -> Sequence[tuple[str, str]]:  # noqa: ANN401 - any JSON value
