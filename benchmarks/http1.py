@@ -108,6 +108,11 @@ class KeptConnection(asyncio.Protocol):
         _, connection = await asyncio.get_running_loop().create_connection(cls, "127.0.0.1", port)
         return connection
 
+    @property
+    def is_open(self) -> bool:
+        """Whether neither side has closed it; a server closes a connection that is idle for long."""
+        return self._transport is not None and not self._transport.is_closing()
+
     async def send(self, request: bytes) -> HttpAnswer:
         """Send a request and wait for its answer; raises `ConnectionLost`."""
         if self._transport is None or self._transport.is_closing():

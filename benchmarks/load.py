@@ -25,7 +25,6 @@ PREFER = f"Prefer: wait={WAIT_SECONDS}\r\n"
 STUCK_SECONDS = 60
 """A load that ends this much later than it should is given up: a run was lost, or the server hangs."""
 UNFINISHED = frozenset({"pending", "running", "waiting"})
-SPARE_CONNECTIONS = 20
 
 
 class WrongAnswer(Exception):
@@ -160,11 +159,14 @@ async def run_open_loop(installed: LoadTarget, per_second: float, seconds: float
     """Run it at moments that don't depend on one another or on the server: a Poisson process."""
     latencies: list[float] = []
 
-    async with _open_connections(installed.api, SPARE_CONNECTIONS) as connections:
+    async with _open_connections(installed.api, 1) as connections:
         idle = [*connections]
 
         async def run_once() -> None:
+            # Runs seldom overlap, so the server closes most further connections before their next use.
             connection = idle.pop() if idle else await KeptConnection.open(installed.api.port)
+            if not connection.is_open:
+                connection = await KeptConnection.open(installed.api.port)
             connections.add(connection)
             latencies.append(await installed.run(connection))
             idle.append(connection)
