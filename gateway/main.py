@@ -105,7 +105,7 @@ class GatewayServer(uvicorn.Server):
         if self.proxies is not None and self.proxies.has_names:
             self._proxy_refresh = asyncio.create_task(self.proxies.follow())
         await super().startup(sockets)
-        gc_tuning.freeze_loaded()
+        gc_tuning.freeze_loaded(asyncio.get_running_loop())
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop the server: end all waits of requests first, so that no long poll keeps the process alive."""

@@ -110,7 +110,6 @@ class Supervisor:
         call. It also returns in each child, with the name of the process that the caller has to run.
         """
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {*STOP_SIGNALS, signal.SIGCHLD})
-        gc.collect()
         gc.freeze()  # Otherwise a garbage collection in a child would copy the shared pages.
         try:
             for child in reversed([*self._children]):

@@ -94,7 +94,7 @@ async def _serve(settings: RunnerSettings) -> None:
             contact = await make_first_contact(gateway, settings, stop)
             if contact is not None:
                 async with run_executor(settings, gateway, contact, life):
-                    gc_tuning.freeze_loaded()
+                    gc_tuning.freeze_loaded(asyncio.get_running_loop())
                     log.info("runner ready", workflow_id=settings.runner_workflow_id, pod=settings.runner_pod)
                     await stop.wait()
                     life.stage = PodPhase.DRAINING

@@ -181,7 +181,7 @@ async def _serve(settings: SchedulerSettings) -> None:
         led = [_while_leading(is_leading, duty) for duty in list_duties(settings, database, store, broker)]
         await stack.enter_async_context(process_presence.report_process(database, "scheduler"))
         await stack.enter_async_context(run_duties(led))
-        gc_tuning.freeze_loaded()
+        gc_tuning.freeze_loaded(asyncio.get_running_loop())
         log.info("scheduler ready")
         await stop.wait()
         log.info("scheduler stops")

@@ -146,7 +146,7 @@ def pytest_collection_finish() -> None:
 def _garbage() -> Iterator[None]:
     """Keep in-process servers from tuning the garbage collector: the tests' heap is a hundred times theirs."""
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(gc_tuning, "freeze_loaded", lambda: None)
+        monkeypatch.setattr(gc_tuning, "freeze_loaded", lambda _loop: None)
         yield
 
 

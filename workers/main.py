@@ -99,7 +99,7 @@ async def _serve(settings: WorkerSettings, announce: Callable[[str], None]) -> N
         await lost_worker_leases.reclaim_predecessor_leases(database, store, broker, settings.worker_name)
         announce(owner)
         await stack.enter_async_context(run_worker(settings, store, broker, database))
-        gc_tuning.freeze_loaded()
+        gc_tuning.freeze_loaded(asyncio.get_running_loop())
         log.info("worker ready", channel=broker.channel)
         await stop.wait()
         log.info("worker stops")

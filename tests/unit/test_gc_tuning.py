@@ -18,7 +18,7 @@ def full_collections():
     return gc.get_stats()[2]["collections"]
 
 async def main():
-    gc_tuning.freeze_loaded()
+    gc_tuning.freeze_loaded(asyncio.get_running_loop())
     begun = full_collections()
     cycle = Cycle()
     cycle.itself = cycle

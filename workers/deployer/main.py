@@ -64,7 +64,7 @@ async def _serve(settings: DeployerSettings) -> None:
         await stack.enter_async_context(
             run_deployer(settings, database, store, broker, to_cluster, command=runner_command(settings))
         )
-        gc_tuning.freeze_loaded()
+        gc_tuning.freeze_loaded(asyncio.get_running_loop())
         log.info("deployer ready", cluster=settings.cluster)
         await stop.wait()
         log.info("deployer stops")
