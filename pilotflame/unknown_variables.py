@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from functools import cache
+from itertools import chain
 from typing import TYPE_CHECKING, Final
 
 from engine import name_suggestions
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from pydantic_settings import BaseSettings
 
@@ -27,22 +28,23 @@ def find_unknown(
 ) -> Mapping[str, list[str]]:
     """Return unknown variables with the prefix of settings, each with the names of similar settings.
 
-    Settings of other processes than `own` (None: all) are loaded only if variables are left that `own` does
-    not know. Variables that Kubernetes sets for services are skipped.
+    Settings of other processes than `own` (None: all) are loaded, one after the other, only while variables are
+    left that are not known. Variables that Kubernetes sets for services are skipped.
     """
-    spared = OF_COMMANDS | (_list_variables(own) if own is not None else frozenset())
-    given = [name for name in environment if name.upper().startswith(PREFIX) and name.upper() not in spared]
+    given = sorted(name for name in environment if name.upper().startswith(PREFIX))
     links = tuple(
         name.removesuffix(_SERVICE_HOST) + kind
         for name in given
         if name.endswith(_SERVICE_HOST)
         for kind in ("_SERVICE_", "_PORT")
     )
-    return {
-        name: _suggest_settings(name)
-        for name in sorted(given)
-        if name.upper() not in known_variables() and not name.startswith(links)
-    }
+    left = [name for name in given if name.upper() not in OF_COMMANDS and not name.startswith(links)]
+    for kind in chain(() if own is None else (own,), _load_kinds()):
+        if not left:
+            break
+        known = _list_variables(kind)
+        left = [name for name in left if name.upper() not in known]
+    return {name: _suggest_settings(name) for name in left}
 
 
 def _suggest_settings(name: str) -> list[str]:
@@ -67,16 +69,23 @@ def _list_variables(kind: type[BaseSettings]) -> frozenset[str]:
     return frozenset(f"{PREFIX}{field}".upper() for field in kind.model_fields)
 
 
-def _load_kinds() -> Iterable[type[BaseSettings]]:
-    # Imported on demand, so that commands don't load the settings of every process.
-    from bridge.settings import RabbitmqBridgeSettings, RedisBridgeSettings, SqsBridgeSettings
+def _load_kinds() -> Iterator[type[BaseSettings]]:
+    # Imported on demand, so that no process loads the settings of every other one; bridges are the rarest.
     from gateway.settings import GatewaySettings
-    from runner.settings import RunnerSettings
-    from scheduler.settings import SchedulerSettings
-    from workers.deployer.settings import DeployerSettings
+
+    yield GatewaySettings
     from workers.settings import WorkerSettings
 
-    return (
-        *(GatewaySettings, WorkerSettings, SchedulerSettings, DeployerSettings, RunnerSettings),
-        *(RedisBridgeSettings, SqsBridgeSettings, RabbitmqBridgeSettings),
-    )
+    yield WorkerSettings
+    from scheduler.settings import SchedulerSettings
+
+    yield SchedulerSettings
+    from workers.deployer.settings import DeployerSettings
+
+    yield DeployerSettings
+    from runner.settings import RunnerSettings
+
+    yield RunnerSettings
+    from bridge.settings import RabbitmqBridgeSettings, RedisBridgeSettings, SqsBridgeSettings
+
+    yield from (RedisBridgeSettings, SqsBridgeSettings, RabbitmqBridgeSettings)

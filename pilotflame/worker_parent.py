@@ -12,8 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Final, NoReturn
+from typing import Final, NamedTuple, NoReturn
 
 from models.oom_kills import LOOK_SECONDS, OomKillWatch
 
@@ -30,8 +29,7 @@ Announce = Callable[[str], None]
 """Callback of the child with the owner name of its leases, called before it takes the first."""
 
 
-@dataclass(frozen=True, slots=True)
-class ChildDeath:
+class ChildDeath(NamedTuple):
     """Death of a child that may have left leases behind."""
 
     owner: str

@@ -105,6 +105,20 @@ import opentelemetry.metrics, opentelemetry.sdk.metrics
     assert json.loads(done.stdout) == [], "the client loads them, and counts nothing with them"
 
 
+def test_the_parent_of_a_worker_loads_next_to_nothing() -> None:
+    program = """
+import json, sys
+from pilotflame import command, server_processes
+from concurrency import gc_tuning
+from pilotflame import worker_parent
+print(json.dumps([*sys.modules]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert not {"asyncio", "inspect", "logging", "ssl"} & {*json.loads(done.stdout)}, "7 MB of each worker"
+
+
 def test_a_command_loads_its_own_module_and_no_client_before_it_needs_one() -> None:
     program = """
 import json, sys
