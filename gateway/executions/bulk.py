@@ -40,7 +40,7 @@ class BulkResult(WireStruct):
 
     dry_run: bool
     matched: int
-    """Executions that match the filter and allow the action."""
+    """Executions that match the filter and allow the action, counted up to 10,001."""
     affected: int
     """Executions that the action has changed; others may have changed in the meantime."""
     remaining: int

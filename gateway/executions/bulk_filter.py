@@ -27,6 +27,8 @@ class BulkFilter(StrictWire):
     tag: str | None = None
     metadata: Annotated[dict[str, str], Meta(max_length=limits.METADATA_FILTERS)] | None = None
     """Exact values by key."""
+    execution_ids: Annotated[list[str], Meta(min_length=1, max_length=limits.BULK_EXECUTIONS)] | None = None
+    """Only these; absent: all. An empty list is refused, since it might be an empty choice."""
 
     def wanted(self, organization_id: str) -> ExecutionFilter:
         """Return the filter of executions that the body asks for, within an organization; raises a 422 error
@@ -42,4 +44,5 @@ class BulkFilter(StrictWire):
             since=self.created_after,
             until=self.created_before,
             labels=run_labels.filter_labels(self.tag, list((self.metadata or {}).items())),
+            execution_ids=self.execution_ids or (),
         )

@@ -158,9 +158,9 @@ MODEL_TEST_SECONDS: Final = 60
 """Seconds of the test of a language model."""
 
 BULK_EXECUTIONS: Final = 1_000
+"""Executions that one bulk request cancels, retries or deletes."""
 BULK_REPLAYS: Final = 200
 """Executions of one bulk replay: each needs a plan of its own."""
-"""Executions that one bulk request cancels, retries or deletes."""
 BULK_OBJECTS: Final = 10_000
 """Dead letters, or executions, of one bulk operation."""
 BULK_PER_SECOND: Final = 1_000

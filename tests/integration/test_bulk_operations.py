@@ -275,10 +275,19 @@ async def test_dead_letters_are_purged_by_those_who_may_and_executions_canceled_
 
     manual = await people.owner.create(status="active", **GRAPH)
     pending = await start_runs(harness, people.owner, manual, 3)
+    # Chosen ones alone; ids of another organization, or of none, select nothing.
+    foreign = await start_runs(harness, people.stranger, await people.stranger.create(**GRAPH), 1)
+    chosen = {"executionIds": [pending[1], *foreign, "exec_none"]}
+    first = await begin(people.owner, OF_EXECUTIONS, action="cancel", filter=chosen, count=1)
+    assert (await wait_for_end(people.owner, first))["done"] == 1
+    for run, status in zip(pending, ("pending", "cancelled", "pending"), strict=True):
+        assert (await get_json(people.owner, f"/api/v1/executions/{run}"))["status"] == status
+    none = {"action": "cancel", "filter": {"executionIds": []}, "count": 1}
+    assert_refused(await people.owner.api.post(OF_EXECUTIONS, json=none), 422, "validation-failed")
     canceled = await begin(
-        people.owner, OF_EXECUTIONS, action="cancel", filter={"workflowId": manual}, count=3
+        people.owner, OF_EXECUTIONS, action="cancel", filter={"workflowId": manual}, count=2
     )
-    assert (await wait_for_end(people.owner, canceled))["done"] == 3
+    assert (await wait_for_end(people.owner, canceled))["done"] == 2
     for run in pending:
         assert (await get_json(people.owner, f"/api/v1/executions/{run}"))["status"] == "cancelled"
     failed = await start_runs(harness, people.owner, manual, 2, **FAILED)

@@ -360,7 +360,27 @@ async def test_all_runs_of_a_filter_are_canceled_or_resumed_after_their_number_i
             f"document.querySelector('#toast').textContent.includes('{count} of {count} {word}')"
         )
         await page.wait_for("document.querySelector('#act') === null")
-    # A reason of waits is no filter of a bulk act.
+    # Of the others, two chosen ones are replayed after a look at their plan.
+    others = [await enqueue(owner, workflow_id, number) for number in range(3)]
+    await fail_alike(visit.harness, others, "Broken again", node_id="step")
+    await visit.show(f"/dashboard/runs?workflow_id={workflow_id}&status=failed")
+    for one in others[:2]:
+        await page.click(f"tr[id='{one}'] [data-pick]")
+    await page.follow("[data-picked] a.main")
+    assert await page.text("#act h2") == "Replay 2 runs"
+    await page.evaluate(f"{AXE}; 0")
+    assert await page.evaluate(RUN_AXE) == []
+    await page.click("#act [name=definition] [value=current]")
+    await page.follow("#act .filters button")
+    await page.fill("#act .form .input", "2")
+    await page.click("#act [name=firstAlone]")
+    await page.click("#act .form button[type=submit]")
+    await page.wait_for("document.querySelector('#toast').textContent.includes('2 of 2 replayed')")
+    newest = (await owner.api.get(f"/api/v1/executions?workflow_id={workflow_id}&limit=2")).json()
+    assert {one["replayOf"] for one in newest["executions"]} == set(others[:2])
+    # Without a filter, there is no act on all; a reason of waits is no filter of a bulk act.
+    await visit.show("/dashboard/runs")
+    assert await page.evaluate("document.querySelector('.title a.button') === null")
     await visit.show(f"/dashboard/runs?workflow_id={workflow_id}&status=pending&reason=queued-behind")
     assert await page.evaluate("document.querySelector('.title a.button') === null")
     listed = (await owner.api.get(f"/api/v1/executions?workflow_id={workflow_id}&limit=50")).json()

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlencode
 
-from gateway.dashboard import bulk_acts
+from gateway.dashboard import bulk_acts, run_acts
 from gateway.dashboard.addresses import list_address
 from gateway.dashboard.formats import parse_instant
 from gateway.dashboard.page import Page, PageData, PageFrame
@@ -272,17 +272,11 @@ def describe_plan(
     if plan is None:
         return None
     nodes = [] if newest is None else [one for one in newest["nodes"] if one["decision"] != "reuse"]
-    unconfirmed = dict.fromkeys(node for one in plan["refused"] for node in one["nodeIds"])
-    counts = plan["counts"]
     return {
+        **run_acts.describe_plans(plan, labels),
         "matched": plan["matched"],
-        "planned": len(plan["executionIds"]) + len(plan["refused"]),
-        "reused": counts["reuse"],
-        "runs": counts["rerun"] + counts["maybe"] + counts["ask"],
         "nodes": [(labels.get(one["nodeId"]) or one["nodeId"], one["effect"] == "write") for one in nodes],
         "seconds": None if newest is None else newest["predictedSeconds"],
-        "unconfirmed": [(node, labels.get(node) or node) for node in unconfirmed],
-        "refused": sorted({one["code"] for one in plan["refused"] if not one["nodeIds"]}),
     }
 
 

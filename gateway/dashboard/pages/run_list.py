@@ -7,11 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote
 
-from gateway.dashboard import bulk_acts
+from gateway.dashboard import bulk_acts, run_acts
 from gateway.dashboard.addresses import list_address
-from gateway.dashboard.formats import look_of_wait, parse_moment, show_moment
+from gateway.dashboard.formats import look_of_wait, show_moment
 from gateway.dashboard.page import Page, PageData, PageFrame
-from gateway.http import limits
 
 if TYPE_CHECKING:
     from gateway.dashboard.page_request import PageRequest
@@ -32,22 +31,12 @@ STATES: Final = (
     ("failed", "Failed"),
     ("completed", "Completed"),
 )
-BULK_ACTS: Final = {"pending": "cancel", "running": "cancel", "waiting": "cancel", "failed": "retry"}
-"""Act of a bulk operation on all runs in a state."""
-BULK_FIELDS: Final = {
-    "status": "status",
-    "workflow_id": "workflowId",
-    "trigger_type": "triggerType",
-    "since": "createdAfter",
-    "until": "createdBefore",
-}
-"""Field of a bulk operation's filter for each filter of the list that it has."""
 
 
 async def load(page: PageRequest) -> PageData:
     """Ask the API for 50 runs by the filters of the query, or for those that failed as one did, for the names of 100
-    workflows, and for the latest bulk operations; with `act` in the query, also for the number of runs that such an
-    act would change. Raises `ApiError`.
+    workflows, and for the latest bulk operations; with `act` in the query, also for the plan of that act on
+    the runs that `only` names, or on all of the filters. Raises `ApiError`.
     """
     given = page.query
     filters = {name: given[name] for name in FILTERS if given.get(name)}
@@ -61,23 +50,20 @@ async def load(page: PageRequest) -> PageData:
         page.get("/api/v1/workflows", limit=NAMED_WORKFLOWS),
         page.get_if_present(bulk_acts.PATH, limit=bulk_acts.RECENT_OPERATIONS),
     )
-    act = find_bulk_act(filters)
-    counted = None
-    if act and given.get("act") == act:
-        counted = await page.plan_if_allowed(
-            f"/api/v1/executions/bulk-{act}", filter=select_runs(filters), limit=1
-        )
-    return {"runs": runs, "workflows": workflows, "operations": operations, "counted": counted}
+    chosen = run_acts.read_act(given, select_own(given))
+    planned = await run_acts.plan(page, chosen) if chosen else None
+    return {"runs": runs, "workflows": workflows, "operations": operations, "planned": planned}
 
 
 def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
-    """Return the template values: the runs, the filters, the addresses of other pages of the list, and the act on all
-    runs of the filter.
+    """Return the template values: the runs, the filters, the addresses of other pages of the list, and the acts on
+    many runs with the plan of the chosen one.
     """
-    runs, counted = data["runs"], data["counted"]
+    runs = data["runs"]
     filters = {name: frame.query[name] for name in FILTERS if frame.query.get(name)}
     is_newest = frame.query.get("after", START) == START
-    act = "" if ALIKE in frame.query else find_bulk_act(filters)
+    own = select_own(frame.query)
+    may_run = frame.may("workflows:execute")
     operations = [
         one
         for one in bulk_acts.describe_operations(data["operations"])
@@ -105,36 +91,35 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "older": list_address(frame, PATH, {**filters, "after": runs["next"]}) if runs.get("next") else "",
         "newest": "" if is_newest else list_address(frame, PATH, filters),
         "is_newest": is_newest,
-        "act": act if frame.may("workflows:execute") else "",
-        "act_address": list_address(frame, PATH, {**filters, "act": act}),
-        "list_page": list_address(frame, PATH, filters),
-        "selection": select_runs(filters) if counted else {},
-        "act_count": min(counted["matched"], limits.BULK_OBJECTS) if counted else 0,
-        "is_counted": counted is not None,
-        "is_cut": counted is not None and counted["matched"] > limits.BULK_OBJECTS,
+        "acts": [
+            (verb, list_address(frame, PATH, {**own, "act": act})) for act, verb in run_acts.list_acts(own)
+        ]
+        if may_run
+        else (),
+        "picked_acts": [
+            (verb, list_address(frame, PATH, {**own, "act": act}))
+            for act, verb in run_acts.list_picked_acts(runs["executions"])
+        ]
+        if may_run
+        else (),
+        "list_page": list_address(frame, PATH, own),
+        "act": run_acts.describe(data["planned"], frame.query, own) if may_run else None,
+        "act_path": list_address(frame, PATH, {}),
+        "act_filters": own,
         "running": [one for one in operations if one["endedAt"] is None],
         "ended": [one for one in operations if one["endedAt"] is not None],
         "paces": bulk_acts.PACES,
-        "may_run": frame.may("workflows:execute"),
+        "may_run": may_run,
     }
 
 
-def find_bulk_act(filters: Mapping[str, str]) -> str:
-    """Return the act on all runs of a filter: `cancel` for a state of unfinished ones, `retry` for failed ones.
-
-    Empty without such a state, and for a filter that bulk operations lack, such as the reason of a wait.
-    """
-    if not filters.keys() <= BULK_FIELDS.keys():
-        return ""
-    return BULK_ACTS.get(filters.get("status", ""), "")
-
-
-def select_runs(filters: Mapping[str, str]) -> Mapping[str, str]:
-    """Return the filter of a bulk operation for the filters of the list, whose times may lack a zone."""
-    return {
-        BULK_FIELDS[name]: parse_moment(value).isoformat() if name in {"since", "until"} else value
-        for name, value in filters.items()
-    }
+def select_own(query: Mapping[str, str]) -> Mapping[str, str]:
+    """Return the parameters of an address that choose the runs of the list."""
+    return (
+        {ALIKE: query[ALIKE]}
+        if ALIKE in query
+        else {name: query[name] for name in FILTERS if query.get(name)}
+    )
 
 
 def describe_filters(filters: Mapping[str, str], names: Mapping[str, str]) -> Sequence[str]:
