@@ -26,6 +26,7 @@ from tests.integration import input_waits
 from tests.integration.browser import LOADED, needs_chromium
 from tests.integration.dashboard_visit import HOSTILE, DashboardVisit, open_visit
 from tests.integration.gateway_harness import GRAPH, TRIGGER
+from tests.integration.test_gateway_ai_models import create_model, create_provider
 from tests.integration.test_gateway_enqueue import QUEUE
 from tests.integration.test_gateway_executions import NOW, claim_run, execute_workflow
 from tests.services import PostgresServer
@@ -647,7 +648,7 @@ async def test_a_map_that_is_a_little_too_wide_is_drawn_smaller(visit: Dashboard
     assert await page.text("[data-zoom=whole]") == "100 %"
 
 
-async def test_a_change_in_another_tab_is_told_before_it_is_overwritten(visit: DashboardVisit) -> None:
+async def test_changes_of_two_people_are_shown_before_one_is_lost(visit: DashboardVisit) -> None:
     page, owner = visit.page, visit.people.owner
     body = {
         "name": "of two",
@@ -657,29 +658,104 @@ async def test_a_change_in_another_tab_is_told_before_it_is_overwritten(visit: D
     }
     made = (await owner.api.post("/api/v1/datasources", json=body)).json()
     path = f"/api/v1/datasources/{made['dataSourceId']}"
-    told = "[...document.querySelectorAll('[data-problem], #problem p')].map(one => one.textContent).join()"
+    cells = "[...one.cells].map(cell => cell.textContent.trim()).join(' ')"
+    lines = f"[...document.querySelectorAll('[data-merge] tbody tr')].map(one => {cells})"
 
+    async def press(selector: str) -> None:
+        await page.evaluate("document.querySelector('#toast').textContent = ''")
+        await page.click(selector)
+
+    async def wait_for_toast(text: str) -> None:
+        await page.wait_for(f"document.querySelector('#toast').textContent.includes({text!r})")
+
+    # Secrets are not shown: the fingerprint stands for theirs.
     await visit.show(f"/dashboard/sources?source={made['dataSourceId']}")
-    assert (await owner.api.put(path, json={"settings": {"username": "b"}})).status_code == 200
+    changed = {"settings": {"username": "b"}, "secrets": {"password": "theirs"}}
+    assert (await owner.api.put(path, json=changed)).status_code == 200
     before = (await owner.api.get(path)).json()["secretsFingerprint"]
     await page.fill("#secret-password", "of this tab")
-    await page.click("form:has(#secret-password) button")
-    await page.wait_for(f"{told}.includes('Somebody has changed it')")
-    assert await page.value("#secret-password") == "of this tab"
+    await press("form:has(#secret-password) button")
+    await page.wait_for("document.querySelector('[data-merge]') !== null")
+    assert sorted(await page.evaluate(lines)) == [
+        f'secretsFingerprint "{before}" "yours, not shown"',
+        'settings.username "b" "a"',
+    ]
+    assert await visit.find_violations() == []
     assert (await owner.api.get(path)).json()["secretsFingerprint"] == before
-    await page.click("form:has(#secret-password) button")
-    await page.wait_for("document.querySelector('#toast').textContent.startsWith('Replaced')")
-    assert (await owner.api.get(path)).json()["secretsFingerprint"] != before
+    await press("[data-keeps]")
+    await wait_for_toast("Replaced")
+    present = (await owner.api.get(path)).json()
+    assert present["secretsFingerprint"] != before
+    assert present["settings"] == {"username": "b"}, "the form sends secrets alone"
 
+    # A model of a list comes without its tag: it is compared before it is sent.
+    source_id = await create_provider(visit.people.owner)
+    model_id = await create_model(visit.people.owner, source_id)
+    await visit.show("/dashboard/models")
+    model = f"/api/v1/ai/models/{model_id}"
+    assert (await owner.api.put(model, json={"isShared": True})).status_code == 200
+    await page.click(f"form[data-request$='{model_id}'] button[type=submit]")
+    await page.wait_for("document.querySelector('[data-merge]') !== null")
+    assert await page.evaluate(lines) == ["isShared true false"]
+    await page.click("[data-merges]")
+    await page.wait_for("document.querySelector('[data-merge]') === null")
+    assert (await owner.api.get(model)).json()["isShared"] is True
+    await page.wait_for("document.querySelector('[name=isShared]').checked")
+    await page.click("[name=isShared]")
+    await press(f"form[data-request$='{model_id}'] button[type=submit]")
+    await wait_for_toast("is shared as chosen")
+    assert (await owner.api.get(model)).json()["isShared"] is False
+
+    assert not [one for one in visit.take_problems() if "412" not in one]
+
+
+async def test_a_policy_and_texts_of_a_workflow_are_merged(visit: DashboardVisit) -> None:
+    page, owner = visit.page, visit.people.owner
+
+    async def press(selector: str) -> None:
+        await page.evaluate("document.querySelector('#toast').textContent = ''")
+        await page.click(selector)
+
+    async def wait_for_toast(text: str) -> None:
+        await page.wait_for(f"document.querySelector('#toast').textContent.includes({text!r})")
+
+    # A policy is set as a whole; theirs stays if it is taken.
     policy = f"/api/v1/workflows/{visit.orders_id}/lifecycle"
     await visit.show("/dashboard/workflows/{orders_id}/lifecycle?type=on-demand")
     assert (await owner.api.put(policy, json={"type": "always-on"})).status_code == 200
-    await page.click("form[data-request$='/lifecycle'] button")
-    await page.wait_for(f"{told}.includes('Somebody has changed it')")
+    save = "form[data-request$='/lifecycle'] button[type=submit]"
+    await page.click(save)
+    await page.wait_for("document.querySelector('[data-merge]') !== null")
+    await page.click("[data-discards]")
+    await page.wait_for("document.querySelector('[data-merge]') === null")
     assert (await owner.api.get(policy)).json()["lifecyclePolicy"]["type"] == "always-on"
-    await page.click("form[data-request$='/lifecycle'] button")
-    await page.wait_for("document.querySelector('#toast').textContent.includes('is set')")
+    # The page knows theirs now, so that nothing is in conflict.
+    await press(save)
+    await wait_for_toast("is set")
     assert (await owner.api.get(policy)).json()["lifecyclePolicy"]["type"] == "on-demand"
+
+    # Of name and description, each keeps the change of one person.
+    workflow = f"/api/v1/workflows/{visit.orders_id}"
+    await visit.show("/dashboard/workflows/{orders_id}")
+    assert (await owner.api.put(workflow, json={"name": "Theirs"})).status_code == 200
+    await page.fill("#description", "Mine")
+    await press("#rename button[type=submit]")
+    await page.wait_for("document.querySelector('[data-merge]') !== null")
+    await press("[data-merges]")
+    await wait_for_toast("Saved")
+    stored = (await owner.api.get(workflow)).json()
+    assert (stored["name"], stored["description"]) == ("Theirs", "Mine")
+    await page.wait_for("document.getElementById('name').value === 'Theirs'")
+    # Settings that a person removes and another one adds.
+    settings = {"settings": {"timeout": 60, "metadata": {"order": "{{ trigger.body.total }}"}}}
+    assert (await owner.api.put(workflow, json=settings)).status_code == 200
+    await page.fill("#settings-json", json.dumps({**stored["settings"], "maxRetries": 1}))
+    await press("#settings button[type=submit]")
+    await page.wait_for("document.querySelector('#settings [data-merge]') !== null")
+    await press("#settings [data-merges]")
+    await wait_for_toast("Saved")
+    merged = (await owner.api.get(workflow)).json()["settings"]
+    assert (merged["timeout"], merged["maxRetries"], "metadata" in merged) == (60, 1, True)
     assert not [one for one in visit.take_problems() if "412" not in one]
 
 

@@ -153,20 +153,39 @@ async function copy(button) {
   setTimeout(() => { words.textContent = words.dataset.was; }, COPIED_MS);
 }
 
-async function submit(form, button) {
+// Shows a form that others have changed, or whose change was merged with theirs, as its object is now.
+async function renew(form) {
+  delete form.dataset.changed;
+  document.activeElement?.blur(); // an update leaves a form with the focus alone
+  await reload();
+  form.reset();
+  form.querySelector("[type=submit]")?.focus();
+}
+
+// With `merged`, that body is sent in place of the fields.
+async function submit(form, button, merged) {
   const [method, path] = form.dataset.request.split(" ");
-  const body = bodyOf(form, button);
+  const body = merged ?? bodyOf(form, button);
   const undo = undoOf(form); // an update of the page changes the form
   // A button that a single key has pressed asks first.
   const isByKey = "pressed" in (button?.dataset ?? {});
   if (isByKey) delete button.dataset.pressed;
   const question = isByKey ? button.dataset.asks : form.dataset.confirm;
   if (body === null || (question && !(await confirmed(question)))) return;
+  const settled = async () => {
+    const { settle } = await import("./merge.js");
+    await settle(form, body, root, (text) => refuse(form, text), (next) => next ? submit(form, button, next) : renew(form));
+  };
   const buttons = form.querySelectorAll("button[type=submit]");
   buttons.forEach((button) => { button.disabled = true; });
   form.querySelector("[data-problem]")?.setAttribute("hidden", "");
   document.getElementById("problem").hidden = true;
   try {
+    // An object of a list comes without its tag.
+    if ("known" in form.dataset && !form.dataset.ifMatch) {
+      await settled();
+      return;
+    }
     const options = { method, headers: form.dataset.ifMatch ? { "If-Match": form.dataset.ifMatch } : {} };
     if (Object.keys(body).length || form.dataset.sends) {
       options.headers["Content-Type"] = "application/json";
@@ -176,17 +195,7 @@ async function submit(form, button) {
     const text = await answer.text();
     const value = text ? JSON.parse(text) : {};
     if (answer.status === 412) {
-      const { renew, resolve } = await import("./merge.js");
-      if (!form.querySelector("[data-merge]")) {
-        if (await renew(form, root)) {
-          await submit(form, button);
-          return;
-        }
-        await reload();
-        refuse(form, "Somebody has changed it since you opened this page, which shows it as it is now. Look at it, then press the button again.");
-        return;
-      }
-      if (await resolve(form, root, sayProblem, () => submit(form, button))) await submit(form, button);
+      await settled();
       return;
     }
     if (!answer.ok) {
@@ -198,6 +207,7 @@ async function submit(form, button) {
     form.closest("dialog")?.close();
     const tag = answer.headers.get("ETag");
     if (form.dataset.ifMatch && tag) form.dataset.ifMatch = tag;
+    if (form.dataset.known) (await import("./merge.js")).remember(form, body);
     // A form with the focus stays as it is when the page loads itself again.
     for (const field of form.querySelectorAll("[data-before]")) field.dataset.before = field.value;
     const fill = (text, encode) => (text ?? "").replace(/\{(\w+)\}/g, (_, name) => encode(value[name] ?? ""));
@@ -206,7 +216,7 @@ async function submit(form, button) {
     else {
       // The page goes on with its next object.
       if (form.dataset.next) history.replaceState(null, "", form.dataset.next);
-      await reload();
+      await (merged ? renew(form) : reload());
       count(true);
     }
     if (form.dataset.says) say(fill(form.dataset.says, String), undo);

@@ -1,4 +1,4 @@
-// Merge of two changes of one config: after a 412, both versions are shown by path, and the visitor chooses.
+// Merge of two changes of one object: after a 412, both versions are shown by path, and the visitor chooses.
 const isObject = (value) => value !== null && typeof value === "object" && !Array.isArray(value);
 const ABSENT = Symbol("absent");
 
@@ -56,60 +56,104 @@ function cell(row, isTheirs, number) {
   return place;
 }
 
-function show(section, rows) {
-  section.querySelector("tbody").replaceChildren(...rows.map((row, number) => {
-    const line = document.createElement("tr");
-    const name = document.createElement("td");
-    name.className = "mono";
-    name.textContent = row.path || "all";
-    line.append(name, cell(row, true, number), cell(row, false, number));
-    return line;
-  }));
-  section.hidden = false;
-  section.querySelector("h3").focus();
+function make(name, attributes = {}, ...parts) {
+  const made = document.createElement(name);
+  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+  made.append(...parts);
+  return made;
 }
 
-// Lets a form be sent again that has no config to merge, on the state that its object has now. Returns true if it may be
-// sent at once: the config that it knows (`data-known`) of its node (`data-node`) is as it was, something else has changed.
-export async function renew(form, root) {
-  const answer = await fetch(root + form.dataset.of, { headers: { Accept: "application/json" } });
-  form.dataset.ifMatch = answer.headers.get("ETag") ?? "";
-  const { node, known } = form.dataset;
-  if (!known || !answer.ok) return false;
-  const config = (await answer.json()).nodes.find((one) => one.id === node)?.config ?? null;
-  form.dataset.known = JSON.stringify(config);
-  return equal(JSON.parse(known), config);
+// Shows both changes in a section at the begin of the form, in place of an earlier one. An update of the page leaves the
+// form alone; further input hides the section, since the choice would be about an older text.
+function show(form, rows) {
+  const lines = rows.map((row, number) => make("tr", {},
+    make("td", { class: "mono" }, row.path || "all"), cell(row, true, number), cell(row, false, number)));
+  const heads = ["Path", "Saved meanwhile", "Yours"].map((text) => make("th", { scope: "col" }, text));
+  const title = `merge-title-${form.dataset.of}`;
+  const section = make("section", { class: "merge", "data-merge": "", "aria-labelledby": title },
+    make("p", { id: title, class: "label", tabindex: "-1" }, "Somebody has changed this since you opened it"),
+    make("p", { class: "hint" }, "Both changes are kept, unless they are of the same path: then choose one."),
+    make("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Both versions, table" },
+      make("table", { class: "inner" }, make("thead", {}, make("tr", {}, ...heads)), make("tbody", {}, ...lines))),
+    make("p", { class: "line" },
+      make("button", { class: "button main", type: "button", "data-merges": "" }, "Save the merge"),
+      make("button", { class: "button", type: "button", "data-keeps": "" }, "Save all of mine"),
+      make("button", { class: "button", type: "button", "data-discards": "" }, "Take theirs")));
+  form.querySelector("[data-merge]")?.remove();
+  form.prepend(section);
+  form.dataset.changed = "";
+  form.addEventListener("input", ({ target }) => { if (!section.contains(target)) section.remove(); });
+  section.querySelector(".label").focus();
+  return section;
 }
 
-// Called after a refusal because of another change. Returns true if the form may be sent again at once: the other change
-// was of something else. Otherwise both versions are shown, and a button sends the merge.
-export async function resolve(form, root, say, send) {
+// A form of an object edits one part of it. `data-known` is that part as the page has it: a field of many keys, `config`
+// of the node `data-node` or else `data-field`, of which null removes a key; the field `data-part`, which a request sets
+// as a whole; or some fields. Of the field `data-opaque`, such as a fingerprint, it sends something that is not shown.
+function partOf({ dataset: { node, field, part, known } }, answer) {
+  if (node) return answer.nodes.find((one) => one.id === node)?.config;
+  if (field ?? part) return answer[field ?? part];
+  return Object.fromEntries(Object.keys(JSON.parse(known)).map((key) => [key, answer[key] ?? null]));
+}
+
+// Returns the part as the form would leave it.
+function mineOf({ dataset: { node, field, part, known, opaque } }, body) {
+  if (part) return body;
+  const before = JSON.parse(known);
+  if (opaque) return { ...before, [opaque]: "yours, not shown" };
+  const name = node ? "config" : field;
+  if (!name) return { ...before, ...body };
+  return Object.fromEntries(Object.entries({ ...before, ...body[name] }).filter(([, value]) => value !== null));
+}
+
+// Returns the body that changes `theirs` into `merged`; null if nothing is left to change.
+function bodyFor({ dataset: { node, field, part, opaque } }, theirs, merged, body) {
+  if (equal(theirs, merged)) return null;
+  if (part) return merged;
+  if (opaque) return equal(theirs[opaque], merged[opaque]) ? null : body;
+  const changed = Object.entries(merged).filter(([key, value]) => !equal(child(theirs, key), value));
+  const removed = Object.keys(theirs).filter((key) => !Object.hasOwn(merged, key)).map((key) => [key, null]);
+  const patch = Object.fromEntries([...changed, ...removed]);
+  const name = node ? "config" : field;
+  return name ? { [name]: patch } : patch;
+}
+
+// Notes that the object is as the form has left it.
+export function remember(form, body) {
+  form.dataset.known = JSON.stringify(mineOf(form, body));
+}
+
+// Called after a refusal because of another change, and before a request of a form that has no `If-Match` yet; `send` sends a body of the form, and none leaves the object as it
+// is. A change of another part is no conflict: the form is sent again at once. Otherwise both versions are shown, and
+// the visitor chooses: theirs, their own, or some paths of each.
+export async function settle(form, body, root, refuse, send) {
   const answer = await fetch(root + form.dataset.of, { headers: { Accept: "application/json" } });
-  const node = answer.ok ? (await answer.json()).nodes.find((one) => one.id === form.dataset.node) : undefined;
-  if (!node) {
-    say("Somebody has removed this node: your change cannot be saved.");
-    return false;
+  const theirs = answer.ok ? partOf(form, await answer.json()) : undefined;
+  if (theirs === undefined) {
+    refuse("Somebody has removed it: your change cannot be saved.");
+    return;
   }
-  const field = form.querySelector("[data-before]");
-  const before = JSON.parse(field.dataset.before);
-  const [theirs, mine] = [node.config, JSON.parse(field.value)];
-  form.dataset.ifMatch = answer.headers.get("ETag");
-  field.dataset.before = JSON.stringify(theirs);
-  if (equal(before, theirs)) return true;
+  const before = JSON.parse(form.dataset.known);
+  const mine = mineOf(form, body);
+  const tag = answer.headers.get("ETag") ?? "*";
+  const choose = (value) => {
+    form.dataset.ifMatch = tag;
+    form.dataset.known = JSON.stringify(theirs);
+    form.querySelector("[data-merge]")?.remove();
+    send(bodyFor(form, theirs, value, body));
+  };
+  if (equal(before, theirs)) {
+    form.dataset.ifMatch = tag;
+    await send(body);
+    return;
+  }
   const rows = [];
   merge(before, theirs, mine, new Set(), rows);
-  const section = form.querySelector("[data-merge]");
-  show(section, rows);
+  const section = show(form, rows);
   section.querySelector("[data-merges]").onclick = () => {
     const chosen = [...section.querySelectorAll("[data-side=theirs]:checked")].map((one) => one.dataset.path);
-    field.value = JSON.stringify(merge(before, theirs, mine, new Set(chosen)), null, 2);
-    section.hidden = true;
-    send();
+    choose(merge(before, theirs, mine, new Set(chosen)));
   };
-  section.querySelector("[data-discards]").onclick = () => {
-    field.value = JSON.stringify(theirs, null, 2);
-    section.hidden = true;
-    delete form.dataset.changed;
-  };
-  return false;
+  section.querySelector("[data-keeps]").onclick = () => choose(mine);
+  section.querySelector("[data-discards]").onclick = () => choose(theirs);
 }
