@@ -58,17 +58,30 @@ FIELD: Final = "field."
 NOTE: Final = "note"
 NUMBERS: Final = frozenset({"integer", "number"})
 _STYLE: Final = (
-    ":root{color-scheme:light dark;--bg:#f7f6f3;--surface:#fff;--line:#cfccc4;--ink:#1b1c20;--soft:#4d4f57;"
-    "--blue:#1f52c4}@media(prefers-color-scheme:dark){:root{--bg:#0e1013;--surface:#15171b;--line:#3a3f49;"
-    "--ink:#ececee;--soft:#b4b7c0;--blue:#92b4ff}}*{box-sizing:border-box}body{margin:0;background:var(--bg);"
-    "color:var(--ink);font:1rem/1.5 system-ui,sans-serif}header,main{max-width:36rem;margin:0 auto;padding:1rem}"
-    "header{color:var(--soft)}h1{font-size:1.625rem;line-height:1.25;margin:0 0 .5rem;overflow-wrap:anywhere}"
-    "p{white-space:pre-wrap;overflow-wrap:anywhere}.soft{color:var(--soft)}label{display:block;margin:1rem 0 .25rem}"
-    "input,select,textarea,button{width:100%;min-height:44px;padding:.5rem .75rem;font:inherit;color:inherit;"
-    "background:var(--surface);border:1px solid var(--line);border-radius:6px}input[type=checkbox]{width:24px;"
-    "min-height:24px}button{margin-top:.75rem;font-weight:600;cursor:pointer}button.main{background:var(--blue);"
-    "border-color:var(--blue);color:var(--bg)}:focus-visible{outline:3px solid var(--blue);outline-offset:2px}"
-    ".bad{border-left:4px solid #c62a22;padding-left:.75rem}"
+    ":root{color-scheme:light dark;--bg:#f7f6f3;--surface:#fff;--line:#e2e0da;--line2:#cfccc4;--edge:#85837b;"
+    "--ink:#1b1c20;--ink2:#4d4f57;--flame:#c2500b;--blue:#1f52c4;--red:#96101e;--red-soft:#fdebe8;--red-fill:#c62a22}"
+    "@media(prefers-color-scheme:dark){:root{--bg:#0e1013;--surface:#15171b;--line:#262a31;--line2:#3a3f49;"
+    "--edge:#7b818d;--ink:#ececee;--ink2:#b4b7c0;--flame:#ff9a4a;--blue:#92b4ff;--red:#ff7580;--red-soft:#331413;"
+    "--red-fill:#e34a47}}*{box-sizing:border-box}body{margin:0;background:var(--bg);color:var(--ink);"
+    'font:1rem/1.5 -apple-system,"Segoe UI",Ubuntu,Cantarell,"Noto Sans",Roboto,"Helvetica Neue","Liberation Sans",'
+    "Arial,system-ui,sans-serif}header{display:flex;gap:.5rem;align-items:center;padding:.75rem 1rem;font-size:.875rem;"
+    "border-bottom:1px solid var(--line);background:var(--surface)}header svg{width:18px;height:18px;flex:none;"
+    "fill:var(--flame)}header span{margin-left:auto;color:var(--ink2);text-align:right;overflow-wrap:anywhere}"
+    "main{max-width:36rem;margin:0 auto;padding:1rem}h1{font-size:1.5rem;line-height:1.25;font-weight:650;"
+    "letter-spacing:-.011em;margin:.5rem 0;overflow-wrap:anywhere}p{margin:.5rem 0;white-space:pre-wrap;"
+    "overflow-wrap:anywhere}.soft{color:var(--ink2)}.hint,label .soft{font-size:.8125rem;font-weight:400}"
+    "p.hint{margin-top:1.25rem}label{display:block;margin:1.25rem 0 .25rem;font-size:.875rem;font-weight:600}"
+    "input,select,textarea,button{width:100%;min-height:48px;padding:.5rem .75rem;font:inherit;color:inherit;"
+    "background:var(--surface);border:1px solid var(--edge);border-radius:6px}input[type=checkbox]{width:24px;"
+    "min-height:24px}button{margin-top:.75rem;border-color:var(--line2);font-weight:500;cursor:pointer}"
+    "button.main{margin-top:1.5rem;background:var(--ink);border-color:var(--ink);color:var(--bg)}"
+    ":focus-visible{outline:2px solid var(--blue);outline-offset:2px}.bad{border-left:4px solid var(--red-fill);"
+    "background:var(--red-soft);color:var(--red);padding:.5rem .75rem;border-radius:6px}"
+)
+_MARK: Final = (
+    '<svg viewBox="0 0 16 16" aria-hidden="true"><path fill-rule="evenodd" d="M8.7 0c.2 2.7 3.8 4.5 3.8 8.2a4.5 4.5 0 0'
+    " 1-9 0c0-2.1 1.1-3.3 2-4.3.2 1 .6 1.7 1.2 2.1.1-2.2.7-4.3 2-6zM8 7.6c-.9.9-1.5 1.5-1.5 2.5a1.5 1.5 0 0 0 3 0"
+    'c0-1-.6-1.6-1.5-2.5z"/><path d="M3 14h10v1.8H3z"/></svg>'
 )
 _STYLE_HASH: Final = b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
 _HEADERS: Final = (
@@ -211,7 +224,9 @@ async def _store_answer(
     log.info("input answered", execution_id=question.key.execution_id, node_id=asked.node_id, by_link=True)
     if given.missing:
         return _show_message(200, "Thank you", f"Your answer counts. {given.missing} more must answer so.")
-    return _show_message(200, "Thank you", "Your answer is stored, and the workflow continues.")
+    return _show_message(
+        200, "Thank you", "Your answer is stored, and the workflow continues. You can close this page."
+    )
 
 
 async def _find_question(request: GatewayRequest) -> ApprovalQuestion | None:
@@ -351,8 +366,17 @@ def _read_properties(asked: WaitingNode) -> Mapping[str, Mapping[str, Any]]:
 # ── markup ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def _render_head(name: str, reader: str = "") -> str:
+    """Return the line above a page: the name of an organization, and for whom the page is."""
+    right = f"<span>for {escape(reader)}</span>" if reader else ""
+    return f"<header>{_MARK}<b>{escape(name)}</b>{right}</header>"
+
+
 def _show_message(status: int, title: str, text: str) -> PageResponse:
-    return PageResponse(status, title, f"<main><h1>{escape(title)}</h1><p>{escape(text)}</p></main>")
+    body = (
+        f'{_render_head("Pilotflame")}<main><h1>{escape(title)}</h1><p class="soft">{escape(text)}</p></main>'
+    )
+    return PageResponse(status, title, body)
 
 
 _UNKNOWN: Final = errors.not_found("question")
@@ -369,7 +393,7 @@ def _show_question(
     `problems` are shown above the form. A page about a missing right has 403, whatever `status` is.
     """
     asked = question.asked
-    head = f"<header><b>{escape(question.organization)}</b> for {escape(question.assignee)}</header>"
+    head = _render_head(question.organization, question.assignee)
     if question.link.used_at is not None:
         return _show_message(status, "Answered already", "This link has been used: it works for one answer.")
     if question.is_early:
@@ -391,7 +415,7 @@ def _show_question(
     title = str(asked.request.get("title") or "")
     parts = [head, f"<main><h1>{escape(title)}</h1>"]
     if description := str(asked.request.get("description") or ""):
-        parts.append(f"<p>{escape(description)}</p>")
+        parts.append(f'<p class="soft">{escape(description)}</p>')
     parts += [f'<p class="bad" role="alert">{escape(one)}</p>' for one in problems]
     parts.append('<form method="post">')
     properties = _read_properties(asked)
@@ -412,9 +436,10 @@ def _show_question(
         parts.append(
             f'<button{kind} name="{CHOICE}" value="{escape(str(choice["port"]))}" type="submit">{label}</button>'
         )
+    whose = "This link" if question.link.assignee == approvals.ANYONE else "This link is yours and"
     until = "" if asked.expires_at is None else f" Open until {_format_minute(asked.expires_at)} UTC."
     parts.append(
-        f'</form><p class="soft">This link is yours and works for one answer.{until} Asked by the workflow'
+        f'</form><p class="soft hint">{whose} works for one answer.{until} Asked by the workflow'
         f" “{escape(question.workflow)}”. You do not need an account.</p></main>"
     )
     return PageResponse(status, title, "".join(parts))
