@@ -436,6 +436,37 @@ async def test_a_connection_is_tested_by_phase(visit: DashboardVisit) -> None:
     assert not visit.take_problems()
 
 
+async def test_a_data_source_is_created_by_the_form_of_its_type(visit: DashboardVisit) -> None:
+    page, owner = visit.page, visit.people.owner
+    await visit.show("/dashboard/sources")
+    await page.follow(".title a.main")
+    await page.follow("nav[aria-label=Type] a[href*='new=postgresql']")
+    assert await visit.find_violations() == []
+    for field, text in (
+        ("source-name", "Orders"),
+        ("settings-host", "db.example.com:1"),
+        ("settings-port", "5433"),
+    ):
+        await page.fill(f"#{field}", text)
+    await page.fill("#settings-database", "orders")
+    await page.fill("#settings-user", "reader")
+    await page.fill("#secrets-password", "secret of the form")
+    await page.click("form[data-request$='/datasources'] button")
+    await page.wait_for(
+        "!document.querySelector('form[data-request$=\"/datasources\"] [data-problem]').hidden"
+    )
+    await page.fill("#settings-host", "db.example.com")
+    await page.click("form[data-request$='/datasources'] button")
+    await page.wait_for("document.querySelector('#source-title')?.textContent === 'Orders'")
+    assert "secret of the form" not in await page.text("body")
+    listed = (await owner.api.get("/api/v1/datasources", params={"type": "postgresql"})).json()["dataSources"]
+    (made,) = [one for one in listed if one["name"] == "Orders"]
+    assert (made["settings"]["host"], made["settings"]["port"]) == ("db.example.com", 5433)
+    assert made["settings"]["tls"] == "prefer"
+    assert made["secretNames"] == ["password"]
+    visit.take_problems()
+
+
 async def test_a_tool_server_with_hashes_of_tools_fits_and_has_no_violation_of_accessibility(
     visit: DashboardVisit,
 ) -> None:

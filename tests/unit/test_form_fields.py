@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
+
 from gateway.dashboard.form_fields import list_fields, list_inputs
+from gateway.dashboard.source_form import LABELS, build_form
+from models.data_source_types import DATA_SOURCE_TYPES, DataSourceType
 
 
 def node(name: str, kind: str, **config: Any) -> dict[str, Any]:  # noqa: ANN401 - any JSON value
@@ -46,3 +50,17 @@ def test_a_schema_has_a_field_for_each_property() -> None:
         ("any", "json", False),
     ]
     assert list_fields(None) == []
+
+
+def test_each_type_of_data_source_has_a_form_with_its_required_fields() -> None:
+    assert {*LABELS} == {*DATA_SOURCE_TYPES} - {DataSourceType.MCP_SERVER}, (
+        "tool servers have a route of their own"
+    )
+    for kind in LABELS:
+        form = build_form(kind)
+        assert form is not None
+        for part in ("settings", "secrets"):
+            known = msgspec.structs.fields(getattr(DATA_SOURCE_TYPES[kind], part))
+            shown = {field.name: field.is_required for field in getattr(form, part)}
+            assert shown == {field.encode_name: field.required for field in known}
+    assert build_form("mcp-server") is None

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote
 
+from gateway.dashboard import source_form
 from gateway.dashboard.addresses import list_address
 from gateway.dashboard.formats import show_share
 from gateway.dashboard.hour_charts import draw_bars, label_hours
@@ -62,9 +63,19 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
     is_last = shown >= sources["count"]
     source, usage = data["source"], data["usage"]
     filters = {name: frame.query.get(name, "") for name in ("type", "offset")}
+    may_write = frame.may("datasources:write")
+    new_form = source_form.build_form(frame.query.get("new", "")) if may_write else None
     return {
         "title": "Data sources",
         "crumbs": (("Data sources", ""),),
+        "new_form": new_form,
+        "new_types": [
+            (type_, label, list_address(frame, PATH, {**filters, "new": type_}))
+            for type_, label in source_form.LABELS.items()
+        ]
+        if may_write and "new" in frame.query
+        else (),
+        "new_page": list_address(frame, PATH, {**filters, "new": "sqlite"}) if may_write else "",
         "sources": [
             {**source, "address": _address_of(source["settings"])} for source in sources["dataSources"]
         ],
