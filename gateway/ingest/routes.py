@@ -281,6 +281,7 @@ ROUTES: Final[Sequence[Route]] = (
         READ,
         same_failures.index,
         answer=same_failures.SameFailures,
+        query=(same_failures.LISTED,),
     ),
     Route(
         "GET",

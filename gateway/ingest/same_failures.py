@@ -12,26 +12,32 @@ from sqlmodel import col
 from gateway.executions import execution_rows, execution_shapes
 from gateway.executions.execution_shapes import ExecutionShape
 from gateway.http import errors
+from gateway.http.parameters import IntegerParameter
 from gateway.http.responses import JsonResponse
 from gateway.http.wire import Instant, WireStruct, instant
 from gateway.ingest import dead_letter_rows
 from gateway.workflows import version_rows
 from journal import failure_causes
+from json_text import decoding
 from models.column_types import build_row
 from models.execution import Execution
 from models.execution_status import ExecutionStatus
 from models.execution_visibility import visibility_condition
+from models.timestamps import from_microseconds, to_microseconds
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from gateway.http.request import GatewayRequest
-    from gateway.ingest.dead_letter_rows import FailedRun
+    from gateway.ingest.dead_letter_rows import LastFailure
     from models.access import ApiCaller
 
 EXAMINED: Final = 500
 """Failed runs of the workflow that are read, those that ended last."""
 SHOWN: Final = 50
+LISTED: Final = IntegerParameter(
+    "limit", "Maximum number of executions in the answer; all are counted.", SHOWN, minimum=1, maximum=SHOWN
+)
 
 
 class SameFailures(WireStruct):
@@ -60,29 +66,38 @@ async def index(request: GatewayRequest) -> JsonResponse:
         execution = await execution_rows.find_head(connection, execution_id, caller)
         if execution is None:
             raise errors.not_found("execution")
-        failed: Sequence[FailedRun] = ()
+        failed: Sequence[LastFailure] = ()
         if execution.status == ExecutionStatus.FAILED:
             failed = await dead_letter_rows.list_last_failures(
                 connection, caller, execution.workflow_id, EXAMINED
             )
         cause = failure_causes.describe_error(execution.workflow_id, execution.error)
-        alike: list[FailedRun | Execution] = [
-            one for one in failed if dead_letter_rows.describe_cause(one).fingerprint == cause.fingerprint
-        ]
-        if failed and all(one.id != execution_id for one in alike):
-            alike.append(execution)  # It ended before those that were read.
-        shown = await _read_summaries(connection, caller, [one.id for one in alike[:SHOWN]])
+        same = {
+            error
+            for error in {one.error for one in failed}
+            if _find_fingerprint(execution.workflow_id, error) == cause.fingerprint
+        }
+        accepted = {one.id: one.created_at for one in failed if one.error in same}
+        if failed and execution_id not in accepted:
+            # It ended before those that were read.
+            accepted[execution_id] = to_microseconds(execution.created_at)
+        shown = await _read_summaries(connection, caller, [*accepted][: request.query[LISTED]])
     return JsonResponse(
         SameFailures(
             execution_id=execution_id,
             node_id=cause.node_id,
             code=cause.code,
-            count=len(alike),
+            count=len(accepted),
             count_is_lower_bound=len(failed) == EXAMINED,
-            first_at=instant(min(one.created_at for one in alike)) if alike else None,
+            first_at=instant(from_microseconds(min(accepted.values()))) if accepted else None,
             executions=shown,
         )
     )
+
+
+def _find_fingerprint(workflow_id: str, error: str | None) -> str:
+    """Return the fingerprint of the error of a failed run of a workflow, from its JSON text."""
+    return failure_causes.describe_error(workflow_id, decoding.decode(error) if error else None).fingerprint
 
 
 async def _read_summaries(

@@ -618,6 +618,8 @@ async def test_runs_that_failed_the_same_way_are_listed_with_one_of_them(
     assert (found["count"], found["nodeId"], found["code"]) == (3, "write", "node-error")
     assert {one["id"] for one in found["executions"]} == set(ids[:3])
     assert not found["countIsLowerBound"]
+    newest = await get_json(people.owner, path.format(ids[0]) + "?limit=1")
+    assert newest == {**found, "executions": found["executions"][:1]}
     assert (await get_json(people.owner, path.format(ids[3])))["count"] == 1
     pending = await get_json(people.owner, path.format(ids[4]))
     assert (pending["count"], pending["executions"]) == (0, [])

@@ -56,7 +56,7 @@ async def load(page: PageRequest) -> PageData:
     node, inputs = await asyncio.gather(_load_node(page, path, state, tab), _load_inputs(page, path, run))
     others, alike = None, None
     if run["status"] == "failed":
-        alike = await page.get_if_present(f"{path}/same-failures")
+        alike = await page.get_if_present(f"{path}/same-failures", limit=1)
     if tab == "diff":
         others = await page.get_if_present(
             "/api/v1/executions",

@@ -667,9 +667,9 @@ class Queue(Resource):
 class SameFailures(Resource):
     """Methods of `client.same_failures`."""
 
-    def list(self, execution_id: str) -> t.SameFailures:
+    def list(self, execution_id: str, *, limit: int | None = None) -> t.SameFailures:
         """List the executions of the workflow that have failed in the same way: same node, code and kind of message."""
-        return cast("t.SameFailures", self._client.request("GET", f"/api/v1/executions/{self._quote(execution_id)}/same-failures"))
+        return cast("t.SameFailures", self._client.request("GET", f"/api/v1/executions/{self._quote(execution_id)}/same-failures", query={"limit": limit}))
 
 
 class Schedule(Resource):
