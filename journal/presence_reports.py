@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from functools import cache
@@ -14,7 +15,7 @@ import structlog
 
 from models.errors import DatabaseUnavailable
 from telemetry.loop_lag import LoopLagMeter
-from telemetry.process_activity import ActivityMeter
+from telemetry.process_activity import ACTIVITY, DATABASE, ActivityMeter
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
@@ -76,8 +77,10 @@ async def _report_forever(database: Database, report: Reporter, meter: LoopLagMe
     """Report the process every five seconds until it is canceled; failures are logged."""
     activity = ActivityMeter()
     while True:
+        begun_at = time.monotonic()
         try:
             await database.transaction(report(round(meter.seconds * 1_000), activity.take()))
+            ACTIVITY.note_answer(DATABASE, time.monotonic() - begun_at)
         except DatabaseUnavailable as error:
             log.debug("process not reported", error=str(error))
         except Exception:

@@ -16,6 +16,7 @@ from models.execution import (
     LIMITED_TARGET,
     SHARED_TARGET,
     UNPARSED_TARGET,
+    WORKERS_QUEUE,
     Execution,
 )
 from models.execution_status import ExecutionStatus
@@ -59,7 +60,7 @@ async def count_pending(connection: AsyncConnection) -> Sequence[tuple[str, int,
     The queues are `workers`, `pods` for all deployments together, and the special targets by their names.
     """
     queues = {
-        "workers": SHARED,
+        WORKERS_QUEUE: SHARED,
         "pods": OF_PODS,
         **{target: col(Execution.target) == target for target in SPECIAL_TARGETS},
     }

@@ -663,6 +663,8 @@ class LeaseKeeper:
             lease.until = _lease_end(since, self._lease_seconds)
             if answer.request is not None:
                 self._loop.call_soon_threadsafe(self._on_request, lease, answer.request)
+        if len(locked) < len(leases):
+            ACTIVITY.renewed_at = time.monotonic()
         return locked
 
 

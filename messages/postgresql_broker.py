@@ -38,6 +38,7 @@ from messages.wakeup_worker import parse_wakeup
 from messages.wakeups import NotificationListeners
 from messages.worker_wakeup import ALL_SHARDS, WorkerWakeup
 from models.ended_execution import EndedExecution
+from telemetry.process_activity import ACTIVITY, BROKER
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -135,6 +136,7 @@ async def _check_answer() -> AsyncIterator[None]:
         async with asyncio.timeout(ANSWER_SECONDS):
             yield
     except CONNECTION_FAILURES as error:
+        ACTIVITY.note_failure(BROKER, error)
         raise BrokerUnavailable(str(error) or "PostgreSQL did not answer in time") from error
 
 

@@ -46,6 +46,7 @@ from messages.token_buckets import SPARE, TokenDemand, TokenGrant
 from messages.wakeups import NotificationListeners
 from messages.worker_wakeup import ALL_SHARDS, WorkerWakeup
 from models.ended_execution import MAX_NOTIFIED_BYTES, EndedExecution
+from telemetry.process_activity import ACTIVITY, BROKER
 
 CONNECTIONS: Final = 16
 LISTEN_SECONDS: Final = 2.0
@@ -178,6 +179,7 @@ async def _check_answer() -> AsyncIterator[None]:
         async with asyncio.timeout(REDIS_TIMEOUT_SECONDS):
             yield
     except (redis.RedisError, OSError) as error:
+        ACTIVITY.note_failure(BROKER, error)
         raise BrokerUnavailable(str(error) or "redis did not answer in time") from error
 
 

@@ -34,6 +34,7 @@ from models.errors import (
 )
 from models.postgresql_failures import DatabaseFailure, failure_of
 from models.timestamps import DatabaseClock
+from telemetry.process_activity import ACTIVITY, DATABASE
 
 T = TypeVar("T")
 
@@ -120,6 +121,7 @@ class Database:
         except (DBAPIError, PoolTimeout, OSError, TimeoutError) as error:
             if _translate_failure(error) is None:
                 raise
+            ACTIVITY.note_failure(DATABASE, error)
             raise DatabaseUnavailable("The database did not answer") from error
 
     @asynccontextmanager
@@ -181,6 +183,7 @@ class Database:
                 if attempt == RETRIES or monotonic() - begun_at > RETRY_SECONDS:
                     if failure is DatabaseFailure.ROLLED_BACK:
                         raise LockWaitTimeout("Other transactions hold locks that this one needs") from error
+                    ACTIVITY.note_failure(DATABASE, error)
                     raise DatabaseUnavailable("The database did not confirm the transaction") from error
                 await asyncio.sleep(random.uniform(0, 0.02 * 2**attempt))  # noqa: S311 - spreads the retries of concurrent transactions
         raise AssertionError

@@ -29,6 +29,8 @@ from models.execution_status import (
 
 SHARED_TARGET = "shared"
 """Target of runs that any worker may claim."""
+WORKERS_QUEUE = "workers"
+"""Name of the queue of these runs."""
 LIMITED_TARGET = "limited"
 """Target of runs that wait for a concurrency slot."""
 DELAYED_TARGET = "delayed"

@@ -14,6 +14,7 @@ from models import ids
 from models.database_time import DatabaseTime
 from models.execution import Leadership
 from telemetry import instruments
+from telemetry.process_activity import ACTIVITY, Lead
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
@@ -53,12 +54,15 @@ class LeaderElection:
         epoch = await self._database.transaction(self._take)
         if epoch is None:
             if self._epoch:
+                ACTIVITY.lead = None
                 log.warning("leadership lost", epoch=self._epoch)
             self._epoch, self._until = 0, 0.0
             instruments.gauge("leader").set(0)
             return
         if epoch != self._epoch:
+            ACTIVITY.lead = Lead(self.owner, since)
             log.info("leading", epoch=epoch, owner=self.owner)
+        ACTIVITY.renewed_at = time.monotonic()
         instruments.gauge("leader").set(1)
         self._epoch = epoch
         self._until = since + self._lease_seconds * (1 - MARGIN)
@@ -66,6 +70,7 @@ class LeaderElection:
     async def resign(self) -> None:
         """End the lease, if it is ours, so that another process can take it at once. Raises `DatabaseUnavailable`."""
         self._epoch, self._until = 0, 0.0
+        ACTIVITY.lead = None
         await self._database.transaction(self._leave)
 
     async def _take(self, connection: AsyncConnection) -> int | None:

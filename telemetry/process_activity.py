@@ -1,6 +1,6 @@
 """Activity of this process that its reports of presence carry: always counted, also without metrics.
 
-The numbers are plain and without locks: the thread of the event loop alone changes them.
+The numbers are plain and without locks: one thread alone changes each of them.
 """
 
 from __future__ import annotations
@@ -9,6 +9,14 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
+
+DATABASE: Final = "database"
+BROKER: Final = "broker"
+KUBERNETES: Final = "kubernetes"
+LOCAL_PODS: Final = "local-pods"
+"""Names of the connections of a process."""
+CLUSTER_CONNECTIONS: Final = {"kubernetes": KUBERNETES, "local": LOCAL_PODS}
+"""Names of the connections to clusters, by the setting `cluster`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +28,37 @@ class DutyTick:
     """Time that it took."""
     ended_at: float
     """End, by the monotonic clock of the process."""
+
+
+@dataclass(slots=True)
+class ConnectionActivity:
+    """Last answer and last failure of a server that the process uses; times are of the monotonic clock."""
+
+    answered_at: float | None = None
+    seconds: float = 0.0
+    """Time that the last answer took."""
+    failed_at: float | None = None
+    failure: str = ""
+    """Last failure as text without credentials."""
+
+    def show(self, now: float) -> dict[str, Any]:
+        """Return `ms` and `age` of the last answer, `failure` and `failureAge` of the last failure."""
+        shown: dict[str, Any] = {}
+        if self.answered_at is not None:
+            shown |= {"ms": round(self.seconds * 1_000, 2), "age": round(now - self.answered_at, 1)}
+        if self.failed_at is not None:
+            shown |= {"failure": self.failure, "failureAge": round(now - self.failed_at, 1)}
+        return shown
+
+
+@dataclass(frozen=True, slots=True)
+class Lead:
+    """Lead of the scheduler that this process has."""
+
+    owner: str
+    """Name in the lease."""
+    since: float
+    """Begin, by the monotonic clock of the process."""
 
 
 @dataclass(slots=True, eq=False)
@@ -38,6 +77,26 @@ class ProcessActivity:
     """Retention by name, in days; empty unless the process deletes old rows."""
     duties: dict[str, DutyTick] = field(default_factory=dict)
     """Last ticks of periodic duties by name; empty in processes other than the leading scheduler."""
+    queues: dict[str, Callable[[], int] | None] = field(default_factory=dict)
+    """Queues from which the process takes work, by name: a function counts a queue of its own, None is a shared one."""
+    renewed_at: float | None = None
+    """Last renewal of its leases of runs, or of its lead, by the monotonic clock."""
+    lead: Lead | None = None
+    """None in processes other than the leading scheduler."""
+    connections: dict[str, ConnectionActivity] = field(default_factory=dict)
+    """Servers that the process uses, by name."""
+
+    def note_answer(self, connection: str, seconds: float) -> None:
+        """Note that a server answered now, after so many seconds."""
+        noted = self.connections.setdefault(connection, ConnectionActivity())
+        noted.answered_at, noted.seconds = time.monotonic(), seconds
+
+    def note_failure(self, connection: str, error: BaseException) -> None:
+        """Note that a server failed now; the text of the error is stripped of credentials."""
+        from telemetry.failure_texts import describe_failure  # noqa: PLC0415 - loaded with the first failure
+
+        noted = self.connections.setdefault(connection, ConnectionActivity())
+        noted.failed_at, noted.failure = time.monotonic(), describe_failure(error)
 
 
 ACTIVITY: Final = ProcessActivity()
@@ -54,8 +113,9 @@ class ActivityMeter:
 
     def take(self) -> dict[str, Any]:
         """Return the activity since the last call as JSON: `claims` and `commits` per second, `commitSize` as
-        the mean number of executions in a commit, `streams`, `retention`, and `duties` with the age of their last
-        ticks; without those that do not apply.
+        the mean number of executions in a commit, `streams`, `retention`, `duties` with the age of their last ticks,
+        `queues` with their lengths, `renewalAge`, `lead` with its age, and `connections`; without those that do not
+        apply. Ages are in seconds.
         """
         now, activity = time.monotonic(), self._activity
         seconds = max(now - self._at, 0.001)
@@ -84,4 +144,12 @@ class ActivityMeter:
                 }
                 for name, tick in activity.duties.items()
             }
+        if activity.queues:
+            shown["queues"] = {name: count and count() for name, count in activity.queues.items()}
+        if activity.renewed_at is not None:
+            shown["renewalAge"] = round(now - activity.renewed_at, 1)
+        if activity.lead is not None:
+            shown["lead"] = {"owner": activity.lead.owner, "age": round(now - activity.lead.since, 1)}
+        if activity.connections:
+            shown["connections"] = {name: one.show(now) for name, one in activity.connections.items()}
         return shown

@@ -7,7 +7,7 @@ import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import structlog
 import uvloop
@@ -42,6 +42,7 @@ from models import database as databases
 from models import schema_migration
 from models.database import Database
 from models.encryption import SecretVault
+from models.execution import ISOLATED_TARGET, UNPARSED_TARGET, WORKERS_QUEUE
 from models.worker_processes import new_lease_owner
 from nodes import catalog as catalogs
 from nodes.connections.data_source_connections import DataSourceConnections
@@ -52,6 +53,7 @@ from nodes.outbound_http import OutboundClient, OutboundPolicy
 from nodes.sandbox.pooled_catalog import PooledCatalog
 from nodes.sandbox.processes import ProcessKind, ProcessPool
 from telemetry.exporter import serve_metrics
+from telemetry.process_activity import ACTIVITY
 from telemetry.trace_export import run_tracer
 from workers import lost_worker_leases
 from workers.approval_mails import ApprovalMailer
@@ -65,6 +67,9 @@ if TYPE_CHECKING:
     from nodes.connections.data_source import ConnectionSources
 
 log = structlog.get_logger()
+
+TAKEN_QUEUES: Final = (WORKERS_QUEUE, UNPARSED_TARGET, ISOLATED_TARGET)
+"""Queues from which every worker takes runs."""
 
 
 def serve(settings: WorkerSettings, announce: Callable[[str], None]) -> None:
@@ -164,6 +169,7 @@ async def run_worker(
         database, connections, settings.secret, settings.public_url, sweep_seconds=settings.sweep_seconds
     )
     isolation = TrialGate()
+    ACTIVITY.queues |= dict.fromkeys(TAKEN_QUEUES)
     following = AsyncExitStack()
     levels = await following.enter_async_context(log_levels.follow_log_levels(database))
     executor = RunExecutor(

@@ -14,7 +14,15 @@ from sqlmodel import col
 from doctor import alert_states
 from doctor.alert_notices import AlertSeverity
 from doctor.alert_states import AlertState, ProcessFacts
-from gateway.drift import server_figures
+from gateway.drift import process_reports, server_figures
+from gateway.drift.process_reports import (
+    ALL_IN_ONE,
+    ClusterHealth,
+    ConnectionFailure,
+    ProcessQueue,
+    ProcessReport,
+    find_time,
+)
 from gateway.drift.server_figures import ServerFigures
 from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse
@@ -27,7 +35,7 @@ from models.database import is_sqlite
 from models.execution import Leadership
 from models.process_presence import ProcessPresence
 from models.worker_presence import WorkerPresence
-from models.worker_processes import ALL_IN_ONE_OWNER
+from telemetry.process_activity import BROKER, DATABASE
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -40,7 +48,6 @@ if TYPE_CHECKING:
 SHOWN_PROCESSES: Final = 100
 """Workers, and other processes, that are listed: those that reported last."""
 SHOWN_TABLES: Final = 20
-ALL_IN_ONE: Final = "all-in-one"
 _POSTGRESQL_TABLES: Final = text(
     "SELECT c.relname AS name, pg_total_relation_size(c.oid) AS bytes, c.reltuples AS rows FROM pg_class c"
     " JOIN pg_namespace n ON n.oid = c.relnamespace"
@@ -70,6 +77,10 @@ class ServerProcess(WireStruct):
     held_runs: int | None
     concurrency: int | None
     """Runs that a worker holds, and holds at most; null for other roles."""
+    queues: Sequence[ProcessQueue]
+    """Queues from which it takes work; empty for gateways and schedulers."""
+    lease_renewed_at: Instant | None
+    """Last renewal of its leases of runs, or of the lead of a scheduler; null before the first."""
     claims_per_second: float | None
     """Claims of a worker before its last report; null for other roles."""
     event_streams: int | None
@@ -82,6 +93,8 @@ class SchedulerLead(WireStruct):
     name: str | None
     """Null unless `isOperator`."""
     is_held: bool
+    since: Instant | None
+    """Begin of the lead, by the last report of its process; null unless `isOperator`, and for one that is over."""
     lease_until: Instant
 
 
@@ -127,6 +140,8 @@ class DatabaseHealth(WireStruct):
     """Null unless `isOperator`."""
     tables: Sequence[TableSize]
     """The 20 largest; empty unless `isOperator`, and with SQLite, which does not keep sizes of tables."""
+    last_failure: ConnectionFailure | None
+    """Newest failure that processes have met, by their last reports; null unless `isOperator`."""
 
 
 class ServerHealth(WireStruct):
@@ -151,6 +166,10 @@ class ServerHealth(WireStruct):
     database: DatabaseHealth
     broker_latency_ms: float | None
     """Null if the broker does not answer."""
+    broker_last_failure: ConnectionFailure | None
+    """Newest failure of the broker, by the last reports of processes; null unless `isOperator`."""
+    cluster: ClusterHealth | None
+    """Null unless `isOperator`, and while no deployer has used a cluster, as without deployments."""
 
 
 async def show(request: GatewayRequest) -> JsonResponse:
@@ -171,17 +190,16 @@ async def show(request: GatewayRequest) -> JsonResponse:
         alerts: Sequence[ServerAlert] = ()
         figures = None
         duties: Sequence[SchedulerDuty] = ()
+        reports: Sequence[ProcessReport] = ()
         if is_operator:
-            reports: list[ProcessPresence | WorkerPresence] = [
-                *await _read_processes(connection),
-                *await _read_workers(connection),
-            ]
-            processes = [_show_process(one, now) for one in reports]
+            reports = [*await _read_processes(connection), *await _read_workers(connection)]
             queue = await alert_states.read_queue_facts(connection)
-            alerts = _list_alerts(processes, lead, queue)
             duties = _list_duties(reports)
             present = [one.activity or {} for one in reports if _is_present(one.seen_at, now)]
             figures = await server_figures.read_figures(connection, now, present, queue)
+            processes = [_show_process(one, figures, now) for one in reports]
+            alerts = _list_alerts(processes, lead, queue)
+            lead = _date_lead(lead, reports)
         database = await _measure_database(connection, gateway.database, latency_ms)
     return JsonResponse(
         ServerHealth(
@@ -193,8 +211,12 @@ async def show(request: GatewayRequest) -> JsonResponse:
             alerts=alerts,
             duties=duties,
             lead=lead if lead is None or is_operator else structs.replace(lead, name=None),
-            database=database if is_operator else structs.replace(database, bytes=None, tables=()),
+            database=structs.replace(database, last_failure=process_reports.find_failure(reports, DATABASE))
+            if is_operator
+            else structs.replace(database, bytes=None, tables=()),
             broker_latency_ms=await _ping_broker(request),
+            broker_last_failure=process_reports.find_failure(reports, BROKER),
+            cluster=process_reports.find_cluster(reports),
         )
     )
 
@@ -223,7 +245,16 @@ def _list_alerts(
     ]
 
 
-def _list_duties(reports: Sequence[ProcessPresence | WorkerPresence]) -> Sequence[SchedulerDuty]:
+def _date_lead(lead: SchedulerLead | None, reports: Sequence[ProcessReport]) -> SchedulerLead | None:
+    """Return a lead with its begin, if the process that has it reports it."""
+    for one in reports:
+        reported = (one.activity or {}).get("lead")
+        if lead is not None and lead.is_held and reported is not None and reported["owner"] == lead.name:
+            return structs.replace(lead, since=optional_instant(find_time(one, reported["age"])))
+    return lead
+
+
+def _list_duties(reports: Sequence[ProcessReport]) -> Sequence[SchedulerDuty]:
     """Return the last tick of each periodic duty, of whichever process did it last, by name."""
     found: dict[str, tuple[datetime, Mapping[str, float]]] = {}
     for one in reports:
@@ -256,7 +287,10 @@ async def _find_lead(connection: AsyncConnection, now: datetime) -> SchedulerLea
         return None
     leader = build_row(Leadership, row)
     return SchedulerLead(
-        name=leader.owner, is_held=leader.lease_until > now, lease_until=instant(leader.lease_until)
+        name=leader.owner,
+        is_held=leader.lease_until > now,
+        since=None,
+        lease_until=instant(leader.lease_until),
     )
 
 
@@ -281,12 +315,12 @@ async def _read_workers(connection: AsyncConnection) -> Sequence[WorkerPresence]
     return [build_row(WorkerPresence, row) for row in (await connection.execute(statement)).mappings()]
 
 
-def _show_process(one: ProcessPresence | WorkerPresence, now: datetime) -> ServerProcess:
+def _show_process(one: ProcessReport, figures: ServerFigures, now: datetime) -> ServerProcess:
     """Return a process as the API shows it, by its last report."""
     worker = one if isinstance(one, WorkerPresence) else None
     activity = one.activity or {}
     return ServerProcess(
-        role=_name_role(one),
+        role=process_reports.name_role(one),
         name=one.owner,
         host=one.host,
         version=one.version,
@@ -296,16 +330,11 @@ def _show_process(one: ProcessPresence | WorkerPresence, now: datetime) -> Serve
         loop_lag_ms=one.loop_lag_ms,
         held_runs=worker.held_runs if worker else None,
         concurrency=worker.concurrency if worker else None,
+        queues=process_reports.list_queues(one, figures.queues),
+        lease_renewed_at=optional_instant(find_time(one, activity.get("renewalAge"))),
         claims_per_second=activity.get("claims") if worker else None,
         event_streams=activity.get("streams"),
     )
-
-
-def _name_role(one: ProcessPresence | WorkerPresence) -> str:
-    """Return the role of a process; the workers of `pilotflame dev` have all roles."""
-    if isinstance(one, ProcessPresence):
-        return one.role
-    return ALL_IN_ONE if one.owner.startswith(ALL_IN_ONE_OWNER) else "worker"
 
 
 async def _measure_database(
@@ -316,7 +345,12 @@ async def _measure_database(
     if is_sqlite(database.url):
         size = await connection.scalar(_SQLITE_BYTES) or 0
         return DatabaseHealth(
-            kind="sqlite", latency_ms=latency_ms, revision=str(revision), bytes=size, tables=[]
+            kind="sqlite",
+            latency_ms=latency_ms,
+            revision=str(revision),
+            bytes=size,
+            tables=[],
+            last_failure=None,
         )
     rows = (await connection.execute(_POSTGRESQL_TABLES)).all()
     return DatabaseHealth(
@@ -328,6 +362,7 @@ async def _measure_database(
             TableSize(name=row.name, bytes=row.bytes, rows=None if row.rows < 0 else int(row.rows))
             for row in rows[:SHOWN_TABLES]
         ],
+        last_failure=None,
     )
 
 

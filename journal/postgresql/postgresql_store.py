@@ -83,6 +83,7 @@ from models.execution_status import TERMINAL_STATUSES, ExecutionStatus
 from models.loss_limits import MAX_ISOLATION_LOSSES, MAX_LOST_ATTEMPTS, SUSPECT_LOSSES
 from models.postgresql_failures import DatabaseFailure, failure_of
 from models.timestamps import from_microseconds, to_microseconds
+from telemetry.process_activity import ACTIVITY, DATABASE
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import URL
@@ -425,6 +426,7 @@ class PostgreSQLStore:
                     raise LockWaitTimeout("Another transaction holds a lock that this one needs") from error
                 is_late = monotonic() - begun_at > RETRY_SECONDS
                 if attempt == RETRIES or is_late or not may_repeat(error):
+                    ACTIVITY.note_failure(DATABASE, error)
                     raise DatabaseUnavailable("PostgreSQL did not confirm the statement") from error
             await asyncio.sleep(random.uniform(0, 0.02 * 2**attempt))  # noqa: S311 - spreads concurrent retries
         raise AssertionError

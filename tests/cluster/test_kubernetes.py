@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from models import pod_identity as names
+from telemetry.process_activity import ACTIVITY, KUBERNETES
 from tests.cluster.cluster_harness import NAMESPACE, DriverUnderTest, cluster_layout, turn_until
 from tests.cluster.fake_api import FakeApiServer
 from tests.cluster.fake_api.api_errors import KubernetesError, forbidden_error, too_many_requests_error
@@ -257,9 +258,14 @@ async def test_an_api_server_that_says_nothing_is_given_up(fake_cluster: Fake) -
     cluster, api = fake_cluster
     assert isinstance(cluster.driver, KubernetesDriver)
     cluster.driver._api.request_seconds = 0.2  # noqa: SLF001 - ten seconds are too long for a test
+    ACTIVITY.connections.pop(KUBERNETES, None)
+    assert not (await cluster.driver.observe_uncached("wf_1")).exists
+    noted = ACTIVITY.connections[KUBERNETES]
+    assert (noted.answered_at is not None, noted.failed_at) == (True, None)
     api.is_silent = True
     with pytest.raises(ClusterUnavailable):
         await cluster.driver.observe("wf_1")
+    assert noted.failure == "TimeoutError"
 
 
 async def test_busy_and_failing_answers_may_be_asked_again_and_refusals_may_not(fake_cluster: Fake) -> None:

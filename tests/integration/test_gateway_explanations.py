@@ -20,6 +20,7 @@ from journal.explanations import run_counts
 from models import ids
 from models.access import Organization
 from models.blocked_interval import BlockedInterval
+from models.database_time import read_database_time
 from models.deployment import LifecycleDecision
 from models.execution import Execution, Leadership
 from models.schema_migration import HEAD_REVISION
@@ -473,6 +474,59 @@ async def test_figures_of_the_whole_server_add_up_reports_queues_and_wakes(
         assert word in page
     assert "are kept for 14 days" in page
     await harness.gateway.database.transaction(partial(worker_presence.end_presence, owner=owner))
+
+
+@pytest.mark.every_database
+async def test_reports_show_queues_leases_and_failures_that_other_processes_know(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    await start(people.owner, await people.owner.create(**GRAPH, status="active"))
+    owner = "worker:reports/1"
+    failed = {"failure": "ConnectionResetError: figures", "failureAge": 30.0}
+    activity = {
+        "queues": {"workers": None, "deployments": 3},
+        "renewalAge": 4.0,
+        "lead": {"owner": "scheduler_figures", "age": 600.0},
+        "connections": {"kubernetes": {"ms": 4.5, "age": 1.0, **failed}, "broker": failed},
+    }
+
+    async def report(connection: AsyncConnection) -> None:
+        until = await read_database_time(connection) + timedelta(hours=1)
+        lead = {"name": "figures", "owner": "scheduler_figures", "epoch": 1, "lease_until": until}
+        await connection.execute(insert(Leadership).values(lead))
+        await worker_presence.store_presence(
+            connection, owner=owner, concurrency=5, held_runs=2, activity=activity
+        )
+
+    async def forget(connection: AsyncConnection) -> None:
+        await connection.execute(delete(Leadership).where(col(Leadership.name) == "figures"))
+        await worker_presence.end_presence(connection, owner=owner)
+
+    await make_operator(harness, people)
+    await harness.gateway.database.transaction(report)
+    health = (await people.admin.api.get("/api/v1/admin/health")).json()
+    [shown] = [one for one in health["processes"] if one["name"] == owner]
+    queues = {one["name"]: one["length"] for one in shown["queues"]}
+    assert (queues["deployments"], queues["workers"] >= 1) == (3, True)
+    seen_at = datetime.fromisoformat(shown["seenAt"])
+    assert seen_at - datetime.fromisoformat(shown["leaseRenewedAt"]) == timedelta(seconds=4)
+    assert seen_at - datetime.fromisoformat(health["lead"]["since"]) == timedelta(minutes=10)
+    failure = health["cluster"].pop("lastFailure")
+    assert seen_at - datetime.fromisoformat(failure.pop("at")) == timedelta(seconds=30)
+    assert failure == {"message": failed["failure"], "role": "worker", "host": socket.gethostname()}
+    assert health["brokerLastFailure"]["message"] == failed["failure"]
+    answered_at = datetime.fromisoformat(health["cluster"].pop("answeredAt"))
+    assert seen_at - answered_at == timedelta(seconds=1)
+    assert health["cluster"] == {"kind": "kubernetes", "latencyMs": 4.5}
+    elsewhere = (await people.stranger.api.get("/api/v1/admin/health")).json()
+    hidden = ("cluster", "brokerLastFailure")
+    assert (*(elsewhere[name] for name in hidden), elsewhere["lead"]["since"]) == (None, None, None)
+    browser = await harness.browser()
+    assert (await browser.post("/session", json={"key": people.admin.key})).status_code == 201
+    page = (await browser.get("/dashboard/health")).text
+    for word in ("ConnectionResetError: figures", "Kubernetes: last answer", "a scheduler leads, since"):
+        assert word in page
+    await harness.gateway.database.transaction(forget)
 
 
 async def test_wakes_are_timed_by_the_decisions_of_their_own_workflow(

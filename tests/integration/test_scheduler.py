@@ -23,6 +23,7 @@ from models.loss_limits import MAX_LOST_ATTEMPTS
 from scheduler import main, recovery, retention
 from scheduler.leadership import LeaderElection
 from scheduler.main import PeriodicDuty, run_duties
+from telemetry.process_activity import ACTIVITY
 from tests import command_runs, services
 from tests.command_runs import RunningCommand, command_environment
 from tests.integration.run_database import (
@@ -70,6 +71,11 @@ async def test_one_of_two_leads_until_it_no_longer_renews(
     await first.renew()
     await second.renew()
     assert (first.is_leading(), second.is_leading()) == (True, False)
+    assert ACTIVITY.lead is not None
+    assert ACTIVITY.lead.owner == first.owner
+    since = ACTIVITY.lead.since
+    await first.renew()
+    assert (ACTIVITY.lead.since, (ACTIVITY.renewed_at or 0) > since) == (since, True)
     while not second.is_leading():
         assert not (first.is_leading() and second.is_leading())
         await second.renew()
@@ -98,6 +104,7 @@ async def test_a_resigning_leader_is_followed_at_once(run_database: RunDatabase,
     await first.renew()
     await first.resign()
     assert not first.is_leading()
+    assert ACTIVITY.lead is None
     await second.renew()
     assert second.is_leading()
     await first.resign()

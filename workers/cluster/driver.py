@@ -16,6 +16,8 @@ from typing import Protocol
 
 import structlog
 
+from telemetry.process_activity import ACTIVITY, CLUSTER_CONNECTIONS
+
 HOST_VARIABLE = "PILOTFLAME_RUNNER_HOST"
 """Address that the program in a pod listens on. Drivers set this and the next three variables themselves."""
 PORT_VARIABLE = "PILOTFLAME_RUNNER_PORT"
@@ -328,7 +330,11 @@ class ClusterConnection:
         """
         async with self._opening:
             if self.current is None:
-                self.current = await self._open_driver()
+                try:
+                    self.current = await self._open_driver()
+                except ClusterError as error:
+                    ACTIVITY.note_failure(CLUSTER_CONNECTIONS[self._cluster], error)
+                    raise
                 log.info("cluster opened", cluster=self._cluster)
                 self._on_open(self.current)
                 await asyncio.sleep(0)  # the watch that starts now answers all reads from the first one on

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import random
 import socket
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from http import HTTPStatus
@@ -18,7 +19,14 @@ from kubernetes.aio import client as kubernetes_client
 from kubernetes.aio import config as kubernetes_config
 
 from json_text import decoding
-from workers.cluster.driver import ClusterBusy, ClusterForbidden, ClusterRefused, ClusterUnavailable
+from telemetry.process_activity import ACTIVITY, KUBERNETES
+from workers.cluster.driver import (
+    ClusterBusy,
+    ClusterError,
+    ClusterForbidden,
+    ClusterRefused,
+    ClusterUnavailable,
+)
 from workers.cluster.manifests import Manifest
 
 REQUEST_SECONDS = 10.0
@@ -174,7 +182,9 @@ class KubernetesApi:
                 response = await self.send("GET", path, query=query)
                 async with response:
                     if response.status != HTTPStatus.OK:
-                        raise self._error_for_response(response, await response.content.read())
+                        failure = self._error_for_response(response, await response.content.read())
+                        _note_failure(failure)
+                        raise failure
                     _enable_keep_alive(response)
                     async for line in response.content:
                         event: Manifest = decoding.decode(line)
@@ -183,6 +193,7 @@ class KubernetesApi:
                             raise _error_for_status(status.get("code", 0), status.get("message", ""))
                         on_event(event)
         except (aiohttp.ClientError, OSError, ValueError, kubernetes_config.ConfigException) as error:
+            ACTIVITY.note_failure(KUBERNETES, error)
             raise ClusterUnavailable(f"The watch was cut off: {_describe_error(error)}") from error
 
     async def request(
@@ -232,6 +243,7 @@ class KubernetesApi:
                 return answer
             failure = self._error_for_response(response, answer)
             if not isinstance(failure, ClusterBusy) or loop.time() + failure.retry_seconds > gives_up_at:
+                _note_failure(failure)
                 raise failure
 
     async def _send_and_read(
@@ -249,13 +261,16 @@ class KubernetesApi:
         """
         try:
             async with asyncio.timeout(self.request_seconds), self._request_slots:
+                begun_at = time.monotonic()
                 response = await self.send(method, path, query=query, body=body, content_type=content_type)
                 answer: bytes = await response.content.read()
+                ACTIVITY.note_answer(KUBERNETES, time.monotonic() - begun_at)
         except (
             aiohttp.ClientError,
             OSError,
             kubernetes_config.ConfigException,
         ) as error:  # TimeoutError is an OSError
+            ACTIVITY.note_failure(KUBERNETES, error)
             raise ClusterUnavailable(
                 f"The API server did not answer {method} {path}: {_describe_error(error)}"
             ) from error
@@ -297,6 +312,12 @@ class KubernetesApi:
         seconds = _parse_retry_after(response.headers.get("Retry-After", ""))
         self._budget.pause(seconds)
         return ClusterBusy(_error_message(answer), retry_seconds=seconds)
+
+
+def _note_failure(failure: Exception) -> None:
+    """Note an unsuccessful answer for the reports of this process; missing and changed objects are no failures."""
+    if isinstance(failure, ClusterError):
+        ACTIVITY.note_failure(KUBERNETES, failure)
 
 
 def _enable_keep_alive(response: aiohttp.ClientResponse) -> None:

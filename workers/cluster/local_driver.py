@@ -10,6 +10,7 @@ import asyncio
 import fcntl
 import os
 import shutil
+import time
 from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ import structlog
 
 from json_text import decoding
 from models import pod_identity as names
+from telemetry.process_activity import ACTIVITY, LOCAL_PODS
 from workers.cluster.atomic_files import replace_file
 from workers.cluster.driver import (
     ChangedWorkflows,
@@ -157,8 +159,13 @@ class LocalDriver:
 
     async def observe(self, workflow_id: str) -> ObservedDeployment:
         """Return the observed state of a deployment; one that doesn't exist is reported as such."""
+        begun_at = time.monotonic()
         deployment = self._deployments.get(workflow_id)
-        return deployment.observe if deployment is not None else ObservedDeployment(workflow_id, exists=False)
+        observed = (
+            deployment.observe if deployment is not None else ObservedDeployment(workflow_id, exists=False)
+        )
+        ACTIVITY.note_answer(LOCAL_PODS, time.monotonic() - begun_at)
+        return observed
 
     async def observe_uncached(self, workflow_id: str) -> ObservedDeployment:
         """Return the observed state as `observe` does: this driver has no cache that could be outdated."""

@@ -18,6 +18,7 @@ from messages.broker import BrokerUnavailable
 from messages.deployer_messages import POD_LOGS, DeployerMessage, PodLogRequest
 from models import deployment_token, ids
 from models.errors import DatabaseUnavailable
+from telemetry.process_activity import ACTIVITY
 from workers.cluster.driver import ClusterConnection, ClusterError, OpenDriver, PodLogLine
 from workers.deployer import deployment_rows
 from workers.deployer.reconcile_queue import ReconcileQueue, ScheduledRetry
@@ -38,6 +39,9 @@ WATCH_AGAIN_SECONDS: Final = 1.0
 SWEEPS_PER_COUNT: Final = 12
 """Every so many sweeps all deployments are reconciled, including settled ones and those without a row."""
 MAX_LOG_BYTES: Final = 1_000_000
+
+DEPLOYMENTS_QUEUE: Final = "deployments"
+"""Name of the queue of deployments to reconcile in the reports of this process."""
 
 CloseDriver = Callable[["ClusterDriver"], Awaitable[None]]
 
@@ -110,6 +114,7 @@ class Deployer:
 
     async def start(self) -> None:
         """Start the tasks that sweep, reconcile eight deployments at a time, and answer messages, until `stop`."""
+        ACTIVITY.queues[DEPLOYMENTS_QUEUE] = self._queue.count_queued
         self._broker.start_deployer(self._on_message)
         for loop in (
             self._sweep_forever(),

@@ -89,6 +89,10 @@ class ReconcileQueue:
         self._routine: deque[str] = deque()
         self._is_filled = asyncio.Event()
 
+    def count_queued(self) -> int:
+        """Return the number of workflows that wait for a task."""
+        return sum(entry.is_queued for entry in self._entries.values())
+
     def add(self, workflow_id: str) -> None:
         """Queue a workflow as routine work, as after an event of the cluster; a queued one is not added twice.
 

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
+from gateway.dashboard.formats import parse_moment
 from gateway.dashboard.page import Page, PageData, PageFrame
 from gateway.dashboard.pages.overview import RECENT_SECONDS
 
@@ -37,7 +38,7 @@ AGES: Final = (
     ("scheduleLagSeconds", "latest schedule"),
     ("deferredDelaySeconds", "latest waiting run"),
 )
-NO_HEALTH: Final[Mapping[str, Any]] = {"database": {"tables": ()}}
+NO_HEALTH: Final[Mapping[str, Any]] = {"database": {"tables": ()}, "cluster": None}
 
 
 async def load(page: PageRequest) -> PageData:
@@ -80,11 +81,20 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "largest": max(
             (one["bytes"] for one in (data["health"] or NO_HEALTH)["database"]["tables"]), default=1
         ),
+        "cluster_fails": does_cluster_fail((data["health"] or NO_HEALTH)["cluster"]),
         "workers": why["workers"],
         "reasons": why["reasons"],
         "unknown": why["unknown"],
         "runs_address": f"{frame.root}/dashboard/runs",
     }
+
+
+def does_cluster_fail(cluster: Mapping[str, Any] | None) -> bool:
+    """Return whether the last request to a cluster has failed; None is no cluster."""
+    if cluster is None or cluster["lastFailure"] is None:
+        return False
+    answered_at, failed_at = cluster["answeredAt"], cluster["lastFailure"]["at"]
+    return answered_at is None or parse_moment(answered_at) < parse_moment(failed_at)
 
 
 PAGE: Final = Page("/dashboard/health", "health.html", load, view, "health", ("executions",))

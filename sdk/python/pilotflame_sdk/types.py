@@ -50,9 +50,11 @@ __all__ = [
     "Capabilities",
     "ChangedItem",
     "ClockChange",
+    "ClusterHealth",
     "ComparedSpan",
     "ConflictReason",
     "ConnectionAnswer",
+    "ConnectionFailure",
     "ConnectionPhase",
     "ConnectionPhaseShape",
     "ConnectionRemoval",
@@ -236,6 +238,7 @@ __all__ = [
     "PolicyUpdateResult",
     "Ports",
     "Price",
+    "ProcessQueue",
     "Progress",
     "ProviderKey",
     "ProviderKeyList",
@@ -931,6 +934,15 @@ class ClockChange(TypedDict):
     localTimeAfter: str
 
 
+class ClusterHealth(TypedDict):
+    """Cluster of the pods, by the reports of deployers."""
+
+    kind: Literal['kubernetes', 'local']
+    latencyMs: float | None
+    answeredAt: str | None
+    lastFailure: ConnectionFailure | None
+
+
 class ComparedSpan(TypedDict):
     """Span of the other run."""
 
@@ -951,6 +963,15 @@ class ConnectionAnswer(_ConnectionAnswerAlways, total=False):
     """Added connection."""
 
     warnings: List[ErrorDetail]
+
+
+class ConnectionFailure(TypedDict):
+    """Last failure of a server that processes use."""
+
+    at: str
+    message: str
+    role: str
+    host: str | None
 
 
 class ConnectionPhaseShape(TypedDict):
@@ -1070,6 +1091,7 @@ class DatabaseHealth(TypedDict):
     revision: str
     bytes: int | None
     tables: List[TableSize]
+    lastFailure: ConnectionFailure | None
 
 
 class DeadLetter(TypedDict):
@@ -2680,6 +2702,13 @@ class Price(_PriceAlways, total=False):
     cacheWrite: str | None
 
 
+class ProcessQueue(TypedDict):
+    """Queue from which a process takes work."""
+
+    name: str
+    length: int | None
+
+
 class Progress(TypedDict):
     """Progress of a run; `outputs` is empty until it has ended."""
 
@@ -3088,6 +3117,7 @@ class SchedulerLead(TypedDict):
 
     name: str | None
     isHeld: bool
+    since: str | None
     leaseUntil: str
 
 
@@ -3129,6 +3159,8 @@ class ServerHealth(TypedDict):
     duties: List[SchedulerDuty]
     database: DatabaseHealth
     brokerLatencyMs: float | None
+    brokerLastFailure: ConnectionFailure | None
+    cluster: ClusterHealth | None
 
 
 class ServerProcess(TypedDict):
@@ -3144,6 +3176,8 @@ class ServerProcess(TypedDict):
     loopLagMs: int
     heldRuns: int | None
     concurrency: int | None
+    queues: List[ProcessQueue]
+    leaseRenewedAt: str | None
     claimsPerSecond: float | None
     eventStreams: int | None
 
