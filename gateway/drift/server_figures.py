@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy import func, select
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from doctor.alert_states import QueueFacts
+    from models.access import ApiCaller
 
 _PERCENTS: Final = (50, 95)
 
@@ -56,6 +58,18 @@ class OldestRows(WireStruct):
     """Retention; null if no present process says it. An execution is kept for this time after its end."""
 
 
+class LargestWorkflow(WireStruct):
+    """Workflow with many stored runs."""
+
+    workflow_id: str
+    organization_id: str | None
+    """Null for a workflow that was deleted."""
+    name: str | None
+    """Null for workflows that the caller may not read, such as those of other organizations."""
+    runs: int
+    """Stored runs, about: by the statistics of PostgreSQL, or by a sample of 500 rows of SQLite."""
+
+
 class ServerFigures(WireStruct):
     """Figures of all organizations' work."""
 
@@ -76,18 +90,25 @@ class ServerFigures(WireStruct):
     wakes: Sequence[WakePhase]
     """Of the last 200 executions of a day that waited for a pod."""
     retention: Sequence[OldestRows]
+    largest_workflows: Sequence[LargestWorkflow]
+    """At most ten workflows of all organizations, the one with the most stored runs first."""
 
 
 async def read_figures(
     connection: AsyncConnection,
+    caller: ApiCaller,
     now: datetime,
     activities: Sequence[Mapping[str, Any]],
     queue: QueueFacts,
 ) -> ServerFigures:
-    """Return the figures of the server from its rows and the reported activities of its present processes."""
+    """Return the figures of the server from its rows and the reported activities of its present processes.
+
+    Names of workflows are those that the caller may read.
+    """
     commits = sum(one.get("commits", 0) for one in activities)
     committed = sum(one.get("commits", 0) * one.get("commitSize", 0) for one in activities)
-    from journal import wake_times  # noqa: PLC0415 - for the operator's page alone
+    from gateway.drift import largest_workflows  # noqa: PLC0415 - for the operator's page alone
+    from journal import wake_times  # noqa: PLC0415 - the same
 
     times = await wake_times.read_wake_times(connection, now)
     return ServerFigures(
@@ -104,6 +125,9 @@ async def read_figures(
         deferred_delay_seconds=round(queue.deferred_delay, 1),
         wakes=[_show_phase(phase, found) for phase, found in times.items()],
         retention=await _find_oldest(connection, activities),
+        largest_workflows=[
+            LargestWorkflow(**asdict(one)) for one in await largest_workflows.find_largest(connection, caller)
+        ],
     )
 
 

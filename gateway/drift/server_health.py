@@ -196,7 +196,7 @@ async def show(request: GatewayRequest) -> JsonResponse:
             queue = await alert_states.read_queue_facts(connection)
             duties = _list_duties(reports)
             present = [one.activity or {} for one in reports if _is_present(one.seen_at, now)]
-            figures = await server_figures.read_figures(connection, now, present, queue)
+            figures = await server_figures.read_figures(connection, request.caller, now, present, queue)
             processes = [_show_process(one, figures, now) for one in reports]
             alerts = _list_alerts(processes, lead, queue)
             lead = _date_lead(lead, reports)

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import pytest
-from sqlalchemy import delete, func, insert, select, update
+from sqlalchemy import delete, func, insert, select, text, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlmodel import col
 
@@ -527,6 +527,31 @@ async def test_reports_show_queues_leases_and_failures_that_other_processes_know
     for word in ("ConnectionResetError: figures", "Kubernetes: last answer", "a scheduler leads, since"):
         assert word in page
     await harness.gateway.database.transaction(forget)
+
+
+@pytest.mark.every_database
+async def test_the_operator_sees_the_workflows_with_the_most_runs(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    ours = await people.owner.create(**GRAPH, name="Ours", status="active")
+    theirs = await people.stranger.create(**GRAPH, name="Theirs", status="active")
+    for person, workflow_id, runs in ((people.owner, ours, 40), (people.stranger, theirs, 30)):
+        await asyncio.gather(*(start(person, workflow_id) for _ in range(runs)))
+    await make_operator(harness, people)
+    database = harness.gateway.database
+
+    async def analyze(connection: AsyncConnection) -> None:
+        await connection.execute(text("ANALYZE execution"))
+
+    await database.transaction(analyze)
+    listed = (await people.admin.api.get("/api/v1/admin/health")).json()["figures"]["largestWorkflows"]
+    assert [one["runs"] for one in listed] == sorted((one["runs"] for one in listed), reverse=True)
+    found = {one["workflowId"]: one for one in listed}
+    assert (found[ours]["name"], found[ours]["runs"]) == ("Ours", 40)
+    assert (found[theirs]["name"], found[theirs]["runs"]) == (None, 30)
+    assert found[theirs]["organizationId"] == people.stranger.user.organization_id
+    elsewhere = (await people.stranger.api.get("/api/v1/admin/health")).json()
+    assert elsewhere["figures"] is None
 
 
 async def test_wakes_are_timed_by_the_decisions_of_their_own_workflow(

@@ -149,6 +149,7 @@ __all__ = [
     "KeyProvider",
     "KeyRefusal",
     "KeyScope",
+    "LargestWorkflow",
     "LastDecision",
     "LastModelTest",
     "LastRun",
@@ -1825,6 +1826,15 @@ class KeyRefusal(TypedDict):
     lastRoute: str
 
 
+class LargestWorkflow(TypedDict):
+    """Workflow with many stored runs."""
+
+    workflowId: str
+    organizationId: str | None
+    name: str | None
+    runs: int
+
+
 class LastDecision(TypedDict):
     """Last decision about the deployment."""
 
@@ -3144,6 +3154,7 @@ class ServerFigures(TypedDict):
     deferredDelaySeconds: float
     wakes: List[WakePhase]
     retention: List[OldestRows]
+    largestWorkflows: List[LargestWorkflow]
 
 
 class ServerHealth(TypedDict):
