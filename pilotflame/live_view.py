@@ -1,15 +1,19 @@
-"""Live view of a run on a terminal, node by node."""
+"""Live view of a run on a terminal, node by node, with the texts that its models are writing."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Final
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
+
+from pilotflame import live_text
+from pilotflame.command_error import escape_text
 
 if TYPE_CHECKING:
     from pilotflame_sdk import RunEvent
@@ -17,6 +21,10 @@ if TYPE_CHECKING:
 
 MAX_ROWS: Final = 25
 """The most recently updated nodes; more would not fit on a screen."""
+MAX_TEXTS: Final = 3
+"""The most recently changed texts."""
+MAX_TEXT_CHARACTERS: Final = 300
+"""Shown end of each text."""
 COLOURS: Final = {
     "completed": "green",
     "failed": "red",
@@ -36,6 +44,8 @@ class RunView:
         self._name = name
         self._execution: dict[str, Any] = {}
         self._spans: dict[tuple[str, int], dict[str, Any]] = {}
+        self._texts: dict[tuple[str, str], str] = {}
+        """Open texts, and steps of agents, by node id and iteration."""
 
     def take(self, event: RunEvent) -> None:
         """Update the table by an event of the run; attempts are not shown."""
@@ -45,8 +55,35 @@ class RunView:
             key = (event.data["nodeId"], event.data["iteration"])
             self._spans.pop(key, None)
             self._spans[key] = event.data
+            if event.data["status"] not in {"running", "waiting"}:
+                self._texts.pop(key, None)
 
-    def __rich__(self) -> Table:
+    def take_step(self, event: RunEvent) -> None:
+        """Update the texts below the table by an event of the steps of the run."""
+        if event.name == "execution":
+            return
+        place = (event.data["nodeId"], event.data["iteration"])
+        before = self._texts.pop(place, "")
+        match event.name:
+            case "token":
+                begun = before if event.data["offset"] else ""
+                self._texts[place] = (begun + event.data["text"])[-MAX_TEXT_CHARACTERS:]
+            case "retry":
+                self._texts[place] = f"Begins again: {event.data['reason']}"
+            case "step" if event.data["kind"] == "tool":
+                self._texts[place] = live_text.describe_call(event.data)
+
+    def __rich__(self) -> Group:
+        return Group(self._table(), *self._show_texts())
+
+    def _show_texts(self) -> Iterable[Text]:
+        """Yield the ends of the newest texts, each below its node."""
+        for (node_id, iteration), text in list(self._texts.items())[-MAX_TEXTS:]:
+            name = f"{node_id} [{iteration}]" if iteration else node_id
+            yield Text(f"\n{name}", style="bold")
+            yield Text(escape_text(text))
+
+    def _table(self) -> Table:
         table = Table(title=self._heading(), title_justify="left", box=None, pad_edge=False)
         for heading in ("node", "type", "status", "time"):
             table.add_column(heading, justify="right" if heading == "time" else "left", overflow="ellipsis")
@@ -67,13 +104,14 @@ class RunView:
         return heading
 
 
-def show_run(name: str, events: Iterable[RunEvent]) -> None:
+def show_run(name: str, events: Iterable[RunEvent], steps: Iterable[RunEvent] | None = None) -> None:
     """Show the progress of a run on standard error until its events end; at most 25 rows, the newest.
 
-    Standard output has the result alone.
+    With the events of its `steps`, also the texts that its models write. Standard output has the result alone.
     """
     view, console = RunView(name), Console(file=sys.stderr)
-    with Live(view, console=console, refresh_per_second=8) as live:
+    following = nullcontext() if steps is None else live_text.following(steps, view.take_step)
+    with Live(view, console=console, refresh_per_second=8) as live, following:
         for event in events:
             view.take(event)
         live.refresh()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -42,6 +43,14 @@ TimeoutOption = Annotated[
     float | None, Option(min=0, help="Seconds after which the command exits with 6; the run goes on.")
 ]
 TagOption = Annotated[list[str] | None, Option("--tag", help="Tag of the run; may be repeated.")]
+StreamOption = Annotated[
+    bool | None,
+    Option(
+        "--stream/--no-stream",
+        help="Print texts of models and steps of agents on standard error while they come.",
+        show_default="on a terminal",
+    ),
+]
 MetadataOption = Annotated[
     list[str] | None, Option("--metadata", help="Metadata as key=value; may be repeated.")
 ]
@@ -52,6 +61,7 @@ def run_workflow(
     workflow: WorkflowArgument,
     given: InputOption = "{}",
     watch: Annotated[bool, Option("--watch", help="Show the progress of each node.")] = False,
+    stream: StreamOption = None,
     timeout: TimeoutOption = None,
     tag: TagOption = None,
     metadata: MetadataOption = None,
@@ -62,8 +72,12 @@ def run_workflow(
 
     Waits for its end, and exits with 5 unless it completed. Ctrl-C leaves the run alone.
 
-    On a terminal, long outputs are truncated; files and pipes get all of them.
+    On a terminal, texts of models are printed while they come, and long outputs are truncated; files and pipes
+    get all of them.
     """
+    from pilotflame import live_text
+
+    is_streamed = live_text.is_terminal() if stream is None else stream
     body = read_body(given)
     client = connect()
     workflow_id = client.workflows.find(workflow)
@@ -71,21 +85,32 @@ def run_workflow(
     # Short, so that the id of a longer run is shown soon.
     run = client.start(
         workflow_id,
-        wait=0 if watch else SHORT_RUN_SECONDS,
+        wait=0 if watch or is_streamed else SHORT_RUN_SECONDS,
         idempotency_key=idempotency_key,
         **start_options(body, tag, metadata),
     )
     typer.echo(run.id, err=True)
     try:
         if watch:
-            from pilotflame import live_view
-
-            live_view.show_run(workflow, run.stream())
-        run.wait(timeout)
+            watch_nodes(workflow, run, is_streamed=is_streamed)
+        with live_text.printing(run.stream_steps()) if is_streamed and not watch else nullcontext():
+            run.wait(timeout)
     except KeyboardInterrupt:
         remark(f"{run.id} goes on: pilotflame runs watch {run.id}")
         raise
     print_outcome(run, output, connections)
+
+
+def watch_nodes(name: str, run: Run, *, is_streamed: bool) -> None:
+    """Show the nodes of a run until its end, with the texts of its models if they are streamed.
+
+    Texts that don't go to a terminal are printed as they come: a view that moves would fill a file.
+    """
+    from pilotflame import live_text, live_view
+
+    in_view = is_streamed and live_text.is_terminal()
+    with live_text.printing(run.stream_steps()) if is_streamed and not in_view else nullcontext():
+        live_view.show_run(name, run.stream(), run.stream_steps() if in_view else None)
 
 
 def read_body(given: str) -> dict[str, Any]:

@@ -38,12 +38,14 @@ from pilotflame.commands.run import (
     InputOption,
     MetadataOption,
     OutputChoiceOption,
+    StreamOption,
     TagOption,
     TimeoutOption,
     print_outcome,
     read_body,
     read_connections,
     start_options,
+    watch_nodes,
 )
 from pilotflame.commands.server_connection import connect
 from pilotflame.run_outputs import OutputChoice
@@ -159,13 +161,19 @@ def start_run(
 
 
 @app.command("watch")
-def watch_run(execution: ExecutionArgument, output: OutputChoiceOption = OutputChoice.NONE) -> None:
-    """Show the nodes of an execution while they run; exits with 5 unless it completes."""
-    from pilotflame import live_view
+def watch_run(
+    execution: ExecutionArgument,
+    output: OutputChoiceOption = OutputChoice.NONE,
+    stream: StreamOption = None,
+) -> None:
+    """Show the nodes of an execution while they run, and on a terminal the texts of its models; exits with 5 unless it
+    completes.
+    """
+    from pilotflame import live_text
 
     client = connect()
     run = client.attach(execution)
-    live_view.show_run(execution, run.stream())
+    watch_nodes(execution, run, is_streamed=live_text.is_terminal() if stream is None else stream)
     print_outcome(run.wait(), output, _connections_of(client, execution, output))
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from ipaddress import ip_network
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -25,7 +27,10 @@ from messages.broker import Broker, DirectMessage, Notification
 from messages.broker_connection import connect_broker
 from messages.message_seal import MessageSeal
 from models.timestamps import DatabaseClock
+from tests import command_runs
 from tests.fakes.model_server import ModelFault, ScriptedAnswer, serve_models
+from tests.forks import ForkedCommand
+from tests.integration.browser import serve_gateway
 from tests.integration.gateway_harness import GRAPH, GatewayHarness, OrganizationUsers
 from tests.integration.test_broker import (
     _a_busy_machine_is_no_failure_of_postgresql as _a_busy_machine_is_no_failure_of_postgresql,  # noqa: PLC0414 - fixtures
@@ -157,6 +162,37 @@ async def read_texts(stream: EventStreamClient, count: int) -> list[StreamEvent]
         if (event := await stream.next()).name in {"token", "retry"}:
             found.append(event)
     return found
+
+
+async def test_a_command_prints_a_text_while_it_is_written_and_its_outputs_apart(
+    harness: GatewayHarness, people: OrganizationUsers, tmp_path: Path
+) -> None:
+    stalled = [ScriptedAnswer(text, fault=ModelFault.STALL) for text in ("First half", "Other half")]
+    async with serve_models(*stalled) as served, serve_worker(harness), serve_gateway(harness) as url:
+        provider_id = await create_provider(people.owner, served.url)
+        models = [await create_model(people.owner, provider_id, name=name) for name in ("One", "Two")]
+        config = {"model": models[0], "fallbackModelIds": models[1:], "prompt": "How is Oslo?"}
+        workflow_id = await people.owner.create(
+            nodes=[{"id": "start", "nodeId": "manual"}, {"id": "ask", "nodeId": "llm", "config": config}],
+            connections=[{"source": "start", "target": "ask"}],
+        )
+        given = command_runs.command_environment(tmp_path, URL=url, API_KEY=people.owner.key)
+        outputs = tmp_path / "stdout", tmp_path / "stderr"
+        for output in outputs:
+            output.touch()
+        arguments = ("run", workflow_id, "--stream", "--output", "json")
+        process = ForkedCommand(command_runs.COMMAND, arguments, given, outputs)
+        try:
+            await spin_until(lambda: "ask:\nFirst" in outputs[1].read_text())
+            served.connections[-1].abort()  # type: ignore[attr-defined]
+            await spin_until(lambda: "ask:\nOther" in outputs[1].read_text())
+            served.released.set()
+            assert await asyncio.to_thread(process.wait, PATIENCE_SECONDS) == 0
+        finally:
+            process.kill()
+    printed = json.loads(outputs[0].read_text())
+    assert printed["outputs"]["ask"]["response"] == "Other half"
+    assert "\nask: begins again, since the call failed: model-unavailable\n" in outputs[1].read_text()
 
 
 @pytest.mark.usefixtures("looks")

@@ -26,6 +26,10 @@ class AsyncExecutions(async_resources.AsyncExecutions):
         """
         return self._client.stream(f"/api/v1/executions/{self._quote(execution_id)}/events")
 
+    def stream_steps(self, execution_id: str) -> AsyncIterator[RunEvent]:
+        """Yield the events of an execution's agents and language models, as `Run.stream_steps` does."""
+        return self._client.stream(f"/api/v1/executions/{self._quote(execution_id)}/steps")
+
 
 class AsyncWorkflows(async_resources.AsyncWorkflows):
     """Methods of `client.workflows`."""

@@ -30,6 +30,10 @@ class Executions(resources.Executions):
         """
         return self._client.stream(f"/api/v1/executions/{self._quote(execution_id)}/events")
 
+    def stream_steps(self, execution_id: str) -> Iterator[RunEvent]:
+        """Yield the events of an execution's agents and language models, as `Run.stream_steps` does."""
+        return self._client.stream(f"/api/v1/executions/{self._quote(execution_id)}/steps")
+
 
 class Workflows(resources.Workflows):
     """Methods of `client.workflows`."""

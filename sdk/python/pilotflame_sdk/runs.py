@@ -72,6 +72,15 @@ class Run(run_states.RunState):
         """Yield the events of the run from its beginning to its end; lost connections are resumed without loss."""
         return self._client.stream(f"{self.path}/events")
 
+    def stream_steps(self) -> Iterator[RunEvent]:
+        """Yield the events of the run's agents and of all its language models, to the end of the run.
+
+        `step` has each state of a step of an agent. `token` adds text to an answer that a model is writing, and
+        `retry` drops the text so far. After a lost connection, steps continue without loss, and the texts of open
+        answers are sent again from their beginning: `offset` is the number of characters before a part.
+        """
+        return self._client.stream(f"{self.path}/steps")
+
     def signal(
         self,
         name: str,

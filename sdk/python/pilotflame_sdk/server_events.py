@@ -12,10 +12,10 @@ LAST_EVENT_ID: Final = "end"
 
 @dataclass(frozen=True)
 class RunEvent:
-    """Event of an execution: a log line, a span (a step of a node), or its progress."""
+    """Event of an execution: a log line, a span (a run of a node), its progress, a step of an agent, or a text."""
 
     name: str
-    """`log`, `span` or `execution`."""
+    """`log`, `span` or `execution`; of the steps `step`, `token`, `retry` or `execution`."""
     id: str
     """Place in the stream; only committed events have one."""
     data: dict[str, Any]
