@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from heapq import nsmallest
+from itertools import chain
 from typing import TYPE_CHECKING, Annotated, Any, Final, cast
 from zoneinfo import ZoneInfoNotFoundError
 
@@ -25,11 +27,19 @@ from models.deployment import (
     status_of,
     stopped_reason_of,
 )
-from models.lifecycle_policy import PolicyType, StoppedReason, TransitionKind
+from models.lifecycle_policy import (
+    DeploymentSituation,
+    LifecycleTransition,
+    PolicyType,
+    StoppedReason,
+    TransitionKind,
+)
 from models.timestamps import from_microseconds
 from models.workflow import Workflow, is_readable_by
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     from sqlalchemy import Select
 
     from models.access import ApiCaller
@@ -111,17 +121,20 @@ async def show_summary(request: GatewayRequest) -> JsonResponse:
     All deployments count, however many there are.
     """
     states = Counter[DeploymentStatus]()
-    failed: list[ListedDeployment] = []
-    upcoming: list[ListedDeployment] = []
+    failed: list[Row[*tuple[Any, ...]]] = []
+    moving: list[_MovingDeployment] = []
     last = ""
     async with request.gateway.database.read() as connection:
         while True:
             statement = activities_statement(request.caller, after=last).limit(BATCH_DEPLOYMENTS)
             rows = (await connection.execute(statement)).all()
-            shown = [_show_deployment(row) for row in rows]
-            states.update(one.deployment_status for one in shown)
-            failed += [one for one in shown if one.deployment_status is DeploymentStatus.FAILED]
-            upcoming = _list_upcoming([*upcoming, *shown])
+            statuses = [status_of(cast("DeploymentState", row)) for row in rows]
+            states.update(statuses)
+            pairs = zip(rows, statuses, strict=True)
+            failed += [row for row, status in pairs if status is DeploymentStatus.FAILED][
+                : SHOWN - len(failed)
+            ]
+            moving = nsmallest(SHOWN, chain(moving, _find_moving(rows)))
             if len(rows) < BATCH_DEPLOYMENTS:
                 break
             last = rows[-1].workflow_id
@@ -130,16 +143,27 @@ async def show_summary(request: GatewayRequest) -> JsonResponse:
             as_of=instant(request.gateway.clock()),
             count=states.total(),
             states=states,
-            failed=failed[:SHOWN],
-            upcoming=upcoming,
+            failed=[_show_deployment(row) for row in failed],
+            upcoming=[_show_deployment(one.row) for one in moving],
         )
     )
 
 
-def _list_upcoming(deployments: Iterable[ListedDeployment]) -> list[ListedDeployment]:
-    """Return the ten deployments that start or stop next, the first one first."""
-    moving = [(one.next_transition_at, one.workflow_id, one) for one in deployments if one.next_transition_at]
-    return [one for _, _, one in nsmallest(SHOWN, moving)]
+@dataclass(frozen=True, slots=True, order=True)
+class _MovingDeployment:
+    """Deployment that starts or stops at a known time; the earlier ones, then those with lower ids, come first."""
+
+    at: datetime
+    workflow_id: str
+    row: Row[*tuple[Any, ...]] = field(compare=False)
+
+
+def _find_moving(rows: Iterable[Row[*tuple[Any, ...]]]) -> Iterator[_MovingDeployment]:
+    """Yield the deployments that start or stop at a known time."""
+    for row in rows:
+        upcoming = _find_transition(row, _build_situation(row))
+        if upcoming is not None:
+            yield _MovingDeployment(upcoming.at, row.workflow_id, row)
 
 
 def activities_statement(caller: ApiCaller, after: str = "") -> Select[*tuple[Any, ...]]:
@@ -176,18 +200,8 @@ def _show_deployment(row: Row[*tuple[Any, ...]]) -> ListedDeployment:
     The row takes the place of the object: to build hundreds of objects takes longer than all else.
     """
     state: DeploymentState = cast("DeploymentState", row)
-    stored = lifecycle_policy.effective_policy(row.lifecycle)
-    situation = build_situation(
-        state,
-        has_due=bool(row.has_due),
-        has_running=bool(row.has_running),
-        last_ended_at=row.last_ended_at,
-    )
-    try:
-        policy = lifecycle_policy.parse_policy(stored)
-        upcoming = lifecycle_policy.next_transition(policy, situation, from_microseconds(row.now))
-    except ZoneInfoNotFoundError:
-        upcoming = None
+    situation = _build_situation(row)
+    upcoming = _find_transition(row, situation)
     return ListedDeployment(
         workflow_id=row.workflow_id,
         workflow_name=row.name,
@@ -199,8 +213,31 @@ def _show_deployment(row: Row[*tuple[Any, ...]]) -> ListedDeployment:
         replicas=row.replicas,
         ready_replicas=row.ready_replicas,
         observed_at=optional_instant(row.observed_at),
-        policy_type=PolicyType(stored["type"]),
+        policy_type=PolicyType(lifecycle_policy.effective_policy(row.lifecycle)["type"]),
         last_activity_at=optional_instant(situation.last_activity_at),
         next_transition=upcoming.kind if upcoming else None,
         next_transition_at=optional_instant(upcoming.at if upcoming else None),
     )
+
+
+def _build_situation(row: Row[*tuple[Any, ...]]) -> DeploymentSituation:
+    """Return the facts of a row of `activities_statement` on which the next start or stop depends."""
+    return build_situation(
+        cast("DeploymentState", row),
+        has_due=bool(row.has_due),
+        has_running=bool(row.has_running),
+        last_ended_at=row.last_ended_at,
+    )
+
+
+def _find_transition(
+    row: Row[*tuple[Any, ...]], situation: DeploymentSituation
+) -> LifecycleTransition | None:
+    """Return the next start or stop of a deployment; None without one, and where this host doesn't know the time zone
+    of its policy.
+    """
+    try:
+        policy = lifecycle_policy.parse_policy(lifecycle_policy.effective_policy(row.lifecycle))
+        return lifecycle_policy.next_transition(policy, situation, from_microseconds(row.now))
+    except ZoneInfoNotFoundError:
+        return None

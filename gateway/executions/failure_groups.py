@@ -11,7 +11,7 @@ from sqlalchemy import Row, and_, exists, func, or_, select, true
 from sqlmodel import col
 
 from gateway.http.errors import invalid_query
-from gateway.http.parameters import TimeParameter
+from gateway.http.parameters import IntegerParameter, TimeParameter
 from gateway.http.responses import JsonResponse
 from gateway.http.wire import Instant, WireStruct, instant
 from journal import failure_causes, run_hours
@@ -36,6 +36,9 @@ UNTIL: Final = TimeParameter(
     "until", "Only executions accepted before the end of the hour that ends here or later."
 )
 RANGE: Final = (SINCE, UNTIL)
+LISTED: Final = IntegerParameter(
+    "limit", "Maximum number of groups in the answer.", SHOWN, minimum=1, maximum=SHOWN
+)
 _NODE_LABEL: Final = (
     select(col(SpanRow.label))
     .where(
@@ -82,7 +85,7 @@ class FailureGroups(WireStruct):
     count: int
     """Failed runs of all groups, listed or not."""
     is_complete: bool
-    """Whether all groups are listed: there are at most 100, and none of the hours has over 500 groups."""
+    """Whether all groups are listed: there are no more than `limit`, and none of the hours has over 500 groups."""
     groups: Annotated[Sequence[FailureGroup], Meta(max_length=SHOWN)]
     """Those with the last failure first."""
 
@@ -98,8 +101,9 @@ async def show(request: GatewayRequest) -> JsonResponse:
     now, caller = request.gateway.clock(), request.caller
     since, until = read_hours(request.query[SINCE], request.query[UNTIL], now)
     async with request.gateway.database.read_snapshot() as connection:
-        rows = (await connection.execute(groups_statement(caller, since, until))).all()
-        shown = rows[:SHOWN]
+        limit = request.query[LISTED]
+        rows = (await connection.execute(groups_statement(caller, since, until, limit))).all()
+        shown = rows[:limit]
         last_hours = await _read_last_hours(connection, caller, shown)
         messages = await _read_messages(connection, caller, last_hours.values())
         has_others = await connection.scalar(others_statement(caller, since, until))
@@ -109,7 +113,7 @@ async def show(request: GatewayRequest) -> JsonResponse:
             since=instant(since),
             until=instant(until),
             count=int(rows[0].total) if rows else 0,
-            is_complete=len(rows) <= SHOWN and not has_others,
+            is_complete=len(rows) <= limit and not has_others,
             groups=[_show_group(row, last_hours[row.fingerprint], messages) for row in shown],
         )
     )
@@ -131,7 +135,9 @@ def read_hours(since: datetime | None, until: datetime | None, now: datetime) ->
     return begin, end
 
 
-def groups_statement(caller: ApiCaller, since: datetime, until: datetime) -> Select[*tuple[Any, ...]]:
+def groups_statement(
+    caller: ApiCaller, since: datetime, until: datetime, limit: int
+) -> Select[*tuple[Any, ...]]:
     """Return the statement of the groups that a caller may see over some hours, those with the last failure first.
 
     It has one group more than are listed; `total` is the number of failed runs of all.
@@ -153,7 +159,7 @@ def groups_statement(caller: ApiCaller, since: datetime, until: datetime) -> Sel
         )
         .group_by(col(FailureHour.fingerprint), col(FailureHour.workflow_id), col(Workflow.name))
         .order_by(last_at.desc(), col(FailureHour.fingerprint))
-        .limit(SHOWN + 1)
+        .limit(limit + 1)
     )
 
 

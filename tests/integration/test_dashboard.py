@@ -22,7 +22,7 @@ from engine.services import RunCaller
 from execution.stored_model_ledger import StoredModelLedger
 from gateway.dashboard import assets, routes
 from gateway.dashboard.page import POLICY
-from gateway.dashboard.pages import access, ai_registry
+from gateway.dashboard.pages import access, ai_registry, overview
 from gateway.dashboard.pages import run as run_page
 from gateway.drift import recent_observations
 from gateway.executions import source_usage
@@ -856,7 +856,7 @@ async def test_findings_of_drift_wait_for_a_second_observation_once(
 
 
 async def test_the_overview_says_what_needs_a_person_and_groups_failures(
-    harness: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     queue = [{"id": "start", "nodeId": "queue-trigger", "label": "Message"}, GRAPH["nodes"][-1]]
     connections = [{"sourceNodeId": "start", "targetNodeId": queue[-1]["id"]}]
@@ -892,13 +892,23 @@ async def test_the_overview_says_what_needs_a_person_and_groups_failures(
         "/dashboard/overview", params={name: at.isoformat() for name, at in query.items()}
     )
     assert "No run has failed" in earlier.text
+    assert "causes=all" not in page.text + earlier.text
+    failing = await people.owner.create(name="Other", status="active", **GRAPH)
+    started = await people.owner.api.post(f"/api/v1/workflows/{failing}/execute", json={})
+    await fail_execution(harness, started.json()["executionId"])
+    await RunHourCounter(harness.gateway.database).count_runs()
+    monkeypatch.setattr(overview, "SHOWN_CAUSES", 1)
+    newest = (await browser.get("/dashboard/overview")).text
+    assert ("The newest 1 causes" in newest, newest.count("data-failed")) == (True, 1)
+    everything = (await browser.get("/dashboard/overview?causes=all")).text
+    assert ("Show more" in everything, everything.count("data-failed")) == (False, 2)
     assert earlier.text.count('<rect class="brush"') == 5
     assert "status=failed&amp;since=" in earlier.text
     for wrong in ("since=x&until=y", "since=2026-01-02T00:00:00Z&until=2026-01-01T00:00:00Z"):
         assert '<rect class="brush"' not in (await browser.get(f"/dashboard/overview?{wrong}")).text
     assert page.text.count('<path class="bad"') == 1
     rows = re.findall(r'<tr id="(\w+)"', (await browser.get("/dashboard/workflows")).text)
-    assert rows == [stuck, workflow_id, idle], "the worst first"
+    assert rows == [stuck, workflow_id, failing, idle], "the worst first"
     assert (await browser.get("/dashboard")).headers["Location"] == "dashboard/overview"
 
 

@@ -403,6 +403,8 @@ async def test_all_failures_of_a_day_are_grouped_by_cause(
 
     found = await list_groups(people.owner)
     assert (found["count"], found["isComplete"]) == (7, True)
+    newest = await list_groups(people.owner, "?limit=1")
+    assert (newest["count"], newest["isComplete"], newest["groups"]) == (7, False, found["groups"][:1])
     rows, http = found["groups"]
     assert (rows["workflowName"], rows["nodeId"], rows["code"]) == ("Orders", "write", "node-error")
     assert (rows["count"], rows["executionId"], rows["message"]) == (6, last, "Row 7 of 'c' is wrong")
@@ -517,7 +519,7 @@ async def test_counts_and_lists_are_read_by_indexes(
         "run_hour": run_statistics.hours_statement(user.organization_id, [ALL_WORKFLOWS], since),
         "model_hour": model_hour_sums.hours_statement(caller, since, since + 24 * HOUR),
         "ix_execution_unsuccessful": failure_hours.failures_statement(user.organization_id, since),
-        "failure_hour": failure_groups.groups_statement(caller, since, since + HOUR),
+        "failure_hour": failure_groups.groups_statement(caller, since, since + HOUR, 20),
         "ix_workflow_listed_by": workflow_activity.page_statement(
             caller, everything, PageBounds(50, 0), since
         ),

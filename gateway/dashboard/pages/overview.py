@@ -9,6 +9,7 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlencode
 
+from gateway.dashboard.addresses import list_address
 from gateway.dashboard.formats import (
     POD_STATES,
     StateLook,
@@ -33,6 +34,8 @@ URGENT_TIME: Final = timedelta(hours=1)
 SHOWN_NEEDS: Final = 3
 """Number of failures and of deployments that need a person at most; the page lists others below."""
 SHOWN_SCHEDULES: Final = 5
+SHOWN_CAUSES: Final = 20
+"""Number of causes of failures at most, unless the address asks for all."""
 PATH: Final = "/dashboard/overview"
 NEEDS_PERSON: Final = frozenset({"change", "escalate"})
 """Kinds of reasons that do not end by themselves."""
@@ -75,7 +78,9 @@ async def load(page: PageRequest) -> PageData:
         page.get_recent("/api/v1/deployments/usage", seconds=RECENT_SECONDS),
         page.get("/api/v1/executions/statistics"),
         page.get("/api/v1/deployments/summary"),
-        page.get("/api/v1/executions/failures", **shown),
+        page.get(
+            "/api/v1/executions/failures", **shown, limit=None if shows_all(page.query) else SHOWN_CAUSES
+        ),
         page.get("/api/v1/schedules", limit=SHOWN_SCHEDULES),
     )
     # The time of these answers would change the tag of an unchanged page.
@@ -98,6 +103,11 @@ async def load(page: PageRequest) -> PageData:
         "failed": failed,
         "schedules": schedules,
     }
+
+
+def shows_all(query: Mapping[str, str]) -> bool:
+    """Return whether the address asks for all causes of failures that the API lists, not for the newest alone."""
+    return query.get("causes") == "all"
 
 
 def read_range(query: Mapping[str, str]) -> Mapping[str, str]:
@@ -159,6 +169,9 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         and frame.may("workflows:execute"),
         "failures": failures,
         "has_more_failures": not data["failed"]["isComplete"],
+        "more_failures": ""
+        if data["failed"]["isComplete"] or shows_all(frame.query)
+        else list_address(frame, PATH, {**shown, "causes": "all"}),
         "may_run": frame.may("workflows:execute"),
         "pods": count_pods(data["deployments"]["states"]),
         "pod_time": data["pod_time"],
