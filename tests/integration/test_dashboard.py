@@ -880,7 +880,7 @@ async def test_the_overview_says_what_needs_a_person_and_groups_failures(
     for sentence in (
         *("No worker is present.", "2 runs of Broken failed at “start” since", "The disk is full"),
         *("wake. No such image", "3 tries", "2 dead letters: 2 of Broken"),
-        *("2 runs", "0 completed · 2 failed", "1 awake", "1 start failed", "Payments stops · idle since"),
+        *("2 runs", "0 completed 2 failed", "1 awake", "1 start failed", "Payments stops · idle since"),
     ):
         assert sentence in text
     assert f'status=failed&amp;workflow_id={workflow_id}">2</a>' in page.text

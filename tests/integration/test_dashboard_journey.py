@@ -151,7 +151,6 @@ async def test_a_newcomer_begins_with_a_file_or_a_template(visit: DashboardVisit
             while await page.count("#first-run") == 0:
                 await visit.show("/dashboard/overview")
         await page.follow("section[aria-labelledby=first-run] a")
-        await page.follow("td a[data-row]")
         assert (await page.value("#in-csv")).startswith("species,island,"), "the example input"
         assert await visit.find_violations() == []
         await start_run(visit, RUN_BUTTON, "Completed")
@@ -217,7 +216,9 @@ async def test_dragging_over_a_chart_sets_the_time_range_of_links(visit: Dashboa
         begin + timedelta(hours=5),
     ]
     # The same by the fields of a form.
-    await page.evaluate("document.querySelector('#since').selectedIndex = 0")
+    await page.evaluate(
+        "(field => (field.focus(), field.selectedIndex = 0))(document.querySelector('#since'))"
+    )
     await page.follow("#range button")
     await page.wait_for("document.querySelector('.chart rect.brush')?.getAttribute('x') === '0'")
     await page.follow("#range a")

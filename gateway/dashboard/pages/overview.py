@@ -86,11 +86,15 @@ async def load(page: PageRequest) -> PageData:
     # The time of these answers would change the tag of an unchanged page.
     for answer in (why, statistics, deployments, failed):
         answer.pop("asOf", None)
-    newest = None
+    newest, listed = None, None
     if 0 < (stats or {"total": 0})["total"] <= FEW_WORKFLOWS and not statistics["total"]["accepted"]:
-        newest = await page.get("/api/v1/executions", after="start", limit=1)
+        newest, listed = await asyncio.gather(
+            page.get("/api/v1/executions", after="start", limit=1),
+            page.get("/api/v1/workflows", after="start", limit=2),
+        )
     return {
         "newest": newest,
+        "only_workflow": listed["workflows"][0] if listed and len(listed["workflows"]) == 1 else None,
         "why": why,
         "drift": drift,
         "dead": dead,
@@ -164,6 +168,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
             for end in (format_timestamp(parse_moment(hour["startsAt"]) + HOUR),)
         ],
         "is_first": data["stats"] is not None and not data["stats"]["total"] and frame.may("workflows:write"),
+        "only_workflow": data["only_workflow"],
         "has_not_run": data["newest"] is not None
         and not data["newest"]["executions"]
         and frame.may("workflows:execute"),
