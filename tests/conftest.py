@@ -68,12 +68,13 @@ OWN_SHARE: Final = 0.9
 """Part of a test's time limit after which an asynchronous test ends by itself; the rest is for its end."""
 
 # An example's duration depends on the load of the machine. Examples are the same each time, so that a failure
-# is reproducible everywhere; `--hypothesis-profile=search` generates others, and four times as many.
+# is reproducible everywhere; `--hypothesis-profile=search` generates others, and four times as many as thorough runs.
 settings.register_profile("search", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile(
-    "suite", settings.get_profile("search"), derandomize=True, database=None, max_examples=25
+    "thorough", settings.get_profile("search"), derandomize=True, database=None, max_examples=25
 )
-settings.load_profile("suite")
+settings.register_profile("ordinary", settings.get_profile("thorough"), max_examples=12)
+settings.load_profile("ordinary")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -90,10 +91,14 @@ def pytest_configure(config: pytest.Config) -> None:
     Examples of the suite take no constants from the source: they would depend on the modules that a process
     has loaded, so on the tests that run with it, and finding them takes each process a second.
     """
+    gc.disable()  # a collection of tests makes a million lasting objects, which each pass would look through
     # Otherwise every server that a test starts compiles a thousand modules, and stores none of them.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     if config.getoption("hypothesis_profile") is None:
         pytest.MonkeyPatch().setattr(providers, "is_local_module_file", lambda _path: False)
+        if config.getoption("thorough"):
+            settings.load_profile("thorough")
+    ordinary_run.EXTENT.is_thorough = config.getoption("thorough")
     memory = services.find_memory(ROOM_BYTES)
     if memory is not None:
         os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(memory))
@@ -139,6 +144,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_collection_finish() -> None:
     """Exclude the objects of the collected tests from every later garbage collection."""
     gc.freeze()
+    gc.enable()
     gc_tuning.tune_at_start()
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import zlib
 from collections import defaultdict
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
@@ -26,6 +27,17 @@ DATABASES: Final = frozenset(
     {"sqlite", "postgresql", "SQLite", "PostgreSQL", "on_sqlite", "on_postgres", "on_serializable_postgres"}
 )
 """Values of test parameters that name a kind of database."""
+
+
+@dataclass
+class RunExtent:
+    """Extent of each test in a run."""
+
+    is_thorough: bool = False
+
+
+EXTENT: Final = RunExtent()
+"""Extent of this run, for helpers that no fixture reaches."""
 
 
 def find_left_out(items: Iterable[pytest.Item]) -> list[pytest.Item]:

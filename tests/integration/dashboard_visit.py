@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ from scheduler.run_hours import RunHourCounter
 from tests.integration.browser import BrowserPage, open_page, serve_gateway
 from tests.integration.deployed_workflows import deploy_with_pod
 from tests.integration.gateway_harness import GRAPH, GatewayHarness, OrganizationUsers, create_gateway
+from tests.ordinary_run import EXTENT, checksum
 from tests.services import PostgresServer
 from workers.main import run_worker
 from workers.settings import WorkerSettings
@@ -80,6 +83,12 @@ RUN_WITHOUT_CONTRAST = RUN_AXE.replace(
     "{resultTypes", "{rules: {'color-contrast': {enabled: false}}, resultTypes"
 )
 """The rules that may depend on the width of the window. Contrast, which takes longest, does not."""
+NO_RULES = "[]"
+WIDTHS = (1280, 320)
+LOOKS = tuple(itertools.product(WIDTHS, ("light", "dark")))
+"""Widths of the window with color schemes, one of which an ordinary run chooses for a page, with all rules."""
+IDS = re.compile(r"(?<=_)[0-9a-zA-Z]{10,}")
+"""Random parts of ids in addresses."""
 FIND_UNFOCUSABLE = """(() => {
   const isShown = one => !one.disabled && one.type !== 'hidden' && one.checkVisibility()
     && (one.matches('summary') || !one.closest('details:not([open])'));
@@ -207,16 +216,24 @@ async def look(page: BrowserPage, width: int, scheme: str) -> None:
 
 
 async def find_violations(page: BrowserPage) -> list[str]:
-    """Return the violations of accessibility in both color schemes, on a wide and a narrow window, and the
-    windows that are too narrow for the page.
+    """Return the violations of accessibility on the shown page, and the windows that are too narrow for it.
+
+    A thorough run looks in both color schemes, on a wide and a narrow window. An ordinary run measures both
+    windows, and applies the rules to one look that the address chooses: the pages share their colors and layouts, so
+    that all of them together have each look with each rule several times.
     """
     await page.evaluate(f"{AXE}; 0")
+    if EXTENT.is_thorough:
+        looks = [(1280, "light", RUN_AXE), (1280, "dark", RUN_CONTRAST), (320, "dark", RUN_WITHOUT_CONTRAST)]
+    else:
+        address = await page.evaluate("location.pathname + location.search")
+        width, scheme = LOOKS[checksum(IDS.sub("", address)) % len(LOOKS)]
+        looks = [
+            *((other, scheme, NO_RULES) for other in WIDTHS if other != width),
+            (width, scheme, RUN_AXE),
+        ]
     found = []
-    for width, scheme, rules in (
-        (1280, "light", RUN_AXE),
-        (1280, "dark", RUN_CONTRAST),
-        (320, "dark", RUN_WITHOUT_CONTRAST),
-    ):
+    for width, scheme, rules in looks:
         await look(page, width, scheme)
         found += [f"{width} {scheme}: {one}" for one in await page.evaluate(rules)]
         shown = await page.evaluate("document.documentElement.scrollWidth")

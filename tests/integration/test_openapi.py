@@ -84,7 +84,7 @@ BUSY = pytest.mark.timeout(600)
 """For thousands of requests, which take minutes on a busy machine."""
 PROGRESS = ExecutionPollHub.progress
 CLAIM = TaskHub.wait
-SAMPLES = 4
+SAMPLES = 8
 """Parts of the document, of which the ordinary run sends generated requests to two; thorough runs send them to all."""
 ENOUGH = 0.7
 """The share of operations that schemathesis has to see succeed."""
