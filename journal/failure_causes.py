@@ -14,10 +14,13 @@ import msgspec
 
 from engine.run_records import EXPIRED_CODE, TIMEOUT_CODE
 from journal.tasks.task_moves import START_TIMEOUT_CODE
+from json_text import decoding
 
 FINGERPRINT_LENGTH: Final = 16
 FINGERPRINTS: Final = 2_000
 MESSAGE_LENGTH: Final = 200
+REMEMBERED_LENGTH: Final = 2_000
+"""Characters of the JSON text of an error up to which its cause is remembered."""
 _VARIABLE: Final = re.compile(
     r"\"[^\"]*\"|'[^']*'|“[^”]*”|\b[0-9a-fA-F-]{12,}\b|\b\w+_[0-9A-Za-z]{10,}\b|\d+"
 )
@@ -69,6 +72,17 @@ def describe_error(workflow_id: str, stored: Mapping[str, Any] | None) -> ErrorC
     node_id = cause.get("nodeId") or error.get("nodeId")
     code, message = str(cause.get("code", "unknown")), str(cause.get("message", ""))
     return ErrorCause(node_id, code, message, build_fingerprint(workflow_id, node_id, code, message))
+
+
+def describe_stored(workflow_id: str, stored: str | None) -> ErrorCause:
+    """Return the same as `describe_error` for an error as its JSON text; short texts are decoded once for many runs."""
+    describe = _describe_text if len(stored or "") <= REMEMBERED_LENGTH else _describe_text.__wrapped__
+    return describe(workflow_id, stored)
+
+
+@lru_cache(FINGERPRINTS)
+def _describe_text(workflow_id: str, stored: str | None) -> ErrorCause:
+    return describe_error(workflow_id, decoding.decode(stored) if stored else None)
 
 
 def build_fingerprint(workflow_id: str, node_id: str | None, code: str, message: str) -> str:

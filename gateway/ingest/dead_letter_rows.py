@@ -81,7 +81,8 @@ class FailedRun:
     workflow_id: str
     trigger_type: str
     definition_hash: str
-    error: Mapping[str, Any] | None
+    error: str | None
+    """JSON text: most of hundreds of runs have the same few errors."""
     completed_nodes: int
     total_nodes: int
     created_at: datetime
@@ -90,7 +91,7 @@ class FailedRun:
 
 @dataclass(frozen=True, slots=True)
 class LastFailure:
-    """Part of the row of a failed run as it is stored: most of hundreds of runs have the same few errors."""
+    """Least part of the row of a failed run that tells its cause."""
 
     id: str
     error: str | None
@@ -125,7 +126,10 @@ class CompletedRunsFilter:
     since: datetime
 
 
-_COLUMNS: Final = [getattr(Execution, field.name) for field in fields(FailedRun)]
+_ERROR_TEXT: Final = type_coerce(col(Execution.error), Text).label("error")
+_COLUMNS: Final = [
+    _ERROR_TEXT if field.name == "error" else getattr(Execution, field.name) for field in fields(FailedRun)
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +204,7 @@ class OpenRows(Generic[Row]):
 
 def describe_cause(execution: FailedRun) -> ErrorCause:
     """Return node, code and message of the innermost error of a failed run, and its fingerprint."""
-    return failure_causes.describe_error(execution.workflow_id, execution.error)
+    return failure_causes.describe_stored(execution.workflow_id, execution.error)
 
 
 async def list_last_failures(
@@ -210,7 +214,7 @@ async def list_last_failures(
     statement = (
         select(
             col(Execution.id),
-            type_coerce(col(Execution.error), Text),
+            _ERROR_TEXT,
             type_coerce(col(Execution.created_at), BigInteger),
         )
         .where(col(Execution.workflow_id) == workflow_id, _FAILED, visibility_condition(caller))
@@ -287,7 +291,7 @@ async def read_runs(
 ) -> dict[str, FailedRun]:
     """Return parts of the rows of runs by id, in the order of the ids, without those that the caller may not see."""
     statement = select(*_COLUMNS).where(col(Execution.id).in_(execution_ids), visibility_condition(caller))
-    found = {row["id"]: FailedRun(**row) for row in (await connection.execute(statement)).mappings()}
+    found = {row.id: FailedRun(*row) for row in await connection.execute(statement)}
     return {execution_id: found[execution_id] for execution_id in execution_ids if execution_id in found}
 
 
@@ -423,7 +427,7 @@ def _build_failure_conditions(caller: ApiCaller, wanted: DeadLetterFilter) -> It
 
 @dataclass(frozen=True, slots=True)
 class _RowSource(Generic[Row]):
-    """Statement whose rows are read in batches, and the type to build of each."""
+    """Statement whose rows are read in batches, and the type to build of each: its fields are the columns in order."""
 
     kind: Callable[..., Row]
     statement: Select[*tuple[Any, ...]]
@@ -474,7 +478,7 @@ async def _read_batches(
             .order_by(*bounds.order(source.created_at, source.item_id))
             .limit(size + 1)
         )
-        batch = [source.kind(**row) for row in rows.mappings()]
+        batch = [source.kind(*row) for row in rows]
         is_last = len(batch) <= size
         yield batch[:size], is_last
         if is_last:
@@ -513,7 +517,7 @@ async def _read_redrive_keys(
     """
     if not rows:
         return {}
-    scope_of = {row.workflow_id: idempotency.redrive_key(str(row.workflow_id), "").scope for row in rows}
+    scope_of = {one: idempotency.redrive_key(str(one), "").scope for one in {row.workflow_id for row in rows}}
     pairs = [(scope_of[row.workflow_id], row.id) for row in rows]
     scope, key = _list_pairs(pairs, is_sqlite=connection.dialect.name == "sqlite")
     statement = select(col(Idempotency.key), col(Idempotency.resource_id)).where(

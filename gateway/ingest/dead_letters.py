@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import msgspec
 
@@ -191,7 +191,14 @@ def shape(failed: Execution | FailedRun, given: str | None, outputs: ShownOutput
         execution_id=failed.id,
         trigger_type=failed.trigger_type,
         given=None if given is None else outputs.show_trigger(given),
-        error=msgspec.Raw(msgspec.json.encode(failed.error)) if failed.error else None,
+        error=_show_error(failed.error),
         created_at=instant(failed.created_at),
         failed_at=optional_instant(failed.ended_at),
     )
+
+
+def _show_error(error: Mapping[str, Any] | str | None) -> msgspec.Raw | None:
+    """Return an error, which may be JSON text already, as JSON; None for none."""
+    if not error:
+        return None
+    return msgspec.Raw(error.encode() if isinstance(error, str) else msgspec.json.encode(error))

@@ -18,7 +18,6 @@ from gateway.http.wire import Instant, WireStruct, instant
 from gateway.ingest import dead_letter_rows
 from gateway.workflows import version_rows
 from journal import failure_causes
-from json_text import decoding
 from models.column_types import build_row
 from models.execution import Execution
 from models.execution_status import ExecutionStatus
@@ -75,7 +74,7 @@ async def index(request: GatewayRequest) -> JsonResponse:
         same = {
             error
             for error in {one.error for one in failed}
-            if _find_fingerprint(execution.workflow_id, error) == cause.fingerprint
+            if failure_causes.describe_stored(execution.workflow_id, error).fingerprint == cause.fingerprint
         }
         accepted = {one.id: one.created_at for one in failed if one.error in same}
         if failed and execution_id not in accepted:
@@ -93,11 +92,6 @@ async def index(request: GatewayRequest) -> JsonResponse:
             executions=shown,
         )
     )
-
-
-def _find_fingerprint(workflow_id: str, error: str | None) -> str:
-    """Return the fingerprint of the error of a failed run of a workflow, from its JSON text."""
-    return failure_causes.describe_error(workflow_id, decoding.decode(error) if error else None).fingerprint
 
 
 async def _read_summaries(
