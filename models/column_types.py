@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import datetime
-from functools import cache
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from functools import cache, lru_cache, partial
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 import msgspec
 from sqlalchemy import BigInteger, Dialect, Text, TypeDecorator, inspect
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import ClassManager
 
 Row = TypeVar("Row", bound=SQLModel)
+
+MOST_SELECTIONS: Final = 200
+"""Selections of columns whose defaults are kept; statements have fewer."""
 
 
 def column_values(row: SQLModel, *, exclude: Collection[str] = ()) -> dict[str, Any]:
@@ -37,11 +40,22 @@ def build_row(table: type[Row], columns: Mapping[Any, Any]) -> Row:
     """
     values = dict(columns)
     if values.keys() != table.model_fields.keys():
-        return table(**values)
+        kept = {name: value for name, value in values.items() if name in table.model_fields}
+        values = {name: build() for name, build in _list_defaults(table, frozenset(kept))} | kept
     row = cast("Row", _manager_of(table).new_instance())
     row.__dict__.update(values)
     row.__pydantic_fields_set__.update(values)
     return row
+
+
+@lru_cache(MOST_SELECTIONS)
+def _list_defaults(table: type[SQLModel], given: frozenset[str]) -> Sequence[tuple[str, Callable[[], Any]]]:
+    """Return the columns that are not given and have a default, each with a function that returns it."""
+    return [
+        (name, partial(field.get_default, call_default_factory=True, validated_data={}))
+        for name, field in table.model_fields.items()
+        if name not in given and not field.is_required()
+    ]
 
 
 @cache

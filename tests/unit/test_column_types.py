@@ -9,6 +9,7 @@ from sqlalchemy import inspect
 
 from models.access import User, UserRole
 from models.column_types import build_row
+from models.run_hour import RunHour
 
 COLUMNS: dict[str, Any] = {
     "id": "user_1",
@@ -35,3 +36,9 @@ def test_a_row_without_some_columns_has_their_defaults_and_no_other_columns() ->
     row = build_row(User, {**given, "listed_at": None})
     assert (row.name, row.role) == ("", UserRole.MEMBER)
     assert "listed_at" not in row.model_dump()
+
+
+def test_a_default_that_can_be_changed_is_of_one_row() -> None:
+    one, other = (build_row(RunHour, {"organization_id": "org_1", "accepted": 4}) for _ in range(2))
+    one.run_times["26"] = 1
+    assert (other.accepted, other.failed, other.run_times) == (4, 0, {})
