@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
+from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 from msgspec import Meta
 from sqlalchemy import Row, and_, exists, func, or_, select, true
 from sqlmodel import col
 
+from gateway.executions import run_graph_rows
 from gateway.http.errors import invalid_query
-from gateway.http.parameters import IntegerParameter, TimeParameter
+from gateway.http.parameters import ChoicesParameter, IntegerParameter, TimeParameter
 from gateway.http.responses import JsonResponse
 from gateway.http.wire import Instant, WireStruct, instant
 from journal import failure_causes, run_hours
 from journal.run_hours import HOUR
+from journal.store import ExecutionKey
 from models.execution import Execution, SpanRow
 from models.failure_hour import OTHER_CAUSES, FailureHour
 from models.timestamps import hour_of
@@ -39,6 +43,22 @@ RANGE: Final = (SINCE, UNTIL)
 LISTED: Final = IntegerParameter(
     "limit", "Maximum number of groups in the answer.", SHOWN, minimum=1, maximum=SHOWN
 )
+EXPANDED: Final = 3
+"""Groups whose version before is looked up, from the first: each takes a search among earlier runs."""
+
+
+class FailureExpansion(StrEnum):
+    """Optional part of the groups of failed runs."""
+
+    PREVIOUS_VERSION = "previousVersion"
+
+
+EXPAND: Final = ChoicesParameter(
+    "expand",
+    f"`previousVersion`: look up the version to go back to, for the first {EXPANDED} groups.",
+    FailureExpansion,
+)
+QUERY: Final = (*RANGE, LISTED, EXPAND)
 _NODE_LABEL: Final = (
     select(col(SpanRow.label))
     .where(
@@ -72,6 +92,10 @@ class FailureGroup(WireStruct):
     last_at: Instant
     execution_id: str
     """Run that failed last."""
+    previous_version: int | None = None
+    """With `expand=previousVersion`: version of the last run that completed before the last failed one, if the
+    workflow still has the definition that failed; null for later groups than the first three.
+    """
 
 
 class FailureGroups(WireStruct):
@@ -88,6 +112,16 @@ class FailureGroups(WireStruct):
     """Whether all groups are listed: there are no more than `limit`, and none of the hours has over 500 groups."""
     groups: Annotated[Sequence[FailureGroup], Meta(max_length=SHOWN)]
     """Those with the last failure first."""
+
+
+@dataclass(frozen=True, slots=True)
+class _VersionBefore:
+    """Version of a workflow before the definition that failed."""
+
+    workflow_id: str
+    definition_hash: str
+    """Of the failed run."""
+    version: int
 
 
 async def show(request: GatewayRequest) -> JsonResponse:
@@ -107,6 +141,18 @@ async def show(request: GatewayRequest) -> JsonResponse:
         last_hours = await _read_last_hours(connection, caller, shown)
         messages = await _read_messages(connection, caller, last_hours.values())
         has_others = await connection.scalar(others_statement(caller, since, until))
+        versions: Mapping[str, _VersionBefore] = {}
+        if FailureExpansion.PREVIOUS_VERSION in request.query[EXPAND]:
+            versions = await _find_versions_before(connection, caller, shown[:EXPANDED], last_hours)
+        named = {one.workflow_id for one in versions.values()}
+        revisions = await _read_revisions(connection, caller, named) if named else {}
+    # Their definitions as they are now, from memory where nobody has changed them.
+    workflows = await request.gateway.workflows.load_several(caller.organization_id, revisions)
+    present = {
+        fingerprint: one.version
+        for fingerprint, one in versions.items()
+        if one.workflow_id in workflows and workflows[one.workflow_id].definition_hash == one.definition_hash
+    }
     return JsonResponse(
         FailureGroups(
             as_of=instant(now),
@@ -114,9 +160,46 @@ async def show(request: GatewayRequest) -> JsonResponse:
             until=instant(until),
             count=int(rows[0].total) if rows else 0,
             is_complete=len(rows) <= limit and not has_others,
-            groups=[_show_group(row, last_hours[row.fingerprint], messages) for row in shown],
+            groups=[
+                _show_group(
+                    row, last_hours[row.fingerprint], messages, previous_version=present.get(row.fingerprint)
+                )
+                for row in shown
+            ],
         )
     )
+
+
+async def _find_versions_before(
+    connection: AsyncConnection,
+    caller: ApiCaller,
+    groups: Sequence[Row[*tuple[Any, ...]]],
+    last_hours: Mapping[str, Row[*tuple[Any, ...]]],
+) -> Mapping[str, _VersionBefore]:
+    """Return the version of the last completed run before the last failed one of each group, by fingerprint; groups
+    without it are absent.
+    """
+    found = {}
+    for group in groups:
+        key = ExecutionKey(last_hours[group.fingerprint].execution_id, caller.shard)
+        before = await run_graph_rows.find_version_before(connection, key)
+        if before is not None and before[1] is not None:
+            found[group.fingerprint] = _VersionBefore(group.workflow_id, before[0], before[1])
+    return found
+
+
+async def _read_revisions(
+    connection: AsyncConnection, caller: ApiCaller, workflow_ids: Collection[str]
+) -> Mapping[str, int]:
+    """Return the revisions of workflows that are not deleted, by id."""
+    rows = await connection.execute(
+        select(col(Workflow.id), col(Workflow.revision)).where(
+            col(Workflow.id).in_(workflow_ids),
+            col(Workflow.organization_id) == caller.organization_id,
+            col(Workflow.deleted_at).is_(None),
+        )
+    )
+    return {row.id: row.revision for row in rows}
 
 
 def read_hours(since: datetime | None, until: datetime | None, now: datetime) -> tuple[datetime, datetime]:
@@ -230,7 +313,11 @@ async def _read_messages(
 
 
 def _show_group(
-    group: Row[*tuple[Any, ...]], last: Row[*tuple[Any, ...]], messages: Mapping[str, str]
+    group: Row[*tuple[Any, ...]],
+    last: Row[*tuple[Any, ...]],
+    messages: Mapping[str, str],
+    *,
+    previous_version: int | None,
 ) -> FailureGroup:
     """Return a group as the API shows it."""
     return FailureGroup(
@@ -245,4 +332,5 @@ def _show_group(
         first_at=instant(group.first_at),
         last_at=instant(group.last_at),
         execution_id=last.execution_id,
+        previous_version=previous_version,
     )

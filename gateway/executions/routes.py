@@ -114,7 +114,7 @@ ROUTES: Final[Sequence[Route]] = (
         "/api/v1/executions/failures",
         READ,
         failure_groups.show,
-        query=(*failure_groups.RANGE, failure_groups.LISTED),
+        query=failure_groups.QUERY,
         answer=failure_groups.FailureGroups,
     ),
     Route(

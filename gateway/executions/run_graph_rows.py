@@ -17,6 +17,9 @@ from engine.node_api import CONTINUE
 from engine.run_records import CANDIDATE_STATUSES, SpanStatus
 from gateway.executions import execution_rows
 from gateway.workflows import version_rows
+from journal.store import ExecutionKey
+from models.access import User
+from models.audit import AuditAction, AuditEntry
 from models.execution import AttemptRow, Execution, ExecutionData, SpanRow
 from models.execution_status import ExecutionStatus
 from models.workflow import Definition, Workflow
@@ -26,7 +29,6 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from gateway.executions.execution_rows import Recorded
-    from journal.store import ExecutionKey
 
 SHOWN_ITERATIONS: Final = 200
 """Iterations of each node that are read one by one, from the first."""
@@ -36,6 +38,17 @@ EARLIER_RUNS: Final = 20
 """Runs of the workflow before this one among which a completed run is looked for."""
 RUNS_BEFORE_FAILED: Final = 500
 """The same for a failed run, which may follow many others that have failed."""
+
+DEFINING_ACTIONS: Final = (
+    *(AuditAction.WORKFLOW_UPDATED, AuditAction.WORKFLOW_BUILT, AuditAction.WORKFLOW_IMPORTED),
+    *(AuditAction.NODE_ADDED, AuditAction.NODE_CONFIGURED, AuditAction.NODE_REMOVED),
+    *(AuditAction.CONNECTION_ADDED, AuditAction.CONNECTION_REMOVED, AuditAction.VERSION_RESTORED),
+)
+"""Acts that may change the definition of a workflow."""
+DEFINING_FIELDS: Final = frozenset({"nodes", "connections", "settings", "config"})
+"""Fields of a workflow, as the audit trail names them, that its definition has."""
+EXAMINED_CHANGES: Final = 20
+"""Changes of a workflow before a run among which one of the definition is looked for."""
 
 IS_ITERATION_OF_LOOP: Final = and_(col(SpanRow.port) == CONTINUE, col(SpanRow.hashes).is_(None))
 """Condition of the records of a loop about its own iterations, which are no spans of nodes."""
@@ -50,6 +63,16 @@ class RunHead:
     definition_hash: str
     created_at: datetime
     status: str
+
+
+@dataclass(frozen=True, slots=True)
+class DefinitionChange:
+    """Change of the definition of a workflow, by a user."""
+
+    at: datetime
+    user_id: str
+    user_name: str
+    """Name or mail address; the id of a user that is no longer kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +104,8 @@ class RunGraphRows:
     """Newest completed run of the workflow before this one."""
     previous_version: int | None
     """Version of `previous_run`, if it has another definition than this run."""
+    last_change: DefinitionChange | None
+    """Last change of the definition between both; None if it is the same, or if the audit trail has none."""
     durations: Mapping[str, timedelta] = field(default_factory=dict)
     """Durations of nodes in `previous_run`, by node."""
 
@@ -101,6 +126,9 @@ async def read_rows(connection: AsyncConnection, key: ExecutionKey) -> RunGraphR
         )
     )
     previous = await find_completed_before(connection, key, head)
+    before = None
+    if previous is not None:
+        before = await _read_other_head(connection, ExecutionKey(previous, key.shard), head)
     return RunGraphRows(
         head,
         definition,
@@ -114,7 +142,8 @@ async def read_rows(connection: AsyncConnection, key: ExecutionKey) -> RunGraphR
             )
         ),
         previous,
-        None if previous is None else await _find_other_version(connection, previous, key.shard, head),
+        None if before is None else await _find_version(connection, previous, key.shard),
+        None if before is None else await _find_change(connection, before, head),
         {} if previous is None else await _read_durations(connection, previous, key.shard),
     )
 
@@ -171,18 +200,74 @@ def completed_before(key: ExecutionKey, head: RunHead) -> Select[*tuple[Any, ...
     )
 
 
-async def _find_other_version(
-    connection: AsyncConnection, execution_id: str, shard: int, head: RunHead
-) -> int | None:
-    """Return the version of a run unless it has the definition of `head`; None without a version too."""
-    definition_hash = await connection.scalar(
-        select(col(Execution.definition_hash)).where(
-            col(Execution.id) == execution_id, col(Execution.shard) == shard
-        )
-    )
-    if definition_hash == head.definition_hash:
+async def find_version_before(
+    connection: AsyncConnection, key: ExecutionKey
+) -> tuple[str, int | None] | None:
+    """Return the definition hash of a run, and the version of the last completed run before it.
+
+    That is None without such a run, if it had the same definition, or one that no version has. None if the run is
+    missing.
+    """
+    head = await read_head(connection, key)
+    if head is None:
+        return None
+    previous = await find_completed_before(connection, key, head)
+    if previous is None:
+        return head.definition_hash, None
+    before = await _read_other_head(connection, ExecutionKey(previous, key.shard), head)
+    version = None if before is None else await _find_version(connection, previous, key.shard)
+    return head.definition_hash, version
+
+
+async def _read_other_head(connection: AsyncConnection, key: ExecutionKey, head: RunHead) -> RunHead | None:
+    """Return the facts about a run unless it has the definition of `head`."""
+    other = await read_head(connection, key)
+    return None if other is None or other.definition_hash == head.definition_hash else other
+
+
+async def _find_version(connection: AsyncConnection, execution_id: str | None, shard: int) -> int | None:
+    """Return the version of a run; None for one without a version."""
+    if execution_id is None:
         return None
     return (await version_rows.find_versions_of_runs(connection, shard, [execution_id])).get(execution_id)
+
+
+async def _find_change(
+    connection: AsyncConnection, before: RunHead, head: RunHead
+) -> DefinitionChange | None:
+    """Return the last change of the workflow's definition between two runs, by the audit trail."""
+    for row in await connection.execute(changes_statement(before, head)):
+        paths = [change["path"].partition(".")[0] for change in row.changes or ()]
+        if not paths or DEFINING_FIELDS & {*paths}:
+            return DefinitionChange(row.created_at, row.user_id, row.name or row.email or row.user_id)
+    return None
+
+
+def changes_statement(before: RunHead, head: RunHead) -> Select[*tuple[Any, ...]]:
+    """Return the statement of the last 20 changes of a workflow between two of its runs, with their authors."""
+    columns: Sequence[Any] = (
+        *(col(AuditEntry.created_at), col(AuditEntry.user_id), col(AuditEntry.changes)),
+        *(col(User.name), col(User.email)),
+    )
+    return (
+        select(*columns)
+        .outerjoin(
+            User,
+            and_(
+                col(User.id) == col(AuditEntry.user_id),
+                col(User.organization_id) == col(AuditEntry.organization_id),
+            ),
+        )
+        .where(
+            col(AuditEntry.organization_id) == head.organization_id,
+            col(AuditEntry.object_id) == head.workflow_id,
+            col(AuditEntry.created_at) > before.created_at,
+            col(AuditEntry.created_at) <= head.created_at,
+            col(AuditEntry.action).in_(DEFINING_ACTIONS),
+        )
+        .order_by(col(AuditEntry.created_at).desc())
+        .limit(EXAMINED_CHANGES)
+    )
 
 
 _COLUMNS: Final = (

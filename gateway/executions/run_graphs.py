@@ -20,7 +20,7 @@ from gateway.http.errors import ApiError
 from gateway.http.parameters import ChoicesParameter
 from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse
-from gateway.http.wire import Instant, WireStruct, optional_instant
+from gateway.http.wire import Instant, WireStruct, instant, optional_instant
 from gateway.workflows import graph_shapes
 from gateway.workflows.graph_shapes import CanvasPosition
 from gateway.workflows.workflow_shapes import ShownConnection
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from engine.values import Json
     from gateway.executions.execution_rows import Recorded
-    from gateway.executions.run_graph_rows import IterationCounts, RunGraphRows
+    from gateway.executions.run_graph_rows import DefinitionChange, IterationCounts, RunGraphRows
     from journal.definition_snapshot import LoadedWorkflow
     from nodes.catalog import NodeCatalog
 
@@ -110,6 +110,15 @@ class NodeState(WireStruct):
     failed_attempts: Annotated[Sequence[AttemptTimes], Meta(max_length=SHOWN_ATTEMPTS)]
 
 
+class GraphChange(WireStruct):
+    """Change of the definition of a workflow."""
+
+    at: Instant
+    user_id: str
+    user_name: str
+    """Name or mail address; the id of a user that is no longer kept."""
+
+
 class RunGraph(WireStruct):
     """Definition that a run executes, with the states of its nodes but without their inputs and outputs."""
 
@@ -128,6 +137,8 @@ class RunGraph(WireStruct):
     """Newest completed run of the workflow among the 20 before this one, or the 500 before a failed one."""
     previous_version: int | None
     """Version that `previousExecutionId` executed; null if it had the same definition, or one that no version has."""
+    last_change: GraphChange | None
+    """Last change of the definition between that run and this one; null if both have the same, or as `workflowName`."""
 
 
 async def show(request: GatewayRequest) -> JsonResponse:
@@ -196,7 +207,12 @@ def _show(
         states=[*_show_states(rows)],
         previous_execution_id=rows.previous_run,
         previous_version=rows.previous_version,
+        last_change=None if workflow is None else _show_change(rows.last_change),
     )
+
+
+def _show_change(change: DefinitionChange | None) -> GraphChange | None:
+    return None if change is None else GraphChange(instant(change.at), change.user_id, change.user_name)
 
 
 def _show_node(node: Mapping[str, Any], catalog: NodeCatalog, *, with_config: bool) -> RunGraphNode:

@@ -17,6 +17,7 @@ from gateway.workflows import version_rows
 from journal.store import ExecutionKey
 from models import schema_migration
 from models.workflow import WorkflowVersion
+from scheduler.run_hours import RunHourCounter
 from tests.integration.gateway_harness import GRAPH, TRIGGER, GatewayHarness, OrganizationUsers, UserClient
 from tests.integration.query_plans import explain_statement
 from tests.integration.test_waiting_runs import execute_workflow, get_json, serve_worker, wait_until_ended
@@ -108,6 +109,13 @@ async def test_a_run_shows_the_definition_that_ran_with_the_state_of_each_node(
     assert (await get_json(owner, f"/{run}/graph"))["isCurrent"] is None
 
 
+async def read_version_before(person: UserClient, query: str) -> int | None:
+    """Return the version to go back to of the only group of failed runs."""
+    (group,) = (await person.api.get(f"/api/v1/executions/failures{query}")).json()["groups"]
+    version: int | None = group["previousVersion"]
+    return version
+
+
 @pytest.mark.every_database
 async def test_a_run_has_the_number_of_its_version(
     harness: GatewayHarness, people: OrganizationUsers
@@ -121,6 +129,8 @@ async def test_a_run_has_the_number_of_its_version(
         assert (await wait_until_ended(owner, good))["status"] == "completed"
         edited = await owner.api.put(path, json={"nodes": [TRIGGER, fatal]})
         assert edited.status_code == 200, edited.text
+        tagged = await people.admin.api.put(path, json={"tags": ["later"]})
+        assert tagged.status_code == 200, tagged.text
         failed = await execute_workflow(owner, workflow_id)
         assert (await wait_until_ended(owner, failed))["status"] == "failed"
 
@@ -135,9 +145,24 @@ async def test_a_run_has_the_number_of_its_version(
     assert {one["id"]: one["version"] for one in listed} == {good: 1, failed: None}
     graph = await get_json(owner, f"/{failed}/graph")
     assert (graph["previousExecutionId"], graph["previousVersion"]) == (good, 1)
+    # A later change of its tags is none of the definition.
+    assert graph["lastChange"] == {
+        "at": graph["lastChange"]["at"],
+        "userId": owner.user.id,
+        "userName": owner.user.name or owner.user.email,
+    }
+    assert graph["lastChange"]["at"] < (await get_json(owner, f"/{failed}"))["createdAt"]
+    assert (await get_json(owner, f"/{good}/graph"))["lastChange"] is None
     page = (await owner.api.get(f"/dashboard/runs/{failed}")).text
     assert "edit of version 1</a>" in page
     assert "act=restore&amp;version=1" in page
+    assert 'id="change"' in page
+    assert "versions?from=1&amp;to=current" in page
+    # The overview leads back to the version until the workflow is changed again.
+    await RunHourCounter(harness.gateway.database).count_runs()
+    assert await read_version_before(owner, "?expand=previousVersion") == 1
+    assert await read_version_before(owner, "") is None
+    assert "Go back to version 1…" in (await owner.api.get("/dashboard/overview")).text
     assert "Go back to version 1…" in page
 
     for tag in ("v2", "v3"):
@@ -155,6 +180,10 @@ async def test_a_run_has_the_number_of_its_version(
 
     await harness.gateway.database.transaction(move_third)
     assert await read_versions(failed) == {(3, None)}, "the newest that was stored before"
+
+    changed = await owner.api.put(f"{path}/nodes/step", json={"config": {"message": "Yes"}})
+    assert changed.status_code == 200, changed.text
+    assert await read_version_before(owner, "?expand=previousVersion") is None
 
 
 @pytest.mark.every_database
@@ -177,11 +206,12 @@ async def test_versions_of_runs_are_found_by_indexes(harness: GatewayHarness) ->
         "ix_workflow_version_definition": version_rows.versions_of_runs(1, ["exec_1", "exec_2"]),
         "INDEX": version_rows.newest_before("wf_1", now),
         "ix_execution_data_workflow": run_graph_rows.completed_before(ExecutionKey("exec_1", 1), head),
+        "ix_audit_entry_object": run_graph_rows.changes_statement(head, head),
     }
     for index, statement in statements.items():
         plan = await explain_statement(database, statement)
         assert index.casefold() in plan.casefold()
-        for table in ("execution", "execution_data", "workflow_version"):
+        for table in ("execution", "execution_data", "workflow_version", "audit_entry"):
             assert f"SCAN {table}'" not in plan
             assert f"Seq Scan on {table} " not in plan
 

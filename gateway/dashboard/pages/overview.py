@@ -79,7 +79,10 @@ async def load(page: PageRequest) -> PageData:
         page.get("/api/v1/executions/statistics"),
         page.get("/api/v1/deployments/summary"),
         page.get(
-            "/api/v1/executions/failures", **shown, limit=None if shows_all(page.query) else SHOWN_CAUSES
+            "/api/v1/executions/failures",
+            **shown,
+            limit=None if shows_all(page.query) else SHOWN_CAUSES,
+            expand="previousVersion",
         ),
         page.get("/api/v1/schedules", limit=SHOWN_SCHEDULES),
     )

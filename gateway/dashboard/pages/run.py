@@ -145,6 +145,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "has_ended": has_ended,
         "api": f"/api/v1/executions/{run['id']}",
         "versions_path": f"{frame.root}/dashboard/workflows/{run['workflowId']}/versions",
+        "change_address": find_change_address(frame, run, graph),
         "why": data["why"],
         "alike": data["alike"],
         "phases": list_phases(why.get("wake")),
@@ -192,6 +193,17 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "may_execute": frame.may("workflows:execute"),
         **run_node.view_node(data, frame, row, lambda **changes: _build_address(frame, **changes)),
     }
+
+
+def find_change_address(frame: PageFrame, run: Mapping[str, Any], graph: Mapping[str, Any]) -> str:
+    """Return the address of the differences between the last completed run and this one; empty unless both sides are
+    versions, or this one has the workflow as it is now.
+    """
+    after = run["version"] or ("current" if graph["isCurrent"] else None)
+    if graph["previousVersion"] is None or after is None:
+        return ""
+    path = f"/dashboard/workflows/{run['workflowId']}/versions"
+    return list_address(frame, path, {"from": str(graph["previousVersion"]), "to": str(after)})
 
 
 def name_topic(run_id: str, graph: Mapping[str, Any]) -> str:

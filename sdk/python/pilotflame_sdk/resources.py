@@ -387,9 +387,9 @@ class Executions(Resource):
         """Compare a node of an execution with the same node and iteration of another one."""
         return cast("t.SpanComparison", self._client.request("GET", f"/api/v1/executions/{self._quote(execution_id)}/spans/{self._quote(span_id)}/diff", query={"with": with_, "iteration": iteration}))
 
-    def failures(self, *, since: str | None = None, until: str | None = None, limit: int | None = None) -> t.FailureGroups:
+    def failures(self, *, since: str | None = None, until: str | None = None, limit: int | None = None, expand: Sequence[Literal['previousVersion']] | None = None) -> t.FailureGroups:
         """Group the failed executions of the workflows that the caller may read, over 24 hours or some of them, by workflow, node, code and kind of message."""
-        return cast("t.FailureGroups", self._client.request("GET", "/api/v1/executions/failures", query={"since": since, "until": until, "limit": limit}))
+        return cast("t.FailureGroups", self._client.request("GET", "/api/v1/executions/failures", query={"since": since, "until": until, "limit": limit, "expand": expand}))
 
     def get(self, execution_id: str, *, summary: bool | None = None, expand: Sequence[Literal['blobs']] | None = None) -> t.Execution:
         """Show an execution with its trigger, config and outputs."""

@@ -130,6 +130,7 @@ __all__ = [
     "Fix",
     "FixAction",
     "FollowUp",
+    "GraphChange",
     "HealthStatus",
     "HoldKind",
     "Holder",
@@ -1620,9 +1621,7 @@ class FailureCounts(TypedDict):
     timedOut: int
 
 
-class FailureGroup(TypedDict):
-    """Failed runs of a workflow with the same node, code and kind of message."""
-
+class _FailureGroupAlways(TypedDict):
     workflowId: str
     workflowName: str | None
     nodeId: str | None
@@ -1634,6 +1633,12 @@ class FailureGroup(TypedDict):
     firstAt: str
     lastAt: str
     executionId: str
+
+
+class FailureGroup(_FailureGroupAlways, total=False):
+    """Failed runs of a workflow with the same node, code and kind of message."""
+
+    previousVersion: int | None
 
 
 class FailureGroups(TypedDict):
@@ -1680,6 +1685,14 @@ class FollowUp(TypedDict):
     pending: bool
     attempts: int
     lastError: str | None
+
+
+class GraphChange(TypedDict):
+    """Change of the definition of a workflow."""
+
+    at: str
+    userId: str
+    userName: str
 
 
 class HealthStatus(TypedDict):
@@ -2976,6 +2989,7 @@ class RunGraph(TypedDict):
     states: List[NodeState]
     previousExecutionId: str | None
     previousVersion: int | None
+    lastChange: GraphChange | None
 
 
 class _RunGraphNodeAlways(TypedDict):
