@@ -38,6 +38,10 @@ from telemetry.process_activity import ACTIVITY, DATABASE
 
 T = TypeVar("T")
 
+_EXECUTION_OPTIONS: Final = {"_result_disable_adapt_to_context": True}
+"""Values of rows are read by name or place alone. SQLAlchemy would look up all columns of each statement, too, so that
+its column objects could be keys of the rows.
+"""
 RETRIES = 5
 RETRY_SECONDS = 2.0
 """A transaction that took longer than this to fail isn't retried here: its caller has waited long enough."""
@@ -297,6 +301,7 @@ def _create_sqlite_engine(url: URL, writes: _SqliteWriteTransactions) -> tuple[A
         url,
         module=sqlite_driver.build_driver(),
         async_creator=partial(sqlite_driver.open_connection, path, busy_seconds=SQLITE_BUSY_SECONDS),
+        execution_options=_EXECUTION_OPTIONS,
     )
     event.listen(engine.sync_engine, "begin", writes.begin)
     return engine, nullcontext
@@ -321,6 +326,7 @@ def _create_postgresql_engine(url: URL) -> tuple[AsyncEngine, GuardConnection]:
         pool_use_lifo=True,
         pool_timeout=CONNECT_SECONDS,
         pool_pre_ping=True,
+        execution_options=_EXECUTION_OPTIONS,
     )
     event.listen(engine.sync_engine, "begin", set_timeouts)
     _ping_rested_connections(engine)

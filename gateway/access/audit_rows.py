@@ -282,8 +282,12 @@ def _choose_tables(caller: ApiCaller, wanted: AuditFilter) -> Iterable[_AuditTab
     if wanted.selection is not AuditSelection.CHANGE and is_decision and not names_request:
         at, user_id = col(LifecycleDecision.at), col(LifecycleDecision.user_id)
         action = None if wanted.action is None else LIFECYCLE_ACTIONS[wanted.action]
+        organization_id: SQLColumnExpression[Any] = col(LifecycleDecision.organization_id)
+        if wanted.object_id is not None:
+            # Decisions of one workflow are read from its index: that of the organization has those of all others.
+            organization_id = func.coalesce(organization_id, "")
         conditions = [
-            col(LifecycleDecision.organization_id) == caller.organization_id,
+            organization_id == caller.organization_id,
             *_equals(col(LifecycleDecision.workflow_id), wanted.object_id),
             *_equals(col(LifecycleDecision.action), action),
             *([user_id.is_(None)] if wanted.user_id == SYSTEM else _equals(user_id, wanted.user_id)),

@@ -245,7 +245,7 @@ def _split_row(values: Sequence[Any]) -> _ListedRow:
     position = 0
     for table in (Schedule, Workflow, WorkflowTrigger):
         names = [column.name for column in table.__table__.columns]  # type: ignore[union-attr]  # SQLModel adds it
-        objects.append(table(**dict(zip(names, values[position:], strict=False))))
+        objects.append(build_row(table, dict(zip(names, values[position:], strict=False))))
         position += len(names)
     row, workflow, trigger = objects
     node = TriggerNode(trigger.node_id, trigger.kind, trigger.config)

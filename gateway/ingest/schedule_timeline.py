@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
@@ -10,9 +10,10 @@ from enum import StrEnum
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Final
 
-from sqlalchemy import BigInteger, and_, case, func, literal_column, or_, select, text, type_coerce
+from sqlalchemy import BigInteger, and_, case, func, literal_column, not_, select, text, type_coerce, union
 from sqlmodel import col
 
+from concurrency.ttl_cache import TTLCache
 from engine.triggers import SCHEDULE_KIND
 from gateway.deployments import lifecycle_calendar, lifecycle_rows
 from gateway.deployments.lifecycle_calendar import AwakeSpan, TimeSpan
@@ -56,6 +57,8 @@ LIMIT: Final = IntegerParameter(
 )
 HOURS: Final = IntegerParameter("hours", "Hours of the future that are shown.", 24, minimum=1, maximum=336)
 LISTED: Final = (HOURS, LIMIT, OFFSET)
+RECENT_SECONDS: Final = 1.0
+"""Time for which the waiting runs of an organization are shown again."""
 _MICROSECOND: Final = timedelta(microseconds=1)
 
 
@@ -145,6 +148,10 @@ class ScheduleTimeline(WireStruct):
     """Changes of the clocks in the zones of these workflows, the earliest first."""
 
 
+_recent: Final = TTLCache[tuple[int, str, int], Mapping[str, Sequence[DueRuns]]](RECENT_SECONDS, 100)
+"""Last waiting runs by gateway, organization and hours. Only those of workflows that a caller may read are shown."""
+
+
 @dataclass(frozen=True, slots=True)
 class _LaneRow:
     workflow: Workflow
@@ -165,15 +172,15 @@ class TimelineRange:
 async def timeline(request: GatewayRequest) -> JsonResponse:
     """Show when schedules start runs, when windows are open, and when and why pods were awake.
 
-    The past that is shown is a quarter of the future.
+    The past that is shown is a quarter of the future. Waiting runs (`due`) are at most a second old.
     """
     query, now = request.query, request.gateway.clock()
     shown = TimelineRange(
         now - timedelta(hours=query[HOURS]) / PAST_SHARE, now, now + timedelta(hours=query[HOURS])
     )
     async with request.gateway.database.read() as connection:
-        count, rows = await _list_rows(connection, request.caller, query[LIMIT], query[OFFSET])
-        due = await read_due_runs(connection, request.caller, [row.workflow.id for row in rows], shown)
+        due = await _read_recent_due_runs(connection, request, shown)
+        count, rows = await _list_rows(connection, request.caller, due, query[LIMIT], query[OFFSET])
         decisions = await lifecycle_rows.read_decisions(
             connection, [row.workflow.id for row in rows], shown.since
         )
@@ -206,45 +213,69 @@ async def timeline(request: GatewayRequest) -> JsonResponse:
 
 
 async def _list_rows(
-    connection: AsyncConnection, caller: ApiCaller, limit: int, offset: int
+    connection: AsyncConnection, caller: ApiCaller, waiting: Collection[str], limit: int, offset: int
 ) -> tuple[int, Sequence[_LaneRow]]:
     """Return the number of workflows with an active schedule, a deployment or waiting runs that the caller may
-    read, and a page of them.
+    read, and a page of them. `waiting` has the ids of the workflows with waiting runs.
     """
+    listed = _listed_statement(caller, waiting)
+    order = (col(Schedule.due_at).is_(None), col(Schedule.due_at), col(Workflow.id))
+    page = listed.add_columns(func.count().over().label("total")).order_by(*order).limit(limit).offset(offset)
+    found = (await connection.execute(page)).all()
+    if found:
+        return found[0].total, await _read_lane_rows(connection, [row.id for row in found])
+    return await connection.scalar(select(func.count()).select_from(listed.subquery())) or 0, []
+
+
+def _listed_statement(caller: ApiCaller, waiting: Collection[str]) -> Select[*tuple[Any, ...]]:
+    """Return the statement of the ids of all workflows of a timeline, with their schedules.
+
+    It begins with the few tables that have them. A condition on all workflows of the organization, with `or`, would
+    be checked for each.
+    """
+    parts = [
+        select(col(Schedule.workflow_id))
+        .join(Workflow, col(Workflow.id) == col(Schedule.workflow_id))
+        .where(is_listed_for(caller), col(Schedule.next_run_at).is_not(None)),
+        select(col(Deployment.workflow_id)).where(
+            col(Deployment.organization_id) == caller.organization_id, col(Deployment.is_deployed)
+        ),
+    ]
+    if waiting:
+        parts.append(select(col(Workflow.id)).where(col(Workflow.id).in_(waiting)))
+    candidates = union(*parts).subquery()
+    return (
+        select(col(Workflow.id))
+        .join(candidates, candidates.c.workflow_id == col(Workflow.id))
+        .outerjoin(Schedule, col(Schedule.workflow_id) == col(Workflow.id))
+        .where(is_listed_for(caller))
+    )
+
+
+async def _read_lane_rows(connection: AsyncConnection, workflow_ids: Sequence[str]) -> Sequence[_LaneRow]:
+    """Return the rows of workflows by their ids, in the same order, with their schedules and deployments."""
     is_schedule = and_(
         col(WorkflowTrigger.workflow_id) == col(Workflow.id), col(WorkflowTrigger.kind) == SCHEDULE_KIND
     )
     is_deployed = and_(col(Deployment.workflow_id) == col(Workflow.id), col(Deployment.is_deployed))
-    matching = (
+    statement = (
         select(Workflow, col(WorkflowTrigger.config).label("trigger_config"))
         .add_columns(col(Deployment.workflow_id).label("deployment_id"))
-        .outerjoin(Schedule, col(Schedule.workflow_id) == col(Workflow.id))
         .outerjoin(WorkflowTrigger, is_schedule)
         .outerjoin(Deployment, is_deployed)
-        .where(
-            is_listed_for(caller),
-            or_(
-                col(Schedule.next_run_at).is_not(None),
-                col(Deployment.workflow_id).is_not(None),
-                col(Workflow.id).in_(select(_select_waiting(caller).c.workflow_id)),
-            ),
-        )
+        .where(col(Workflow.id).in_(workflow_ids))
     )
-    ids = matching.with_only_columns(col(Workflow.id)).subquery()
-    count = await connection.scalar(select(func.count()).select_from(ids))
-    ordered = matching.order_by(col(Schedule.due_at).is_(None), col(Schedule.due_at), col(Workflow.id))
-    found = [dict(row) for row in (await connection.execute(ordered.limit(limit).offset(offset))).mappings()]
-    schedules = await _read_schedules(connection, [row["id"] for row in found])
-    rows = []
-    for row in found:
-        config, deployment_id = row.pop("trigger_config"), row.pop("deployment_id")
-        rows.append(_LaneRow(build_row(Workflow, row), schedules.get(row["id"]), config, deployment_id))
-    return count or 0, rows
+    schedules = await _read_schedules(connection, workflow_ids)
+    rows: dict[str, _LaneRow] = {}
+    for row in (await connection.execute(statement)).mappings():
+        columns = dict(row)
+        config, deployment_id = columns.pop("trigger_config"), columns.pop("deployment_id")
+        workflow = build_row(Workflow, columns)
+        rows[workflow.id] = _LaneRow(workflow, schedules.get(workflow.id), config, deployment_id)
+    return [rows[workflow_id] for workflow_id in workflow_ids if workflow_id in rows]
 
 
 async def _read_schedules(connection: AsyncConnection, workflow_ids: Sequence[str]) -> dict[str, Schedule]:
-    if not workflow_ids:
-        return {}
     rows = await connection.execute(select(Schedule).where(col(Schedule.workflow_id).in_(workflow_ids)))
     return {row["workflow_id"]: build_row(Schedule, row) for row in rows.mappings()}
 
@@ -272,26 +303,40 @@ def _select_waiting(caller: ApiCaller) -> Subquery:
     )
 
 
-async def read_due_runs(
-    connection: AsyncConnection, caller: ApiCaller, workflow_ids: Sequence[str], shown: TimelineRange
+async def _read_recent_due_runs(
+    connection: AsyncConnection, request: GatewayRequest, shown: TimelineRange
 ) -> Mapping[str, Sequence[DueRuns]]:
-    """Return the waiting runs of some workflows that become due within a range, by workflow and in order.
-
-    Those of one kind within the hundredth part of the range are counted together.
-    """
-    if not workflow_ids:
-        return {}
-    found: dict[str, list[DueRuns]] = {}
-    for row in await connection.execute(due_statement(caller, workflow_ids, shown)):
-        due = DueRuns(at=instant(from_microseconds(row.at)), kind=DueKind(row.kind), count=row.number)
-        found.setdefault(row.workflow_id, []).append(due)
+    """Return the waiting runs of `read_due_runs`, at most a second old: it examines thousands of runs."""
+    key = (id(request.gateway), request.caller.organization_id, request.query[HOURS])
+    found = _recent.get(key)
+    if found is None:
+        found = await read_due_runs(connection, request.caller, shown)
+        _recent.put(key, found)
     return found
 
 
-def due_statement(
-    caller: ApiCaller, workflow_ids: Sequence[str], shown: TimelineRange
-) -> Select[*tuple[Any, ...]]:
-    """Return the statement that counts waiting runs by workflow, kind, and part of a range."""
+async def read_due_runs(
+    connection: AsyncConnection, caller: ApiCaller, shown: TimelineRange
+) -> Mapping[str, Sequence[DueRuns]]:
+    """Return the waiting runs that become due within a range, by workflow and in order, for each workflow that has
+    waiting runs, due at any time.
+
+    Those of one kind within the hundredth part of the range are counted together.
+    """
+    found: dict[str, list[DueRuns]] = {}
+    for row in await connection.execute(due_statement(caller, shown)):
+        of_workflow = found.setdefault(row.workflow_id, [])
+        if row.kind is not None:
+            at = instant(from_microseconds(row.at))
+            of_workflow.append(DueRuns(at=at, kind=DueKind(row.kind), count=row.number))
+    return found
+
+
+def due_statement(caller: ApiCaller, shown: TimelineRange) -> Select[*tuple[Any, ...]]:
+    """Return the statement that counts waiting runs by workflow, kind, and part of a range.
+
+    Those that become due at other times have no kind and no part.
+    """
     waiting = _select_waiting(caller)
     retries = (
         select(col(BlockedInterval.execution_id))
@@ -303,7 +348,9 @@ def due_statement(
         .correlate(waiting)
         .exists()
     )
+    is_shown = and_(waiting.c.due_at > shown.now, waiting.c.due_at <= shown.until)
     kind = case(
+        (not_(is_shown), None),
         (waiting.c.is_deferred, DueKind.DEFERRED.value),
         (retries, DueKind.RETRY.value),
         else_=DueKind.TIMER.value,
@@ -312,20 +359,12 @@ def due_statement(
     step: ColumnElement[int] = literal_column(
         str(max((shown.until - shown.now) // DUE_PARTS // _MICROSECOND, 1))
     )
-    some = (
-        select(
-            waiting.c.workflow_id,
-            kind.label("kind"),
-            due_at.label("at"),
-            (due_at // step).label("part"),
-        )
-        .where(
-            waiting.c.workflow_id.in_(workflow_ids),
-            waiting.c.due_at > shown.now,
-            waiting.c.due_at <= shown.until,
-        )
-        .subquery()
-    )
+    some = select(
+        waiting.c.workflow_id,
+        kind.label("kind"),
+        due_at.label("at"),
+        case((is_shown, due_at // step)).label("part"),
+    ).subquery()
     earliest = func.min(some.c.at).label("at")
     return (
         select(some.c.workflow_id, some.c.kind, earliest, func.count().label("number"))

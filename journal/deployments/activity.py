@@ -18,6 +18,7 @@ from sqlmodel import col
 
 from journal import out_of_memory_reclaim
 from models import ids, lifecycle_policy
+from models.column_types import build_row
 from models.database_time import DatabaseTime
 from models.deployment import Deployment, LifecycleDecision, build_situation
 from models.execution import LIMITED_TARGET, SHARED_TARGET, Execution
@@ -52,6 +53,7 @@ log = structlog.get_logger()
 instruments.declare("lifecycle_decisions_total")
 
 _STARTING_ACTIONS: Final = frozenset({LifecycleAction.START, LifecycleAction.WAKE})
+_COLUMNS: Final = tuple(Deployment.model_fields)
 KEPT_AWAKE_COLUMNS: Final = ("kept_awake_since", "kept_awake_until", "kept_awake_by")
 
 # Literals instead of bound parameters: the databases use a partial index only for a condition that they can
@@ -223,8 +225,7 @@ async def record_activity(connection: AsyncConnection, workflow_id: str) -> bool
 
 
 def _activity_of(row: RowMapping) -> DeploymentActivity:
-    columns = Deployment.__table__.columns.keys()  # type: ignore[attr-defined]  # SQLModel adds it
-    deployment = Deployment(**{name: row[name] for name in columns})
+    deployment = build_row(Deployment, {name: row[name] for name in _COLUMNS})
     situation = build_situation(
         deployment,
         has_due=bool(row["has_due"]),
