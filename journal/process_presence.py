@@ -7,13 +7,22 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from sqlalchemy import delete
+from sqlalchemy import delete, or_, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import col
 
-from journal.presence_reports import FORGET_MICROSECONDS, host_name, program_version, report_regularly
+from journal.presence_reports import (
+    ABSENT_MICROSECONDS,
+    FORGET_MICROSECONDS,
+    host_name,
+    program_version,
+    report_regularly,
+)
 from models.database_time import DatabaseTime
+from models.execution import Leadership
 from models.process_presence import ProcessPresence
+from models.worker_presence import WorkerPresence
+from models.worker_processes import ALL_IN_ONE_OWNER
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -70,6 +79,17 @@ async def store_process(
 async def forget_process(connection: AsyncConnection, *, owner: str) -> None:
     """Delete the row of a process that ends."""
     await connection.execute(delete(ProcessPresence).where(col(ProcessPresence.owner) == owner))
+
+
+async def has_leader(connection: AsyncConnection) -> bool:
+    """Return whether a process does the duties of the scheduler: a leading one, or one with all roles."""
+    is_held = select(col(Leadership.name)).where(col(Leadership.lease_until) > DatabaseTime())
+    has_all_roles = select(col(WorkerPresence.owner)).where(
+        col(WorkerPresence.owner).startswith(ALL_IN_ONE_OWNER),
+        col(WorkerPresence.ended_at).is_(None),
+        col(WorkerPresence.seen_at) > DatabaseTime() - ABSENT_MICROSECONDS,
+    )
+    return bool(await connection.scalar(select(or_(is_held.exists(), has_all_roles.exists()))))
 
 
 async def forget_absent_processes(database: Database) -> None:

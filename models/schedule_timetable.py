@@ -73,6 +73,8 @@ class SkipReason(StrEnum):
     """Too many runs of the workflow had not started."""
     CONCURRENCY_LIMIT = "concurrency-limit"
     """The concurrency limit of the workflow was reached, and its settings refuse further runs."""
+    PAUSED = "paused"
+    """The workflow was paused."""
 
 
 @dataclass(frozen=True)
@@ -295,6 +297,18 @@ def recompute_next_instant(
     if last_run_at is not None and since < last_run_at <= since + MAX_AHEAD:
         since = last_run_at
     return timetable.first_after(since, anchor)
+
+
+def last_paused_instant(
+    timetable: ScheduleTimetable, workflow_id: str, planned_at: datetime, anchor: datetime, now: datetime
+) -> datetime | None:
+    """Return the last instant that a paused schedule has skipped; None if it has skipped none.
+
+    `planned_at` is the time of its last decision: instants after it had no run.
+    """
+    until = now - timetable.start_delay(workflow_id)
+    found = timetable.last_instants(1, planned_at, until, anchor) if planned_at < until else []
+    return found[-1] if found else None
 
 
 def upcoming_instants(

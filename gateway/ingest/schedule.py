@@ -20,7 +20,7 @@ from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse
 from gateway.http.wire import Instant, StrictWire, WireStruct, decode_body, instant
 from gateway.workflows import editing
-from journal import definition_snapshot
+from journal import definition_snapshot, process_presence
 from journal.definition_snapshot import TriggerNode
 from models import schedule_timetable
 from models.column_types import build_row
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     from gateway.http.parameters import PageBounds
     from models.access import ApiCaller
+    from models.database import Database
     from models.schedule_timetable import ScheduleTimetable
 
 SHOWN_RUNS: Final = 5
@@ -56,6 +57,15 @@ class InactiveReason(StrEnum):
     TEMPLATE = "template"
     INVALID = "invalid-schedule"
     """`problem` describes the error."""
+
+
+class OverdueReason(StrEnum):
+    """Reason why a due run has not started."""
+
+    NO_LEADER = "no-leader"
+    """No scheduler leads."""
+    BEHIND = "behind"
+    """The scheduler that leads is behind."""
 
 
 class SchedulePolicy(WireStruct):
@@ -114,7 +124,9 @@ class WorkflowSchedule(WireStruct):
     last_run: LastRun | None
     last_passed_over: SkippedInstant | None
     overdue_since: Instant | None
-    """Time at which its next run was due if that is over ten seconds ago: no scheduler leads, or it is behind."""
+    """Time at which its next run was due, if that is over ten seconds ago."""
+    overdue_reason: OverdueReason | None
+    """Null unless it is overdue."""
 
 
 class ListedSchedule(WorkflowSchedule, kw_only=True):
@@ -157,16 +169,15 @@ async def index(request: GatewayRequest) -> JsonResponse:
     part, now = request.query.page(), request.gateway.clock()
     async with request.gateway.database.read() as connection:
         count, found = await _list_rows(connection, request.caller, part)
-    shown = [
+    listed = [
         ListedSchedule(
-            workflow_name=listed.workflow.name,
-            **msgspec.structs.asdict(
-                _show_schedule(listed.workflow, listed.trigger, listed.row, listed.last, now)
-            ),
+            workflow_name=one.workflow.name,
+            **msgspec.structs.asdict(_show_schedule(one.workflow, one.trigger, one.row, one.last, now)),
         )
-        for listed in found
+        for one in found
     ]
-    return JsonResponse(ScheduleList(count=count, limit=part.limit, offset=part.offset, schedules=shown))
+    await _explain_overdue(request.gateway.database, listed)
+    return JsonResponse(ScheduleList(count=count, limit=part.limit, offset=part.offset, schedules=listed))
 
 
 async def show(request: GatewayRequest) -> JsonResponse:
@@ -176,6 +187,7 @@ async def show(request: GatewayRequest) -> JsonResponse:
         row, last = await _read_row(connection, stored.workflow.id)
     trigger = definition_snapshot.find_trigger(stored.nodes, request.gateway.catalog)
     shown = _show_schedule(stored.workflow, trigger, row, last, request.gateway.clock())
+    await _explain_overdue(request.gateway.database, [shown])
     return editing.answer(stored, shown)
 
 
@@ -195,6 +207,17 @@ async def preview(request: GatewayRequest) -> JsonResponse:
     now = request.gateway.clock()
     upcoming = _list_upcoming(timetable, workflow.id, now, now.replace(microsecond=0))
     return JsonResponse(SchedulePreview(workflow_id=workflow.id, next_runs=upcoming))
+
+
+async def _explain_overdue(database: Database, shown: Sequence[WorkflowSchedule]) -> None:
+    """Set the reason of overdue schedules; it reads nothing if there are none."""
+    overdue = [one for one in shown if one.overdue_since is not None]
+    if not overdue:
+        return
+    async with database.read() as connection:
+        is_led = await process_presence.has_leader(connection)
+    for one in overdue:
+        one.overdue_reason = OverdueReason.BEHIND if is_led else OverdueReason.NO_LEADER
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,6 +324,7 @@ def _show_schedule(
         last_run=_show_last_run(row, last, timedelta()),
         last_passed_over=_show_last_skipped(row),
         overdue_since=None,
+        overdue_reason=None,
     )
     if trigger is None or trigger.kind != SCHEDULE_KIND:
         shape.inactive_reason = InactiveReason.NO_SCHEDULE
@@ -317,6 +341,12 @@ def _show_schedule(
     if shape.inactive_reason is None and shape.problem:
         shape.inactive_reason = InactiveReason.INVALID
     shape.is_active = shape.inactive_reason is None
+    if shape.inactive_reason is InactiveReason.PAUSED and row is not None and row.next_run_at is None:
+        skipped_at = schedule_timetable.last_paused_instant(
+            wanted, workflow.id, row.planned_at, row.anchor_at, now
+        )
+        if skipped_at is not None:
+            shape.last_passed_over = SkippedInstant(at=instant(skipped_at), reason=SkipReason.PAUSED)
     if shape.is_active and row is not None and row.due_at is not None and row.due_at < now - OVERDUE:
         shape.overdue_since = instant(row.due_at)
     since, anchor = now, now.replace(microsecond=0)

@@ -11,7 +11,7 @@ from sqlmodel import col
 from models import database_time, schedule_timetable
 from models.column_types import build_row
 from models.schedule import Schedule
-from models.schedule_timetable import InvalidTimetable
+from models.schedule_timetable import InvalidTimetable, SkipReason
 from models.workflow import WorkflowStatus
 
 if TYPE_CHECKING:
@@ -59,6 +59,8 @@ async def save_schedule(
     values = row.model_dump(exclude=set(_HISTORY))
     if found is None or found["node_id"] != trigger.node_id:
         values |= _HISTORY
+    elif (skipped_at := _skipped_at(row, build_row(Schedule, found), trigger, now)) is not None:
+        values |= {"skipped_at": skipped_at, "skipped_reason": SkipReason.PAUSED.value}
     dialect: Any = postgresql if connection.dialect.name == "postgresql" else sqlite
     statement = dialect.insert(Schedule).values(values)
     changes = {name: statement.excluded[name] for name in values if name not in _KEPT}
@@ -77,6 +79,18 @@ def _last_run_at(found: RowMapping | None, now: datetime) -> datetime:
         now
         if last_run_at is None or last_run_at > now + schedule_timetable.MAX_AHEAD
         else max(now, last_run_at)
+    )
+
+
+def _skipped_at(row: Schedule, before: Schedule, trigger: WorkflowTrigger, now: datetime) -> datetime | None:
+    """Return the last instant that a schedule has skipped while it was suspended; None without one, and for other
+    times than before.
+    """
+    if before.next_run_at is not None or row.problem is not None or not _is_alike(row, before):
+        return None
+    timetable = schedule_timetable.parse_timetable(trigger.config)
+    return schedule_timetable.last_paused_instant(
+        timetable, before.workflow_id, before.planned_at, before.anchor_at, now
     )
 
 

@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import insert, select, update
+from sqlalchemy import delete, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlmodel import col
 
@@ -16,7 +16,7 @@ from gateway.ingest import schedule_timeline
 from models import ids
 from models.blocked_interval import BlockedInterval
 from models.deployment import Deployment, LifecycleDecision
-from models.execution import Execution
+from models.execution import Execution, Leadership
 from models.schedule import Schedule
 from tests.integration.deployed_workflows import run
 from tests.integration.gateway_harness import GRAPH, GatewayHarness, OrganizationUsers, assert_refused
@@ -259,9 +259,20 @@ async def test_a_schedule_tells_the_lag_of_its_last_run_and_since_when_it_is_ove
     assert datetime.fromisoformat(shown["overdueSince"]) == planned_at.replace(
         microsecond=planned_at.microsecond // 1_000 * 1_000
     )
+    assert shown["overdueReason"] == "no-leader"
     page = await (await sign_in(harness, people.owner.key)).get("/dashboard/schedule")
     assert "1 min 30 s late" in page.text
-    assert "data-overdue" in page.text
+    assert ": no scheduler leads" in page.text
+    until = harness.gateway.clock() + timedelta(hours=1)
+    lead = {"name": "overdue", "owner": "scheduler_overdue", "epoch": 1, "lease_until": until}
+    await harness.gateway.database.transaction(
+        lambda connection: connection.execute(insert(Leadership).values(lead))
+    )
+    [listed] = (await get_json(people.owner, "/api/v1/schedules"))["schedules"]
+    assert listed["overdueReason"] == "behind"
+    await harness.gateway.database.transaction(
+        lambda connection: connection.execute(delete(Leadership).where(col(Leadership.name) == "overdue"))
+    )
     coming = update(Schedule).where(col(Schedule.workflow_id) == workflow_id)
     soon = harness.gateway.clock() + timedelta(hours=1)
     await harness.gateway.database.transaction(

@@ -240,8 +240,16 @@ async def test_schedules_of_paused_and_deleted_workflows_have_no_instants_and_mi
     await owner.api.put(status, json={"status": "paused"})
     assert (await get_schedule(owner, workflow_id))["inactiveReason"] == "paused"
     assert await tick(harness, due_at + HOUR) == 0
-    await change(harness, update(Schedule).values(anchor_at=datetime(2026, 1, 1, tzinfo=UTC)))  # a long pause
+    assert (await get_schedule(owner, workflow_id))["lastPassedOver"] is None
+    began = datetime(2026, 1, 1, tzinfo=UTC)  # a long pause
+    await change(harness, update(Schedule).values(anchor_at=began, planned_at=began))
+    paused_at = datetime.now(UTC)
+    passed_over = (await get_schedule(owner, workflow_id))["lastPassedOver"]
+    assert passed_over["reason"] == "paused"
+    assert abs(paused_at - datetime.fromisoformat(passed_over["at"])) <= timedelta(minutes=1)
     await owner.api.put(status, json={"status": "active"})
+    stored = (await get_schedule(owner, workflow_id))["lastPassedOver"]
+    assert (stored["reason"], stored["at"] >= passed_over["at"]) == ("paused", True)
     before = datetime.now(UTC)
     (first, *_) = await get_instants(owner, workflow_id)
     assert before < first <= datetime.now(UTC) + timedelta(minutes=1)

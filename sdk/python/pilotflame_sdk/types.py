@@ -222,6 +222,7 @@ __all__ = [
     "OrganizationDeliveryList",
     "OrganizationExplanation",
     "Output",
+    "OverdueReason",
     "OverlapPolicy",
     "PartComparison",
     "PassThroughAnswer",
@@ -510,6 +511,9 @@ MonthLimitAction = Literal['fail', 'wait']
 NodeEffect = Literal['pure', 'read', 'write']
 
 
+OverdueReason = Literal['behind', 'no-leader']
+
+
 OverlapPolicy = Literal['allow', 'queue', 'skip']
 
 
@@ -525,7 +529,7 @@ RegisteredProvider = Literal['anthropic', 'openai-compatible']
 SignalState = Literal['delivered', 'unread']
 
 
-SkipReason = Literal['concurrency-limit', 'missed', 'overlap', 'queue-full']
+SkipReason = Literal['concurrency-limit', 'missed', 'overlap', 'paused', 'queue-full']
 
 
 SpanKind = Literal['attempt', 'node', 'turn']
@@ -1969,6 +1973,7 @@ class ListedSchedule(TypedDict):
     lastRun: LastRun | None
     lastPassedOver: SkippedInstant | None
     overdueSince: str | None
+    overdueReason: OverdueReason | None
     workflowName: str
 
 
@@ -4199,6 +4204,7 @@ class WorkflowSchedule(TypedDict):
     lastRun: LastRun | None
     lastPassedOver: SkippedInstant | None
     overdueSince: str | None
+    overdueReason: OverdueReason | None
 
 
 class WorkflowScopes(TypedDict):
