@@ -65,7 +65,7 @@ Pilotflame runs on {address}
 {sign_in}Your API key (shown only once):
   {key}
 
-Create a workflow, execute it, and wait for its result:
+Or in a terminal, with curl: create a workflow, execute it, and wait for its result:
   api={address}/api/v1; send() {{ curl -sS -H 'X-API-Key: {key}' -H 'Content-Type: application/json' "$@"; }}
   id=$(send $api/workflows -d '{example}' | cut -d'"' -f4)
   send $api/executions/$(send $api/workflows/$id/execute -d '{input}' | cut -d'"' -f4)/progress
