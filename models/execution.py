@@ -52,6 +52,7 @@ Suspects of a deployment keep its target, and are recognized by their losses.
 LIVE_CONDITION = "status IN ('pending', 'running', 'waiting')"
 UNSUCCESSFUL_CONDITION = "status IN ('failed', 'stopped', 'cancelled')"
 UNSETTLED_CONDITION = "status = 'failed' AND settled_at IS NULL"
+INTAKE_CONDITION = "trigger_type IN ('queue', 'email', 'event', 'webhook', 'schedule')"
 """Conditions of the indexes of lists by status. SQLite uses them only for queries that repeat the condition.
 
 Completed runs, the most, have no such index: a list finds them by time alone.
@@ -165,6 +166,15 @@ class Execution(SQLModel, table=True):
             *("organization_id", "created_at", "id"),
             postgresql_where=text(UNSETTLED_CONDITION),
             sqlite_where=text(UNSETTLED_CONDITION),
+        ),
+        *(
+            Index(
+                f"ix_execution_dead_{name}",
+                *("organization_id", column, "created_at", "id"),
+                postgresql_where=text(f"{UNSETTLED_CONDITION} AND {INTAKE_CONDITION}"),
+                sqlite_where=text(f"{UNSETTLED_CONDITION} AND {INTAKE_CONDITION}"),
+            )
+            for name, column in (("workflow", "workflow_id"), ("trigger", "trigger_type"))
         ),
         *(
             Index(

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection
     from sqlalchemy.engine import URL
 
-HEAD_REVISION = "0059"
+HEAD_REVISION = "0060"
 """Newest revision that this code knows."""
 GUARD_MILLISECONDS = 600_000
 """Time for which one migration may block others, even if its process freezes."""

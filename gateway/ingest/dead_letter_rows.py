@@ -59,6 +59,7 @@ PURGED: Final = "purged"
 """Object of the redrive key of a purged dead letter."""
 # Literals, not bound parameters: databases use a partial index only for a condition that they can read.
 _FAILED: Final = col(Execution.status) == literal_column(f"'{ExecutionStatus.FAILED}'")
+_IS_INTAKE: Final = col(Execution.trigger_type).in_([literal_column(f"'{kind}'") for kind in INTAKE_KINDS])
 
 
 class IntakeRow(Protocol):
@@ -404,7 +405,7 @@ def _count_completed(wanted: CompletedRunsFilter) -> ColumnElement[int]:
 def _build_failure_conditions(caller: ApiCaller, wanted: DeadLetterFilter) -> Iterable[ColumnElement[bool]]:
     yield col(Execution.organization_id) == caller.organization_id
     yield _FAILED
-    yield col(Execution.trigger_type).in_(INTAKE_KINDS)
+    yield _IS_INTAKE
     yield col(Execution.parent_id).is_(None)
     yield col(Execution.is_private).is_(False)
     yield visibility_condition(caller)

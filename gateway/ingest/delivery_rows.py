@@ -228,6 +228,8 @@ async def list_dead_letters(
 
 async def read_input(connection: AsyncConnection, execution_ids: Sequence[str]) -> dict[str, str]:
     """Return the inputs of runs as JSON text, by run; inputs over 100,000 characters are left out."""
+    if not execution_ids:
+        return {}
     statement = select(col(ExecutionData.execution_id), col(ExecutionData.trigger)).where(
         col(ExecutionData.execution_id).in_(execution_ids),
         func.length(col(ExecutionData.trigger)) <= SHOWN_CHARACTERS,

@@ -321,6 +321,8 @@ INDEXES: Mapping[str, str] = {
     "/api/v1/deliveries?outcome=rejected": "ix_delivery_outcome",
     f"/api/v1/deliveries?workflow_id={many_runs.workflow_id(0)}": "ix_delivery_workflow",
     "/api/v1/dead-letters": "ix_execution_unsettled",
+    f"/api/v1/dead-letters?workflow_id={many_runs.workflow_id(1)}": "ix_execution_dead_workflow",
+    "/api/v1/dead-letters?trigger_type=event": "ix_execution_dead_trigger",
     "/api/v1/answered-inputs": "ix_approval_vote_organization",
 }
 
