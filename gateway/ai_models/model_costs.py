@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from gateway.http.request import GatewayRequest
 
 MONTH: Final = TextParameter("month", "Calendar month (UTC), such as `2026-11`; without it the present one.")
+WORKFLOW: Final = TextParameter("workflow_id", "Only the costs of this workflow.")
 _MONTH: Final = re.compile(r"([0-9]{4})-(0[1-9]|1[0-2])")
 
 
@@ -79,6 +80,8 @@ async def index(request: GatewayRequest) -> JsonResponse:
     found = _MONTH.fullmatch(given or f"{now:%Y-%m}")
     if found is None:
         raise invalid_query("month", "invalid-value", "month is a year and a month, such as 2026-11")
+    workflow_id = request.query[WORKFLOW]
+    is_wanted = true() if workflow_id is None else col(ModelCost.workflow_id) == workflow_id
     caller, month = request.caller, int(found[1] + found[2])
     is_readable = true() if caller.is_admin else and_(col(Workflow.id).is_not(None), is_readable_by(caller))
     statement: Select[*tuple[Any, ...]] = (
@@ -88,6 +91,7 @@ async def index(request: GatewayRequest) -> JsonResponse:
             col(ModelCost.organization_id) == caller.organization_id,
             col(ModelCost.month) == month,
             is_readable,
+            is_wanted,
         )
         .order_by(col(ModelCost.cost).desc(), col(ModelCost.workflow_id), col(ModelCost.model_id))
         .limit(limits.MODEL_COSTS)

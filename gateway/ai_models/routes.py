@@ -263,7 +263,7 @@ COSTS: Final[Sequence[Route]] = (
         "/api/v1/ai/costs",
         KeyScope.MODELS_READ,
         model_costs.index,
-        query=(model_costs.MONTH,),
+        query=(model_costs.MONTH, model_costs.WORKFLOW),
         answer=model_costs.ModelCostList,
     ),
 )

@@ -96,6 +96,20 @@ async def test_usage_and_cost_are_shown_and_the_key_is_not(
         assert [(row["modelId"], row["calls"], row["cost"]) for row in month["costs"]] == [
             (model_id, 1, cost) for cost in costs
         ]
+    of_workflow = f"/api/v1/ai/costs?workflow_id={shown.json()['workflowId']}"
+    assert (await people.owner.api.get(of_workflow)).json()["cost"] == "0.000065"
+    assert (await people.owner.api.get("/api/v1/ai/costs?workflow_id=wf_other")).json()["costs"] == []
+    pages = [
+        (await people.owner.api.get(f"/dashboard/{path}")).text
+        for path in (
+            f"runs/{execution_id}?node=ask",
+            f"workflows/{shown.json()['workflowId']}",
+            "models",
+        )
+    ]
+    tokens = f"1 call, {USED['inputTokens']} tokens in, {USED['outputTokens']} out, $0.000065"
+    assert pages[0].count(tokens) == 2, "of the run and of its node"
+    assert [page.count(f'data-costs="{model_id}"') for page in pages] == [0, 1, 1]
     past = (await people.owner.api.get("/api/v1/ai/costs?month=2020-01")).json()
     assert past == {"month": "2020-01", "cost": "0", "costs": [], "budget": None}
     assert_refused(await people.owner.api.get("/api/v1/ai/costs?month=2020-13"), 400, "invalid-query")

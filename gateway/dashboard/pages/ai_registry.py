@@ -13,6 +13,7 @@ from urllib.parse import quote
 from engine.values import MISSING, compare_values
 from gateway.dashboard.addresses import list_address
 from gateway.dashboard.formats import show_json, show_value
+from gateway.dashboard.hour_charts import draw_bars, label_hours
 from gateway.dashboard.page import Page, PageData, PageFrame
 
 if TYPE_CHECKING:
@@ -26,6 +27,9 @@ SHOWN_BOXES: Final = 1_000
 would be a page of a megabyte.
 """
 PATH: Final = "/dashboard/models"
+SHOWN_COSTS: Final = 20
+RECENT_SECONDS: Final = 10.0
+"""Time for which the usage of the day is shown again."""
 MAX_CHANGES: Final = 20
 COMPARED: Final = ("title", "description", "inputSchema", "hints", "problem")
 """Fields in which two definitions of a tool are compared."""
@@ -81,8 +85,8 @@ class ToolView:
 
 
 async def load(page: PageRequest) -> PageData:
-    """Ask the API for the first 100 models, tool servers and users, the settings, the costs of the month, and the
-    selected tool server or model.
+    """Ask the API for the first 100 models, tool servers and users, the settings, the costs of the month, the usage
+    of 24 hours, and the selected tool server or model.
 
     Answers that the visitor may not see are None.
     """
@@ -90,13 +94,14 @@ async def load(page: PageRequest) -> PageData:
     path = f"/api/v1/ai/tool-servers/{quote(selected, safe='')}"
     model = f"/api/v1/ai/models/{quote(page.query.get('model', ''), safe='')}"
     has_model = bool(page.query.get("model"))
-    models, settings, servers, users, server, costs, status, metrics = await asyncio.gather(
+    models, settings, servers, users, server, costs, day, status, metrics = await asyncio.gather(
         page.get("/api/v1/ai/models", limit=LIMIT),
         page.get_if_present("/api/v1/ai/settings"),
         page.get_if_present("/api/v1/ai/tool-servers", limit=LIMIT),
         page.get_if_present("/api/v1/auth/users", limit=LIMIT),
         page.get_if_present(path) if selected else asyncio.sleep(0),
         page.get_if_present("/api/v1/ai/costs"),
+        page.get_recent("/api/v1/executions/statistics", seconds=RECENT_SECONDS),
         page.get_if_present(f"{model}/status") if has_model else asyncio.sleep(0),
         page.get_if_present(f"{model}/metrics", window="7d") if has_model else asyncio.sleep(0),
     )
@@ -107,6 +112,7 @@ async def load(page: PageRequest) -> PageData:
         "users": users,
         "server": server,
         "costs": costs,
+        "day": None if day is None else {"total": day["total"]["usage"], "hours": list_hours(day["hours"])},
         "status": status,
         "metrics": metrics,
     }
@@ -141,6 +147,14 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
             for model in data["models"]["models"]
         ],
         "model_count": data["models"]["count"],
+        "day": data["day"],
+        "day_bars": draw_bars([hour["calls"] for hour in data["day"]["hours"]]) if data["day"] else None,
+        "hour_labels": label_hours(data["day"]["hours"]) if data["day"] else (),
+        "is_admin": visitor["role"] == "admin",
+        "month_costs": () if data["costs"] is None else data["costs"]["costs"][:SHOWN_COSTS],
+        "hidden_costs": 0 if data["costs"] is None else max(len(data["costs"]["costs"]) - SHOWN_COSTS, 0),
+        "month_cost": None if data["costs"] is None else data["costs"]["cost"],
+        "model_names": {one["id"]: one["name"] for one in data["models"]["models"]},
         "month": None if data["costs"] is None else data["costs"]["month"],
         "month_budget": None if data["costs"] is None else data["costs"]["budget"],
         "model": selected,
@@ -158,6 +172,11 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "address_of": lambda server_id: list_address(frame, PATH, {"server": server_id, "model": ""}),
         "model_address": lambda model_id: list_address(frame, PATH, {"model": model_id, "server": ""}),
     }
+
+
+def list_hours(hours: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    """Return begin and calls of models of each hour; without counts of runs, which change far more often."""
+    return [{"startsAt": hour["startsAt"], "calls": hour["usage"]["calls"]} for hour in hours]
 
 
 def _sum_costs(costs: Mapping[str, Any] | None) -> Mapping[str, str]:

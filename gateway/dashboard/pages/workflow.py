@@ -11,6 +11,7 @@ from gateway.dashboard.form_fields import list_inputs
 from gateway.dashboard.formats import show_duration, show_share, show_whole_json
 from gateway.dashboard.graph_map import draw_graph
 from gateway.dashboard.page import Page, PageData, PageFrame
+from gateway.dashboard.pages.run_node import MODEL_TYPES
 from gateway.dashboard.visibility import list_users, may_change
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 SHOWN_ROWS: Final = 10
 SHOWN_VERSIONS: Final = 5
+NAMED_MODELS: Final = 100
 VALIDATED_NODES: Final = 300
 """Number of nodes up to which each load of the page validates the graph."""
 MAX_INPUT_CHARACTERS: Final = 200_000
@@ -43,7 +45,8 @@ async def load(page: PageRequest) -> PageData:
     """Ask the API for a workflow, and for the related objects that its visitor may see; others are None.
 
     They are ten runs, deployment, statistics, deliveries, dead letters, five versions, address, schedule, the
-    last run's graph, findings (graphs of up to 300 nodes), and the selected node's schema. Raises `ApiError`.
+    last run's graph, findings (graphs of up to 300 nodes), costs of models of the month for one with such nodes, and
+    the selected node's schema. Raises `ApiError`.
     """
     workflow_id = page.parameters["id"]
     path = f"/api/v1/workflows/{workflow_id}"
@@ -56,6 +59,9 @@ async def load(page: PageRequest) -> PageData:
     types = {node["type"] for node in workflow["nodes"]}
     if types & INTAKE_TRIGGERS:
         asked |= {name: page.get_if_present(f"{path}/{name}", **query) for name, query in OF_INTAKE.items()}
+    if types & MODEL_TYPES:
+        asked["model_costs"] = page.get_if_present("/api/v1/ai/costs", workflow_id=workflow_id)
+        asked["models"] = page.get_if_present("/api/v1/ai/models", limit=NAMED_MODELS)
     if "schedule-trigger" in types:
         asked["schedule"] = page.get_if_present(f"{path}/schedule")
     # The oldest come first in the list.
@@ -85,6 +91,8 @@ async def load(page: PageRequest) -> PageData:
         "schedule": None,
         "graph": None,
         "validation": None,
+        "model_costs": None,
+        "models": None,
         "type": None,
         "input": trigger and trigger.get("data"),
         **{name.replace("-", "_"): answer for name, answer in zip(OBJECTS, objects, strict=True)},
@@ -143,6 +151,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "given_texts": {
             name: value if isinstance(value, str) else show_whole_json(value) for name, value in given.items()
         },
+        "model_names": {one["id"]: one["name"] for one in (data["models"] or {"models": ()})["models"]},
         "schema_fields": list_schema((data["type"] or {}).get("config")),
         "share": show_share,
         "input_address": _build_address(frame, input=LAST) + "#run" if has_run else "",

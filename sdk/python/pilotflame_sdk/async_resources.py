@@ -535,9 +535,9 @@ class AsyncLifecycleCalendar(AsyncResource):
 class AsyncModelCosts(AsyncResource):
     """Methods of `client.model_costs`."""
 
-    async def list(self, *, month: str | None = None) -> t.ModelCostList:
+    async def list(self, *, month: str | None = None, workflow_id: str | None = None) -> t.ModelCostList:
         """List the costs of language models in a month by workflow and model: those of the workflows that you may read."""
-        return cast("t.ModelCostList", await self._client.request("GET", "/api/v1/ai/costs", query={"month": month}))
+        return cast("t.ModelCostList", await self._client.request("GET", "/api/v1/ai/costs", query={"month": month, "workflow_id": workflow_id}))
 
 
 class AsyncNodeTypes(AsyncResource):

@@ -535,9 +535,9 @@ class LifecycleCalendar(Resource):
 class ModelCosts(Resource):
     """Methods of `client.model_costs`."""
 
-    def list(self, *, month: str | None = None) -> t.ModelCostList:
+    def list(self, *, month: str | None = None, workflow_id: str | None = None) -> t.ModelCostList:
         """List the costs of language models in a month by workflow and model: those of the workflows that you may read."""
-        return cast("t.ModelCostList", self._client.request("GET", "/api/v1/ai/costs", query={"month": month}))
+        return cast("t.ModelCostList", self._client.request("GET", "/api/v1/ai/costs", query={"month": month, "workflow_id": workflow_id}))
 
 
 class NodeTypes(Resource):
