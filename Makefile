@@ -17,8 +17,8 @@ endif
 LOCK :=
 # Options for `make test`, such as ARGUMENTS="-k restart -x".
 ARGUMENTS :=
-# Processes of `make test`: four for two processors, since each test waits for most of its time.
-PROCESSES := 4
+# Processes of `make test`: six for two processors, since each test waits for most of its time.
+PROCESSES := 6
 # Module that runs the tests. `make test PYTEST=tests.tools.repeated_run`, as in CI, repeats failed ones alone.
 PYTEST := pytest
 

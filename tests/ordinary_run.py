@@ -1,10 +1,10 @@
 """Choice of the tests of the ordinary run; `--thorough` runs all.
 
-A test of several kinds of database is collected once for each. The ordinary run keeps one of these variants, about half
-of all tests each kind, so that each part of the product meets both. A checksum of the test's name chooses, so that new
-tests never change the choice for others. Tests marked `every_database` keep all their variants: their subject is the
-statements and locks of a database, or they alone reach some statements. Tests marked `thorough` are left out: they take
-long for the little that they protect beyond others.
+A test of several kinds of database, or of several backends of scripts, is collected once for each. The ordinary run
+keeps one of these variants, about half of all tests each kind, so that each part of the product meets both. A checksum
+of the test's name chooses, so that new tests never change the choice for others. Tests marked `every_database` keep all
+their variants: their subject is the statements and locks of a database, or they alone reach some statements. Tests
+marked `thorough` are left out: they take long for the little that they protect beyond others.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import zlib
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
+
+from nodes.sandbox.code.code_backend import CodeBackend
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -47,8 +49,8 @@ def find_left_out(items: Iterable[pytest.Item]) -> list[pytest.Item]:
     for item in items:
         if item.get_closest_marker(THOROUGH) is not None:
             left_out.append(item)
-        elif (database := _database_of(item)) is not None:
-            variants[item.nodeid.replace(database, "", 1)].append(item)
+        elif (variant := _variant_of(item)) is not None:
+            variants[item.nodeid.replace(variant, "", 1)].append(item)
     for name, group in variants.items():
         kept = group[checksum(name) % len(group)]
         left_out += [item for item in group if item is not kept]
@@ -60,14 +62,14 @@ def checksum(name: str) -> int:
     return zlib.crc32(name.encode())
 
 
-def _database_of(item: pytest.Item) -> str | None:
-    """Return the parameter of a test that names its database; None without one, or if the test keeps all."""
+def _variant_of(item: pytest.Item) -> str | None:
+    """Return the parameter of a test that names its database or backend; None without one, or if the test keeps all."""
     parameters = getattr(item, "callspec", None)
     if parameters is None or item.get_closest_marker(EVERY_DATABASE) is not None:
         return None
-    return next((value for value in parameters.params.values() if _names_database(value)), None)
+    return next((value for value in parameters.params.values() if _names_variant(value)), None)
 
 
-def _names_database(value: object) -> bool:
-    # Members of enumerations name dialects and types of data sources, which tests of these compare.
-    return type(value) is str and value in DATABASES
+def _names_variant(value: object) -> bool:
+    # Members of other enumerations name dialects and types of data sources, which tests of these compare.
+    return isinstance(value, CodeBackend) or (type(value) is str and value in DATABASES)

@@ -1051,7 +1051,7 @@ WRITTEN_LATER = frozenset({"delivery", "intake_sample", "key_refusal", "process_
 CHANGED_LATER = frozenset({"last_used_at", "last_route", "last_address_hash", "delivered_at"})
 
 
-async def read_all_rows(harness: GatewayHarness) -> dict[str, list[str]]:
+async def read_all_rows(harness: GatewayHarness) -> dict[str, list[Any]]:
     """Return all rows of all tables, except those written later: last use of keys, presence, and audit of refusals and
     events.
     """
@@ -1065,7 +1065,7 @@ async def read_all_rows(harness: GatewayHarness) -> dict[str, list[str]]:
         # Directly: the threads of the asynchronous driver would take most of the time of these tests.
         with closing(sqlite3.connect(str(database.url.database))) as file:
             # Tables are read in the order of their row ids.
-            return {name: [*map(str, file.execute(text))] for name, text in statements.items()}
+            return {name: file.execute(text).fetchall() for name, text in statements.items()}
     async with database.read() as connection:
         return {
             name: sorted(map(str, await connection.exec_driver_sql(text)))

@@ -259,6 +259,7 @@ outcomes
 """
 
 
+@pytest.mark.every_database
 async def test_a_script_reaches_nothing_but_its_data(code_bench: CodeBench) -> None:
     outcomes = await code_bench.output(TRIES, list(FORBIDDEN))
     assert isinstance(outcomes, dict)
@@ -266,6 +267,7 @@ async def test_a_script_reaches_nothing_but_its_data(code_bench: CodeBench) -> N
     assert not WRITTEN.exists()  # noqa: ASYNC240 - it is not there
 
 
+@pytest.mark.every_database
 @pytest.mark.parametrize(
     "source",
     [

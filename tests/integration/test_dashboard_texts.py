@@ -357,13 +357,15 @@ SHOWS_HOSTILE = {
 """Pages that must show the text, so that the others' silence means something."""
 
 
-async def test_no_page_makes_markup_of_a_text(visit: HostileVisit) -> None:
+async def test_no_page_makes_markup_of_a_text(visit: HostileVisit, *, is_thorough: bool) -> None:
     page = visit.page
     await page.open(f"{visit.url}/sign-in")
     await page.fill("#key", visit.admin.key)
     await page.follow("button[type=submit]")
     await page.wait_for("location.pathname.startsWith('/dashboard')")
-    others = [f"/dashboard/workflows/{one}?node=step" for one in visit.workflows]
+    # One change differs from the next in a field that most pages don't show: ordinary runs look at some.
+    changed = visit.workflows if is_thorough else visit.workflows[::4]
+    others = [f"/dashboard/workflows/{one}?node=step" for one in changed]
     for path in (*PATHS, *others):
         await page.open(visit.url + path.format(**visit.names), "document.querySelector('h1') !== null")
         assert await page.evaluate(MARKUP) == 0, path

@@ -14,8 +14,11 @@ from tests.integration.deployed_workflows import mark_running
 from tests.integration.gateway_harness import GRAPH, GatewayHarness, OrganizationUsers, create_gateway
 from tests.integration.test_dashboard import HOSTILE, MARKUP, sign_in
 from tests.integration.test_waiting_runs import execute_workflow, serve_worker, wait_until_ended
+from tests.ordinary_run import checksum
 from tests.services import PostgresServer
 
+SHARE = 3
+"""Ordinary runs ask for one in so many of the pairs of a parameter and an odd value."""
 NODES: list[dict[str, Any]] = [
     {"id": "start", "nodeId": "manual", "label": "Measurements"},
     {"id": "parse", "nodeId": "csv-parse", "label": "Read", "config": {"text": "{{ data.body.csv }}"}},
@@ -210,7 +213,7 @@ async def test_texts_of_a_workflow_are_shown_as_text(
 
 
 async def test_addresses_with_odd_values_are_pages_and_never_errors_of_the_server(
-    harness: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers, *, is_thorough: bool
 ) -> None:
     workflow_id = await people.owner.create(nodes=NODES, connections=EDGES, status="active")
     async with serve_worker(harness):
@@ -244,6 +247,8 @@ async def test_addresses_with_odd_values_are_pages_and_never_errors_of_the_serve
     for path, names in pages.items():
         for name in names:
             for value in odd:
+                if not is_thorough and checksum(f"{name} {value}") % SHARE:
+                    continue
                 page = await browser.get(path, params={**fixed.get(name, {}), name: value})
                 assert page.status_code in {200, 400, 404}, (path, name, value, page.text)
                 assert "<img" not in page.text

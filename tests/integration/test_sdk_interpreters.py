@@ -48,6 +48,7 @@ def test_the_oldest_python_uses_every_part(shell: CommandShell, package: Path) -
     use_sdk(oldest, shell, package)
 
 
+@pytest.mark.thorough  # the interpreter of the suite is mostly as new
 def test_the_newest_python_uses_every_part(shell: CommandShell, package: Path) -> None:
     use_sdk(interpreters.find_newest(), shell, package)
 

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import pytest
 
+from nodes.sandbox.code.code_backend import CodeBackend
 from nodes.sql_text import SqlDialect
 from tests import conftest
 
@@ -59,6 +60,11 @@ def collect(cases: int) -> list[CollectedTest]:
             for kind in kinds
             for case in range(cases)
         ),
+        *(
+            CollectedTest(f"test_script[{backend}-{case}]", {"bench": backend, "case": case})
+            for backend in CodeBackend
+            for case in range(cases)
+        ),
         *(CollectedTest(f"test_all[{kind}]", {"harness": kind}, "every_database") for kind in kinds),
         *(CollectedTest(f"test_dialects[{kind}]", {"dialect": SqlDialect(kind)}) for kind in kinds),
         *(CollectedTest(f"test_sources[{kind}]", {"source": kind}) for kind in ("sqlite", "mysql")),
@@ -83,11 +89,14 @@ def test_the_ordinary_run_has_each_test_once_on_a_lasting_choice_of_database() -
     cases = [name for name in kept if name.startswith("test_one")]
     assert sorted(int(name.rstrip("]").rpartition("-")[2]) for name in cases) == list(range(40))
     assert 10 <= sum("sqlite" in name for name in cases) <= 30
+    scripts = [name for name in kept if name.startswith("test_script")]
+    assert len(scripts) == 40
+    assert 10 <= sum(CodeBackend.MONTY in name for name in scripts) <= 30
 
 
 def test_the_mark_enumerations_and_other_kinds_keep_all() -> None:
     kept = choose(Run(["tests"]))
-    assert {name for name in kept if not name.startswith("test_one")} == {
+    assert {name for name in kept if not name.startswith(("test_one", "test_script"))} == {
         *("test_all[sqlite]", "test_all[postgresql]"),
         *("test_dialects[sqlite]", "test_dialects[postgresql]"),
         *("test_sources[sqlite]", "test_sources[mysql]"),
