@@ -38,27 +38,30 @@ NEVER: Final = "9999"
 async def load(page: PageRequest) -> PageData:
     """Ask the API for 50 open questions of the visitor, and of the open tab, or for 50 answers; raises `ApiError`.
 
-    Another request for one question of all tells their number by assignment. The questions are None for visitors
-    who may answer none. Without a tab in the query, the first one with questions is open.
+    A request for all questions tells their number by assignment; it has one question, or those of the tab for all.
+    The questions are None for visitors who may answer none. Without a tab in the query, the first one with questions
+    is open.
     """
     given = page.query
-    after = given.get("after", START)
+    after, tab = given.get("after", START), given.get("tab", "")
+    is_own = tab in TABS and TABS[tab][1] != ""
 
     async def ask(tab: str, *, limit: int = SHOWN_QUESTIONS, cursor: str = START) -> Any:  # noqa: ANN401 - a JSON answer
         return await page.get_if_present(
             "/api/v1/pending-inputs", others="true", assignment=TABS[tab][1], limit=limit, after=cursor
         )
 
-    mine, everything = await asyncio.gather(ask("mine"), ask("all", limit=1))
-    if given.get("tab") == ANSWERED:
+    limit = 1 if is_own or tab == ANSWERED else SHOWN_QUESTIONS
+    mine, everything = await asyncio.gather(ask("mine"), ask("all", limit=limit))
+    if tab == ANSWERED:
         cursor = given.get("after")
         answered = await page.get("/api/v1/answered-inputs", limit=SHOWN_ANSWERS, after=cursor)
         return {"mine": mine, "all": everything, "tab": ANSWERED, "questions": None, "answered": answered}
-    questions, tab = mine, given.get("tab", "")
+    questions = mine
     if everything is not None:
         tab = tab if tab in TABS else find_first_tab(mine, everything)
-        if tab != "mine" or after != START:
-            questions = await ask(tab, cursor=after)
+        known = {"mine": mine, "all": None if is_own else everything}.get(tab)
+        questions = known if known is not None and after == START else await ask(tab, cursor=after)
     return {"mine": mine, "all": everything, "tab": tab or "mine", "questions": questions, "answered": None}
 
 
