@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Any, Final
 from sqlalchemy import func, literal_column, or_, select
 from sqlmodel import col
 
-from engine.agents.agent_steps import StepReuse
+from engine.agents import call_approvals
+from engine.agents.agent_steps import StepReuse, StepStatus
+from engine.run_records import SpanStatus
 from journal.run_rows import STEP_COLUMNS, decode_step
 from models.agent_step import AgentStepRow
+from models.execution import SpanRow
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from sqlalchemy import ColumnElement, Select
     from sqlalchemy.ext.asyncio import AsyncConnection
@@ -71,6 +74,22 @@ async def read_changed_steps(
         .limit(at_most)
     )
     return [decode_step(row) for row in await connection.execute(statement)]
+
+
+async def read_questions(
+    connection: AsyncConnection, key: ExecutionKey, steps: Sequence[AgentStep]
+) -> Mapping[str, str]:
+    """Return the nodes that have the open questions about waiting tool calls, by the iterations of the questions."""
+    iterations = [call_approvals.name_iteration(step) for step in steps if step.status is StepStatus.WAITING]
+    if not iterations:
+        return {}
+    statement = select(col(SpanRow.iteration), col(SpanRow.node_id)).where(
+        col(SpanRow.execution_id) == key.execution_id,
+        col(SpanRow.shard) == key.shard,
+        col(SpanRow.status) == SpanStatus.WAITING.value,
+        col(SpanRow.iteration).in_(iterations),
+    )
+    return {row.iteration: row.node_id for row in await connection.execute(statement)}
 
 
 def select_steps() -> Select[*tuple[Any, ...]]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+from urllib.parse import urlencode
 
 from msgspec import UNSET, Meta, Raw, UnsetType, convert, structs
 
 from engine import node_key
-from engine.agents import call_waits
+from engine.agents import call_approvals, call_waits
 from engine.agents.agent_steps import StepKind, StepReuse, StepStatus
 from engine.node_api import CONTINUE, NodeEffect
 from engine.run_errors import FailureCause
@@ -235,6 +237,18 @@ class SpanDetailsShape(SpanShape, kw_only=True):
     """Steps of an agent so far, the first 1,000; absent for other nodes."""
 
 
+class StepQuestion(WireStruct):
+    """Open question to a person about a tool call, which `POST /executions/{id}/input` answers."""
+
+    node_id: str
+    """Id of the tool's node, under which it is asked."""
+    iteration: str
+    hash: str
+    """SHA-256 of the call in hexadecimal, as `toolCall.hash` of the question."""
+    url: str
+    """Address of the question in the inbox of the dashboard."""
+
+
 class StepShape(WireStruct):
     """Step of an agent: an answer of a model, or a tool call."""
 
@@ -272,6 +286,8 @@ class StepShape(WireStruct):
     """
     usage: ModelUsageShape | UnsetType = UNSET
     """Tokens and cost of the language models that the step has called; absent without a call."""
+    question: StepQuestion | UnsetType = UNSET
+    """Question that a tool call with the status `waiting` waits for; absent for others, and once it is answered."""
 
 
 class LogShape(WireStruct):
@@ -399,7 +415,9 @@ def show_span(row: Recorded, outputs: ShownOutputs) -> SpanShape:
     )
 
 
-def show_span_details(details: SpanDetails, config: ShownConfig, outputs: ShownOutputs) -> SpanDetailsShape:
+def show_span_details(
+    details: SpanDetails, config: ShownConfig, outputs: ShownOutputs, questions: StepQuestions
+) -> SpanDetailsShape:
     """Return a span as the API shows it, with config, attempts, log and the previous duration."""
     span = show_span(details.span, outputs)
     previous = details.previous
@@ -414,12 +432,36 @@ def show_span_details(details: SpanDetails, config: ShownConfig, outputs: ShownO
         previous_duration_ms=None
         if previous is None
         else _count_milliseconds(previous.started_at, previous.ended_at),
-        steps=UNSET if details.steps is None else [show_step(step) for step in details.steps],
+        steps=UNSET if details.steps is None else [show_step(step, questions) for step in details.steps],
     )
 
 
-def show_step(step: AgentStep) -> StepShape:
-    """Return a step of an agent as the API shows it."""
+@dataclass(frozen=True, slots=True)
+class StepQuestions:
+    """Open questions about the steps of one execution."""
+
+    public_url: str
+    execution_id: str
+    nodes: Mapping[str, str]
+    """Nodes of the questions by their iterations."""
+
+    def show(self, step: AgentStep) -> StepQuestion | UnsetType:
+        """Return the question that a step waits for; UNSET without one."""
+        iteration = call_approvals.name_iteration(step)
+        if step.status is not StepStatus.WAITING or iteration not in self.nodes:
+            return UNSET
+        node_id = self.nodes[iteration]
+        query = urlencode({"tab": "all", "question": f"{self.execution_id}:{node_id}:{iteration}"})
+        return StepQuestion(
+            node_id=node_id,
+            iteration=iteration,
+            hash=step.request_hash,
+            url=f"{self.public_url.rstrip('/')}/dashboard/approvals?{query}",
+        )
+
+
+def show_step(step: AgentStep, questions: StepQuestions) -> StepShape:
+    """Return a step of an agent as the API shows it, with the question that it waits for."""
     return StepShape(
         node_id=step.node_id,
         iteration=step.iteration,
@@ -440,6 +482,7 @@ def show_step(step: AgentStep) -> StepShape:
         reused=step.reuse is StepReuse.REUSED,
         conversation=step.conversation,
         usage=model_usage.sum_records(step.model_calls) if step.model_calls else UNSET,
+        question=questions.show(step),
     )
 
 

@@ -26,7 +26,13 @@ from gateway.executions import (
 from gateway.executions.agent_step_rows import StepFilter
 from gateway.executions.cancellation import request_end_of_run
 from gateway.executions.execution_rows import ExecutionFilter, ShownSpanStatus
-from gateway.executions.execution_shapes import ExecutionShape, LogShape, SpanShape, StepShape
+from gateway.executions.execution_shapes import (
+    ExecutionShape,
+    LogShape,
+    SpanShape,
+    StepQuestions,
+    StepShape,
+)
 from gateway.executions.live_hints import HintTopics
 from gateway.executions.run_labels import MetadataParameter
 from gateway.http import errors, idempotency, keyset, limits
@@ -384,7 +390,8 @@ async def span(request: GatewayRequest) -> JsonResponse:
     owner = await _find_owner(request, key) if texts else None
     outputs = await _select_view(request, key.execution_id, owner, texts)
     config = await offload.run(span_details.show_config, found, gateway.catalog)
-    return JsonResponse(execution_shapes.show_span_details(found, config, outputs))
+    questions = StepQuestions(gateway.settings.public_url, key.execution_id, found.questions)
+    return JsonResponse(execution_shapes.show_span_details(found, config, outputs, questions))
 
 
 async def logs(request: GatewayRequest) -> JsonResponse | ASGIApp:
@@ -416,11 +423,13 @@ async def steps(request: GatewayRequest) -> JsonResponse | ASGIApp:
     query = request.query
     part, wanted = query.page(RECORDS), StepFilter(query[STEPS_OF], query[ITERATION_OF_STEPS])
     if _wants_events(request):
-        return await _follow(request, live_events.AgentSteps(wanted))
+        return await _follow(request, live_events.AgentSteps(wanted, request.gateway.settings.public_url))
     key = await _find_key(request)
     async with request.gateway.database.read() as connection:
         count, found = await agent_step_rows.list_steps(connection, key, wanted, part)
-    shown = [execution_shapes.show_step(step) for step in found]
+        nodes = await agent_step_rows.read_questions(connection, key, found)
+    questions = StepQuestions(request.gateway.settings.public_url, key.execution_id, nodes)
+    shown = [execution_shapes.show_step(step, questions) for step in found]
     return JsonResponse(StepList(count=count, limit=part.limit, offset=part.offset, steps=shown))
 
 

@@ -17,7 +17,7 @@ import msgspec
 from engine.agents.agent_steps import StepKind, StepStatus
 from execution.live_answers import COALESCE_SECONDS
 from gateway.executions import agent_step_rows, execution_rows, execution_shapes
-from gateway.executions.execution_shapes import StepShape
+from gateway.executions.execution_shapes import StepQuestions, StepShape
 from gateway.http import errors, limits
 from gateway.http.errors import ApiError
 from journal.group_commit import GroupCommit
@@ -183,6 +183,7 @@ class AgentSteps:
     """Steps of agents, each in its newest state, and texts that models are writing."""
 
     wanted: StepFilter
+    public_url: str
     has_progress: bool = False
 
     @property
@@ -192,7 +193,9 @@ class AgentSteps:
     async def read(self, connection: AsyncConnection, key: ExecutionKey, after: int) -> EventBatch:
         """Return the next steps that have changed."""
         steps = await agent_step_rows.read_changed_steps(connection, key, self.wanted, after, EVENTS_AT_ONCE)
-        events = [(step.sequence, "step", execution_shapes.show_step(step)) for step in steps]
+        nodes = await agent_step_rows.read_questions(connection, key, steps)
+        questions = StepQuestions(self.public_url, key.execution_id, nodes)
+        events = [(step.sequence, "step", execution_shapes.show_step(step, questions)) for step in steps]
         last = steps[-1].sequence if steps else after
         return EventBatch(events, last, is_all=len(steps) < EVENTS_AT_ONCE)
 

@@ -10,6 +10,7 @@ from msgspec import UNSET, Meta, Raw, UnsetType, field
 
 from engine.values import MISSING, compare_values
 from gateway.executions import execution_shapes, run_graph_rows, span_details
+from gateway.executions.execution_shapes import StepQuestions
 from gateway.executions.execution_rows import ShownSpanStatus
 from gateway.executions.executions import ITERATION
 from gateway.executions.span_details import BLOB
@@ -160,8 +161,10 @@ def _compare(gateway: GatewayState, found: SpanDetails, other: SpanDetails | Non
 def _show(gateway: GatewayState, details: SpanDetails) -> SpanDetailsShape:
     """Return a span as the API shows it, with its config, and large outputs explained."""
     config = span_details.show_config(details, gateway.catalog)
-    outputs = gateway.large_outputs.explain(details.span.execution_id)
-    return execution_shapes.show_span_details(details, config, outputs)
+    execution_id = details.span.execution_id
+    questions = StepQuestions(gateway.settings.public_url, execution_id, details.questions)
+    outputs = gateway.large_outputs.explain(execution_id)
+    return execution_shapes.show_span_details(details, config, outputs, questions)
 
 
 def _compare_part(before: Raw | None, after: Raw | None) -> PartComparison | None:

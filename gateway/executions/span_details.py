@@ -62,6 +62,8 @@ class SpanDetails:
     """Start and end of the same node in the run of the workflow before."""
     steps: Sequence[AgentStep] | None
     """Steps of an agent; None for other nodes."""
+    questions: Mapping[str, str]
+    """Nodes of the open questions about its steps, by the iterations of the questions."""
     idempotency_key: str
     """Key of its calls to the outside."""
 
@@ -118,6 +120,11 @@ async def read_span(
             col(Definition.hash) == row.definition_hash,
         )
     )
+    steps = (
+        await agent_step_rows.read_steps(connection, key, span.node_id, span.iteration, STEPS)
+        if span.type == AGENT_TYPE
+        else None
+    )
     return SpanDetails(
         span,
         configs and (configs.rendered_config or configs.resolved_config),
@@ -129,9 +136,8 @@ async def read_span(
         await execution_rows.list_attempts(connection, key, span.node_id, span.iteration, ATTEMPTS),
         (await connection.execute(lines)).all(),
         await _find_previous(connection, key, row.workflow_id, row.created_at, span),
-        await agent_step_rows.read_steps(connection, key, span.node_id, span.iteration, STEPS)
-        if span.type == AGENT_TYPE
-        else None,
+        steps,
+        await agent_step_rows.read_questions(connection, key, steps or ()),
         idempotency_key_of((configs and configs.key_id) or row.key_id, span.node_id, span.iteration),
     )
 

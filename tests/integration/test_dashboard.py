@@ -364,6 +364,16 @@ async def test_turns_of_an_agent_inside_of_another_are_folded_into_its_call(
     folded, _, _ = folded.partition("</details>")
     assert "1 turn of its agent" in folded
     assert "A person has to approve it" in folded
+    steps = (await people.owner.api.get(f"{path}/steps")).json()["steps"]
+    (asked,) = [step["question"] for step in steps if "question" in step]
+    (pending,) = (await people.owner.api.get(f"{path}/pending-inputs")).json()["inputs"]
+    assert [asked[name] for name in ("nodeId", "iteration")] == [pending["nodeId"], pending["iteration"]]
+    assert asked["hash"] == pending["toolCall"]["hash"]
+    linked = re.search(r'href="(/dashboard/approvals[^"]+)"', folded)
+    assert linked is not None
+    assert asked["url"].endswith(html.unescape(linked[1]))
+    inbox = (await browser.get(html.unescape(linked[1]))).text
+    assert html.escape(pending["title"]) in inbox
     assert html.escape(MARKUP) in folded
     assert "<img" not in page
 

@@ -310,6 +310,7 @@ __all__ = [
     "StartResult",
     "Step",
     "StepList",
+    "StepQuestion",
     "StopResult",
     "StoppedReason",
     "StoreState",
@@ -3498,6 +3499,7 @@ class Step(_StepAlways, total=False):
     """Step of an agent: an answer of a model, or a tool call."""
 
     usage: ModelUsage
+    question: StepQuestion
 
 
 class StepList(TypedDict):
@@ -3507,6 +3509,15 @@ class StepList(TypedDict):
     limit: int
     offset: int
     steps: List[Step]
+
+
+class StepQuestion(TypedDict):
+    """Open question to a person about a tool call, which `POST /executions/{id}/input` answers."""
+
+    nodeId: str
+    iteration: str
+    hash: str
+    url: str
 
 
 class StopResult(TypedDict):
