@@ -10,9 +10,11 @@ from sqlalchemy import func, literal_column, or_, select
 from sqlmodel import col
 
 from engine.agents import call_approvals
-from engine.agents.agent_steps import StepReuse, StepStatus
+from engine.agents.agent_steps import AgentStep, StepKind, StepReuse, StepStatus
+from engine.model_calls import ModelCallRecord
 from engine.run_records import SpanStatus
 from journal.run_rows import STEP_COLUMNS, decode_step
+from json_text import decoding
 from models.agent_step import AgentStepRow
 from models.execution import SpanRow
 
@@ -22,7 +24,6 @@ if TYPE_CHECKING:
     from sqlalchemy import ColumnElement, Select
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-    from engine.agents.agent_steps import AgentStep
     from gateway.http.parameters import PageBounds
     from journal.store import ExecutionKey
 
@@ -74,6 +75,47 @@ async def read_changed_steps(
         .limit(at_most)
     )
     return [decode_step(row) for row in await connection.execute(statement)]
+
+
+async def read_states(
+    connection: AsyncConnection, key: ExecutionKey, node_ids: Sequence[str], at_most: int
+) -> Sequence[AgentStep]:
+    """Return the first steps of agents outside of loops without their arguments and results, by node and number.
+
+    Steps that a replay has taken over are left out: the replayed run has their cost.
+    """
+    columns: tuple[Any, ...] = (
+        *(col(AgentStepRow.node_id), col(AgentStepRow.number), col(AgentStepRow.sequence)),
+        *(col(AgentStepRow.kind), col(AgentStepRow.name), col(AgentStepRow.status)),
+        *(col(AgentStepRow.started_at), col(AgentStepRow.request_hash), col(AgentStepRow.model_calls)),
+    )
+    statement = (
+        select(*columns)
+        .where(
+            *_build_conditions(key, StepFilter(iteration="")),
+            col(AgentStepRow.reuse).is_(None),
+            col(AgentStepRow.node_id).in_(node_ids),
+        )
+        .order_by(col(AgentStepRow.node_id), col(AgentStepRow.number))
+        .limit(at_most)
+    )
+    return [
+        AgentStep(
+            node_id=row.node_id,
+            iteration="",
+            number=row.number,
+            sequence=row.sequence,
+            kind=StepKind(row.kind),
+            name=row.name,
+            status=StepStatus(row.status),
+            started_at=row.started_at,
+            request_hash=row.request_hash,
+            model_calls=decoding.decode(row.model_calls, tuple[ModelCallRecord, ...])
+            if row.model_calls
+            else (),
+        )
+        for row in await connection.execute(statement)
+    ]
 
 
 async def read_questions(

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, Final
 from sqlalchemy import and_, func, not_, select
 from sqlmodel import col
 
+from engine.agents.agent_steps import AGENT_TYPE
 from engine.node_api import CONTINUE
 from engine.run_records import CANDIDATE_STATUSES, SpanStatus
-from gateway.executions import execution_rows
+from gateway.executions import agent_step_rows, execution_rows
 from gateway.workflows import version_rows
 from journal.store import ExecutionKey
 from models.access import User
@@ -28,12 +29,17 @@ if TYPE_CHECKING:
     from sqlalchemy import Select
     from sqlalchemy.ext.asyncio import AsyncConnection
 
+    from engine.agents.agent_steps import AgentStep
     from gateway.executions.execution_rows import Recorded
 
 SHOWN_ITERATIONS: Final = 200
 """Iterations of each node that are read one by one, from the first."""
 SHOWN_ATTEMPTS: Final = 1_000
 """Failed attempts of all nodes that are read."""
+SHOWN_STEPS: Final = 1_000
+"""Steps of all unfinished agents that are read."""
+UNFINISHED: Final = frozenset({SpanStatus.RUNNING, SpanStatus.WAITING, SpanStatus.RETRYING})
+"""States of nodes that go on."""
 EARLIER_RUNS: Final = 20
 """Runs of the workflow before this one among which a completed run is looked for."""
 RUNS_BEFORE_FAILED: Final = 500
@@ -108,6 +114,10 @@ class RunGraphRows:
     """Last change of the definition between both; None if it is the same, or if the audit trail has none."""
     durations: Mapping[str, timedelta] = field(default_factory=dict)
     """Durations of nodes in `previous_run`, by node."""
+    steps: Sequence[AgentStep] = ()
+    """Steps of the agents outside of loops that have not ended, without contents."""
+    questions: Mapping[str, str] = field(default_factory=dict)
+    """Nodes of the open questions about these steps, by the iterations of the questions."""
 
 
 async def read_rows(connection: AsyncConnection, key: ExecutionKey) -> RunGraphRows | None:
@@ -129,10 +139,13 @@ async def read_rows(connection: AsyncConnection, key: ExecutionKey) -> RunGraphR
     before = None
     if previous is not None:
         before = await _read_other_head(connection, ExecutionKey(previous, key.shard), head)
+    nodes = await _read_nodes(connection, key)
+    agents = [row.node_id for row in nodes if row.type == AGENT_TYPE and row.status in UNFINISHED]
+    steps = await agent_step_rows.read_states(connection, key, agents, SHOWN_STEPS) if agents else ()
     return RunGraphRows(
         head,
         definition,
-        await _read_nodes(connection, key),
+        nodes,
         await _read_iterations(connection, key),
         await _count_iterations(connection, key),
         await _read_attempts(connection, key),
@@ -145,6 +158,8 @@ async def read_rows(connection: AsyncConnection, key: ExecutionKey) -> RunGraphR
         None if before is None else await _find_version(connection, previous, key.shard),
         None if before is None else await _find_change(connection, before, head),
         {} if previous is None else await _read_durations(connection, previous, key.shard),
+        steps,
+        await agent_step_rows.read_questions(connection, key, steps),
     )
 
 

@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 from msgspec import UNSET, Meta, UnsetType
 
 from engine import inline_secrets
+from engine.agents.agent_steps import StepKind, StepStatus
 from engine.node_api import NodeEffect
-from gateway.executions import run_graph_rows
+from gateway.executions import model_usage, run_graph_rows
 from gateway.executions.execution_rows import ShownSpanStatus
+from gateway.executions.execution_shapes import StepQuestion, StepQuestions
+from gateway.executions.model_usage import ModelUsageShape
 from gateway.executions.run_graph_rows import SHOWN_ATTEMPTS, SHOWN_ITERATIONS
 from gateway.http import errors
 from gateway.http.errors import ApiError
@@ -30,6 +33,7 @@ from nodes import custom_types
 if TYPE_CHECKING:
     from datetime import datetime
 
+    from engine.agents.agent_steps import AgentStep
     from engine.values import Json
     from gateway.executions.execution_rows import Recorded
     from gateway.executions.run_graph_rows import DefinitionChange, IterationCounts, RunGraphRows
@@ -39,6 +43,8 @@ if TYPE_CHECKING:
 _MILLISECOND: Final = timedelta(milliseconds=1)
 _WORST_FIRST: Final = ("failed", "running", "retrying", "waiting", "cancelled", "completed", "skipped")
 _STATUS: Final = {"enum": [*ShownSpanStatus]}
+SHOWN_OPEN_STEPS: Final = 8
+"""Open steps of an agent that are shown."""
 
 
 class GraphExpansion(StrEnum):
@@ -86,6 +92,34 @@ class IterationState(WireStruct):
     ended_at: Instant | None
 
 
+class OpenStep(WireStruct):
+    """Step of an agent that has begun and not ended."""
+
+    number: int
+    kind: StepKind
+    name: str
+    """Id of the model that is asked, or name of the tool."""
+    status: StepStatus
+    started_at: Instant
+    question: StepQuestion | UnsetType = UNSET
+    """Question to a person that a tool call waits for."""
+
+
+class AgentProgress(WireStruct):
+    """Work of an agent so far."""
+
+    steps: int
+    """Number of the next step, from 0."""
+    open_steps: Annotated[Sequence[OpenStep], Meta(max_length=SHOWN_OPEN_STEPS)]
+    """Model that is asked now, or tool calls that are made or wait."""
+    usage: ModelUsageShape
+    """Tokens and cost of the recorded steps; the agent in a tool call counts once the call has ended."""
+    max_tokens: int | None
+    """Budget of the node; null without one, and if an expression gives it."""
+    max_cost: str | None
+    """US dollars as a decimal text; as `maxTokens`."""
+
+
 class NodeState(WireStruct):
     """State of a node in a run; a node that has not been reached has none."""
 
@@ -108,6 +142,8 @@ class NodeState(WireStruct):
     iterations: Annotated[Sequence[IterationState], Meta(max_length=SHOWN_ITERATIONS)]
     """First iterations; `GET /executions/{id}/spans/{nodeId}?iteration=` shows any other."""
     failed_attempts: Annotated[Sequence[AttemptTimes], Meta(max_length=SHOWN_ATTEMPTS)]
+    agent: AgentProgress | UnsetType = UNSET
+    """Of an agent outside of loops that has not ended."""
 
 
 class GraphChange(WireStruct):
@@ -158,6 +194,10 @@ async def show(request: GatewayRequest) -> JsonResponse:
     shown = await asyncio.to_thread(
         _show, key.execution_id, rows, workflow, gateway.catalog, with_config=with_config
     )
+    if rows.steps:
+        _add_progress(
+            shown, rows, StepQuestions(gateway.settings.public_url, key.execution_id, rows.questions)
+        )
     return JsonResponse(shown)
 
 
@@ -213,6 +253,44 @@ def _show(
 
 def _show_change(change: DefinitionChange | None) -> GraphChange | None:
     return None if change is None else GraphChange(instant(change.at), change.user_id, change.user_name)
+
+
+def _add_progress(graph: RunGraph, rows: RunGraphRows, questions: StepQuestions) -> None:
+    """Add the work of agents that have not ended to their states."""
+    definition = decoding.decode(rows.definition) if rows.definition else {}
+    configs = {node["id"]: node.get("config") or {} for node in definition.get("nodes", [])}
+    for state in graph.states:
+        steps = [step for step in rows.steps if step.node_id == state.node_id]
+        if steps:
+            state.agent = _show_progress(steps, configs.get(state.node_id, {}).get("budget"), questions)
+
+
+def _show_progress(
+    steps: Sequence[AgentStep],
+    budget: Any,  # noqa: ANN401 - an object, or an expression
+    questions: StepQuestions,
+) -> AgentProgress:
+    """Return the work of an agent by its steps and the budget of its definition."""
+    limits = budget if isinstance(budget, dict) else {}
+    tokens, cost = limits.get("maxTokens"), limits.get("maxCost")
+    return AgentProgress(
+        steps=steps[-1].number + 1,
+        open_steps=[
+            OpenStep(
+                number=step.number,
+                kind=step.kind,
+                name=step.name,
+                status=step.status,
+                started_at=instant(step.started_at),
+                question=questions.show(step),
+            )
+            for step in steps
+            if step.status in {StepStatus.STARTED, StepStatus.WAITING}
+        ][:SHOWN_OPEN_STEPS],
+        usage=model_usage.sum_records([call for step in steps for call in step.model_calls]),
+        max_tokens=tokens if isinstance(tokens, int) else None,
+        max_cost=None if cost is None or "{{" in str(cost) else str(cost),
+    )
 
 
 def _show_node(node: Mapping[str, Any], catalog: NodeCatalog, *, with_config: bool) -> RunGraphNode:

@@ -10,8 +10,8 @@ from msgspec import UNSET, Meta, Raw, UnsetType, field
 
 from engine.values import MISSING, compare_values
 from gateway.executions import execution_shapes, run_graph_rows, span_details
-from gateway.executions.execution_shapes import StepQuestions
 from gateway.executions.execution_rows import ShownSpanStatus
+from gateway.executions.execution_shapes import StepQuestions
 from gateway.executions.executions import ITERATION
 from gateway.executions.span_details import BLOB
 from gateway.http import errors

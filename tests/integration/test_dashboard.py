@@ -339,9 +339,10 @@ async def test_turns_of_an_agent_inside_of_another_are_folded_into_its_call(
         return {"id": name, "nodeId": "tool", "config": own}
 
     inner = {"model": "echo", "prompt": "Use remember."}
+    outer = {"model": "echo", "prompt": "Use research.", "budget": {"maxTokens": 100_000}}
     nodes: list[dict[str, Any]] = [
         {"id": "start", "nodeId": "manual"},
-        {"id": "agent", "nodeId": "agent", "config": {"model": "echo", "prompt": "Use research."}},
+        {"id": "agent", "nodeId": "agent", "config": outer},
         build_tool("research", {}, "agent", **inner),
         build_tool("remember", {"city": {"const": MARKUP}}, "set", values={"city": "{{ args.city }}"}),
     ]
@@ -360,6 +361,14 @@ async def test_turns_of_an_agent_inside_of_another_are_folded_into_its_call(
             await asyncio.sleep(0.05)
     browser = await sign_in(harness, people.owner.key)
     page = (await browser.get(f"/dashboard/runs/{execution_id}?node=agent")).text
+    graph = (await people.owner.api.get(f"{path}/graph")).json()
+    (agent,) = [state["agent"] for state in graph["states"] if "agent" in state]
+    assert [(step["number"], step["name"], step["status"]) for step in agent["openSteps"]] == [
+        (1, "research", "started")
+    ]
+    assert (agent["maxTokens"], agent["maxCost"], agent["usage"]["calls"]) == (100_000, None, 1)
+    _, _, row = page.partition('id="node-agent"')
+    assert re.search(r"data-from=\"2\"><span>step 2: calls research · \$0 · \d+ of 100,000 tokens<", row)
     _, _, folded = page.partition('<details data-inner="1">')
     folded, _, _ = folded.partition("</details>")
     assert "1 turn of its agent" in folded

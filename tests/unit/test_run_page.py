@@ -10,8 +10,8 @@ import msgspec
 from starlette.types import Receive, Scope, Send
 
 from gateway.dashboard.page_request import PageRequest
+from gateway.dashboard.pages import agent_turns, run_node
 from gateway.dashboard.pages import run as run_page
-from gateway.dashboard.pages import run_node
 from journal.explanations.blockers import BlockerCode
 from nodes.catalog import load_catalog
 
@@ -69,3 +69,21 @@ def test_nodes_that_ask_models_have_a_place_for_their_texts() -> None:
     catalog = load_catalog()
     paid = {name for name in catalog.types() if catalog.get(name).is_paid}
     assert paid == run_node.MODEL_TYPES
+
+
+def test_an_agent_says_which_step_it_is_at_and_what_it_has_spent_of_its_budget() -> None:
+    usage = {"calls": 2, "inputTokens": 900, "outputTokens": 100, "cost": "0.012"}
+    model = {"number": 4, "kind": "model", "name": "model_1", "status": "started"}
+    calls = [{**model, "kind": "tool", "name": name, "status": "started"} for name in ("find", "read")]
+    waiting = [calls[0], {**calls[1], "number": 5, "status": "waiting"}]
+    budgets = {"maxCost": "0.05", "maxTokens": 20_000}
+    for steps, words, number in (
+        ([model], "step 5: asks its model", 4),
+        (calls, "step 5: calls find, read", 6),
+        (waiting, "step 6: waits for approval of read", 6),
+        ([], "step 6 done", 6),
+    ):
+        progress = {"steps": 6, "openSteps": steps, "usage": usage, **budgets}
+        strip = agent_turns.describe_progress(progress)
+        assert (strip.words, strip.number) == (words, number)
+        assert strip.spent == "$0.012 of $0.05 · 1,000 of 20,000 tokens"

@@ -50,7 +50,9 @@ function paint() {
   for (const strip of document.querySelectorAll("[data-strip]")) {
     const { strip: nodeId, from } = strip.dataset;
     const found = [...texts.values()].findLast((one) => one.nodeId === nodeId && one.number >= Number(from));
-    if (found) write(strip.firstElementChild, found.text.slice(-STRIP_CHARACTERS).replace(/\s+/g, " ") || sayAgain(found));
+    if (!found) continue;
+    strip.className = "strip"; // its end is shown
+    write(strip.firstElementChild, found.text.slice(-STRIP_CHARACTERS).replace(/\s+/g, " ") || sayAgain(found));
   }
 }
 

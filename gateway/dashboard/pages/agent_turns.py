@@ -83,6 +83,48 @@ class AgentView:
     lost_attempts: int
 
 
+@dataclass(frozen=True, slots=True)
+class AgentStrip:
+    """Line about the present step of an agent at its row."""
+
+    number: int
+    """Number of the model's answer that is written now, or that can be written next."""
+    words: str
+    spent: str
+    """Cost and tokens so far, with their budgets; empty before the first answer."""
+
+
+def describe_progress(progress: Mapping[str, Any]) -> AgentStrip:
+    """Return the line about an agent by its progress as the graph of the run has it."""
+    steps = progress["openSteps"]
+    waiting = [step for step in steps if step["status"] == StepStatus.WAITING]
+    shown = waiting or steps
+    names = ", ".join(step["name"] for step in shown)
+    if not steps:
+        words = f"step {progress['steps']} done"
+    elif waiting:
+        words = f"step {shown[0]['number'] + 1}: waits for approval of {names}"
+    elif steps[0]["kind"] == StepKind.MODEL:
+        words = f"step {shown[0]['number'] + 1}: asks its model"
+    else:
+        words = f"step {shown[0]['number'] + 1}: calls {names}"
+    asked = next((step["number"] for step in steps if step["kind"] == StepKind.MODEL), progress["steps"])
+    return AgentStrip(asked, words, _show_spent(progress))
+
+
+def _show_spent(progress: Mapping[str, Any]) -> str:
+    """Return the cost and tokens of an agent, each with its budget; tokens without a budget are left out."""
+    usage = progress["usage"]
+    parts = []
+    if usage["calls"] or progress["maxCost"]:
+        cost = "unknown cost" if usage["cost"] is None else f"${usage['cost']}"
+        parts.append(f"{cost} of ${progress['maxCost']}" if progress["maxCost"] else cost)
+    if progress["maxTokens"]:
+        tokens = usage["inputTokens"] + usage["outputTokens"]
+        parts.append(f"{tokens:,} of {progress['maxTokens']:,} tokens")
+    return " · ".join(parts)
+
+
 def view_agent(span: Mapping[str, Any] | None, recorded: Sequence[Step] = ()) -> AgentView | None:
     """Return the turns of the agent in a span with `steps`; None for other nodes.
 

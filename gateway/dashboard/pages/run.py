@@ -11,7 +11,8 @@ from gateway.dashboard.form_fields import list_fields
 from gateway.dashboard.formats import SECOND_MS, look_of_wait, milliseconds_between, show_share
 from gateway.dashboard.graph_map import draw_graph
 from gateway.dashboard.page import Page, PageData, PageFrame
-from gateway.dashboard.pages import run_node
+from gateway.dashboard.pages import agent_turns, run_node
+from gateway.dashboard.pages.agent_turns import AgentStrip
 from gateway.dashboard.run_bars import list_phases
 from gateway.dashboard.run_rows import build_timeline
 
@@ -178,7 +179,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "reused": {
             one["nodeId"] for one in graph["states"] if one["endedAt"] and one["endedAt"] < run["createdAt"]
         },
-        "writers": {state["nodeId"] for state in graph["states"] if run_node.writes_text(state)},
+        "strips": list_strips(graph["states"]),
         "address_of": lambda node_id: _build_address(
             frame, node=node_id, tab="", iteration="", at="", **{"with": ""}
         ),
@@ -204,6 +205,17 @@ def find_change_address(frame: PageFrame, run: Mapping[str, Any], graph: Mapping
         return ""
     path = f"/dashboard/workflows/{run['workflowId']}/versions"
     return list_address(frame, path, {"from": str(graph["previousVersion"]), "to": str(after)})
+
+
+def list_strips(states: Sequence[Mapping[str, Any]]) -> Mapping[str, AgentStrip]:
+    """Return the lines at the rows of nodes that ask models now, and of agents that have not ended, by node."""
+    return {
+        state["nodeId"]: agent_turns.describe_progress(state["agent"])
+        if "agent" in state
+        else AgentStrip(0, state["nodeType"], "")
+        for state in states
+        if "agent" in state or run_node.writes_text(state)
+    }
 
 
 def name_topic(run_id: str, graph: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ from typing import Any, Dict, List, Literal, TypedDict, Union
 
 __all__ = [
     "AcceptedTool",
+    "AgentProgress",
     "AiSettings",
     "AlertSeverity",
     "AlertState",
@@ -216,6 +217,7 @@ __all__ = [
     "NodeTypeVersion",
     "NodeTypeVersions",
     "OldestRows",
+    "OpenStep",
     "OrganizationDeadLetter",
     "OrganizationDeadLetterList",
     "OrganizationDelivery",
@@ -309,8 +311,10 @@ __all__ = [
     "SpanList",
     "StartResult",
     "Step",
+    "StepKind",
     "StepList",
     "StepQuestion",
+    "StepStatus",
     "StopResult",
     "StoppedReason",
     "StoreState",
@@ -536,6 +540,12 @@ SkipReason = Literal['concurrency-limit', 'missed', 'overlap', 'paused', 'queue-
 SpanKind = Literal['attempt', 'node', 'turn']
 
 
+StepKind = Literal['model', 'tool']
+
+
+StepStatus = Literal['completed', 'failed', 'started', 'waiting']
+
+
 StoppedReason = Literal['archived', 'failed', 'idle', 'manual', 'on-demand', 'schedule']
 
 
@@ -576,6 +586,16 @@ class AcceptedTool(TypedDict):
     effect: ToolEffect
     acceptedBy: str
     acceptedAt: str
+
+
+class AgentProgress(TypedDict):
+    """Work of an agent so far."""
+
+    steps: int
+    openSteps: List[OpenStep]
+    usage: ModelUsage
+    maxTokens: int | None
+    maxCost: str | None
 
 
 class AiSettings(TypedDict):
@@ -2339,9 +2359,7 @@ class NodeRemoval(TypedDict):
     workflowId: str
 
 
-class NodeState(TypedDict):
-    """State of a node in a run; a node that has not been reached has none."""
-
+class _NodeStateAlways(TypedDict):
     nodeId: str
     nodeLabel: str
     nodeType: str
@@ -2356,6 +2374,12 @@ class NodeState(TypedDict):
     iterationCounts: Dict[str, int]
     iterations: List[IterationState]
     failedAttempts: List[AttemptTimes]
+
+
+class NodeState(_NodeStateAlways, total=False):
+    """State of a node in a run; a node that has not been reached has none."""
+
+    agent: AgentProgress
 
 
 class NodeStatistics(TypedDict):
@@ -2485,6 +2509,20 @@ class OldestRows(TypedDict):
     kind: str
     oldestAt: str | None
     days: int | None
+
+
+class _OpenStepAlways(TypedDict):
+    number: int
+    kind: StepKind
+    name: str
+    status: StepStatus
+    startedAt: str
+
+
+class OpenStep(_OpenStepAlways, total=False):
+    """Step of an agent that has begun and not ended."""
+
+    question: StepQuestion
 
 
 class OrganizationDeadLetter(TypedDict):
