@@ -269,7 +269,7 @@ async def assemble_state(
                 workflows=workflows,
                 workflow_editor=WorkflowEditor(database, catalogs, vault),
                 acceptances=acceptances,
-                workflow_runs=WorkflowRunAcceptor(database, workflows, access, rates, backlog, acceptances),
+                workflow_runs=WorkflowRunAcceptor(database, workflows, rates, backlog, acceptances),
                 callbacks=CallbackChecker(database, settings.outbound_allowed_networks),
                 rates=rates,
                 backlog=backlog,

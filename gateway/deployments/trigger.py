@@ -165,6 +165,8 @@ async def start(request: GatewayRequest) -> JsonResponse:
         if outcome is not None:
             result = await _show_ended_run(request, accepted, times, outcome)
             return JsonResponse(result, headers={**headers, **times.headers()})
+    else:
+        request.gateway.access.allow(accepted.execution_id, request.caller)
     progress = await run_until_disconnect(request, _read_progress(request, accepted, body, times, until))
     shape = await _show_result(request, accepted, body, times, progress)
     return JsonResponse(shape, headers={**headers, **times.headers()})

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from engine.values import Json
     from gateway.executions.event_wait_delivery import EventWaitDelivery
-    from gateway.executions.long_poll import ExecutionAccess, ExecutionPollHub
+    from gateway.executions.long_poll import ExecutionPollHub
     from gateway.executions.request_limits import BacklogLimits, RateLimitedRequest, RunRateLimiter
     from gateway.settings import GatewaySettings
     from gateway.workflows.workflow_cache import WorkflowCache
@@ -389,14 +389,12 @@ class WorkflowRunAcceptor:
         self,
         database: Database,
         workflows: WorkflowCache,
-        access: ExecutionAccess,
         rates: RunRateLimiter,
         backlog: BacklogLimits,
         acceptances: RunAcceptor,
     ) -> None:
         self._database = database
         self._workflows = workflows
-        self._access = access
         self._rates = rates
         self._backlog = backlog
         self._acceptances = acceptances
@@ -427,7 +425,6 @@ class WorkflowRunAcceptor:
             raise errors.conflict("workflow-changed", "The workflow is being changed: try again")
         if accepted.verdict is AcceptanceVerdict.MISMATCH:
             raise idempotency.mismatch_error()
-        self._access.allow(accepted.execution_id, caller)
         return accepted
 
     async def _accept(

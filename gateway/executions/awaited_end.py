@@ -14,6 +14,7 @@ from gateway.executions.execution_shapes import ErrorText, Status
 from gateway.http import limits
 from gateway.http.errors import ApiError
 from gateway.http.wire import WireStruct
+from journal.store import ExecutionKey
 from models.access import KeyScope
 from models.errors import DatabaseUnavailable
 from telemetry import tracing
@@ -77,14 +78,15 @@ class EndAwaiter:
     async def ended(self, execution_id: str, caller: ApiCaller, seconds: float) -> OutcomeShape | None:
         """Return the outcome of a run that ends within `seconds`; outputs of over a million characters are omitted.
 
-        None if it doesn't end, or can't be read now: the run is accepted, so no failure may cost the client
-        its id.
+        The caller has just started the run, and so may see it. None if it doesn't end, or can't be read now: the run is
+        accepted, so no failure may cost the client its id, with which it polls next.
         """
         try:
-            found = await self._polls.end_within(await self._access.key(execution_id, caller), seconds)
+            found = await self._polls.end_within(ExecutionKey(execution_id, caller.shard), seconds)
         except (ApiError, DatabaseUnavailable):
-            return None
+            found = None
         if found is None:
+            self._access.allow(execution_id, caller)
             return None
         is_too_large = sum(len(text) for _, text in found.outputs) > limits.AWAITED_OUTPUT_CHARACTERS
         shape = execution_shapes.show_progress(found, self._outputs.explain(execution_id))

@@ -110,6 +110,8 @@ async def start(request: GatewayRequest) -> JsonResponse:
         if outcome is not None:
             ended = EndedExecuteResult(execution_id=execution_id, **msgspec.structs.asdict(outcome))
             return JsonResponse(ended, headers=headers)
+    else:
+        request.gateway.access.allow(execution_id, request.caller)
     return JsonResponse(ExecuteResult(execution_id=execution_id), status=201, headers=headers)
 
 

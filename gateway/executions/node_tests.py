@@ -90,6 +90,7 @@ async def run_node(request: GatewayRequest) -> JsonResponse:
     if progress is None:
         raise errors.not_found("execution")
     if progress.status not in TERMINAL_STATUSES:
+        request.gateway.access.allow(accepted.execution_id, request.caller)
         pending = PendingNodeTest(execution_id=accepted.execution_id, status=progress.status)
         return JsonResponse(pending, status=202, headers=headers)
     return JsonResponse(await _read_result(request, key, progress), headers=headers)
