@@ -40,7 +40,6 @@ from models.timestamps import from_microseconds, hour_of
 if TYPE_CHECKING:
     from sqlalchemy import ColumnElement, Select
     from sqlalchemy.ext.asyncio import AsyncConnection
-    from sqlalchemy.sql.expression import SQLColumnExpression
 
 HOUR: Final = timedelta(hours=1)
 HOUR_MICROSECONDS: Final = 3_600_000_000
@@ -153,10 +152,9 @@ def runs_statement(organization_ids: Sequence[str], starts_at: datetime) -> Sele
     tell the hour. Private runs, such as node tests, don't count: few may see them, and they say nothing about a
     workflow's work.
     """
-    started_at = type_coerce(col(Execution.started_at), BigInteger)
-    bucket = case((started_at.is_not(None), _bucket_of(started_at, col(Execution.ended_at))))
-    accepted_at = type_coerce(col(ExecutionData.created_at), BigInteger)
-    queued = case((started_at.is_not(None), _bucket_of(accepted_at, col(Execution.started_at))))
+    has_started = col(Execution.started_at).is_not(None)
+    bucket = case((has_started, bucket_of("execution.ended_at - execution.started_at")))
+    queued = case((has_started, bucket_of("execution.started_at - execution_data.created_at")))
     return (
         select(
             *(col(ExecutionData.organization_id), col(ExecutionData.workflow_id), col(Execution.status)),
@@ -185,12 +183,8 @@ def wakes_statement(organization_ids: Sequence[str], starts_at: datetime) -> Sel
     deployed = select(col(Deployment.workflow_id)).where(
         col(Deployment.organization_id).in_(organization_ids)
     )
-    bucket = case(
-        (
-            col(interval.ended_at).is_not(None),
-            _bucket_of(type_coerce(col(interval.started_at), BigInteger), col(interval.ended_at)),
-        )
-    )
+    waited = bucket_of("blocked_interval.ended_at - blocked_interval.started_at")
+    bucket = case((col(interval.ended_at).is_not(None), waited))
     return (
         select(
             *(col(ExecutionData.organization_id), col(ExecutionData.workflow_id)),
@@ -202,10 +196,6 @@ def wakes_statement(organization_ids: Sequence[str], starts_at: datetime) -> Sel
         .where(*_is_within(organization_ids, starts_at), col(ExecutionData.workflow_id).in_(deployed))
         .group_by(text("1, 2, 3"))
     )
-
-
-def _bucket_of(start: ColumnElement[int], end: SQLColumnExpression[Any]) -> ColumnElement[int]:
-    return bucket_of(type_coerce(end, BigInteger) - start)
 
 
 def _is_within(organization_ids: Sequence[str], starts_at: datetime) -> Sequence[ColumnElement[bool]]:

@@ -9,7 +9,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 from typing import Final, TypeAlias
 
-from sqlalchemy import ColumnElement, case, literal_column
+from sqlalchemy import ColumnElement, Integer, literal_column
 
 Histogram: TypeAlias = "Mapping[str, int]"
 """Number of durations by bucket; the keys are decimal numbers as text, since it is stored as JSON."""
@@ -21,9 +21,13 @@ _BOUNDS: Final = [round(1_000 * 2 ** (number / BUCKETS_PER_DOUBLING)) for number
 """Largest durations of the buckets but the last, in microseconds: 1 ms to about 41 days."""
 
 
-def bucket_of(microseconds: ColumnElement[int]) -> ColumnElement[int]:
-    """Return the SQL expression of a duration's bucket: a binary search of seven comparisons."""
-    return _search(microseconds, 0, len(_BOUNDS))
+def bucket_of(microseconds: str) -> ColumnElement[int]:
+    """Return the SQL expression of a duration's bucket: a binary search of seven comparisons.
+
+    `microseconds` is SQL too: the duration. The search is one text, as an expression of its 128 conditions takes
+    milliseconds to build and to look up in the cache of compiled statements.
+    """
+    return literal_column(_search(microseconds, 0, len(_BOUNDS)), Integer)
 
 
 def find_bucket(milliseconds: int) -> int:
@@ -31,15 +35,13 @@ def find_bucket(milliseconds: int) -> int:
     return bisect_left(_BOUNDS, milliseconds * 1_000)
 
 
-def _search(microseconds: ColumnElement[int], first: int, last: int) -> ColumnElement[int]:
-    """Return the SQL expression of a duration's bucket, which is one of `first` to `last`."""
+def _search(microseconds: str, first: int, last: int) -> str:
+    """Return the SQL of a duration's bucket, which is one of `first` to `last`."""
     if first == last:
-        return literal_column(str(first))
+        return str(first)
     middle = (first + last) // 2
-    return case(
-        (microseconds <= literal_column(str(_BOUNDS[middle])), _search(microseconds, first, middle)),
-        else_=_search(microseconds, middle + 1, last),
-    )
+    lower, upper = _search(microseconds, first, middle), _search(microseconds, middle + 1, last)
+    return f"CASE WHEN {microseconds} <= {_BOUNDS[middle]} THEN {lower} ELSE {upper} END"
 
 
 def merge_histograms(histograms: Iterable[Histogram]) -> dict[str, int]:

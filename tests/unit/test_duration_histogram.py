@@ -7,7 +7,7 @@ import sqlite3
 from contextlib import closing
 
 import pytest
-from sqlalchemy import literal_column, select
+from sqlalchemy import select
 from sqlalchemy.dialects import sqlite
 
 from models.duration_histogram import bucket_of, estimate_quantile, merge_histograms
@@ -15,7 +15,7 @@ from models.duration_histogram import bucket_of, estimate_quantile, merge_histog
 
 def fill(microseconds: list[int]) -> dict[str, int]:
     """Return the histogram that a database makes of durations."""
-    statement = select(bucket_of(literal_column("taken")).label("bucket"))
+    statement = select(bucket_of("taken").label("bucket"))
     text = f"{statement.compile(dialect=sqlite.dialect())} FROM durations"
     with closing(sqlite3.connect(":memory:")) as connection:
         connection.execute("CREATE TABLE durations (taken integer)")
