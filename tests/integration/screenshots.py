@@ -21,7 +21,7 @@ from sqlalchemy import insert, select, update
 from sqlmodel import col
 
 from models import ids
-from models.access import Organization, User
+from models.access import ApiKey, Organization, User
 from models.data_source import DataSource
 from models.deployment import Deployment, LifecycleDecision
 from models.execution import Leadership
@@ -32,7 +32,7 @@ from scheduler.run_hours import RunHourCounter
 from tests import databases
 from tests.integration.browser import BrowserPage, open_page, serve_gateway
 from tests.integration.deployed_workflows import mark_running
-from tests.integration.gateway_harness import GatewayHarness, UserClient, run_gateway
+from tests.integration.gateway_harness import GatewayHarness, OrganizationUsers, UserClient, run_gateway
 from tests.integration.test_waiting_runs import (
     execute_workflow,
     serve_worker,
@@ -148,8 +148,9 @@ async def main() -> None:
             serve_gateway(harness) as address,
             open_page(folder / "profile") as page,
         ):
-            user = (await harness.people()).admin
-            await _name_people(harness, user)
+            people = await harness.people()
+            user = people.admin
+            await _name_people(harness, people)
             async with serve_worker(harness):
                 names = await _create_samples(harness, user)
                 await _fill_day(harness)
@@ -158,12 +159,22 @@ async def main() -> None:
                     await _take(page, address, picture, names)
 
 
-async def _name_people(harness: GatewayHarness, user: UserClient) -> None:
+async def _name_people(harness: GatewayHarness, people: OrganizationUsers) -> None:
+    persons = (
+        (people.admin, "Mira Lang", "laptop"),
+        (people.owner, "Jonas Weber", "nightly orders"),
+        (people.colleague, "Ada Berg", "shop"),
+    )
+
     async def name(connection: AsyncConnection) -> None:
-        organization = col(Organization.id) == user.user.organization_id
+        organization = col(Organization.id) == people.admin.user.organization_id
         await connection.execute(update(Organization).where(organization).values(name="Nordwind"))
-        person = {"name": "Mira Lang", "email": "mira@nordwind.example"}
-        await connection.execute(update(User).where(col(User.id) == user.user.id).values(person))
+        for person, full_name, key in persons:
+            values = {"name": full_name, "email": f"{full_name.split()[0].lower()}@nordwind.example"}
+            await connection.execute(update(User).where(col(User.id) == person.user.id).values(values))
+            await connection.execute(
+                update(ApiKey).where(col(ApiKey.user_id) == person.user.id).values(name=key)
+            )
 
     await harness.gateway.database.transaction(name)
 

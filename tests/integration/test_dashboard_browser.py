@@ -179,6 +179,24 @@ async def test_a_workflow_that_is_kept_awake_is_released_and_the_release_taken_b
     assert page.problems == []
 
 
+async def test_a_deployed_workflow_is_run_in_its_pods_by_a_button_of_its_own(visit: DashboardVisit) -> None:
+    page = visit.page
+    await visit.show("/dashboard/workflows/{orders_id}")
+    # No pod answers here: the page gets the answer of one.
+    await page.evaluate(
+        "((ask) => { globalThis.fetch = async (url, options) => options?.method === 'POST'"
+        " ? (sessionStorage.setItem('sent', `${url} ${options.body}`),"
+        ' new Response(\'{"execution_id": "exec_of_pods"}\'))'
+        " : ask(url, options); })(fetch)"
+    )
+    await page.click("button[data-request$='/trigger']")
+    await page.wait_for("location.pathname === '/dashboard/runs/exec_of_pods'")
+    url, body = (await page.evaluate("sessionStorage.getItem('sent')")).split(" ", 1)
+    assert url == f"/api/v1/workflows/{visit.orders_id}/trigger"
+    assert set(json.loads(body)) <= {"triggerInputs"}, body
+    visit.take_problems()
+
+
 async def test_texts_of_users_never_become_elements(visit: DashboardVisit) -> None:
     await visit.show("/dashboard/runs")
     texts = await visit.page.evaluate("[...document.querySelectorAll('td a')].map(one => one.textContent)")

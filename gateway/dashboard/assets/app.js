@@ -164,7 +164,9 @@ async function renew(form) {
 
 // With `merged`, that body is sent in place of the fields.
 async function submit(form, button, merged) {
-  const [method, path] = form.dataset.request.split(" ");
+  // A button may have a request and a next page of its own.
+  const { request, then } = button?.dataset.request ? button.dataset : form.dataset;
+  const [method, path] = request.split(" ");
   const body = merged ?? bodyOf(form, button);
   const undo = undoOf(form); // an update of the page changes the form
   // A button that a single key has pressed asks first.
@@ -211,7 +213,7 @@ async function submit(form, button, merged) {
     // A form with the focus stays as it is when the page loads itself again.
     for (const field of form.querySelectorAll("[data-before]")) field.dataset.before = field.value;
     const fill = (text, encode) => (text ?? "").replace(/\{(\w+)\}/g, (_, name) => encode(value[name] ?? ""));
-    const next = fill(form.dataset.then, encodeURIComponent);
+    const next = fill(then, encodeURIComponent);
     if (next) location.assign(next);
     else {
       // The page goes on with its next object.
