@@ -19,6 +19,7 @@ from sqlalchemy import (
     false,
     func,
     literal,
+    literal_column,
     null,
     or_,
     select,
@@ -400,7 +401,9 @@ _SPANS: Final = select(
 ).outerjoin(
     _source,
     and_(
-        col(_source.execution_id) == col(SpanRow.execution_id),
+        # An expression, so that PostgreSQL looks each source up by its key. With the column alone, it reads the
+        # spans of the run once more, and compares each with each where it expects few.
+        col(_source.execution_id) == col(SpanRow.execution_id).concat(literal_column("''")),
         col(_source.shard) == col(SpanRow.shard),
         col(_source.node_id) == col(SpanRow.input_node),
         col(_source.iteration) == col(SpanRow.iteration),
