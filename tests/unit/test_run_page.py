@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 from starlette.types import Receive, Scope, Send
 
+from gateway.dashboard.page import PageFrame
 from gateway.dashboard.page_request import PageRequest
 from gateway.dashboard.pages import agent_turns, run_node
 from gateway.dashboard.pages import run as run_page
@@ -87,3 +88,17 @@ def test_an_agent_says_which_step_it_is_at_and_what_it_has_spent_of_its_budget()
         strip = agent_turns.describe_progress(progress)
         assert (strip.words, strip.number) == (words, number)
         assert strip.spent == "$0.012 of $0.05 · 1,000 of 20,000 tokens"
+
+
+def test_an_iteration_that_has_ended_shows_its_output_while_others_write() -> None:
+    iterations = [{"iteration": "0", "status": "completed"}, {"iteration": "1", "status": "running"}]
+    counts = {"completed": 1, "running": 1}
+    state = {"nodeId": "ask", "nodeType": "llm", "status": "running"}
+    graph = {"states": [{**state, "iterations": iterations, "iterationCounts": counts}], "nodes": ()}
+    for iteration in iterations:
+        query = {"node": "ask", "iteration": iteration["iteration"]}
+        frame = PageFrame("", "", datetime.now(UTC), query, {}, ())
+        span = {**state, "status": iteration["status"], "config": {}, "outputData": {}}
+        data = {"graph": graph, "span": span, "steps": None, "diff": None, "others": None}
+        shown = run_node.view_node(data, frame, None, lambda **_: "")
+        assert (shown["tab"], shown["writes_text"]) == ("output", iteration["status"] == "running")

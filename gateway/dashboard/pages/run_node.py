@@ -114,7 +114,7 @@ def choose_tab(query: Mapping[str, str], state: State | None, graph: Mapping[str
 
 
 def writes_text(state: State) -> bool:
-    """Return whether a model may be writing a text for a node now."""
+    """Return whether a model may be writing a text for a node now, by its state or by one of its spans."""
     return state["status"] == "running" and state["nodeType"] in MODEL_TYPES
 
 
@@ -161,7 +161,8 @@ def view_node(
             (one["id"], f"{one['status']}, {show_age(one['createdAt'], frame.now)}")
             for one in (data["others"] or {}).get("executions", ())
         ],
-        "writes_text": state is not None and writes_text(state) and records_content(span),
+        # A state is that of all iterations, of which the shown one may have ended.
+        "writes_text": span is not None and writes_text(span) and records_content(span),
         "output_texts": list_texts((span or {}).get("outputData")) if tab == "output" else (),
         "lost_paths": (span or {}).get("unresolved") or (),
         "found_names": list_found_names((span or {}).get("unresolved") or (), (span or {}).get("inputData")),
