@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 MAX_ARGUMENTS: Final = 200
 """Shown characters of the arguments of a tool call."""
-END_SECONDS: Final = 5.0
+END_SECONDS: Final = 2.0
 """Time after the end of a run for the last events to arrive."""
 REASONS: Final = {"worker-lost": "its worker was lost", "interrupted": "it was interrupted"}
 Place: TypeAlias = tuple[str, str]
