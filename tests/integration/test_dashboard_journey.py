@@ -7,6 +7,7 @@ import csv
 import json
 from collections.abc import AsyncIterator
 from datetime import datetime, timedelta
+from functools import partial
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from tests.fakes.model_server import ModelFault, ScriptedAnswer, serve_models
 from tests.integration.browser import LOADED, WAIT_SECONDS, needs_chromium
 from tests.integration.dashboard_visit import DashboardVisit, open_visit
 from tests.integration.test_gateway_ai_models import create_model, create_provider
+from tests.integration.test_gateway_executions import spin_until
 from tests.integration.test_waiting_runs import execute_workflow, serve_worker, wait_until_ended
 from tests.services import PostgresServer
 
@@ -258,6 +260,11 @@ async def test_the_page_of_a_hundred_nodes_loads_few_files_and_shifts_nothing(vi
     assert not problems, "\n".join(problems)
 
 
+def has_streams(visit: DashboardVisit, count: int) -> bool:
+    """Return whether the pages of a visit have so many streams of hints."""
+    return visit.harness.gateway.live_hints.open == count
+
+
 async def test_a_text_is_shown_while_its_model_writes_it_and_begins_again_after_a_failure(
     visit: DashboardVisit,
 ) -> None:
@@ -287,6 +294,12 @@ async def test_a_text_is_shown_while_its_model_writes_it_and_begins_again_after_
         assert await visit.find_violations() == []
         await visit.require_still()
         assert sum("/live?" in url for url in page.requested) == 1
+        for is_hidden in (True, False):
+            value = "true" if is_hidden else "false"
+            hidden = f"Object.defineProperty(document, 'hidden', {{value: {value}, configurable: true}})"
+            await page.evaluate(f"{hidden}; document.dispatchEvent(new Event('visibilitychange')); 0")
+            await spin_until(partial(has_streams, visit, 0 if is_hidden else 1))
+        await page.wait_for(f"{written} === '<b>Other</b>'")
         served.released.set()
         await page.wait_for("document.querySelector('[data-writes], .strip') === null")
         await page.wait_for("document.querySelector('.pill').textContent === 'Completed'")
