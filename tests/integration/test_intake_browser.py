@@ -772,6 +772,8 @@ async def test_a_viewer_sees_the_pages_and_cannot_act(visit: IntakeVisit) -> Non
     await visit.sign_in(viewer.key)
     await look(visit.page, 1280, "light")
     for path in (
+        "/dashboard/overview",
+        "/dashboard/sources?new=sqlite",
         "/dashboard/deliveries",
         "/dashboard/dead-letters",
         "/dashboard/schedule",
