@@ -80,7 +80,8 @@ def _draw_day(
 ) -> CalendarDay:
     """Return a day with the parts of spans within it in percent of its width, marks, and its pod time."""
     start = parse_moment(day["startsAt"])
-    is_today = start <= now < start + DAY
+    end = start + DAY
+    is_today = start <= now < end
     seconds = day["plannedPodSeconds"] if start > now else day["podSeconds"]
     return CalendarDay(
         f"{start:%a} {start.day}",
@@ -88,7 +89,7 @@ def _draw_day(
         start > now,
         round(seconds / HOUR_SECONDS, 1),
         round(day["alwaysOnPodSeconds"] / HOUR_SECONDS, 1),
-        [_draw_bar(one, start) for one in spans if one.start < start + DAY and one.end > start],
+        [_draw_bar(one, start) for one in spans if one.start < end and one.end > start],
         _mark_moments(start, failures),
         _mark_moments(start, clock_changes),
         _compute_percent(now - start) if is_today else None,

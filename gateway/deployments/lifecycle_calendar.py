@@ -13,7 +13,7 @@ from sqlalchemy import select
 from sqlmodel import col
 
 from gateway.deployments import deployment_list, lifecycle_rows
-from gateway.deployments.lifecycle_rows import DAY, TimeRange, start_of_day
+from gateway.deployments.lifecycle_rows import DAY, PodChange, TimeRange, start_of_day
 from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse
 from gateway.http.wire import Instant, WireStruct, instant, optional_instant
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
     from journal.deployments.activity import DeploymentActivity
     from models.access import ApiCaller
-    from models.deployment import LifecycleDecision
     from models.lifecycle_policy import DeploymentPolicy
 
 PAST_DAYS: Final = 7
@@ -197,11 +196,9 @@ async def show_usage(request: GatewayRequest) -> JsonResponse:
 # ── spans ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def list_awake_spans(
-    decisions: Iterable[LifecycleDecision], since: datetime, now: datetime
-) -> Iterable[AwakeSpan]:
+def list_awake_spans(decisions: Iterable[PodChange], since: datetime, now: datetime) -> Iterable[AwakeSpan]:
     """Yield the times with pods from `since` on, from the decisions about a deployment, ordered by time."""
-    begun: LifecycleDecision | None = None
+    begun: PodChange | None = None
     for one in decisions:
         if one.replicas > 0 and begun is None:
             begun = one
@@ -213,7 +210,7 @@ def list_awake_spans(
         yield _show_span(begun, now, since, is_open=True)
 
 
-def _show_span(begun: LifecycleDecision, end: datetime, since: datetime, *, is_open: bool) -> AwakeSpan:
+def _show_span(begun: PodChange, end: datetime, since: datetime, *, is_open: bool) -> AwakeSpan:
     """Return a time with pods, cut to its part after `since`; its reason is None if it began before."""
     return AwakeSpan(
         start=instant(max(begun.at, since)),
@@ -315,9 +312,7 @@ def _show_range(one: TimeRange) -> TimeSpan:
     return TimeSpan(start=instant(one.since), end=instant(one.until))
 
 
-def _find_hold(
-    seen: DeploymentActivity | None, decisions: Sequence[LifecycleDecision]
-) -> CalendarHold | None:
+def _find_hold(seen: DeploymentActivity | None, decisions: Sequence[PodChange]) -> CalendarHold | None:
     """Return the act of a user that keeps a deployment awake: until a set time, or alone outside its windows.
 
     None without one.

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime, timedelta
+from functools import reduce
+from operator import add
 from typing import TYPE_CHECKING, Any, Final
 
-from sqlalchemy import BigInteger, and_, case, func, literal, select, type_coerce, union_all
+from sqlalchemy import BigInteger, and_, case, func, literal, select, true, type_coerce, union_all
 from sqlmodel import col
 
 from gateway.http import limits
-from models import timestamps
 from models.audit import AuditAction, AuditEntry
 from models.column_types import TimestampColumn, build_row
 from models.deployment import Deployment, LifecycleDecision
@@ -73,6 +74,24 @@ class PodUsage:
         return self.pod_seconds / seconds * DAY_SECONDS if seconds > 0 else 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class PodChange:
+    """Part of the row of a decision: a thousand rows with their inputs would take most of the time of a page."""
+
+    id: str
+    workflow_id: str
+    at: datetime
+    action: str
+    reason: str
+    replicas: int
+    """Desired number of pods after it."""
+    user_id: str | None
+    """Author of the decision, if it was a user."""
+
+
+_CHANGE_COLUMNS: Final = tuple(getattr(LifecycleDecision, one.name) for one in fields(PodChange))
+
+
 async def list_decisions(
     connection: AsyncConnection, workflow_id: str, part: PageBounds
 ) -> tuple[int, Sequence[LifecycleDecision]]:
@@ -117,7 +136,7 @@ async def list_changes(
 
 async def read_decisions(
     connection: AsyncConnection, workflow_ids: Sequence[str], since: datetime
-) -> Sequence[LifecycleDecision]:
+) -> Sequence[PodChange]:
     """Return decisions since a time (the newest 1,000), and the last one of each workflow before these, by
     workflow and time.
 
@@ -127,15 +146,15 @@ async def read_decisions(
         return []
     of_workflows = col(LifecycleDecision.workflow_id).in_(workflow_ids)
     newest = await connection.execute(
-        select(LifecycleDecision)
+        select(*_CHANGE_COLUMNS)
         .where(of_workflows, col(LifecycleDecision.at) >= since)
         .order_by(col(LifecycleDecision.at).desc())
         .limit(LISTED_DECISIONS)
     )
-    after = newest.mappings().all()
+    after = [PodChange(*row) for row in newest]
     if len(after) == LISTED_DECISIONS:
         # Others are left out: pods that ran at `since` may have been stopped and started between.
-        since = after[-1]["at"]
+        since = after[-1].at
     earlier = (
         select(col(LifecycleDecision.workflow_id), func.max(col(LifecycleDecision.at)).label("at"))
         .where(of_workflows, col(LifecycleDecision.at) < since)
@@ -146,8 +165,8 @@ async def read_decisions(
         earlier.c.workflow_id == col(LifecycleDecision.workflow_id),
         earlier.c.at == col(LifecycleDecision.at),
     )
-    before = (await connection.execute(select(LifecycleDecision).join(earlier, is_earlier))).mappings()
-    found = [build_row(LifecycleDecision, row) for rows in (before, after) for row in rows]
+    before = await connection.execute(select(*_CHANGE_COLUMNS).join(earlier, is_earlier))
+    found = [*(PodChange(*row) for row in before), *after]
     return sorted(found, key=lambda one: (one.workflow_id, one.at, one.id))
 
 
@@ -211,23 +230,37 @@ def pod_time_statement(workflow_ids: Sequence[str], ranges: Sequence[TimeRange])
     """
     since, until = ranges[0].since, ranges[-1].until
     decision = LifecycleDecision
+    bounds = union_all(
+        *(
+            select(literal(number, BigInteger).label("number"), literal(one.since, _INSTANT).label("at"))
+            for number, one in enumerate(ranges)
+        )
+    ).subquery()
     before = (
         select(col(decision.replicas))
-        .where(col(decision.workflow_id) == col(Deployment.workflow_id), col(decision.at) < since)
+        .where(col(decision.workflow_id) == col(Deployment.workflow_id), col(decision.at) < bounds.c.at)
         .order_by(col(decision.at).desc(), col(decision.id).desc())
         .limit(1)
-        .correlate(Deployment)
+        .correlate(Deployment, bounds)
         .scalar_subquery()
     )
+    # Each of the times begins with a step of its own, so that no time between two steps is in two of them: a join of
+    # the steps with the times would compare each with each.
+    passed = [case((col(decision.at) >= literal(one.since, _INSTANT), 1), else_=0) for one in ranges[1:]]
     steps = union_all(
         select(
             col(Deployment.workflow_id).label("workflow_id"),
-            literal(since, _INSTANT).label("at"),
+            bounds.c.at.label("at"),
             literal("").label("id"),
             func.coalesce(before, 0).label("replicas"),
-        ).where(col(Deployment.workflow_id).in_(workflow_ids)),
+            bounds.c.number.label("number"),
+        )
+        .select_from(Deployment)
+        .join(bounds, true())
+        .where(col(Deployment.workflow_id).in_(workflow_ids)),
         select(
             *(col(decision.workflow_id), col(decision.at), col(decision.id), col(decision.replicas)),
+            reduce(add, passed, literal(0, BigInteger)),
         ).where(
             col(decision.workflow_id).in_(workflow_ids), col(decision.at) >= since, col(decision.at) < until
         ),
@@ -236,30 +269,14 @@ def pod_time_statement(workflow_ids: Sequence[str], ranges: Sequence[TimeRange])
         partition_by=steps.c.workflow_id, order_by=(steps.c.at, steps.c.id)
     )
     spans = select(
+        steps.c.number,
         type_coerce(steps.c.at, BigInteger).label("start"),
         type_coerce(func.coalesce(following, literal(until, _INSTANT)), BigInteger).label("end"),
         steps.c.replicas,
     ).subquery()
-    bounds = union_all(
-        *(
-            select(
-                literal(number, BigInteger).label("number"),
-                literal(timestamps.to_microseconds(one.since), BigInteger).label("start"),
-                literal(timestamps.to_microseconds(one.until), BigInteger).label("end"),
-            )
-            for number, one in enumerate(ranges)
-        )
-    ).subquery()
-    start = case((spans.c.start > bounds.c.start, spans.c.start), else_=bounds.c.start)
-    end = case((spans.c.end < bounds.c.end, spans.c.end), else_=bounds.c.end)
-    return (
-        select(bounds.c.number, func.sum(spans.c.replicas * (end - start)).label("pod_microseconds"))
-        .select_from(bounds)
-        .join(
-            spans,
-            and_(spans.c.replicas > 0, spans.c.start < bounds.c.end, spans.c.end > bounds.c.start),
-        )
-        .group_by(bounds.c.number)
+    length = spans.c.end - spans.c.start
+    return select(spans.c.number, func.sum(spans.c.replicas * length).label("pod_microseconds")).group_by(
+        spans.c.number
     )
 
 

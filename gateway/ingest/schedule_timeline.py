@@ -17,7 +17,7 @@ from concurrency.ttl_cache import TTLCache
 from engine.triggers import SCHEDULE_KIND
 from gateway.deployments import lifecycle_calendar, lifecycle_rows
 from gateway.deployments.lifecycle_calendar import AwakeSpan, TimeSpan
-from gateway.deployments.lifecycle_rows import TimeRange
+from gateway.deployments.lifecycle_rows import PodChange, TimeRange
 from gateway.http import limits
 from gateway.http.parameters import OFFSET, IntegerParameter
 from gateway.http.request import GatewayRequest
@@ -28,7 +28,7 @@ from journal.held_runs import UNTIL_RESUMED
 from models import lifecycle_policy, schedule_timetable, weekly_windows
 from models.blocked_interval import BlockedInterval
 from models.column_types import build_row
-from models.deployment import Deployment, LifecycleDecision
+from models.deployment import Deployment
 from models.execution import DELAYED_TARGET, LIVE_CONDITION, Execution
 from models.execution_status import ExecutionStatus
 from models.lifecycle_policy import LifecycleAction, LifecycleReason, ScheduledWindowPolicy
@@ -406,7 +406,7 @@ def list_clock_changes(zones: Iterable[str], shown: TimelineRange) -> Sequence[T
 
 def _build_lane(
     row: _LaneRow,
-    decisions: Sequence[LifecycleDecision],
+    decisions: Sequence[PodChange],
     due: Sequence[DueRuns],
     shown: TimelineRange,
 ) -> TimelineLane:
@@ -468,7 +468,7 @@ def _list_windows(row: _LaneRow, shown: TimelineRange) -> Sequence[TimeSpan]:
     ]
 
 
-def _show_decision(one: LifecycleDecision, name: str) -> TimelineDecision:
+def _show_decision(one: PodChange, name: str) -> TimelineDecision:
     return TimelineDecision(
         workflow_id=one.workflow_id,
         workflow_name=name,
