@@ -68,7 +68,7 @@ class TextPrinter:
         if text is None or (text.number, text.attempt) != (data["number"], data["attempt"]):
             if text is not None and text.number == data["number"]:
                 # The word about it was lost with a connection.
-                self._print_line(f"{_name(place)}: begins again")
+                self._print_line(f"{name_place(place)}: begins again")
             text = self._texts[place] = PrintedText(data["number"], data["attempt"])
         if data["offset"] > text.length:
             return  # its beginning was missed: the output of the node has it
@@ -80,13 +80,12 @@ class TextPrinter:
     def _take_retry(self, data: Mapping[str, Any]) -> None:
         place = _place_of(data)
         if self._texts.pop(place, None) is not None:
-            reason = REASONS.get(data["reason"], f"the call failed: {data['reason']}")
-            self._print_line(f"{_name(place)}: begins again, since {reason}")
+            self._print_line(f"{name_place(place)}: {explain_retry(data)}")
 
     def _take_step(self, data: Mapping[str, Any]) -> None:
         place = _place_of(data)
         if data["kind"] == "tool":
-            self._print_line(f"{_name(place)}: {describe_call(data)}")
+            self._print_line(f"{name_place(place)}: {describe_call(data)}")
         elif data["status"] == "completed":
             self._print_rest(place, data)
 
@@ -102,13 +101,19 @@ class TextPrinter:
     def _print_text(self, place: Place, text: str) -> None:
         if self._current != place:
             self.close()
-            self._write(escape_text(f"{_name(place)}:") + "\n")
+            self._write(escape_text(f"{name_place(place)}:") + "\n")
             self._current = place
         self._write(escape_text(text))
 
     def _print_line(self, text: str) -> None:
         self.close()
         self._write(escape_text(text) + "\n")
+
+
+def explain_retry(data: Mapping[str, Any]) -> str:
+    """Return why a text begins again, in words."""
+    reason = REASONS.get(data["reason"], f"the call failed: {data['reason']}")
+    return f"begins again, since {reason}"
 
 
 def describe_call(step: Mapping[str, Any]) -> str:
@@ -179,6 +184,7 @@ def _place_of(data: Mapping[str, Any]) -> Place:
     return data["nodeId"], data["iteration"]
 
 
-def _name(place: Place) -> str:
+def name_place(place: Place) -> str:
+    """Return the id of a node, with its iteration of a loop."""
     node_id, iteration = place
     return f"{node_id} [{iteration}]" if iteration else node_id

@@ -69,7 +69,7 @@ class RunView:
                 begun = before if event.data["offset"] else ""
                 self._texts[place] = (begun + event.data["text"])[-MAX_TEXT_CHARACTERS:]
             case "retry":
-                self._texts[place] = f"Begins again: {event.data['reason']}"
+                self._texts[place] = live_text.explain_retry(event.data)
             case "step" if event.data["kind"] == "tool":
                 self._texts[place] = live_text.describe_call(event.data)
 
@@ -78,9 +78,8 @@ class RunView:
 
     def _show_texts(self) -> Iterable[Text]:
         """Yield the ends of the newest texts, each below its node."""
-        for (node_id, iteration), text in list(self._texts.items())[-MAX_TEXTS:]:
-            name = f"{node_id} [{iteration}]" if iteration else node_id
-            yield Text(f"\n{name}", style="bold")
+        for place, text in list(self._texts.items())[-MAX_TEXTS:]:
+            yield Text(f"\n{live_text.name_place(place)}", style="bold")
             yield Text(escape_text(text))
 
     def _table(self) -> Table:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from io import StringIO
 from typing import Any
 
 from pilotflame_sdk import RunEvent
+from rich.console import Console
 
 from pilotflame.live_text import TextPrinter
+from pilotflame.live_view import RunView
 
 PLACE = {"nodeId": "agent", "iteration": "", "number": 0, "attempt": 1}
 
@@ -56,3 +59,27 @@ def test_tools_have_lines_and_texts_of_two_nodes_are_told_apart() -> None:
         *("agent:", "Looks.", 'agent: calls search {"city": "Oslo"}', "other:", "\\u001b[2J"),
         "agent: waits for a person to decide about search https://example.com/q",
     ]
+
+
+def test_a_view_has_the_end_of_a_text_below_its_table_until_the_node_has_ended() -> None:
+    view = RunView("Weather")
+
+    def show() -> str:
+        shown = StringIO()
+        Console(file=shown, width=80).print(view)
+        return shown.getvalue()
+
+    def span(status: str) -> RunEvent:
+        own = {"kind": "node", "nodeLabel": "", "nodeType": "agent", "status": status, "durationMs": None}
+        return RunEvent("span", "1", {**PLACE, **own})
+
+    view.take(span("running"))
+    for name, data in (token(0, "x" * 400), token(400, " It is cold.")):
+        view.take_step(RunEvent(name, "", {**PLACE, **data}))
+    assert "It is cold." in show()
+    assert show().count("x") < 400
+    view.take_step(RunEvent("retry", "", {**PLACE, "reason": "worker-lost"}))
+    assert "begins again, since its worker was lost" in show()
+    assert "cold" not in show()
+    view.take(span("completed"))
+    assert "begins again" not in show()
