@@ -205,13 +205,18 @@ def page_statement(
     workflows is one row with the numbers. Only ids are sorted, without the rest of their rows.
     """
     conditions = workflow_rows.list_conditions(caller, wanted)
-    ranked, terms = _rank_active(caller, wanted, since, order)
-    total = select(func.count()).select_from(Workflow).where(*conditions).scalar_subquery()
+    if wanted.search is not None:
+        # The texts of all workflows are searched once, not for each part of the statement.
+        found = select(col(Workflow.id)).where(*conditions).cte("found").prefix_with("MATERIALIZED")
+        conditions = [col(Workflow.id).in_(select(found.c.id))]
+    is_by_name = state is None and order is ActivityOrder.NAME
+    ranked, terms = _rank_active(caller, conditions, since, order, is_ranked=not is_by_name)
+    total = select(func.count()).select_from(Workflow).where(*conditions)
     totals = select(
-        total.label("total"),
+        total.scalar_subquery().label("total"),
         *(func.sum(ranked.c[name]).label(name) for name in ("busy", *(one.value for one in WorkflowState))),
     ).subquery("totals")
-    if state is None and order is ActivityOrder.NAME:
+    if is_by_name:
         ranks: Sequence[ColumnElement[Any]] = terms
         listed = select(col(Workflow.id), *ranks).where(*conditions)
     else:
@@ -267,10 +272,15 @@ def quiet_statement(
 
 
 def _rank_active(
-    caller: ApiCaller, wanted: WorkflowFilter, since: datetime, order: ActivityOrder
+    caller: ApiCaller,
+    conditions: Sequence[ColumnElement[bool]],
+    since: datetime,
+    order: ActivityOrder,
+    *,
+    is_ranked: bool,
 ) -> tuple[CTE, Sequence[Label[Any]]]:
-    """Return the workflows with runs or a deployment, with their terms of an order, whether each is busy in it, and
-    whether it is in each state; and these terms.
+    """Return the workflows with runs or a deployment that meet conditions, with their terms of an order, whether each
+    is busy in it, and whether it is in each state; and these terms. The terms are left out unless `is_ranked`.
 
     Busy ones stand before all others in the order: those with runs, and by the worst those whose pods can't start.
     """
@@ -290,13 +300,13 @@ def _rank_active(
     ranked = (
         select(
             col(Workflow.id),
-            *terms,
+            *(terms if is_ranked else ()),
             *(case((condition, 1), else_=0).label(name) for name, condition in flags.items()),
         )
         .select_from(Workflow)
         .outerjoin(sums, sums.c.workflow_id == col(Workflow.id))
         .outerjoin(Deployment, col(Deployment.workflow_id) == col(Workflow.id))
-        .where(col(Workflow.id).in_(active), *workflow_rows.list_conditions(caller, wanted))
+        .where(col(Workflow.id).in_(active), *conditions)
         .cte("ranked")
         # SQLite would compute it for the numbers, and again for the page.
         .prefix_with("MATERIALIZED")
