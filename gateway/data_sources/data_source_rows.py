@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Self
 
-from sqlalchemy import Text, delete, func, insert, select, type_coerce, update
+from sqlalchemy import Text, and_, delete, func, insert, or_, select, type_coerce, update
 from sqlalchemy.exc import IntegrityError
 from sqlmodel import col
 
@@ -15,11 +15,12 @@ from models.ai_model import AiModel
 from models.ai_model import is_readable_by as model_readable_by
 from models.column_types import build_row
 from models.data_source import DataSource, DataSourceShare, is_readable_by, is_writable_by
-from models.workflow import Workflow, WorkflowGraph
+from models.deployment import Deployment
+from models.workflow import Definition, Workflow, WorkflowGraph
 from models.workflow import is_readable_by as workflow_readable_by
 
 if TYPE_CHECKING:
-    from sqlalchemy import ColumnElement
+    from sqlalchemy import ColumnElement, Select
     from sqlalchemy.ext.asyncio import AsyncConnection
     from sqlalchemy.sql.expression import SQLColumnExpression
 
@@ -229,17 +230,39 @@ async def list_models(
 
 
 def _select_referring_workflows(organization_id: str, object_id: str) -> Any:  # noqa: ANN401 - a statement with these columns
-    """Return the query of workflows whose graph contains the id of a data source or model as a text.
+    """Return the query of workflows whose graph or deployed version contains the id of a data source or model as a
+    text.
 
     The graph counts, since stored scopes are computed on request only.
     """
     nodes = type_coerce(col(WorkflowGraph.nodes), Text)
+    deployed = select_deployed_naming(organization_id, object_id)
     return (
         select(col(Workflow.id), col(Workflow.name))
         .join(WorkflowGraph, col(WorkflowGraph.workflow_id) == col(Workflow.id))
         .where(
             col(Workflow.organization_id) == organization_id,
             col(Workflow.deleted_at).is_(None),
-            nodes.contains(f'"{object_id}"', autoescape=True),
+            or_(
+                nodes.contains(f'"{object_id}"', autoescape=True),
+                col(Workflow.id).in_(deployed.with_only_columns(col(Deployment.workflow_id))),
+            ),
+        )
+    )
+
+
+def select_deployed_naming(organization_id: str, object_id: str) -> Select[*tuple[Any, ...]]:
+    """Return the query of an organization's deployments whose version contains the id of a data source or model."""
+    is_definition = and_(
+        col(Definition.organization_id) == col(Deployment.organization_id),
+        col(Definition.hash) == col(Deployment.definition_hash),
+    )
+    return (
+        select(col(Deployment.workflow_id), col(Deployment.version))
+        .join(Definition, is_definition)
+        .where(
+            col(Deployment.organization_id) == organization_id,
+            col(Deployment.is_deployed),
+            col(Definition.body).contains(f'"{object_id}"', autoescape=True),
         )
     )

@@ -25,7 +25,7 @@ from models.column_types import build_row
 from models.deployment import Deployment, DeploymentStatus, status_of
 from models.execution import Execution, ExecutionData, SpanRow
 from models.execution_visibility import visibility_condition
-from models.workflow import WorkflowGraph
+from models.workflow import Workflow, WorkflowGraph
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
@@ -57,9 +57,16 @@ class SourceWorkflow(WireStruct):
 
     workflow_id: str
     name: str
+    version: int
+    """Newest stored version; the graph may have been edited since."""
+    deployed_version: int | None
+    """Version that its deployment runs; null for a workflow that is not deployed."""
+    is_named_by_deployed: bool
+    """Whether the deployed version names it, though the graph may not any more."""
     deployment_status: DeploymentStatus
     """Its pods take changed settings and secrets within two seconds, and need no restart."""
     nodes: Sequence[SourceNode]
+    """Nodes of the graph; empty if the deployed version alone names it."""
 
 
 class SourceModel(WireStruct):
@@ -109,7 +116,9 @@ class DataSourceUsage(WireStruct):
     hours: Sequence[SourceHour]
     """The last 24 hours, the earliest first."""
     last_success_at: Instant | None
+    """In the newest 100 runs of each workflow, also before `since`."""
     last_failure: SourceFailure | None
+    """The same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +170,13 @@ async def _list_workflows(
     state of their deployments.
     """
     names = dict(await data_source_rows.naming(connection, source_id, caller, WORKFLOWS))
+    found = select(col(Workflow.id), col(Workflow.version)).where(col(Workflow.id).in_(names))
+    versions = {row.id: row.version for row in await connection.execute(found)}
+    naming = data_source_rows.select_deployed_naming(caller.organization_id, source_id)
+    by_deployed = {
+        row.workflow_id
+        for row in await connection.execute(naming.where(col(Deployment.workflow_id).in_(names)))
+    }
     statement = select(WorkflowGraph).where(col(WorkflowGraph.workflow_id).in_(names))
     graphs = {row["workflow_id"]: row["nodes"] for row in (await connection.execute(statement)).mappings()}
     deployed = select(Deployment).where(col(Deployment.workflow_id).in_(names))
@@ -172,6 +188,9 @@ async def _list_workflows(
         SourceWorkflow(
             workflow_id=workflow_id,
             name=name,
+            version=versions[workflow_id],
+            deployed_version=_deployed_version(deployments.get(workflow_id)),
+            is_named_by_deployed=workflow_id in by_deployed,
             deployment_status=status_of(deployments.get(workflow_id)),
             nodes=[
                 SourceNode(node_id=node["id"], label=node.get("label") or node["id"], type=node["type"])
@@ -180,7 +199,13 @@ async def _list_workflows(
             ],
         )
         for workflow_id, name in names.items()
+        if workflow_id in versions  # it was deleted between the two reads
     ]
+
+
+def _deployed_version(deployment: Deployment | None) -> int | None:
+    """Return the version that a deployment runs; None without one."""
+    return deployment.version if deployment is not None and deployment.is_deployed else None
 
 
 def _names_text(value: Any, text: str) -> bool:  # noqa: ANN401 - any JSON value
@@ -200,15 +225,14 @@ def _names_text(value: Any, text: str) -> bool:  # noqa: ANN401 - any JSON value
 async def _read_spans(
     connection: AsyncConnection, workflow: SourceWorkflow, shard: int, earliest: datetime
 ) -> _SpansOfWorkflow:
-    """Return the ended spans of a workflow's nodes that name the data source, in its 100 newest runs since a time.
+    """Return the ended spans of a workflow's nodes that name the data source, in its 100 newest runs.
 
-    Their errors are not read: they may be large.
+    All of them are read that ended since `earliest`, unless the result has a later time. Errors are not read: they
+    may be large.
     """
     newest = (
         select(col(ExecutionData.execution_id), col(ExecutionData.created_at))
-        .where(
-            col(ExecutionData.workflow_id) == workflow.workflow_id, col(ExecutionData.created_at) >= earliest
-        )
+        .where(col(ExecutionData.workflow_id) == workflow.workflow_id)
         .order_by(col(ExecutionData.created_at).desc(), col(ExecutionData.execution_id).desc())
         .limit(RUNS)
     )
@@ -225,13 +249,12 @@ async def _read_spans(
             col(SpanRow.node_id).in_([node.node_id for node in workflow.nodes]),
             col(SpanRow.status).in_((SpanStatus.COMPLETED.value, SpanStatus.FAILED.value)),
             col(SpanRow.reused_from).is_(None),
-            col(SpanRow.ended_at) >= earliest,
         )
         .order_by(col(SpanRow.execution_id).desc())
         .limit(SPANS)
     )
     rows = (await connection.execute(statement)).all()
-    since = runs[-1].created_at if len(runs) == RUNS else earliest
+    since = max(runs[-1].created_at, earliest) if len(runs) == RUNS else earliest
     if len(rows) == SPANS:
         since = max(since, started[rows[-1].execution_id])
     return _SpansOfWorkflow(workflow.workflow_id, rows, since)
@@ -275,7 +298,8 @@ async def _find_last_failure(
 
 def _sum_up(found: Sequence[_SpansOfWorkflow], earliest: datetime) -> dict[str, Any]:
     """Return counts, percentiles of durations and hours of the spans, as fields of the answer."""
-    rows = [row for of_workflow in found for row in of_workflow.rows]
+    every = [row for of_workflow in found for row in of_workflow.rows]
+    rows = [row for row in every if row.ended_at >= earliest]
     ended = Counter((row.ended_at - earliest) // HOUR for row in rows)
     failed = Counter(
         (row.ended_at - earliest) // HOUR for row in rows if row.status == SpanStatus.FAILED.value
@@ -283,7 +307,7 @@ def _sum_up(found: Sequence[_SpansOfWorkflow], earliest: datetime) -> dict[str, 
     durations = sorted(
         max((row.ended_at - row.started_at) // _MILLISECOND, 0) for row in rows if row.started_at is not None
     )
-    succeeded = [row.ended_at for row in rows if row.status == SpanStatus.COMPLETED.value]
+    succeeded = [row.ended_at for row in every if row.status == SpanStatus.COMPLETED.value]
     return {
         "ended": len(rows),
         "failed": failed.total(),

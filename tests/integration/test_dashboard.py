@@ -205,7 +205,9 @@ async def test_a_data_source_shows_its_users_and_the_failures_of_their_nodes(
             await fail_with(harness, started.json()["executionId"], reason)
     usage = (await people.owner.api.get(f"/api/v1/datasources/{source_id}/usage")).json()
     nodes = [{"nodeId": "step", "label": "Ask", "type": "set"}]
-    named = {"workflowId": workflow_id, "name": "Customer sync", "deploymentStatus": "not-deployed"}
+    named: dict[str, Any] = {"workflowId": workflow_id, "name": "Customer sync"}
+    named |= {"version": 1, "deployedVersion": None, "isNamedByDeployed": False}
+    named["deploymentStatus"] = "not-deployed"
     assert usage["workflows"] == [{**named, "nodes": nodes}]
     assert (usage["ended"], usage["failed"], usage["lastSuccessAt"]) == (1, 1, None)
     assert sum(hour["failed"] for hour in usage["hours"]) == 1
@@ -227,6 +229,7 @@ async def test_a_data_source_shows_its_users_and_the_failures_of_their_nodes(
     await deploy_with_pod(harness, people.owner, workflow_id)
     page = (await browser.get(f"/dashboard/sources?source={source_id}")).text
     assert "these have pods that take them: " in page
+    assert [word in page for word in ("version 1<", "deployed 1, without it<")] == [True, True]
     assert (await people.owner.api.get(f"/api/v1/datasources/{source_id}")).json()[
         "secretsFingerprint"
     ] in page
@@ -268,6 +271,10 @@ async def test_use_of_a_data_source_tells_since_when_it_counts_and_no_message_of
     usage = (await people.owner.api.get(path)).json()
     second = (await people.owner.api.get(f"/api/v1/executions/{runs[1]}")).json()
     assert usage["since"] == second["createdAt"], "older runs are not read, though this one lacks the node"
+    with monkeypatch.context() as no_hours:
+        no_hours.setattr(source_usage, "HOURS", 0)
+        aged = (await people.owner.api.get(path)).json()
+    assert (aged["ended"], aged["lastFailure"]["executionId"]) == (0, runs[-1]), "of before these hours"
     assert (usage["failed"], usage["lastFailure"]["executionId"]) == (1, runs[-1])
     assert "555 0100" in usage["lastFailure"]["message"]
     failure = (await people.colleague.api.get(path)).json()["lastFailure"]

@@ -541,7 +541,8 @@ async def test_a_workflow_becomes_active_only_with_data_sources_that_its_owner_c
 
 
 async def test_data_sources_in_use_are_deleted_only_by_force(people: OrganizationUsers) -> None:
-    source_id = await create_source(people.owner)
+    token = {"name": "Token", "type": "http-bearer", "secrets": {"token": "t"}}
+    source_id = (await people.owner.api.post(SOURCES, json=token)).json()["dataSourceId"]
     node = {"id": "ask", "nodeId": "http-request", "config": {"url": "https://a.b", "dataSource": source_id}}
     own = await people.owner.create(name="Mine", nodes=[TRIGGER, node])
     hidden = await people.colleague.create(name="Hidden", nodes=[TRIGGER, node])
@@ -555,7 +556,23 @@ async def test_data_sources_in_use_are_deleted_only_by_force(people: Organizatio
     assert hidden not in response.text
     assert elsewhere not in response.text
 
-    await people.owner.api.delete(f"{WORKFLOWS}/{own}")
+    # The deployed version needs it, though the graph names it no more.
+    edges = [{"source": TRIGGER["id"], "target": "ask"}]
+    connected = await people.owner.api.put(f"{WORKFLOWS}/{own}", json={"connections": edges})
+    assert connected.status_code == 200, connected.text
+    deployed = await people.owner.api.post(f"{WORKFLOWS}/{own}/deploy")
+    assert deployed.status_code in {200, 202}, deployed.text
+    [used] = (await people.owner.api.get(f"{path}/usage")).json()["workflows"]
+    assert (used["deployedVersion"], used["isNamedByDeployed"]) == (used["version"], True)
+    without = [TRIGGER, {**node, "config": {"url": "https://a.b"}}]
+    edited = await people.owner.api.put(f"{WORKFLOWS}/{own}", json={"nodes": without})
+    assert edited.status_code == 200, edited.text
+    [used] = (await people.owner.api.get(f"{path}/usage")).json()["workflows"]
+    assert (used["workflowId"], used["nodes"], used["isNamedByDeployed"]) == (own, [], True)
+    (named,) = (await people.owner.api.delete(path)).json()["error"]["details"]
+    assert named["path"] == f"workflows.{own}"
+
+    assert (await people.owner.api.post(f"{WORKFLOWS}/{own}/undeploy")).status_code == 200
     response = await people.owner.api.delete(path)
     assert_refused(response, 409, "data-source-in-use")
     assert response.json()["error"]["details"] == []

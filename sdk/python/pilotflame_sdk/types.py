@@ -3404,6 +3404,9 @@ class SourceWorkflow(TypedDict):
 
     workflowId: str
     name: str
+    version: int
+    deployedVersion: int | None
+    isNamedByDeployed: bool
     deploymentStatus: DeploymentStatus
     nodes: List[SourceNode]
 
