@@ -78,6 +78,7 @@ class SpanKind(StrEnum):
     ATTEMPT = "attempt"
 
 
+SHOWN_SUCCESSORS: Final = 5
 SAME_RUN: Final = and_(
     col(ExecutionData.execution_id) == col(Execution.id), col(ExecutionData.shard) == col(Execution.shard)
 )
@@ -325,6 +326,35 @@ async def find_execution(
         (await read_labels(connection, caller, [execution_id])).get(execution_id, ()),
         await read_model_calls(connection, execution_id, caller.shard),
     )
+
+
+async def find_successors(
+    connection: AsyncConnection, caller: ApiCaller, execution: Execution
+) -> Sequence[Recorded]:
+    """Return id, status, `resumed_from` and creation time of the newest five executions that resume or replay one."""
+    return (await connection.execute(successors_statement(caller, execution.id, execution.key_id))).all()
+
+
+def successors_statement(caller: ApiCaller, execution_id: str, key_id: str) -> Select[*tuple[Any, ...]]:
+    """Return the statement of `find_successors`; `key_id` is that of the execution."""
+    columns: Sequence[Any] = (
+        *(col(Execution.id), col(Execution.status), col(Execution.resumed_from)),
+        col(Execution.created_at),
+    )
+    resumed = select(*columns).where(
+        # Resumed executions keep the key of the first one, by which they are indexed.
+        col(Execution.key_id) == key_id,
+        col(Execution.resumed_from).is_not(None),
+        col(Execution.resumed_from) == execution_id,
+        visibility_condition(caller),
+    )
+    replayed = select(*columns).where(
+        col(Execution.replay_of).is_not(None),
+        col(Execution.replay_of) == execution_id,
+        visibility_condition(caller),
+    )
+    found = resumed.union(replayed).subquery()
+    return select(found).order_by(found.c.created_at.desc(), found.c.id.desc()).limit(SHOWN_SUCCESSORS)
 
 
 async def read_model_calls(connection: AsyncConnection, execution_id: str, shard: int) -> Sequence[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 from urllib.parse import urlencode
 
 from msgspec import UNSET, Meta, Raw, UnsetType, convert, structs
@@ -92,6 +92,15 @@ class FollowUpShape(WireStruct):
     """Error of the last attempt; if `pending` is false, it was given up."""
 
 
+class SuccessorShape(WireStruct):
+    """Execution that was started in place of an ended one."""
+
+    id: str
+    status: ExecutionStatus
+    kind: Literal["resume", "replay"]
+    created_at: Instant
+
+
 class ExecutionShape(WireStruct):
     """Execution; lists omit `config` and `outputs`."""
 
@@ -138,6 +147,8 @@ class ExecutionShape(WireStruct):
     """Tokens and cost of the language models that its nodes have called; absent in lists and without a call."""
     follow_up: FollowUpShape | UnsetType | None = UNSET
     """Null without a callback or failure workflow."""
+    successors: Sequence[SuccessorShape] | UnsetType = UNSET
+    """Newest five executions that resume or replay it, the newest first; absent without one, and in lists."""
     base_version: int | UnsetType = UNSET
     """Newest version when it was accepted, of which it executes an edit; absent with a `version`, and in lists."""
     attempt: int | UnsetType = UNSET
@@ -338,6 +349,19 @@ def _find_earliest_start(execution: Execution) -> datetime | None:
     """Return the earliest start of a deferred run; None for one that is not deferred, or waits for a person."""
     is_deferred = execution.status == ExecutionStatus.WAITING and execution.started_at is None
     return execution.due_at if is_deferred and execution.due_at != UNTIL_RESUMED else None
+
+
+def show_successors(rows: Sequence[Recorded], execution_id: str) -> Sequence[SuccessorShape]:
+    """Return the executions that resume or replay one as the API shows them."""
+    return [
+        SuccessorShape(
+            id=row.id,
+            status=ExecutionStatus(row.status),
+            kind="resume" if row.resumed_from == execution_id else "replay",
+            created_at=instant(row.created_at),
+        )
+        for row in rows
+    ]
 
 
 def show_lease(execution: Execution) -> LeaseShape | None:

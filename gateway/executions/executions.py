@@ -57,7 +57,7 @@ from gateway.workflows import version_rows
 from journal.blobs.blob_storage import BlobLost, BlobOwner, BlobsUnavailable
 from journal.explanations.blockers import BlockerCode
 from models import ids
-from models.execution_status import ExecutionStatus
+from models.execution_status import TERMINAL_STATUSES, ExecutionStatus
 from telemetry import tracing
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
     from engine.values import Json
+    from gateway.executions.execution_rows import Recorded
     from gateway.executions.large_outputs import ShownOutputs
     from gateway.executions.live_events import EventSource
     from gateway.workflows.version_rows import VersionOfRun
@@ -309,13 +310,14 @@ async def show(request: GatewayRequest) -> JsonResponse:
         if found is None:
             raise errors.not_found("execution")
         version = await version_rows.find_version_of_run(connection, found.execution)
+        successors = await _find_successors(connection, request, found.execution)
     owner = BlobOwner(found.execution.organization_id, found.execution.key_id)
     large = frozenset(found.references)
     texts = [text for node_id, text in found.outputs if node_id in large]
     texts += large_outputs.trigger_references(found.data.trigger)
     outputs = await _select_view(request, found.execution.id, owner, texts)
     shown = execution_shapes.show_execution(found, outputs, version)
-    return JsonResponse(_add_own_fields(shown, found.execution, version, request))
+    return JsonResponse(_add_own_fields(shown, found.execution, version, successors, request))
 
 
 async def _show_summary(connection: AsyncConnection, request: GatewayRequest) -> JsonResponse:
@@ -327,15 +329,31 @@ async def _show_summary(connection: AsyncConnection, request: GatewayRequest) ->
     labels = await execution_rows.read_labels(connection, caller, [execution_id])
     version = await version_rows.find_version_of_run(connection, execution)
     shown = execution_shapes.show_summary(execution, labels.get(execution_id, ()), version.number)
-    return JsonResponse(_add_own_fields(shown, execution, version, request))
+    successors = await _find_successors(connection, request, execution)
+    return JsonResponse(_add_own_fields(shown, execution, version, successors, request))
+
+
+async def _find_successors(
+    connection: AsyncConnection, request: GatewayRequest, execution: Execution
+) -> Sequence[Recorded]:
+    """Return the rows of the executions that resume or replay an ended one; others have none."""
+    if execution.status not in TERMINAL_STATUSES:
+        return ()
+    return await execution_rows.find_successors(connection, request.caller, execution)
 
 
 def _add_own_fields(
-    shown: ExecutionShape, execution: Execution, version: VersionOfRun, request: GatewayRequest
+    shown: ExecutionShape,
+    execution: Execution,
+    version: VersionOfRun,
+    successors: Sequence[Recorded],
+    request: GatewayRequest,
 ) -> ExecutionShape:
-    """Return a shown execution with the fields that lists omit: the version that it was edited from, its attempt, its
-    lease and the page of its trace.
+    """Return a shown execution with the fields that lists omit: the version that it was edited from, the executions
+    in its place, its attempt, its lease and the page of its trace.
     """
+    if successors:
+        shown.successors = execution_shapes.show_successors(successors, execution.id)
     if version.base is not None:
         shown.base_version = version.base
     shown.attempt, shown.lease = execution.attempt, execution_shapes.show_lease(execution)

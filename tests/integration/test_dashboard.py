@@ -24,6 +24,7 @@ from gateway.dashboard import assets, routes
 from gateway.dashboard.page import POLICY
 from gateway.dashboard.pages import access, ai_registry, overview
 from gateway.dashboard.pages import run as run_page
+from gateway.dashboard.pages import workflow as workflow_page
 from gateway.drift import recent_observations
 from gateway.executions import source_usage
 from models import ids
@@ -948,6 +949,20 @@ async def test_a_failed_run_is_shown_with_an_incomplete_error(
     page = await browser.get(f"/dashboard/runs/{started['executionId']}")
     assert page.status_code == 200, page.text
     assert "The disk is full" in page.text
+
+
+def test_the_map_of_a_workflow_marks_lost_paths_and_the_last_delivery() -> None:
+    nodes = [{"id": one, "type": "queue-trigger" if one == "start" else "set"} for one in ("start", "a", "b")]
+    figures = {one: {"p95Ms": 1_000, "failed": 1, "ended": 4} for one in ("start", "a", "b")}
+    warnings = [{"type": "unresolved-mapping", "nodeId": "a"}, {"type": "inline-secret", "nodeId": "b"}]
+    delivered = {"deliveries": [{"createdAt": "2026-11-29T21:25:00Z"}]}
+    notes = workflow_page.list_notes(nodes, figures, warnings, delivered)
+    assert notes == {
+        "start": "last delivery 11-29 21:25",
+        "a": "a path is unresolved",
+        "b": "p95 1 s · 25 % failed",
+    }
+    assert workflow_page.list_notes(nodes, {}, (), {"deliveries": []}) == {}
 
 
 def test_a_failed_run_names_the_writes_before_it() -> None:

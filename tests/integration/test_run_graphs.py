@@ -11,11 +11,12 @@ from sqlalchemy import update
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlmodel import col
 
-from gateway.executions import node_statistics, run_graph_rows
+from gateway.executions import execution_rows, node_statistics, run_graph_rows
 from gateway.executions.run_graph_rows import RunHead
 from gateway.workflows import version_rows
 from journal.store import ExecutionKey
 from models import schema_migration
+from models.access import ApiCaller, UserRole
 from models.workflow import WorkflowVersion
 from scheduler.run_hours import RunHourCounter
 from tests.integration.gateway_harness import GRAPH, TRIGGER, GatewayHarness, OrganizationUsers, UserClient
@@ -311,6 +312,39 @@ def test_quantiles_are_values_that_were_measured() -> None:
     assert node_statistics.quantile(values, 50) == 50
     assert node_statistics.quantile([7], 95) == 7
     assert node_statistics.quantile([], 95) is None
+
+
+@pytest.mark.every_database
+async def test_a_run_names_those_in_its_place(harness: GatewayHarness, people: OrganizationUsers) -> None:
+    owner = people.owner
+    fatal = {"id": "step", "nodeId": "stop-with-error", "config": {"message": "No"}}
+    workflow_id = await owner.create(**{**GRAPH, "nodes": [TRIGGER, fatal]})
+    async with serve_worker(harness):
+        run = await execute_workflow(owner, workflow_id)
+        await wait_until_ended(owner, run)
+        assert "successors" not in await get_json(owner, f"/{run}?summary=true")
+        resumed = (await owner.api.post(f"/api/v1/executions/{run}/resume")).json()["executionId"]
+        await wait_until_ended(owner, resumed)
+        again = {"again": True, "definition": "original"}
+        replay = await owner.api.post(f"/api/v1/executions/{run}/replay", json=again)
+        replayed = replay.json()["executionId"]
+        await wait_until_ended(owner, replayed)
+    for query in ("", "?summary=true"):
+        found = (await get_json(owner, f"/{run}{query}"))["successors"]
+        assert {(one["id"], one["kind"], one["status"]) for one in found} == {
+            (resumed, "resume", "failed"),
+            (replayed, "replay", "failed"),
+        }
+    page = (await owner.api.get(f"/dashboard/runs/{run}?node=step")).text
+    assert page.count("data-successor") == 2
+    assert "Nothing happens until" not in page
+    assert f"/dashboard/runs/{run}/replay?from=step" in page
+    user = owner.user
+    caller = ApiCaller("", user.id, user.organization_id, user.shard, UserRole.MEMBER, frozenset())
+    statement = execution_rows.successors_statement(caller, run, run)
+    plan = await explain_statement(harness.gateway.database, statement)
+    assert "Seq Scan on execution " not in plan
+    assert "SCAN execution'" not in plan
 
 
 async def test_a_summary_of_a_run_has_the_fields_of_a_list_and_its_lease(people: OrganizationUsers) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from gateway.dashboard.addresses import list_address
 from gateway.dashboard.form_fields import list_inputs
-from gateway.dashboard.formats import show_duration, show_share, show_whole_json
+from gateway.dashboard.formats import show_duration, show_moment, show_share, show_whole_json
 from gateway.dashboard.graph_map import draw_graph
 from gateway.dashboard.page import Page, PageData, PageFrame
 from gateway.dashboard.pages.run_node import MODEL_TYPES
@@ -29,6 +29,8 @@ EXAMPLE_INPUT: Final = "exampleInput"
 """Key of a workflow's config with inputs for its first run."""
 RECENT_SECONDS: Final = 60
 """Age of the names of users that the page may show again."""
+UNRESOLVED: Final = "unresolved-mapping"
+"""Type of the findings about paths that find nothing."""
 PATH: Final = "/dashboard/workflows/{id}"
 KEPT: Final = ("node", "view", "at", "input")
 OBJECTS: Final = ("why", "lifecycle", "statistics", "log-level")
@@ -128,7 +130,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
             workflow["nodes"],
             workflow["connections"],
             states,
-            notes={node_id: describe_figures(one) for node_id, one in figures.items()},
+            notes=list_notes(workflow["nodes"], figures, findings["warnings"], data["deliveries"]),
             focus=frame.query.get("node", ""),
             at=frame.query.get("at", ""),
         ),
@@ -143,6 +145,12 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "labels": {one["id"]: one["label"] for one in workflow["nodes"]},
         "figures": figures,
         "node": node,
+        "is_inbound": node is not None
+        and node["type"] in INTAKE_TRIGGERS
+        and bool(data["inbound_address"] and data["inbound_address"]["urls"]),
+        "user_names": {
+            one["id"]: one["name"] or one["email"] for one in (data["users"] or {"users": ()})["users"]
+        },
         "closed": _build_address(frame, node=""),
         "findings": [("error", one) for one in findings["errors"]]
         + [("warning", one) for one in findings["warnings"]],
@@ -193,6 +201,28 @@ def describe_figures(figures: Mapping[str, Any]) -> str:
     if figures["failed"]:
         parts.append(f"{show_share(figures['failed'], figures['ended'])} failed")
     return " · ".join(parts)
+
+
+def list_notes(
+    nodes: Sequence[Mapping[str, Any]],
+    figures: Mapping[str, Mapping[str, Any]],
+    warnings: Sequence[Mapping[str, Any]],
+    deliveries: Mapping[str, Any] | None,
+) -> Mapping[str, str]:
+    """Return the notes below the nodes of the map: figures, the time of the last delivery below a trigger, and a path
+    that finds nothing before all others.
+    """
+    unresolved = {one.get("nodeId") for one in warnings if one["type"] == UNRESOLVED}
+    newest = deliveries["deliveries"][0] if deliveries and deliveries["deliveries"] else None
+    notes = {}
+    for node in nodes:
+        if node["id"] in unresolved:
+            notes[node["id"]] = "a path is unresolved"
+        elif newest and node["type"] in INTAKE_TRIGGERS:
+            notes[node["id"]] = f"last delivery {show_moment(newest['createdAt'])[5:16]}"
+        elif node["id"] in figures:
+            notes[node["id"]] = describe_figures(figures[node["id"]])
+    return notes
 
 
 def _given_input(data: Any) -> Mapping[str, Any]:  # noqa: ANN401 - any JSON value

@@ -318,6 +318,7 @@ __all__ = [
     "StopResult",
     "StoppedReason",
     "StoreState",
+    "Successor",
     "SuggestedRequest",
     "TableSize",
     "Task",
@@ -1583,6 +1584,7 @@ class Execution(_ExecutionAlways, total=False):
     outputs: Dict[str, Any]
     usage: ModelUsage
     followUp: FollowUp | None
+    successors: List[Successor]
     baseVersion: int
     attempt: int
     lease: Lease | None
@@ -3566,6 +3568,15 @@ class StopResult(TypedDict):
 
     workflowId: str
     deploymentStatus: DeploymentStatus
+
+
+class Successor(TypedDict):
+    """Execution that was started in place of an ended one."""
+
+    id: str
+    status: ExecutionStatus
+    kind: Literal['replay', 'resume']
+    createdAt: str
 
 
 class SuggestedRequest(TypedDict):
