@@ -18,7 +18,7 @@ from starlette.applications import Starlette
 from engine.services import AnswerOrigin
 from execution.answer_messages import PIECES, BrokerAnswers
 from execution.live_answers import COALESCE_SECONDS, AnswerPiece, AnswerPieces
-from gateway.executions import live_events
+from gateway.executions import live_events, live_hints
 from gateway.executions.agent_step_rows import StepFilter
 from gateway.executions.live_answers import AnswerReader, LiveAnswerHub, TokenShape
 from gateway.executions.live_events import AgentSteps, EventBatch
@@ -197,8 +197,10 @@ async def test_a_command_prints_a_text_while_it_is_written_and_its_outputs_apart
 
 @pytest.mark.usefixtures("looks")
 async def test_a_stream_of_hints_with_texts_ends_with_the_access_of_its_client(
-    harness: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Streams of hints alone check it then.
+    monkeypatch.setattr(live_hints, "PING_SECONDS", 1_000.0)
     execution_id = await execute_workflow(people.owner, await people.owner.create(**GRAPH))
     key = (await people.owner.api.post("/api/v1/auth/keys", json={"name": "short-lived"})).json()
     async with run_second_gateway(harness, await connect_broker(None)) as there:
