@@ -11,6 +11,8 @@ from gateway.dashboard.formats import parse_moment
 
 DAY: Final = timedelta(days=1)
 HOUR_SECONDS: Final = 3_600
+SPOKEN_BARS: Final = 12
+"""Bars of a day that a screen reader reads: dozens would take minutes."""
 LEAST: Final = 0.2
 """Width of the narrowest bar in percent, so that a short time is seen."""
 
@@ -35,6 +37,8 @@ class CalendarDay:
     hours: float
     always_on_hours: float
     bars: Sequence[CalendarBar]
+    spoken: str
+    """The first bars in words."""
     failures: Sequence[float]
     """Positions at which a start failed, in percent."""
     clock_changes: Sequence[float]
@@ -83,13 +87,15 @@ def _draw_day(
     end = start + DAY
     is_today = start <= now < end
     seconds = day["plannedPodSeconds"] if start > now else day["podSeconds"]
+    bars = [_draw_bar(one, start) for one in spans if one.start < end and one.end > start]
     return CalendarDay(
         f"{start:%a} {start.day}",
         is_today,
         start > now,
         round(seconds / HOUR_SECONDS, 1),
         round(day["alwaysOnPodSeconds"] / HOUR_SECONDS, 1),
-        [_draw_bar(one, start) for one in spans if one.start < end and one.end > start],
+        bars,
+        _say_bars(bars),
         _mark_moments(start, failures),
         _mark_moments(start, clock_changes),
         _compute_percent(now - start) if is_today else None,
@@ -106,6 +112,13 @@ def _draw_bar(span: _Span, day: datetime) -> CalendarBar:
         span.tone,
         f"{words}, {start:%H:%M} to {'24:00' if end == day + DAY else f'{end:%H:%M}'}",
     )
+
+
+def _say_bars(bars: Sequence[CalendarBar]) -> str:
+    """Return the first 12 bars of a day in words, and the number of the others."""
+    more = len(bars) - SPOKEN_BARS
+    said = [bar.title for bar in bars[:SPOKEN_BARS]] + ([f"and {more} more"] if more > 0 else [])
+    return "; ".join(said) or "never up"
 
 
 def _mark_moments(day: datetime, moments: Sequence[datetime]) -> Sequence[float]:

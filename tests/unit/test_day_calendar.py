@@ -53,6 +53,19 @@ def test_a_day_has_its_part_of_each_time_and_windows_lie_below() -> None:
     assert (last.is_future, last.clock_changes, last.now_x) == (True, [50], None)
 
 
+def test_the_words_for_a_day_name_twelve_of_its_times() -> None:
+    first, _, last = draw_calendar({**CALENDAR, "planned": []}, [])
+    assert first.spoken == "window, 18:00 to 24:00; up, 21:00 to 24:00; up, 01:00 to 02:00"
+    assert last.spoken == "never up"
+    often = [
+        span(f"27T01:{minute}", f"27T01:{minute + 1}", isByHand=False, reason="run-due")
+        for minute in range(10, 30)
+    ]
+    day = draw_calendar({**CALENDAR, "windows": [], "awake": often}, [])[0]
+    assert len(day.bars) == 20
+    assert day.spoken.endswith("; up, 01:21 to 01:22; and 8 more")
+
+
 def test_hours_are_those_so_far_and_for_days_to_come_those_planned() -> None:
     days = draw_calendar(CALENDAR, [])
     assert [(one.label, one.hours) for one in days] == [("Fri 27", 10.5), ("Sat 28", 3.0), ("Sun 29", 2.0)]
