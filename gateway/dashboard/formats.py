@@ -188,6 +188,14 @@ def parse_instant(text: str | None) -> datetime | None:
     return None if text is None else parse_moment(text)
 
 
+def is_moment(value: object) -> bool:
+    """Return whether a value of an API answer is a time with a date, such as `2026-01-01T00:00:00.000Z`."""
+    try:
+        return isinstance(value, str) and "T" in value and bool(parse_moment(value))
+    except ValueError:
+        return False
+
+
 def milliseconds_between(start: str | None, end: str | None) -> int | None:
     """Return the milliseconds from one time in an API answer to another; None if one is absent."""
     first, last = parse_instant(start), parse_instant(end)

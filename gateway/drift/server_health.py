@@ -34,6 +34,7 @@ from models.column_types import build_row
 from models.database import is_sqlite
 from models.execution import Leadership
 from models.process_presence import ProcessPresence
+from models.schema_migration import HEAD_REVISION
 from models.worker_presence import WorkerPresence
 from telemetry.process_activity import BROKER, DATABASE
 
@@ -136,6 +137,8 @@ class DatabaseHealth(WireStruct):
     latency_ms: float
     revision: str
     """Revision of its tables, by the last migration."""
+    program_revision: str
+    """Revision that this gateway's version needs; the tables may be of a later one while versions change."""
     bytes: int | None
     """Null unless `isOperator`."""
     tables: Sequence[TableSize]
@@ -348,6 +351,7 @@ async def _measure_database(
             kind="sqlite",
             latency_ms=latency_ms,
             revision=str(revision),
+            program_revision=HEAD_REVISION,
             bytes=size,
             tables=[],
             last_failure=None,
@@ -357,6 +361,7 @@ async def _measure_database(
         kind="postgresql",
         latency_ms=latency_ms,
         revision=str(revision),
+        program_revision=HEAD_REVISION,
         bytes=sum(row.bytes for row in rows),
         tables=[
             TableSize(name=row.name, bytes=row.bytes, rows=None if row.rows < 0 else int(row.rows))

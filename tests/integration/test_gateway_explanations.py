@@ -406,6 +406,7 @@ async def test_an_admin_sees_processes_and_sizes_of_the_database(
     sizes = [one["bytes"] for one in health["database"]["tables"]]
     names = {one["name"] for one in health["database"]["tables"]}
     assert health["database"]["revision"] == HEAD_REVISION
+    assert health["database"]["programRevision"] == HEAD_REVISION
     assert health["database"]["bytes"] > 0
     assert sizes == sorted(sizes, reverse=True)
     assert ("execution" in names) is (health["database"]["kind"] == "postgresql")

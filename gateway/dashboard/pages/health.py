@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
-from gateway.dashboard.formats import parse_moment
+from gateway.dashboard.formats import is_moment, parse_moment
 from gateway.dashboard.page import Page, PageData, PageFrame
 from gateway.dashboard.pages.overview import RECENT_SECONDS
 
@@ -64,6 +64,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "title": "Health",
         "crumbs": (("Health", ""),),
         "drift": drift,
+        "is_moment": is_moment,
         "health": data["health"],
         "fixes": [] if data["fixes"] is None else data["fixes"]["entries"],
         "firing_alerts": [one for one in alerts if one["state"] == "firing"],

@@ -1117,6 +1117,7 @@ class DatabaseHealth(TypedDict):
     kind: Literal['postgresql', 'sqlite']
     latencyMs: float
     revision: str
+    programRevision: str
     bytes: int | None
     tables: List[TableSize]
     lastFailure: ConnectionFailure | None
