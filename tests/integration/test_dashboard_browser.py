@@ -133,13 +133,16 @@ async def test_a_run_shows_its_error_first_and_each_node_by_its_address(visit: D
     assert "sku-3" in await page.text("#inspector pre")
 
 
-async def test_a_failed_run_is_resumed_after_a_question_and_replayed_after_its_plan(
+async def test_a_failed_run_is_resumed_and_replayed_after_its_plan(
     visit: DashboardVisit,
 ) -> None:
     await visit.show("/dashboard/runs/{execution_id}")
-    await visit.page.click("form[data-request$='/resume'] button")
-    await visit.page.wait_for("document.querySelector('#confirm').open")
-    await visit.page.follow("[data-confirms]")
+    await visit.page.follow("a[href$='/replay?act=resume']")
+    plan = await visit.page.text("main")
+    assert [text in plan for text in ("Reused", "Resume: run", "Leave it out")] == [True, True, False]
+    assert await visit.page.count("main select, main [name=confirm]") == 0
+    assert await visit.find_violations() == []
+    await visit.page.follow("main form.card button[type=submit]")
     assert not (await visit.page.evaluate("location.pathname")).endswith(visit.execution_id)
     assert visit.execution_id in await visit.page.text(".facts")
 

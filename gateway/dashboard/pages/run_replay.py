@@ -6,13 +6,17 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
+from engine.agents.agent_steps import AGENT_TYPE
 from gateway.dashboard.addresses import list_address
 from gateway.dashboard.page import Page, PageData, PageFrame
 
 if TYPE_CHECKING:
     from gateway.dashboard.page_request import PageRequest
 
-DEFINITIONS: Final = (("current", "The workflow as it is now"), ("original", "As it ran"))
+RESUME: Final = "resume"
+"""Value of `act` in the address of the plan of a resume."""
+ORIGINAL: Final = "original"
+DEFINITIONS: Final = (("current", "The workflow as it is now"), (ORIGINAL, "As it ran"))
 SHOWN_VERSIONS: Final = 50
 MAX_VERSION: Final = 999_999_999
 DECISIONS: Final = {
@@ -56,7 +60,11 @@ async def load(page: PageRequest) -> PageData:
 def _choose_options(query: Mapping[str, str]) -> dict[str, Any]:
     """Return the fields of a replay that the query chooses: its definition (the present one by default), the
     node at which it begins, the writes that are left out, and whether nodes that read the outside run again.
+
+    A resume has no choices: it goes on with the definition that ran.
     """
+    if query.get("act") == RESUME:
+        return {"definition": ORIGINAL}
     given = query.get("definition", "")
     is_version = given.isascii() and given.isdigit() and len(given) < len(str(MAX_VERSION))
     definition: str | int = given if given in dict(DEFINITIONS) else DEFINITIONS[0][0]
@@ -79,9 +87,13 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
     address = f"{frame.root}{path}/replay"
     name = workflow["name"] if workflow else run["workflowId"]
     counts = plan["counts"]
+    is_resume = frame.query.get("act") == RESUME
+    verb = "Resume" if is_resume else "Replay"
     return {
-        "title": f"Replay {name}",
-        "crumbs": (("Runs", f"{frame.root}/dashboard/runs"), (run["id"], frame.root + path), ("Replay", "")),
+        "title": f"{verb} {name}",
+        "crumbs": (("Runs", f"{frame.root}/dashboard/runs"), (run["id"], frame.root + path), (verb, "")),
+        "is_resume": is_resume,
+        "has_agent": any(node["type"] == AGENT_TYPE for node in data["graph"]["nodes"]),
         "run": run,
         "plan": plan,
         "reasons": REASONS,
