@@ -83,8 +83,8 @@ async def index(request: GatewayRequest) -> JsonResponse:
     """List the failed runs of inbound requests of a workflow that are neither redriven nor purged."""
     part = request.query.page()
     async with request.gateway.database.read() as connection:
-        stored = await editing.find_readable(connection, request.requested_object)
-        count, found = await delivery_rows.list_dead_letters(connection, stored.workflow, part)
+        workflow = await editing.find_readable_row(connection, request.requested_object)
+        count, found = await delivery_rows.list_dead_letters(connection, workflow, part)
         given = await delivery_rows.read_input(connection, [failed.id for failed in found])
     outputs = request.gateway.large_outputs
     shown = [shape(failed, given.get(failed.id), outputs.explain(failed.id)) for failed in found]
@@ -98,8 +98,8 @@ async def redrive(request: GatewayRequest) -> JsonResponse:
     """
     body = await decode_body(request, ChooseDeadLetters)
     async with request.gateway.database.read() as connection:
-        stored = await editing.find_readable(connection, request.requested_object)
-        count, found = await _choose_dead_letters(connection, stored.workflow, body)
+        workflow = await editing.find_readable_row(connection, request.requested_object)
+        count, found = await _choose_dead_letters(connection, workflow, body)
 
     async def again(execution_id: str, idempotency_key: IdempotencyKey) -> tuple[AcceptanceResult, str]:
         return await request.gateway.redriver.redrive_dead_letter(
@@ -123,9 +123,9 @@ async def purge(request: GatewayRequest) -> JsonResponse:
     """
     body = await decode_body(request, ChooseDeadLetters)
     async with request.gateway.database.read() as connection:
-        stored = await editing.find_readable(connection, request.requested_object)
-        editing.require_writer(request.caller, stored.workflow)
-        count, found = await _choose_dead_letters(connection, stored.workflow, body)
+        workflow = await editing.find_readable_row(connection, request.requested_object)
+        editing.require_writer(request.caller, workflow)
+        count, found = await _choose_dead_letters(connection, workflow, body)
     purged = 0 if body.dry_run else len(found)
     if purged:
         await purge_runs(request, list(found.values()), request.path_params["id"])

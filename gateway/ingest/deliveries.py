@@ -182,8 +182,8 @@ async def index(request: GatewayRequest) -> JsonResponse:
     wanted = DeliveryFilter(query[OUTCOME], query[ROUTE], query[SINCE], query[UNTIL], reason=query[REASON])
     bounds = keyset.read_bounds(query)
     async with request.gateway.database.read() as connection:
-        stored = await editing.find_readable(connection, request.requested_object)
-        page = await delivery_rows.list_deliveries(connection, stored.workflow, wanted, part, bounds)
+        workflow = await editing.find_readable_row(connection, request.requested_object)
+        page = await delivery_rows.list_deliveries(connection, workflow, wanted, part, bounds)
         mails = await delivery_rows.read_mail_heads(connection, page.items)
     return JsonResponse(
         DeliveryList(
@@ -319,8 +319,8 @@ async def redrive_many(request: GatewayRequest) -> JsonResponse:
     body = await decode_body(request, RedriveDeliveries)
     wanted = DeliveryFilter(body.outcome, body.route, body.since, body.until)
     async with request.gateway.database.read() as connection:
-        stored = await editing.find_readable(connection, request.requested_object)
-        count, found = await delivery_rows.find_not_redriven(connection, stored.workflow, wanted, body.limit)
+        workflow = await editing.find_readable_row(connection, request.requested_object)
+        count, found = await delivery_rows.find_not_redriven(connection, workflow, wanted, body.limit)
 
     async def again(delivery_id: str, idempotency_key: IdempotencyKey) -> tuple[AcceptanceResult, str]:
         return await request.gateway.redriver.redrive_delivery(

@@ -70,10 +70,10 @@ async def of_workflow(request: GatewayRequest) -> JsonResponse:
     """
     part = request.query.page()
     async with request.gateway.database.read() as connection:
-        stored = await editing.find_readable(connection, request.requested_object)
-        editing.require_writer(request.caller, stored.workflow)
+        workflow = await editing.find_readable_row(connection, request.requested_object)
+        editing.require_writer(request.caller, workflow)
         count, found = await rejected_samples.list_samples(
-            connection, request.caller, None, part, stored.workflow.id
+            connection, request.caller, None, part, workflow.id
         )
     shown = [_show_sample(one) for one in found]
     return JsonResponse(SampleList(count=count, limit=part.limit, offset=part.offset, samples=shown))

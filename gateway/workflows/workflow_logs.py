@@ -74,7 +74,7 @@ async def update(request: GatewayRequest) -> JsonResponse:
 
     async def work(connection: AsyncConnection) -> WorkflowLogLevel | None:
         await workflow_rows.lock_workflow(connection, requested.id, caller)
-        workflow = (await editing.find_readable(connection, requested)).workflow
+        workflow = await editing.find_readable_row(connection, requested)
         editing.require_writer(caller, workflow)
         before = await log_levels.read_log_level(connection, workflow.id)
         await log_levels.store_log_level(connection, workflow.id, body.level, until)
