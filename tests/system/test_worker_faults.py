@@ -20,14 +20,14 @@ from tests.system.wait_conditions import wait_until
 
 @on_many_processes
 async def test_two_workers_that_race_for_the_same_rows_share_them(
-    deployment: ManyProcesses, client: RetryingClient, ledger: EffectLedger
+    deployment: ManyProcesses, client: RetryingClient, ledger: EffectLedger, *, is_thorough: bool
 ) -> None:
     workflow = await client.create(
         workflow_shapes.chain_workflow(ledger.writes("charge"), ledger.writes("ship"))
     )
     one, other = deployment.workers
     with one.paused(), other.paused():
-        runs = [await client.execute(workflow) for _ in range(100)]
+        runs = [await client.execute(workflow) for _ in range(100 if is_thorough else 40)]
     await consistency_checks.assert_consistent(deployment, client, ledger, dict.fromkeys(runs, "completed"))
     assert not consistency_checks.count_repeated(ledger.effects())
 
