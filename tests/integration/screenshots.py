@@ -120,7 +120,7 @@ PICTURES: Final = (
     Picture("workflow", "/dashboard/workflows/{orders}", 760),
     Picture("workflow-node", "/dashboard/workflows/{orders}?node=write", 800, "dark"),
     Picture("versions", "/dashboard/workflows/{orders}/versions", 760),
-    Picture("lifecycle", "/dashboard/workflows/{stock}/lifecycle", 660),
+    Picture("lifecycle", "/dashboard/workflows/{stock}/lifecycle", 750),
     Picture("trigger", "/dashboard/workflows/{orders}/trigger"),
     Picture("runs", "/dashboard/runs", 520),
     Picture("run", "/dashboard/runs/{failed}", 900),
