@@ -17,10 +17,19 @@ def list_users(shared: Mapping[str, Any], users: Mapping[str, Any] | None, frame
     """
     if shared["isPublic"]:
         return ()
+    names = list_names(users, frame)
+    return [names.get(user_id, user_id) for user_id in (shared["ownerId"], *shared["sharedWith"])]
+
+
+def list_names(users: Mapping[str, Any] | None, frame: PageFrame) -> Mapping[str, str]:
+    """Return names or mail addresses of users by id, from the answer of the API about them, and `you` for the visitor.
+
+    Without that answer, the others have no names.
+    """
     names = {user["id"]: user["name"] or user["email"] for user in users["users"]} if users else {}
     if frame.visitor:
         names[frame.visitor["userId"]] = "you"
-    return [names.get(user_id, user_id) for user_id in (shared["ownerId"], *shared["sharedWith"])]
+    return names
 
 
 def may_change(shared: Mapping[str, Any], scope: str, frame: PageFrame) -> bool:

@@ -94,6 +94,7 @@ async def test_versions_are_compared_by_path_and_restored_from_there(
         assert part in page.text, part
     for state in ("Added", "Removed", "Changed"):
         assert page.text.count(f"</svg>{state}</span>") >= 2, state
+    assert "<small>by you</small>" in page.text
     assert "<img" not in page.text
     assert "<script>" not in page.text
     for act in ("restore", "deploy"):

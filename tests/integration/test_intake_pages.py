@@ -16,6 +16,7 @@ from gateway.dashboard.pages import dead_letter_list, trigger_setup
 from models import access_store
 from models.access import Organization, UserRole
 from models.execution import Execution
+from models.ingest import Delivery
 from models.process_presence import ProcessPresence
 from tests.integration.gateway_harness import (
     STEP,
@@ -62,6 +63,14 @@ async def test_deliveries_show_their_reason_and_their_run_as_text(
     assert execution_id not in rejected.text
     assert "1 of these can run after all" in " ".join(rejected.text.split())
     assert "POST /api/v1/deliveries/redrive" in rejected.text
+    # The page of dead letters leads to requests without a run.
+    dead = " ".join((await browser.get("/dashboard/dead-letters")).text.split())
+    assert ("2 deliveries were rejected" in dead, "were shed" in dead) == (True, False)
+    shed = update(Delivery).where(col(Delivery.outcome) == "rejected").values(outcome="shed")
+    await harness.gateway.database.transaction(lambda connection: connection.execute(shed))
+    dead = (await browser.get("/dashboard/dead-letters")).text
+    assert "2 deliveries were shed</a>" in " ".join(dead.split())
+    assert "/dashboard/deliveries?outcome=shed" in dead
     wrong = await browser.get("/dashboard/deliveries?outcome=lost")
     assert (wrong.status_code, "outcome must be one of" in wrong.text) == (400, True)
 

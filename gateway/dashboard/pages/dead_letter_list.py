@@ -28,6 +28,12 @@ FILTERS: Final = ("workflow_id", "trigger_type", "failure")
 STATES: Final = ("redriving", "settled")
 """States other than open, whose dead letters are listed without groups."""
 LISTED: Final = 50
+MEANINGS: Final = {
+    "rejected": "before a run began, such as those for a draft",
+    "shed": "since the backlog of their workflow was full",
+}
+"""Outcomes of deliveries that have no run, each with its cause."""
+REFUSED: Final = tuple(MEANINGS)
 GROWING_SECONDS: Final = 600
 """Age of the newest dead letter up to which a group counts as growing."""
 FAILURES: Final = (
@@ -74,18 +80,20 @@ async def load(page: PageRequest) -> PageData:
             "groups": groups,
             "operations": operations,
             "settled": settled,
-            "rejected": None,
+            "without_run": {},
         }
-    groups, operations, rejected = await asyncio.gather(
+    groups, operations, *refused = await asyncio.gather(
         page.get("/api/v1/dead-letters/groups", **filters, muted=given.get("muted")),
         recent,
-        asyncio.sleep(0)
-        if filters
-        else page.get_if_present("/api/v1/deliveries", outcome="rejected", limit=1),
+        *(
+            asyncio.sleep(0) if filters else page.get_if_present("/api/v1/deliveries", outcome=one, limit=1)
+            for one in REFUSED
+        ),
     )
+    without_run = dict(zip(REFUSED, refused, strict=True))
     shown = _open_group(groups["groups"], given.get("group"))
     if shown is None:
-        return {**nothing, "groups": groups, "operations": operations, "rejected": rejected}
+        return {**nothing, "groups": groups, "operations": operations, "without_run": without_run}
     is_planned = bool(given.get("plan"))
     rows, workflow, types, plan, newest = await asyncio.gather(
         page.get(
@@ -114,7 +122,7 @@ async def load(page: PageRequest) -> PageData:
         "plan": plan,
         "newest": newest,
         "settled": None,
-        "rejected": rejected,
+        "without_run": without_run,
     }
 
 
@@ -218,7 +226,11 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         )
         if state and data["settled"]["next"]
         else "",
-        "rejected": data["rejected"],
+        "without_run": [
+            (outcome, MEANINGS[outcome], found)
+            for outcome, found in data["without_run"].items()
+            if found and found["count"]
+        ],
         "planned_selection": _select_planned(shown, frame.query) if shown else {},
         "planned_count": data["plan"]["matched"] if data["plan"] else 0,
         "filters": filters,

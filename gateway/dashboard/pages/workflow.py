@@ -12,7 +12,7 @@ from gateway.dashboard.formats import show_duration, show_moment, show_share, sh
 from gateway.dashboard.graph_map import draw_graph
 from gateway.dashboard.page import Page, PageData, PageFrame
 from gateway.dashboard.pages.run_node import MODEL_TYPES
-from gateway.dashboard.visibility import list_users, may_change
+from gateway.dashboard.visibility import list_names, list_users, may_change
 
 if TYPE_CHECKING:
     from gateway.dashboard.page_request import PageRequest
@@ -148,9 +148,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "is_inbound": node is not None
         and node["type"] in INTAKE_TRIGGERS
         and bool(data["inbound_address"] and data["inbound_address"]["urls"]),
-        "user_names": {
-            one["id"]: one["name"] or one["email"] for one in (data["users"] or {"users": ()})["users"]
-        },
+        "user_names": list_names(data["users"], frame),
         "closed": _build_address(frame, node=""),
         "findings": [("error", one) for one in findings["errors"]]
         + [("warning", one) for one in findings["warnings"]],

@@ -12,6 +12,7 @@ from gateway.dashboard.addresses import list_address
 from gateway.dashboard.formats import show_value
 from gateway.dashboard.graph_map import draw_graph
 from gateway.dashboard.page import Page, PageData, PageFrame
+from gateway.dashboard.visibility import list_names
 
 if TYPE_CHECKING:
     from engine.values import PathChange
@@ -21,6 +22,8 @@ PATH: Final = "/dashboard/workflows/{id}/versions"
 CURRENT: Final = "current"
 ACTS: Final = ("restore", "deploy")
 """Acts on a version, which show its findings first."""
+RECENT_SECONDS: Final = 60
+"""Age of the names of users that the page may show again."""
 MAX_CHANGES: Final = 100
 """Changes that are shown of each node, or of the settings."""
 CONTAINERS: Final = (("settings", "Settings"), ("config", "Config of the workflow"), ("fields", "Workflow"))
@@ -53,11 +56,15 @@ async def load(page: PageRequest) -> PageData:
     These are None without versions. Raises `ApiError`.
     """
     path = f"/api/v1/workflows/{page.parameters['id']}"
-    workflow, versions = await asyncio.gather(page.get(path), page.get(f"{path}/versions"))
+    workflow, versions, users = await asyncio.gather(
+        page.get(path),
+        page.get(f"{path}/versions"),
+        page.get_recent("/api/v1/auth/users", seconds=RECENT_SECONDS),
+    )
     before, after = choose_versions(versions["versions"], page.query)
     if not before:
         none = dict.fromkeys(("diff", "before", "after", "findings"))
-        return {"workflow": workflow, "versions": versions, **none}
+        return {"workflow": workflow, "versions": versions, "users": users, **none}
     chosen = find_chosen_version(versions["versions"], page.query)
     diff, first, last, findings = await asyncio.gather(
         page.get(f"{path}/versions/{before}/diff/{after}"),
@@ -68,6 +75,7 @@ async def load(page: PageRequest) -> PageData:
     return {
         "workflow": workflow,
         "versions": versions,
+        "users": users,
         "diff": diff,
         "before": first,
         "after": last,
@@ -122,6 +130,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         ),
         "workflow": workflow,
         "versions": versions[::-1],
+        "user_names": list_names(data["users"], frame),
         "current_version": data["versions"]["currentVersion"],
         "from_version": before,
         "to_version": after,
