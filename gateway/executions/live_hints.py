@@ -396,15 +396,19 @@ class HintStream:
         following = asyncio.create_task(self._live.follow(queue, self._caller, self._topics))
         gone = asyncio.create_task(_until_gone(receive))
         gone.add_done_callback(lambda _: queue.end())
+        loop = asyncio.get_running_loop()
+        checks_at = loop.time() + PING_SECONDS
         try:
             body = b": open\n\n"
             while not queue.is_over:
                 await send({"type": "http.response.body", "body": body, "more_body": True})
-                try:
-                    async with asyncio.timeout(PING_SECONDS):
+                with suppress(TimeoutError):
+                    async with asyncio.timeout_at(checks_at):
                         await queue.changed.wait()
-                except TimeoutError:
+                # Also while hints come faster than pings.
+                if loop.time() >= checks_at:
                     await self._live.check(scope)
+                    checks_at = loop.time() + PING_SECONDS
                 # Texts last: the page that a hint loads may show the end of an earlier one.
                 body = (queue.take() + take_texts()) or b": ping\n\n"
         except (ApiError, DatabaseUnavailable):

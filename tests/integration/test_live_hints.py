@@ -101,11 +101,24 @@ async def test_a_stream_ends_with_the_access_of_its_client(
     harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(live_hints, "PING_SECONDS", 0.05)
-    key = (await people.owner.api.post("/api/v1/auth/keys", json={"name": "For a while"})).json()
-    async with serve_gateway(harness) as url, open_stream(url, key["key"], "executions") as stream:
-        assert await stream.readuntil(b": ping\n\n")
-        await people.owner.api.delete(f"/api/v1/auth/keys/{key['id']}")
-        assert (await stream.read()).replace(b": ping\n\n", b"") == b""
+    keys = [
+        (await people.owner.api.post("/api/v1/auth/keys", json={"name": name})).json()
+        for name in ("For a while", "For longer")
+    ]
+    execution_id = await start_run(people.owner)
+    async with serve_gateway(harness) as url:
+        async with open_stream(url, keys[0]["key"], "deliveries") as stream:
+            assert await stream.readuntil(b": ping\n\n")
+            await people.owner.api.delete(f"/api/v1/auth/keys/{keys[0]['id']}")
+            assert (await stream.read()).replace(b": ping\n\n", b"") == b""
+        # Also if hints come faster than pings.
+        monkeypatch.setattr(live_hints, "PING_SECONDS", 0.5)
+        async with open_stream(url, keys[1]["key"], f"execution:{execution_id}") as stream:
+            changing = asyncio.create_task(repeat_changes(harness, execution_id))
+            await next_hint(stream)
+            await people.owner.api.delete(f"/api/v1/auth/keys/{keys[1]['id']}")
+            await asyncio.wait_for(stream.read(), 10)
+            changing.cancel()
 
 
 async def test_topics_are_checked(people: OrganizationUsers) -> None:
