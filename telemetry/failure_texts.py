@@ -11,15 +11,17 @@ _CREDENTIALS: Final = (
     # In URLs, also where a password has slashes: all up to the last @ before a blank or quote.
     (re.compile(r"(?<=://)[^\s\"'@]*(?:@[^\s\"'@]*)*@"), f"{HIDDEN}@"),
     (
+        # Also within longer names, such as `client_secret` and `PGPASSWORD`.
         re.compile(
-            r"(?i)\b(password|passwd|pwd|secret|token|api[-_]?key|authorization)(\"?'?\s*[=:]\s*)"
-            r"(?:(?:bearer|basic)\s+)?(?:\"[^\"]*\"|'[^']*'|[^\s,;&)]+)"
+            r"(?i)((?:password|passwd|pwd|secret|token|api[-_]?key|access[-_]?key|authorization)\w*)"
+            r"(\\?[\"']?\s*[=:]\s*)(?:(?:bearer|basic|digest|token)\s+)?"
+            r"(?:\\\"(?:[^\"\\]|\\[^\"])*\\\"|\"(?:\\.|[^\"\\])*\"|'(?:\\.|[^'\\])*'|[^\s,;&)]+)"
         ),
         rf"\1\2{HIDDEN}",
     ),
     (re.compile(r"(?i)\b(bearer|basic)\s+[^\s,;\"']+"), rf"\1 {HIDDEN}"),
-    # Kubernetes repeats refused values, such as those of a Secret.
-    (re.compile(r"(?i)(invalid value: )(?:\"[^\"]*\"|[^\s,;]+)"), rf"\1{HIDDEN}"),
+    # Kubernetes repeats refused values, such as those of a Secret: texts with escaped quotes, or whole objects.
+    (re.compile(r"(?i)(invalid value: )(?:\"(?:\\.|[^\"\\])*\"|.+)"), rf"\1{HIDDEN}"),
 )
 """Patterns of credentials, each with its replacement."""
 

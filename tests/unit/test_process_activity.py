@@ -61,8 +61,15 @@ def test_a_report_has_queues_leases_and_the_servers_that_the_process_uses() -> N
         'refused: {"password": "hunter2 and more"}',
         "refused: host=db password=hunter2 user=flame",
         "refused: Authorization: Bearer hunter2",
+        "refused: Authorization: Token hunter2",
         "the token Bearer hunter2 has expired",
         'Secret "x" is invalid: data[key]: Invalid value: "hunter2": must be base64',
+        r'Secret "x" is invalid: data[key]: Invalid value: "a \"hunter2\"": must be base64',
+        'Pod "x" is invalid: spec: Invalid value: {"name":"A","value":"hunter2"}: may not change',
+        "refused: client_secret=hunter2&grant_type=code",
+        "refused: PGPASSWORD=hunter2 access_token: hunter2 tokenValue=hunter2",
+        r'refused: {"db_password": "a \"hunter2"}',
+        r'refused: "{\"password\": \"one hunter2\"}"',
     ],
 )
 def test_texts_of_failures_have_no_credentials(text: str) -> None:
