@@ -436,10 +436,10 @@ class Worklist:
                 self.ready.append((frame, node_id))
 
     def drop_frames(self, frames: Collection[SectionFrame]) -> list[NodeVisit]:
-        """Remove nodes of frames that have not begun, and cancel their reads in progress; return the visits
-        that were sleeping.
+        """Remove the ready and sleeping nodes of frames, such as those of a canceled iteration, and cancel their
+        running nodes without side effects; return the visits that were sleeping, for the caller to record.
 
-        Writes in progress continue.
+        Running nodes with side effects (writes) continue.
         """
         dropped = [frame for frame, _ in self.ready if frame in frames]
         dropped += [frame for _, _, frame in self.settled_before if frame in frames]

@@ -295,7 +295,7 @@ def next_transition(
 
 
 def decision_inputs(situation: DeploymentSituation, now: datetime) -> dict[str, Any]:
-    """Return the inputs of a decision as JSON, to be stored with it."""
+    """Return the inputs of `decide`, the situation and its time, as JSON, to be stored with the decision."""
     facts = {"now": now, **asdict(situation)}
     return {
         _to_camel_case(name): timestamps.format_timestamp(value) if isinstance(value, datetime) else value

@@ -21,7 +21,7 @@ def count_kills(root: Path = _ROOT) -> int | None:
 
     `root` is the root of the file system, another one in tests.
     """
-    for file in _counter_files(root):
+    for file in _list_oom_counter_files(root):
         try:
             lines = file.read_text(encoding="ascii").splitlines()
         except OSError:
@@ -61,11 +61,11 @@ class OomKillWatch:
         return (count_kills() or 0) > self._earlier
 
 
-def _counter_files(root: Path) -> list[Path]:
-    """Return the files that may hold the count, the most specific first; they need not exist.
+def _list_oom_counter_files(root: Path) -> list[Path]:
+    """Return the files that may have the count of OOM kills: those of the cgroup (v1, then v2), and `/proc/vmstat`.
 
-    A container that sees the whole hierarchy finds its group by path; a container with its own view, at the
-    top.
+    They need not exist. A container that sees the whole cgroup hierarchy finds its cgroup by path, a container with
+    its own cgroup namespace at the top.
     """
     groups = root / "sys/fs/cgroup"
     first: list[Path] = []

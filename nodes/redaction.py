@@ -96,8 +96,9 @@ def _count_held(text: str, secret: str) -> int:
 
 
 def redact_excerpt(text: str, secrets: Iterable[str]) -> str:
-    """Return a text that may have been cut, such as a quoted error, without the secrets, nor the beginning of
-    one at its end.
+    """Return a text that may be truncated, such as a quoted error, with the secrets replaced by `[hidden]`.
+
+    So is the beginning of a secret at its end, if it has four characters or more.
     """
     found = list(secrets)
     text = redact_text(text, found)

@@ -74,7 +74,10 @@ async def forget_model_hours(database: Database) -> None:
 
 
 async def forget_system_decisions(database: Database) -> None:
-    """Delete decisions of the system about data that are over 30 days old; raises `DatabaseUnavailable`."""
+    """Delete audit records of automatic actions, such as the deletion of old executions, that are over 30 days old.
+
+    Raises `DatabaseUnavailable`.
+    """
     from models.audit import SystemDecision  # noqa: PLC0415 - loaded by the first turn of the duty
 
     before = database.clock.now() - timedelta(days=DECISION_DAYS)

@@ -86,7 +86,7 @@ def _read_signed_header(request: SenderRequest, suffix: str) -> str | None:
 
 
 def _split_secrets(secrets: Sequence[str]) -> tuple[Sequence[bytes], Sequence[Ed25519PublicKey]]:
-    """Return symmetric secrets and Ed25519 public keys, decoded; unusable ones are ignored.
+    """Return symmetric secrets and Ed25519 public keys (those after `whpk_`), decoded; invalid ones are ignored.
 
     Raises `RequestRefused` if none is usable.
     """

@@ -54,10 +54,10 @@ def name_iteration(step: AgentStep) -> str:
 def encode_question(
     step: AgentStep, agent_label: str, tool: ToolProgram, approvers: Mapping[str, Json]
 ) -> Json:
-    """Return the stored form of the question about a tool call, with its tool and its exact arguments.
+    """Return the stored form of the question whether an agent may call a tool, with the exact arguments.
 
-    `approvers` holds the fields of a question about the people that may answer. `parameters` is the schema by which
-    other arguments are checked when a person gives some.
+    The people who may answer, the number of approvals and the reminders are copied from `approvers`.
+    `toolCall.parameters` is the JSON Schema that validates the arguments if an approver changes them.
     """
     reason: dict[str, Json] = {
         "type": "string",

@@ -215,7 +215,7 @@ async def _follows_schemas(client: ModelClient, model: ModelConnection) -> bool:
     Raises `ModelCallFailed` for a temporary failure.
     """
     by_schema = msgspec.structs.replace(model, follows_schemas=True)
-    return _names_city(await _ask(client, by_schema, _build_city_request()))
+    return _fits_city_schema(await _ask(client, by_schema, _build_city_request()))
 
 
 async def _answers_in_json_mode(client: ModelClient, model: ModelConnection) -> bool:
@@ -228,7 +228,7 @@ async def _answers_in_json_mode(client: ModelClient, model: ModelConnection) -> 
     if PROTOCOLS[model.provider].JSON_MODE is None:
         return False
     in_json_mode = msgspec.structs.replace(model, follows_schemas=False, has_json_mode=True)
-    return _names_city(await _ask_for_rarity(client, in_json_mode, _build_city_request()))
+    return _fits_city_schema(await _ask_for_rarity(client, in_json_mode, _build_city_request()))
 
 
 async def _sees_images(client: ModelClient, model: ModelConnection) -> bool:
@@ -275,8 +275,8 @@ async def _ask(client: ModelClient, model: ModelConnection, request: ChatRequest
         return None
 
 
-def _names_city(answer: ChatAnswer | None) -> bool:
-    """Return whether an answer is a value by the schema of a city."""
+def _fits_city_schema(answer: ChatAnswer | None) -> bool:
+    """Return whether the answer to a probe of structured output is JSON by `CITY_SCHEMA`; False without an answer."""
     from nodes.ai import structured_answers  # noqa: PLC0415 - loaded with the first test
 
     return answer is not None and not structured_answers.read_answer(answer.text, CITY_SCHEMA).problems

@@ -94,7 +94,8 @@ async def delete(request: GatewayRequest) -> JsonResponse:
 async def retry(request: GatewayRequest) -> JsonResponse:
     """Resume the failed executions that match a filter, the oldest first, each as a new execution.
 
-    Executions that were resumed already, and those of closed or deleted workflows, are skipped.
+    Executions that were resumed already, and those of paused, archived or deleted workflows, are skipped. The answer
+    has the number of those that remain beyond `limit`. Nothing is resumed with `dryRun`, or if a backlog is full (429).
     """
     value = await read_json(request)
     body = body_of(request, value, BulkRequest)

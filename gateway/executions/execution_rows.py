@@ -538,7 +538,7 @@ async def list_logs(
 ) -> tuple[int, Sequence[Recorded]]:
     """Return the number of log lines of a run, and the page `part` of them, the oldest first.
 
-    With `levels`, only lines of these; empty means all.
+    Lines of other levels than `levels` are neither counted nor returned; empty means all levels.
     """
     conditions = list(_select_run(LogRow, key))
     if levels:

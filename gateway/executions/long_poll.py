@@ -285,7 +285,7 @@ class ExecutionAccess:
         self._visible: TTLCache[tuple[str, str, UserRole], bool] = TTLCache(VISIBLE_SECONDS, MAX_VISIBLE)
 
     async def key(self, execution_id: str, caller: ApiCaller) -> ExecutionKey:
-        """Return the key of the rows of an execution; raises a 404 error unless the caller may see it.
+        """Return the database key of an execution (id and shard); raises a 404 error unless the caller may see it.
 
         Visibility is cached for five seconds.
         """

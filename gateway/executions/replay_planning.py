@@ -180,8 +180,9 @@ class ReplayPlanner:
     async def plan(self, key: ExecutionKey, caller: ApiCaller, choice: ReplayChoice) -> PlannedReplay:
         """Return the plan of a replay: for each node, whether its recorded result is reused; nothing is stored.
 
-        Recorded values are loaded only if they matter. Raises 404, 409 for an execution that has not ended,
-        422 for unknown nodes and invalid definitions, and 503 while the blob storage is away.
+        Recorded values are loaded only if an input may have changed, or a new concurrency key depends on the trigger.
+        Raises 404, 409 for an execution that has not ended, 422 for unknown nodes and invalid definitions, and 503
+        while the blob storage is unavailable.
         """
         async with self._database.read() as connection:
             recorded = await _read_execution(connection, key, caller)

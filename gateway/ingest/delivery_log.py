@@ -144,8 +144,10 @@ class DeliveryLog:
         self._kept = LocalTokenBuckets()
 
     async def note(self, delivery: Delivery) -> None:
-        """Store a delivery with the next commit, wait for it, and count it; if the database is unavailable,
-        only log it.
+        """Count the delivery of an inbound request in the metric `deliveries_total`, store it with the next
+        group commit, and wait for that.
+
+        If the database is unavailable, only a warning is logged, and nothing is raised.
         """
         instruments.counter("deliveries_total", delivery.route, delivery.outcome).inc()
         waiting = self._group.submit(delivery)

@@ -186,7 +186,10 @@ async def index(request: GatewayRequest) -> JsonResponse:
 
 
 async def revoke(request: GatewayRequest) -> NoContent:
-    """Revoke an event token; it stops working everywhere within a second."""
+    """Revoke an event token; it stops working everywhere within a second.
+
+    Only admins may do this. A repeated request succeeds too; an unknown token is a 404.
+    """
     _require_admin(request.caller)
     caller, token_id, now = request.caller, request.path_params["id"], request.gateway.clock()
 

@@ -219,7 +219,8 @@ class WorkflowEditor:
     ) -> None:
         """Insert a workflow in a transaction, with its audit record; raises a 422 error for unusable data sources.
 
-        Data sources are checked for an active workflow only.
+        Only those of an active workflow are checked: each must exist, be usable by the owner, decrypt, and have a
+        suitable type.
         """
         catalog = await self.read_catalog(connection, caller.organization_id)
         if made.workflow.status == WorkflowStatus.ACTIVE:

@@ -89,7 +89,7 @@ def plan_workflow(caller: ApiCaller, value: Json, catalog: NodeCatalog, now: dat
     problems = ProblemCollector()
     problems.found.extend(wrong.problems)
     stored = workflow_shapes.draft_workflow(caller, _to_create_request(body), catalog, problems, now)
-    errors = [*wrong.problems, *filter(wrong.is_news, problems.found[len(wrong.problems) :])]
+    errors = [*wrong.problems, *filter(wrong.is_independent, problems.found[len(wrong.problems) :])]
     if problems.is_full or wrong.paths & {"nodes", "connections"}:
         return WorkflowPlan(stored, errors, [])
     is_draft = stored.workflow.status == WorkflowStatus.DRAFT
@@ -180,8 +180,10 @@ class InvalidFields:
             uncertain_types.add(FindingType.BROKEN_CONNECTION)
         return frozenset(uncertain_types)
 
-    def is_news(self, problem: Problem) -> bool:
-        """Return whether a problem has another cause than the omission of an invalid field."""
+    def is_independent(self, problem: Problem) -> bool:
+        """Return whether a problem is an error of its own, and not a result of checking the body without the invalid
+        fields.
+        """
         path = str(problem["path"])
         item = _find_item_path(path)
         if {path, item, path.partition(".")[0]} & self.paths:

@@ -171,9 +171,10 @@ def _slot_blocker(facts: RunFacts) -> Blocker:
 
 
 def _estimate_slot(facts: RunFacts) -> EndEstimate | None:
-    """Estimate when a waiting run gets a slot, as if each run before it takes the median of recent durations.
+    """Estimate when a run gets a slot of its concurrency key, as if each run before it takes the median duration
+    of the workflow's recent runs.
 
-    None without a limit or recent durations.
+    None without a concurrency limit or recent runs.
     """
     slot, durations = facts.slot, facts.recent.runs
     if slot is None or not durations or not slot.limit:

@@ -35,7 +35,10 @@ class DecisionRefusal(StrEnum):
 
 
 async def lock_task(connection: AsyncConnection, execution_id: str, task_id: str) -> TaskTransaction:
-    """Return a transaction with the locked rows of a task and its run; without the task if it is gone."""
+    """Lock a task and its run for a person's decision (retry or cancel), and return the transaction.
+
+    Its `tasks` and `runs` lack a task or run that no longer exists.
+    """
     transaction = TaskTransaction(connection)
     await transaction.lock_runs([execution_id])
     await transaction.lock_tasks([task_id])

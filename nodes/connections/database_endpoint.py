@@ -132,7 +132,10 @@ class NameResolver:
 
 
 def connection_error(reason: str, *, retryable: bool = True) -> NodeError:
-    """Return the error `connection-failed` for an unusable database, with the reason, but no address and no user."""
+    """Return the error `connection-failed` for an unusable database.
+
+    The message contains `reason` as it is, which must contain no address, user or secret.
+    """
     return NodeError(
         f"No connection to the database: {reason}", code="connection-failed", retryable=retryable
     )

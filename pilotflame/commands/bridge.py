@@ -48,7 +48,7 @@ def bridge_redis(
 
     PILOTFLAME_BRIDGE_REDIS_URL is the address of Redis.
 
-    Each option can be set in the environment instead, as PILOTFLAME_BRIDGE_WORKFLOW or PILOTFLAME_BRIDGE_REDIS_STREAM.
+    Each option has an environment variable, such as PILOTFLAME_BRIDGE_WORKFLOW and PILOTFLAME_BRIDGE_REDIS_STREAM.
     """
     from bridge.settings import RedisBridgeSettings
 
@@ -72,7 +72,7 @@ def bridge_sqs(
 
     AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY are its credentials.
 
-    Each option can be set in the environment instead, as PILOTFLAME_BRIDGE_WORKFLOW or PILOTFLAME_BRIDGE_SQS_QUEUE_URL.
+    Each option has an environment variable, such as PILOTFLAME_BRIDGE_WORKFLOW and PILOTFLAME_BRIDGE_SQS_QUEUE_URL.
     """
     from bridge.settings import SqsBridgeSettings
 
@@ -92,8 +92,7 @@ def bridge_rabbitmq(
 
     PILOTFLAME_BRIDGE_RABBITMQ_URL is the address of RabbitMQ.
 
-    Each option can be set in the environment instead, as PILOTFLAME_BRIDGE_WORKFLOW or
-    PILOTFLAME_BRIDGE_RABBITMQ_QUEUE.
+    Each option has an environment variable, such as PILOTFLAME_BRIDGE_WORKFLOW and PILOTFLAME_BRIDGE_RABBITMQ_QUEUE.
     """
     from bridge.settings import RabbitmqBridgeSettings
 

@@ -204,7 +204,7 @@ class LocalDriver:
         return True
 
     async def replace(self, workflow_id: str, pods: Collection[str]) -> None:
-        """Stop these pods; others are started in their place."""
+        """Stop these pods, and start new ones up to the desired number of replicas; nothing for an unknown workflow."""
         deployment = self._deployments.get(workflow_id)
         if deployment is not None:
             deployment.replace(pods)
@@ -321,7 +321,7 @@ class LocalDeployment:
         self._changed()
 
     def replace(self, names: Collection[str]) -> None:
-        """Stop the pods with these names, if they still exist, and start others."""
+        """Stop the pods with these names that exist, and start new ones up to the desired number of replicas."""
         for name in self.pods.keys() & set(names):
             self.pods[name].stop()
         self._reconcile()

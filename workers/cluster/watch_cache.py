@@ -59,7 +59,7 @@ class WatchedCollection:
     _objects: dict[str, dict[str, Manifest]] = field(default_factory=dict)
 
     def objects_of(self, name: str) -> tuple[Manifest, ...]:
-        """Return the cached objects of a workflow, by its name in the cluster; none for an unknown one."""
+        """Return the cached objects with this workflow name in their labels; none for an unknown name."""
         return tuple(self._objects.get(name, {}).values())
 
     def __iter__(self) -> Iterator[Manifest]:

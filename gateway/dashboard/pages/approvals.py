@@ -149,9 +149,9 @@ def question_address(
 
 
 def find_shown(questions: Sequence[Mapping[str, Any]], wanted: str | None) -> Mapping[str, Any] | None:
-    """Return the question that the address names, or the first one if it names none; None if there is no such one.
+    """Return the question with the id `wanted`, or the first one if that is empty; None if it is not in the list.
 
-    Another one in place of a question that somebody has answered could get a click that was meant for that.
+    A question that somebody has answered is not replaced by the next one: a click could approve the wrong one.
     """
     named = (one for one in questions if not wanted or question_id(one) == wanted)
     return next(named, None)

@@ -51,7 +51,9 @@ MEANINGS: Final = {
 async def load(page: PageRequest) -> PageData:
     """Ask the API for 50 deliveries, the plan of a bulk redrive, and samples of refused requests.
 
-    Plan and samples are None where they don't fit the filters. Raises `ApiError`.
+    The plan is None unless the outcome is rejected or shed without limits of time or reason; the samples are None on
+    later pages, and with filters other than the outcome rejected. Both are None if they are forbidden. Raises
+    `ApiError`.
     """
     given = page.query
     filters = {name: given[name] for name in FILTERS if given.get(name)}

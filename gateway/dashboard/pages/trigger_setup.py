@@ -110,7 +110,7 @@ async def load(page: PageRequest) -> PageData:
     preview, problem = None, ""
     if node is not None and KINDS[node["nodeId"]] == "schedule" and page.query.get("cron"):
         try:
-            wanted = {**kept_times(node["config"]), **read_times(page.query)}
+            wanted = {**read_saved_times(node["config"]), **read_times(page.query)}
             preview = await page.preview(f"{path}/schedule/preview", **wanted)
         except ApiError as error:
             problem = error.message
@@ -124,8 +124,11 @@ async def load(page: PageRequest) -> PageData:
     }
 
 
-def kept_times(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the time zone and the delay of a schedule, which stay as they are unless the form changes them."""
+def read_saved_times(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the saved time zone and random delay (jitter) of a schedule, if set, for the preview of its next times.
+
+    Times in the query of the form take precedence.
+    """
     return {name: config[name] for name in ("timezone", "jitterSeconds") if config.get(name)}
 
 

@@ -228,7 +228,10 @@ def _list_changes(changes: Mapping[str, Mapping[str, Any]]) -> Sequence[ShownCha
 
 
 def _show_change(name: str, change: PathChange) -> ShownChange:
-    """Return a change with its path below the field's name and both values as text; None on a side without a value."""
+    """Return a change as text: its path prefixed with the field's name, the old and the new value.
+
+    The old value of an addition and the new value of a removal are None.
+    """
     joint = "" if not change.path or change.path.startswith("[") else "."
     return ShownChange(
         f"{name}{joint}{change.path}",
