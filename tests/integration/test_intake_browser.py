@@ -368,6 +368,7 @@ async def test_all_runs_of_a_filter_are_canceled_or_resumed_after_their_number_i
         await page.click(f"tr[id='{one}'] [data-pick]")
     await page.follow("[data-picked] a.main")
     assert await page.text("#act h2") == "Replay 2 runs"
+    assert not await page.evaluate("document.querySelector('.live').dataset.topics"), "planned once"
     await page.evaluate(f"{AXE}; 0")
     assert await page.evaluate(RUN_AXE) == []
     await page.click("#act [name=definition] [value=current]")

@@ -71,6 +71,8 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
     ]
     return {
         "title": "Runs",
+        # A plan is made once: each hint about a run would make it again.
+        "topics": () if data["planned"] else PAGE.topics,
         "crumbs": (("Runs", ""),),
         "runs": runs["executions"],
         "count": runs["count"],
