@@ -148,7 +148,8 @@ async def index(request: GatewayRequest) -> JsonResponse:
     part, state, order = query.page(), query[STATE], query[ORDER] or ActivityOrder.WORST
     wanted = WorkflowFilter(query[STATUS], query[TAG], query[SEARCH])
     since = run_hours.first_hour(now)
-    async with request.gateway.database.read() as connection:
+    # A snapshot: a workflow whose first run is counted between the two statements of a page would be in neither.
+    async with request.gateway.database.read_snapshot() as connection:
         listed = page_statement(caller, wanted, part, since, state=state, order=order)
         found = (await connection.execute(listed)).all()
         totals = found[0]
@@ -408,7 +409,7 @@ class CountedHour(msgspec.Struct, array_like=True):
 async def _read_hours(
     connection: AsyncConnection, organization_id: str, workflow_ids: Sequence[str], since: datetime
 ) -> Mapping[str, Sequence[CountedHour]]:
-    """Return the counts of workflows by id, of each hour with runs from an hour on, in no order."""
+    """Return the counts of workflows by id, of each of 24 hours with runs from one on, in no order."""
     rows = await connection.execute(hours_statement(organization_id, workflow_ids, since))
     return {row.workflow_id: _decode_hours(f"[{row.hours}]") for row in rows}
 
@@ -416,7 +417,7 @@ async def _read_hours(
 def hours_statement(
     organization_id: str, workflow_ids: Sequence[str], since: datetime
 ) -> Select[*tuple[Any, ...]]:
-    """Return the statement of the counts of workflows from an hour on: one row with JSON arrays of each workflow.
+    """Return the statement of the counts of workflows of 24 hours: one row with JSON arrays of each workflow.
 
     A row of each hour would take far longer to fetch than to read: a page has 1,200.
     """
@@ -438,6 +439,8 @@ def hours_statement(
             col(RunHour.organization_id) == organization_id,
             col(RunHour.workflow_id).in_(workflow_ids),
             col(RunHour.starts_at) >= since,
+            # A process whose clock is ahead counts runs of the next hour already.
+            col(RunHour.starts_at) < since + run_hours.HOURS * run_hours.HOUR,
         )
         .group_by(col(RunHour.workflow_id))
     )
@@ -548,8 +551,7 @@ def _list_hours(hours: Sequence[CountedHour], since: datetime) -> Sequence[Workf
     first = to_microseconds(since)
     for hour in hours:
         number = (hour.starts_at - first) // run_hours.HOUR_MICROSECONDS
-        if number < run_hours.HOURS:
-            shown[number] = WorkflowHour(hour.accepted, hour.failed)
+        shown[number] = WorkflowHour(hour.accepted, hour.failed)
     return shown
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from sqlalchemy import delete, insert, update
+from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlmodel import col
 
 from gateway.deployments import deployment_list, lifecycle_rows, workflow_activity
@@ -241,6 +242,19 @@ async def test_the_worst_workflows_come_first(harness: GatewayHarness, people: O
     assert (await get_json(people.admin, "/api/v1/workflows/activity"))["count"] == len(names) + 1
     assert listed["states"] == {"failing": 3, "unfinished": 1, "awake": 1, "asleep": 1}
     assert lately["ownerName"] == people.owner.user.name
+    ahead = RunHour(
+        organization_id=people.owner.user.organization_id,
+        workflow_id=by_name["failed lately"],
+        starts_at=hour_of(now) + HOUR,
+        accepted=5,
+        completed=5,
+        run_times={"127": 5},
+        queue_times={},
+        wake_times={},
+    )
+    await insert_row(harness, ahead)
+    again = await get_json(people.owner, "/api/v1/workflows/activity")
+    assert again["workflows"] == listed["workflows"], "the next hour is not among the 24"
     for query, expected in {
         "state=failing": ["stuck", "failed lately", "failed once"],
         "state=unfinished": ["waiting"],
@@ -264,6 +278,37 @@ async def test_the_worst_workflows_come_first(harness: GatewayHarness, people: O
         assert [one for page in pages for one in page["workflows"]] == whole["workflows"]
         assert {(page["count"], *page["states"].values()) for page in pages} == {(len(names), 3, 1, 1, 1)}
     assert (await get_json(people.stranger, "/api/v1/workflows/activity"))["workflows"] == []
+
+
+@pytest.mark.every_database
+async def test_a_workflow_whose_first_run_is_counted_meanwhile_is_listed(
+    harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    present = hour_of(harness.gateway.clock())
+    workflow_id = await people.owner.create(status="active", **GRAPH)
+    counted = RunHour(
+        organization_id=people.owner.user.organization_id,
+        workflow_id=workflow_id,
+        starts_at=present,
+        accepted=1,
+    )
+    quiet: list[Any] = []
+
+    def build(*args: Any) -> Any:  # noqa: ANN401 - those of the statement
+        quiet.append(build_quiet(*args))
+        return quiet[0]
+
+    async def execute(connection: AsyncConnection, statement: Any, *args: Any) -> Any:  # noqa: ANN401 - any statement
+        if quiet and statement is quiet[0]:
+            await insert_row(harness, counted)
+        return await execute_statement(connection, statement, *args)
+
+    build_quiet, execute_statement = workflow_activity.quiet_statement, AsyncConnection.execute
+    monkeypatch.setattr(workflow_activity, "quiet_statement", build)
+    monkeypatch.setattr(AsyncConnection, "execute", execute)
+    listed = await get_json(people.owner, "/api/v1/workflows/activity")
+    assert len(quiet) == 1
+    assert [one["id"] for one in listed["workflows"]] == [workflow_id]
 
 
 async def test_deployments_are_listed_with_their_next_transitions(
