@@ -86,6 +86,8 @@ PROGRESS = ExecutionPollHub.progress
 CLAIM = TaskHub.wait
 SAMPLES = 8
 """Parts of the document, of which the ordinary run sends generated requests to two; thorough runs send them to all."""
+PATIENCE_SECONDS = 120
+"""Time for each answer, which no endless request fits into; ten seconds are too few on a busy machine."""
 ENOUGH = 0.7
 """The share of operations that schemathesis has to see succeed."""
 
@@ -490,6 +492,7 @@ def fuzz_operation(
     """Let schemathesis generate requests, the same each time, in a process of its own."""
     config = {
         "base-url": served.url,
+        "request-timeout": PATIENCE_SECONDS,
         "headers": {"X-API-Key": served.key},
         "seed": 1,
         "generation": {
