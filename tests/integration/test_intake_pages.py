@@ -306,7 +306,12 @@ def graph_of(trigger: str, **config: object) -> dict[str, Any]:
         ("webhook", {}, "", ["Payload URL", "X-Hub-Signature-256"]),
         ("webhook", {}, "stripe", ["Add destination", "Stripe-Signature"]),
         ("webhook", {}, "slack", ["Slash Commands", "X-Slack-Signature"]),
-        ("webhook", {"verification": {"provider": "none"}}, "", ["webhook-signature", "Verified as"]),
+        (
+            "webhook",
+            {"verification": {"provider": "none"}},
+            "",
+            ["Requests are accepted without a signature"],
+        ),
         ("queue-trigger", {}, "", ["/enqueue-batch", "Send a test message"]),
         ("event-trigger", {"event_type": ["order.*"]}, "", ["order.test", "/api/v1/workflows/events"]),
         ("schedule-trigger", {"cron": "30 2 * * *"}, "", ["30 2 * * *", "Next runs", "2 of 3 done"]),
