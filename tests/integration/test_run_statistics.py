@@ -239,6 +239,9 @@ async def test_the_worst_workflows_come_first(harness: GatewayHarness, people: O
     page = await get_json(people.owner, "/api/v1/workflows/activity?limit=2&offset=1&search=failed")
     assert [one["name"] for one in page["workflows"]] == ["failed once"]
     assert page["count"] == 2
+    for user, number in ((people.owner, 0), (people.stranger, 0), (people.admin, 1)):
+        page = await get_json(user, "/api/v1/workflows/activity?search=hidden")
+        assert (page["count"], page["states"]["failing"], len(page["workflows"])) == (number, number, number)
     assert (await get_json(people.admin, "/api/v1/workflows/activity"))["count"] == len(names) + 1
     assert listed["states"] == {"failing": 3, "unfinished": 1, "awake": 1, "asleep": 1}
     assert lately["ownerName"] == people.owner.user.name
