@@ -15,7 +15,7 @@ import structlog
 
 from models.errors import DatabaseUnavailable
 from telemetry.loop_lag import LoopLagMeter
-from telemetry.process_activity import ACTIVITY, DATABASE, ActivityMeter
+from telemetry.process_activity import ACTIVITY, DATABASE, ActivityMeter, ServerAnswer
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
@@ -80,7 +80,8 @@ async def _report_forever(database: Database, report: Reporter, meter: LoopLagMe
         begun_at = time.monotonic()
         try:
             await database.transaction(report(round(meter.seconds * 1_000), activity.take()))
-            ACTIVITY.note_answer(DATABASE, time.monotonic() - begun_at)
+            now = time.monotonic()
+            ACTIVITY.connections[DATABASE].answer = ServerAnswer(now, now - begun_at)
         except DatabaseUnavailable as error:
             log.debug("process not reported", error=str(error))
         except Exception:

@@ -6,6 +6,7 @@ The numbers are plain and without locks: one thread alone changes each of them.
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -30,22 +31,32 @@ class DutyTick:
     """End, by the monotonic clock of the process."""
 
 
+@dataclass(frozen=True, slots=True)
+class ServerAnswer:
+    """Answer of a server."""
+
+    at: float
+    """Its time, by the monotonic clock of the process."""
+    seconds: float
+    """Time that it took."""
+
+
 @dataclass(slots=True)
 class ConnectionActivity:
-    """Last answer and last failure of a server that the process uses; times are of the monotonic clock."""
+    """Last answer and last failure of a server that the process uses."""
 
-    answered_at: float | None = None
-    seconds: float = 0.0
-    """Time that the last answer took."""
+    answer: ServerAnswer | None = None
+    """None before the first one."""
     failed_at: float | None = None
+    """By the monotonic clock of the process; None before the first failure."""
     failure: str = ""
     """Last failure as text without credentials."""
 
     def show(self, now: float) -> dict[str, Any]:
         """Return `ms` and `age` of the last answer, `failure` and `failureAge` of the last failure."""
         shown: dict[str, Any] = {}
-        if self.answered_at is not None:
-            shown |= {"ms": round(self.seconds * 1_000, 2), "age": round(now - self.answered_at, 1)}
+        if self.answer is not None:
+            shown |= {"ms": round(self.answer.seconds * 1_000, 2), "age": round(now - self.answer.at, 1)}
         if self.failed_at is not None:
             shown |= {"failure": self.failure, "failureAge": round(now - self.failed_at, 1)}
         return shown
@@ -83,19 +94,16 @@ class ProcessActivity:
     """Last renewal of its leases of runs, or of its lead, by the monotonic clock."""
     lead: Lead | None = None
     """None in processes other than the leading scheduler."""
-    connections: dict[str, ConnectionActivity] = field(default_factory=dict)
+    connections: defaultdict[str, ConnectionActivity] = field(
+        default_factory=lambda: defaultdict(ConnectionActivity)
+    )
     """Servers that the process uses, by name."""
-
-    def note_answer(self, connection: str, seconds: float) -> None:
-        """Note that a server answered now, after so many seconds."""
-        noted = self.connections.setdefault(connection, ConnectionActivity())
-        noted.answered_at, noted.seconds = time.monotonic(), seconds
 
     def note_failure(self, connection: str, error: BaseException) -> None:
         """Note that a server failed now; the text of the error is stripped of credentials."""
         from telemetry.failure_texts import describe_failure  # noqa: PLC0415 - loaded with the first failure
 
-        noted = self.connections.setdefault(connection, ConnectionActivity())
+        noted = self.connections[connection]
         noted.failed_at, noted.failure = time.monotonic(), describe_failure(error)
 
 

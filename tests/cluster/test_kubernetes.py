@@ -261,7 +261,7 @@ async def test_an_api_server_that_says_nothing_is_given_up(fake_cluster: Fake) -
     ACTIVITY.connections.pop(KUBERNETES, None)
     assert not (await cluster.driver.observe_uncached("wf_1")).exists
     noted = ACTIVITY.connections[KUBERNETES]
-    assert (noted.answered_at is not None, noted.failed_at) == (True, None)
+    assert (noted.answer is not None, noted.failed_at) == (True, None)
     api.is_silent = True
     with pytest.raises(ClusterUnavailable):
         await cluster.driver.observe("wf_1")

@@ -7,7 +7,7 @@ import pytest
 from sqlalchemy.exc import OperationalError
 
 from telemetry.failure_texts import LONGEST_TEXT, describe_failure
-from telemetry.process_activity import ActivityMeter, DutyTick, Lead, ProcessActivity
+from telemetry.process_activity import ActivityMeter, DutyTick, Lead, ProcessActivity, ServerAnswer
 
 
 def test_a_report_has_the_activity_since_the_last_one() -> None:
@@ -36,7 +36,7 @@ def test_a_report_has_queues_leases_and_the_servers_that_the_process_uses() -> N
     activity = ProcessActivity(queues={"workers": None, "deployments": lambda: 3})
     activity.renewed_at, activity.lead = time.monotonic() - 4, Lead("scheduler_1", time.monotonic() - 90)
     activity.note_failure("kubernetes", ConnectionRefusedError("no route"))
-    activity.note_answer("database", 0.0125)
+    activity.connections["database"].answer = ServerAnswer(time.monotonic(), 0.0125)
     shown = ActivityMeter(activity).take()
     assert shown["queues"] == {"workers": None, "deployments": 3}
     assert (shown["renewalAge"] >= 4, shown["lead"]["owner"], shown["lead"]["age"] >= 90) == (

@@ -19,7 +19,7 @@ from kubernetes.aio import client as kubernetes_client
 from kubernetes.aio import config as kubernetes_config
 
 from json_text import decoding
-from telemetry.process_activity import ACTIVITY, KUBERNETES
+from telemetry.process_activity import ACTIVITY, KUBERNETES, ServerAnswer
 from workers.cluster.driver import (
     ClusterBusy,
     ClusterError,
@@ -264,7 +264,8 @@ class KubernetesApi:
                 begun_at = time.monotonic()
                 response = await self.send(method, path, query=query, body=body, content_type=content_type)
                 answer: bytes = await response.content.read()
-                ACTIVITY.note_answer(KUBERNETES, time.monotonic() - begun_at)
+                now = time.monotonic()
+                ACTIVITY.connections[KUBERNETES].answer = ServerAnswer(now, now - begun_at)
         except (
             aiohttp.ClientError,
             OSError,

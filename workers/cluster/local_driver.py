@@ -24,7 +24,7 @@ import structlog
 
 from json_text import decoding
 from models import pod_identity as names
-from telemetry.process_activity import ACTIVITY, LOCAL_PODS
+from telemetry.process_activity import ACTIVITY, LOCAL_PODS, ServerAnswer
 from workers.cluster.atomic_files import replace_file
 from workers.cluster.driver import (
     ChangedWorkflows,
@@ -164,7 +164,8 @@ class LocalDriver:
         observed = (
             deployment.observe if deployment is not None else ObservedDeployment(workflow_id, exists=False)
         )
-        ACTIVITY.note_answer(LOCAL_PODS, time.monotonic() - begun_at)
+        now = time.monotonic()
+        ACTIVITY.connections[LOCAL_PODS].answer = ServerAnswer(now, now - begun_at)
         return observed
 
     async def observe_uncached(self, workflow_id: str) -> ObservedDeployment:
