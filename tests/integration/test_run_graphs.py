@@ -182,9 +182,13 @@ async def test_a_run_has_the_number_of_its_version(
     await harness.gateway.database.transaction(move_third)
     assert await read_versions(failed) == {(3, None)}, "the newest that was stored before"
 
-    changed = await owner.api.put(f"{path}/nodes/step", json={"config": {"message": "Yes"}})
+    changed = await people.admin.api.put(f"{path}/nodes/step", json={"config": {"message": "Yes"}})
     assert changed.status_code == 200, changed.text
     assert await read_version_before(owner, "?expand=previousVersion") is None
+    assert (await get_json(owner, f"/{failed}/graph"))["lastChange"] == graph["lastChange"]
+    # Who may not read a workflow, such as a deleted one, learns nothing of its changes.
+    await owner.api.delete(path)
+    assert (await get_json(owner, f"/{failed}/graph"))["lastChange"] is None
 
 
 @pytest.mark.every_database
