@@ -835,6 +835,12 @@ async def test_two_changes_of_a_node_are_merged_by_path(visit: DashboardVisit) -
     # Both have changed `a`, they have changed `b`, and the visitor `c`.
     await page.evaluate("document.querySelector('#toast').textContent = ''")
     await owner.api.put(path, json={"config": {"values": {"a": 3, "b": 3, "c": 1}}})
+    await page.evaluate(
+        "const ask = fetch; fetch = async (...of) => of[1]?.method || !String(of[0]).includes('/api/v1/workflows/')"
+        " ? ask(...of) : (fetch = ask, new Response('', {status: 503}))"
+    )
+    await save({"a": 4, "b": 1, "c": 4})
+    await page.wait_for("document.body.innerText.includes('could not be read (status 503)')")
     await save({"a": 4, "b": 1, "c": 4})
     await page.wait_for("!document.querySelector('[data-merge]').hidden")
     assert await read_values() == {"a": 3, "b": 3, "c": 1}, "nothing is overwritten before the choice"

@@ -128,14 +128,19 @@ export function remember(form, body) {
 // the visitor chooses: theirs, their own, or some paths of each.
 export async function settle(form, body, root, refuse, send) {
   const answer = await fetch(root + form.dataset.of, { headers: { Accept: "application/json" } });
-  const theirs = answer.ok ? partOf(form, await answer.json()) : undefined;
+  const tag = answer.headers.get("ETag");
+  const isGone = answer.status === 404;
+  if (!isGone && !(answer.ok && tag)) {
+    refuse(`The present state could not be read (status ${answer.status}): your change is not saved yet. Try again.`);
+    return;
+  }
+  const theirs = isGone ? undefined : partOf(form, await answer.json());
   if (theirs === undefined) {
     refuse("Somebody has removed it: your change cannot be saved.");
     return;
   }
   const before = JSON.parse(form.dataset.known);
   const mine = mineOf(form, body);
-  const tag = answer.headers.get("ETag") ?? "*";
   const choose = (value) => {
     form.dataset.ifMatch = tag;
     form.dataset.known = JSON.stringify(theirs);
