@@ -294,13 +294,14 @@ async def test_pod_time_is_summed_over_several_workflows_and_times(
         workflow_ids.append(await people.owner.create(**GRAPH))
         await deploy_with_pod(harness, people.owner, workflow_ids[-1])
         await record_replicas(harness, people.owner, workflow_ids[-1], replicas, now=now)
-    times = [now - HOUR * hours for hours in (9.5, 7.5, 4.5, 0)]
+    times = [now - HOUR * hours for hours in (9.5, 7.5, 6, 4.5, 0)]
     ranges = [TimeRange(*one) for one in pairwise(times)]
     async with harness.gateway.database.read() as connection:
         found = await lifecycle_rows.sum_pod_time(connection, workflow_ids, ranges)
-        assert await lifecycle_rows.sum_pod_time(connection, [], ranges) == [0, 0, 0]
-    # The first one had two pods up to nine hours ago, and one since five; the other three, then one for two hours.
-    assert found == pytest.approx([one * 3600 for one in (1 + 1.5, 0.5 + 4.5 + 1.5, 4.5 + 0.5)])
+        assert await lifecycle_rows.sum_pod_time(connection, [], ranges) == [0, 0, 0, 0]
+    # The first one had two pods up to nine hours ago, and one since five; the other three, then one for two hours, from
+    # the begin of one of the times on.
+    assert found == pytest.approx([one * 3600 for one in (1 + 1.5, 4.5, 0.5 + 1.5, 4.5 + 0.5)])
 
 
 async def test_a_calendar_has_windows_and_the_times_with_pods_past_and_to_come(

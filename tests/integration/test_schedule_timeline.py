@@ -234,6 +234,8 @@ async def test_waiting_runs_lie_on_the_lane_of_their_workflow_by_the_kind_of_the
     [lane] = (await get_json(people.owner, TIMELINE))["workflows"]
     kinds = [(one["kind"], one["count"]) for one in lane["due"]]
     assert kinds == [("retry", 1), ("deferred", 1), ("deferred", 1), ("timer", 1)]
+    [shorter] = (await get_json(people.owner, f"{TIMELINE}?hours=10"))["workflows"]
+    assert [one["kind"] for one in shorter["due"]] == ["retry", "deferred", "deferred"]
     assert (await get_json(people.stranger, TIMELINE))["workflows"] == []
     page = await (await sign_in(harness, people.owner.key)).get("/dashboard/schedule")
     assert page.text.count('class="due deferred"') == 2
