@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
+from unittest.mock import ANY
 
 import pytest
 from sqlalchemy import delete, insert, update
@@ -348,7 +349,7 @@ async def test_a_summary_counts_all_deployments_in_batches(
     asleep = await people.owner.create(name="Asleep", status="active", **GRAPH)
     await deploy_with_pod(harness, people.owner, asleep, observed=ObservedState.STOPPED, replicas=0)
     hidden = await people.admin.create(status="active", **GRAPH)
-    await deploy_with_pod(harness, people.admin, hidden, last_activity_at=now)
+    await deploy_with_pod(harness, people.admin, hidden, last_activity_at=now, **observed)
 
     shown = await get_json(people.owner, "/api/v1/deployments/summary")
     assert (shown["count"], shown["states"]) == (7, {"running": 5, "failed": 1, "stopped": 1})
@@ -360,7 +361,9 @@ async def test_a_summary_counts_all_deployments_in_batches(
     }
     for one in [*shown["failed"], *shown["upcoming"]]:
         assert one == listed[one["workflowId"]]
-    assert (await get_json(people.admin, "/api/v1/deployments/summary"))["count"] == 8
+    monkeypatch.setattr(deployment_list, "SHOWN", 1)
+    of_all = await get_json(people.admin, "/api/v1/deployments/summary")
+    assert (of_all["count"], of_all["states"]["failed"], len(of_all["failed"])) == (8, 2, 1)
     assert (await get_json(people.stranger, "/api/v1/deployments/summary"))["states"] == {}
     assert (await get_json(people.stranger, "/api/v1/deployments"))["deployments"] == []
 
@@ -453,6 +456,7 @@ async def test_all_failures_of_a_day_are_grouped_by_cause(
     assert (found["count"], found["isComplete"]) == (7, True)
     newest = await list_groups(people.owner, "?limit=1")
     assert (newest["count"], newest["isComplete"], newest["groups"]) == (7, False, found["groups"][:1])
+    assert await list_groups(people.owner, f"?limit={len(found['groups'])}") == {**found, "asOf": ANY}
     rows, http = found["groups"]
     assert (rows["workflowName"], rows["nodeId"], rows["code"]) == ("Orders", "write", "node-error")
     assert (rows["count"], rows["executionId"], rows["message"]) == (6, last, "Row 7 of 'c' is wrong")

@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import select
 from sqlalchemy.dialects import sqlite
 
-from models.duration_histogram import bucket_of, estimate_quantile, merge_histograms
+from models.duration_histogram import bucket_of, estimate_quantile, find_bucket, merge_histograms
 
 
 def fill(microseconds: list[int]) -> dict[str, int]:
@@ -39,6 +39,11 @@ def test_the_least_and_the_greatest_durations_have_buckets_of_their_own() -> Non
     assert estimate_quantile(fill([-5, 0, 999]), 95) == 0
     assert (estimate_quantile(fill([year]), 50) or 0) > 86_400_000 * 40
     assert estimate_quantile({}, 50) is None
+
+
+def test_the_database_and_python_put_durations_into_the_same_buckets() -> None:
+    for milliseconds in (0, 1, 2, 3, 4, 1_024, 86_400_000):  # powers of two are the largest of their buckets
+        assert fill([milliseconds * 1_000]) == {str(find_bucket(milliseconds)): 1}
 
 
 def test_histograms_add_up() -> None:
