@@ -55,7 +55,10 @@ async def check_connections(addresses: ServerAddresses) -> Sequence[DriftFinding
 
 
 async def _check_redis(url: str) -> Sequence[DriftFinding]:
-    """Return a critical finding if Redis may evict keys when its memory is full; none if it doesn't answer."""
+    """Return a critical finding if Redis may evict keys when its memory is full (`maxmemory-policy`).
+
+    Nothing is found if Redis doesn't answer or does not tell its policy.
+    """
     client = Redis.from_url(url, socket_timeout=CONNECT_SECONDS, socket_connect_timeout=CONNECT_SECONDS)
     try:
         await redis_broker.refuse_evicting(client)

@@ -212,9 +212,10 @@ class RunProgress:
     # ── failures ──────────────────────────────────────────────────────────────────────────────────
 
     def fail(self, visit: NodeVisit, error: NodeError, *, is_final: bool = False) -> None:
-        """Handle the failure of a node: record it and schedule a retry, or give up if none is allowed or left.
+        """Record the failed attempt of a node, and schedule a retry; without one, fail the node as `give_up` does.
 
-        `is_final` allows no retry.
+        There is no retry with `is_final`, in a canceled iteration, after an error that allows none, or when all
+        attempts are used up.
         """
         reason = self.to_run_error(visit, error)
         pause = None if is_final or visit.frame.is_broken_off else self._pause_seconds(visit, error)

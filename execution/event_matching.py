@@ -95,7 +95,7 @@ class EventMatcher:
         """Delete the stored waits for events of runs that have ended or are deleted, in batches; raises
         `DatabaseUnavailable`.
         """
-        after: tuple[str, str] | None = None
+        after: str | None = None
         while True:
             after = await self._database.transaction(partial(event_waits.delete_finished_waits, after=after))
             if after is None:

@@ -100,8 +100,8 @@ def fingerprint_secrets(vault: SecretVault, source: DataSource) -> str | None:
     """Return a fingerprint of a data source's secrets, which changes whenever they are set; None without secrets,
     and for those that can't be decrypted.
 
-    It has the time at which they were set: otherwise their owner could compare guesses with the earlier fingerprint,
-    and so read a secret that nobody is shown.
+    The hash includes the time at which they were set, so that setting the same secrets again changes it: otherwise a
+    user who may set them could set guesses, compare the fingerprints, and so read a secret that nobody is shown.
     """
     if not source.secret_names:
         return None

@@ -126,7 +126,10 @@ async def record_user(connection: AsyncConnection, one: Invitation, user_id: str
 async def revoke_invitation(
     connection: AsyncConnection, organization_id: str, invitation_id: str, now: datetime
 ) -> Invitation | None:
-    """Revoke an invitation unless it was accepted; return it as it was before, None for an unknown one."""
+    """Revoke an invitation, and return it as it was before; None for an unknown one.
+
+    One that was accepted or revoked earlier does not change.
+    """
     conditions = (col(Invitation.organization_id) == organization_id, col(Invitation.id) == invitation_id)
     found = await _find(connection, *conditions)
     if found is not None and found.accepted_at is None and found.revoked_at is None:

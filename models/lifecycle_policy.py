@@ -267,8 +267,10 @@ def start_refusal(
 def stop_decision(
     situation: DeploymentSituation, reason: LifecycleReason, stopped_reason: StoppedReason
 ) -> LifecycleVerdict:
-    """Return the decision that stops a deployment: with a drain (a time to finish) if it is up with runs in
-    progress.
+    """Return the verdict that stops a deployment: a drain if it is up with runs in progress, which get time to
+    finish, else a stop at once.
+
+    `reason` is recorded with the decision; `stopped_reason` is stored as the state of the deployment.
     """
     action = LifecycleAction.DRAIN if situation.is_up and situation.has_running else LifecycleAction.STOP
     return LifecycleVerdict(action, reason, stopped_reason)

@@ -191,7 +191,8 @@ async def _serve(settings: SchedulerSettings) -> None:
 async def run_duties(duties: Sequence[PeriodicDuty]) -> AsyncIterator[None]:
     """Do each duty now, and then at its interval, while the context lasts; a duty never runs twice at once.
 
-    Missed turns are made up for by one. At the end, duties in progress get two seconds.
+    Exceptions of duties are logged. A duty that missed several turns is done once for all of them. At the end, duties
+    in progress are canceled after two seconds.
     """
     # It logs at every tick that a slow duty is still running.
     logging.getLogger("apscheduler").setLevel(logging.ERROR)

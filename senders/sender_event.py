@@ -84,7 +84,9 @@ def require_text_member(members: Mapping[str, Json], name: str, what: str) -> st
 
 
 def storable_text(text: str) -> str:
-    """Return the text unchanged; raises `RequestRefused` if it contains NUL, which JSON columns can't store."""
+    """Return the text unchanged; raises `RequestRefused` with `nul-character` (400) if it contains the character NUL,
+    which JSON columns can't store.
+    """
     if "\0" in text:
         raise RequestRefused(
             "nul-character", "A text holds the character NUL (U+0000), which can't be stored"

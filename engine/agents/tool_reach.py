@@ -102,7 +102,7 @@ def describe_workflow(
     effects = {find_effect(node, graph, catalog, traits) for node in running}
     exits = (
         *(_sends_alone(node, graph, catalog, traits) for node in running if node.type != AGENT_TYPE),
-        *(has_exit(agent, graph, catalog, traits) for agent in agents),
+        *(can_send_unapproved(agent, graph, catalog, traits) for agent in agents),
     )
     # A failed run starts the failure workflow, or calls its URL.
     has_failure_action = bool(settings.get("onFailure"))
@@ -115,8 +115,14 @@ def describe_workflow(
     )
 
 
-def has_exit(agent: GraphNode, graph: ParsedGraph, catalog: NodeTypeLookup, traits: TraitsById) -> bool:
-    """Return whether an agent can send data by one of its tools without an approval."""
+def can_send_unapproved(
+    agent: GraphNode, graph: ParsedGraph, catalog: NodeTypeLookup, traits: TraitsById
+) -> bool:
+    """Return whether an agent can send data out of the server by one of its tools without an approval.
+
+    Approvals are those in the configs of tools and agent. A read counts if it can send, such as a GET of any URL.
+    `traits` has those of called workflows by id.
+    """
     return any(sends_freely(tool, agent, graph, catalog, traits) for tool in list_tools(agent, graph))
 
 
@@ -135,5 +141,5 @@ def _iterate_exposed_agents(
                 yield label
         elif node.type == AGENT_TYPE:
             is_private = bool(agent_exposure.list_private(node, graph, traits))
-            if is_private and has_exit(node, graph, catalog, traits):
+            if is_private and can_send_unapproved(node, graph, catalog, traits):
                 yield node.label

@@ -154,9 +154,10 @@ async def show(request: GatewayRequest) -> JsonResponse:
 
 
 async def test(request: GatewayRequest) -> JsonResponse:
-    """Test a provider key: list the models of the provider with it, which costs nothing.
+    """Test a stored key of a provider of language models: list its models with the key, which costs nothing.
 
-    A failed connection is answered with 200 and `ok` false. At most 30 tests of the organization a minute.
+    The answer has the names of the models. A failed connection is answered with 200 and `ok` false. More than 30 tests
+    of the organization within a minute are refused with 429.
     """
     stored = await _read(request)
     found = await request.gateway.probes.probe(stored.source)

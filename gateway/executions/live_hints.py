@@ -179,10 +179,10 @@ class LiveHints:
         return all(head is None or head.status in TERMINAL_STATUSES for head in heads)
 
     async def follow(self, queue: HintQueue, caller: ApiCaller, topics: HintTopics) -> None:
-        """Put hints about changes of runs, and of the organization's lists, into a queue until canceled.
+        """Put hints about changes of runs, and of lists of the caller's organization, into a queue until canceled.
 
-        Without lists, the queue ends when all runs have ended. Clients of one organization share the queries
-        of a list.
+        If the topics have no lists, it ends the queue and returns when all runs have ended. The caller's access to the
+        runs was checked before. Clients of one organization share the queries of a list.
         """
         self._queues.add(queue)
         following = [asyncio.create_task(self._follow_run(queue, key)) for key in topics.runs]

@@ -786,8 +786,11 @@ async def _find_written_earlier(connection: AsyncConnection, key: ExecutionKey, 
 
 
 async def _find_written_in_loops(connection: AsyncConnection, key: ExecutionKey) -> tuple[set[str], set[str]]:
-    """Return the ids of nodes that may have written in any iteration of a loop, and in iterations that did
-    not complete.
+    """Return the ids of nodes in loops that completed, or may have sent a request: in any iteration, and (a subset) in
+    iterations that did not complete.
+
+    The second set lacks requests that failed without an effect. Nodes that only read are included; the planner filters
+    by effect.
     """
     of_run = (col(SpanRow.execution_id) == key.execution_id, col(SpanRow.shard) == key.shard)
     written = set(

@@ -168,7 +168,7 @@ async def index(request: GatewayRequest) -> JsonResponse:
     if query[FAILURE] is not None:
         collected = [group for group in collected if group.cause.kind is query[FAILURE]]
     oldest_at = min((group.oldest.created_at for group in collected), default=None)
-    facts = await _compare_with_present(request, collected[: limits.EXPLAINED_GROUPS], heads)
+    facts = await _compare_with_current(request, collected[: limits.EXPLAINED_GROUPS], heads)
     versions = await _find_versions(request, collected[: limits.EXPLAINED_GROUPS])
     return JsonResponse(
         DeadLetterGroups(
@@ -298,12 +298,16 @@ async def _find_workflow(request: GatewayRequest) -> Workflow:
     return workflow
 
 
-async def _compare_with_present(
+async def _compare_with_current(
     request: GatewayRequest,
     groups: Sequence[_GroupedRuns],
     heads: Mapping[str, dead_letter_rows.WorkflowHead],
 ) -> Mapping[str, _GroupFacts]:
-    """Return for each group whether its workflow was changed since, and how many runs have completed since."""
+    """Return by the fingerprint of each group whether its newest run failed with the current definition of the
+    workflow; if not, also how many later runs of the current definition have completed.
+
+    Only the newest 100 runs of the workflow are counted. Groups of deleted workflows are left out.
+    """
     revisions = {group.newest.workflow_id: heads[group.newest.workflow_id].revision for group in groups}
     workflows = await request.gateway.workflows.load_several(request.caller.organization_id, revisions)
     facts: dict[str, _GroupFacts] = {}

@@ -238,9 +238,9 @@ async def read_input(connection: AsyncConnection, execution_ids: Sequence[str]) 
 
 
 async def read_mail_heads(connection: AsyncConnection, deliveries: Sequence[Delivery]) -> dict[str, MailHead]:
-    """Return sender, subject and attachments of the mails among deliveries by the ids of these.
+    """Return sender, subject and attachments (as raw JSON) of the mails among deliveries, by delivery id.
 
-    Mails that are not parsed yet or not kept are left out, and those over 100,000 characters.
+    Mails are left out if they are not parsed yet, no longer stored, or stored with over 100,000 characters of JSON.
     """
     mails = [one for one in deliveries if one.route == IngestRoute.EMAIL]
     if not mails:

@@ -1,7 +1,7 @@
 """Handlers for the services of nodes in pods: blobs, data sources, sub-workflows, event waits and throttles.
 
-Each call names a run that the pod holds and acts in the name of that run's user. The pod can't choose another
-user.
+Each call names in its path a run that the pod holds (the path's run), and acts in the name of that run's user. The
+pod can't choose another user. A 422 error is the `NodeError` with which the pod fails its node.
 """
 
 from __future__ import annotations
@@ -190,9 +190,10 @@ async def receive_open_answers(request: GatewayRequest, holder: LeaseHolder) -> 
 
 
 async def start_run(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
-    """Start a run of another workflow on behalf of the path's run, and answer with its id.
+    """Start a run of another workflow (a sub-workflow) for a node of the path's run, and answer with its id.
 
-    Raises 409 `lease-lost`, 422 for a `NodeError`, and 503 if the database does not answer.
+    A repeated request for the same node and iteration starts no second run, and gets the same id. Raises 409
+    `lease-lost`, 422 for a `NodeError` (a workflow that can't be started), and 503 if the database does not answer.
     """
     call = await decode_call(request, StartRunRequest, max_bytes=MAX_START_BYTES)
     database = request.gateway.database
@@ -224,9 +225,11 @@ async def read_workflow_effect(request: GatewayRequest, holder: LeaseHolder) -> 
 
 
 async def create_approval_links(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
-    """Create links to questions of the path's run, and answer with their URLs.
+    """Create an approval link for each node of the path's run that the body names, and answer with their URLs in
+    that order.
 
-    Raises 409 `lease-lost`, 422 for a `NodeError`, and 503 if the database does not answer.
+    Anyone with a link can answer the question without an account. A repeated request gets the same URLs. Raises
+    409 `lease-lost`, 422 for a `NodeError` (no public URL of the server), and 503 if the database does not answer.
     """
     call = await decode_call(request, ApprovalLinksRequest)
     caller = await lease_checks.read_caller(request.gateway.database, holder, request.path_params["id"])

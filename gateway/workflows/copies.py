@@ -173,7 +173,7 @@ async def templates(request: GatewayRequest) -> JsonResponse:
 
     def shown() -> list[dict[str, Json]]:
         return [_show_template(workflow_documents.strip_credentials(stored).stored) for stored in found] + [
-            _show_template(one.shown(request.caller, catalog)) for one in here
+            _show_template(one.build_list_item(request.caller, catalog)) for one in here
         ]
 
     body = {"count": own + len(common), "limit": part.limit, "offset": part.offset}
@@ -212,7 +212,7 @@ async def _find_template(
     common = shipped_templates.load_templates().get(body.template_id)
     if common is not None:
         catalog = request.gateway.catalog
-        stored = common.stored(request.caller, catalog, request.gateway.clock())
+        stored = common.build_draft(request.caller, catalog, request.gateway.clock())
         named = workflow_documents.references(stored, catalog)
         kept = {one.id: ECHO_MODEL_ID if one.id == ECHO_MODEL_ID else None for one in named}
         return stored, kept | (body.references or {})

@@ -36,15 +36,18 @@ class ShippedTemplate:
     id: str
     document: ImportedDocument
 
-    def stored(self, caller: ApiCaller, catalog: NodeCatalog, now: datetime) -> StoredWorkflow:
-        """Return the template as a new draft of the caller, not stored, with its placeholders for data sources."""
+    def build_draft(self, caller: ApiCaller, catalog: NodeCatalog, now: datetime) -> StoredWorkflow:
+        """Return a new draft of the caller (a workflow that is not active) by the template, without storing it.
+
+        `catalog` validates its nodes. The placeholders of the template's data sources remain in the nodes.
+        """
         return workflow_documents.import_document(
             caller, ImportWorkflow(document=self.document), catalog, now
         )
 
-    def shown(self, caller: ApiCaller, catalog: NodeCatalog) -> StoredWorkflow:
+    def build_list_item(self, caller: ApiCaller, catalog: NodeCatalog) -> StoredWorkflow:
         """Return the template as a workflow for a list of templates, with the template's own id."""
-        return self.stored(caller, catalog, SINCE).with_columns(id=self.id)
+        return self.build_draft(caller, catalog, SINCE).with_columns(id=self.id)
 
 
 @cache

@@ -95,7 +95,7 @@ async def find_versions_of_runs(
     """
     if not execution_ids:
         return {}
-    rows = await connection.execute(versions_of_runs(shard, execution_ids))
+    rows = await connection.execute(select_versions_of_runs(shard, execution_ids))
     return {row.id: row.version for row in rows if row.version is not None}
 
 
@@ -108,8 +108,12 @@ async def find_version_of_run(connection: AsyncConnection, execution: Execution)
     return VersionOfRun(None, base)
 
 
-def versions_of_runs(shard: int, execution_ids: Sequence[str]) -> Select[*tuple[Any, ...]]:
-    """Return the statement for ids of runs with the numbers of their versions, null without one."""
+def select_versions_of_runs(shard: int, execution_ids: Sequence[str]) -> Select[*tuple[Any, ...]]:
+    """Return the statement for the `id` and `version` of runs: the number as in `find_versions_of_runs`, null if no
+    version has the definition of the run.
+
+    Runs that don't exist in the shard have no row.
+    """
     version = func.coalesce(_VERSION_BEFORE_RUN, _FIRST_VERSION_OF_RUN).label("version")
     columns: Sequence[Any] = (col(Execution.id), version)
     return select(*columns).where(col(Execution.id).in_(execution_ids), col(Execution.shard) == shard)

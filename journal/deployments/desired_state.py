@@ -71,7 +71,7 @@ async def deploy_workflow(connection: AsyncConnection, order: DeployRequest, *, 
     await activity.lock_deployment(connection, order.workflow_id)
     seen = await activity.read_activity(connection, order.workflow_id)
     if seen is None:
-        seen = await _new_deployment(connection, order)
+        seen = await _insert_deployment(connection, order)
     elif _is_desired(seen.deployment, order):
         return seen.deployment
     before = seen.deployment
@@ -144,8 +144,9 @@ async def _store_definition(connection: AsyncConnection, order: DeployRequest) -
     )
 
 
-async def _new_deployment(connection: AsyncConnection, order: DeployRequest) -> DeploymentActivity:
-    """Insert the row of a workflow's first deployment, not deployed yet, and return its activity.
+async def _insert_deployment(connection: AsyncConnection, order: DeployRequest) -> DeploymentActivity:
+    """Insert the row of a workflow's first deployment with `is_deployed` false, for the caller to update, and return
+    it with its lifecycle policy and situation.
 
     Raises `LookupError` for an unknown workflow.
     """

@@ -198,15 +198,19 @@ def _news_statement(dialect: str) -> TextClause:
 _NEWS: Final = {dialect: _news_statement(dialect) for dialect in DIALECTS}
 
 
-def _locked_ids(dialect: str) -> str:
-    """Return the query that locks leased tasks in the order of their ids, as reports do; SQLite locks the file."""
+def _build_lock_query(dialect: str) -> str:
+    """Return the SQL query for the ids of the tasks among the parameter `ids` that are leased, which locks their rows.
+
+    It locks in ascending order of ids, as reports of results do, so that the two can't deadlock. SQLite has one
+    writer, and needs no row locks.
+    """
     condition = f"{is_in(dialect, 'id', 'ids')} AND state = 'leased' ORDER BY id"
     return f"SELECT id FROM task WHERE {condition}{' FOR NO KEY UPDATE' if dialect == POSTGRESQL else ''}"
 
 
 _REPEAT: Final = {
     dialect: text(
-        f"UPDATE task SET fence = fence + 1 WHERE {is_in_query(dialect, 'id', _locked_ids(dialect))}"
+        f"UPDATE task SET fence = fence + 1 WHERE {is_in_query(dialect, 'id', _build_lock_query(dialect))}"
         f" RETURNING {', '.join(CLAIMED_COLUMNS)}"
     )
     for dialect in DIALECTS

@@ -250,14 +250,13 @@ async def list_undelivered(connection: AsyncConnection) -> Sequence[str]:
     return list(await connection.scalars(statement))
 
 
-async def delete_finished_waits(
-    connection: AsyncConnection, after: tuple[str, str] | None
-) -> tuple[str, str] | None:
-    """Delete the waits for events of ended or deleted runs, among the 1,000 waits after `after`; locked ones stay.
+async def delete_finished_waits(connection: AsyncConnection, after: str | None) -> str | None:
+    """Delete the waits for events of ended or deleted runs, among the next 1,000 waits in the order of run ids.
 
-    Return the key to continue after; None at the end.
+    `after` is the last run id of the batch before, None at first. Return that of this batch; None at the end. Locked
+    waits are left for the next sweep.
     """
-    condition = () if after is None else (col(EventWait.execution_id) > after[0],)
+    condition = () if after is None else (col(EventWait.execution_id) > after,)
     statement = (
         select(col(EventWait.execution_id), col(Execution.id), col(Execution.ended_at))
         .outerjoin(Execution, col(Execution.id) == col(EventWait.execution_id))
@@ -275,7 +274,7 @@ async def delete_finished_waits(
         )
         identity_ = tuple_(col(EventWait.execution_id), col(EventWait.node_id), col(EventWait.iteration))
         await connection.execute(delete(EventWait).where(identity_.in_(unlocked)))
-    return (rows[-1][0], "") if len(rows) == BATCH_DELETED else None
+    return str(rows[-1][0]) if len(rows) == BATCH_DELETED else None
 
 
 def wait_key(wait: EventWait) -> tuple[str, str, str]:

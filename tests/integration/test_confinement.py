@@ -20,7 +20,7 @@ from tests.node_calls import CALLER
 
 pytestmark = [
     pytest.mark.anyio,
-    pytest.mark.skipif(not system_calls.are_filtered(), reason="only Linux has such walls"),
+    pytest.mark.skipif(not system_calls.is_seccomp_available(), reason="only Linux has such walls"),
 ]
 
 ROOT = Path(__file__).parents[2]

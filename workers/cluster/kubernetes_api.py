@@ -91,9 +91,10 @@ class RequestBudget:
         self._paused_until = 0.0
 
     async def acquire(self) -> None:
-        """Wait until one more request may be sent: 20 per second on average with bursts, and none during a pause.
+        """Wait until the next request may be sent to the API server; first come, first served.
 
-        First come, first served.
+        The default rate is 20 per second on average, with bursts of 40 after a quiet time. None is sent during a
+        `pause`.
         """
         loop = asyncio.get_running_loop()
         at = max(self._next_at, loop.time() - self._burst_seconds)

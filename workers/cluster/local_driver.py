@@ -205,7 +205,11 @@ class LocalDriver:
         return True
 
     async def replace(self, workflow_id: str, pods: Collection[str]) -> None:
-        """Stop these pods, and start new ones up to the desired number of replicas; nothing for an unknown workflow."""
+        """Stop pods by their names (SIGTERM, then SIGKILL after the grace period), and start as many as are missing
+        from the desired number of replicas; don't wait.
+
+        Nothing happens for an unknown workflow.
+        """
         deployment = self._deployments.get(workflow_id)
         if deployment is not None:
             deployment.replace(pods)

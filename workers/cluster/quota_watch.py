@@ -94,10 +94,11 @@ class QuotaWatch:
         )
 
     async def follow(self) -> None:
-        """Watch the quotas of the namespace and call `on_room` whenever more is left of a resource, until canceled.
+        """Watch the resource quotas of the namespace until canceled, and call `on_room` whenever more of a resource
+        is left than before.
 
-        Failures are logged, and the watch is repeated after a pause that doubles, at once the longest one
-        without permission.
+        Failures are logged, and the watch is repeated after a pause, which doubles at each failure in a row. If the
+        API server forbids the watch, the pause is the longest one at once.
         """
         notifying = asyncio.create_task(self._notify())
         failures = 0

@@ -124,7 +124,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         graph,
         frame.now,
         steps,
-        waking_seconds=_waking_seconds(run, why.get("history", ())),
+        waking_seconds=_sum_waking_seconds(run, why.get("history", ())),
         wake=why.get("wake"),
         opened=frame.query.get("open", ""),
         selected=node_id,
@@ -234,9 +234,11 @@ def _build_address(frame: PageFrame, **changes: str) -> str:
     return list_address(frame, f"/dashboard/runs/{frame.parameters['id']}", query)
 
 
-def _waking_seconds(run: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> float:
-    """Return the seconds before the start of a run in which its pods were woken, by the history of its
-    reasons; 0 for none.
+def _sum_waking_seconds(run: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> float:
+    """Return the seconds that a run waited before its start for a pod to be woken (a cold start).
+
+    `history` has the reasons for which the run waited, with their times. The sum is 0 for a run without such a wait,
+    and for one that has not started.
     """
     started = run["startedAt"]
     lengths = [

@@ -34,7 +34,7 @@ def missing_protections() -> list[str]:
     """Return which of Landlock and seccomp, by name, the kernel lacks or this container may not use; empty if
     all work.
     """
-    walls = {"Landlock": landlock.landlock_version() > 0, "seccomp": system_calls.are_filtered()}
+    walls = {"Landlock": landlock.landlock_version() > 0, "seccomp": system_calls.is_seccomp_available()}
     return [name for name, is_there in walls.items() if not is_there]
 
 

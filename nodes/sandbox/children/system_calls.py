@@ -204,9 +204,9 @@ def refuse_changes(calls: CallNumbers) -> bool:
     return _install_filter({**calls, **CHANGING_FILES_CALLS}, named=REFUSE, others=ALLOW, read_only=True)
 
 
-def are_filtered() -> bool:
-    """Return whether system calls can be filtered: the kernel has seccomp, and `MACHINES` has the
-    architecture.
+def is_seccomp_available() -> bool:
+    """Return whether system calls can be filtered: the kernel has seccomp and lets this container use it, and
+    `MACHINES` has the architecture.
     """
     if sys.platform != "linux" or os.uname().machine not in MACHINES:
         return False
@@ -236,7 +236,7 @@ def _install_filter(calls: CallNumbers, *, named: int, others: int, read_only: b
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(*SET_FILTER, ctypes.byref(program), 0, 0) == 0:
         return True
-    if are_filtered():
+    if is_seccomp_available():
         # No job may run behind a barrier that only seems to exist.
         raise OSError(ctypes.get_errno(), "seccomp refused")
     return False

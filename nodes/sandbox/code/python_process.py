@@ -159,8 +159,8 @@ class ScriptReturn(BaseException):
 
 
 def _run_script(source: str, names: Mapping[str, Json]) -> object:
-    """Run a Python script; return the value of its last expression or of a `return` outside of functions,
-    else None.
+    """Run a Python script; return the value of its last statement if that is an expression, or of a `return` outside
+    of functions, else None.
 
     `names` are its global variables. Raises the exceptions of the script, and `SyntaxError`.
     """

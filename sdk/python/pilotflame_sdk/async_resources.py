@@ -600,7 +600,7 @@ class AsyncProviderKeys(AsyncResource):
         return self._client.iterate("/api/v1/ai/provider-keys", "providerKeys", {"sort": sort})
 
     async def test(self, provider_key_id: str) -> t.ProviderKeyTest:
-        """Test a provider key: list the models of the provider with it, which costs nothing."""
+        """Test a stored key of a provider of language models: list its models with the key, which costs nothing."""
         return cast("t.ProviderKeyTest", await self._client.request("POST", f"/api/v1/ai/provider-keys/{self._quote(provider_key_id)}/test"))
 
     async def update(self, provider_key_id: str, *, name: str | None = None, api_key: str | None = None, base_url: str | None = None, key_header: str | None | Absent = ABSENT) -> t.ProviderKey:
