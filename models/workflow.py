@@ -193,7 +193,7 @@ def is_readable_by(caller: ApiCaller) -> ColumnElement[bool]:
     Those are workflows of the organization, not deleted, that are templates, public, shared with the caller or their
     own; for an admin, all.
     """
-    return and_(*_is_present(caller), or_(col(Workflow.is_template), _is_open_to(caller)))
+    return and_(*_is_present(caller), or_(col(Workflow.is_template), is_open_to(caller)))
 
 
 def is_listed_for(caller: ApiCaller) -> ColumnElement[bool]:
@@ -201,7 +201,7 @@ def is_listed_for(caller: ApiCaller) -> ColumnElement[bool]:
 
     Without the `or` for templates, indexes that leave them out can be used.
     """
-    return and_(*_is_present(caller), col(Workflow.is_template).is_(False), _is_open_to(caller))
+    return and_(*_is_present(caller), col(Workflow.is_template).is_(False), is_open_to(caller))
 
 
 def _is_present(caller: ApiCaller) -> Iterable[ColumnElement[bool]]:
@@ -209,7 +209,11 @@ def _is_present(caller: ApiCaller) -> Iterable[ColumnElement[bool]]:
     yield col(Workflow.deleted_at).is_(None)
 
 
-def _is_open_to(caller: ApiCaller) -> ColumnElement[bool]:
+def is_open_to(caller: ApiCaller) -> ColumnElement[bool]:
+    """Return the SQL condition under which a present workflow of the organization that is no template is readable.
+
+    The columns of the indexes of lists decide it.
+    """
     if caller.is_admin:
         return true()
     shared = select(col(WorkflowShare.workflow_id)).where(col(WorkflowShare.user_id) == caller.user_id)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
-from sqlalchemy import Row, UnaryExpression, delete, func, insert, null, select, tuple_, update
+from sqlalchemy import Row, UnaryExpression, case, delete, func, insert, null, select, tuple_, update
 from sqlalchemy.sql import operators
 from sqlmodel import col
 
@@ -32,6 +32,7 @@ from models.workflow import (
     WorkflowTag,
     WorkflowVersion,
     is_listed_for,
+    is_open_to,
     is_readable_by,
     is_writable_by,
 )
@@ -261,18 +262,25 @@ def _fold_text(text: str) -> str:
     return unicodedata.normalize("NFC", text.casefold())
 
 
-async def count_by_status(connection: AsyncConnection, organization_id: str) -> dict[str, int]:
-    """Return the number of an organization's workflows in each status, without templates."""
-    rows = await connection.execute(
-        select(col(Workflow.status), func.count().label("total"))
+async def count_by_status(
+    connection: AsyncConnection, caller: ApiCaller
+) -> tuple[Mapping[str, int], Mapping[str, int]]:
+    """Return the number of workflows in each status, without templates: all of the organization, and those that the
+    caller may read. A status without workflows is absent.
+    """
+    # One pass through the index of statuses alone.
+    readable = func.sum(case((is_open_to(caller), 1), else_=0))
+    counted = await connection.execute(
+        select(col(Workflow.status), func.count().label("total"), readable.label("readable"))
         .where(
-            col(Workflow.organization_id) == organization_id,
+            col(Workflow.organization_id) == caller.organization_id,
             col(Workflow.deleted_at).is_(None),
             col(Workflow.is_template).is_(False),
         )
         .group_by(col(Workflow.status))
     )
-    return {row.status: row.total for row in rows}
+    rows = counted.all()
+    return {row.status: row.total for row in rows}, {row.status: int(row.readable) for row in rows}
 
 
 async def templates(

@@ -65,7 +65,7 @@ class WorkflowList(KeysetPage, kw_only=True):
     workflows: Sequence[WorkflowSummary]
 
 
-class WorkflowStats(WireStruct):
+class WorkflowCounts(WireStruct):
     """Number of workflows, in total and by status."""
 
     total: int
@@ -73,6 +73,13 @@ class WorkflowStats(WireStruct):
     active: int
     paused: int
     archived: int
+
+
+class WorkflowStats(WorkflowCounts, kw_only=True):
+    """Number of workflows of the organization, in total and by status."""
+
+    readable: WorkflowCounts
+    """Those that the caller may read."""
 
 
 # ── reading ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -109,11 +116,16 @@ async def show(request: GatewayRequest) -> JsonResponse:
 
 
 async def stats(request: GatewayRequest) -> JsonResponse:
-    """Count the organization's workflows by status."""
+    """Count the organization's workflows by status, and in `readable` those among them that the caller may read."""
     async with request.gateway.database.read() as connection:
-        counts = await workflow_rows.count_by_status(connection, request.caller.organization_id)
+        counts, readable = await workflow_rows.count_by_status(connection, request.caller)
+    return JsonResponse({**_show_counts(counts), "readable": _show_counts(readable)})
+
+
+def _show_counts(counts: Mapping[str, int]) -> Mapping[str, int]:
+    """Return numbers by status with their total and with zeros as the API shows them."""
     shown = {status.value: counts.get(status, 0) for status in WorkflowStatus}
-    return JsonResponse({"total": sum(shown.values()), **shown})
+    return {"total": sum(shown.values()), **shown}
 
 
 # ── writing ─────────────────────────────────────────────────────────────────────────────────────────────────

@@ -409,7 +409,12 @@ async def test_stats_count_the_organisation_by_status(people: OrganizationUsers)
     await people.owner.api.delete(f"{WORKFLOWS}/{gone}")
     response = await people.owner.api.get(f"{WORKFLOWS}/stats")
     assert response.status_code == 200
-    assert response.json() == {"total": 3, "active": 1, "paused": 0, "draft": 1, "archived": 1}
+    found = response.json()
+    assert found.pop("readable") == {"total": 2, "active": 1, "paused": 0, "draft": 0, "archived": 1}
+    assert found == {"total": 3, "active": 1, "paused": 0, "draft": 1, "archived": 1}
+    page = (await people.owner.api.get("/dashboard/workflows")).text
+    for number, label in ((2, "All"), (1, "Active"), (0, "Draft"), (1, "Archived")):
+        assert f"<b>{number}</b> {label}</a>" in page
 
 
 async def test_templates_are_in_no_list_and_no_count(

@@ -90,7 +90,8 @@ async def load(page: PageRequest) -> PageData:
     for answer in (why, statistics, deployments, failed):
         answer.pop("asOf", None)
     newest, listed = None, None
-    if 0 < (stats or {"total": 0})["total"] <= FEW_WORKFLOWS and not statistics["total"]["accepted"]:
+    workflow_count = None if stats is None else stats["readable"]["total"]
+    if 0 < (workflow_count or 0) <= FEW_WORKFLOWS and not statistics["total"]["accepted"]:
         newest, listed = await asyncio.gather(
             page.get("/api/v1/executions", after="start", limit=1),
             page.get("/api/v1/workflows", after="start", limit=2),
@@ -101,7 +102,7 @@ async def load(page: PageRequest) -> PageData:
         "why": why,
         "drift": drift,
         "dead": dead,
-        "stats": stats,
+        "workflow_count": workflow_count,
         "questions": questions,
         # Tenths of hours, so that an unchanged page keeps its tag for minutes.
         "pod_time": describe_pod_time(usage),
@@ -170,7 +171,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
             for hour in hours
             for end in (format_timestamp(parse_moment(hour["startsAt"]) + HOUR),)
         ],
-        "is_first": data["stats"] is not None and not data["stats"]["total"] and frame.may("workflows:write"),
+        "is_first": data["workflow_count"] == 0 and frame.may("workflows:write"),
         "only_workflow": data["only_workflow"],
         "has_not_run": data["newest"] is not None
         and not data["newest"]["executions"]

@@ -103,27 +103,21 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
 
 def list_chips(
     data: PageData, frame: PageFrame, kept: Mapping[str, str]
-) -> Sequence[tuple[str, int | None, str, bool]]:
+) -> Sequence[tuple[str, int, str, bool]]:
     """Return label, number, address and whether it is on for each chip: all, the states, and the statuses.
 
-    Numbers that count workflows which the visitor may not see are None. `kept` are the filters and the order of
-    the page. A chip that is on leads to the page without its filter.
+    The numbers count workflows that the visitor may see. `kept` are the filters and the order of the page. A chip
+    that is on leads to the page without its filter.
     """
     everything = {name: value for name, value in kept.items() if name not in {"state", "status"}}
-    counts = data["workflows"]["states"]
-    sees_all = frame.may("users:write")
+    states, statuses = data["workflows"]["states"], data["stats"]["readable"]
     is_whole = not {"state", "status"} & set(kept)
-    whole = data["stats"]["total"] if sees_all else data["workflows"]["count"] if not kept else None
-    chips: list[tuple[str, int | None, str, bool]] = [
-        ("All", whole, list_address(frame, PATH, everything), is_whole)
-    ]
-    by_status = data["stats"] if sees_all else {}
-    for name, choices, numbers in (("state", STATES, counts), ("status", STATUSES, by_status)):
+    chips = [("All", statuses["total"], list_address(frame, PATH, everything), is_whole)]
+    for name, choices, numbers in (("state", STATES, states), ("status", STATUSES, statuses)):
         for value, label in choices:
             is_on = kept.get(name) == value
             address = list_address(frame, PATH, {**kept, name: "" if is_on else value})
-            number = numbers.get(value, 0) if name == "state" or sees_all else None
-            chips.append((label, number, address, is_on))
+            chips.append((label, numbers[value], address, is_on))
     return chips
 
 

@@ -1024,7 +1024,7 @@ class AsyncWorkflows(AsyncResource):
         return cast("t.WorkflowStatistics", await self._client.request("GET", f"/api/v1/workflows/{self._quote(workflow_id)}/statistics"))
 
     async def stats(self) -> t.WorkflowStats:
-        """Count the organization's workflows by status."""
+        """Count the organization's workflows by status, and in `readable` those among them that the caller may read."""
         return cast("t.WorkflowStats", await self._client.request("GET", "/api/v1/workflows/stats"))
 
     async def templates(self, *, limit: int | None = None, offset: int | None = None) -> t.TemplateList:

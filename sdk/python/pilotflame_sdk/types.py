@@ -376,6 +376,7 @@ __all__ = [
     "Workflow",
     "WorkflowActivity",
     "WorkflowActivityList",
+    "WorkflowCounts",
     "WorkflowDiff",
     "WorkflowDocument",
     "WorkflowExplanation",
@@ -4178,6 +4179,16 @@ class WorkflowActivityList(TypedDict):
     workflows: List[WorkflowActivity]
 
 
+class WorkflowCounts(TypedDict):
+    """Number of workflows, in total and by status."""
+
+    total: int
+    draft: int
+    active: int
+    paused: int
+    archived: int
+
+
 class WorkflowDiff(TypedDict):
     """Differences between a workflow now and as the request describes it."""
 
@@ -4299,13 +4310,14 @@ class WorkflowStatistics(TypedDict):
 
 
 class WorkflowStats(TypedDict):
-    """Number of workflows, in total and by status."""
+    """Number of workflows of the organization, in total and by status."""
 
     total: int
     draft: int
     active: int
     paused: int
     archived: int
+    readable: WorkflowCounts
 
 
 class WorkflowSummary(TypedDict):
