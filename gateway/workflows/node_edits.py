@@ -60,6 +60,12 @@ class NodeChanges(GuardedWire):
     """For a writing node: an attempt with unknown outcome fails the node and is not repeated."""
 
 
+NODE_FIELDS = frozenset(field.encode_name for field in msgspec.structs.fields(NodeInput)) | set(
+    NodeChanges.read_only
+)
+"""Names of the fields of a node in any request or answer."""
+
+
 # ── nodes ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -133,6 +139,41 @@ def with_changes(
         _set_or_remove(after, "atMostOnce", changes.at_most_once or None)
     problems.raise_any()
     return _replace_node(before, node, after)
+
+
+def require_config(node: StoredNode, given: Mapping[str, Json], catalog: NodeCatalog) -> None:
+    """Raise a 422 error for a body that is a config by its form, but has fields of the node alone.
+
+    A key that the config of the node's type has, or that no node has, makes it a config.
+    """
+    if not given.keys() <= NODE_FIELDS or not given.keys().isdisjoint(_list_config_keys(node, catalog)):
+        return
+    raise errors.invalid(
+        errors.problem(name, "config-required", _describe_field(name)) for name in sorted(given)
+    )
+
+
+def _list_config_keys(node: StoredNode, catalog: NodeCatalog) -> Collection[str]:
+    """Return the keys that the schema of a node's type names; none for a type that the catalog does not have."""
+    try:
+        node_type = catalog.get(str(node["type"]), cast("str | None", node.get("version")))
+    except UnknownNodeType:
+        return ()
+    properties = node_type.config_schema.get("properties")
+    return properties.keys() if isinstance(properties, dict) else ()
+
+
+def _describe_field(name: str) -> str:
+    """Return how to send a field of a node, or a key of its config with the same name."""
+    if route := NodeChanges.read_only.get(name):
+        hint = f"{route} changes it"
+    elif name in NodeChanges.read_only or name == "nodeType":
+        hint = "it does not change: leave it out"
+    else:
+        hint = f'send {{"config": {{}}, "{name}": …}} to change it'
+    return (
+        f'{name} is a field of the node: {hint}. For a key of its config, send {{"config": {{"{name}": …}}}}'
+    )
 
 
 def with_mappings(before: StoredWorkflow, node_id: str, mappings: dict[str, Json]) -> StoredWorkflow:

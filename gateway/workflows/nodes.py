@@ -185,14 +185,18 @@ async def configure(request: GatewayRequest) -> JsonResponse:
 
     A body with `config`, or with `label` alone, may change the label too. With `config` it may also change
     the position, version, retry, timeout and `atMostOnce`. A body in the form of a listed node
-    changes its label and position. Any other body is the config itself.
+    changes its label and position. Any other body is the config itself, unless all its keys are fields of a node
+    that the config of its type does not have: such a body is refused.
     """
-    body = _wrap_config(await read_json(request))
+    given = await read_json(request)
+    body = _wrap_config(given)
     changes = body_of(request, body, NodeChanges)
     node_id = request.path_params["sub"]
     catalog = await request.catalog()
 
     def change(before: StoredWorkflow) -> StoredWorkflow:
+        if body is not given and changes.config:
+            node_edits.require_config(node_edits.node_of(before, node_id), changes.config, catalog)
         read_only.require_same(body, NodeChanges, lambda: _all_fields(before, node_id, catalog))
         return node_edits.with_changes(before, node_id, changes, catalog)
 

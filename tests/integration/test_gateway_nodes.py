@@ -251,6 +251,38 @@ async def test_a_body_is_wrapped_or_is_the_config_itself(
     assert (response.json()["node"]["label"], response.json()["node"]["config"]) == (label, config)
 
 
+async def test_fields_of_a_node_are_no_config(people: OrganizationUsers) -> None:
+    tool = {"id": "tool", "nodeId": "tool", "config": {}}
+    workflow_id = await people.owner.create(**{**GRAPH, "nodes": [*GRAPH["nodes"], tool]})
+    path = f"{WORKFLOWS}/{workflow_id}/nodes"
+    before = (await people.owner.api.get(f"{WORKFLOWS}/{workflow_id}")).json()
+    refusals: list[tuple[dict[str, Any], dict[str, str]]] = [
+        ({"nodeId": "set"}, {"nodeId": "it does not change: leave it out"}),
+        (
+            {"label": "New", "position": {"x": 1, "y": 2}},
+            {
+                "label": 'send {"config": {}, "label": …} to change it',
+                "position": 'send {"config": {}, "position": …} to change it',
+            },
+        ),
+        ({"inputMappings": {"a": "data.a"}}, {"inputMappings": "/input-mappings changes it"}),
+        ({"timeout": 5}, {"timeout": 'send {"config": {"timeout": …}}'}),
+    ]
+    for body, hints in refusals:
+        refused = await people.owner.api.put(f"{path}/step", json=body)
+        assert_refused(refused, 422, "validation-failed")
+        details = refused.json()["error"]["details"]
+        assert {one["path"] for one in details} == hints.keys()
+        assert all(one["code"] == "config-required" for one in details)
+        assert all(hints[one["path"]] in one["message"] for one in details)
+    assert (await people.owner.api.get(f"{WORKFLOWS}/{workflow_id}")).json() == before
+    # The config of a tool has a timeout of its own.
+    answer = await people.owner.api.put(f"{path}/tool", json={"timeout": 5, "label": "inside"})
+    assert answer.json()["node"]["config"] == {"timeout": 5, "label": "inside"}
+    answer = await people.owner.api.put(f"{path}/step", json={"config": {"timeout": 5}, "nodeId": "set"})
+    assert answer.json()["node"]["config"] == {"values": {"a": 1}, "timeout": 5}
+
+
 async def test_fields_beside_the_config_are_set_and_removed(people: OrganizationUsers) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     path = f"{WORKFLOWS}/{workflow_id}/nodes/step"
