@@ -43,7 +43,7 @@ REASON_TEXTS: Final[Mapping[LifecycleReason, str]] = {
     LifecycleReason.KEPT_AWAKE: "A user keeps it awake",
     LifecycleReason.STOPPED_BY_HAND: "A user has stopped it",
     LifecycleReason.DRAINING: "It waits for its last runs, and stops then",
-    LifecycleReason.ASLEEP: "It is asleep: the next run starts it",
+    LifecycleReason.ASLEEP: "It is asleep: a trigger starts it, and POST /execute uses the shared workers",
     LifecycleReason.FAILED: "Its pods could not start",
 }
 """Text of each reason of a lifecycle decision."""
@@ -77,7 +77,7 @@ def explain_deployment(
     """Explain status, reason, blockers and next event of a workflow's deployment, as of the time when `seen`
     was read.
 
-    `seen` is None for a workflow that was never deployed. Being asleep is no blocker: a run starts it.
+    `seen` is None for a workflow that was never deployed. Being asleep is no blocker: a trigger starts it.
     """
     paused = [workflow_paused(workflow.id, since=None)] if workflow.status == WorkflowStatus.PAUSED else []
     status = status_of(seen.deployment if seen is not None else None)
@@ -87,7 +87,7 @@ def explain_deployment(
     decision = _decide(seen)
     blocker = deployment_blockers.find_blocker(seen, last, seen.now, since=None)
     if blocker is not None and blocker.code is BlockerCode.WAKING and not is_desired(seen.deployment):
-        blocker = None  # a run starts it: being asleep is no reason that keeps a run waiting
+        blocker = None  # a trigger starts it: being asleep is no reason that keeps a run waiting
     return DeploymentExplanation(
         status,
         decision.reason,

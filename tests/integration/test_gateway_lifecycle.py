@@ -358,6 +358,11 @@ async def test_a_user_keeps_a_deployment_awake_until_a_time_and_releases_it(
     assert_refused(await owner.api.post(hold, json=body), 409, "not-deployed")
     asleep = {"replicas": 0, "observed": ObservedState.STOPPED, "stopped_reason": StoppedReason.IDLE}
     await deploy_with_pod(harness, owner, workflow_id, **asleep)
+    why = (await owner.api.get(f"/api/v1/workflows/{workflow_id}/why")).json()
+    assert why["message"] == "It is asleep: a trigger starts it, and POST /execute uses the shared workers"
+    run = (await owner.api.post(f"/api/v1/workflows/{workflow_id}/execute", json={})).json()["executionId"]
+    (blocker,) = (await owner.api.get(f"/api/v1/executions/{run}/why")).json()["blockers"]
+    assert (blocker["code"], blocker["details"]["queue"]) == ("no-worker", "shared")
     for seconds in (59, 8 * 86_400):
         wrong = await owner.api.post(hold, json={"expiresInSeconds": seconds})
         assert_refused(wrong, 422, "validation-failed")
