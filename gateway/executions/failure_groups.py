@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 from msgspec import Meta
 from sqlalchemy import Row, and_, exists, func, or_, select, true
+from sqlalchemy.orm import aliased
 from sqlmodel import col
 
 from gateway.executions import run_graph_rows
@@ -21,13 +22,15 @@ from journal import failure_causes, run_hours
 from journal.run_hours import HOUR
 from journal.store import ExecutionKey
 from models.execution import Execution, SpanRow
+from models.execution_status import ExecutionStatus
 from models.failure_hour import OTHER_CAUSES, FailureHour
 from models.timestamps import hour_of
 from models.workflow import Workflow, is_readable_by
 
 if TYPE_CHECKING:
-    from sqlalchemy import ColumnElement, Select
+    from sqlalchemy import ColumnElement, ScalarSelect, Select
     from sqlalchemy.ext.asyncio import AsyncConnection
+    from sqlalchemy.sql.expression import SQLColumnExpression
 
     from gateway.http.request import GatewayRequest
     from models.access import ApiCaller
@@ -59,6 +62,7 @@ EXPAND: Final = ChoicesParameter(
     FailureExpansion,
 )
 QUERY: Final = (*RANGE, LISTED, EXPAND)
+_later: Final = aliased(Execution)
 _NODE_LABEL: Final = (
     select(col(SpanRow.label))
     .where(
@@ -96,6 +100,10 @@ class FailureGroup(WireStruct):
     """With `expand=previousVersion`: version of the last run that completed before the last failed one, if the
     workflow still has the definition that failed; null for later groups than the first three.
     """
+    completed_successor_id: str | None = None
+    """Newest completed run that resumes or replays the last failed one, directly or by way of others; null without
+    one.
+    """
 
 
 class FailureGroups(WireStruct):
@@ -112,6 +120,14 @@ class FailureGroups(WireStruct):
     """Whether all groups are listed: there are no more than `limit`, and none of the hours has over 500 groups."""
     groups: Annotated[Sequence[FailureGroup], Meta(max_length=SHOWN)]
     """Those with the last failure first."""
+
+
+@dataclass(frozen=True, slots=True)
+class _LastRun:
+    """Message of the last failed run of a group, and the newest completed run in its place."""
+
+    message: str
+    completed_successor_id: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +155,7 @@ async def show(request: GatewayRequest) -> JsonResponse:
         rows = (await connection.execute(groups_statement(caller, since, until, limit))).all()
         shown = rows[:limit]
         last_hours = await _read_last_hours(connection, caller, shown)
-        messages = await _read_messages(connection, caller, last_hours.values())
+        last_runs = await _read_last_runs(connection, caller, last_hours.values())
         has_others = await connection.scalar(others_statement(caller, since, until))
         versions: Mapping[str, _VersionBefore] = {}
         if FailureExpansion.PREVIOUS_VERSION in request.query[EXPAND]:
@@ -162,7 +178,7 @@ async def show(request: GatewayRequest) -> JsonResponse:
             is_complete=len(rows) <= limit and not has_others,
             groups=[
                 _show_group(
-                    row, last_hours[row.fingerprint], messages, previous_version=present.get(row.fingerprint)
+                    row, last_hours[row.fingerprint], last_runs, previous_version=present.get(row.fingerprint)
                 )
                 for row in shown
             ],
@@ -298,39 +314,73 @@ async def _read_last_hours(
     return {row.fingerprint: row for row in rows if row.last_at == last_at[row.fingerprint]}
 
 
-async def _read_messages(
+async def _read_last_runs(
     connection: AsyncConnection, caller: ApiCaller, last_hours: Iterable[Row[*tuple[Any, ...]]]
-) -> Mapping[str, str]:
-    """Return the error messages of the last runs of groups by execution id; runs that are no longer kept are absent."""
-    rows = await connection.execute(
-        select(col(Execution.id), col(Execution.workflow_id), col(Execution.error)).where(
-            col(Execution.id).in_([one.execution_id for one in last_hours]),
-            col(Execution.organization_id) == caller.organization_id,
-            col(Execution.shard) == caller.shard,
+) -> Mapping[str, _LastRun]:
+    """Return the last runs of groups by execution id; runs that are no longer kept are absent."""
+    rows = await connection.execute(last_runs_statement(caller, [one.execution_id for one in last_hours]))
+    return {
+        row.id: _LastRun(
+            failure_causes.describe_error(row.workflow_id, row.error).message,
+            # Ids ascend with the time of acceptance.
+            max(filter(None, (row.resumed_id, row.replayed_id)), default=None),
         )
+        for row in rows
+    }
+
+
+def last_runs_statement(caller: ApiCaller, execution_ids: Sequence[str]) -> Select[*tuple[Any, ...]]:
+    """Return the statement of the errors of failed runs and of the newest completed runs in their place."""
+    return select(
+        *(col(Execution.id), col(Execution.workflow_id), col(Execution.error)),
+        _select_completed(col(_later.resumed_from)).label("resumed_id"),
+        _select_completed(col(_later.replay_of)).label("replayed_id"),
+    ).where(
+        col(Execution.id).in_(execution_ids),
+        col(Execution.organization_id) == caller.organization_id,
+        col(Execution.shard) == caller.shard,
     )
-    return {row.id: failure_causes.describe_error(row.workflow_id, row.error).message for row in rows}
+
+
+def _select_completed(link: SQLColumnExpression[str | None]) -> ScalarSelect[Any]:
+    """Return the id of the newest completed run of the line of an execution that was accepted later and has a link to
+    another one; each kind of link has an index by line.
+    """
+    return (
+        select(func.max(col(_later.id)))
+        .where(
+            col(_later.key_id) == col(Execution.key_id),
+            link.is_not(None),
+            col(_later.organization_id) == col(Execution.organization_id),
+            col(_later.status) == ExecutionStatus.COMPLETED,
+            col(_later.created_at) > col(Execution.created_at),
+        )
+        .correlate(Execution)
+        .scalar_subquery()
+    )
 
 
 def _show_group(
     group: Row[*tuple[Any, ...]],
     last: Row[*tuple[Any, ...]],
-    messages: Mapping[str, str],
+    last_runs: Mapping[str, _LastRun],
     *,
     previous_version: int | None,
 ) -> FailureGroup:
     """Return a group as the API shows it."""
+    last_run = last_runs.get(last.execution_id)
     return FailureGroup(
         workflow_id=group.workflow_id,
         workflow_name=group.name,
         node_id=last.node_id,
         node_label=last.node_label,
         code=last.code,
-        message=messages.get(last.execution_id),
+        message=None if last_run is None else last_run.message,
         fingerprint=group.fingerprint,
         count=group.runs,
         first_at=instant(group.first_at),
         last_at=instant(group.last_at),
         execution_id=last.execution_id,
         previous_version=previous_version,
+        completed_successor_id=None if last_run is None else last_run.completed_successor_id,
     )

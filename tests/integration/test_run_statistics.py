@@ -518,6 +518,57 @@ async def test_failures_are_grouped_for_those_who_may_read_the_workflow(
     assert await list_names(people.owner) == ["Own"]
 
 
+@pytest.mark.every_database
+async def test_a_group_of_failures_names_the_completed_run_in_place_of_the_last(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    owner, now = people.owner, harness.gateway.clock()
+    workflow_id = await owner.create(name="Orders", status="active", **GRAPH)
+
+    async def follow(first: str, status: str, seconds: int, **link: str) -> str:
+        """Insert a run in the line of another one, which ends as soon as it is accepted."""
+        at = now + seconds * SECOND
+        values = {"target": "shared", "key_id": first, "status": status, "created_at": at, "ended_at": at}
+        return await run(harness, owner, workflow_id, **values, **link)
+
+    async def find_successor() -> str | None:
+        await count_runs(harness)
+        (group,) = (await list_groups(owner))["groups"]
+        successor: str | None = group["completedSuccessorId"]
+        return successor
+
+    async def needs_person() -> bool:
+        page = (await owner.api.get("/dashboard/overview")).text
+        return "runs of Orders failed" in page or "run of Orders failed" in page
+
+    earlier = await fail_run(harness, owner, workflow_id, now - 120 * SECOND)
+    await follow(earlier, "completed", 0, replay_of=earlier)
+    last = await fail_run(harness, owner, workflow_id, now - 60 * SECOND)
+    assert await find_successor() is None, "an earlier run of the group is replayed"
+    assert await needs_person()
+    await follow(last, "completed", -90, replay_of=last)
+    await follow(last, "cancelled", 1, resumed_from=last)
+    assert await find_successor() is None, "runs in its place are older, or have not completed"
+    replay = await follow(last, "stopped", 2, replay_of=last)
+    resumed = await follow(last, "completed", 3, resumed_from=replay)
+    assert await find_successor() == resumed, "through a replay"
+    newest = await follow(last, "completed", 4, replay_of=last)
+    assert await find_successor() == newest
+    assert not await needs_person()
+    assert f'/dashboard/runs/{newest}">Completed since<' in (await owner.api.get("/dashboard/overview")).text
+    await fail_run(harness, owner, workflow_id, now)
+    assert await find_successor() is None, "it has failed again"
+    assert await needs_person()
+    user = owner.user
+    caller = ApiCaller("", user.id, user.organization_id, user.shard, UserRole.MEMBER, frozenset())
+    statement = failure_groups.last_runs_statement(caller, [earlier, last])
+    plan = await explain_statement(harness.gateway.database, statement)
+    assert "ix_execution_resumed" in plan
+    assert "ix_execution_line" in plan
+    assert "Seq Scan on execution " not in plan
+    assert "SCAN execution'" not in plan
+
+
 async def test_groups_of_failures_are_bounded_and_follow_changes(
     harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -206,7 +206,7 @@ def find_needs(
     return {
         "workers": [] if has_worker else [True],
         "findings": [one for one in findings if one["severity"] == "critical"],
-        "failing": [group for group in failures if is_recent(group["lastAt"], now)][:SHOWN_NEEDS],
+        "failing": [group for group in failures if is_urgent(group, now)][:SHOWN_NEEDS],
         "stuck": data["deployments"]["failed"][:SHOWN_NEEDS],
         "oldest": [{**oldest, "words": look_of_wait(oldest["code"])[0]}] if oldest and is_late else [],
         "dead": [data["dead"]] if data["dead"] and data["dead"]["count"] else [],
@@ -252,10 +252,10 @@ def find_shade(hours: Sequence[Mapping[str, Any]], shown: Mapping[str, str]) -> 
     return (inside[0], len(inside)) if inside else None
 
 
-def is_recent(text: str, now: datetime) -> bool:
-    """Return whether a time in an API answer is within the last hour."""
-    at = parse_instant(text)
-    return at is not None and at > now - URGENT_TIME
+def is_urgent(group: Mapping[str, Any], now: datetime) -> bool:
+    """Return whether the last run of a group has failed within the last hour, and no run in its place has completed."""
+    at = parse_instant(group["lastAt"])
+    return at is not None and at > now - URGENT_TIME and group["completedSuccessorId"] is None
 
 
 def count_by_workflow(dead: Mapping[str, Any] | None) -> str:

@@ -1668,6 +1668,7 @@ class FailureGroup(_FailureGroupAlways, total=False):
     """Failed runs of a workflow with the same node, code and kind of message."""
 
     previousVersion: int | None
+    completedSuccessorId: str | None
 
 
 class FailureGroups(TypedDict):
