@@ -662,6 +662,36 @@ async def test_a_node_is_mended_on_the_page_of_its_workflow(visit: DashboardVisi
     assert step["config"] == {"values": {"b": 3}}, "a field that was deleted is gone"
 
 
+async def test_a_data_source_is_chosen_in_the_form_of_a_node(visit: DashboardVisit) -> None:
+    owner, page = visit.people.owner, visit.page
+    sources = {}
+    for name in ("Shop", "Stock"):
+        body = {"type": "http-bearer", "name": name, "secrets": {"token": "t"}}
+        sources[name] = (await owner.api.post("/api/v1/datasources", json=body)).json()["dataSourceId"]
+    call = {"id": "step", "nodeId": "http-request", "config": {"method": "GET", "url": "https://a.invalid"}}
+    workflow_id = await owner.create(name="To connect", nodes=[GRAPH["nodes"][0], call])
+
+    async def save(expected: dict[str, str], shown: str) -> None:
+        await page.click("#node form button[type=submit]")
+        await page.wait_for(
+            "(([field]) => field.value === '' && field.options[0].text === "
+            f"{json.dumps(shown)})(document.querySelectorAll('#choose-1'))"
+        )
+        (step,) = [node for node in (await owner.workflow(workflow_id))["nodes"] if node["id"] == "step"]
+        assert step["config"] == expected
+        assert json.loads(await page.value("#config")) == expected
+
+    await page.open(f"{visit.url}/dashboard/workflows/{workflow_id}?node=step")
+    await page.fill("#choose-1", sources["Shop"])
+    await page.fill("#config", '{"url": "https://b.invalid"}')
+    chosen = {"url": "https://b.invalid", "dataSource": sources["Shop"]}
+    await save(chosen, "Shop · HTTP, bearer token")
+    await page.fill("#choose-1", sources["Stock"])
+    await save(chosen | {"dataSource": sources["Stock"]}, "Stock · HTTP, bearer token")
+    await page.fill("#config", '{"url": "https://b.invalid"}')
+    await save({"url": "https://b.invalid"}, "None")
+
+
 async def test_a_map_is_zoomed_by_buttons_and_keys_and_keeps_its_size(visit: DashboardVisit) -> None:
     page = visit.page
     await visit.show("/dashboard/runs/{execution_id}?view=map")

@@ -64,6 +64,51 @@ async def test_a_workflow_shows_figures_of_its_nodes_and_a_form_for_its_inputs(
     assert (await viewer.get(address)).status_code == 404
 
 
+async def test_a_node_chooses_among_the_resources_that_its_visitor_may_use(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    sources = []
+    for person, kind, name in (
+        (people.owner, "http-bearer", "Shop <b>"),
+        (people.owner, "webhook-secret", "Hook"),
+        (people.colleague, "http-bearer", "Hidden"),
+    ):
+        secrets = {"secret": "whsec_" + 32 * "a"} if kind == "webhook-secret" else {"token": "t"}
+        body = {"type": kind, "name": name, "secrets": secrets}
+        sources.append((await person.api.post("/api/v1/datasources", json=body)).json()["dataSourceId"])
+    nodes = [
+        NODES[0],
+        {"id": "own", "nodeId": "http-request", "config": {"dataSource": sources[0]}},
+        {"id": "other", "nodeId": "http-request", "config": {"dataSource": sources[2]}},
+        {"id": "none", "nodeId": "mysql-source"},
+        {"id": "ask", "nodeId": "llm", "config": {"model": "{{ data.model }}"}},
+    ]
+    workflow_id = await people.owner.create(nodes=nodes)
+    browser = await sign_in(harness, people.owner.key)
+
+    async def list_choices(node: str) -> list[tuple[str, str]]:
+        page = (await browser.get(f"/dashboard/workflows/{workflow_id}?node={node}")).text
+        select = re.search(r'<select id="choose-1" name="([^"]*)" data-in="config">(.*?)</select>', page)
+        assert select is not None, page
+        options = re.findall(r'<option value="(\w*)">(.*?)</option>', select[2])
+        assert "<b>" not in select[2]
+        return [(select[1], ""), *((id_, unescape(text)) for id_, text in options)]
+
+    shop = (sources[0], "Shop <b> · HTTP, bearer token")
+    assert await list_choices("own") == [(".dataSource", ""), ("", shop[1])]
+    assert await list_choices("other") == [(".dataSource", ""), ("", sources[2]), shop]
+    assert await list_choices("none") == [(".dataSource", ""), ("", "None")]
+    none = (await browser.get(f"/dashboard/workflows/{workflow_id}?node=none")).text
+    assert 'There is none that fits yet: <a href="/dashboard/sources?new=mysql">create one</a>.' in none
+    assert await list_choices("ask") == [(".model", ""), ("", "{{ data.model }}"), ("echo", "echo · echo")]
+    for node in ("start", "own"):
+        page = await browser.get(f"/dashboard/workflows/{workflow_id}?node={node}")
+        assert ("data-renews" in page.text) == (node == "own")
+        assert "takes an expression too" not in page.text, "the source of a request is a constant"
+    asked = await browser.get(f"/dashboard/workflows/{workflow_id}?node=ask")
+    assert "<code>model</code> of the config, which takes an expression too." in asked.text
+
+
 async def test_findings_lead_to_their_nodes(harness: GatewayHarness, people: OrganizationUsers) -> None:
     broken = [NODES[0], {"id": "parse", "nodeId": "http-request", "label": "Read", "config": {}}]
     workflow_id = await people.owner.create(nodes=broken, connections=EDGES[:1])

@@ -84,8 +84,8 @@ function refuseRounded(_key, value) {
 // `data-json` fields hold JSON, `data-number` fields a number, `data-any` fields JSON or else text; `data-list` fields of
 // one name become a list, the lines of a `data-lines` field become one, and `data-off` boxes are false unless checked.
 // `data-in` is the path of the object that a field belongs to. `data-before` is the object that a field changes: keys
-// that it lacks are sent as null. A name that users choose begins with a dot, which is left out: as `dataset` it would
-// hide that property of its form.
+// that it lacks are sent as null, and fields of it that stand before it prevail. A name that users choose begins with a
+// dot, which is left out: as `dataset` it would hide that property of its form.
 function bodyOf(form, button) {
   const body = form.dataset.sends ? JSON.parse(form.dataset.sends) : {};
   if (button?.name) body[button.name] = button.value;
@@ -120,7 +120,7 @@ function bodyOf(form, button) {
     }
     if (field.dataset.before) {
       const before = Object.keys(JSON.parse(field.dataset.before));
-      value = { ...Object.fromEntries(before.map((key) => [key, null])), ...value };
+      value = { ...Object.fromEntries(before.map((key) => [key, null])), ...value, ...target[name] };
     }
     target[name] = value;
   }
@@ -218,7 +218,7 @@ async function submit(form, button, merged) {
     else {
       // The page goes on with its next object.
       if (form.dataset.next) history.replaceState(null, "", form.dataset.next);
-      await (merged ? renew(form) : reload());
+      await (merged || "renews" in form.dataset ? renew(form) : reload());
       count(true);
     }
     if (form.dataset.says) say(fill(form.dataset.says, String), undo);

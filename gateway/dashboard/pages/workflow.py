@@ -12,6 +12,7 @@ from gateway.dashboard.formats import show_duration, show_moment, show_share, sh
 from gateway.dashboard.graph_map import draw_graph
 from gateway.dashboard.page import Page, PageData, PageFrame
 from gateway.dashboard.pages.run_node import MODEL_TYPES
+from gateway.dashboard.resource_fields import list_resource_fields, load_resources
 from gateway.dashboard.visibility import list_names, list_users, may_change
 
 if TYPE_CHECKING:
@@ -47,8 +48,8 @@ async def load(page: PageRequest) -> PageData:
     """Ask the API for a workflow, and for the related objects that its visitor may see; others are None.
 
     They are ten runs, deployment, statistics, deliveries, dead letters, five versions, address, schedule, the
-    last run's graph, findings (graphs of up to 300 nodes), costs of models of the month for one with such nodes, and
-    the selected node's schema. Raises `ApiError`.
+    last run's graph, findings (graphs of up to 300 nodes), costs of models of the month for one with such nodes, the
+    selected node's schema, and the data sources and models that its config may name. Raises `ApiError`.
     """
     workflow_id = page.parameters["id"]
     path = f"/api/v1/workflows/{workflow_id}"
@@ -83,6 +84,7 @@ async def load(page: PageRequest) -> PageData:
     answers = await asyncio.gather(*asked.values())
     found = {name.replace("-", "_"): answer for name, answer in zip(asked, answers, strict=True)}
     trigger = (found.pop("last_run", None) or {}).get("trigger")
+    resources = await load_resources(page, (found.get("type") or {}).get("config"))
     return {
         "workflow": workflow,
         "tag": page.tags.get(path, ""),
@@ -96,6 +98,7 @@ async def load(page: PageRequest) -> PageData:
         "model_costs": None,
         "models": None,
         "type": None,
+        "resources": resources,
         "input": trigger and trigger.get("data"),
         **{name.replace("-", "_"): answer for name, answer in zip(OBJECTS, objects, strict=True)},
         **found,
@@ -111,6 +114,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
     """Return the template values: the workflow, its map with the states of the last run, and the permitted actions."""
     workflow, why = data["workflow"], data["why"]
     node = _find_node(workflow, frame.query)
+    schema = (data["type"] or {}).get("config")
     figures = {one["nodeId"]: one for one in (data["statistics"] or {"nodes": ()})["nodes"]}
     states = _read_states(data["graph"], workflow)
     findings = data["validation"] or {"errors": (), "warnings": ()}
@@ -158,7 +162,11 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
             name: value if isinstance(value, str) else show_whole_json(value) for name, value in given.items()
         },
         "model_names": {one["id"]: one["name"] for one in (data["models"] or {"models": ()})["models"]},
-        "schema_fields": list_schema((data["type"] or {}).get("config")),
+        "schema_fields": list_schema(schema),
+        "resource_fields": ()
+        if node is None
+        else list_resource_fields(schema, node["config"], data["resources"]),
+        "may_write_sources": frame.may("datasources:write"),
         "share": show_share,
         "input_address": _build_address(frame, input=LAST) + "#run" if has_run else "",
         "example_address": _build_address(frame, input="") + "#run" if example else "",
