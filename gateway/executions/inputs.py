@@ -163,16 +163,16 @@ async def _show_page(
     )
     counts = dict.fromkeys(QuestionAssignment, 0)
     matching = []
-    for position, wait in page.waits:
-        if may_show(wait):
-            assignment = question_shapes.find_assignment(approvals.assignees_of(wait.node.request), approver)
+    for one in page.waits:
+        if request.query[OTHERS] or may_show(one.read()):
+            assignment = question_shapes.find_assignment(approvals.read_assignees(one.assignees), approver)
             counts[assignment] += 1
             if not wanted or assignment in wanted:
-                matching.append((position, wait))
+                matching.append(one)
     listed = matching[: bounds.limit]
-    last = listed[-1][0] if len(matching) > bounds.limit else page.behind
+    last = listed[-1].position if len(matching) > bounds.limit else page.behind
     shown = await question_shapes.show_waits(
-        connection, [wait for _, wait in listed], approver, caller.organization_id
+        connection, [one.read() for one in listed], approver, caller.organization_id
     )
     return JsonResponse(
         AssignedInputs(

@@ -99,7 +99,11 @@ def assignees_of(request: Mapping[str, Json]) -> Sequence[str]:
 
     Empty if everybody with access to the workflow's runs may answer.
     """
-    assignees = request.get("assignees")
+    return read_assignees(request.get("assignees"))
+
+
+def read_assignees(assignees: Json) -> Sequence[str]:
+    """Return the assignees in the value of a request, as `assignees_of` does."""
     return [str(one) for one in assignees] if isinstance(assignees, list) else []
 
 

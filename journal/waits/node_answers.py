@@ -23,6 +23,7 @@ from json_text import decoding
 from models.database_time import DatabaseTime
 from models.execution import AWAITS_INPUT_CONDITION, Execution, SpanRow, WaitAnswer
 from models.execution_status import TERMINAL_STATUSES, ExecutionStatus
+from models.timestamps import from_microseconds
 from models.workflow import Workflow
 
 if TYPE_CHECKING:
@@ -263,11 +264,55 @@ class WaitPosition:
     sequence: int
 
 
+class _Awaits(msgspec.Struct):
+    """Part of the text of a waiting node that tells whether a person is asked."""
+
+    kind: str
+    request: msgspec.Raw
+
+
+class _Question(msgspec.Struct):
+    """Part of a request to a person that tells which."""
+
+    assignees: Any = None
+
+
+_decode_awaits = decoding.build_decoder(_Awaits).decode
+_decode_question = decoding.build_decoder(_Question).decode
+
+
+@dataclass(frozen=True, slots=True)
+class ExaminedWait:
+    """Node that waits for input of a person, of which `assignees` alone is decoded: few of those examined are shown."""
+
+    assignees: Json
+    """The value in its request."""
+    _row: Row[*tuple[Any, ...]]
+
+    @property
+    def position(self) -> WaitPosition:
+        """Position of the node in the list."""
+        return WaitPosition(self._row.execution_id, self._row.sequence)
+
+    def read(self) -> OrganizationWait:
+        """Return the whole node with its run."""
+        row = self._row
+        awaits = decoding.decode(row.awaits)
+        expires_at = None if row.wake_at is None else from_microseconds(row.wake_at)
+        started_at = None if row.started_at is None else from_microseconds(row.started_at)
+        place = (row.node_id, row.iteration, row.label)
+        has_default = awaits["expired"] is not None
+        node = WaitingNode(*place, awaits["request"], started_at, expires_at, has_default)
+        return OrganizationWait(
+            row.execution_id, row.workflow_id, row.workflow_name, row.user_id, row.trigger_type, node
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class WaitsPage:
     """Nodes that wait for input of a person among those that one statement has examined."""
 
-    waits: Sequence[tuple[WaitPosition, OrganizationWait]]
+    waits: Sequence[ExaminedWait]
     behind: WaitPosition | None
     """Position of the last examined node; None if there are no others."""
 
@@ -294,7 +339,7 @@ async def list_organization_waits(
         page = await read_organization_waits(
             connection, visible, organization_id, shard, behind, limit=QUESTIONS_PAGE
         )
-        found += [wait for _, wait in page.waits if matches(wait)]
+        found += filter(matches, (one.read() for one in page.waits))
         behind = page.behind
         if behind is None or len(found) >= at_most:
             break
@@ -320,26 +365,14 @@ async def read_organization_waits(
         visible, organization_id, shard, behind, limit=limit, mentions=mentions
     )
     rows = (await connection.execute(statement)).all()
+    examined = ((row, _decode_awaits(row.awaits)) for row in rows if row.is_open)
     waits = [
-        (WaitPosition(row.execution_id, row.sequence), wait)
-        for row in rows
-        if row.is_open and (wait := _read_organization_wait(row)) is not None
+        ExaminedWait(_decode_question(awaits.request).assignees, row)
+        for row, awaits in examined
+        if awaits.kind == AnswerSource.INPUT
     ]
     last = rows[-1] if len(rows) == limit else None
     return WaitsPage(waits, None if last is None else WaitPosition(last.execution_id, last.sequence))
-
-
-def _read_organization_wait(row: Row[*tuple[Any, ...]]) -> OrganizationWait | None:
-    """Return the waiting node of a row with its run; None if it waits for something else than a person."""
-    awaits = decoding.decode(row.awaits)
-    if awaits["kind"] != AnswerSource.INPUT:
-        return None
-    place = (row.node_id, row.iteration, row.label)
-    has_default = awaits["expired"] is not None
-    node = WaitingNode(*place, awaits["request"], row.started_at, row.wake_at, has_default)
-    return OrganizationWait(
-        row.execution_id, row.workflow_id, row.workflow_name, row.user_id, row.trigger_type, node
-    )
 
 
 def organization_waits_statement(
@@ -400,7 +433,9 @@ def organization_waits_statement(
             *(asked.c.execution_id, col(Execution.workflow_id), col(Execution.user_id)),
             *(col(Execution.trigger_type), col(Workflow.name).label("workflow_name")),
             *(asked.c.node_id, asked.c.iteration, asked.c.label, asked.c.sequence),
-            *(asked.c.awaits, asked.c.started_at, asked.c.wake_at),
+            asked.c.awaits,
+            # Converted for the few rows that are shown.
+            *(type_coerce(asked.c[name], BigInteger).label(name) for name in ("started_at", "wake_at")),
             case((is_open, 1), else_=0).label("is_open"),
         )
         .select_from(asked)

@@ -1066,6 +1066,13 @@ async def test_an_inbox_has_a_tab_for_each_way_in_which_questions_are_assigned(
     for chip in ("<b>1</b> for me", "<b>1</b> for my groups", "<b>3</b> all open"):
         assert chip in mine
     assert ("For the colleague" in mine, "For admins" in mine) == (True, False)
+    unasked = (await (await sign_in(harness, owner.key)).get("/dashboard/approvals")).text
+    assert ("<b>0</b> for me" in unasked, "For everybody" in unasked, "For admins" in unasked) == (
+        True,
+        True,
+        False,
+    )
+    assert unasked.count("/api/v1/pending-inputs?") == 2, "the questions of all are examined once"
     groups = (await browser.get("/dashboard/approvals?tab=groups")).text
     assert "Send the answer <kbd" in groups, "a question without choices has a button, too"
     assert 'name="note"' in groups

@@ -38,51 +38,56 @@ NEVER: Final = "9999"
 async def load(page: PageRequest) -> PageData:
     """Ask the API for 50 open questions of the visitor, and of the open tab, or for 50 answers; raises `ApiError`.
 
-    A request for all questions tells their number by assignment; it has one question, or those of the tab for all.
-    The questions are None for visitors who may answer none. Without a tab in the query, the first one with questions
-    is open.
+    The first page of any questions but the visitor's tells the number of all by assignment (`counted`), so that they
+    are examined once. Other pages are asked for one question, for their numbers alone. The questions are None for
+    visitors who may answer none. Without a tab in the query, the first one with questions is open.
     """
     given = page.query
     after, tab = given.get("after", START), given.get("tab", "")
-    is_own = tab in TABS and TABS[tab][1] != ""
+    counting_tab = "all" if tab == "all" else "groups"
 
     async def ask(tab: str, *, limit: int = SHOWN_QUESTIONS, cursor: str = START) -> Any:  # noqa: ANN401 - a JSON answer
         return await page.get_if_present(
             "/api/v1/pending-inputs", others="true", assignment=TABS[tab][1], limit=limit, after=cursor
         )
 
-    limit = 1 if is_own or tab == ANSWERED else SHOWN_QUESTIONS
-    mine, everything = await asyncio.gather(ask("mine"), ask("all", limit=limit))
+    is_own, is_first = tab not in {ANSWERED, "groups", "all"}, after == START
+    is_counting_shown = is_first and tab not in {ANSWERED, "mine"}
+    mine, counted = await asyncio.gather(
+        ask("mine", limit=SHOWN_QUESTIONS if is_own and is_first else 1),
+        ask(counting_tab, limit=SHOWN_QUESTIONS if is_counting_shown else 1),
+    )
     if tab == ANSWERED:
         cursor = given.get("after")
         answered = await page.get("/api/v1/answered-inputs", limit=SHOWN_ANSWERS, after=cursor)
-        return {"mine": mine, "all": everything, "tab": ANSWERED, "questions": None, "answered": answered}
+        return {"mine": mine, "counted": counted, "tab": ANSWERED, "questions": None, "answered": answered}
     questions = mine
-    if everything is not None:
-        tab = tab if tab in TABS else find_first_tab(mine, everything)
-        known = {"mine": mine, "all": None if is_own else everything}.get(tab)
-        questions = known if known is not None and after == START else await ask(tab, cursor=after)
-    return {"mine": mine, "all": everything, "tab": tab or "mine", "questions": questions, "answered": None}
+    if counted is not None:
+        tab = tab if tab in TABS else find_first_tab(mine, counted)
+        known = {"mine": mine if is_own else None, counting_tab: counted if is_counting_shown else None}
+        questions = known.get(tab) if is_first else None
+        questions = await ask(tab, cursor=after) if questions is None else questions
+    return {"mine": mine, "counted": counted, "tab": tab or "mine", "questions": questions, "answered": None}
 
 
-def find_first_tab(mine: Mapping[str, Any], everything: Mapping[str, Any]) -> str:
+def find_first_tab(mine: Mapping[str, Any], counted: Mapping[str, Any]) -> str:
     """Return the name of the first tab that has questions, `mine` if there are none."""
-    counts = count_tabs(mine, everything)
+    counts = count_tabs(mine, counted)
     return next((tab for tab in TABS if counts[tab][0]), "mine")
 
 
 def count_tabs(
-    mine: Mapping[str, Any] | None, everything: Mapping[str, Any] | None
+    mine: Mapping[str, Any] | None, counted: Mapping[str, Any] | None
 ) -> Mapping[str, tuple[int, bool]]:
     """Return the number of questions of each tab, and whether there may be more."""
-    if mine is None or everything is None:
+    if mine is None or counted is None:
         return dict.fromkeys(TABS, (0, False))
-    counts, is_lower_bound = everything["assignments"], everything["countIsLowerBound"]
+    counts, is_lower_bound = counted["assignments"], counted["countIsLowerBound"]
     groups = sum(counts[one] for one in TABS["groups"][1].split(","))
     return {
         "mine": (mine["count"], mine["countIsLowerBound"]),
         "groups": (groups, is_lower_bound),
-        "all": (everything["count"], is_lower_bound),
+        "all": (sum(counts.values()), is_lower_bound),
     }
 
 
@@ -92,7 +97,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
     The questions of a page are sorted by their end, the earliest first.
     """
     tab, answered = data["tab"], data["answered"]
-    counts = count_tabs(data["mine"], data["all"])
+    counts = count_tabs(data["mine"], data["counted"])
     found = data["questions"] or {"inputs": (), "next": None}
     questions = sorted(
         found["inputs"], key=lambda one: (one["expiresAt"] or NEVER, one["requestedAt"] or NEVER)
