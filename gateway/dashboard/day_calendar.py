@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Final
@@ -15,6 +15,12 @@ SPOKEN_BARS: Final = 12
 """Bars of a day that a screen reader reads: dozens would take minutes."""
 LEAST: Final = 0.2
 """Width of the narrowest bar in percent, so that a short time is seen."""
+LEAST_TIME: Final = DAY * LEAST / 100
+"""Length of the shortest time between two bars that is seen: less than a pixel would be drawn."""
+BORDERLESS: Final = frozenset({"up", "hand"})
+"""Tones of bars of which several may be drawn as one."""
+WORDS: Final = {"window": "window", "up": "up", "hand": "up, started by hand", "pre": "will be up"}
+"""Words for each tone of a bar."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,14 +57,37 @@ class _Span:
     start: datetime
     end: datetime
     tone: str
+    has_breaks: bool = False
+    """Whether it is several times with breaks between them that are too short to be seen."""
 
 
 def draw_calendar(calendar: Mapping[str, Any], clock_changes: Sequence[datetime]) -> Sequence[CalendarDay]:
     """Return the days of the API's calendar in UTC, the earliest first; `clock_changes` are moments to mark."""
-    spans = [*_list_spans(calendar)]
+    spans = _cut_to_days(_list_spans(calendar))
     failures = [parse_moment(at) for at in calendar["failedStarts"]]
     now = parse_moment(calendar["now"])
     return [_draw_day(day, spans, failures, clock_changes, now) for day in calendar["days"]]
+
+
+def _cut_to_days(spans: Iterable[_Span]) -> Mapping[datetime, Sequence[_Span]]:
+    """Return the parts of spans in each day in UTC by its midnight.
+
+    Times up in a row become one if the breaks between them are too short to be seen. Other spans have borders.
+    """
+    found: dict[datetime, list[_Span]] = {}
+    for one in spans:
+        day = one.start.replace(hour=0, minute=0, second=0, microsecond=0)
+        while day < one.end:
+            start, end = max(one.start, day), min(one.end, day + DAY)
+            parts = found.setdefault(day, [])
+            last = parts[-1] if parts and one.tone in BORDERLESS and parts[-1].tone == one.tone else None
+            if last and timedelta() <= start - last.end < LEAST_TIME:
+                has_breaks = last.has_breaks or start > last.end
+                parts[-1] = _Span(last.start, end, one.tone, has_breaks)
+            else:
+                parts.append(_Span(start, end, one.tone))
+            day += DAY
+    return found
 
 
 def _list_spans(calendar: Mapping[str, Any]) -> Iterator[_Span]:
@@ -77,7 +106,7 @@ def _list_spans(calendar: Mapping[str, Any]) -> Iterator[_Span]:
 
 def _draw_day(
     day: Mapping[str, Any],
-    spans: Sequence[_Span],
+    spans: Mapping[datetime, Sequence[_Span]],
     failures: Sequence[datetime],
     clock_changes: Sequence[datetime],
     now: datetime,
@@ -87,7 +116,7 @@ def _draw_day(
     end = start + DAY
     is_today = start <= now < end
     seconds = day["plannedPodSeconds"] if start > now else day["podSeconds"]
-    bars = [_draw_bar(one, start) for one in spans if one.start < end and one.end > start]
+    bars = [_draw_bar(one, start) for one in spans.get(start, ())]
     return CalendarDay(
         f"{start:%a} {start.day}",
         is_today,
@@ -103,14 +132,14 @@ def _draw_day(
 
 
 def _draw_bar(span: _Span, day: datetime) -> CalendarBar:
-    """Return the part of a span within a day, with its times in UTC as title."""
-    start, end = max(span.start, day), min(span.end, day + DAY)
-    words = {"window": "window", "up": "up", "hand": "up, started by hand", "pre": "will be up"}[span.tone]
+    """Return the bar of a span within a day, with its times in UTC as title."""
+    end = "24:00" if span.end == day + DAY else f"{span.end:%H:%M}"
+    breaks = " with short breaks" if span.has_breaks else ""
     return CalendarBar(
-        _compute_percent(start - day),
-        max(_compute_percent(end - start), LEAST),
+        _compute_percent(span.start - day),
+        max(_compute_percent(span.end - span.start), LEAST),
         span.tone,
-        f"{words}, {start:%H:%M} to {'24:00' if end == day + DAY else f'{end:%H:%M}'}",
+        f"{WORDS[span.tone]}{breaks}, {span.start:%H:%M} to {end}",
     )
 
 

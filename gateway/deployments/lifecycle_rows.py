@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from datetime import datetime, timedelta
-from functools import reduce
-from operator import add
-from typing import TYPE_CHECKING, Any, Final
+from functools import cache
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from sqlalchemy import BigInteger, and_, case, func, literal, select, true, type_coerce, union_all
+from sqlalchemy import BigInteger, and_, bindparam, func, literal, select, true, type_coerce, union_all
+from sqlalchemy.orm import aliased
 from sqlmodel import col
 
 from gateway.http import limits
 from models.audit import AuditAction, AuditEntry
 from models.column_types import TimestampColumn, build_row
-from models.deployment import Deployment, LifecycleDecision
+from models.deployment import LifecycleDecision
 from models.execution import Execution, ExecutionData
 from models.lifecycle_forecast import PastRun
+from models.workflow import Workflow
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from sqlalchemy import Select
+    from sqlalchemy import ColumnElement, Select, SQLColumnExpression
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from gateway.http.parameters import PageBounds
-    from models.workflow import Workflow
 
 USAGE_TIME: Final = timedelta(days=7)
 """Time over which the use of pods is measured."""
@@ -74,8 +74,7 @@ class PodUsage:
         return self.pod_seconds / seconds * DAY_SECONDS if seconds > 0 else 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class PodChange:
+class PodChange(NamedTuple):
     """Part of the row of a decision: a thousand rows with their inputs would take most of the time of a page."""
 
     id: str
@@ -89,7 +88,7 @@ class PodChange:
     """Author of the decision, if it was a user."""
 
 
-_CHANGE_COLUMNS: Final = tuple(getattr(LifecycleDecision, one.name) for one in fields(PodChange))
+_CHANGE_COLUMNS: Final = tuple(getattr(LifecycleDecision, name) for name in PodChange._fields)
 
 
 async def list_decisions(
@@ -151,133 +150,121 @@ async def read_decisions(
         .order_by(col(LifecycleDecision.at).desc())
         .limit(LISTED_DECISIONS)
     )
-    after = [PodChange(*row) for row in newest]
+    after = [PodChange._make(row) for row in newest]
     if len(after) == LISTED_DECISIONS:
         # Others are left out: pods that ran at `since` may have been stopped and started between.
         since = after[-1].at
-    earlier = (
-        select(col(LifecycleDecision.workflow_id), func.max(col(LifecycleDecision.at)).label("at"))
-        .where(of_workflows, col(LifecycleDecision.at) < since)
-        .group_by(col(LifecycleDecision.workflow_id))
-        .subquery()
-    )
-    is_earlier = and_(
-        earlier.c.workflow_id == col(LifecycleDecision.workflow_id),
-        earlier.c.at == col(LifecycleDecision.at),
-    )
-    before = await connection.execute(select(*_CHANGE_COLUMNS).join(earlier, is_earlier))
-    found = [*(PodChange(*row) for row in before), *after]
+    before = await connection.execute(_last_statement(), {"workflow_ids": workflow_ids, "since": since})
+    found = [*(PodChange._make(row) for row in before), *after]
     return sorted(found, key=lambda one: (one.workflow_id, one.at, one.id))
+
+
+@cache
+def _last_statement() -> Select[Any]:
+    """Return the statement of the last decision about each of `workflow_ids` before `since`. Built once."""
+    previous = aliased(LifecycleDecision)
+    last = (
+        select(col(previous.id))
+        .where(
+            col(previous.workflow_id) == col(Workflow.id),
+            col(previous.at) < bindparam("since", type_=_INSTANT),
+        )
+        .order_by(col(previous.at).desc(), col(previous.id).desc())
+        .limit(1)
+        .correlate(Workflow)
+        .scalar_subquery()
+    )
+    return (
+        select(*_CHANGE_COLUMNS)
+        .select_from(Workflow)
+        .join(LifecycleDecision, col(LifecycleDecision.id) == last)
+        .where(col(Workflow.id).in_(bindparam("workflow_ids", expanding=True)))
+    )
 
 
 async def read_usage(connection: AsyncConnection, workflow_id: str, now: datetime) -> PodUsage | None:
     """Return the use of a workflow's pods in the last seven days, or since its first pods; None if it never
     had any.
     """
-    row = (await connection.execute(usage_statement(workflow_id, now))).one()
-    if row.first is None:
-        return None
-    return PodUsage(max(row.first, now - USAGE_TIME), now, float(row.pod_microseconds) / _SECOND_MICROSECONDS)
-
-
-def usage_statement(workflow_id: str, now: datetime) -> Select[Any]:
-    """Return the statement that sums the desired pods of seven days over time, in microseconds of pods.
-
-    The last decision before the period gives the number of pods at its start. `first` is null for a workflow
-    without decisions.
-    """
     since = now - USAGE_TIME
-    of_workflow = col(LifecycleDecision.workflow_id) == workflow_id
-    at = col(LifecycleDecision.at)
-    before = select(func.max(at)).where(of_workflow, at <= since).scalar_subquery()
-    steps = (
-        select(
-            at.label("at"),
-            col(LifecycleDecision.replicas).label("replicas"),
-            func.lead(at).over(order_by=(at, col(LifecycleDecision.id))).label("next_at"),
-        )
-        .where(of_workflow, at >= func.coalesce(before, literal(since, _INSTANT)))
-        .subquery()
+    first = await connection.scalar(
+        select(func.min(col(LifecycleDecision.at))).where(col(LifecycleDecision.workflow_id) == workflow_id)
     )
-    begin = case((steps.c.at < since, literal(since, _INSTANT)), else_=steps.c.at)
-    end = func.coalesce(steps.c.next_at, literal(now, _INSTANT), type_=_INSTANT)
-    length = case((end > begin, type_coerce(end, BigInteger) - type_coerce(begin, BigInteger)), else_=0)
-    return select(
-        func.min(steps.c.at).label("first"),
-        func.coalesce(func.sum(steps.c.replicas * length), 0).label("pod_microseconds"),
-    )
+    if first is None:
+        return None
+    [pod_seconds] = await sum_pod_time(connection, [workflow_id], [TimeRange(since, now)])
+    return PodUsage(max(first, since), now, pod_seconds)
 
 
 async def sum_pod_time(
     connection: AsyncConnection, workflow_ids: Sequence[str], ranges: Sequence[TimeRange]
 ) -> Sequence[float]:
-    """Return the pod time of some workflows together within each of some consecutive times, in seconds.
+    """Return the pod time of some workflows together within each of some times, in seconds.
 
     It is the desired number of pods over time, by the decisions; pods that fail to start count too.
     """
     found: Mapping[int, int] = {}
     if workflow_ids and ranges:
-        rows = await connection.execute(pod_time_statement(workflow_ids, ranges))
+        values: dict[str, object] = {"workflow_ids": workflow_ids}
+        for number, one in enumerate(ranges):
+            values |= {f"since_{number}": one.since, f"until_{number}": one.until}
+        rows = await connection.execute(pod_time_statement(len(ranges)), values)
         found = {row.number: row.pod_microseconds for row in rows}
     return [float(found.get(number, 0)) / _SECOND_MICROSECONDS for number in range(len(ranges))]
 
 
-def pod_time_statement(workflow_ids: Sequence[str], ranges: Sequence[TimeRange]) -> Select[Any]:
-    """Return the statement that sums the desired pods of some workflows over each of some consecutive times.
+@cache
+def pod_time_statement(count: int) -> Select[Any]:
+    """Return the statement that sums the desired pods of `workflow_ids` over each of some times, `since_0` to `until_0`
+    and so on. Built once for each number of times.
 
-    A row has the `number` of the time and `pod_microseconds`. The last decision before the first time gives the
-    number of pods at its start.
+    A row has the `number` of the time and `pod_microseconds`. The last decision before a time gives the number of pods
+    at its start.
     """
-    since, until = ranges[0].since, ranges[-1].until
-    decision = LifecycleDecision
-    bounds = union_all(
+    numbered = union_all(
         *(
-            select(literal(number, BigInteger).label("number"), literal(one.since, _INSTANT).label("at"))
-            for number, one in enumerate(ranges)
+            select(
+                literal(number, BigInteger).label("number"),
+                bindparam(f"since_{number}", type_=_INSTANT).label("since"),
+                bindparam(f"until_{number}", type_=_INSTANT).label("until"),
+            )
+            for number in range(count)
         )
     ).subquery()
+    decision, at = LifecycleDecision, col(LifecycleDecision.at)
+    of_workflow = col(decision.workflow_id) == col(Workflow.id)
+    is_within = and_(of_workflow, at >= numbered.c.since, at < numbered.c.until)
     before = (
         select(col(decision.replicas))
-        .where(col(decision.workflow_id) == col(Deployment.workflow_id), col(decision.at) < bounds.c.at)
-        .order_by(col(decision.at).desc(), col(decision.id).desc())
+        .where(of_workflow, at < numbered.c.since)
+        .order_by(at.desc(), col(decision.id).desc())
         .limit(1)
-        .correlate(Deployment, bounds)
+        .correlate(Workflow, numbered)
         .scalar_subquery()
     )
-    # Each of the times begins with a step of its own, so that no time between two steps is in two of them: a join of
-    # the steps with the times would compare each with each.
-    passed = [case((col(decision.at) >= literal(one.since, _INSTANT), 1), else_=0) for one in ranges[1:]]
-    steps = union_all(
-        select(
-            col(Deployment.workflow_id).label("workflow_id"),
-            bounds.c.at.label("at"),
-            literal("").label("id"),
-            func.coalesce(before, 0).label("replicas"),
-            bounds.c.number.label("number"),
-        )
-        .select_from(Deployment)
-        .join(bounds, true())
-        .where(col(Deployment.workflow_id).in_(workflow_ids)),
-        select(
-            *(col(decision.workflow_id), col(decision.at), col(decision.id), col(decision.replicas)),
-            reduce(add, passed, literal(0, BigInteger)),
-        ).where(
-            col(decision.workflow_id).in_(workflow_ids), col(decision.at) >= since, col(decision.at) < until
-        ),
-    ).subquery()
-    following = func.lead(steps.c.at).over(
-        partition_by=steps.c.workflow_id, order_by=(steps.c.at, steps.c.id)
+    first = select(func.min(at)).where(is_within).correlate(Workflow, numbered).scalar_subquery()
+    # Each time is read by itself, in the order of the index: the decisions of all would be sorted, and grouped by time.
+    following = func.lead(at, 1, numbered.c.until).over(order_by=(at, col(decision.id)))
+    steps = (
+        select(col(decision.replicas).label("replicas"), _length(at, following).label("length"))
+        .where(is_within)
+        .correlate(Workflow, numbered)
+        .subquery()
     )
-    spans = select(
-        steps.c.number,
-        type_coerce(steps.c.at, BigInteger).label("start"),
-        type_coerce(func.coalesce(following, literal(until, _INSTANT)), BigInteger).label("end"),
-        steps.c.replicas,
-    ).subquery()
-    length = spans.c.end - spans.c.start
-    return select(spans.c.number, func.sum(spans.c.replicas * length).label("pod_microseconds")).group_by(
-        spans.c.number
+    within = select(func.sum(steps.c.replicas * steps.c.length)).scalar_subquery()
+    begun = func.coalesce(before, 0) * _length(numbered.c.since, func.coalesce(first, numbered.c.until))
+    return (
+        select(numbered.c.number, func.sum(begun + func.coalesce(within, 0)).label("pod_microseconds"))
+        .select_from(Workflow)
+        .join(numbered, true())
+        .where(col(Workflow.id).in_(bindparam("workflow_ids", expanding=True)))
+        .group_by(numbered.c.number)
     )
+
+
+def _length(begin: SQLColumnExpression[Any], end: SQLColumnExpression[Any]) -> ColumnElement[int]:
+    """Return the time between two instants, in microseconds."""
+    return type_coerce(end, BigInteger) - type_coerce(begin, BigInteger)
 
 
 async def read_past_runs(

@@ -13,7 +13,6 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlmodel import col
 
 from gateway.deployments import deployment_list, lifecycle_rows, workflow_activity
-from gateway.deployments.lifecycle_rows import TimeRange
 from gateway.deployments.workflow_activity import ActivityOrder
 from gateway.executions import failure_groups, model_hour_sums, run_statistics
 from gateway.http.parameters import PageBounds
@@ -631,8 +630,14 @@ async def test_counts_and_lists_are_read_by_indexes(
         ),
         "workflow_id": workflow_activity.hours_statement(user.organization_id, ["one", "other"], since),
         "ix_execution_data_workflow": workflow_activity.newest_runs_statement(["one", "other"]),
-        "ix_lifecycle_decision_workflow": lifecycle_rows.pod_time_statement(
-            ["one", "other"], [TimeRange(since, since + HOUR), TimeRange(since + HOUR, since + 2 * HOUR)]
+        "ix_lifecycle_decision_workflow": lifecycle_rows.pod_time_statement(2).params(
+            {
+                "workflow_ids": ["one", "other"],
+                "since_0": since,
+                "until_0": since + HOUR,
+                "since_1": since + HOUR,
+                "until_1": since + 2 * HOUR,
+            }
         ),
         "ix_deployment_organization": deployment_list.activities_statement(caller),
     }

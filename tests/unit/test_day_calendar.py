@@ -61,9 +61,29 @@ def test_the_words_for_a_day_name_twelve_of_its_times() -> None:
         span(f"27T01:{minute}", f"27T01:{minute + 1}", isByHand=False, reason="run-due")
         for minute in range(10, 30)
     ]
-    day = draw_calendar({**CALENDAR, "windows": [], "awake": often}, [])[0]
+    alternating = [{**one, "isByHand": number % 2 == 1} for number, one in enumerate(often)]
+    day = draw_calendar({**CALENDAR, "windows": [], "awake": alternating}, [])[0]
     assert len(day.bars) == 20
-    assert day.spoken.endswith("; up, 01:21 to 01:22; and 8 more")
+    assert day.spoken.endswith("; up, started by hand, 01:21 to 01:22; and 8 more")
+
+
+def test_times_up_with_breaks_too_short_to_be_seen_are_one_bar_of_their_day() -> None:
+    awake = [
+        span(start, end, isByHand=False, reason="run-due")
+        for start, end in (
+            *(("27T01:00", "27T01:10"), ("27T01:12", "27T01:20"), ("27T01:23", "27T02:00")),
+            *(("27T23:00", "28T01:00"), ("28T01:01", "28T01:30")),
+        )
+    ]
+    days = draw_calendar({**CALENDAR, "awake": awake}, [])
+    assert [(one.tone, one.title) for one in days[0].bars] == [
+        ("window", "window, 18:00 to 24:00"),
+        ("up", "up with short breaks, 01:00 to 01:20"),
+        ("up", "up, 01:23 to 02:00"),
+        ("up", "up, 23:00 to 24:00"),
+    ]
+    assert (days[0].bars[1].x, days[0].bars[1].width) == (4.17, 1.39)
+    assert [one.title for one in days[1].bars][1] == "up with short breaks, 00:00 to 01:30"
 
 
 def test_hours_are_those_so_far_and_for_days_to_come_those_planned() -> None:
