@@ -133,8 +133,7 @@ async def show(request: GatewayRequest) -> JsonResponse:
         today = start_of_day(now.astimezone(UTC))
         shown = TimeRange(today - PAST_DAYS * DAY, today + (FUTURE_DAYS + 1) * DAY)
         decisions = await lifecycle_rows.read_decisions(connection, [workflow.id], shown.since)
-        past = [TimeRange(day, min(day + DAY, now)) for day in _list_days(shown) if day <= today]
-        pod_seconds = await lifecycle_rows.sum_pod_time(connection, [workflow.id], past)
+        pod_seconds = await lifecycle_rows.sum_pod_time_by_day(connection, workflow.id, shown.since, now)
     policy = lifecycle_policy.parse_policy(lifecycle_policy.effective_policy(workflow.lifecycle))
     windows: list[TimeRange] = []
     planned: list[TimeRange] = []
@@ -156,7 +155,7 @@ async def show(request: GatewayRequest) -> JsonResponse:
             days=[
                 CalendarDay(
                     starts_at=instant(day),
-                    pod_seconds=round(pod_seconds[number], 1) if number < len(past) else 0.0,
+                    pod_seconds=round(pod_seconds[number], 1) if number < len(pod_seconds) else 0.0,
                     always_on_pod_seconds=_to_pod_seconds([begun], day, replicas),
                     planned_pod_seconds=_to_pod_seconds(planned, day, coming),
                 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from functools import cache
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -11,6 +11,7 @@ from sqlalchemy import BigInteger, and_, bindparam, func, literal, select, true,
 from sqlalchemy.orm import aliased
 from sqlmodel import col
 
+from concurrency.ttl_cache import TTLCache
 from gateway.http import limits
 from models.audit import AuditAction, AuditEntry
 from models.column_types import TimestampColumn, build_row
@@ -39,6 +40,8 @@ CHANGES: Final = (
 """Entries of the audit trail that explain later starts and stops."""
 LISTED_DECISIONS: Final = 1_000
 """Number of decisions that are read for a time, the newest."""
+ENDED_TIME: Final = timedelta(hours=1)
+"""Time after the end of a day in which transactions that were begun on it have ended."""
 _SECOND_MICROSECONDS: Final = 1_000_000
 _INSTANT: Final = TimestampColumn()
 
@@ -53,6 +56,10 @@ class TimeRange:
     def overlap(self, since: datetime, until: datetime) -> timedelta:
         """Return the length of the part of this time that lies between two instants."""
         return max(min(self.until, until) - max(self.since, since), timedelta())
+
+
+_ended_days: Final = TTLCache[tuple[int, str, TimeRange], float](600.0, 10_000)
+"""Pod time of days that are over, in seconds, by the database and the workflow."""
 
 
 def start_of_day(moment: datetime) -> datetime:
@@ -192,8 +199,29 @@ async def read_usage(connection: AsyncConnection, workflow_id: str, now: datetim
     )
     if first is None:
         return None
-    [pod_seconds] = await sum_pod_time(connection, [workflow_id], [TimeRange(since, now)])
-    return PodUsage(max(first, since), now, pod_seconds)
+    by_day = await sum_pod_time_by_day(connection, workflow_id, since, now)
+    return PodUsage(max(first, since), now, sum(by_day))
+
+
+async def sum_pod_time_by_day(
+    connection: AsyncConnection, workflow_id: str, since: datetime, now: datetime
+) -> Sequence[float]:
+    """Return the pod time of a workflow in seconds on each day in UTC from a time on until now.
+
+    Whole days are kept for ten minutes once they are over for an hour: all decisions are made at present.
+    """
+    begin = start_of_day(since.astimezone(UTC))
+    days = [begin + number * DAY for number in range((now - begin) // DAY + 1)]
+    ranges = [TimeRange(max(day, since), min(day + DAY, now)) for day in days]
+    keys = {one: (id(connection.dialect), workflow_id, one) for one in ranges}
+    found = {one: seconds for one in ranges if (seconds := _ended_days.get(keys[one])) is not None}
+    missing = [one for one in ranges if one not in found]
+    read = await sum_pod_time(connection, [workflow_id], missing)
+    for one, seconds in zip(missing, read, strict=True):
+        found[one] = seconds
+        if one.until - one.since == DAY and one.until <= now - ENDED_TIME:
+            _ended_days.put(keys[one], seconds)
+    return [found[one] for one in ranges]
 
 
 async def sum_pod_time(

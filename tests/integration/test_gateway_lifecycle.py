@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from typing import Any
@@ -302,6 +303,26 @@ async def test_pod_time_is_summed_over_several_workflows_and_times(
     # The first one had two pods up to nine hours ago, and one since five; the other three, then one for two hours, from
     # the begin of one of the times on.
     assert found == pytest.approx([one * 3600 for one in (1 + 1.5, 4.5, 0.5 + 1.5, 4.5 + 0.5)])
+
+
+async def test_the_pod_time_of_a_day_is_read_anew_until_it_is_over_for_an_hour(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    workflow_id, midnight = await people.owner.create(**GRAPH), datetime(2026, 11, 28, tzinfo=UTC)
+    await deploy_with_pod(harness, people.owner, workflow_id)
+
+    async def sum_after_decision(hour: int, replicas: int, *, passed: timedelta) -> Sequence[float]:
+        await record_replicas(harness, people.owner, workflow_id, {hour: replicas}, now=midnight)
+        async with harness.gateway.database.read() as connection:
+            return await lifecycle_rows.sum_pod_time_by_day(
+                connection, workflow_id, midnight - DAY, midnight + passed
+            )
+
+    assert await sum_after_decision(3, 1, passed=HOUR / 2) == [3 * 3_600, 1_800]
+    assert await sum_after_decision(1, 0, passed=HOUR / 2) == [2 * 3_600, 0]
+    assert await sum_after_decision(0, 2, passed=HOUR) == [2 * 3_600, 2 * 3_600]
+    # All decisions are made at present: those about an earlier day are not looked for again.
+    assert await sum_after_decision(2, 0, passed=2 * HOUR) == [2 * 3_600, 4 * 3_600]
 
 
 async def test_a_calendar_has_windows_and_the_times_with_pods_past_and_to_come(
