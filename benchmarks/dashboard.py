@@ -45,7 +45,7 @@ SHIFT: Final = (
 )
 SEEN: Final = (
     "new Promise(resolve => { const seen = () => document.querySelector('[data-shows-new]')?.textContent"
-    " === 'Show {count} new'; if (seen()) resolve(Date.now()); else new MutationObserver((_, observer) =>"
+    " === '{count} new'; if (seen()) resolve(Date.now()); else new MutationObserver((_, observer) =>"
     " { if (seen()) { observer.disconnect(); resolve(Date.now()) } })"
     ".observe(document.body, {childList: true, subtree: true, characterData: true}) })"
 )
