@@ -341,7 +341,9 @@ class QueryString:
             if not any(parameter.has_name(name) for parameter in self._declared):
                 shown, near = name[:MAX_SHOWN_NAME], name_suggestions.suggest_names(name, known)
                 hint = (
-                    f"did you mean {' or '.join(near)}?" if near else f"there is {', '.join(known) or 'none'}"
+                    f"did you mean {' or '.join(near)}?"
+                    if near
+                    else f"there is {', '.join(sorted(known)) or 'none'}"
                 )
                 raise invalid_query(shown, "unknown-parameter", f"{shown} is not a parameter here: {hint}")
 

@@ -166,13 +166,13 @@ def _list_config_keys(node: StoredNode, catalog: NodeCatalog) -> Collection[str]
 def _describe_field(name: str) -> str:
     """Return how to send a field of a node, or a key of its config with the same name."""
     if route := NodeChanges.read_only.get(name):
-        hint = f"{route} changes it"
+        hint = f"which {route} changes"
     elif name in NodeChanges.read_only or name == "nodeType":
-        hint = "it does not change: leave it out"
+        hint = "which does not change, so leave it out"
     else:
-        hint = f'send {{"config": {{}}, "{name}": …}} to change it'
+        hint = f'which {{"config": {{}}, "{name}": …}} changes'
     return (
-        f'{name} is a field of the node: {hint}. For a key of its config, send {{"config": {{"{name}": …}}}}'
+        f'{name} is a field of the node, {hint}. For a key of its config, send {{"config": {{"{name}": …}}}}'
     )
 
 

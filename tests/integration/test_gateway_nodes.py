@@ -257,15 +257,15 @@ async def test_fields_of_a_node_are_no_config(people: OrganizationUsers) -> None
     path = f"{WORKFLOWS}/{workflow_id}/nodes"
     before = (await people.owner.api.get(f"{WORKFLOWS}/{workflow_id}")).json()
     refusals: list[tuple[dict[str, Any], dict[str, str]]] = [
-        ({"nodeId": "set"}, {"nodeId": "it does not change: leave it out"}),
+        ({"nodeId": "set"}, {"nodeId": "which does not change, so leave it out"}),
         (
             {"label": "New", "position": {"x": 1, "y": 2}},
             {
-                "label": 'send {"config": {}, "label": …} to change it',
-                "position": 'send {"config": {}, "position": …} to change it',
+                "label": 'which {"config": {}, "label": …} changes',
+                "position": 'which {"config": {}, "position": …} changes',
             },
         ),
-        ({"inputMappings": {"a": "data.a"}}, {"inputMappings": "/input-mappings changes it"}),
+        ({"inputMappings": {"a": "data.a"}}, {"inputMappings": "/input-mappings changes"}),
         ({"timeout": 5}, {"timeout": 'send {"config": {"timeout": …}}'}),
     ]
     for body, hints in refusals:
