@@ -507,7 +507,8 @@ async def test_a_pod_with_a_clock_a_day_ahead_that_is_set_back_runs_normally(
     receiver.may_answer.set()
     await pods.reaches(key, "completed")
     (span,) = await pods.run_database.query("SELECT started_at, ended_at FROM span WHERE node_id = 'pause'")
-    assert 1_200_000 <= span["ended_at"] - span["started_at"] < PATIENCE_SECONDS * 1_000_000
+    # A pod learns its offset from the database's clock by answers, each up to half its time wrong on a busy machine.
+    assert 1_100_000 <= span["ended_at"] - span["started_at"] < PATIENCE_SECONDS * 1_000_000
     assert abs(span["ended_at"] - to_microseconds(datetime.now(UTC))) < PATIENCE_SECONDS * 1_000_000
 
 
