@@ -1,12 +1,14 @@
 """Cost of the dashboard on the path of a run: a server with `PILOTFLAME_DASHBOARD=off`, one whose dashboard nobody
-looks at, and the same one with an open overview, which loads itself again after hints as its script does.
+looks at any more, and one with an open overview, which loads itself again after hints as its script does.
+
+Each has stored as many runs as the others: a server with more of them takes longer for the next one.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -34,20 +36,21 @@ async def measure(folder: Path) -> dict[str, float]:
 
     They are medians of pairs of neighbors.
     """
-    folders = {"off": folder / "off", "on": folder / "on"}
-    for one in folders.values():
-        one.mkdir()
-    async with (
-        processes.run_dev(folders["off"], {"DASHBOARD": "off"}) as without,
-        processes.run_dev(folders["on"]) as on,
-    ):
-        servers = {"off": without, "idle": on, "open": on}
+    async with AsyncExitStack() as stack:
+        servers = {}
+        for name in ("off", "idle", "open"):
+            own = folder / name
+            own.mkdir()
+            settings = {"DASHBOARD": "off"} if name == "off" else {}
+            servers[name] = await stack.enter_async_context(processes.run_dev(own, settings))
         installed = {
-            id(server): await load.install_workflow(server.api, workflows.pure_workflow())
-            for server in (without, on)
+            name: await load.install_workflow(server.api, workflows.pure_workflow())
+            for name, server in servers.items()
         }
         for workflow in installed.values():
             await load.run_sequentially(workflow, WARM_UP_RUNS)
+        async with _visit(servers["idle"], is_open=True) as visit:
+            await visit.has_loaded.wait()
         ratios: dict[str, list[float]] = {}
         loads = 0
         for number in range(ROUNDS):
@@ -55,7 +58,7 @@ async def measure(folder: Path) -> dict[str, float]:
             # The order alternates too, so that neither always follows the other's load.
             for name in list(servers)[:: -1 if number % 2 else 1]:
                 async with _visit(servers[name], is_open=name == "open") as visit:
-                    found[name] = await _measure_load(servers[name], installed[id(servers[name])])
+                    found[name] = await _measure_load(servers[name], installed[name])
                 loads += visit.loads
             for name in ("idle", "open"):
                 for figure, value in found[name].items():
@@ -83,6 +86,7 @@ class PageVisit:
 
     def __init__(self) -> None:
         self.loads = 0
+        self.has_loaded = asyncio.Event()
         self._tag = ""
 
     async def follow(self, session: aiohttp.ClientSession) -> None:
@@ -107,6 +111,7 @@ class PageVisit:
             await answer.read()
             self._tag = answer.headers.get("ETag", self._tag)
         self.loads += 1
+        self.has_loaded.set()
         return perf_counter() - begun_at
 
 
