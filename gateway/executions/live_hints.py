@@ -1,8 +1,8 @@
 """Hints for pages of the dashboard: one event stream per tab, which says that something has changed, never what.
 
 The page asks again with its own rights, so that a hint can't show anything, and a lost one costs a reload. The same
-stream has the texts that the models of one run are writing, which no page could ask for; they are sent only while the
-client's access to the run is checked once a second.
+stream carries the texts that the models of one run are writing. These are data, so the client's access to the run is
+checked once a second while they are sent.
 Changes of single runs come from the broker's watches. Lists have a version that is read five times a second, once
 for all streams of an organization, from the newest rows alone.
 """

@@ -121,6 +121,7 @@ async def test_a_stream_ends_with_the_access_of_its_client(
             changing.cancel()
 
 
+@pytest.mark.timeout(30)  # a stream that is not refused has no end
 async def test_topics_are_checked(people: OrganizationUsers) -> None:
     execution_id = await start_run(people.owner)
     twice = f"texts:{execution_id},texts:{execution_id}"
