@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 async def share_blobs(
     blobs: BlobStore, given: str, source: BlobOwner | None, idempotency_key: IdempotencyKey | None
 ) -> RunInput:
-    """Return the input of a new run from the input `given` (JSON) of the run of `source`, after copying its blobs.
+    """Return the input of a new run that runs the trigger output `given` (JSON text) of an earlier run again.
 
-    A `source` of None means that there are no blobs. An unparsed mail is parsed again, and run even if the
-    trigger's rules rejected it before. Raises a 409 error if the content is gone, and 503 if the blob storage
-    does not answer.
+    Its blobs are copied from the earlier run `source`, None without stored blobs, to the new run's id. A lost
+    attachment is left to the node that reads it. An unparsed mail is parsed again, without the rules that may have
+    rejected it. Raises a 409 error if a stored mail or body is gone, and 503 if the blob storage does not answer.
     """
     execution_id = ids.new_id("exec")
     if large_values.is_separate(given):
@@ -55,10 +55,10 @@ async def share_blobs(
 
 
 async def _copy_body(blobs: BlobStore, given: str, source: BlobOwner | None, execution_id: str) -> Json:
-    """Copy the body of a webhook to the blobs of an execution, and return the whole output of its trigger
-    with that body.
+    """Copy the stored webhook body that `given` (a trigger output as JSON text) references to the blobs of an
+    execution; return the output with the body in place.
 
-    Raises a 409 error if the body is gone, and 503 if the blob storage does not answer.
+    Raises a 409 error if the body is gone or `source` is None, and 503 if the blob storage does not answer.
     """
     if source is None or not await _copy_blob(
         blobs, source, execution_id, large_values.find_reference(given)

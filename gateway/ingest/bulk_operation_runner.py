@@ -27,7 +27,7 @@ AT_ONCE: Final = 4
 
 
 class BulkOperationRunner:
-    """Bulk operations that one gateway performs."""
+    """Runner of bulk operations in one gateway: claims those without a live lease, and performs up to four at once."""
 
     def __init__(self, services: BulkServices) -> None:
         self._services = services
@@ -35,11 +35,14 @@ class BulkOperationRunner:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def wake(self) -> None:
-        """Look for operations at once, such as after one was begun."""
+        """Make `look_forever` look for operations now instead of at its next interval; return at once."""
         self._changed.set()
 
     async def look_forever(self) -> None:
-        """Perform operations until the task is canceled; then leave those in progress to other gateways."""
+        """Claim and perform operations until the task is canceled; then release those in progress for other gateways.
+
+        It looks every five seconds, and after each `wake`. Errors are logged, and the next look follows all the same.
+        """
         try:
             await self._look_forever()
         finally:
@@ -61,7 +64,9 @@ class BulkOperationRunner:
                     await self._changed.wait()
 
     async def _take_operations(self) -> None:
-        """Claim operations that no gateway performs, and start them in the background."""
+        """Claim due operations that no gateway performs, at most as many as are free of four, and start a
+        task for each.
+        """
         room = AT_ONCE - len(self._tasks)
         if room <= 0:
             return
@@ -80,7 +85,11 @@ class BulkOperationRunner:
         self._changed.set()
 
     async def _perform(self, operation: BulkOperation) -> None:
-        """Perform an operation to its end, unless another gateway takes it or the database is away."""
+        """Perform a claimed operation to its end; log and return early if its lease is lost or the database
+        unavailable.
+
+        On cancellation, its lease is released, so that another gateway continues at once.
+        """
         from gateway.ingest.bulk_operation_steps import (  # noqa: PLC0415 - loaded by the first operation
             LeaseLost,
             OperationPerformance,
@@ -101,7 +110,7 @@ class BulkOperationRunner:
 
 @asynccontextmanager
 async def run_bulk_operations(services: BulkServices) -> AsyncIterator[BulkOperationRunner]:
-    """Perform bulk operations while the context lasts; at its end, leave them to other gateways."""
+    """Yield a runner that performs bulk operations in the background until the block ends; then release them."""
     runner = BulkOperationRunner(services)
     looking = asyncio.create_task(runner.look_forever())
     try:

@@ -108,7 +108,10 @@ class OperationPerformance:
         """Whether the stored step may have been performed in part, by a gateway that has died."""
 
     async def run(self) -> None:
-        """Perform steps until the end; raises `LeaseLost` and `DatabaseUnavailable`."""
+        """Perform steps at the pace of the operation until its end is stored; an unexpected error ends it as failed.
+
+        Raises `LeaseLost` when another gateway has taken it or it has ended, and `DatabaseUnavailable`.
+        """
         try:
             while True:
                 begun_at = monotonic()
@@ -122,13 +125,14 @@ class OperationPerformance:
             await self._end(BulkStatus.FAILED, "internal-error")
 
     async def release(self) -> None:
-        """Leave the operation to other gateways."""
+        """End this gateway's lease of the operation, so that another gateway continues it at once."""
         await self._services.database.transaction(partial(bulk_operation.release, operation=self._operation))
 
     async def _take_step(self) -> float:
-        """Perform one step; return the seconds from its begin to the next one.
+        """Renew the lease and perform one step; return the seconds from the start of this call to that of the next one.
 
-        Raises `_OperationEnd` when none is left, the operation was stopped, or may not go on.
+        No object is acted on while the first run alone has not ended. Raises `LeaseLost`, and `_OperationEnd` when no
+        object is left, the operation was stopped, or its key lost its rights.
         """
         await self._store({})  # so that the lease lasts, and changes by users are known
         if self._operation.status == BulkStatus.STOPPING and not self._is_repeating:
@@ -152,7 +156,10 @@ class OperationPerformance:
         return len(step) / self._operation.per_second
 
     async def _authenticate(self) -> ApiCaller:
-        """Return the caller of the operation, as user and key are now; raises `_OperationEnd` if they may no longer."""
+        """Return the caller of the operation with the present rights of its key.
+
+        Raises `_OperationEnd` (failed) if the key is no longer valid, or lacks the scope `workflows:execute`.
+        """
         operation = self._operation
         found = (await access_store.find_keys_by_id(self._services.database, [operation.key_id])).get(
             operation.key_id
@@ -164,9 +171,10 @@ class OperationPerformance:
         return found.caller
 
     async def _may_follow_first(self) -> bool:
-        """Return whether more objects may follow: the first alone waits until its run has ended.
+        """Return whether the next step may begin: with `first_alone`, not until the first run has completed.
 
-        Raises `_OperationEnd` if that did not complete, or was refused.
+        Once it has, `first_alone` is cleared in the database. Raises `_OperationEnd` (failed) if the first object was
+        refused, or its run ended otherwise or is gone.
         """
         operation = self._operation
         if not operation.first_alone or not (operation.done or operation.refused):
@@ -185,7 +193,11 @@ class OperationPerformance:
         return False
 
     async def _choose_step(self, caller: ApiCaller) -> None:
-        """Select and store the next step; raises `_OperationEnd` if nothing is left."""
+        """Store the next objects behind the operation's cursor as its step: at most 20, and one second's worth of its
+        pace.
+
+        The step may be empty although others follow. Raises `_OperationEnd` (completed) if no object is left.
+        """
         operation = self._operation
         left = operation.total - operation.done - operation.refused
         is_first = operation.first_alone and operation.done == operation.refused == 0
@@ -210,7 +222,7 @@ class OperationPerformance:
         await self._store(values)
 
     async def _store_result(self, result: StepResult) -> None:
-        """Store the counts of a step, and its objects that are to be tried again."""
+        """Add the counts of a performed step to the operation; its postponed objects become the next step."""
         operation = self._operation
         refusals = Counter(operation.refusals) + Counter(result.refused.values())
         started = next((run for run in result.done.values() if run is not None), None)
@@ -225,7 +237,10 @@ class OperationPerformance:
         )
 
     async def _store(self, values: Mapping[str, Any]) -> None:
-        """Change the operation under the lease; raises `LeaseLost`."""
+        """Set columns of the operation in the database, renew its lease, and keep the new row.
+
+        Raises `LeaseLost` if another gateway has taken the operation, or it has ended.
+        """
         stored = await self._services.database.transaction(
             partial(
                 bulk_operation.store_progress,
@@ -239,7 +254,9 @@ class OperationPerformance:
         self._operation = stored
 
     async def _end(self, status: BulkStatus, reason: str | None) -> None:
-        """End the operation, with its entry of the audit trail in the same transaction."""
+        """Store the end of the operation with its audit entry in one transaction, and log it; without the
+        lease, only log it.
+        """
         operation = self._operation
 
         async def end(connection: AsyncConnection) -> None:
@@ -260,7 +277,10 @@ class OperationPerformance:
     # ── acts ────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def _act(self, caller: ApiCaller, execution_ids: Sequence[str]) -> StepResult:
-        """Act on objects; those that are gone, or that the caller may no longer see, are refused."""
+        """Perform the operation's action on the runs with these ids, and return the outcome of each.
+
+        Runs that are gone, or that the caller may no longer see, are refused as `not-found`.
+        """
         async with self._services.database.read() as connection:
             runs = await dead_letter_rows.read_runs(connection, caller, execution_ids)
         result = StepResult()
@@ -281,9 +301,9 @@ class OperationPerformance:
         return result
 
     async def _redrive(self, caller: ApiCaller, failed: Sequence[FailedRun], result: StepResult) -> None:
-        """Run present workflows on the inputs of failed runs, ten at a time.
+        """Run the current workflow of each failed run on its input, ten at a time, and add the outcomes to `result`.
 
-        A run that an earlier attempt of this step has started is found by its key, and counts as done.
+        A run that an earlier attempt of this step has started is found by its idempotency key, and counts as done.
         """
 
         async def redrive(one: FailedRun) -> None:
@@ -314,14 +334,18 @@ class OperationPerformance:
             )
 
     async def _purge(self, failed: Sequence[FailedRun], result: StepResult) -> None:
-        """Take failed runs off the lists of dead letters."""
+        """Mark failed runs as purged, so that they leave the lists of dead letters, and add them to `result`
+        as done.
+        """
         await self._services.database.transaction(
             partial(dead_letter_rows.mark_purged, failed=failed, now=self._services.database.clock.now())
         )
         result.done |= {one.id: None for one in failed}
 
     async def _cancel(self, caller: ApiCaller, execution_ids: Sequence[str], result: StepResult) -> None:
-        """Request the end of executions; those that have ended otherwise meanwhile are refused."""
+        """Request the cancellation of executions and add the outcomes to `result`; ended and locked ones are
+        refused.
+        """
         services = self._services
         canceled = await bulk_actions.cancel(services.store, services.broker, caller, execution_ids)
         result.done |= dict.fromkeys(canceled)
@@ -329,7 +353,11 @@ class OperationPerformance:
         result.refused |= dict.fromkeys(left, "execution-ended")
 
     async def _retry(self, caller: ApiCaller, runs: Mapping[str, FailedRun], result: StepResult) -> None:
-        """Resume failed executions; those that were taken up meanwhile are refused."""
+        """Resume failed executions as new ones and add the outcomes to `result`; those resumed or locked meanwhile are
+        refused.
+
+        Without capacity for all of them, none is resumed, and all are postponed.
+        """
         services = self._services
         if not await self._has_capacity(caller, runs, result):
             return
@@ -341,7 +369,11 @@ class OperationPerformance:
         result.refused |= dict.fromkeys(set(runs) - set(resumed), "already-resumed")
 
     async def _replay(self, caller: ApiCaller, runs: Mapping[str, FailedRun], result: StepResult) -> None:
-        """Replay executions one after the other; those whose plan needs a confirmation are refused."""
+        """Replay executions one after the other and add the outcomes to `result`; a plan with an unconfirmed write is
+        refused.
+
+        Without capacity for all of them, none is replayed, and all are postponed.
+        """
         if not await self._has_capacity(caller, runs, result):
             return
         choice = bulk_selection.decode_options(self._operation)
@@ -367,7 +399,9 @@ class OperationPerformance:
     async def _has_capacity(
         self, caller: ApiCaller, runs: Mapping[str, FailedRun], result: StepResult
     ) -> bool:
-        """Return whether the backlogs have room for as many runs; otherwise all are tried again later."""
+        """Return whether the backlogs have capacity for all these runs, and reserve it; otherwise add all to
+        `result` as postponed.
+        """
         counts = Counter(run.workflow_id for run in runs.values())
         try:
             for workflow_id, count in counts.items():
@@ -381,7 +415,9 @@ class OperationPerformance:
 
 
 def _note_refusal(result: StepResult, execution_id: str, error: ApiError) -> None:
-    """Note the refusal of an object, or that it is to be tried again, if the refusal passes by itself."""
+    """Add a refused object to `result`: as postponed if a retry may succeed (429, or 503 that no owner must
+    fix), else with the error's code.
+    """
     if error.status in PASSING_STATUSES and not error.is_for_owner:
         result.postponed.append(execution_id)
     else:

@@ -219,9 +219,10 @@ async def _begin(
     action: BulkAction,
     idempotency_key: IdempotencyKey | None,
 ) -> JsonResponse:
-    """Store a new operation, and wake the process that performs it; a repeated key returns the first one.
+    """Store a new operation, wake the runner of this gateway, and answer 202; a used key gives its first operation.
 
-    Raises a 409 error when fewer objects match than the body has, or too many operations are open.
+    Raises a 409 error when fewer objects match than the body's `count`, or 20 operations of the organization are open;
+    404 when the first operation is gone; 422 when it had another body.
     """
     from gateway.ingest import bulk_selection  # noqa: PLC0415 - loaded by the first operation
 
@@ -303,7 +304,10 @@ async def _list_operations(
 
 
 async def _change(request: GatewayRequest, values: Mapping[str, Any]) -> JsonResponse:
-    """Change an open operation, and return it as it is then; raises 404 for one that the caller may not see."""
+    """Set columns of the operation of the path unless it has ended, and return it as it is then.
+
+    Raises a 404 error if it is missing, or the caller may not see it.
+    """
     await _find(request)
     change = partial(
         bulk_operation.change_open,

@@ -57,7 +57,7 @@ class SelectedObjects:
 
 
 def decode_options(operation: BulkOperation) -> ReplayChoice:
-    """Return the choices of an operation that replays."""
+    """Return the stored options of a replay operation as the planner takes them."""
     stored = msgspec.convert(operation.options, StoredReplayOptions)
     return ReplayChoice(
         definition=stored.definition,
@@ -85,9 +85,11 @@ async def count_matching(connection: AsyncConnection, caller: ApiCaller, operati
 async def select_next(
     connection: AsyncConnection, caller: ApiCaller, operation: BulkOperation, cursor: PageCursor, limit: int
 ) -> SelectedObjects:
-    """Return the next objects behind a cursor, at most `limit`; maybe fewer, or none, although others follow.
+    """Return the ids of the next objects behind a cursor that the operation may act on, the oldest first, at most
+    `limit`.
 
-    Objects that were accepted after the begin of the operation are left out: the runs that it starts may fail too.
+    There may be fewer, or none, although others follow: the result's cursor is None only when none is left. Objects
+    that were accepted after the operation began are left out, since the runs that it starts may fail too.
     """
     bounds = KeysetBounds(limit, is_descending=False, cursor=cursor)
     if BulkAction(operation.action) in OF_DEAD_LETTERS:
@@ -98,6 +100,9 @@ async def select_next(
 async def _select_dead_letters(
     connection: AsyncConnection, caller: ApiCaller, operation: BulkOperation, bounds: KeysetBounds
 ) -> SelectedObjects:
+    """Return the next open dead letters of an operation's filter; for a purge by a member, only of the
+    member's workflows.
+    """
     given = msgspec.convert(operation.selection, DeadLetterSelection).wanted()
     is_purge = operation.action == BulkAction.PURGE_DEAD_LETTERS
     wanted = replace(

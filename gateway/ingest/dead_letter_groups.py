@@ -303,10 +303,10 @@ async def _compare_with_current(
     groups: Sequence[_GroupedRuns],
     heads: Mapping[str, dead_letter_rows.WorkflowHead],
 ) -> Mapping[str, _GroupFacts]:
-    """Return by the fingerprint of each group whether its newest run failed with the current definition of the
-    workflow; if not, also how many later runs of the current definition have completed.
+    """Return for each group, by its fingerprint, whether its newest run failed with the workflow's current definition.
 
-    Only the newest 100 runs of the workflow are counted. Groups of deleted workflows are left out.
+    If not, also how many later runs of the current definition have completed, among the newest 100 of the workflow.
+    Groups of deleted workflows are left out.
     """
     revisions = {group.newest.workflow_id: heads[group.newest.workflow_id].revision for group in groups}
     workflows = await request.gateway.workflows.load_several(request.caller.organization_id, revisions)
@@ -331,7 +331,9 @@ async def _compare_with_current(
 async def _find_versions(
     request: GatewayRequest, groups: Sequence[_GroupedRuns]
 ) -> Mapping[str, Sequence[int]]:
-    """Return the ascending versions of the newest 10 definitions of each group, by the fingerprints of the groups."""
+    """Return for each group, by its fingerprint, the ascending versions of its newest 10 definitions, without
+    unversioned ones.
+    """
     runs = {
         group.cause.fingerprint: [*group.definitions.values()][: limits.VERSIONS_OF_GROUP] for group in groups
     }
@@ -345,9 +347,7 @@ async def _find_versions(
 
 
 def _collect(rows: Sequence[FailedRun]) -> Sequence[_GroupedRuns]:
-    """Return groups of failed runs with the same cause; `rows` are ordered from the newest to the oldest, and
-    so are groups.
-    """
+    """Return failed runs grouped by cause; `rows` are ordered from the newest to the oldest, and so are the groups."""
     collected: dict[str, _GroupedRuns] = {}
     for failed in rows:
         cause = dead_letter_rows.describe_cause(failed)
@@ -361,7 +361,7 @@ def _collect(rows: Sequence[FailedRun]) -> Sequence[_GroupedRuns]:
 def _show_group(
     group: _GroupedRuns, name: str, facts: _GroupFacts, versions: Sequence[int], muted: MuteShape | None
 ) -> DeadLetterGroup:
-    """Return a group of dead letters as the API shows it; `name` is that of its workflow."""
+    """Return a group of dead letters as the API shows it; `name` is the name of its workflow."""
     return DeadLetterGroup(
         id=group.cause.fingerprint,
         workflow_id=group.newest.workflow_id,

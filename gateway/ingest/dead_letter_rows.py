@@ -155,7 +155,9 @@ class DeadLetterFilter:
     """Only runs of workflows of this user."""
 
     def allows_cause(self, failed: FailedRun) -> bool:
-        """Return whether a failed run has a wanted error; it is only read if the filter names groups or a kind."""
+        """Return whether the error of a failed run matches the groups and the kind of failure of the filter;
+        True if it has neither.
+        """
         is_any = self.group is None and self.only_groups is None and not self.without_groups
         if is_any and self.failure is None:
             return True
@@ -211,7 +213,10 @@ def describe_cause(execution: FailedRun) -> ErrorCause:
 async def list_last_failures(
     connection: AsyncConnection, caller: ApiCaller, workflow_id: str, limit: int
 ) -> Sequence[LastFailure]:
-    """Return the failed runs of a workflow that the caller may see, those that ended last, up to `limit`."""
+    """Return the failed runs of a workflow that the caller may see, the last to end first, at most `limit`.
+
+    Redriven, resumed and purged runs are included.
+    """
     statement = (
         select(
             col(Execution.id),
@@ -234,10 +239,10 @@ async def find_dead_letters(
     *,
     examined: int,
 ) -> OpenRows[FailedRun]:
-    """Return the dead letters after a cursor that the caller may see and that match, up to the limit of `bounds`.
+    """Return the dead letters behind the cursor of `bounds` that the caller may see and that match, up to its limit.
 
-    A dead letter is a failed run of an inbound request that was neither redriven nor purged. About as many
-    failed runs as `examined` are read at most, so there may be fewer although others follow.
+    A dead letter is a failed run of an inbound request that was neither redriven, resumed, replayed nor purged. Reading
+    stops after about `examined` failed runs, so there may be fewer although others follow.
     """
     is_open = (col(Execution.settled_at).is_(None), ~IS_TAKEN_UP)
     statement = select(*_COLUMNS).where(*_build_failure_conditions(caller, wanted), *is_open)
@@ -254,10 +259,10 @@ async def find_settled(
     is_live: bool,
     examined: int,
 ) -> SettledRows:
-    """Return the runs after a cursor that were dead letters until they were redriven, resumed, replayed or purged.
+    """Return the runs behind a cursor that were dead letters until they were redriven, resumed, replayed or purged.
 
-    With `is_live`, those whose successor has not ended; otherwise the others. About as many rows as `examined` are
-    read at most, so there may be fewer than the limit of `bounds` although others follow.
+    With `is_live`, those with a successor that has not ended; otherwise the others. Reading stops after about
+    `examined` rows, so there may be fewer than the limit of `bounds` although others follow.
     """
     is_settled = or_(col(Execution.settled_at).is_not(None), IS_TAKEN_UP)
     statement = select(*_COLUMNS).where(
@@ -290,16 +295,17 @@ async def find_settled(
 async def read_runs(
     connection: AsyncConnection, caller: ApiCaller, execution_ids: Sequence[str]
 ) -> dict[str, FailedRun]:
-    """Return parts of the rows of runs by id, in the order of the ids, without those that the caller may not see."""
+    """Return the runs with these ids that the caller may see, in any status, by id and in the order of the ids."""
     statement = select(*_COLUMNS).where(col(Execution.id).in_(execution_ids), visibility_condition(caller))
     found = {row.id: FailedRun(*row) for row in await connection.execute(statement)}
     return {execution_id: found[execution_id] for execution_id in execution_ids if execution_id in found}
 
 
 async def mark_settled(connection: AsyncConnection, execution_ids: Sequence[str], now: datetime) -> None:
-    """Mark failed runs as redriven or purged, so that lists no longer read them.
+    """Set the settled time of those of the runs that have failed, so that lists of dead letters skip them without a
+    look at their keys.
 
-    Their redrive keys decide: a run without the mark is left out all the same.
+    Only their redrive keys decide whether they are dead letters. The caller has checked the organization.
     """
     for start in range(0, len(execution_ids), BATCH):
         some = execution_ids[start : start + BATCH]
@@ -311,7 +317,9 @@ async def mark_settled(connection: AsyncConnection, execution_ids: Sequence[str]
 async def mark_purged(
     connection: AsyncConnection, failed: Sequence[Execution | FailedRun], now: datetime
 ) -> None:
-    """Mark failed runs as purged; those that were redriven before stay so."""
+    """Use up the redrive keys of failed runs, so that none can be redriven; runs that were redriven before
+    keep their successor.
+    """
     for one in sorted(failed, key=lambda one: one.id):
         idempotency_key = idempotency.redrive_key(one.workflow_id, one.id)
         await idempotency.reserve_key(
@@ -328,10 +336,9 @@ async def find_deliveries(
     *,
     examined: int,
 ) -> OpenRows[DeliveryKey]:
-    """Return the deliveries after a cursor that the caller may see, that match, and that can be and were not
-    redriven; about as many as `examined` are read at most.
+    """Return the deliveries behind a cursor that the caller may see, that match, and that a list can still redrive.
 
-    A redrive is a new attempt to process a delivery; its content must be kept.
+    Their content is kept, and they have not been redriven. Reading stops after about `examined` rows.
     """
     columns = [getattr(Delivery, field.name) for field in fields(DeliveryKey)]
     statement = select(*columns).where(
@@ -345,7 +352,9 @@ async def find_deliveries(
 
 
 async def read_workflow_names(connection: AsyncConnection, workflow_ids: Iterable[str]) -> dict[str, str]:
-    """Return the names of workflows by id, deleted ones included; missing ones are omitted."""
+    """Return the names of workflows, deleted ones included, by id; missing ones are omitted. The organization
+    is not checked.
+    """
     found = await read_workflow_heads(connection, workflow_ids)
     return {workflow_id: head.name for workflow_id, head in found.items()}
 
@@ -353,7 +362,10 @@ async def read_workflow_names(connection: AsyncConnection, workflow_ids: Iterabl
 async def read_workflow_heads(
     connection: AsyncConnection, workflow_ids: Iterable[str]
 ) -> dict[str, WorkflowHead]:
-    """Return names and revisions of workflows by id, deleted ones included; missing ones are omitted."""
+    """Return names and revisions of workflows, deleted ones included, by id; missing ones are omitted.
+
+    The organization is not checked: the ids belong to objects that the caller may see.
+    """
     wanted = sorted(set(workflow_ids))
     if not wanted:
         return {}
@@ -366,9 +378,9 @@ async def read_workflow_heads(
 async def count_completed_since(
     connection: AsyncConnection, wanted: Sequence[CompletedRunsFilter]
 ) -> Sequence[int]:
-    """Return for each filter the number of runs with its definition that were accepted later and have completed.
+    """Return for each filter, in their order, how many runs with its definition were accepted later and have completed.
 
-    Only the newest 100 runs of the workflow are looked at. All are counted by one statement.
+    Only the newest 100 runs of a workflow after that time count, and private ones do not.
     """
     if not wanted:
         return []
@@ -381,6 +393,9 @@ async def count_completed_since(
 
 
 def _count_completed(wanted: CompletedRunsFilter) -> ColumnElement[int]:
+    """Return the subquery that counts the completed runs of a filter among the newest 100 of the workflow
+    after its time.
+    """
     newest = (
         select(col(ExecutionData.execution_id))
         .where(
@@ -403,6 +418,10 @@ def _count_completed(wanted: CompletedRunsFilter) -> ColumnElement[int]:
 
 
 def _build_failure_conditions(caller: ApiCaller, wanted: DeadLetterFilter) -> Iterable[ColumnElement[bool]]:
+    """Yield the SQL conditions for failed runs of inbound requests that the caller may see and redrive and that match.
+
+    The groups and the kind of failure are not among them, since they depend on the text of the error.
+    """
     yield col(Execution.organization_id) == caller.organization_id
     yield _FAILED
     yield _IS_INTAKE
@@ -446,7 +465,7 @@ async def _find_open(
 ) -> OpenRows[Row]:
     """Return the rows of a source that match and are neither redriven nor purged, up to the limit of `bounds`.
 
-    No batch is read once `examined_at_most` rows are.
+    No further batch is read once `examined_at_most` rows were read.
     """
     await keyset.follow_indexes(connection)
     found: list[Row] = []
@@ -470,7 +489,9 @@ async def _find_open(
 async def _read_batches(
     connection: AsyncConnection, source: _RowSource[Row], bounds: KeysetBounds
 ) -> AsyncIterator[tuple[list[Row], bool]]:
-    """Yield batches of at most 500 rows in the order of `bounds`, each with whether it is the last."""
+    """Yield the rows behind the cursor of `bounds` in its order, in batches of at most 500, each with whether
+    it is the last.
+    """
     # Most pages are short, and their rows are found in a short first batch.
     size = min(FIRST_BATCH_PAGES * bounds.limit, BATCH)
     while True:
@@ -492,14 +513,18 @@ async def _read_batches(
 async def _find_settled(
     connection: AsyncConnection, caller: ApiCaller, rows: Sequence[Row]
 ) -> frozenset[str]:
-    """Return the ids of the rows that were redriven by a list, or purged: their redrive key is used."""
+    """Return the ids of those rows that a list has redriven, or that were purged: their redrive keys are used."""
     return frozenset(await _read_redrive_keys(connection, caller, rows))
 
 
 async def _find_successors(
     connection: AsyncConnection, caller: ApiCaller, rows: Sequence[FailedRun]
 ) -> Mapping[str, RunSuccessor]:
-    """Return the runs that redrives, resumes and replays have started in place of failed ones, by the ids of these."""
+    """Return the runs that redrives, resumes and replays have started in place of failed runs, by the id of the failed
+    run.
+
+    Runs without a successor, or with one that is no longer stored, are left out.
+    """
     successor_ids = await _read_redrive_keys(connection, caller, rows)
     statement = select(col(Execution.id), col(Execution.status)).where(
         col(Execution.id).in_(successor_ids.values()),
@@ -512,10 +537,7 @@ async def _find_successors(
 async def _read_redrive_keys(
     connection: AsyncConnection, caller: ApiCaller, rows: Sequence[Row]
 ) -> Mapping[str, str]:
-    """Return the objects to which the redrive keys of rows belong, by the ids of these; rows without one are left out.
-
-    The object is the id of a run, or `purged`.
-    """
+    """Return for each row with a used redrive key, by its id, the id of the run that was started, or `purged`."""
     if not rows:
         return {}
     scope_of = {one: idempotency.redrive_key(str(one), "").scope for one in {row.workflow_id for row in rows}}
@@ -530,10 +552,11 @@ async def _read_redrive_keys(
 def _list_pairs(
     pairs: Sequence[tuple[str, str]], *, is_sqlite: bool
 ) -> tuple[ColumnElement[str], ColumnElement[str]]:
-    """Return the two columns of a table of pairs of texts, which one parameter or two carry.
+    """Return the two columns of an SQL table of pairs, bound as one JSON parameter on SQLite and as two arrays on
+    PostgreSQL.
 
-    So one statement, prepared once, looks all pairs up by their index. A condition with hundreds of
-    alternatives is planned anew each time, which takes longer than to run it.
+    So one prepared statement looks all pairs up by their index. A condition with hundreds of alternatives is planned
+    anew each time, which takes longer than to run it.
     """
     if is_sqlite:
         listed = func.json_each(msgspec.json.encode(pairs).decode()).table_valued("value")

@@ -30,6 +30,7 @@ class DeadLetterSelection(StrictWire):
     """Only these; absent: all. An empty list is refused, since it might be an empty choice."""
 
     def wanted(self) -> DeadLetterFilter:
+        """Return the filter for queries; fields that are absent from the body filter nothing."""
         return DeadLetterFilter(
             workflow_id=self.workflow_id,
             trigger_type=self.trigger_type,

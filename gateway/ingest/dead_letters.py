@@ -135,8 +135,8 @@ async def purge(request: GatewayRequest) -> JsonResponse:
 async def _choose_dead_letters(
     connection: AsyncConnection, workflow: Workflow, body: ChooseDeadLetters
 ) -> tuple[int, dict[str, Execution]]:
-    """Return the number of dead letters that match the body, and the chosen ones by id: named ones, or the
-    oldest up to its limit.
+    """Return the number of dead letters that match the body, and the chosen ones by id: the named ones, or
+    the oldest up to its limit.
     """
     count, found = await delivery_rows.list_dead_letters(
         connection, workflow, PageBounds(body.limit, 0), body.execution_ids or ()
@@ -150,10 +150,9 @@ async def purge_runs(
     about: str,
     changes: Sequence[Mapping[str, str | None]] | None = None,
 ) -> None:
-    """Mark failed runs as purged in one transaction with an audit entry, so that they leave the lists of dead
-    letters.
+    """Mark failed runs as purged in one transaction with an audit entry, so that they leave the lists of dead letters.
 
-    `about` is the id of a workflow or organization, the subject of the entry, and `changes` its selection.
+    `about` is the id of the workflow or organization that the entry is about, and `changes` describe the selection.
     """
     now = request.gateway.clock()
 
@@ -175,7 +174,7 @@ async def purge_runs(
 async def settle_runs(
     request: GatewayRequest, execution_ids: Sequence[str], done: redrive_runs.RedriveResult
 ) -> None:
-    """Mark the failed runs of a redrive as settled, but those that were refused."""
+    """Mark the runs of a redrive as settled, except those with an error in `done`; in a transaction of its own."""
     settled = [one for one in execution_ids if one not in done.errors]
     if settled:
         await request.gateway.database.transaction(
@@ -184,7 +183,7 @@ async def settle_runs(
 
 
 def shape(failed: Execution | FailedRun, given: str | None, outputs: ShownOutputs) -> DeadLetter:
-    """Return a dead letter as the API shows it; `given` is the input of its run as JSON, None for one too
+    """Return a dead letter as the API shows it; `given` is its trigger output as JSON text, None if it is too
     large for a list.
     """
     return DeadLetter(
@@ -198,7 +197,7 @@ def shape(failed: Execution | FailedRun, given: str | None, outputs: ShownOutput
 
 
 def _show_error(error: Mapping[str, Any] | str | None) -> msgspec.Raw | None:
-    """Return an error, which may be JSON text already, as JSON; None for none."""
+    """Return a stored error as JSON for an answer; None without one."""
     if not error:
         return None
     return msgspec.Raw(error.encode() if isinstance(error, str) else msgspec.json.encode(error))

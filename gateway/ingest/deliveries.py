@@ -332,7 +332,9 @@ async def redrive_many(request: GatewayRequest) -> JsonResponse:
 
 
 def counted(matched: int, done: redrive_runs.RedriveResult) -> DeliveryRedriveResults:
-    """Return the answer to a redrive of a selection, from the number of matching objects and the result."""
+    """Return the answer to a redrive of a selection: `matched` objects, those done, refused, and left for the
+    next request.
+    """
     return DeliveryRedriveResults(
         matched=matched,
         redriven=len(done.execution_ids),
@@ -366,7 +368,7 @@ async def _find_readable(request: GatewayRequest, delivery_id: str) -> Delivery:
 
 
 def _show_delivery(delivery: Delivery, mail: MailHead | None) -> DeliveryShape:
-    """Return a delivery as the API shows it; `mail` is None unless it is a mail whose content is known."""
+    """Return a delivery as the API shows it; `mail` is None unless it is a mail with stored, parsed content."""
     reason = None
     if delivery.reason is not None:
         code, _, message = delivery.reason.partition(": ")

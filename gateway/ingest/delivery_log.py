@@ -89,7 +89,9 @@ def repetition_delivery(
 
 
 def noted_delivery(inbound: InboundRequest, now: datetime, *, status: int, reason: str) -> Delivery:
-    """Return the delivery of a valid request without a run, not stored yet; of `reason`, 500 characters are kept."""
+    """Return the delivery of an accepted request that starts no run, not stored yet; of `reason`, 500
+    characters are kept.
+    """
     return _build_delivery(
         inbound, now, outcome=DeliveryOutcome.ACCEPTED, status=status, reason=reason[:REASON_LENGTH]
     )
@@ -219,7 +221,7 @@ class DeliveryLog:
         await self._group.drain()
 
     async def _commit(self, batch: Sequence[Delivery]) -> Sequence[None]:
-        """Insert a batch of deliveries in one transaction."""
+        """Insert a batch of deliveries in one transaction; return None for each."""
         rows = [one.model_dump() for one in batch]
 
         async def write(connection: AsyncConnection) -> None:

@@ -97,10 +97,10 @@ async def list_deliveries(
     part: PageBounds,
     bounds: KeysetBounds | None,
 ) -> ListPage[Delivery]:
-    """Return a page of the matching deliveries of a workflow, the newest first, with their number.
+    """Return a page of the matching deliveries of a workflow, without payloads and the newest first, with their number.
 
-    With `bounds`, the page follows a cursor and the number goes to 10,000, and a page of one outcome or route
-    examines 10,000 rows at most. None means limit and offset of `part`.
+    With `bounds`, the page follows its cursor, the number is counted up to 10,000, and a page of one outcome or route
+    examines at most 10,000 rows. With None, limit and offset of `part` count.
     """
     if bounds is not None:
         within = [*_select_workflow(workflow), *_time_conditions(wanted)]
@@ -145,7 +145,11 @@ async def _list_examined(
     residual: Sequence[ColumnElement[bool]],
     bounds: KeysetBounds,
 ) -> ListPage[Delivery]:
-    """Return a page of deliveries by the conditions that an index decides, and those for which each row is read."""
+    """Return a page of deliveries that meet both lists of conditions: an index decides `within`, a look at each row
+    `residual`.
+
+    At most 10,000 rows are examined, so that a page may be short although another one follows.
+    """
     table: FromClause = Delivery.__table__  # type: ignore[attr-defined]  # SQLModel adds it
     source = RowSource(table, col(Delivery.created_at), col(Delivery.id), within, residual)
     page = await keyset.list_examined(connection, LISTED, source, bounds)
@@ -153,9 +157,10 @@ async def _list_examined(
 
 
 def visible_conditions(caller: ApiCaller) -> Iterable[ColumnElement[bool]]:
-    """Yield the SQL condition for deliveries that a caller may see: of readable workflows, and its own events.
+    """Yield the SQL condition for deliveries that a caller may see: of readable workflows, and of events sent by the
+    caller.
 
-    Nothing for admins, who see all.
+    Nothing is yielded for admins, who see all of their organization, which the caller's statement must restrict.
     """
     if caller.is_admin:
         return
@@ -176,8 +181,8 @@ def redrivable_conditions() -> Iterable[ColumnElement[bool]]:
 async def find_not_redriven(
     connection: AsyncConnection, workflow: Workflow, wanted: DeliveryFilter, limit: int
 ) -> tuple[int, list[str]]:
-    """Return the number of deliveries that can be and were not redriven by a list, and the ids of the oldest,
-    at most `limit`.
+    """Return the number of deliveries that can be and were not redriven by a list, and the ids of the oldest, at most
+    `limit`.
 
     Redrives themselves are left out; duplicates too, unless the filter names them.
     """
@@ -197,11 +202,10 @@ async def find_not_redriven(
 async def list_dead_letters(
     connection: AsyncConnection, workflow: Workflow, part: PageBounds, only: Sequence[str] = ()
 ) -> tuple[int, list[Execution]]:
-    """Return the number of dead letters of a workflow, and the page `part` of them, those that failed first
-    coming first.
+    """Return the number of dead letters of a workflow, and the page `part` of them, the first to fail first.
 
-    Dead letters are failed runs of inbound requests; redriven, resumed and purged ones are left out. With
-    `only`, just runs of these ids.
+    Dead letters are failed runs of inbound requests; redriven, resumed, replayed and purged ones are left out. With
+    `only`, just runs with these ids are counted and listed.
     """
     conditions = [
         col(Execution.workflow_id) == workflow.id,
@@ -227,7 +231,10 @@ async def list_dead_letters(
 
 
 async def read_input(connection: AsyncConnection, execution_ids: Sequence[str]) -> dict[str, str]:
-    """Return the inputs of runs as JSON text, by run; inputs over 100,000 characters are left out."""
+    """Return the trigger outputs of runs as JSON text, by execution id; those over 100,000 characters are left out.
+
+    Visibility is not checked: pass ids that the caller may see.
+    """
     if not execution_ids:
         return {}
     statement = select(col(ExecutionData.execution_id), col(ExecutionData.trigger)).where(
@@ -277,7 +284,7 @@ def conditions(wanted: DeliveryFilter) -> Iterable[ColumnElement[bool]]:
 
 
 def _outcome_conditions(wanted: DeliveryFilter) -> Iterable[ColumnElement[bool]]:
-    """Yield the SQL conditions of the filter's outcome.
+    """Yield the SQL conditions of the filter's outcome; none without one.
 
     They are literal, so that the index of all but accepted deliveries is used.
     """
@@ -289,7 +296,7 @@ def _outcome_conditions(wanted: DeliveryFilter) -> Iterable[ColumnElement[bool]]
 
 
 def _residual_conditions(wanted: DeliveryFilter) -> Iterable[ColumnElement[bool]]:
-    """Yield the SQL conditions of a filter that no index has."""
+    """Yield the SQL conditions of the filter's route, reason and ids, which no index supports."""
     if wanted.route is not None:
         yield col(Delivery.route) == wanted.route
     if wanted.reason is not None:
@@ -306,7 +313,10 @@ def _time_conditions(wanted: DeliveryFilter) -> Iterable[ColumnElement[bool]]:
 
 
 def _is_settled(workflow: Workflow, resource: SQLColumnExpression[Any]) -> Any:  # noqa: ANN401 - a correlated condition
-    """Return the SQL condition that a delivery or run was purged, or redriven by a list: its redrive key is used."""
+    """Return the SQL condition that a delivery or run was purged, or redriven by a list: its redrive key is used.
+
+    `resource` is the column with the id of the delivery or run.
+    """
     return exists().where(
         and_(
             col(Idempotency.shard) == workflow.shard,

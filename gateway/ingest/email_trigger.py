@@ -84,7 +84,9 @@ class ParsedMailRequest(GuardedWire):
     email_headers: dict[str, Any] = msgspec.field(default_factory=dict, name="email_headers")
 
     def given(self, attachments: Sequence[Json]) -> dict[str, Json]:
-        """Return the output of the trigger node for the mail; header values are single lines, as in a parsed mail."""
+        """Return the output of the trigger node for the mail with these stored attachments; header values are
+        single lines.
+        """
         return {
             "from": join_lines(self.from_),
             "to": join_lines(self.to),
@@ -179,7 +181,11 @@ async def _add_redrive_content(inbound: InboundRequest, target: MailTarget, cont
 
 
 def _build_unparsed_mail(mail: VerifiedMail, body: bytes = b"") -> UnparsedMail:
-    """Return the form of a mail service as an unparsed mail, which a worker parses later; raises `RequestRefused`."""
+    """Return the posted form of a mail service as an unparsed mail, which a worker parses later; raises
+    `RequestRefused`.
+
+    `body` is the posted form, empty if it is stored as a blob.
+    """
     envelope = mail_kinds.parse_envelope(mail.content.form, mail.kind)
     content_type = mail.content.headers.single("Content-Type") or ""
     return mail.unparsed(
@@ -190,6 +196,12 @@ def _build_unparsed_mail(mail: VerifiedMail, body: bytes = b"") -> UnparsedMail:
 async def _ingest_native(
     request: GatewayRequest, mail: VerifiedMail, inbound: InboundRequest
 ) -> JsonResponse:
+    """Run the workflow on a mail in the API's own JSON form, and return the answer; attachments become blobs of its
+    run.
+
+    Raises API errors for invalid fields, a body over the limit and an unavailable blob storage, and the errors of
+    `_ingest`.
+    """
     content = mail.content.body
     if len(content) > (most := request.gateway.settings.max_body_bytes):
         raise BodyLimit(most).exceeded()
@@ -400,10 +412,10 @@ def _refuse_replay() -> ApiError:
 
 
 def _own_key(mail: VerifiedMail, key: str | None, ses_id: str) -> IdempotencyKey | None:
-    """Return the idempotency key of the delivery itself, so that a signature of one mail is valid for no other.
+    """Return the idempotency key of the request itself, by which its signature is accepted for one mail only.
 
-    None without a signature or SES id. Several actions of an SES rule may report the same mail, with the same
-    id.
+    It is derived from the SES id or the signed id; None without either. Several actions of an SES rule may report the
+    same mail, with the same id.
     """
     if ses_id:
         return idempotency.derive_key("ses", mail.target.workflow.id, ses_id)
@@ -415,7 +427,9 @@ def _own_key(mail: VerifiedMail, key: str | None, ses_id: str) -> IdempotencyKey
 
 
 def _answer(request: GatewayRequest, accepted: AcceptanceResult, status: int) -> JsonResponse:
-    """Return the receipt of an accepted mail, with the run's location, and a mark if it was accepted before."""
+    """Return the receipt of an accepted mail with the location of its run, marked as replayed if it was
+    accepted before.
+    """
     headers = location(request.gateway.settings, accepted.execution_id)
     if accepted.verdict is AcceptanceVerdict.REPEATED:
         headers |= idempotency.REPLAYED

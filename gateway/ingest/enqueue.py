@@ -71,8 +71,8 @@ class QueueMessage(GuardedWire):
     def planned(
         self, now: datetime, idempotency_key: IdempotencyKey | None, callback_url: str | None
     ) -> RunInput:
-        """Return the run that the message starts: its trigger output, priority, delay, labels and callback
-        URL (None for none).
+        """Return the input of the run that the message starts: trigger output, priority, earliest start,
+        labels and callback URL (None for none).
         """
         trigger = {"message": self.payload, "priority": self.priority, "source": self.source}
         return RunInput(
@@ -189,10 +189,11 @@ async def enqueue(request: GatewayRequest) -> JsonResponse:
 def _idempotency_keys(
     request: GatewayRequest, value: Json, body: EnqueueRequest, signature: VerifiedSignature | None
 ) -> tuple[IdempotencyKey | None, IdempotencyKey | None]:
-    """Return the request's own key if there are several, else None, and the idempotency key of the message,
-    None without one.
+    """Return an additional key that identifies the request (None unless it has several), and the key of its message
+    (None without any).
 
-    The keys come from a signature, the header and `deduplicationId`; the last of them is that of the message.
+    The keys of the signature, the header `Idempotency-Key` and `deduplicationId` count in this order: the last one is
+    that of the message, and the first of several that of the request.
     """
     workflow_id = request.path_params["id"]
     keys = [
@@ -223,9 +224,10 @@ def check_message(
     path: str = "",
     warnings: list[dict[str, Json]] | None = None,
 ) -> Queued:
-    """Return the message found at `path` as `kind`; raises a 422 error for all invalid fields.
+    """Return `value` as a message of type `kind`; raises a 422 error that lists all invalid fields, below the place
+    `path`.
 
-    A start more than a year ahead or without time zone is invalid. Unknown fields are added to `warnings`.
+    A start more than a year ahead, or without a time zone, is invalid. Unknown fields are added to `warnings`.
     """
     body = convert(value, kind, path, warnings)
     problems = ProblemCollector()

@@ -197,9 +197,10 @@ async def _ingest_messages(
 async def _first_results(
     request: GatewayRequest, planned: Sequence[PlannedMessage], delivery_id: str
 ) -> Sequence[AcceptanceResult]:
-    """Return the results of the messages in the first request with the same key, whose delivery is `delivery_id`.
+    """Return the results that the same messages got in the first request with the same key, which has the delivery
+    `delivery_id`.
 
-    A message without a run hit the concurrency limit then.
+    A message without a run had no free concurrency slot then.
     """
     database = request.gateway.database
     idempotency_keys = [one.idempotency_key for one in planned if one.idempotency_key is not None]
@@ -250,8 +251,10 @@ def _plan_messages(
 
 
 def _split_repeats(planned: Sequence[PlannedMessage]) -> tuple[list[PlannedMessage], Mapping[int, int]]:
-    """Return the first message of each idempotency key, and the indexes of its repetitions with the index of
-    that first one.
+    """Return the messages without repetitions of an idempotency key, and the index of the first message for each
+    repetition.
+
+    Keys and values of the mapping are indexes in the batch. Messages without a key are never repetitions.
     """
     first: list[PlannedMessage] = []
     places: dict[IdempotencyKey, int] = {}

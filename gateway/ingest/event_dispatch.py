@@ -89,7 +89,7 @@ class EventDispatchPlan:
 
     @property
     def deferral(self) -> RunDeferral | None:
-        """Reason of the run that may start first; None if a run starts at once, and without runs."""
+        """Reason why the run that may start first is deferred; None if any run starts at once, and without runs."""
         found = [one for one in self.deferrals if one is not None]
         if not found or len(found) < len(self.deferrals):
             return None
@@ -97,8 +97,8 @@ class EventDispatchPlan:
         return RunDeferral(min(dated)[1], min(dated)[0]) if dated else found[0]
 
     def add(self, workflow: LoadedWorkflow, run: IngestedRun, deferral: RunDeferral | None) -> None:
-        """Add a run of an event for a workflow to the plan, with its outcome, which is corrected if it gets
-        no concurrency slot.
+        """Add a run of an event for a workflow to the plan, with its outcome; without a free concurrency slot, that
+        becomes an error.
 
         `deferral` says why the run starts later, since its workflow is paused or asleep; None: it starts at once.
         """
@@ -209,6 +209,12 @@ class EventDispatcher:
         return EventDispatchResult(emitted.event_id, event.event_type, _merge_outcomes(planned, taken))
 
     async def _plan_dispatch(self, organization_id: str, message: RunInput) -> EventDispatchPlan:
+        """Return the runs and outcomes of an event, with the trigger output `message`, for all subscribed workflows;
+        nothing is stored.
+
+        Raises a 413 error if the copies of the event are too large together, and a refusal if no workflow has another
+        outcome.
+        """
         event_type = str(_read_field(message.trigger, "event_type"))
         subscribed = await self._subscribers.find(organization_id, event_type)
         found, deployed = subscribed.found, subscribed.deployed
@@ -338,9 +344,7 @@ def _require_size(message: RunInput, count: int) -> None:
 
 
 def _merge_outcomes(planned: EventDispatchPlan, taken: IngestResult) -> Sequence[WorkflowEventOutcome]:
-    """Return the planned outcomes; those of runs that were refused for lack of a concurrency slot have an
-    error instead.
-    """
+    """Return the planned outcomes, with an error in place of each run that got no concurrency slot."""
     full = {
         run.execution_id
         for run, answer in zip(planned.runs, taken.runs, strict=True)
@@ -350,6 +354,9 @@ def _merge_outcomes(planned: EventDispatchPlan, taken: IngestResult) -> Sequence
 
 
 def _certain_outcomes(outcome: WorkflowEventOutcome, *, is_there: bool) -> WorkflowEventOutcome:
+    """Return an outcome without its error if its run exists (`is_there`), else without the run; one that has
+    no run is unchanged.
+    """
     if outcome.execution_id is None:
         return outcome
     if is_there:
@@ -366,6 +373,7 @@ async def read_outcomes(connection: AsyncConnection, delivery: Delivery) -> Sequ
 
 
 async def _resolve_outcomes(connection: AsyncConnection, answer: str) -> Sequence[WorkflowEventOutcome]:
+    """Return the outcomes in the stored answer of a delivery; a run that was not started is left out of its outcome."""
     found = _decode_outcomes(answer)
     unsure = [str(one.execution_id) for one in found if one.execution_id and one.error]
     there = {*(await _find_existing(connection, unsure))}
@@ -373,6 +381,7 @@ async def _resolve_outcomes(connection: AsyncConnection, answer: str) -> Sequenc
 
 
 async def _find_existing(connection: AsyncConnection, execution_ids: Sequence[str]) -> Sequence[str]:
+    """Return those of the ids that are ids of stored executions."""
     found: list[str] = []
     for some in _split_batches(execution_ids):
         found += await connection.scalars(select(col(Execution.id)).where(col(Execution.id).in_(some)))

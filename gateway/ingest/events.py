@@ -320,10 +320,11 @@ async def handshake(request: GatewayRequest) -> NoContent:
 
 
 async def _ingest_batch(request: GatewayRequest, inbound: InboundRequest, batch: EventBatch) -> JsonResponse:
-    """Ingest the events of a batch in order, each by itself, and return the answer with the outcomes of each.
+    """Ingest the events of a batch in order, each in a commit of its own, and return the answer with the outcomes of
+    each.
 
-    Each event has its own key, so that partial repetitions are detected. An error ends the request after the
-    events before it.
+    Each event has a key of its own, so that a repetition ingests only the missing ones. An error is raised for the
+    request, and the events before it stay ingested.
     """
     if not batch.events:
         await request.gateway.acceptances.ingest(
@@ -362,10 +363,9 @@ def _visible_to(caller: ApiCaller) -> Sequence[ColumnElement[bool]]:
 async def _find_readable(
     connection: AsyncConnection, request: GatewayRequest
 ) -> tuple[EventRow, Delivery | None]:
-    """Return an event that the caller may see, and its delivery, None if that is no longer kept; raises a 404
-    error.
+    """Return the event of the path, and its delivery, None if that is no longer kept.
 
-    Admins may see all events of the organization, others their own.
+    Raises a 404 error unless the caller may see it: admins see all events of the organization, others their own.
     """
     statement = select(EventRow).where(
         col(EventRow.id) == request.path_params["id"], *_visible_to(request.caller)

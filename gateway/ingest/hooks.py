@@ -168,17 +168,16 @@ async def _answer_request(
 
 
 async def _find_sender(request: GatewayRequest) -> RequestSender:
-    """Return the sender of the trigger token in the path; raises a 404 error for another one, 429 after too
-    many failures.
+    """Return the sender of the trigger token in the path; raises a 404 error for an unknown token, 429 after
+    too many failures.
     """
     return await request.gateway.sender_authenticator.by_path_token(request.scope, request.path_params["id"])
 
 
 async def _verify_sender(request: GatewayRequest, sender: RequestSender) -> VerifiedWebhookRequest:
-    """Return the request with its whole body, verified by the trigger's config: method, network, size and
-    signature.
+    """Return the request with its whole body, verified by the trigger's config: method, network, size and signature.
 
-    Raises 400, 401, 403, 405, 413, 415, 422 and 503, but only for senders that know the address.
+    Raises 400, 401, 403, 405, 413, 415, 422 and 503; only senders with a valid token get that far.
     """
     gateway = request.gateway
     query = _read_query(request)
@@ -243,7 +242,7 @@ def _encode_trigger(trigger: Mapping[str, Json]) -> EncodedTrigger:
 
 
 async def _note_only(request: GatewayRequest, inbound: InboundRequest, reason: str) -> None:
-    """Store a delivery of a request that starts no run, with its reason."""
+    """Store a delivery with status 200 for a request that starts no run, with its reason."""
     await request.gateway.deliveries.note(
         delivery_log.noted_delivery(inbound, request.gateway.clock(), status=OK, reason=reason)
     )
@@ -324,9 +323,10 @@ async def _await_response(
     inbound: InboundRequest,
     until: float,
 ) -> ASGIApp:
-    """Return the run's own answer, or report its end, or after the loop's time `until` that it continues.
+    """Return the response that the run gives; without one, report its end, or at the loop's time `until` that it
+    continues.
 
-    Raises a 500 error if the run fails without an answer.
+    Raises a 500 error if the run fails without a response.
     """
     key = ExecutionKey(accepted.execution_id, inbound.shard)
     seconds = until - asyncio.get_running_loop().time()

@@ -133,6 +133,7 @@ class RunInput:
     callback_url: str = ""
     idempotency_key: IdempotencyKey | None = None
     is_read: bool = True
+    """False for an unparsed mail: a worker parses it, and stores the output of the trigger then."""
     labels: Sequence[RunLabel] = ()
     """Tags and metadata that the sender has given."""
     execution_id: str | None = None
@@ -180,10 +181,10 @@ class RequestIngestor:
             return await self._resolve_target(current, kind)
 
     def build_run(self, target: RunTarget, message: RunInput) -> IngestedRun:
-        """Return the run of a message with a new id, not stored yet; it runs for the workflow's owner,
-        whoever the sender is.
+        """Return the run of a message, not stored yet; it runs with the rights of the workflow's owner, not of the
+        sender.
 
-        A run of a paused workflow waits until that is resumed.
+        Its id is new unless the message has one. A run of a paused workflow waits until the workflow is resumed.
         """
         workflow = target.workflow
         definition = DefinitionKey(workflow.organization_id, workflow.definition_hash, workflow.shard)
@@ -300,10 +301,10 @@ class RequestIngestor:
     async def find_repetition(
         self, inbound: InboundRequest, idempotency_key: IdempotencyKey, *, status: int
     ) -> AcceptanceResult | None:
-        """Return the run of an earlier request with the same key, and store this one as a duplicate; None for
-        a first request.
+        """Return the run of an earlier request with the same key, and store this request as a duplicate; None for a
+        first request.
 
-        None also for a key with another body, which is refused later.
+        None also for a key that was used with another body, which is refused later.
         """
         earlier = await acceptance.find_earlier(self._database, inbound.shard, idempotency_key)
         if earlier is None or earlier.verdict is not AcceptanceVerdict.REPEATED:
@@ -314,8 +315,8 @@ class RequestIngestor:
     async def note_repetition(
         self, inbound: InboundRequest, *, status: int, execution_id: str | None
     ) -> None:
-        """Store the delivery of a request that repeats an earlier one with the run `execution_id`, None for
-        none or several.
+        """Store a request that repeats an earlier one as a duplicate; `execution_id` is the earlier run, None
+        for none or several.
         """
         now = self._database.clock.now()
         await self._deliveries.note(
@@ -354,7 +355,10 @@ class RequestIngestor:
         return RunTarget(workflow, workflow.trigger, assigned_deployment_id, deferral, is_held)
 
     async def require_models(self, caller: ApiCaller, target: RunTarget) -> None:
-        """Raise a 403 error if the target names a language model that its owner may not use, for whom it runs."""
+        """Raise a 403 error if the target names a language model that the workflow's owner may not use.
+
+        Before a refusal, the workflow is loaded again. Raises the errors of `resolve_target` then.
+        """
         workflow = target.workflow
         try:
             await acceptance.require_models(self._database, workflow.owner_id, workflow)
@@ -410,18 +414,24 @@ class IngestCapacity:
         await self.require_backlog(target.workflow, count)
 
     async def require_of_workflow(self, workflow: LoadedWorkflow) -> None:
-        """Take capacity for a run that no sender requests itself; raises a 429 error when a limit is reached."""
+        """Take capacity for one run of an event from the workflow's rate limit and the backlogs, not from limits of the
+        sender.
+
+        Raises a 429 error when a limit is reached.
+        """
         await self._rates.spend(self._rates.of_workflow(workflow.id))
         await self.require_backlog(workflow)
 
     async def require_backlog(self, workflow: LoadedWorkflow, count: int = 1) -> None:
-        """Add `count` runs to the backlog of the workflow and its organization; raises a 429 error if one is full."""
+        """Reserve `count` runs in the backlogs of the workflow and its organization; raises a 429 error if
+        either is full.
+        """
         await self._backlog.require_capacity(workflow.organization_id, workflow.id, count)
 
     async def require_not_paused(self, caller: ApiCaller, target: RunTarget) -> None:
-        """Raise a 409 error if a workflow is paused, by its present state in the database.
+        """Raise a 409 error if the target's workflow is paused, by its present state in the database.
 
-        For senders that can retry, unlike those of mails and webhooks, whose runs are kept.
+        For senders that can retry; senders of mails and webhooks can't, so their runs are kept.
         """
         if not target.is_held:
             return

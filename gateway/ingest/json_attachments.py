@@ -30,10 +30,9 @@ class JsonAttachment:
     content: bytes | None
 
     async def as_json(self, blobs: BlobStore, owner: BlobOwner) -> dict[str, Json]:
-        """Store the content as a blob of the run, and return the attachment for the run's input; raises
-        `BlobsUnavailable`.
+        """Store the content as a blob of the run, and return the attachment with its reference for the run's input.
 
-        An attachment without content is returned as it was sent.
+        An attachment without content is returned as it was sent. Raises `BlobsUnavailable`.
         """
         if self.content is None:
             return dict(self.members)
@@ -61,7 +60,7 @@ class JsonAttachment:
 
 
 def decode_attachments(attachments: Sequence[Mapping[str, Json]]) -> Sequence[JsonAttachment]:
-    """Return attachments with decoded contents, None without one.
+    """Return the attachments with their contents decoded from base64; None for one that was sent without content.
 
     Raises a 422 error for invalid base64 and for too many attachments.
     """

@@ -109,8 +109,7 @@ class MailTarget:
     trigger: MailTrigger
 
     def sender(self, label: str) -> RequestSender:
-        """Return the sender of a mail that came without key or token from a mail service; `label` says how it
-        was verified.
+        """Return the sender of a mail without key or token; `label` names the way in which the mail was verified.
 
         It acts for the workflow's owner, and may only execute.
         """
@@ -126,7 +125,9 @@ class MailTarget:
         return RequestSender(caller, label)
 
     def mail(self, content: SenderRequest, kind: MailKind, known: RequestSender | None) -> VerifiedMail:
-        """Return a mail for this target, not verified yet; its sender is `known`, or an unverified one for None."""
+        """Return a mail for this target, not verified yet; its sender is `known`, or an unverified one if
+        that is None.
+        """
         return VerifiedMail(self, content, kind, self.sender(UNVERIFIED) if known is None else known)
 
 
@@ -145,7 +146,9 @@ class VerifiedMail:
     """The sender's own id of the delivery."""
 
     def unparsed(self, **fields: Any) -> UnparsedMail:  # noqa: ANN401 - fields of any type
-        """Return the mail in the form that is stored for a worker to parse, with the trigger's rules of screening."""
+        """Return the mail as it is stored for a worker to parse, with the trigger's rules of screening and
+        these further fields.
+        """
         screening = self.target.trigger.screening
         return UnparsedMail(self.kind, self.content.received_at, screening=screening, **fields)
 
@@ -250,10 +253,11 @@ class MailVerifier:
         return sns.verify(message, pem, topics, sent.received_at)
 
     async def _try_credentials(self, mail: VerifiedMail, *, client: str) -> str:
-        """Return the kind of a mail's valid credentials (user and password, or a bearer token).
+        """Verify user and password, or the bearer token, of a mail, and return their kind; wrong ones are counted for
+        `client`.
 
-        Raises a 401 error without any, `RequestRefused` for wrong ones, and 429 for a client with too many
-        wrong ones.
+        Raises a 401 error without credentials that the trigger accepts, `RequestRefused` for wrong ones, and 429 for a
+        client with too many of them.
         """
         attempt = f"{mail.target.workflow.id} {client}"
         offered = f"{mail.target.workflow.id} {mail.content.headers.single('Authorization')}"
@@ -304,7 +308,10 @@ async def recognize_service(sent: SenderRequest) -> MailKind:
 
 @contextmanager
 def answer_once(kind: MailKind) -> Iterator[None]:
-    """Translate errors of the block to final ones for the mail service: Mailgun treats only 406 as final."""
+    """Translate `RequestRefused` and API errors of the block to answers after which the mail service does not retry.
+
+    For Mailgun, a 4xx other than 429 becomes 406, the only final one; other services get the API error as it is.
+    """
     try:
         yield
     except RequestRefused as error:
@@ -315,7 +322,7 @@ def answer_once(kind: MailKind) -> Iterator[None]:
 
 @contextmanager
 def refuse_until_later(kind: MailKind) -> Iterator[None]:
-    """Translate a 429 error of the block to 503 for mail services, which would give up otherwise."""
+    """Translate a 429 error of the block to 503 for mail services, which would drop the mail otherwise."""
     try:
         yield
     except ApiError as error:

@@ -173,7 +173,7 @@ async def _find_in_state(
     bounds: KeysetBounds,
     state: DeadLetterState,
 ) -> SettledRows:
-    """Return a page of the dead letters in a state, each with its successor, None for open ones."""
+    """Return a page of the dead letters in a state, each with its successor, which is None for open and purged ones."""
     examined = limits.EXAMINED_DEAD_LETTERS
     if state is not DeadLetterState.OPEN:
         is_live = state is DeadLetterState.REDRIVING
@@ -258,11 +258,10 @@ async def purge(request: GatewayRequest) -> JsonResponse:
 async def _choose(
     request: GatewayRequest, body: SelectDeadLetters | ReplayDeadLetters, wanted: DeadLetterFilter
 ) -> tuple[int, Sequence[FailedRun]]:
-    """Return the number of dead letters that match and the caller may see, at most 2,000, and the oldest of
-    these, up to the body's limit.
+    """Return the number of dead letters, at most 2,000, that match and the caller may see, and the oldest of them up to
+    the body's limit.
 
-    `wanted` replaces the body's filter. At most 100,000 failed runs are examined, the oldest first; those
-    already redriven or purged are among them.
+    `wanted` is used instead of the body's filter. At most 100,000 failed runs are examined, the oldest first.
     """
     bounds = KeysetBounds(limits.REDRIVE_COUNT, is_descending=False, cursor=FIRST_PAGE)
     async with request.gateway.database.read() as connection:

@@ -65,9 +65,10 @@ async def redrive_each(
     resource_ids: Sequence[str],
     redrive: Callable[[str, IdempotencyKey], Awaitable[tuple[AcceptanceResult, str]]],
 ) -> RedriveResult:
-    """Redrive each object of a workflow by `redrive(id, key)`; return the new runs, and the errors by object.
+    """Redrive objects of one workflow by `redrive(id, key)`, ten at a time; return the new runs, and the API errors by
+    id.
 
-    The key makes sure that no list redrives an object twice.
+    The key is derived from the id, so that no list redrives an object twice.
     """
 
     async def once(resource_id: str) -> AcceptanceResult:
@@ -80,7 +81,8 @@ async def redrive_each(
 async def redrive_all(
     resource_ids: Sequence[str], redrive: Callable[[str], Awaitable[AcceptanceResult]]
 ) -> RedriveResult:
-    """Redrive objects, ten at a time; return the new runs, and the API errors by the ids of the objects.
+    """Redrive objects by `redrive(id)`, ten at a time; return the new runs, and the API errors by the ids of the
+    objects.
 
     Objects that were redriven before are in neither.
     """
@@ -147,9 +149,9 @@ class RunRedriver:
     async def redrive_delivery(
         self, caller: ApiCaller, one: Delivery, idempotency_key: IdempotencyKey | None
     ) -> tuple[AcceptanceResult, str]:
-        """Run the workflow of a delivery on its content again; return the result, and the kind of its trigger.
+        """Run the current workflow of a delivery on its content again; return the result, and the kind of its trigger.
 
-        A key of None allows several redrives. Raises a 409 error when the delivery has no content to run, or
+        A key of None allows several redrives. Raises a 409 error when the delivery has no content to run, or has
         several runs, and the errors of the ingest.
         """
         kind = delivery_rows.KINDS.get(IngestRoute(one.route))
@@ -178,11 +180,10 @@ class RunRedriver:
     async def redrive_dead_letter(
         self, caller: ApiCaller, failed: Execution | FailedRun, idempotency_key: IdempotencyKey
     ) -> tuple[AcceptanceResult, str]:
-        """Run the workflow of a failed run on the same input, as it is now; return the result, and the kind
-        of its trigger.
+        """Run the current workflow of a failed run on the same input; return the result, and the kind of its trigger.
 
-        A repeated key returns the first result. Raises a 409 error if the input is no longer kept, and the
-        errors of the ingest.
+        A used key gives its first result. Raises a 409 error if the input is no longer kept, and the errors of the
+        ingest.
         """
         given, source = await self._read_input(caller, failed.id)
         if given is None:
@@ -202,6 +203,11 @@ class RunRedriver:
         origin: Delivery | None,
         own_key: IdempotencyKey | None = None,
     ) -> AcceptanceResult:
+        """Run a workflow on an input as a new request of `caller`, without the verification and rate limits of senders.
+
+        `origin` is the delivery that it redrives, None for a dead letter. A refusal is raised, and stored as no
+        delivery.
+        """
         inbound = InboundRequest(
             delivery_id=delivery_log.new_delivery_id(),
             route=ROUTES.get(kind, IngestRoute.EVENTS),

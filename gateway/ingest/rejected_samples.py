@@ -70,10 +70,11 @@ class RejectedSamples:
         self._per_workflow = LocalTokenBuckets()
 
     def note(self, scope: Scope, error: ApiError) -> None:
-        """Count a refused request that has no delivery, and sample its shape (no values of headers) in the
-        background.
+        """Count a refused request without a delivery in the metrics, and store a sample of its shape in the background;
+        return at once.
 
-        Requests of other routes and faults of the server are skipped; too many requests are counted only.
+        The sample has no values of headers. Other routes than those of inbound requests, faults of the server and
+        requests with a delivery are skipped; a 429, and more than 20 an hour per workflow, are only counted.
         """
         route = ROUTES.get(scope["route"].path)
         if route is None or error.is_noted or error.status >= SERVER_ERROR:
@@ -87,7 +88,7 @@ class RejectedSamples:
             self._writing = asyncio.create_task(self._write())
 
     def _may_sample(self, scope: Scope) -> bool:
-        """Return whether a sample may be kept: 20 an hour per workflow, so that a flood to one spares the
+        """Return whether a sample may be stored: 20 an hour per workflow or token, so that a flood leaves the
         samples of others.
         """
         demand = TokenDemand(str(scope["path_params"].get("id")), PER_WORKFLOW, needed=1, wanted=1)
@@ -113,6 +114,9 @@ class RejectedSamples:
             self._writing = None
 
     async def _write_batch(self, batch: Sequence[RejectedRequestSample]) -> None:
+        """Store samples with the organizations of their workflows; if that fails, it is logged and the
+        samples are lost.
+        """
         named = {one.workflow_id for one in batch if one.workflow_id and one.organization_id is None}
 
         async def write(connection: AsyncConnection) -> None:
@@ -141,7 +145,7 @@ async def list_samples(
 ) -> tuple[int, list[RejectedRequestSample]]:
     """Return the number of samples of the caller's organization, and the page `part` of them, the newest first.
 
-    A route or workflow of None means all.
+    A route or workflow of None filters nothing.
     """
     conditions = [col(RejectedRequestSample.organization_id) == caller.organization_id]
     if workflow_id is not None:
@@ -194,6 +198,7 @@ def _build_row(sample: RejectedRequestSample, owners: Mapping[str, str]) -> Mapp
 def _build_sample(
     route: IngestRoute, slot: int, scope: Scope, error: ApiError, now: datetime
 ) -> RejectedRequestSample:
+    """Return the sample of a refused request, with the workflow that its path or token names; None without one."""
     sender: RequestSender | None = scope.get("sender")
     workflow_id = None if route is IngestRoute.HOOK else scope["path_params"].get("id")
     if workflow_id is not None and not ids.is_id(workflow_id):

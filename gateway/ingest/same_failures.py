@@ -97,7 +97,7 @@ async def index(request: GatewayRequest) -> JsonResponse:
 async def _read_summaries(
     connection: AsyncConnection, caller: ApiCaller, execution_ids: Sequence[str]
 ) -> Sequence[ExecutionShape]:
-    """Return executions as lists show them, in the order of these ids."""
+    """Return executions as lists show them, in the order of the ids; those that the caller may not see are left out."""
     if not execution_ids:
         return ()
     statement = select(Execution).where(col(Execution.id).in_(execution_ids), visibility_condition(caller))

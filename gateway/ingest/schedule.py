@@ -210,7 +210,9 @@ async def preview(request: GatewayRequest) -> JsonResponse:
 
 
 async def _explain_overdue(database: Database, shown: Sequence[WorkflowSchedule]) -> None:
-    """Set the reason of overdue schedules; it reads nothing if there are none."""
+    """Set the reason of each overdue schedule in `shown`, by the presence of a leading scheduler; read
+    nothing if none is overdue.
+    """
     overdue = [one for one in shown if one.overdue_since is not None]
     if not overdue:
         return
@@ -283,7 +285,7 @@ def _find_last(status: str | None, created_at: datetime | None) -> _LastExecutio
 async def _read_row(
     connection: AsyncConnection, workflow_id: str
 ) -> tuple[Schedule | None, _LastExecution | None]:
-    """Return the row of a schedule, and its last run; None for each that is missing."""
+    """Return the schedule of a workflow, and its last run; None for each that is missing. Access is not checked."""
     statement: Select[*tuple[Any, ...]] = (
         select(
             Schedule,
@@ -390,7 +392,9 @@ def _show_policy(wanted: ScheduleTimetable) -> SchedulePolicy:
 
 
 def _show_last_run(row: Schedule | None, last: _LastExecution | None, delay: timedelta) -> LastRun | None:
-    """Return the last run of a schedule, which starts runs with a delay; None if it never started one."""
+    """Return the last run that a schedule has started; None if it has started none. `delay` is the planned
+    jitter, which is no lag.
+    """
     if row is None or row.last_run_at is None or row.last_execution_id is None:
         return None
     return LastRun(

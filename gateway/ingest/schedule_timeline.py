@@ -306,7 +306,11 @@ def _select_waiting(caller: ApiCaller) -> Subquery:
 async def _read_recent_due_runs(
     connection: AsyncConnection, request: GatewayRequest, shown: TimelineRange
 ) -> Mapping[str, Sequence[DueRuns]]:
-    """Return the waiting runs of `read_due_runs`, at most a second old: it examines thousands of runs."""
+    """Return the waiting runs as `read_due_runs` does, at most a second old: the organization shares the result of a
+    query.
+
+    It has workflows that the caller may not see, which lists must leave out.
+    """
     key = (id(request.gateway), request.caller.organization_id, request.query[HOURS])
     found = _recent.get(key)
     if found is None:
@@ -318,10 +322,10 @@ async def _read_recent_due_runs(
 async def read_due_runs(
     connection: AsyncConnection, caller: ApiCaller, shown: TimelineRange
 ) -> Mapping[str, Sequence[DueRuns]]:
-    """Return the waiting runs that become due within a range, by workflow and in order, for each workflow that has
-    waiting runs, due at any time.
+    """Return the waiting runs that become due from now to the end of the range, by workflow and in order of time.
 
-    Those of one kind within the hundredth part of the range are counted together.
+    Those of one kind within the same hundredth of that time are counted together. A workflow with waiting runs that are
+    all due at other times has an empty list.
     """
     found: dict[str, list[DueRuns]] = {}
     for row in await connection.execute(due_statement(caller, shown)):
@@ -410,7 +414,9 @@ def _build_lane(
     due: Sequence[DueRuns],
     shown: TimelineRange,
 ) -> TimelineLane:
-    """Return the lane of a workflow on the timeline: coming and waiting runs, windows, and the times with pods."""
+    """Return a workflow's lane of the timeline: times of its schedule, waiting runs, windows, and the times
+    with pods.
+    """
     ticks, are_cut = _ticks(row, shown)
     schedule = row.schedule
     return TimelineLane(
@@ -428,7 +434,7 @@ def _build_lane(
 
 
 def _ticks(row: _LaneRow, shown: TimelineRange) -> tuple[Sequence[ScheduleTick], bool]:
-    """Return up to 48 coming times of an active schedule within the range, and whether there are more of them."""
+    """Return up to 48 coming times of an active schedule within the range, and whether it has more of them there."""
     schedule = row.schedule
     if schedule is None or schedule.next_run_at is None or row.trigger_config is None:
         return [], False

@@ -60,10 +60,10 @@ class SnsCertificateCache:
         self._places = asyncio.Semaphore(AT_ONCE)
 
     async def get(self, url: str, now: datetime) -> bytes:
-        """Return the certificate at a URL as PEM, cached until it expires (100 of them).
+        """Return the certificate at a URL as PEM; it is fetched once, and kept until it expires, 100 of them at most.
 
-        Raises a 503 error when it can't be fetched within five seconds: SNS treats a 4xx as final, and the
-        fault may be temporary, such as a network that is not allowed, or a proxy that answers instead of SNS.
+        Raises a 503 error when it can't be fetched within five seconds: SNS treats a 4xx as final, and the fault may be
+        temporary, such as a network that is not allowed, or a proxy that answers instead of SNS.
         """
         kept = self._kept.get(url)
         if kept is not None and now < kept[1]:

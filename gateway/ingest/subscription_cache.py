@@ -38,7 +38,7 @@ class SubscribedWorkflows:
 
 
 class SubscriptionCache:
-    """Lookups of one gateway; each sees all that was committed before it was requested."""
+    """Lookup of subscriptions for one gateway, in groups; nothing is cached beyond a query."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -47,7 +47,7 @@ class SubscriptionCache:
     async def find(self, organization_id: str, event_type: str) -> SubscribedWorkflows:
         """Return the workflows that subscribe to an event type, and those of them that are deployed.
 
-        Concurrent lookups share queries; each sees all that was committed before. Raises
+        Concurrent lookups share a query; each sees everything that was committed before the call. Raises
         `DatabaseUnavailable`.
         """
         return await self._lookups.submit((organization_id, event_type))

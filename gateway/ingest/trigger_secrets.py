@@ -43,7 +43,8 @@ async def find_secrets(
 async def find_secret_source(
     sources: StoredDataSources, workflow: LoadedWorkflow, source_id: str, types: Collection[str]
 ) -> ConnectionSource:
-    """Return the data source as `find_secrets` does; raises the 503 error `trigger-not-ready` when there is none.
+    """Return the data source as `find_secrets` does; raises the 503 error `trigger-not-ready`, and logs it, when there
+    is none.
 
     The error doesn't name the data source, since senders read it.
     """

@@ -213,7 +213,7 @@ async def _list_valid_tokens(
 
 
 async def _end(connection: AsyncConnection, workflow_id: str, now: datetime, at: datetime) -> list[str]:
-    """Let the valid tokens of a workflow end at `at`, or earlier if they expire before; return their ids.
+    """Make the valid trigger tokens of a workflow expire at `at`, or earlier as they were to expire; return their ids.
 
     Only the nine newest may overlap with a new one: older ones end `now`.
     """

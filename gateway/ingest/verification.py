@@ -129,10 +129,11 @@ class TriggerVerifier:
         workflow_id: str,
         use: Callable[[LoadedWorkflow], Awaitable[Used]],
     ) -> Used:
-        """Return the result of `use` with the definition of a workflow that runs execute: deployed or stored.
+        """Call `use` with the workflow as its runs execute it, with the deployed or else the saved definition; return
+        the result.
 
-        After an error that an outdated config may cause, it is loaded again and, if its trigger has changed,
-        used again. Raises 404, and the errors of `use`.
+        If `use` raises an error that an outdated trigger may cause, the workflow is loaded again, and `use` is called
+        once more if the trigger has changed. Raises 404, and the errors of `use`.
         """
         workflow = await self._executed_workflow(await self._workflows.load(workflow_id, caller))
         try:
@@ -149,10 +150,11 @@ class TriggerVerifier:
     async def verify_message(
         self, sender: RequestSender, workflow_id: str, kind: str, request: SenderRequest
     ) -> VerifiedSignature | None:
-        """Verify a message sent with a trigger token, if its trigger of a kind requires that; return the result.
+        """Verify a message sent with a trigger token by the `verification` of the workflow's trigger of this kind, if
+        it has any.
 
-        None for senders with a key; a result without config if the trigger requires nothing. Raises the
-        errors of `verify_signature`.
+        Return None for senders with a key; a result without config if the trigger has no `verification`. Raises 404,
+        and the errors of `verify_signature`.
         """
         if sender.token is None:
             return None
@@ -166,7 +168,8 @@ class TriggerVerifier:
         return await self.verify_with_current_secret(sender.caller, workflow_id, use)
 
     async def verify_again(self, verified: VerifiedSignature, target: RunTarget) -> None:
-        """Verify a request again if the `verification` of the trigger that will run has changed since.
+        """Verify a request once more if the trigger that will run has another `verification` than the one it was
+        verified by.
 
         Raises the errors of `verify_signature`.
         """
@@ -235,6 +238,9 @@ def parse_config(said: Json) -> VerificationConfig:
 def _check_signature(
     request: SenderRequest, verification: VerificationConfig, sources: Sequence[ConnectionSource]
 ) -> SignatureResult:
+    """Verify a request by the scheme of its provider with the secrets of these data sources; raises
+    `RequestRefused`.
+    """
     if verification.provider is SigningProvider.BASIC:
         accepted = [
             BasicCredentials(str(source.settings["username"]), source.secrets["password"])

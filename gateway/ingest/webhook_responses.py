@@ -62,7 +62,7 @@ class AwaitedRunState:
 async def await_answer(
     database: Database, waiting: ExecutionPollHub, key: ExecutionKey, seconds: float
 ) -> AwaitedRunState | None:
-    """Return the state of a run once it has answered or ended, or after `seconds`; None if there is no such run.
+    """Wait until a run has answered or ended, at most `seconds`, and return its state; None if there is no such run.
 
     Raises a 503 error when 10,000 requests wait here, and 500 for an answer that can't be rendered.
     """
@@ -81,7 +81,7 @@ async def await_answer(
 async def _answer_when_ended(
     database: Database, waiting: ExecutionPollHub, key: ExecutionKey, waiter: ExecutionWaiter
 ) -> AwaitedRunState | None:
-    """Return the state of a run once it has answered or ended, or the waiter is over; None for a missing run."""
+    """Wait until a run has answered or ended, or the waiter is over, and return its state; None for a missing run."""
     while True:
         waiter.changed.clear()
         # Watch before the read, so that no change in between is missed.
@@ -94,7 +94,11 @@ async def _answer_when_ended(
 
 
 async def _read_run_state(database: Database, key: ExecutionKey) -> AwaitedRunState | None:
-    """Return the status of a run and its answer to the sender, None if it has none so far; None for a missing run."""
+    """Return the status of a run with its first answer to the sender, None while it has given none; None for a missing
+    run.
+
+    Raises a 500 error for an answer that can't be rendered.
+    """
     async with database.read() as connection:
         row = (await connection.execute(_RUN_STATE, key._asdict())).first()
     if row is None:
