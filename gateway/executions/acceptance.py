@@ -75,7 +75,7 @@ class PodNotifier(Protocol):
     """Notifies pods of new runs."""
 
     async def notify_pods(self, workflow_ids: Collection[str]) -> None:
-        """Tell the waiting polls of the pods of these workflows that there are runs to claim; a lost
+        """Notify the waiting polls of the pods of these workflows that there are runs to claim; a lost
         notification only delays them.
         """
 
@@ -150,14 +150,16 @@ class RunAcceptor:
         return self._stored.get(definition) is not None
 
     def follow(self, concurrency_key: str | None) -> None:
-        """Make a committed run start: wake the workers, or, with a concurrency key, admit its runs to free slots."""
+        """Let a committed run begin, in the background: wake the workers, or admit runs of its concurrency
+        key to free slots.
+        """
         if concurrency_key is None:
             self.wake_workers()
         else:
             self._begin_admission(concurrency_key)
 
     def wake_workers(self) -> None:
-        """Wake the workers after a commit; concurrent wakeups are merged into one."""
+        """Wake the workers in the background, after a commit; concurrent wakeups are merged into one."""
         self._wakeups.submit(None)
 
     async def drain(self) -> None:
@@ -173,6 +175,11 @@ class RunAcceptor:
         await self._pod_notifications.drain()
 
     async def _commit(self, batch: Sequence[RunAcceptance]) -> Sequence[AcceptanceResult]:
+        """Store a batch of runs, some assigned to workers with free slots, in one transaction; return their outcomes in
+        order.
+
+        After the commit, assigned runs are sent, and the processes that can claim the others are notified.
+        """
         # Expect the executions before the commit, so that no later change is missed.
         self._waiting.expect({one.execution_id: one.total_nodes for one in batch})
         batch = self.assigner.assign(batch)
@@ -193,6 +200,11 @@ class RunAcceptor:
         return answers
 
     async def _ingest_batch(self, batch: Sequence[InboundRequest]) -> Sequence[IngestResult]:
+        """Store a batch of inbound requests in one transaction; return their outcomes in order.
+
+        After the commit, runs are sent to their workers or announced, events are delivered to waiting nodes, and mail
+        parsers are woken.
+        """
         batch = self.assigner.assign_requests(batch)
         try:
             answers = await self._store.ingest(batch)
@@ -217,7 +229,7 @@ class RunAcceptor:
         return answers
 
     def _remember(self, accepted: Sequence[RunAcceptance]) -> None:
-        """Count the accepted runs as a metric, and remember for an hour the definitions that the database has now."""
+        """Count the accepted runs in the metrics, and remember for an hour that the database has their definitions."""
         for one in accepted:
             if instruments.is_exposed:
                 instruments.counter("executions_accepted_total", one.trigger_type).inc()
@@ -244,7 +256,9 @@ class RunAcceptor:
                 self._begin_admission(one.concurrency_key)
 
     def _begin_admission(self, key: str) -> None:
-        """Start to admit runs of a concurrency key in the background, so that a locked key delays only its own runs."""
+        """Start to admit waiting runs of a concurrency key in the background; a locked key then delays only
+        its own runs.
+        """
         task = asyncio.create_task(self._admit(key))
         self._admissions.add(task)
         task.add_done_callback(self._admissions.discard)
@@ -319,10 +333,9 @@ async def find_earlier(database: Database, shard: int, key: IdempotencyKey) -> A
 async def find_all_earlier(
     database: Database, shard: int, keys: Sequence[IdempotencyKey]
 ) -> dict[IdempotencyKey, AcceptanceResult]:
-    """Return the outcomes of earlier requests by their idempotency keys: `REPEATED`, or `MISMATCH` for
-    another body.
+    """Return the outcomes of earlier requests by their idempotency keys: `REPEATED`, or `MISMATCH` for another body.
 
-    Unused and expired keys are omitted. 500 keys are read at once.
+    Unused and expired keys are omitted.
     """
     pair = tuple_(col(Idempotency.scope), col(Idempotency.key))
     asked = {(key.scope, key.key): key for key in keys}
@@ -408,9 +421,8 @@ class WorkflowRunAcceptor:
     ) -> AcceptanceResult:
         """Accept a run of a workflow for the caller of a request, once per idempotency key, and return the outcome.
 
-        `plan` makes the run of the workflow. The answer gets rate limit headers. An earlier request with the
-        key has its run returned. If the workflow changes meanwhile, it is planned again once. Raises 404,
-        409, 422, 429, and the errors of `plan`.
+        `plan` makes the run; if the workflow changes meanwhile, it is called once more. The answer gets rate limit
+        headers. A used key gives the run of its first request. Raises 404, 409, 422, 429, and the errors of `plan`.
         """
         caller = request.caller
         workflow = await self._workflows.load(workflow_id, caller)

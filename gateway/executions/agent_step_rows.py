@@ -67,7 +67,9 @@ async def read_steps(
 async def read_changed_steps(
     connection: AsyncConnection, key: ExecutionKey, wanted: StepFilter, after: int, at_most: int
 ) -> Sequence[AgentStep]:
-    """Return the first `at_most` matching steps whose state has a sequence number above `after`, in its order."""
+    """Return the matching steps that have changed since sequence number `after`, in the order of their
+    numbers, at most `at_most`.
+    """
     statement = (
         select_steps()
         .where(*_build_conditions(key, wanted), col(AgentStepRow.sequence) > after)
@@ -80,7 +82,8 @@ async def read_changed_steps(
 async def read_states(
     connection: AsyncConnection, key: ExecutionKey, node_ids: Sequence[str], at_most: int
 ) -> Sequence[AgentStep]:
-    """Return the first steps of agents outside of loops without their arguments and results, by node and number.
+    """Return the first `at_most` steps of these agents outside of loops, without arguments and results, by node and
+    number.
 
     Steps that a replay has taken over are left out: the replayed run has their cost.
     """
@@ -121,7 +124,10 @@ async def read_states(
 async def read_questions(
     connection: AsyncConnection, key: ExecutionKey, steps: Sequence[AgentStep]
 ) -> Mapping[str, str]:
-    """Return the nodes that have the open questions about waiting tool calls, by the iterations of the questions."""
+    """Return the node that asks about each waiting tool call among the steps, by the iteration under which it is asked.
+
+    Steps without an open question are left out.
+    """
     iterations = [call_approvals.name_iteration(step) for step in steps if step.status is StepStatus.WAITING]
     if not iterations:
         return {}
@@ -135,7 +141,7 @@ async def read_questions(
 
 
 def select_steps() -> Select[*tuple[Any, ...]]:
-    """Return a statement of the raw columns as they are stored, since `decode_step` reads those."""
+    """Return the statement that selects all steps with the columns, as they are stored, that `decode_step` reads."""
     columns: list[ColumnElement[Any]] = [
         literal_column(f"execution_step.{column}") for column in STEP_COLUMNS
     ]

@@ -16,8 +16,11 @@ if TYPE_CHECKING:
 async def continue_run(
     database: Database, acceptances: RunAcceptor, pods: PodNotifier, answer: AnswerResult, target: str
 ) -> None:
-    """Wake the processes that continue a run with this target, after the commit of an answer; a sweep makes up
-    for a loss.
+    """Let a run continue after the commit of an answer to its node: wake the workers, or the pods of the deployment
+    `target`.
+
+    Runs of its concurrency key are admitted to free slots first. Without a woken run, nobody is woken. A sweep makes up
+    for a lost wakeup. Raises `DatabaseUnavailable`.
     """
     if answer.concurrency_key is not None:
         await concurrency_limits.admit_waiting_runs(database, answer.concurrency_key)

@@ -200,6 +200,11 @@ def _refuse(request: GatewayRequest) -> PageResponse:
 async def _store_answer(
     request: GatewayRequest, question: ApprovalQuestion, asked: WaitingNode, choice: str | None, data: Json
 ) -> PageResponse:
+    """Store an answer by a link with its audit entry, use the link up, and let the run continue; return the page to
+    show.
+
+    That is a page with 409 if the link was used or the question closed meanwhile.
+    """
     gateway, link = request.gateway, question.link
     user_id = None if "@" in link.assignee or link.assignee == approvals.ANYONE else link.assignee
     decision = ApprovalDecision(link.assignee, user_id, choice, data, gateway.clock())
@@ -446,6 +451,7 @@ def _show_question(
 
 
 def _render_field(field_id: str, name: str, schema: Mapping[str, Any], *, is_required: bool) -> str:
+    """Return label and input of a form field as HTML, by its JSON Schema; all texts are escaped."""
     label = escape(str(schema.get("title") or name))
     optional = "" if is_required else ' <span class="soft">optional</span>'
     head = f'<label for="{field_id}">{label}{optional}</label>'

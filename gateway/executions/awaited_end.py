@@ -55,8 +55,8 @@ class WaitPreference:
 def read_preference(headers: Headers, caller: ApiCaller | None) -> WaitPreference | None:
     """Return the wait in seconds that the `Prefer` header asks for, at most a minute; None without one.
 
-    A malformed one is ignored, as RFC 7240 demands. So is that of a caller who may not read the outputs: a
-    key without the scope for it, or a sender with a trigger token (caller None).
+    A malformed one is ignored, as RFC 7240 demands. So is that of a caller who may not read the outputs: a key without
+    the scope for it, or a sender with a trigger token (caller None). The trace of the request is marked as awaited.
     """
     given = headers.getlist("prefer")
     found = _WAIT.search(", ".join(given)) if given else None
@@ -76,10 +76,11 @@ class EndAwaiter:
         self._outputs = outputs
 
     async def ended(self, execution_id: str, caller: ApiCaller, seconds: float) -> OutcomeShape | None:
-        """Return the outcome of a run that ends within `seconds`; outputs of over a million characters are omitted.
+        """Wait at most `seconds` for the end of a run that the caller has just started, and return its outcome; None if
+        it goes on.
 
-        The caller has just started the run, and so may see it. None if it doesn't end, or can't be read now: the run is
-        accepted, so no failure may cost the client its id, with which it polls next.
+        Outputs of over a million characters are omitted. None also if the run can't be read now: it is accepted, so no
+        failure may cost the client its id, with which it polls next.
         """
         try:
             found = await self._polls.end_within(ExecutionKey(execution_id, caller.shard), seconds)

@@ -125,7 +125,7 @@ async def retry(request: GatewayRequest) -> JsonResponse:
 async def _retry_chosen(
     request: GatewayRequest, chosen: ChosenExecutions, headers: Mapping[str, str]
 ) -> JsonResponse:
-    """Resume the chosen executions and return the result, with at most 100 new ids."""
+    """Resume the chosen executions, and return the answer, with at most 100 new ids."""
     gateway = request.gateway
     resumed = await bulk_actions.retry(
         gateway.database, gateway.acceptances, gateway.access, request.caller, chosen
@@ -139,10 +139,9 @@ async def _retry_chosen(
 async def _choose_executions(
     request: GatewayRequest, body: BulkRequest, condition: ColumnElement[bool], action: AuditAction
 ) -> ChosenExecutions:
-    """Return the executions that match the filter of the body and `condition`, the oldest first, up to the
-    body's limit.
+    """Return the executions that match the body's filter and `condition`, the oldest first, up to the body's limit.
 
-    Unless it is a dry run, the action is recorded in the audit trail first.
+    Unless it is a dry run, the action is recorded in the audit trail, before it begins.
     """
     wanted = body.filter.wanted(request.caller.organization_id)
     found, _ = await bulk_actions.find(request.gateway.database, wanted, condition, body.limit)

@@ -128,9 +128,9 @@ def deletable(caller: ApiCaller) -> ColumnElement[bool]:
 async def find(
     database: Database, wanted: ExecutionFilter, condition: ColumnElement[bool], limit: int
 ) -> tuple[ChosenExecutions, Counter[str]]:
-    """Return the oldest executions that match a filter and a condition, and the number of them by workflow.
+    """Return the oldest executions that match a filter and a condition, at most `limit`, and their number by workflow.
 
-    At most `limit`; `matched` counts all matching ones.
+    `matched` of the result counts all matching ones, up to 10,001. `condition` must restrict the visibility.
     """
     async with database.read() as connection:
         matched, rows = await execution_rows.find_oldest(connection, wanted, condition, limit=limit)
@@ -179,7 +179,7 @@ async def begin_retry(
 
 
 async def begun(database: Database, shard: int, idempotency_key: IdempotencyKey) -> ChosenExecutions | None:
-    """Return the selection of an earlier request with this idempotency key; None if there was none.
+    """Return the executions that an earlier request with this idempotency key has selected; None if there was none.
 
     Raises a 422 error if the body of that request differs.
     """
@@ -212,9 +212,9 @@ async def _trace(
 async def cancel(
     store: JournalStore, broker: Broker, caller: ApiCaller, execution_ids: Sequence[str]
 ) -> list[str]:
-    """Cancel executions, 20 at a time; return the ids of those that are canceled or will be.
+    """Request the cancellation of executions, 20 at a time; return the ids of those that are canceled or will be.
 
-    Those that ended otherwise before, and those that another transaction locks, are left out.
+    Those that have ended otherwise, that do not exist, and that another transaction locks are left out.
     """
     cancelled: list[str] = []
     for some in _split_batches(execution_ids, CANCELS_AT_ONCE):
@@ -231,7 +231,9 @@ async def cancel(
 async def _ask_to_end_unlocked(
     store: JournalStore, broker: Broker, key: ExecutionKey
 ) -> EndRequestOutcome | None:
-    """Request the cancellation of an execution; None if it does not exist or another transaction locks it."""
+    """Request the cancellation of an execution, and return its state; None if it does not exist or another
+    transaction locks it.
+    """
     try:
         return await request_end_of_run(store, broker, key, "cancel")
     except LockWaitTimeout:
@@ -245,10 +247,11 @@ async def retry(
     caller: ApiCaller,
     chosen: ChosenExecutions,
 ) -> dict[str, str]:
-    """Resume failed executions as new ones, idempotently; return the new ids by the ids of the failed executions.
+    """Resume failed executions as new ones; return the new ids by the ids of the failed executions.
 
-    The new ids follow from the failed ones and the operation, so a repetition finds them. The new executions
-    are visible to the caller, and workers are woken. Locked ones are left out.
+    The new ids are derived from the failed ones and the operation, so a repetition returns the same ones. Those that
+    may not be resumed, or that another transaction locks, are left out. The caller sees the new ones at once, and
+    workers are woken.
     """
     new_ids = {
         execution_id: ids.derive_id("exec", execution_id, chosen.operation_id)
@@ -318,9 +321,10 @@ async def _resume(
 
 
 async def delete(database: Database, blobs: BlobStore, execution_ids: Sequence[str]) -> list[str]:
-    """Delete ended executions with their data, 100 at a time; return the ids of the deleted ones.
+    """Delete ended executions with their data, 100 at a time; return the ids of the deleted ones. Visibility is not
+    checked.
 
-    Blobs that can't be deleted now are left to the sweep of orphaned ones, with a warning.
+    Blobs that can't be deleted now are left to the sweep of orphans, with a warning in the log.
     """
     deleted: list[str] = []
     for some in _split_batches(execution_ids, DELETIONS_AT_ONCE):

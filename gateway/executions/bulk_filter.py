@@ -31,9 +31,7 @@ class BulkFilter(StrictWire):
     """Only these; absent: all. An empty list is refused, since it might be an empty choice."""
 
     def wanted(self, organization_id: str) -> ExecutionFilter:
-        """Return the filter of executions that the body asks for, within an organization; raises a 422 error
-        for invalid labels.
-        """
+        """Return the filter for queries within an organization; raises a 422 error for invalid labels."""
         statuses = [self.status] if isinstance(self.status, ExecutionStatus) else self.status
         return ExecutionFilter(
             organization_id=organization_id,

@@ -44,7 +44,7 @@ class ReplayOptions(StrictWire, kw_only=True):
     """Number of executions to act on, the oldest first; the answer has the number of remaining ones."""
 
     def choice(self) -> ReplayChoice:
-        """Return the choices of the body as the planner takes them, equal for each execution."""
+        """Return the choices of the body as the planner takes them; they hold for each execution."""
         return ReplayChoice(
             definition=self.definition,
             refreshes_reads="read" in self.refresh,
@@ -132,7 +132,11 @@ async def replay(request: GatewayRequest) -> JsonResponse:
 async def replay_all(
     request: GatewayRequest, chosen: ChosenExecutions, body: ReplayOptions
 ) -> BulkReplayResult:
-    """Replay chosen executions one after the other, or only plan them in a dry run; return counts and refusals."""
+    """Plan a replay of each chosen execution, and start it unless it is a dry run; return the counts, new ids and
+    refusals.
+
+    The new ids are derived from the operation, so a repetition starts none twice.
+    """
     outcome = _BulkOutcome()
     for execution_id in chosen.execution_ids:
         new_id = ids.derive_id("exec", execution_id, chosen.operation_id)
@@ -145,6 +149,9 @@ async def replay_all(
 async def _replay_one(
     request: GatewayRequest, key: ExecutionKey, new_id: str, body: ReplayOptions, outcome: _BulkOutcome
 ) -> None:
+    """Plan the replay of an execution, start it as `new_id` unless it is a dry run, and add the result or
+    refusal to `outcome`.
+    """
     try:
         planned = await request.gateway.replays.plan(key, request.caller, body.choice())
         outcome.counts.update(node.decision.value for node in planned.plan.nodes)

@@ -21,9 +21,10 @@ async def read_until(
     read: Callable[[], Awaitable[Found]],
     is_awaited: Callable[[Found], bool],
 ) -> Found:
-    """Return the first result of `read` that is awaited, or the last one within the time.
+    """Call `read` until `is_awaited` accepts its result, and return that; after `wait_seconds`, the last result.
 
-    It is read again after each commit of the run. Raises 503 if 10,000 requests wait here, and the errors of `read`.
+    It reads after each commit of the run, and once for a wait of 0. Raises 503 if 10,000 requests wait here, and the
+    errors of `read`.
     """
     found = await read()
     if wait_seconds == 0 or is_awaited(found):
@@ -47,9 +48,10 @@ async def _read_changes(
     is_awaited: Callable[[Found], bool],
     waiter: ExecutionWaiter,
 ) -> Found:
-    """Read after each notification until the result is awaited or the waiter is over.
+    """Call `read` after each change of the run until its result is awaited or the waiter is over; return the last
+    result.
 
-    The commit that records a node notifies the waiter; a lost notification costs a second.
+    The commit that records a node notifies the waiter; a lost notification delays it by a second.
     """
     while True:
         waiter.changed.clear()

@@ -19,7 +19,7 @@ class EventWaitDelivery:
         self._group: GroupCommit[str, None] = GroupCommit(self._deliver)
 
     def submit(self, event_id: str) -> None:
-        """Queue the id of a committed event; runs that wait for such an event get it with the next batch.
+        """Queue a committed event for delivery to the runs that wait for such an event; return at once.
 
         If the process dies, the scheduler delivers it.
         """

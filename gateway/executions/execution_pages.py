@@ -68,7 +68,7 @@ async def list_page(
 def _cut_page(
     found: Sequence[tuple[datetime, Execution]], edges: Sequence[datetime], bounds: KeysetBounds
 ) -> tuple[Sequence[Execution], str | None]:
-    """Return the runs of a page in order, and the cursor of the next one, from the runs of all indexes.
+    """Return the runs of a page in order and the cursor of the next one, from the runs that were found in all indexes.
 
     The page ends at the first of `edges`: behind it, an index has rows that were not examined.
     """
@@ -91,10 +91,10 @@ def _cut_page(
 async def _choose_sources(
     connection: AsyncConnection, caller: ApiCaller, wanted: ExecutionFilter
 ) -> Sequence[RowSource]:
-    """Return the queries whose rows together are the list; no run is in two of them, and each uses an index.
+    """Return the queries that together give the list, each by an index; no run is in two of them.
 
-    A list by labels begins with the rarest label, one of children with the parent, one of failed or open runs
-    with an index by status.
+    A list by labels begins with the rarest label, a list of children with their parent, and a list of failed or open
+    runs with the index of each status.
     """
     if wanted.labels:
         return [await _select_by_rarest_label(connection, caller, wanted)]
@@ -124,6 +124,7 @@ async def _choose_sources(
 
 
 def _by_time(caller: ApiCaller, wanted: ExecutionFilter) -> RowSource:
+    """Return the source for runs by the time of acceptance, of the organization or of the filter's workflow."""
     within = [col(ExecutionData.organization_id) == caller.organization_id]
     if wanted.workflow_id is not None:
         # Checked once, not run by run: the organization is in another index, which has the same order.

@@ -54,7 +54,7 @@ Recorded: TypeAlias = Row[*tuple[Any, ...]]
 
 
 def _or_never(moment: SQLColumnExpression[Any]) -> ColumnElement[Any]:
-    """Return an expression that sorts null times before all others; SQLite and PostgreSQL have different defaults."""
+    """Return an expression that sorts null times before all others, which SQLite and PostgreSQL place differently."""
     return func.coalesce(moment, literal(0, BigInteger))
 
 
@@ -167,10 +167,9 @@ async def list_executions(
 async def find_oldest(
     connection: AsyncConnection, wanted: ExecutionFilter, *conditions: ColumnElement[bool], limit: int
 ) -> tuple[int, Sequence[Recorded]]:
-    """Return the number of matching executions, and ids and workflow ids of the oldest, at most `limit`.
+    """Return the number of matching executions, up to 10,001, and id and workflow id of the oldest, at most `limit`.
 
-    They are counted up to one more than a bulk operation may have. `conditions` are SQL conditions besides the
-    filter; visibility must be one of them.
+    `conditions` are SQL conditions besides the filter; visibility must be among them.
     """
     required = [*conditions, *_build_conditions(wanted)]
     # Of a million runs, a full count takes seconds.
@@ -217,6 +216,9 @@ async def find_behind(
 
 
 def _build_conditions(wanted: ExecutionFilter) -> Iterable[ColumnElement[bool]]:
+    """Yield the SQL conditions of a filter on executions joined with their data; the organization restricts
+    labels alone.
+    """
     if wanted.workflow_id is not None:
         yield col(ExecutionData.workflow_id) == wanted.workflow_id
     if wanted.execution_ids:
@@ -331,12 +333,18 @@ async def find_execution(
 async def find_successors(
     connection: AsyncConnection, caller: ApiCaller, execution: Execution
 ) -> Sequence[Recorded]:
-    """Return id, status, `resumed_from` and creation time of the newest five executions that resume or replay one."""
+    """Return the newest five executions that resume or replay an execution and that the caller may see, the newest
+    first.
+
+    Each has id, status, `resumed_from` and creation time.
+    """
     return (await connection.execute(successors_statement(caller, execution.id, execution.key_id))).all()
 
 
 def successors_statement(caller: ApiCaller, execution_id: str, key_id: str) -> Select[*tuple[Any, ...]]:
-    """Return the statement of `find_successors`; `key_id` is that of the execution."""
+    """Return the statement of `find_successors`; `key_id` is that of the execution, which the runs that
+    resume it share.
+    """
     columns: Sequence[Any] = (
         *(col(Execution.id), col(Execution.status), col(Execution.resumed_from)),
         col(Execution.created_at),
@@ -358,7 +366,7 @@ def successors_statement(caller: ApiCaller, execution_id: str, key_id: str) -> S
 
 
 async def read_model_calls(connection: AsyncConnection, execution_id: str, shard: int) -> Sequence[str]:
-    """Return the calls of language models by the nodes of an execution, as JSON texts of their spans."""
+    """Return the calls of language models of an execution: one JSON text for each node that has made some."""
     statement = select(col(SpanRow.model_calls)).where(
         col(SpanRow.execution_id) == execution_id,
         col(SpanRow.shard) == shard,
@@ -370,8 +378,10 @@ async def read_model_calls(connection: AsyncConnection, execution_id: str, shard
 async def read_labels(
     connection: AsyncConnection, caller: ApiCaller, execution_ids: Sequence[str]
 ) -> dict[str, list[RunLabel]]:
-    """Return the sorted tags and metadata, as pairs of key and value, of executions by id; those without any
-    are left out.
+    """Return tags and metadata of executions as sorted pairs of key and value, by execution id; those without any are
+    left out.
+
+    Visibility is not checked: pass ids that the caller may see.
     """
     if not execution_ids:
         return {}
@@ -385,7 +395,7 @@ async def read_labels(
 
 
 async def blob_owner(connection: AsyncConnection, key: ExecutionKey) -> BlobOwner | None:
-    """Return the owner of the blobs of a run; None if the run is missing."""
+    """Return the owner under which the blobs of a run are stored; None if the run is missing."""
     statement = select(col(Execution.organization_id), col(Execution.key_id)).where(
         col(Execution.id) == key.execution_id, col(Execution.shard) == key.shard
     )
@@ -555,7 +565,7 @@ async def _page(
     statement: Select[*tuple[Any, ...]] | CompoundSelect[*tuple[Any, ...]],
     part: PageBounds,
 ) -> tuple[int, Sequence[Recorded]]:
-    """Return the number by one statement, and the rows of a page by the other."""
+    """Return the number that `counted` selects, and the rows of `statement` on the page `part`."""
     count: int | None = await connection.scalar(counted)
     rows = (await connection.execute(statement.limit(part.limit).offset(part.offset))).all()
     return count or 0, rows
@@ -596,7 +606,7 @@ async def read_heads(connection: AsyncConnection, keys: Sequence[ExecutionKey]) 
 async def read_changes(
     connection: AsyncConnection, key: ExecutionKey, after: int, *, at_most: int
 ) -> RunChanges:
-    """Return the spans and log lines with sequence numbers above `after`, up to `at_most` of each.
+    """Return the spans and log lines with sequence numbers above `after`, at most `at_most` of each, in their order.
 
     If one list was cut, the other ends at the same number, and `is_all` is False.
     """

@@ -314,8 +314,8 @@ class LogShape(WireStruct):
 
 
 def show_summary(execution: Execution, labels: Sequence[RunLabel], version: int | None) -> ExecutionShape:
-    """Return an execution as lists show it, without trigger data, config and outputs; `version` is the number of its
-    version.
+    """Return an execution as lists show it: without trigger data, config and outputs. `version` is None if no
+    version has its definition.
     """
     return ExecutionShape(
         id=execution.id,
@@ -352,7 +352,7 @@ def _find_earliest_start(execution: Execution) -> datetime | None:
 
 
 def show_successors(rows: Sequence[Recorded], execution_id: str) -> Sequence[SuccessorShape]:
-    """Return the executions that resume or replay one as the API shows them."""
+    """Return rows of executions that resume or replay the execution `execution_id` as the API shows them."""
     return [
         SuccessorShape(
             id=row.id,
@@ -411,6 +411,9 @@ def show_head(execution: Execution) -> HeadShape:
 
 
 def show_span(row: Recorded, outputs: ShownOutputs) -> SpanShape:
+    """Return a span or attempt, as `list_spans` reads it, in its API form; large inputs and outputs are shown
+    as `outputs` decides.
+    """
     is_retried = row.kind == SpanKind.ATTEMPT or row.status == SpanStatus.RETRYING
     return SpanShape(
         id=row.id,
@@ -442,7 +445,9 @@ def show_span(row: Recorded, outputs: ShownOutputs) -> SpanShape:
 def show_span_details(
     details: SpanDetails, config: ShownConfig, outputs: ShownOutputs, questions: StepQuestions
 ) -> SpanDetailsShape:
-    """Return a span as the API shows it, with config, attempts, log and the previous duration."""
+    """Return a span as the API shows it alone: with config, attempts, log, previous duration, and the steps
+    of an agent.
+    """
     span = show_span(details.span, outputs)
     previous = details.previous
     return SpanDetailsShape(

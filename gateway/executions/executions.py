@@ -336,7 +336,7 @@ async def _show_summary(connection: AsyncConnection, request: GatewayRequest) ->
 async def _find_successors(
     connection: AsyncConnection, request: GatewayRequest, execution: Execution
 ) -> Sequence[Recorded]:
-    """Return the rows of the executions that resume or replay an ended one; others have none."""
+    """Return the rows of the executions that resume or replay an ended execution; empty for one that has not ended."""
     if execution.status not in TERMINAL_STATUSES:
         return ()
     return await execution_rows.find_successors(connection, request.caller, execution)
@@ -349,8 +349,8 @@ def _add_own_fields(
     successors: Sequence[Recorded],
     request: GatewayRequest,
 ) -> ExecutionShape:
-    """Return a shown execution with the fields that lists omit: the version that it was edited from, the executions
-    in its place, its attempt, its lease and the page of its trace.
+    """Set the fields of a shown execution that lists omit: successors, base version, attempt, lease and
+    trace; return it.
     """
     if successors:
         shown.successors = execution_shapes.show_successors(successors, execution.id)
@@ -517,9 +517,9 @@ async def live(request: GatewayRequest) -> ASGIApp:
 
 
 async def _find_topics(request: GatewayRequest, topics: Sequence[str]) -> HintTopics:
-    """Return the objects that topics name.
+    """Return the runs and lists that the topics of a stream name.
 
-    Raises a 400 error for an unknown topic, and 404 for a run that the caller may not see.
+    Raises a 400 error for an unknown topic, and for texts of several runs; 404 for a run that the caller may not see.
     """
     runs: list[ExecutionKey] = []
     texts: list[ExecutionKey] = []
@@ -603,7 +603,9 @@ async def resume(request: GatewayRequest) -> JsonResponse:
 
 
 def _refuse_fields_of_replays(body: Json) -> None:
-    """Raise a 422 error that names the replay for fields that a resume doesn't have: those of a replay, mostly."""
+    """Raise a 422 error for every field but `fresh` in the body of a resume; it refers to the replay, which
+    has most of them.
+    """
     if body is None or (isinstance(body, dict) and body.keys() <= {"fresh"}):
         return
     names = [name for name in body if name != "fresh"] if isinstance(body, dict) else ["body"]

@@ -192,8 +192,11 @@ async def _find_versions_before(
     groups: Sequence[Row[*tuple[Any, ...]]],
     last_hours: Mapping[str, Row[*tuple[Any, ...]]],
 ) -> Mapping[str, _VersionBefore]:
-    """Return the version of the last completed run before the last failed one of each group, by fingerprint; groups
-    without it are absent.
+    """Return for each group, by fingerprint, the version of the last run that completed before the group's last failed
+    run.
+
+    Groups without such a version, or with the same definition, are absent. `last_hours` has the last failure by
+    fingerprint.
     """
     found = {}
     for group in groups:
@@ -263,7 +266,7 @@ def groups_statement(
 
 
 def others_statement(caller: ApiCaller, since: datetime, until: datetime) -> Select[*tuple[Any, ...]]:
-    """Return the statement of whether any of some hours has had more groups than it keeps."""
+    """Return the statement that reads whether an hour of the range had more groups than are kept."""
     return select(
         exists().where(*_is_within(caller, since, until), col(FailureHour.fingerprint) == OTHER_CAUSES)
     )
@@ -294,8 +297,8 @@ def _is_visible(caller: ApiCaller) -> ColumnElement[bool]:
 async def _read_last_hours(
     connection: AsyncConnection, caller: ApiCaller, groups: Sequence[Row[*tuple[Any, ...]]]
 ) -> Mapping[str, Row[*tuple[Any, ...]]]:
-    """Return node with its label, code and last run of groups by fingerprint, from the hour with the last failure of
-    each.
+    """Return for each group, by fingerprint, the row of the hour with its last failure: node with label, code
+    and last run.
     """
     if not groups:
         return {}
@@ -317,7 +320,7 @@ async def _read_last_hours(
 async def _read_last_runs(
     connection: AsyncConnection, caller: ApiCaller, last_hours: Iterable[Row[*tuple[Any, ...]]]
 ) -> Mapping[str, _LastRun]:
-    """Return the last runs of groups by execution id; runs that are no longer kept are absent."""
+    """Return the last failed run of each group, by execution id; runs that are no longer kept are absent."""
     rows = await connection.execute(last_runs_statement(caller, [one.execution_id for one in last_hours]))
     return {
         row.id: _LastRun(
@@ -330,7 +333,9 @@ async def _read_last_runs(
 
 
 def last_runs_statement(caller: ApiCaller, execution_ids: Sequence[str]) -> Select[*tuple[Any, ...]]:
-    """Return the statement of the errors of failed runs and of the newest completed runs in their place."""
+    """Return the statement that reads the errors of failed runs, and the ids of the newest completed runs in
+    their place.
+    """
     return select(
         *(col(Execution.id), col(Execution.workflow_id), col(Execution.error)),
         _select_completed(col(_later.resumed_from)).label("resumed_id"),
@@ -343,8 +348,9 @@ def last_runs_statement(caller: ApiCaller, execution_ids: Sequence[str]) -> Sele
 
 
 def _select_completed(link: SQLColumnExpression[str | None]) -> ScalarSelect[Any]:
-    """Return the id of the newest completed run of the line of an execution that was accepted later and has a link to
-    another one; each kind of link has an index by line.
+    """Return the subquery of the id of the newest completed run that continues an execution: later, in the same line.
+
+    `link` is the column that it must have, `resumed_from` or `replay_of`; each has an index by line.
     """
     return (
         select(func.max(col(_later.id)))
@@ -367,7 +373,7 @@ def _show_group(
     *,
     previous_version: int | None,
 ) -> FailureGroup:
-    """Return a group as the API shows it."""
+    """Return a group as the API shows it; `last` is the row of the hour with its last failure."""
     last_run = last_runs.get(last.execution_id)
     return FailureGroup(
         workflow_id=group.workflow_id,

@@ -140,9 +140,10 @@ async def _show_page(
     approver: Approver,
     may_show: Callable[[OrganizationWait], bool],
 ) -> JsonResponse:
-    """Return the page of questions behind a cursor that may be shown and have a wanted assignment.
+    """Return the page of questions behind a cursor that `may_show` accepts and that have a wanted assignment.
 
-    A cursor of this list has the sequence number of a node in place of a time, and the id of its run.
+    A cursor of this list has the sequence number of a node in place of a time, and the id of its run. Raises a 400
+    error for another cursor.
     """
     caller, wanted = request.caller, request.query[ASSIGNMENT]
     bounds = KeysetBounds(request.query[LIMIT], is_descending=True, cursor=cursor)
@@ -306,8 +307,8 @@ async def audit_decision(
 async def require_assigned(
     connection: AsyncConnection, key: ExecutionKey, asked: WaitingNode, caller: ApiCaller
 ) -> None:
-    """Raise a 403 error if the caller may not answer a question: assigned to others, or asked by their own
-    run; 404 if the run is gone.
+    """Raise a 403 error if the caller may not answer a question, assigned to others or asked by the caller's
+    own run; 404 if the run is gone.
     """
     run = (
         await connection.execute(
@@ -329,7 +330,7 @@ async def require_assigned(
 
 
 async def find_approver(connection: AsyncConnection, caller: ApiCaller) -> Approver:
-    """Return the caller as rules of approval need it: with e-mail address ("" if the user is gone), and
+    """Return the caller as rules of approval need it: user id, e-mail address ("" if the user is gone), and
     whether an admin.
     """
     user = await access_store.find_user(connection, caller.organization_id, caller.user_id)

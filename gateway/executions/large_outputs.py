@@ -163,7 +163,9 @@ class ShownOutputs:
 
 
 def trigger_references(text: str) -> list[str]:
-    """Return the text of the blob reference in the output of a trigger, as a list; empty unless its body is a blob."""
+    """Return the text of the blob reference in the output of a trigger, as a list of one; empty unless its
+    body is a blob.
+    """
     if not large_values.is_separate(text):
         return []
     return [_text_of(large_values.split_fields(text)[large_values.BODY])]

@@ -112,7 +112,9 @@ class AnswerReader:
     """Number of the last recorded answer of each node."""
 
     def note(self, place: AnswerPlace, text: OpenText) -> None:
-        """Note that a text has changed, unless the client doesn't want it."""
+        """Remember a changed text of the node and iteration `place` for the next `take`, and set `changed`;
+        ignore it if the client does not want it.
+        """
         node_id, iteration = place
         if self.wanted.node_id in {None, node_id} and self.wanted.iteration in {None, iteration}:
             self._changed_texts.pop(place, None)
@@ -128,7 +130,7 @@ class AnswerReader:
             self.changed.set()
 
     def note_recorded(self, place: AnswerPlace, number: int) -> None:
-        """Note that the client has got a recorded answer: late parts of its text are not sent any more."""
+        """Stop sending texts of a node up to answer `number`, since the client has got its recorded step."""
         self._recorded[place] = max(number, self._recorded.pop(place, -1))
         _limit_size(self._recorded)
         position = self._positions.get(place)
@@ -136,9 +138,10 @@ class AnswerReader:
             del self._positions[place]
 
     def _limit_ended(self) -> None:
-        """Leave out the oldest ended texts if there are too many; nothing else keeps those in memory.
+        """Drop the oldest ended texts if they have over a million characters or are over a thousand; half of that is
+        left.
 
-        A half is left, so that a client that never reads costs little.
+        Nothing else keeps them in memory, so a client that never reads costs little.
         """
         if self._ended_characters <= MAX_WAITING_CHARACTERS and len(self._changed_texts) <= MAX_POSITIONS:
             return
@@ -152,7 +155,11 @@ class AnswerReader:
         self._ended_characters = characters
 
     def take(self) -> list[tuple[str, TokenShape | RetryShape]]:
-        """Return the events since the last call by their names."""
+        """Return the parts of changed texts that the client has not got, as pairs of event name and content; never
+        waits.
+
+        Each part is returned once. `changed` is cleared.
+        """
         self.changed.clear()
         changed, self._changed_texts, self._ended_characters = self._changed_texts, {}, 0
         events: list[tuple[str, TokenShape | RetryShape]] = []
@@ -195,13 +202,13 @@ class AnswerReader:
 
 
 def _limit_size(places: dict[AnswerPlace, Any]) -> None:
-    """Remove the oldest of more than a thousand places."""
+    """Remove the oldest entries of a mapping that has more than a thousand."""
     while len(places) > MAX_POSITIONS:
         del places[next(iter(places))]
 
 
 def _drop(place: AnswerPlace, position: _Position, reason: str) -> tuple[str, RetryShape]:
-    """Return the event that lets clients drop a text."""
+    """Return name and content of the event that makes clients drop a text."""
     shape = RetryShape(
         node_id=place[0],
         iteration=place[1],
@@ -242,16 +249,17 @@ class LiveAnswerHub:
         self._serial = 0
 
     async def start(self) -> None:
-        """Listen to the processes that hold runs."""
+        """Subscribe to the pieces of answers that the processes with followed runs send to this gateway."""
         await self._broker.listen(self._handle_notification, subject=PIECES)
 
     @contextmanager
     def reader(
         self, execution_id: str, wanted: StepFilter, changed: asyncio.Event | None = None
     ) -> Iterator[AnswerReader]:
-        """Yield a reader of the texts of a run, also of the part that is already written.
+        """Yield a reader of the texts of a run, including the parts that are already written, during a block.
 
-        It sets `changed`, by default an event of its own, when there are texts to take.
+        It sets `changed`, by default an event of its own, when there are texts to take. Without readers, the texts of a
+        run are forgotten.
         """
         run = self._runs.setdefault(execution_id, FollowedRun())
         reader = AnswerReader(wanted, changed or asyncio.Event())
@@ -289,7 +297,7 @@ class LiveAnswerHub:
         await answer_messages.send_sealed(self._broker, self._seal, channel, subject, request)
 
     def receive(self, message: AnswerPieces) -> None:
-        """Add pieces to the texts of followed runs; those of a process that holds the run no more are ignored."""
+        """Add pieces to the texts of followed runs; those of a process that no longer holds the run are ignored."""
         for piece in message.pieces:
             run = self._runs.get(piece.execution_id)
             if run is not None and message.sender == run.owner:
@@ -308,7 +316,11 @@ class LiveAnswerHub:
             self.receive(message)
 
     def _add(self, run: FollowedRun, piece: AnswerPiece) -> None:
-        """Add a piece to its text, which it may begin; a repeated part is left out, and one behind a gap too."""
+        """Add a piece to its text, or begin a text with it, and notify the readers; a part that was added before is
+        left out.
+
+        A piece behind a gap is left out too, and the run is marked, so that its process is asked for all of it again.
+        """
         call = (piece.attempt, piece.model_call)
         text = run.texts.get(piece.place)
         if text is None or (text.number, text.call) != (piece.number, call):

@@ -102,12 +102,16 @@ class LiveEvents:
         await self._authenticator.caller(scope)
 
     async def follow_answers(self, head: Execution) -> None:
-        """Ask the process that holds a run for the texts of its models; a run without one has no new texts."""
+        """Ask the process that executes a run for the texts of its models; nothing happens for a run that is
+        not running.
+        """
         is_running = head.status == ExecutionStatus.RUNNING
         await self.answers.follow(head.id, head.lease_owner if is_running and head.lease_owner else "")
 
     async def head(self, key: ExecutionKey) -> Execution | None:
-        """Return the row of a run without its data, None if it is gone; concurrent calls share one query."""
+        """Return the row of a run without its data, None if it is gone; concurrent calls share one query.
+        Access is not checked.
+        """
         return await self._heads.submit(key)
 
     async def _read_heads(self, batch: Sequence[ExecutionKey]) -> Sequence[Execution | None]:
@@ -155,7 +159,7 @@ class RunRecords:
     answers: StepFilter | None = None
 
     async def read(self, connection: AsyncConnection, key: ExecutionKey, after: int) -> EventBatch:
-        """Return the next spans and log lines."""
+        """Return the next spans and log lines with sequence numbers above `after`, at most 50 of each."""
         changes = await execution_rows.read_changes(connection, key, after, at_most=EVENTS_AT_ONCE)
         outputs = self.large_outputs.explain(key.execution_id)
         spans = ((row.sequence, "span", execution_shapes.show_span(row, outputs)) for row in changes.spans)
@@ -172,7 +176,7 @@ class LogLines:
     answers: StepFilter | None = None
 
     async def read(self, connection: AsyncConnection, key: ExecutionKey, after: int) -> EventBatch:
-        """Return the lines of the wanted levels among the next records."""
+        """Return the log lines of the wanted levels among the next 50 with sequence numbers above `after`."""
         changes = await execution_rows.read_changes(connection, key, after, at_most=EVENTS_AT_ONCE)
         lines = (row for row in changes.logs if not self.levels or row.level in self.levels)
         return _merge(list(_show_lines(lines)), changes, after)
@@ -191,7 +195,9 @@ class AgentSteps:
         return self.wanted
 
     async def read(self, connection: AsyncConnection, key: ExecutionKey, after: int) -> EventBatch:
-        """Return the next steps that have changed."""
+        """Return the next wanted steps that have changed after sequence number `after`, at most 50, each in
+        its newest state.
+        """
         steps = await agent_step_rows.read_changed_steps(connection, key, self.wanted, after, EVENTS_AT_ONCE)
         nodes = await agent_step_rows.read_questions(connection, key, steps)
         questions = StepQuestions(self.public_url, key.execution_id, nodes)
@@ -205,7 +211,9 @@ def _show_lines(rows: Iterable[Recorded]) -> Iterable[RecordEvent]:
 
 
 def _merge(events: Sequence[RecordEvent], changes: RunChanges, after: int) -> EventBatch:
-    """Return events in their order as a batch that ends with the last record of `changes`."""
+    """Return events sorted by sequence number as a batch that ends with the last record of `changes`, at
+    `after` without any.
+    """
     last = max((row.sequence for row in (*changes.spans, *changes.logs)), default=after)
     return EventBatch(sorted(events, key=lambda event: event[0]), last, changes.is_all)
 
@@ -219,7 +227,7 @@ class CheckedTexts:
     """Time of the last check."""
 
     def note_check(self) -> None:
-        """Note that the client may see the run; texts that have waited for it can be taken now."""
+        """Note that the client may see the run now; texts that have waited for this can be taken."""
         self._checked_at = asyncio.get_running_loop().time()
         self.reader.note_waiting()
 
@@ -228,9 +236,9 @@ class CheckedTexts:
         self._checked_at = float("-inf")
 
     def take(self) -> bytes:
-        """Return the new events of the reader; they have no ids, since they can't be sent again.
+        """Return the new texts as encoded events; they have no ids, since they can't be sent again.
 
-        They wait for the next check of access if a client that did not read has kept the stream from it.
+        Empty if the client's access was checked more than ten seconds ago: the texts wait for the next check.
         """
         if asyncio.get_running_loop().time() - self._checked_at > MAX_UNCHECKED_SECONDS:
             return b""
@@ -332,6 +340,11 @@ class RunEventStream:
         return True
 
     async def _send_records(self, head: Execution, send: Send) -> None:
+        """Send the progress of the run and the records since the last call; after the end of the run, also the event
+        `end`.
+
+        Nothing is read or sent if the row of the run has not changed.
+        """
         shown = self._shown
         if shown is not None and shown.updated_at == head.updated_at:
             return
@@ -349,7 +362,7 @@ class RunEventStream:
             await self._send(send, _encode_event("execution", execution_shapes.show_head(head), END))
 
     async def _send_batch(self, batch: EventBatch, send: Send) -> None:
-        """Send records, behind the texts of the answers among them."""
+        """Send records as events; texts that models are writing are sent before the steps that record them."""
         encoded = [_encode_event(name, shape, str(sequence)) for sequence, name, shape in batch.events]
         if self._texts is None:
             await self._send(send, b"".join(encoded))

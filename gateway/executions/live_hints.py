@@ -97,9 +97,9 @@ class HintQueue:
     has_overflowed: bool = False
 
     def put(self, hint: LiveHint) -> None:
-        """Add a hint, in place of an older one about the same object.
+        """Add a hint in place of an older one about the same object.
 
-        If 256 wait, all are dropped, and the client is told to load everything again.
+        If 256 wait, all are dropped, and the next `take` asks the client to load everything again.
         """
         if len(self.waiting) >= QUEUE_LENGTH:
             self.waiting.clear()
@@ -165,7 +165,7 @@ class LiveHints:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def stream(self, caller: ApiCaller, topics: HintTopics) -> HintStream:
-        """Return a stream of hints about topics; they say that, not what, changed.
+        """Return a stream of hints about topics as an ASGI response; hints do not contain the changes.
 
         Raises a 503 error if 500 streams are open here, or the process stops.
         """
@@ -204,9 +204,9 @@ class LiveHints:
 
     @contextmanager
     def open_texts(self, queue: HintQueue, run: ExecutionKey | None, scope: Scope) -> Iterator[TakeTexts]:
-        """Yield a function that returns the new texts of a run as encoded events; without a run, there are none.
+        """Yield a function that returns the new texts of a run as encoded events; without a run, it returns none.
 
-        The queue is notified of new ones.
+        The queue is notified of new texts.
         """
         if run is None:
             yield bytes
@@ -226,6 +226,10 @@ class LiveHints:
     # ── single runs ─────────────────────────────────────────────────────────────────────────────────────────
 
     async def _follow_run(self, queue: HintQueue, key: ExecutionKey) -> None:
+        """Put a hint into the queue after each change of a run, until the run has ended or is gone.
+
+        It begins with a hint if the run has changed within the last minute, since the page may be older.
+        """
         events, shown = self._live_events, ""
         with events.waiting.waiter(key.execution_id) as waiter:
             while not waiter.is_over:
@@ -251,9 +255,10 @@ class LiveHints:
     async def _follow_texts(
         self, queue: HintQueue, texts: CheckedTexts, key: ExecutionKey, scope: Scope
     ) -> None:
-        """Check the client's access to a run once a second, and ask the process that holds it for its texts.
+        """Check the client's access to a run once a second, and ask the process that executes it for its texts, until
+        it has ended.
 
-        It returns once the run has ended. If the client may not see it any more, the queue ends.
+        If the client may not see the run any more, the queue ends.
         """
         events = self._live_events
         with events.waiting.waiter(key.execution_id) as waiter:
@@ -278,7 +283,7 @@ class LiveHints:
     # ── lists ───────────────────────────────────────────────────────────────────────────────────────────────
 
     def _join_list(self, queue: HintQueue, topic: str, organization_id: str) -> None:
-        """Add a queue to those that are told of changes of a list; the first one starts the watch."""
+        """Add a queue to those that are notified of changes of a list; the first one starts the watch."""
         watch = self._lists.setdefault((topic, organization_id), ListWatch())
         watch.queues.add(queue)
         if watch.version and self._is_recent(watch.changed_at):
@@ -327,8 +332,10 @@ class LiveHints:
 
 
 def _newest_runs(organization_id: str) -> Sequence[Select[*tuple[Any, ...]]]:
-    """Return the queries of the 50 newest runs of an organization with the time of their last change, and of its failed
-    runs by hour, which are counted some seconds after the end of a run.
+    """Return the statements that read the version of the list of runs: the 50 newest runs of an organization with their
+    last change, and its failed runs by hour.
+
+    Failed runs are counted by hour some seconds after the end of a run.
     """
     newest = (
         select(col(Execution.id), col(Execution.updated_at))
@@ -350,7 +357,9 @@ def _newest_runs(organization_id: str) -> Sequence[Select[*tuple[Any, ...]]]:
 
 
 def _newest_deliveries(organization_id: str) -> Sequence[Select[*tuple[Any, ...]]]:
-    """Return the queries of the 50 newest deliveries, and of the newest sample of a refused request."""
+    """Return the statements that read the version of the list of deliveries: the 50 newest deliveries of an
+    organization, and the newest sample of a refused request.
+    """
     newest = (
         select(col(Delivery.id), col(Delivery.created_at))
         .where(col(Delivery.organization_id) == organization_id)
@@ -392,7 +401,10 @@ class HintStream:
     async def _send_hints(
         self, queue: HintQueue, take_texts: TakeTexts, scope: Scope, receive: Receive, send: Send
     ) -> None:
-        """Send hints, and texts behind them, until the queue ends or the client has lost its access."""
+        """Send hints, and texts behind them, until the queue ends, the client leaves, or its key is no longer valid.
+
+        The key is checked every 15 seconds.
+        """
         following = asyncio.create_task(self._live.follow(queue, self._caller, self._topics))
         gone = asyncio.create_task(_until_gone(receive))
         gone.add_done_callback(lambda _: queue.end())

@@ -113,8 +113,8 @@ class ExecutionPollHub:
         await self._reads.drain()
 
     async def progress(self, key: ExecutionKey, wait_seconds: float) -> RunProgressReport | None:
-        """Return the progress of a run at its end or after `wait_seconds`, at once for 0; None if it does not
-        exist.
+        """Wait until a run has ended, at most `wait_seconds` (0: not at all), and return its progress; None if it does
+        not exist.
 
         Raises a 503 error if 10,000 requests wait here.
         """
@@ -132,7 +132,8 @@ class ExecutionPollHub:
                 self.polls -= 1
 
     async def end_within(self, key: ExecutionKey, wait_seconds: float) -> RunProgressReport | None:
-        """Return the outcome of a run that ends within `wait_seconds`, else None.
+        """Wait until a run has ended, at most `wait_seconds`, and return its outcome; None if it has not ended or does
+        not exist.
 
         Raises a 503 error if 10,000 requests wait here.
         """
@@ -140,9 +141,9 @@ class ExecutionPollHub:
         return found if found is not None and found.status in TERMINAL_STATUSES else None
 
     async def _ended(self, key: ExecutionKey, waiter: ExecutionWaiter) -> RunProgressReport | None:
-        """Return the progress of a run once it has ended or the waiter is over; None if it does not exist.
+        """Wait until a run has ended or the waiter is over, and return its progress; None if the run does not exist.
 
-        A notification of the end with its outcome spares the query.
+        A notification of the end that contains the outcome spares the query.
         """
         if self._is_end_watched(key.execution_id):
             # Accepted or read here with a watch in effect, and no notification since: there is nothing new to
@@ -182,9 +183,10 @@ class ExecutionPollHub:
         return self._expected.get(execution_id) is not None or self.is_watched(execution_id)
 
     def expect(self, total_nodes: Mapping[str, int]) -> None:
-        """Expect notifications of the ends of executions just accepted here, with their number of nodes by id.
+        """Expect notifications of the ends of executions that are being accepted here, with their numbers of nodes by
+        id.
 
-        Their rows were inserted with a watch, so that no other is needed.
+        Their rows are inserted with a watch, so that no other is needed.
         """
         for execution_id, count in total_nodes.items():
             self._expected.put(execution_id, count)
@@ -247,9 +249,10 @@ class ExecutionPollHub:
             self.wake_overdue(asyncio.get_running_loop().time())
 
     def _hand_over(self, ended: EndedExecution) -> None:
-        """Give the outcome of an ended execution to the requests that wait for it, so that they need no query.
+        """Set the outcome of an ended execution at the requests that wait for it, so that they need no query; wake none
+        of them.
 
-        `wake_waiters` wakes them. Nothing happens for executions that were not expected here.
+        Nothing happens for executions that were not expected here.
         """
         total_nodes = self._expected.get(ended.execution_id)
         if total_nodes is None:
@@ -267,7 +270,7 @@ class ExecutionPollHub:
             waiter.outcome = report
 
     def wake_overdue(self, now: float) -> None:
-        """Wake the waiters that have waited for a second at `now`, so that they read again.
+        """Wake the waiters that have waited for at least a second at the loop's time `now`, so that they read again.
 
         Most runs end sooner, and need no second read.
         """
@@ -304,5 +307,5 @@ class ExecutionAccess:
         self._visible.put((execution_id, caller.user_id, caller.role), value=True)
 
     def forget(self) -> None:
-        """Clear the cache after a change that may reduce visibility, such as a removed share."""
+        """Clear the cache for all callers, after a change that may reduce visibility, such as a removed share."""
         self._visible = TTLCache(VISIBLE_SECONDS, MAX_VISIBLE)

@@ -31,8 +31,10 @@ _SUMS: Final = ("calls", "unpriced_calls", "input_tokens", "output_tokens", "cos
 async def read_hours(
     connection: AsyncConnection, caller: ApiCaller, since: datetime, now: datetime
 ) -> Mapping[datetime, Row[*tuple[Any, ...]]]:
-    """Return the sums of the models that a caller may see the metrics of, by the begin of the hour; hours without
-    calls are absent.
+    """Return the sums of answered calls by the begin of the hour since a time, of the models with metrics that the
+    caller may see.
+
+    Hours without calls are absent.
     """
     rows = await connection.execute(hours_statement(caller, since, now))
     return {row.starts_at: row for row in rows}
@@ -71,7 +73,7 @@ def hours_statement(caller: ApiCaller, since: datetime, now: datetime) -> Select
 
 
 def sum_rows(rows: Iterable[Row[*tuple[Any, ...]]]) -> ModelSumsShape:
-    """Return the sums of hours together."""
+    """Return the total of the sums of several hours; zeros for none."""
     found = list(rows)
     total = {name: sum(int(getattr(row, name)) for row in found) for name in _SUMS}
     return ModelSumsShape(

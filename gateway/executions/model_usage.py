@@ -39,12 +39,12 @@ class ModelSumsShape(WireStruct):
 
 
 def show_usage(texts: Iterable[str]) -> ModelUsageShape:
-    """Return the usage of spans by the JSON of their calls."""
+    """Return the total usage of language models from the JSON texts of the calls of several spans."""
     return sum_records([record for text in texts for record in decoding.decode(text, list[ModelCallRecord])])
 
 
 def sum_records(records: Sequence[ModelCallRecord]) -> ModelUsageShape:
-    """Return the usage of calls of language models together."""
+    """Return the total tokens and cost of calls of language models."""
     total = sum_usage(records)
     return ModelUsageShape(
         calls=sum(record.usage is not None for record in records),

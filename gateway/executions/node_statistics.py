@@ -100,6 +100,7 @@ async def _read_spans(
 
 
 def _sum_up(workflow_id: str, since: datetime, rows: Sequence[Recorded]) -> WorkflowStatistics:
+    """Return the statistics of the nodes from their ended spans, by node id."""
     durations: dict[str, list[int]] = {}
     failed: dict[str, int] = {}
     for row in rows:

@@ -127,6 +127,9 @@ def _is_of_node(row: Recorded) -> bool:
 async def _read_result(
     request: GatewayRequest, key: ExecutionKey, progress: RunProgressReport
 ) -> NodeTestResult:
+    """Return the result of an ended node test, with output, port and error of the tested node and up to 1,000
+    log lines.
+    """
     whole = PageBounds(limits.RECORDS_MAX, 0)
     async with request.gateway.database.read() as connection:
         _, spans = await execution_rows.list_spans(

@@ -189,6 +189,11 @@ async def _start(
     *,
     again: bool,
 ) -> JsonResponse:
+    """Start a planned replay as a new execution with capacity in the backlogs, and return the answer 201.
+
+    A used idempotency key gives the answer to its first request. Raises 404, 409 and 429, and 422 for a key with
+    another body.
+    """
     caller, gateway = request.caller, request.gateway
     await gateway.backlog.require_capacity(caller.organization_id, planned.workflow_id)
     new_id, now = ids.new_id("exec"), gateway.clock()

@@ -222,6 +222,12 @@ class ReplayPlanner:
         caller: ApiCaller,
         choice: ReplayChoice,
     ) -> ChosenDefinition:
+        """Return the definition that the choice names: of the recorded run, of the workflow as it is now, or of a
+        version.
+
+        Raises a 404 error for a workflow that the caller may not read, and 422 for an invalid graph or an unknown
+        version.
+        """
         row = recorded.row
         if choice.definition == ORIGINAL:
             content = decoding.decode(recorded.definition_text)
@@ -251,6 +257,9 @@ class ReplayPlanner:
     async def _choose_version(
         self, connection: AsyncConnection, workflow: LoadedWorkflow, number: int
     ) -> ChosenDefinition:
+        """Return the definition of a version of a workflow; raises a 422 error if there is none, or its graph
+        is invalid now.
+        """
         version = await version_rows.find_version(connection, workflow.id, number)
         if version is None:
             message = f"The workflow has no version {number}"
@@ -276,7 +285,8 @@ class ReplayPlanner:
         )
 
     async def _find_expired(self, recorded: RecordedExecution) -> frozenset[str]:
-        """Return the ids of nodes whose large output is gone from the blob storage, by opening each blob.
+        """Return the ids of the nodes with a large output that the blob storage no longer has; each blob is opened for
+        that.
 
         Raises a 503 error if the storage does not answer.
         """
@@ -410,10 +420,10 @@ class _Planning:
         )
 
     def make(self) -> ReplayPlan:
-        """Return the plan by the facts loaded so far.
+        """Return the plan by the facts that are loaded so far; called again once more are.
 
-        For a large graph it takes so long that it must run in a thread. Raises a 422 error for unknown nodes
-        and an invalid definition.
+        For a large graph it takes so long that it must run in a thread. Raises a 422 error for unknown nodes and an
+        invalid definition.
         """
         if self._program is None:
             self._program = self._compile()
@@ -580,7 +590,9 @@ def _has_outside_trigger(graph: ParsedGraph) -> bool:
 
 
 def _choose_steps(plan: ReplayPlan, program: WorkflowProgram) -> dict[str, StepReuse]:
-    """Return the use of recorded steps, by the agents of a plan and the tools in them that are agents."""
+    """Return how recorded steps are used, by the node ids of the agents of a plan, and of the tools in them
+    that are agents.
+    """
     found: dict[str, StepReuse] = {}
     for node in plan.nodes:
         if node.answer_reuse is not None:
@@ -732,7 +744,9 @@ async def _read_execution(
 
 
 async def _count_answers(connection: AsyncConnection, key: ExecutionKey) -> dict[str, RecordedAnswers]:
-    """Return the number of recorded answers of agents, by their node ids and those of tools that are agents."""
+    """Return the counts of the recorded model answers of each agent, by its node id; a tool that is an agent
+    has its own.
+    """
     total = case((run_copies.HAS_CONTENTS, 1), else_=0)
     unfinished = case((and_(run_copies.HAS_CONTENTS, ~run_copies.HAS_SETTLED_AGENT), 1), else_=0)
     node_id = col(AgentStepRow.node_id)
@@ -818,6 +832,7 @@ async def _find_written_in_loops(connection: AsyncConnection, key: ExecutionKey)
 
 
 def _decode_span(row: Row[Any]) -> NodeSpan:
+    """Return the span of a row with the columns `_FACTS`, without the values of input and output."""
     return NodeSpan(
         node_id=row.node_id,
         label=row.label,

@@ -44,9 +44,11 @@ async def start_planned(
     new_id: str,
     planned: PlannedReplay,
 ) -> None:
-    """Start the planned replay `new_id` of an execution, make it visible to the caller, and wake workers.
+    """Start the planned replay `new_id` of an execution in a transaction of its own, make it visible to the caller, and
+    wake workers.
 
-    Raises 404, and 409 if it was resumed or replayed before.
+    An existing `new_id` is left as it is. Raises 404, and 409 if the source was resumed, replayed or redriven before,
+    or may not be replayed.
     """
     await database.transaction(
         partial(
@@ -97,6 +99,9 @@ async def start_replay(
 async def _store_definition(
     connection: AsyncConnection, source: ExecutionKey, caller: ApiCaller, planned: PlannedReplay
 ) -> None:
+    """Store the definition that a replay runs, for the organization; of one that is stored already, only
+    renew the age.
+    """
     chosen = planned.definition
     if chosen.text is None:
         return

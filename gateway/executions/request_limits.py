@@ -121,11 +121,12 @@ class RunRateLimiter:
         count: int = 1,
         also: Sequence[RateLimit] = (),
     ) -> None:
-        """Count a request for `count` runs, and add the rate limit headers to its answer; raises a 429 error
-        beyond a limit.
+        """Take tokens for `count` runs from the rate limits of a request, and add rate limit headers to its answer;
+        raises a 429 error beyond a limit.
 
-        It counts for the id `key`: None means the API key of the caller, and "" none. `workflow_id` adds the
-        limit of a workflow; pass it only for callers who may run it. `also` adds limits of the route.
+        `key` is the id of the sender that they count for: None means the API key of the caller, and "" none.
+        `workflow_id` adds the limit of a workflow; pass it only for callers who may run it. `also` adds limits of the
+        route.
         """
         limits = list(also)
         if self._per_key is not None and (sender_key := request.caller.key_id if key is None else key):
@@ -141,7 +142,7 @@ class RunRateLimiter:
                 request.send_with_answer(name, value)
 
     def of_workflow(self, workflow_id: str) -> Sequence[RateLimit]:
-        """Return the limits of requests for a workflow, for all callers together; none if it is not configured."""
+        """Return the rate limit of a workflow, for all callers together, as a list; empty if none is configured."""
         if self._per_workflow is None:
             return ()
         return (RateLimit("workflow", f"workflow:{workflow_id}", self._per_workflow),)
@@ -181,7 +182,7 @@ class RunRateLimiter:
 
     def _headers(self, limits: Sequence[RateLimit]) -> Mapping[str, str]:
         """Return the headers `RateLimit` and `RateLimit-Policy` (draft-ietf-httpapi-ratelimit-headers-10) for
-        these limits.
+        the state of these limits.
         """
         policies, standings = [], []
         for limit in limits:
@@ -327,10 +328,10 @@ class BacklogLimits:
         self._counting: set[asyncio.Task[None]] = set()
 
     async def require_capacity(self, organization_id: str, workflow_id: str, count: int = 1) -> None:
-        """Reserve `count` runs in the backlogs of a workflow and its organization.
+        """Reserve `count` runs in the backlogs of a workflow and its organization; raises a 429 error with a delay if
+        either is full.
 
-        Raises a 429 error with an estimated delay if either has no capacity for all. Backlogs are counted
-        about once a second, so limits may be exceeded a little.
+        Then nothing is reserved. Backlogs are counted about once a second, so limits may be exceeded a little.
         """
         organization = self._tally(organization_id)
         whole = self._per_organization
@@ -357,7 +358,9 @@ class BacklogLimits:
     async def _require_workflow_capacity(
         self, organization_id: str, workflow_id: str, count: int
     ) -> BacklogCount:
-        """Return the backlog of a workflow if it has capacity for `count` runs; raises a 429 error without."""
+        """Return the backlog of a workflow if it has capacity for `count` runs, without a reservation; raises
+        a 429 error otherwise.
+        """
         workflow = self._tally(workflow_id)
         limit = self._per_workflow
 
@@ -372,7 +375,9 @@ class BacklogLimits:
         return workflow
 
     def _tally(self, key: str) -> BacklogCount:
-        """Return the known backlog of a workflow or organization by its id, a new one at first; 20,000 are kept."""
+        """Return the counts of a workflow's or organization's backlog by its id, new ones at first; the
+        20,000 last used are kept.
+        """
         tally = self._tallies.get(key)
         if tally is None:
             tally = self._tallies[key] = BacklogCount()
@@ -388,9 +393,9 @@ class BacklogLimits:
         limit: int,
         find: Callable[[AsyncConnection], Awaitable[int]],
     ) -> None:
-        """Start a new count of a backlog if the last one is outdated.
+        """Start a count of a backlog by `find` in the background if the last one is outdated.
 
-        It waits for it only before the first answer and before a refusal.
+        Wait for it only before the first answer, and if `count` more runs would exceed the limit.
         """
         if tally.counting is None and monotonic() >= tally.fresh_until:
             tally.counting = asyncio.create_task(self._count(tally, find))

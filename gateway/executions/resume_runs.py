@@ -142,7 +142,7 @@ async def settle_dead_letter(
 async def require_not_taken_up(connection: AsyncConnection, ended: ExecutionKey) -> None:
     """Raise a 409 error if an execution was resumed or replayed; its details name the newest execution of the line.
 
-    A line is an execution with its resumed and replayed successors.
+    A line is an execution with all executions that resume or replay it, directly or by way of others.
     """
     # A separate statement after the lock, so that it sees the commit of a competing resume.
     taken_up_key = select(col(Execution.key_id)).where(col(Execution.id) == ended.execution_id, IS_TAKEN_UP)

@@ -55,9 +55,9 @@ class GrantingWorker:
     until: float = 0.0
 
     def take(self, grant: SlotGrant, now: float) -> None:
-        """Apply a grant of slots (free places for runs) that arrived at `now`, a time of the event loop.
+        """Apply a grant of slots (free places for runs) of this worker that arrived at `now`, a time of the event loop.
 
-        Runs on their way count as used slots. The grant ends after `GRANT_SECONDS`.
+        Assigned runs that the worker has not received yet count as used slots. The grant ends after `GRANT_SECONDS`.
         """
         if grant.received > self.received:
             self.received, self.lost = grant.received, 0
@@ -73,17 +73,17 @@ class GrantingWorker:
         self.assigned, self.assigned_at, self.left = self.assigned + 1, now, self.left - 1
 
     def withdraw(self) -> None:
-        """Give back the slot of a run that is not sent after all."""
+        """Free the slot of an assigned run that is not sent after all."""
         self.assigned, self.left = self.assigned - 1, self.left + 1
 
     def number_of(self, count: int) -> int:
-        """Count runs as sent, and return the number of the last one."""
+        """Count `count` more runs as sent to this worker, and return the number of the last one."""
         self.sent += count
         return self.sent
 
 
 class RunAssigner:
-    """Assigner of one gateway."""
+    """Assigns accepted runs to workers that have granted slots to this gateway."""
 
     def __init__(self, store: JournalStore, broker: Broker, wake_workers: Callable[[], object]) -> None:
         """Set store and broker; `wake_workers` is called when runs that could not be sent are pending."""
@@ -145,8 +145,7 @@ class RunAssigner:
     def send(self, batch: Sequence[RunAcceptance], answers: Sequence[AcceptanceResult]) -> None:
         """Send the accepted runs of a committed batch to their workers in the background.
 
-        Slots of runs that were not accepted are given back; a run that may have been stored before becomes
-        pending.
+        Slots of runs that were not accepted are freed; a run that may have been stored before becomes pending.
         """
         chosen: dict[str, list[ClaimedRun]] = {}
         refused: list[RunAcceptance] = []
@@ -165,7 +164,7 @@ class RunAssigner:
             self._sends.submit(entry)
 
     def withdraw(self, batch: Sequence[RunAcceptance]) -> None:
-        """Return the slots of runs that are not sent to their workers."""
+        """Free the slots of assigned runs that are not sent to their workers."""
         for run in batch:
             if run.worker and (worker := self._workers.get(run.worker)) is not None:
                 worker.withdraw()
@@ -178,7 +177,9 @@ class RunAssigner:
             self._workers.setdefault(notification.worker, GrantingWorker()).take(notification, now)
 
     async def _send_all(self, batches: Sequence[tuple[str, list[ClaimedRun]]]) -> Sequence[None]:
-        """Send the runs of a batch to their workers, those of one worker together, in messages of limited size."""
+        """Send the runs of a batch to their workers, those of one worker together, in messages of at most
+        16,000 characters.
+        """
         together: dict[str, list[ClaimedRun]] = {}
         for name, runs in batches:
             together.setdefault(name, []).extend(runs)
@@ -255,7 +256,7 @@ def _may_start(run: RunAcceptance) -> bool:
 
 
 def _claimed_run(run: RunAcceptance, started_at: datetime) -> ClaimedRun:
-    """Return an assigned run as a claim would return it; `started_at` is the time in its row."""
+    """Return an assigned run in the form that a claim returns; `started_at` is the time in its row."""
     return ClaimedRun(
         execution_id=run.execution_id,
         shard=run.shard,

@@ -121,10 +121,10 @@ class RunGraphRows:
 
 
 async def read_rows(connection: AsyncConnection, key: ExecutionKey) -> RunGraphRows | None:
-    """Return the rows about the graph of a run: definition, spans, up to 200 iterations of a node, and failed
-    attempts.
+    """Return the rows about the graph of a run, with the durations of the last completed run before it; None if it is
+    being deleted.
 
-    Also durations of the last completed run before. None if its deletion is in progress.
+    Up to 200 iterations of each node are read, and 1,000 failed attempts.
     """
     head = await read_head(connection, key)
     if head is None:
@@ -218,10 +218,10 @@ def completed_before(key: ExecutionKey, head: RunHead) -> Select[*tuple[Any, ...
 async def find_version_before(
     connection: AsyncConnection, key: ExecutionKey
 ) -> tuple[str, int | None] | None:
-    """Return the definition hash of a run, and the version of the last completed run before it.
-
-    That is None without such a run, if it had the same definition, or one that no version has. None if the run is
+    """Return the definition hash of a run, and the version of the last completed run before it; None if the run is
     missing.
+
+    The version is None without such a run, if it had the same definition, and if no version has its definition.
     """
     head = await read_head(connection, key)
     if head is None:
@@ -235,13 +235,13 @@ async def find_version_before(
 
 
 async def _read_other_head(connection: AsyncConnection, key: ExecutionKey, head: RunHead) -> RunHead | None:
-    """Return the facts about a run unless it has the definition of `head`."""
+    """Return the facts about a run; None if it has the same definition as `head`, or is being deleted."""
     other = await read_head(connection, key)
     return None if other is None or other.definition_hash == head.definition_hash else other
 
 
 async def _find_version(connection: AsyncConnection, execution_id: str | None, shard: int) -> int | None:
-    """Return the version of a run; None for one without a version."""
+    """Return the number of the version with the definition of a run; None for no run, and if no version has it."""
     if execution_id is None:
         return None
     return (await version_rows.find_versions_of_runs(connection, shard, [execution_id])).get(execution_id)
@@ -250,7 +250,9 @@ async def _find_version(connection: AsyncConnection, execution_id: str | None, s
 async def _find_change(
     connection: AsyncConnection, before: RunHead, head: RunHead
 ) -> DefinitionChange | None:
-    """Return the last change of the workflow's definition between two runs, by the audit trail."""
+    """Return the last change of the workflow's definition between two runs, by the last 20 changes in the
+    audit trail; None without one.
+    """
     for row in await connection.execute(changes_statement(before, head)):
         paths = [change["path"].partition(".")[0] for change in row.changes or ()]
         if not paths or DEFINING_FIELDS & {*paths}:
@@ -330,7 +332,7 @@ async def _read_iterations(
 
 
 async def _count_iterations(connection: AsyncConnection, key: ExecutionKey) -> Mapping[str, IterationCounts]:
-    """Return number by status, first start and last end of the iterations of each node in loops, by node id."""
+    """Return the numbers by status, first start and last end of the iterations of each node in loops, by node id."""
     statement = (
         select(
             *(col(SpanRow.node_id), col(SpanRow.status), func.count().label("count")),

@@ -202,7 +202,7 @@ async def show(request: GatewayRequest) -> JsonResponse:
 
 
 async def _load_workflow(request: GatewayRequest, rows: RunGraphRows) -> LoadedWorkflow | None:
-    """Return the workflow as it is now, for names and the label of changes; None if the caller may not read it."""
+    """Return the workflow of a run as it is now; None if the caller may not read it."""
     workflows, head = request.gateway.workflows, rows.head
     try:
         workflow = await workflows.load(head.workflow_id, request.caller)
@@ -223,6 +223,9 @@ def _show(
     *,
     with_config: bool,
 ) -> RunGraph:
+    """Return the graph of a run as the API shows it; `workflow` is the present one, None if the caller may
+    not read it.
+    """
     definition = decoding.decode(rows.definition) if rows.definition else {}
     catalog = custom_types.catalog_of_definition(catalog, definition)
     connections = definition.get("connections", [])
@@ -256,7 +259,7 @@ def _show_change(change: DefinitionChange | None) -> GraphChange | None:
 
 
 def _add_progress(graph: RunGraph, rows: RunGraphRows, questions: StepQuestions) -> None:
-    """Add the work of agents that have not ended to their states."""
+    """Set the progress of the agents that have not ended, in the states of the graph."""
     definition = decoding.decode(rows.definition) if rows.definition else {}
     configs = {node["id"]: node.get("config") or {} for node in definition.get("nodes", [])}
     for state in graph.states:
@@ -270,7 +273,9 @@ def _show_progress(
     budget: Any,  # noqa: ANN401 - an object, or an expression
     questions: StepQuestions,
 ) -> AgentProgress:
-    """Return the work of an agent by its steps and the budget of its definition."""
+    """Return the progress of an agent by its steps, of which there is at least one, and by the budget of its
+    definition.
+    """
     limits = budget if isinstance(budget, dict) else {}
     tokens, cost = limits.get("maxTokens"), limits.get("maxCost")
     return AgentProgress(

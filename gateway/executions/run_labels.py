@@ -74,7 +74,7 @@ class MetadataParameter(QueryParameter[Sequence[tuple[str, str]]]):
 
 
 def filter_labels(tag: str | None, metadata: Sequence[tuple[str, str]]) -> Sequence[tuple[str, str]]:
-    """Return the labels (pairs of key and value) that a list is filtered by; None is no tag."""
+    """Return the labels (pairs of key and value) that a list is filtered by: a tag, None for none, and metadata."""
     return [*([] if tag is None else [(TAG_KEY, tag)]), *metadata]
 
 

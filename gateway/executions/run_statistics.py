@@ -101,7 +101,8 @@ async def show(request: GatewayRequest) -> JsonResponse:
 async def read_hours(
     connection: AsyncConnection, organization_id: str, workflow_ids: Sequence[str], now: datetime
 ) -> Mapping[str, Sequence[CountedHour | None]]:
-    """Return the counts of the 24 hours by workflow id, the earliest first; None for an hour without runs.
+    """Return the counted rows of each workflow's 24 hours up to `now`, by workflow id, the earliest hour first; None
+    for an hour without runs.
 
     They are rows as the database has them: objects of 1,200 rows would take longer to build than to read.
     """
@@ -126,7 +127,9 @@ def hours_statement(
 
 
 def sum_hours(rows: Sequence[CountedHour]) -> dict[str, Any]:
-    """Return the fields of `RunCountsShape` but `usage` for the sums of counts."""
+    """Return the fields of `RunCountsShape` except `usage` as sums over hours; zeros, and None for times,
+    without any hour.
+    """
     counts = {
         name: sum(getattr(row, name) for row in rows)
         for name in ("accepted", "completed", "failed", "stopped", "cancelled")

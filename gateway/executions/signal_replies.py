@@ -46,7 +46,8 @@ def reserve_wait(waiting: ExecutionPollHub, key: ExecutionKey, seconds: int) -> 
 async def wait_for_reply(
     database: Database, waiting: ExecutionPollHub, key: ExecutionKey, sent: Signal, seconds: int
 ) -> Signal:
-    """Return a signal once a node of its run has replied to it or the run has ended, or when the time is over.
+    """Wait until a node has replied to a signal or the run has ended, at most `seconds`, and return the signal as it is
+    then.
 
     Raises 404 if the run is gone, and 503 if 10,000 requests wait here.
     """

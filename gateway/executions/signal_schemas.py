@@ -40,8 +40,8 @@ class SignalSchemas:
         self._cache: TTLCache[tuple[str, str], SchemasByName] = TTLCache(CACHE_SECONDS, MAX_CACHED)
 
     async def require_valid(self, key: ExecutionKey, organization_id: str, name: str, payload: Json) -> None:
-        """Raise a 422 error if no node of the run waits for signals of this name, or if the payload violates
-        the schema of any that does.
+        """Raise a 422 error if no node of the run waits for signals of this name, or if the payload violates the schema
+        of one of these nodes.
 
         Raises 404 if the run is gone, and 503 if the schema could not be checked in time.
         """
@@ -55,7 +55,7 @@ class SignalSchemas:
             await input_checks.require_valid_value(self._forms, organization_id, schema, payload, "payload")
 
     async def _load(self, key: ExecutionKey, organization_id: str) -> SchemasByName:
-        """Return the signals of a run's definition; raises 404 if the run is gone."""
+        """Return the schemas of the signals in a run's definition, by signal name; raises 404 if the run is gone."""
         hash_of_run = select(col(Execution.definition_hash)).where(
             col(Execution.id) == key.execution_id, col(Execution.shard) == key.shard
         )
@@ -80,7 +80,7 @@ class SignalSchemas:
 
 
 def _find_schemas(definition: str) -> SchemasByName:
-    """Return the schemas of the nodes that wait for signals in a definition, as JSON text."""
+    """Return the schemas of the nodes that wait for signals in a definition (JSON text), by signal name."""
     found: dict[str, list[Mapping[str, Json]]] = {}
     nodes: Sequence[Mapping[str, Any]] = decoding.decode(definition).get("nodes", [])
     for node in nodes:

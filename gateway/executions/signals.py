@@ -176,7 +176,7 @@ async def send(request: GatewayRequest) -> JsonResponse:
 
 
 async def _continue_run(request: GatewayRequest, key: ExecutionKey, name: str, result: SignalResult) -> None:
-    """Let the run continue if its node has received the stored signal."""
+    """Let the run continue if its node has received the stored signal, and log the signal."""
     gateway = request.gateway
     await answered_runs.continue_run(
         gateway.database,
@@ -191,11 +191,11 @@ async def _continue_run(request: GatewayRequest, key: ExecutionKey, name: str, r
 async def _store(
     request: GatewayRequest, key: ExecutionKey, sent: NewSignal, idempotency_key: IdempotencyKey | None
 ) -> tuple[Signal, SignalResult | None]:
-    """Store a signal in one transaction, and return it with its result: None if an earlier request with the
-    same key has stored it.
+    """Store a signal in one transaction; return it with its result, or the signal of an earlier request with the same
+    key and None.
 
-    Raises 404 if the run is gone, 409 if it has ended or has too many unread signals, and 422 if the body of
-    the earlier request differs.
+    Raises 404 if the run is gone, 409 if it has ended or has too many unread signals, and 422 if the body of the
+    earlier request differs.
     """
     now = request.gateway.clock()
     attempted: SignalResult | None = None

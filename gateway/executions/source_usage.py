@@ -166,8 +166,8 @@ async def show(request: GatewayRequest) -> JsonResponse:
 async def _list_workflows(
     connection: AsyncConnection, source_id: str, caller: ApiCaller
 ) -> Sequence[SourceWorkflow]:
-    """Return the workflows that the caller may read and that name the data source, with the nodes that do and the
-    state of their deployments.
+    """Return up to 20 workflows that the caller may read and that name the data source, with the nodes that
+    name it and their deployments.
     """
     names = dict(await data_source_rows.naming(connection, source_id, caller, WORKFLOWS))
     found = select(col(Workflow.id), col(Workflow.version)).where(col(Workflow.id).in_(names))
@@ -225,10 +225,9 @@ def _names_text(value: Any, text: str) -> bool:  # noqa: ANN401 - any JSON value
 async def _read_spans(
     connection: AsyncConnection, workflow: SourceWorkflow, shard: int, earliest: datetime
 ) -> _SpansOfWorkflow:
-    """Return the ended spans of a workflow's nodes that name the data source, in its 100 newest runs.
+    """Return the ended spans of a workflow's nodes that name the data source, in its 100 newest runs, at most 1,000.
 
-    All of them are read that ended since `earliest`, unless the result has a later time. Errors are not read: they
-    may be large.
+    The result says since when all of them are read, `earliest` or later. Errors are not read: they may be large.
     """
     newest = (
         select(col(ExecutionData.execution_id), col(ExecutionData.created_at))
@@ -263,8 +262,8 @@ async def _read_spans(
 async def _find_last_failure(
     connection: AsyncConnection, found: Sequence[_SpansOfWorkflow], shard: int, caller: ApiCaller
 ) -> SourceFailure | None:
-    """Return the failure that ended last; its run and message are shown to permitted callers alone. None without a
-    failure.
+    """Return the failure that ended last; its run and message are left out if the caller may not see the run.
+    None without one.
     """
     failures = [
         (row.ended_at, of_workflow.workflow_id, row)

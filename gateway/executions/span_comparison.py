@@ -111,9 +111,9 @@ async def compare(request: GatewayRequest) -> JsonResponse:
 
 
 async def _find_default(connection: AsyncConnection, key: ExecutionKey) -> ExecutionKey | None:
-    """Return the newest completed run of the workflow before a run, to compare with; None without one.
+    """Return the newest completed run of the workflow before a run, for a comparison; None without one.
 
-    Raises a 404 error for an unknown run.
+    Raises a 404 error for a run that is gone.
     """
     head = await run_graph_rows.read_head(connection, key)
     if head is None:

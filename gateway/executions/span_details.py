@@ -83,10 +83,10 @@ class ShownConfig:
 async def read_span(
     connection: AsyncConnection, key: ExecutionKey, span_id: str, iteration: str = ""
 ) -> SpanDetails | None:
-    """Return the span of a node in a run with its config, log and attempts (1,000 each), by its id or by node
-    and iteration.
+    """Return a span of a run with config, attempts and log (1,000 each), by its id, or by node id and iteration; None
+    if it is missing.
 
-    Also start and end in the last completed run before. None if it is missing.
+    Also the times of the same node in the last completed run before, and the steps of an agent.
     """
     span = await execution_rows.find_span(connection, key, span_id, iteration)
     if span is None:
@@ -193,9 +193,9 @@ def _find_node(definition: str, node_id: str) -> tuple[bytes | None, bytes]:
 
 
 def show_config(details: SpanDetails, catalog: NodeCatalog) -> ShownConfig:
-    """Return the config of a span as it was rendered, and the effect of its node.
+    """Return the config of a span as it was rendered, without credentials, and the effect of its node under it.
 
-    A config without templates is that of the definition.
+    A config without expressions is that of the definition.
     """
     text = details.rendered_config
     defined, program = _compile_node(details, catalog)

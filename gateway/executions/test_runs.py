@@ -155,6 +155,10 @@ def _with_definition(
     piece: GraphSelection,
     catalog: NodeCatalog,
 ) -> LoadedWorkflow:
+    """Return the workflow with a definition of the selected part of a graph, validated, with its pinned outputs.
+
+    Nodes that the part does not need stay in the definition and are not validated or counted.
+    """
     definition = definition_snapshot.build_definition(nodes, connections, workflow.settings, catalog)
     if piece.up_to is not None:
         definition["upTo"] = piece.up_to
