@@ -41,7 +41,10 @@ class GatewayApplication(Starlette):
     """Starlette application with its own route table. `Endpoint` catches errors, so no middleware layers do."""
 
     def build_middleware_stack(self) -> ASGIApp:
-        """Return the application: the routes with the layers for request ids, metrics, CORS and hosts of workflows."""
+        """Return the application: the routes with the layers for request ids, metrics, CORS and hosts of workflows.
+
+        The router of the paths is also kept as `state.router`.
+        """
         served: dict[str, ASGIApp] = {
             **routes.endpoints([*routes.TABLE, *routes.ALIASES, *routes.FOR_BROWSERS]),
             **internal_routes.endpoints(internal_routes.TABLE),
@@ -67,7 +70,7 @@ def create_app(open_state: StateFactory) -> Starlette:
 def serve(settings: GatewaySettings) -> None:
     """Serve the API until a signal stops the process.
 
-    Raises `InvalidSettings` when a setting is missing or unsafe that only `pilotflame dev` can omit.
+    Raises `InvalidSettings` for a missing or unsafe setting with which only `pilotflame dev` may start.
     """
     settings.check_for_production()
     uvloop.run(_serve(settings))
@@ -125,10 +128,11 @@ class GatewayServer(uvicorn.Server):
 
 
 def bounds_of(settings: GatewaySettings) -> ConnectionBounds:
-    """Return the limits of a server's connections; also raises this process's limit of file descriptors.
+    """Raise this process's limit of file descriptors as far as possible, and return the limits of a server's
+    connections.
 
-    By default as many connections as the descriptors allow; more configured ones are cut with a warning. A
-    client has half of them.
+    By default there are as many connections as the descriptors allow; a larger configured number is lowered with a
+    warning. One client may have half of them.
     """
     most = connections_for(raise_descriptor_limit())
     connections = settings.max_connections or most

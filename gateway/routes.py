@@ -83,7 +83,9 @@ FOR_BROWSERS: Sequence[Route] = (
 
 
 def endpoints(table: Sequence[Route]) -> dict[str, PathEndpoint]:
-    """Return the endpoint of each path, by the path, with all of its methods; GET also answers HEAD."""
+    """Return by path the endpoint with all methods that the table has for it; an endpoint with GET also
+    answers HEAD.
+    """
     paths: dict[str, dict[str, PathOperation]] = {}
     for line in table:
         operations = paths.setdefault(line.path, {})

@@ -245,8 +245,8 @@ class GatewaySettings(ServerSettings):
     @field_validator("cors_origins")
     @classmethod
     def _check_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
-        """Return origins for CORS in lower case without a slash at the end; raises ValueError for one that is
-        no origin.
+        """Return origins for CORS in lower case, without a slash at the end; raises ValueError for a text
+        that is no origin.
         """
         # Browsers send origins in lower case and without the default port of the scheme.
         found = tuple(origin.lower().removesuffix("/") for origin in origins)

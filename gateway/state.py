@@ -149,10 +149,10 @@ StateFactory: TypeAlias = Callable[[], AbstractAsyncContextManager[GatewayState]
 
 @asynccontextmanager
 async def open_state(settings: GatewaySettings) -> AsyncIterator[GatewayState]:
-    """Yield the whole state for a gateway in a process of its own, and close it after the block.
+    """Open database and Redis, synchronize the clock, and yield the state of a gateway in a process of its own; close
+    it all after the block.
 
-    It opens database and Redis, and synchronizes the clock. Raises `OutdatedDatabase`, `DatabaseUnavailable`
-    and `BrokerUnavailable`.
+    Raises `OutdatedDatabase`, `DatabaseUnavailable` and `BrokerUnavailable`.
     """
     async with AsyncExitStack() as stack:
         url = databases.parse_url(settings.database_url)
@@ -173,10 +173,10 @@ async def open_state(settings: GatewaySettings) -> AsyncIterator[GatewayState]:
 async def assemble_state(
     settings: GatewaySettings, database: Database, store: JournalStore, broker: Broker
 ) -> AsyncIterator[GatewayState]:
-    """Yield the gateway's own parts around a database, store and broker that other roles may share.
+    """Yield the state of a gateway around a database, store and broker that other roles of the process may share.
 
-    With a bootstrap key, the first organization is created. After the block, the own parts finish their
-    writes and are closed; the shared ones stay open.
+    With a bootstrap key, the first organization is created in an empty database. After the block, the gateway's own
+    parts finish their writes and are closed; the shared ones stay open.
     """
     if settings.bootstrap_api_key is not None:
         await bootstrap(database, settings.bootstrap_api_key.get_secret_value(), settings.secret)

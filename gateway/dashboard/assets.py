@@ -77,8 +77,8 @@ def read_files() -> dict[str, AssetFile]:
 
 @cache
 def version() -> str:
-    """Return 16 hexadecimal digits that change with any file of the dashboard; they are part of the files'
-    addresses.
+    """Return 16 hexadecimal digits that change with any file of the dashboard, as a part of the addresses of
+    its files.
     """
     digest = sha256()
     for name, file in read_files().items():

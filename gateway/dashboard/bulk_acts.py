@@ -28,9 +28,9 @@ ENDS: Final = {
 
 
 def describe_operations(listed: Mapping[str, Any] | None) -> Sequence[Mapping[str, Any]]:
-    """Return the bulk operations of an API answer with their names, their participles, and their ends in words.
+    """Return the bulk operations of an API answer, each with the name and participle of its act and its end in words.
 
-    The end of a complete one is empty. None, for a visitor who may see none, gives no operations.
+    The end of an open or completed operation is empty. None, for a visitor who may see none, gives no operations.
     """
     return [_describe(one) for one in (listed or {}).get("operations", ())]
 

@@ -133,7 +133,7 @@ TRIGGER_ICONS: Final[Mapping[str, str]] = {
 
 
 def say_runs(text: str) -> str:
-    """Return a message of the API in the words of the pages, which call an execution a run."""
+    """Return a message of the API with `execution` replaced by `run`, except in scopes, paths and names of fields."""
     return EXECUTION.sub(lambda found: ("Run" if found[1] == "E" else "run") + found[2], text)
 
 
@@ -157,9 +157,8 @@ def look_of_wait(code: str) -> tuple[str, str]:
 
 
 def show_share(count: int, whole: int) -> str:
-    """Return a share in percent, below 10 with one digit, such as `0.4 %`; `<0.1 %` for a small one.
-
-    So a single failure among thousands is never shown as none.
+    """Return a share in percent as text, below 10 with one digit, such as `0.4 %`; `<0.1 %` for a smaller
+    one, `0 %` for none.
     """
     percent = 100 * count / whole if whole else 0
     if not count:

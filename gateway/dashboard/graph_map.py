@@ -237,7 +237,9 @@ class _OverviewScale:
         )
 
     def nearest(self, nodes: Sequence[Node], at: str) -> Node | None:
-        """Return the node nearest to a position of the overview such as `500,100`; None for other texts."""
+        """Return the node nearest to a position of the overview, given as text such as `500,100`; None for
+        other texts.
+        """
         x, _, y = at.partition(",")
         if not (x.isdecimal() and y.isdecimal()) or len(at) > len("9999,9999"):
             return None

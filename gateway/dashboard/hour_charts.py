@@ -38,9 +38,9 @@ class QuantileLines:
 
 
 def draw_bars(wholes: Sequence[int], failures: Sequence[int] = (), *, height: int = HEIGHT) -> BarPaths:
-    """Return a bar for each hour: a number of runs, with the failed ones among them at its foot.
+    """Return a bar for each hour as SVG paths: its number of runs, with the failed ones among them in red at its foot.
 
-    Hours without runs have a line at the foot.
+    `height` is that of the chart in pixels, which the largest bar takes. Hours without runs have a line at the foot.
     """
     largest = max(wholes, default=0)
     bars, reds = [], []
@@ -63,7 +63,10 @@ def _scale(count: int, largest: int, height: int) -> int:
 
 
 def draw_lines(hours: Sequence[Hour], median: str, high: str) -> QuantileLines:
-    """Return the lines of two percentiles of the hours, on one scale; hours without values are gaps."""
+    """Return the lines of two percentiles of the hours, on one scale; hours without values are gaps.
+
+    `median` and `high` are the names of their fields.
+    """
     largest = max((hour[high] or 0 for hour in hours), default=0)
     return QuantileLines(*(_draw_line([hour[name] for hour in hours], largest) for name in (median, high)))
 

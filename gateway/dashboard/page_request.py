@@ -108,8 +108,8 @@ class PageRequest:
     async def preview(self, path: str, **fields: object) -> Any:  # noqa: ANN401 - any JSON value
         """Return the JSON answer of a route to a POST that changes nothing by its nature, such as a preview.
 
-        `fields` are its body. It is sent as from our own page, so a link of another site may lead to it.
-        Raises error answers as `ApiError`.
+        `fields` are its body. It is sent as from our own page, so that a link on another site may lead to it. Raises
+        error answers as `ApiError`.
         """
         body = msgspec.json.encode(fields)
         self.asked.append(f"{path}{WITH_BODY}{body.decode()}")
@@ -136,9 +136,9 @@ class PageRequest:
         return await self.preview_if_allowed(path, **fields, dryRun=True)
 
     async def _request(self, path: str, query: str, body: bytes | None = None) -> tuple[int, bytes]:
-        """Call the API's application in this process with the visitor's cookie, as GET or with `body` as POST.
+        """Call the API's application in this process with the visitor's credentials, as GET or with `body` as POST.
 
-        Return status and body.
+        Return status and body; an `ETag` of the answer is kept in `tags`.
         """
         status, pieces = 0, []
         headers = [pair for pair in self._scope["headers"] if pair[0] in _FORWARDED]

@@ -44,7 +44,9 @@ class PolicyChart:
 
 
 def draw_policy_chart(days: Sequence[Mapping[str, Any]]) -> PolicyChart:
-    """Return the bars of the days of a replay in the API, on a scale of round hours."""
+    """Return two bars, present and candidate policy, for each day of a policy replay in the API, on a scale
+    of round hours.
+    """
     largest = max((max(day["currentPodHours"], day["candidatePodHours"]) for day in days), default=0)
     top = next((step for step in STEPS if largest <= step), int(largest) + 1)
     slot = (100 - LEFT) / max(len(days), 1)

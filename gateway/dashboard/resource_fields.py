@@ -66,7 +66,10 @@ async def load_resources(page: PageRequest, schema: Mapping[str, Any] | None) ->
 def list_resource_fields(
     schema: Mapping[str, Any] | None, config: Mapping[str, Any], resources: Mapping[str, Any]
 ) -> Sequence[ResourceField]:
-    """Return a field for each key of a config that names a resource whose kind the visitor may list."""
+    """Return a field for each key of a config that names a data source or a model, by the schema of the config.
+
+    `resources` are the answers of `load_resources`; fields of a kind that is absent there are left out.
+    """
     fields = []
     for name, kind, given in _find_fields(schema):
         if kind not in resources:

@@ -79,7 +79,8 @@ def list_picked_acts(runs: Sequence[Mapping[str, Any]]) -> Sequence[tuple[str, s
 
 
 def read_act(query: Mapping[str, str], filters: Mapping[str, str]) -> ChosenAct | None:
-    """Return the act of an address; None without one, and for one that the filters do not allow.
+    """Return the act on many runs that the query of an address names; None without one, and if the filters do not allow
+    it.
 
     `only` in the query has ids of runs, in place of all runs of the filters.
     """
@@ -106,9 +107,11 @@ def select_runs(filters: Mapping[str, str]) -> Mapping[str, str]:
 
 
 async def plan(page: PageRequest, act: ChosenAct) -> Mapping[str, Any] | None:
-    """Ask for the number of runs that an act would change, and for a replay for the plans of the oldest 20.
+    """Ask the API for a dry run of an act: the number of runs that it would change, and for a replay the plans of the
+    oldest 20.
 
-    With the workflow of the list, for the labels of its nodes. None if the visitor may not act.
+    Return it with the workflow of the list, for the labels of its nodes. None if the visitor may not act. Raises
+    `ApiError`.
     """
     limit = PLANNED if act.name == "replay" else 1
     counted = await page.plan_if_allowed(
@@ -124,7 +127,7 @@ async def plan(page: PageRequest, act: ChosenAct) -> Mapping[str, Any] | None:
 def describe(
     planned: Mapping[str, Any] | None, query: Mapping[str, str], filters: Mapping[str, str]
 ) -> Mapping[str, Any] | None:
-    """Return the values of the section that begins an act; None without a plan."""
+    """Return the template values of the section that begins an act, with its plan; None without a plan."""
     act = read_act(query, filters)
     if planned is None or act is None:
         return None

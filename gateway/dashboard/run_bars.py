@@ -54,7 +54,8 @@ class WakePhase:
 
 
 def work(states: Iterable[NodeState], now: datetime) -> Iterable[Interval]:
-    """Yield the intervals (start, end) in which nodes ran, for the time axis; nodes that still run end `now`.
+    """Yield the intervals (start, end) in which nodes ran, for the time axis; those of nodes that still run end at
+    `now`.
 
     Of a node that waits, and of a loop, only start and end count, as intervals without length.
     """
@@ -125,6 +126,9 @@ def _join(bars: Sequence[TimeBar]) -> Sequence[TimeBar]:
 
 
 def ghost(state: NodeState, axis: TimeAxis) -> float | None:
+    """Return the position in percent at which a node would have ended with its duration in the last completed
+    run; None without one.
+    """
     start, previous = parse_instant(state["startedAt"]), state["previousDurationMs"]
     if start is None or previous is None:
         return None
@@ -158,9 +162,10 @@ def start_row(
     waking_seconds: float,
     wake: Mapping[str, Any] | None = None,
 ) -> StartRow | None:
-    """Return the row of the time before the start of a run; None if it is too short to be seen.
+    """Return the row of the time before the start of a run; None if it is less than two percent of the axis.
 
-    With a recorded wake, the start of the pod has a color of its own.
+    A recorded `wake` divides the time for which pods were woken: until the pod was asked for, its start, and its claim
+    of the run.
     """
     created, started = parse_instant(run["createdAt"]), parse_instant(run["startedAt"])
     if created is None or (started is None and run["endedAt"] is not None):

@@ -189,8 +189,8 @@ def _sort_by_sources(graph: _RowOrder) -> list[str]:
 
 
 def _start_key(state: NodeState | None, number: int) -> tuple[str, int]:
-    """Return the first start of a node and its place in the graph as a key for sorting; a node that never
-    started is last.
+    """Return the key that sorts nodes by their first start, then by their place in the graph; nodes that
+    never started are last.
     """
     return ((state or {}).get("startedAt") or NEVER, number)
 
@@ -280,10 +280,9 @@ def _fold_rows(rows: Sequence[RunRow], opened: str, selected: str) -> Sequence[R
 
 
 def _fold(rows: Sequence[RunRow], opened: str) -> Sequence[RunRow]:
-    """Return rows as one folded row with the worst of their states, named by the first and last; `opened`
-    stays unfolded.
+    """Return rows as one folded row with the worst of their states, named by the first and last.
 
-    A single row is not folded.
+    A single row, and rows with the row `opened` among them, are returned as they are.
     """
     if len(rows) <= 1 or any(row.id == opened for row in rows):
         return rows

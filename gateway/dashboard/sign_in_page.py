@@ -31,9 +31,9 @@ FOUND: Final = {"exec_": "runs", "wf_": "workflows", "dlv_": "deliveries"}
 
 
 async def show(request: GatewayRequest) -> ASGIApp:
-    """Show the sign-in page, or the reason why signing in is not possible at this address.
+    """Show the sign-in page; over plain HTTP from another machine, it explains that signing in is not possible there.
 
-    That is plain HTTP from another machine. A 404 error if the dashboard is off.
+    A 404 error if the dashboard is off.
     """
     if request.gateway.settings.dashboard == "off":
         raise errors.not_found()

@@ -73,11 +73,11 @@ class TimeAxis:
 
     @classmethod
     def build(cls, start: datetime, end: datetime, work: Iterable[Interval]) -> TimeAxis:
-        """Return the axis from `start` to `end`, on which long gaps between intervals of work are folded,
-        that is, drawn short.
+        """Return the axis from `start` to `end`, on which long gaps between the intervals of `work` are folded, that
+        is, drawn short.
 
-        A gap is long above two seconds and half of the total work. Folded gaps take at most 48 percent of the
-        axis together.
+        A gap is long if it lasts over two seconds and half of the total work. Folded gaps take at most 48 percent of
+        the axis together.
         """
         end = max(end, start + MIN_LENGTH)
         busy = _merge(start, end, work)

@@ -175,7 +175,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
 
 
 def list_hours(hours: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
-    """Return begin and calls of models of each hour; without counts of runs, which change far more often."""
+    """Return start and number of model calls of each hour; without counts of runs, which change far more often."""
     return [{"startsAt": hour["startsAt"], "calls": hour["usage"]["calls"]} for hour in hours]
 
 

@@ -38,9 +38,9 @@ NEVER: Final = "9999"
 async def load(page: PageRequest) -> PageData:
     """Ask the API for 50 open questions of the visitor, and of the open tab, or for 50 answers; raises `ApiError`.
 
-    The first page of any questions but the visitor's tells the number of all by assignment (`counted`), so that they
-    are examined once. Other pages are asked for one question, for their numbers alone. The questions are None for
-    visitors who may answer none. Without a tab in the query, the first one with questions is open.
+    The first page of the groups' or of all questions has the numbers by assignment (`counted`), so that they are
+    examined once. Other pages are asked for one question, for their numbers alone. The questions are None for visitors
+    who may answer none. Without a tab in the query, the first one with questions is open.
     """
     given = page.query
     after, tab = given.get("after", START), given.get("tab", "")
@@ -79,7 +79,7 @@ def find_first_tab(mine: Mapping[str, Any], counted: Mapping[str, Any]) -> str:
 def count_tabs(
     mine: Mapping[str, Any] | None, counted: Mapping[str, Any] | None
 ) -> Mapping[str, tuple[int, bool]]:
-    """Return the number of questions of each tab, and whether there may be more."""
+    """Return by tab its number of questions, and whether there may be more; 0 for all if either answer is None."""
     if mine is None or counted is None:
         return dict.fromkeys(TABS, (0, False))
     counts, is_lower_bound = counted["assignments"], counted["countIsLowerBound"]
@@ -154,7 +154,7 @@ def question_address(
 
 
 def find_shown(questions: Sequence[Mapping[str, Any]], wanted: str | None) -> Mapping[str, Any] | None:
-    """Return the question with the id `wanted`, or the first one if that is empty; None if it is not in the list.
+    """Return the question with the id `wanted`, or the first one without an id; None if it is not in the list.
 
     A question that somebody has answered is not replaced by the next one: a click could approve the wrong one.
     """
@@ -163,7 +163,9 @@ def find_shown(questions: Sequence[Mapping[str, Any]], wanted: str | None) -> Ma
 
 
 def may_assign(question: Mapping[str, Any], frame: PageFrame) -> bool:
-    """Return whether the visitor may pass a question on: an admin, or one of its people."""
+    """Return whether the visitor may pass a question on: as an admin, or as a person who may answer or has
+    answered it.
+    """
     is_admin = frame.visitor is not None and frame.visitor["role"] == "admin"
     return is_admin or question["refusal"] in {None, "already-answered"}
 

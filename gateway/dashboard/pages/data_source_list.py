@@ -28,10 +28,10 @@ ADDRESS_FIELDS: Final = ("host", "endpoint", "url", "file", "bucket")
 
 
 async def load(page: PageRequest) -> PageData:
-    """Ask the API for a page of 50 data sources, by the type and offset of the query, and for the selected one with
-    its use and the names of users.
+    """Ask the API for a page of 50 data sources, by the type and offset of the query, and for the selected one with its
+    use and the names of users.
 
-    Source and use are None for an unknown one, users without a right to see them. Raises `ApiError`.
+    Source and use are None for an unknown source, and users without the right to list them. Raises `ApiError`.
     """
     given = page.query
     selected = given.get("source", "")
@@ -53,7 +53,7 @@ async def load(page: PageRequest) -> PageData:
 
 
 async def no_answer() -> None:
-    """Stand for the answer to a question that is not asked."""
+    """Return None, in place of the answer to a request that is not made."""
 
 
 def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:

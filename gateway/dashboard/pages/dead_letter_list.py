@@ -56,8 +56,8 @@ KINDS: Final = (
 async def load(page: PageRequest) -> PageData:
     """Ask the API for the groups of dead letters, and for five samples, workflow and node types of the open group.
 
-    With `plan` in the query, also for the plans of its replay, and of that of its newest run. With `state`, for the
-    dead letters in that state in place of all this. Without groups, the others are None. Raises `ApiError`.
+    With `plan` in the query, also for the plan of a replay of the group, and of its newest run alone. With `state`,
+    only for groups and the dead letters in that state. Parts that are not asked for are None. Raises `ApiError`.
     """
     given = page.query
     filters = {name: given[name] for name in FILTERS if given.get(name)}
@@ -127,7 +127,7 @@ async def load(page: PageRequest) -> PageData:
 
 
 async def _plan_newest(page: PageRequest, group: Mapping[str, Any]) -> Any:  # noqa: ANN401 - any JSON value
-    """Return the plan of a replay of the newest run of a group by the workflow as it is now; None if it is refused."""
+    """Return the plan of a replay of a group's newest run by the workflow as it is now; None if the API refuses it."""
     path = f"/api/v1/executions/{group['newestExecutionId']}/replay"
     try:
         return await page.plan_if_allowed(path, definition="current")
@@ -137,7 +137,9 @@ async def _plan_newest(page: PageRequest, group: Mapping[str, Any]) -> Any:  # n
 
 
 def _select_group(group: Mapping[str, Any], query: Mapping[str, str]) -> Mapping[str, str]:
-    """Return the filter of the API that selects the dead letters of a group that the page counts."""
+    """Return the API filter that selects the dead letters of a group, by the trigger type of the page's query
+    if it has one.
+    """
     kind = {"triggerType": query["trigger_type"]} if query.get("trigger_type") else {}
     return {"workflowId": group["workflowId"], "group": group["id"], **kind}
 

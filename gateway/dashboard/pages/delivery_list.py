@@ -86,14 +86,16 @@ async def _plan_redrive(page: PageRequest, filters: Mapping[str, str]) -> Any:  
 
 
 def can_redrive(delivery: Mapping[str, Any]) -> bool:
-    """Return whether the kind of a delivery can run again; the API refuses one without kept content."""
+    """Return whether a delivery can run again, by its route and the reason of its refusal; the API still
+    refuses one without kept content.
+    """
     reason = delivery["reason"]
     return delivery["route"] in REDRIVEN_ROUTES and not (reason and reason["code"] == INVALID)
 
 
 def redrive_filter(filters: Mapping[str, str]) -> Mapping[str, str]:
-    """Return the filter of a redrive that selects the deliveries of a list, with the API's names; other
-    filters are left out.
+    """Return the API filter of a redrive of the deliveries of a list; only outcome, route and workflow are
+    taken over.
     """
     names = {"outcome": "outcome", "route": "route", "workflow_id": "workflowId"}
     return {names[name]: value for name, value in filters.items() if name in names}

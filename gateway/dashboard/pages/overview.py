@@ -119,9 +119,9 @@ def shows_all(query: Mapping[str, str]) -> bool:
 
 
 def read_range(query: Mapping[str, str]) -> Mapping[str, str]:
-    """Return the time range of the address, `since` and `until` as the API writes times.
+    """Return the time range of the address, `since` and `until` in UTC as the API writes times.
 
-    It is empty unless both are times in order.
+    It is empty unless both are times and `since` is earlier.
     """
     try:
         since, until = parse_moment(query["since"]), parse_moment(query["until"])
@@ -191,7 +191,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
 def find_needs(
     data: PageData, failures: Sequence[Mapping[str, Any]], now: datetime
 ) -> Mapping[str, Sequence[Any]]:
-    """Return what needs a person by kind, the worst kinds first; kinds without anything are empty."""
+    """Return the problems that need a person, by kind, the worst kinds first; a kind without problems is empty."""
     reasons, workers = data["why"]["reasons"], data["why"]["workers"]
     has_worker = workers["state"] != "absent"
     findings = [
@@ -239,7 +239,9 @@ def describe_pod_time(usage: Mapping[str, Any] | None) -> str:
 
 
 def find_shade(hours: Sequence[Mapping[str, Any]], shown: Mapping[str, str]) -> tuple[int, int] | None:
-    """Return number of the first hour of a time range on the charts, and of the hours in it; None without any."""
+    """Return the index of the first hour on the charts that a time range touches, and the number of hours
+    that it touches; None if there are none.
+    """
     if not shown:
         return None
     since, until = parse_moment(shown["since"]), parse_moment(shown["until"])
@@ -259,7 +261,9 @@ def is_urgent(group: Mapping[str, Any], now: datetime) -> bool:
 
 
 def count_by_workflow(dead: Mapping[str, Any] | None) -> str:
-    """Return the dead letters of the three workflows with most, such as `11 of Customer sync, 3 of Mails`."""
+    """Return the numbers of dead letters of the three workflows with most as text, such as `11 of Customer
+    sync, 3 of Mails`.
+    """
     counts: Counter[str] = Counter()
     for group in (dead or {"groups": ()})["groups"]:
         counts[group["workflowName"]] += group["count"]
@@ -281,7 +285,9 @@ def list_waits(reasons: Sequence[Mapping[str, Any]], now: datetime) -> Sequence[
 
 
 def count_pods(states: Mapping[str, int]) -> Sequence[tuple[int, StateLook]]:
-    """Return the number of deployments of each look, from those of each status."""
+    """Return the numbers of deployments by their look, from the numbers by status; looks without a deployment
+    are left out.
+    """
     counts: Counter[StateLook] = Counter()
     for status, number in states.items():
         counts[look_of_pod(status)] += number

@@ -43,8 +43,8 @@ KEPT: Final = ("node", "iteration", "tab", "view", "with", "open", "at")
 
 
 async def load(page: PageRequest) -> PageData:
-    """Ask the API for the run, its spans and reasons, then for the selected node's span, its open questions
-    and differences.
+    """Ask the API for the run, its graph and the reasons why it waits, then for the span of the selected node with its
+    open tab, and for open questions.
 
     A span is one execution of a node. Absent parts are None. Raises `ApiError`.
     """
@@ -250,9 +250,10 @@ def _sum_waking_seconds(run: Mapping[str, Any], history: Sequence[Mapping[str, A
 
 
 def list_writes(graph: Mapping[str, Any], error: Mapping[str, Any]) -> Sequence[str] | None:
-    """Return the labels of the nodes with a write that have run, also in vain; None if the effect of one is unknown.
+    """Return the labels of the nodes with a write that have run, also if they failed; None if the effect of a node is
+    unknown.
 
-    A node whose mapping has found nothing was not called, unless it has completed in another iteration.
+    A node with a mapping that has found nothing was not called, unless it has completed in another iteration.
     """
     effects = {node["id"]: node["effect"] for node in graph["nodes"]}
     cause = error.get("cause") or error

@@ -34,9 +34,11 @@ STATES: Final = (
 
 
 async def load(page: PageRequest) -> PageData:
-    """Ask the API for 50 runs by the filters of the query, or for those that failed as one did, for the names of 100
-    workflows, and for the latest bulk operations; with `act` in the query, also for the plan of that act on
-    the runs that `only` names, or on all of the filters. Raises `ApiError`.
+    """Ask the API for 50 runs by the filters of the query, or for those that failed as the run `alike` did, for the
+    names of 100 workflows, and for the latest bulk operations.
+
+    With `act` in the query, also for the plan of that act on the runs that `only` names, or on all of the filters.
+    Raises `ApiError`.
     """
     given = page.query
     filters = {name: given[name] for name in FILTERS if given.get(name)}
@@ -116,7 +118,9 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
 
 
 def select_own(query: Mapping[str, str]) -> Mapping[str, str]:
-    """Return the parameters of an address that choose the runs of the list."""
+    """Return the parameters in the query of an address that choose the runs of the list: `alike`, or the
+    filters that are set.
+    """
     return (
         {ALIKE: query[ALIKE]}
         if ALIKE in query
@@ -138,7 +142,7 @@ def describe_filters(filters: Mapping[str, str], names: Mapping[str, str]) -> Se
 
 
 def _show_time(text: str) -> str:
-    """Return a time of the address as text in UTC; one that the API refuses as it is."""
+    """Return a time of the address as text in UTC; another text, which the API refuses, as it is."""
     try:
         return show_moment(text)
     except ValueError:

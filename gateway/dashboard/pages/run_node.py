@@ -170,10 +170,10 @@ def view_node(
 
 
 def list_found_names(paths: Iterable[str], data: Any) -> Sequence[tuple[str, Sequence[str]]]:  # noqa: ANN401 - any JSON value
-    """Return for paths into the input that found nothing the names that are there instead, by their place.
+    """Return for each path into the input that found nothing the place up to which it leads and the names that are
+    there, at most ten.
 
-    For `data.order.sum`, that are the names in `data.order`, at most ten. Paths into anything but an object
-    of the input are left out.
+    For `data.order.sum`, these are `data.order` and its names. Paths that lead to no object of the input are left out.
     """
     found: dict[str, Sequence[str]] = {}
     for path in paths:

@@ -58,10 +58,10 @@ async def load(page: PageRequest) -> PageData:
 
 
 def _choose_options(query: Mapping[str, str]) -> dict[str, Any]:
-    """Return the fields of a replay that the query chooses: its definition (the present one by default), the
-    node at which it begins, the writes that are left out, and whether nodes that read the outside run again.
+    """Return the fields of a replay request that the query chooses: its definition (the present one by default), the
+    node at which it begins, the writes to leave out, and whether nodes that read the outside run again.
 
-    A resume has no choices: it goes on with the definition that ran.
+    A resume has no choices: it continues with the definition that ran.
     """
     if query.get("act") == RESUME:
         return {"definition": ORIGINAL}
@@ -119,7 +119,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
 
 
 def _choose_skips(frame: PageFrame, path: str, left_out: Sequence[str], node_id: str) -> str:
-    """Return the address of the plan that leaves a node out, or no longer does, with the same other choices."""
+    """Return the address of the plan with the same other choices that leaves a node out, or no longer leaves it out."""
     chosen = [one for one in left_out if one != node_id]
     if node_id not in left_out:
         chosen.append(node_id)

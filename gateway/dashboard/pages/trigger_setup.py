@@ -207,7 +207,9 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
 
 
 def find_trigger(nodes: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """Return the node of a graph that inbound requests or times start; None for one that is started by hand."""
+    """Return the trigger node of a graph that inbound requests or a schedule start; None for a graph that is
+    started by hand.
+    """
     return next((node for node in nodes if node["nodeId"] in KINDS), None)
 
 
@@ -255,9 +257,10 @@ def guess_sender(config: Mapping[str, Any], senders: Sequence[tuple[str, str]]) 
 def describe_refusals(
     samples: Sequence[Mapping[str, Any]], deliveries: Sequence[Mapping[str, Any]]
 ) -> Mapping[str, Any] | None:
-    """Return the newest refusal with its advice, and the number of those with its code; None after a later success.
+    """Return the newest refusal with advice, and the number of refusals with its code; None after a later success, and
+    without any.
 
-    Samples are requests refused before they became deliveries.
+    Samples are requests that were refused before they became deliveries.
     """
     refused = [
         *((one["createdAt"], *one["reason"].split(": ", 1)) for one in samples),

@@ -232,7 +232,9 @@ def list_notes(
 
 
 def _given_input(data: Any) -> Mapping[str, Any]:  # noqa: ANN401 - any JSON value
-    """Return the inputs in the output of a trigger, to fill the form; empty for more than 200,000 characters."""
+    """Return the inputs in the output of a trigger, to fill the form; empty for no object and for more than
+    200,000 characters.
+    """
     body = data.get("body") if isinstance(data, dict) else None
     if not isinstance(body, dict) or len(str(body)) > MAX_INPUT_CHARACTERS:
         return {}

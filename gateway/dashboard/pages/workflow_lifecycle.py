@@ -67,11 +67,10 @@ class LifecycleEvent:
 
 
 async def load(page: PageRequest) -> PageData:
-    """Ask for the workflow, its lifecycle policy, calendar and 12 or 100 decisions, then for previews of it and of
-    the policy in the form.
+    """Ask the API for the workflow, its lifecycle policy, calendar and 12 or 100 decisions, then for previews of the
+    policy and of the one in the form.
 
-    An API error about the policy of the form becomes the text `problem`; other errors are raised as
-    `ApiError`.
+    An API error about the policy of the form becomes the text `problem`; other errors are raised as `ApiError`.
     """
     path = f"/api/v1/workflows/{page.parameters['id']}"
     decisions = MAX_DECISIONS if page.query.get("decisions") == "all" else SHOWN_DECISIONS
@@ -239,7 +238,7 @@ def _describe_change(values: Mapping[str, tuple[Any, Any]]) -> str:
 
 
 def _decode(text: str | None) -> Any:  # noqa: ANN401 - any JSON value
-    """Return the value of a change; the text itself if it is a hash of a long one."""
+    """Return the JSON value in a recorded change; the text itself if it is the hash of a long value, None for None."""
     try:
         return None if text is None else decoding.decode(text)
     except ValueError:

@@ -50,10 +50,10 @@ class ChangedPart:
 
 
 async def load(page: PageRequest) -> PageData:
-    """Ask for the workflow and its versions, then for the two that the query chooses and their differences, and for
-    the findings of the one to restore or deploy.
+    """Ask the API for the workflow and its versions, then for the two that the query chooses and their differences, and
+    for the findings of the version to restore or deploy.
 
-    These are None without versions. Raises `ApiError`.
+    The latter are None without versions. Raises `ApiError`.
     """
     path = f"/api/v1/workflows/{page.parameters['id']}"
     workflow, versions, users = await asyncio.gather(
@@ -84,7 +84,7 @@ async def load(page: PageRequest) -> PageData:
 
 
 async def _no_findings() -> None:
-    """Stand for the findings of a version that nobody wants to restore or deploy."""
+    """Return None, in place of the findings of a version that nobody wants to restore or deploy."""
 
 
 async def _load_snapshot(
