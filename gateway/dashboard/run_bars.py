@@ -53,7 +53,7 @@ class WakePhase:
     """None for the first event."""
 
 
-def work(states: Iterable[NodeState], now: datetime) -> Iterable[Interval]:
+def list_work(states: Iterable[NodeState], now: datetime) -> Iterable[Interval]:
     """Yield the intervals (start, end) in which nodes ran, for the time axis; those of nodes that still run end at
     `now`.
 
@@ -74,14 +74,14 @@ def work(states: Iterable[NodeState], now: datetime) -> Iterable[Interval]:
                 yield start, end or now
 
 
-def waking(run: Mapping[str, Any], seconds: float) -> Iterable[Interval]:
+def list_waking(run: Mapping[str, Any], seconds: float) -> Iterable[Interval]:
     """Yield the interval of `seconds` before the start of a run in which its pods were woken; none if it is 0."""
     started = parse_instant(run["startedAt"])
     if started is not None and seconds:
         yield started - timedelta(seconds=seconds), started
 
 
-def bars(state: NodeState, axis: TimeAxis, now: datetime) -> Sequence[TimeBar]:
+def build_bars(state: NodeState, axis: TimeAxis, now: datetime) -> Sequence[TimeBar]:
     """Return the bars of a node on the time axis, then those of its failed attempts.
 
     A node in a loop has a bar for each iteration; bars of one color that touch are joined.
@@ -125,7 +125,7 @@ def _join(bars: Sequence[TimeBar]) -> Sequence[TimeBar]:
     return joined
 
 
-def ghost(state: NodeState, axis: TimeAxis) -> float | None:
+def find_ghost(state: NodeState, axis: TimeAxis) -> float | None:
     """Return the position in percent at which a node would have ended with its duration in the last completed
     run; None without one.
     """
@@ -155,7 +155,7 @@ def list_phases(wake: Mapping[str, Any] | None) -> Sequence[WakePhase]:
     ]
 
 
-def start_row(
+def build_start_row(
     run: Mapping[str, Any],
     axis: TimeAxis,
     now: datetime,

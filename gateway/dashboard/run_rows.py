@@ -113,9 +113,9 @@ def build_timeline(
     """
     states = {state["nodeId"]: state for state in graph["states"]}
     nodes = {node["id"]: node for node in graph["nodes"]}
-    order = _order(states, nodes, graph["connections"])
+    order = _order_nodes(states, nodes, graph["connections"])
     start = parse_instant(run["createdAt"]) or now
-    busy = [*run_bars.work(graph["states"], now), *run_bars.waking(run, waking_seconds)]
+    busy = [*run_bars.list_work(graph["states"], now), *run_bars.list_waking(run, waking_seconds)]
     axis = TimeAxis.build(start, parse_instant(run["endedAt"]) or now, busy)
     on_path = set(critical)
     rows = []
@@ -126,12 +126,12 @@ def build_timeline(
     shown = _fold_rows(rows, opened, selected)
     for row in shown:
         if (state := states.get(row.id)) is not None and not row.folded:
-            row.bars = run_bars.bars(state, axis, now)
-            row.ghost_x = run_bars.ghost(state, axis)
+            row.bars = run_bars.build_bars(state, axis, now)
+            row.ghost_x = run_bars.find_ghost(state, axis)
     _set_lanes(shown, rows, graph["connections"])
     return RunTimeline(
         shown,
-        run_bars.start_row(run, axis, now, waking_seconds, wake),
+        run_bars.build_start_row(run, axis, now, waking_seconds, wake),
         axis.folds(),
         axis.ticks(),
         Counter(row.state for row in rows),
@@ -142,7 +142,7 @@ def build_timeline(
 # ── order ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _order(
+def _order_nodes(
     states: Mapping[str, NodeState],
     nodes: Mapping[str, Mapping[str, Any]],
     connections: Sequence[Mapping[str, Any]],

@@ -160,7 +160,9 @@ async def start(request: GatewayRequest) -> JsonResponse:
     if preference is not None:
         headers |= preference.headers
         left_seconds = preference.seconds - (perf_counter() - times.began)
-        ended = request.gateway.ends.ended(accepted.execution_id, request.caller, max(left_seconds, 0.0))
+        ended = request.gateway.ends.wait_for_end(
+            accepted.execution_id, request.caller, max(left_seconds, 0.0)
+        )
         outcome = await run_until_disconnect(request, ended)
         if outcome is not None:
             result = await _show_ended_run(request, accepted, times, outcome)

@@ -149,7 +149,7 @@ class RunAcceptor:
         """
         return self._stored.get(definition) is not None
 
-    def follow(self, concurrency_key: str | None) -> None:
+    def dispatch(self, concurrency_key: str | None) -> None:
         """Let a committed run begin, in the background: wake the workers, or admit runs of its concurrency
         key to free slots.
         """

@@ -75,7 +75,7 @@ class EndAwaiter:
         self._access = access
         self._outputs = outputs
 
-    async def ended(self, execution_id: str, caller: ApiCaller, seconds: float) -> OutcomeShape | None:
+    async def wait_for_end(self, execution_id: str, caller: ApiCaller, seconds: float) -> OutcomeShape | None:
         """Wait at most `seconds` for the end of a run that the caller has just started, and return its outcome; None if
         it goes on.
 

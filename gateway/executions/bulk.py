@@ -103,12 +103,12 @@ async def retry(request: GatewayRequest) -> JsonResponse:
     gateway, caller = request.gateway, request.caller
     earlier = None
     if idempotency_key is not None:
-        earlier = await bulk_actions.begun(gateway.database, caller.shard, idempotency_key)
+        earlier = await bulk_actions.find_begun(gateway.database, caller.shard, idempotency_key)
     if earlier is not None:
         return await _retry_chosen(request, earlier, headers=idempotency.REPLAYED)
     found, by_workflow = await bulk_actions.find(
         gateway.database,
-        body.filter.wanted(caller.organization_id),
+        body.filter.to_filter(caller.organization_id),
         bulk_actions.retryable(caller),
         body.limit,
     )
@@ -143,10 +143,10 @@ async def _choose_executions(
 
     Unless it is a dry run, the action is recorded in the audit trail, before it begins.
     """
-    wanted = body.filter.wanted(request.caller.organization_id)
+    wanted = body.filter.to_filter(request.caller.organization_id)
     found, _ = await bulk_actions.find(request.gateway.database, wanted, condition, body.limit)
     if not body.dry_run:
-        await bulk_actions.trace(
+        await bulk_actions.record_action(
             request.gateway.database, request.caller, found, action, _audit_subject(body, request.caller)
         )
     return found

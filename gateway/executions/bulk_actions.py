@@ -138,14 +138,14 @@ async def find(
     return found, Counter(row.workflow_id for row in rows)
 
 
-async def trace(
+async def record_action(
     database: Database, caller: ApiCaller, found: ChosenExecutions, action: AuditAction, about: str
 ) -> None:
     """Record a bulk action in the audit trail before it begins; `about` is the id of the workflow or organization.
 
     Nothing is recorded for an empty selection.
     """
-    record = partial(_trace, caller=caller, found=found, action=action, about=about)
+    record = partial(_insert_audit_entry, caller=caller, found=found, action=action, about=about)
     await database.transaction(record)
 
 
@@ -172,13 +172,15 @@ async def begin_retry(
                 connection, idempotency_key, shard=caller.shard, resource_id=text, now=now
             )
         if bound == text:
-            await _trace(connection, caller=caller, found=found, action=action, about=about)
+            await _insert_audit_entry(connection, caller=caller, found=found, action=action, about=about)
         return bound
 
     return _decode(await database.transaction(keep))
 
 
-async def begun(database: Database, shard: int, idempotency_key: IdempotencyKey) -> ChosenExecutions | None:
+async def find_begun(
+    database: Database, shard: int, idempotency_key: IdempotencyKey
+) -> ChosenExecutions | None:
     """Return the executions that an earlier request with this idempotency key has selected; None if there was none.
 
     Raises a 422 error if the body of that request differs.
@@ -191,7 +193,7 @@ async def begun(database: Database, shard: int, idempotency_key: IdempotencyKey)
     return _decode(earlier.execution_id)
 
 
-async def _trace(
+async def _insert_audit_entry(
     connection: AsyncConnection,
     *,
     caller: ApiCaller,
@@ -263,7 +265,7 @@ async def retry(
         for execution_id, concurrency_key in keys.items():
             resumed.add(execution_id)
             access.allow(new_ids[execution_id], caller)
-            acceptances.follow(concurrency_key)
+            acceptances.dispatch(concurrency_key)
     return {execution_id: new_id for execution_id, new_id in new_ids.items() if execution_id in resumed}
 
 

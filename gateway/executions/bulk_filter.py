@@ -30,7 +30,7 @@ class BulkFilter(StrictWire):
     execution_ids: Annotated[list[str], Meta(min_length=1, max_length=limits.BULK_EXECUTIONS)] | None = None
     """Only these; absent: all. An empty list is refused, since it might be an empty choice."""
 
-    def wanted(self, organization_id: str) -> ExecutionFilter:
+    def to_filter(self, organization_id: str) -> ExecutionFilter:
         """Return the filter for queries within an organization; raises a 422 error for invalid labels."""
         statuses = [self.status] if isinstance(self.status, ExecutionStatus) else self.status
         return ExecutionFilter(

@@ -43,7 +43,7 @@ class ReplayOptions(StrictWire, kw_only=True):
     limit: Annotated[int, Meta(ge=1, le=limits.BULK_REPLAYS)] = limits.BULK_REPLAYS
     """Number of executions to act on, the oldest first; the answer has the number of remaining ones."""
 
-    def choice(self) -> ReplayChoice:
+    def to_choice(self) -> ReplayChoice:
         """Return the choices of the body as the planner takes them; they hold for each execution."""
         return ReplayChoice(
             definition=self.definition,
@@ -104,12 +104,12 @@ async def replay(request: GatewayRequest) -> JsonResponse:
     headers: Mapping[str, str] = {}
     chosen = None
     if idempotency_key is not None and not body.dry_run:
-        chosen = await bulk_actions.begun(gateway.database, caller.shard, idempotency_key)
+        chosen = await bulk_actions.find_begun(gateway.database, caller.shard, idempotency_key)
         headers = {} if chosen is None else idempotency.REPLAYED
     if chosen is None:
         found, by_workflow = await bulk_actions.find(
             gateway.database,
-            body.filter.wanted(caller.organization_id),
+            body.filter.to_filter(caller.organization_id),
             bulk_actions.replayable(caller),
             body.limit,
         )
@@ -153,7 +153,7 @@ async def _replay_one(
     refusal to `outcome`.
     """
     try:
-        planned = await request.gateway.replays.plan(key, request.caller, body.choice())
+        planned = await request.gateway.replays.plan(key, request.caller, body.to_choice())
         outcome.counts.update(node.decision.value for node in planned.plan.nodes)
         unconfirmed = planned.plan.unconfirmed
         if unconfirmed:

@@ -106,7 +106,7 @@ async def start(request: GatewayRequest) -> JsonResponse:
         # The inputs are committed; don't hold them in memory during the wait.
         value, body.inputs, body.trigger_inputs = None, None, None
         request.release_body()
-        outcome = await request.gateway.ends.ended(execution_id, request.caller, preference.seconds)
+        outcome = await request.gateway.ends.wait_for_end(execution_id, request.caller, preference.seconds)
         if outcome is not None:
             ended = EndedExecuteResult(execution_id=execution_id, **msgspec.structs.asdict(outcome))
             return JsonResponse(ended, headers=headers)

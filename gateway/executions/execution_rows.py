@@ -53,7 +53,7 @@ Recorded: TypeAlias = Row[*tuple[Any, ...]]
 """Row of a span or a log line, with its columns as attributes."""
 
 
-def _or_never(moment: SQLColumnExpression[Any]) -> ColumnElement[Any]:
+def _nulls_first(moment: SQLColumnExpression[Any]) -> ColumnElement[Any]:
     """Return an expression that sorts null times before all others, which SQLite and PostgreSQL place differently."""
     return func.coalesce(moment, literal(0, BigInteger))
 
@@ -85,8 +85,8 @@ SAME_RUN: Final = and_(
 """Join of executions with their data."""
 SORTABLE: Final[Mapping[str, SQLColumnExpression[Any]]] = {
     "createdAt": col(ExecutionData.created_at),
-    "startedAt": _or_never(col(Execution.started_at)),
-    "endedAt": _or_never(col(Execution.ended_at)),
+    "startedAt": _nulls_first(col(Execution.started_at)),
+    "endedAt": _nulls_first(col(Execution.ended_at)),
 }
 
 _source = aliased(SpanRow)
@@ -394,7 +394,7 @@ async def read_labels(
     return {execution_id: sorted(labels) for execution_id, labels in found.items()}
 
 
-async def blob_owner(connection: AsyncConnection, key: ExecutionKey) -> BlobOwner | None:
+async def find_blob_owner(connection: AsyncConnection, key: ExecutionKey) -> BlobOwner | None:
     """Return the owner under which the blobs of a run are stored; None if the run is missing."""
     statement = select(col(Execution.organization_id), col(Execution.key_id)).where(
         col(Execution.id) == key.execution_id, col(Execution.shard) == key.shard
@@ -497,7 +497,7 @@ async def list_spans(
         for table in (SpanRow, AttemptRow)
     ]
     statement = _spans_and_attempts(conditions(SpanRow), conditions(AttemptRow))
-    return await _page(connection, select(counts[0] + counts[1]), statement, part)
+    return await _read_page(connection, select(counts[0] + counts[1]), statement, part)
 
 
 async def find_span(
@@ -554,12 +554,12 @@ async def list_logs(
     if levels:
         conditions.append(col(LogRow.level).in_(levels))
     statement = select(LogRow).where(*conditions).order_by(col(LogRow.sequence))
-    return await _page(
+    return await _read_page(
         connection, select(func.count()).select_from(LogRow).where(*conditions), statement, part
     )
 
 
-async def _page(
+async def _read_page(
     connection: AsyncConnection,
     counted: Select[int],
     statement: Select[*tuple[Any, ...]] | CompoundSelect[*tuple[Any, ...]],

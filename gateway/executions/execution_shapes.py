@@ -381,7 +381,7 @@ def show_execution(found: ExecutionRecord, outputs: ShownOutputs, version: Versi
     shape.outputs = _show_outputs(found, outputs)
     if found.model_calls:
         shape.usage = model_usage.show_usage(found.model_calls)
-    shape.follow_up = _show_outcome(found.execution)
+    shape.follow_up = _show_follow_up(found.execution)
     return shape
 
 
@@ -559,7 +559,7 @@ def _show_hashes(digests: bytes | None) -> dict[str, str] | None:
     return {name: digest.hex() for name, digest in node_key.list_digests(digests).items()}
 
 
-def _show_outcome(execution: Execution) -> FollowUpShape | None:
+def _show_follow_up(execution: Execution) -> FollowUpShape | None:
     left = convert(execution.completion_action or {}, CompletionAction)
     if not left.is_external and execution.completion_outcome is None:
         return None

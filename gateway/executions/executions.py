@@ -597,7 +597,7 @@ async def resume(request: GatewayRequest) -> JsonResponse:
     if begun_id != new_id:
         return JsonResponse(resumed, status=201, headers={**headers, **idempotency.REPLAYED})
     gateway.access.allow(new_id, caller)
-    gateway.acceptances.follow(concurrency_key)
+    gateway.acceptances.dispatch(concurrency_key)
     log.info("execution resumed", execution_id=new_id, resumed_from=failed.execution_id)
     return JsonResponse(resumed, status=201, headers=headers)
 
@@ -627,7 +627,7 @@ def _refuse_fields_of_replays(body: Json) -> None:
 async def _find_owner(request: GatewayRequest, key: ExecutionKey) -> BlobOwner:
     """Return the owner of the blobs of an execution; raises a 404 error if the execution is gone."""
     async with request.gateway.database.read() as connection:
-        owner = await execution_rows.blob_owner(connection, key)
+        owner = await execution_rows.find_blob_owner(connection, key)
     if owner is None:
         raise errors.not_found("execution")
     return owner

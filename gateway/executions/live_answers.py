@@ -173,7 +173,7 @@ class AnswerReader:
         position = self._positions.get(place)
         if position is None or position.serial != text.serial:
             if position is not None and position.sent and text.number <= position.number:
-                yield _drop(place, position, text.reason or WORKER_LOST)
+                yield _build_retry(place, position, text.reason or WORKER_LOST)
             position = _Position(text.serial, text.number, text.call[0])
             # A complete text counts as sent until it is recorded, since its worker may be lost before.
             self._positions.pop(place, None)
@@ -182,7 +182,7 @@ class AnswerReader:
         if text.is_dropped:
             del self._positions[place]
             if position.sent:
-                yield _drop(place, position, text.reason)
+                yield _build_retry(place, position, text.reason)
             return
         part = text.text[position.sent :]
         if part:
@@ -207,7 +207,7 @@ def _limit_size(places: dict[AnswerPlace, Any]) -> None:
         del places[next(iter(places))]
 
 
-def _drop(place: AnswerPlace, position: _Position, reason: str) -> tuple[str, RetryShape]:
+def _build_retry(place: AnswerPlace, position: _Position, reason: str) -> tuple[str, RetryShape]:
     """Return name and content of the event that makes clients drop a text."""
     shape = RetryShape(
         node_id=place[0],

@@ -108,7 +108,7 @@ class LiveEvents:
         is_running = head.status == ExecutionStatus.RUNNING
         await self.answers.follow(head.id, head.lease_owner if is_running and head.lease_owner else "")
 
-    async def head(self, key: ExecutionKey) -> Execution | None:
+    async def read_head(self, key: ExecutionKey) -> Execution | None:
         """Return the row of a run without its data, None if it is gone; concurrent calls share one query.
         Access is not checked.
         """
@@ -322,7 +322,7 @@ class RunEventStream:
                 self._texts.note_check()
             if not self._live.waiting.is_watched(self._key.execution_id):
                 await self._live.waiting.watch([self._key.execution_id])
-            head = await self._live.head(self._key)
+            head = await self._live.read_head(self._key)
             if head is None:
                 return False
             if self._texts is not None:

@@ -175,7 +175,7 @@ class LiveHints:
 
     async def have_ended(self, runs: Sequence[ExecutionKey]) -> bool:
         """Return whether none of these runs can change any more: each has ended or is gone."""
-        heads = await asyncio.gather(*map(self._live_events.head, runs))
+        heads = await asyncio.gather(*map(self._live_events.read_head, runs))
         return all(head is None or head.status in TERMINAL_STATUSES for head in heads)
 
     async def follow(self, queue: HintQueue, caller: ApiCaller, topics: HintTopics) -> None:
@@ -237,7 +237,7 @@ class LiveHints:
                 try:
                     if not events.waiting.is_watched(key.execution_id):
                         await events.waiting.watch([key.execution_id])
-                    head = await events.head(key)
+                    head = await events.read_head(key)
                 except DatabaseUnavailable:
                     await waiter.changed.wait()
                     continue
@@ -274,7 +274,7 @@ class LiveHints:
                     texts.note_check()
                     if not events.waiting.is_watched(key.execution_id):
                         await events.waiting.watch([key.execution_id])
-                    head = await events.head(key)
+                    head = await events.read_head(key)
                     if head is None or head.status in TERMINAL_STATUSES:
                         return
                     await events.follow_answers(head)

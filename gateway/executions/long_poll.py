@@ -126,7 +126,7 @@ class ExecutionPollHub:
         with self.waiter(key.execution_id) as waiter:
             timer = asyncio.get_running_loop().call_later(wait_seconds, waiter.end)
             try:
-                return await self._ended(key, waiter)
+                return await self._wait_for_end(key, waiter)
             finally:
                 timer.cancel()
                 self.polls -= 1
@@ -140,7 +140,7 @@ class ExecutionPollHub:
         found = await self.progress(key, wait_seconds)
         return found if found is not None and found.status in TERMINAL_STATUSES else None
 
-    async def _ended(self, key: ExecutionKey, waiter: ExecutionWaiter) -> RunProgressReport | None:
+    async def _wait_for_end(self, key: ExecutionKey, waiter: ExecutionWaiter) -> RunProgressReport | None:
         """Wait until a run has ended or the waiter is over, and return its progress; None if the run does not exist.
 
         A notification of the end that contains the outcome spares the query.

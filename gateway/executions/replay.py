@@ -66,7 +66,7 @@ class ReplayRequest(StrictWire):
     again: bool = False
     """Replay an execution that was resumed, replayed or redriven before."""
 
-    def choice(self) -> ReplayChoice:
+    def to_choice(self) -> ReplayChoice:
         """Return the choices of the body as the planner takes them."""
         return ReplayChoice(
             definition=self.definition,
@@ -165,7 +165,7 @@ async def replay(request: GatewayRequest) -> JsonResponse:
         earlier = await _find_answer(request, key, idempotency_key)
         if earlier is not None:
             return earlier
-    planned = await request.gateway.replays.plan(key, request.caller, body.choice())
+    planned = await request.gateway.replays.plan(key, request.caller, body.to_choice())
     if body.dry_run:
         return JsonResponse(show_plan(planned))
     if body.plan_hash is not None and body.plan_hash != planned.hash:
@@ -213,7 +213,7 @@ async def _start(
     if begun != answer:
         return _show_result(request, key, begun, is_repeated=True)
     gateway.access.allow(new_id, caller)
-    gateway.acceptances.follow(planned.concurrency_key)
+    gateway.acceptances.dispatch(planned.concurrency_key)
     log.info("execution replayed", execution_id=new_id, replay_of=key.execution_id)
     return _show_result(request, key, answer, is_repeated=False)
 

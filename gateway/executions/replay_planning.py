@@ -363,7 +363,9 @@ class _CompiledDefinitions:
         self._catalog = catalog
         self._kept: OrderedDict[tuple[str, str], WorkflowProgram] = OrderedDict()
 
-    def program(self, organization_id: str, digest: str, content: Mapping[str, Any]) -> WorkflowProgram:
+    def compile_program(
+        self, organization_id: str, digest: str, content: Mapping[str, Any]
+    ) -> WorkflowProgram:
         """Return the compiled program of a definition, cached by its hash up to 5,000 nodes; raises
         `InvalidDefinition`.
         """
@@ -462,7 +464,7 @@ class _Planning:
         """Return the compiled program of the chosen definition; raises a 422 error for an invalid one."""
         try:
             organization_id = self.recorded.row.organization_id
-            return self._compiled.program(organization_id, self._chosen.hash, self._chosen.content)
+            return self._compiled.compile_program(organization_id, self._chosen.hash, self._chosen.content)
         except InvalidDefinition as error:
             message = f"The definition can't run: {error}"
             raise errors.invalid([errors.problem("definition", "invalid-definition", message)]) from error

@@ -62,7 +62,7 @@ async def start_planned(
         )
     )
     access.allow(new_id, caller)
-    acceptances.follow(planned.concurrency_key)
+    acceptances.dispatch(planned.concurrency_key)
 
 
 async def start_replay(

@@ -54,7 +54,7 @@ class GrantingWorker:
     left: int = 0
     until: float = 0.0
 
-    def take(self, grant: SlotGrant, now: float) -> None:
+    def apply_grant(self, grant: SlotGrant, now: float) -> None:
         """Apply a grant of slots (free places for runs) of this worker that arrived at `now`, a time of the event loop.
 
         Assigned runs that the worker has not received yet count as used slots. The grant ends after `GRANT_SECONDS`.
@@ -76,7 +76,7 @@ class GrantingWorker:
         """Free the slot of an assigned run that is not sent after all."""
         self.assigned, self.left = self.assigned - 1, self.left + 1
 
-    def number_of(self, count: int) -> int:
+    def count_sent(self, count: int) -> int:
         """Count `count` more runs as sent to this worker, and return the number of the last one."""
         self.sent += count
         return self.sent
@@ -158,7 +158,7 @@ class RunAssigner:
                 refused.append(run)
                 self._returns.submit(ExecutionKey(run.execution_id, run.shard))
             else:
-                chosen.setdefault(run.worker, []).append(_claimed_run(run, answer.started_at))
+                chosen.setdefault(run.worker, []).append(_build_claimed_run(run, answer.started_at))
         self.withdraw(refused)
         for entry in chosen.items():
             self._sends.submit(entry)
@@ -174,7 +174,7 @@ class RunAssigner:
             now = asyncio.get_running_loop().time()
             for name in [name for name, one in self._workers.items() if one.until + FORGET_SECONDS < now]:
                 del self._workers[name]
-            self._workers.setdefault(notification.worker, GrantingWorker()).take(notification, now)
+            self._workers.setdefault(notification.worker, GrantingWorker()).apply_grant(notification, now)
 
     async def _send_all(self, batches: Sequence[tuple[str, list[ClaimedRun]]]) -> Sequence[None]:
         """Send the runs of a batch to their workers, those of one worker together, in messages of at most
@@ -196,7 +196,7 @@ class RunAssigner:
         is_heard, worker = False, self._workers.get(name)
         if worker is not None:
             content = msgspec.Raw(msgspec.json.encode(runs))
-            message = DirectRuns(self._broker.channel, worker.number_of(len(runs)), content)
+            message = DirectRuns(self._broker.channel, worker.count_sent(len(runs)), content)
             try:
                 is_heard = await self._broker.send_direct(name, message)
             except BrokerUnavailable as error:
@@ -255,7 +255,7 @@ def _may_start(run: RunAcceptance) -> bool:
     )
 
 
-def _claimed_run(run: RunAcceptance, started_at: datetime) -> ClaimedRun:
+def _build_claimed_run(run: RunAcceptance, started_at: datetime) -> ClaimedRun:
     """Return an assigned run in the form that a claim returns; `started_at` is the time in its row."""
     return ClaimedRun(
         execution_id=run.execution_id,

@@ -120,7 +120,7 @@ def plan_node_test(
             )
         started_by = trigger_output(kind, given.input or given.trigger, now)
         return RunRequest(
-            _test_workflow(workflow, [tried], [], {}, catalog), TEST, started_by, is_private=True
+            _build_test_workflow(workflow, [tried], [], {}, catalog), TEST, started_by, is_private=True
         )
     trigger = _choose_trigger_output(kind, given.trigger, nodes, given.nodes, catalog, now)
     parent, edge = _build_parent(tried, others, catalog)
@@ -129,14 +129,17 @@ def plan_node_test(
     taken = [tried, parent, *(others[other] for other in {**given.nodes, **dict.fromkeys(body)})]
     pinned = {**given.nodes, str(parent["id"]): given.input}
     return RunRequest(
-        _test_workflow(workflow, taken, [edge, *inside], pinned, catalog), TEST, trigger, is_private=True
+        _build_test_workflow(workflow, taken, [edge, *inside], pinned, catalog),
+        TEST,
+        trigger,
+        is_private=True,
     )
 
 
 # ── definitions ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _test_workflow(
+def _build_test_workflow(
     workflow: LoadedWorkflow,
     nodes: Sequence[StoredNode],
     connections: Sequence[StoredConnection],

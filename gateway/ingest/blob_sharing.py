@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from journal.store import IdempotencyKey
 
 
-async def share_blobs(
+async def build_redrive_input(
     blobs: BlobStore, given: str, source: BlobOwner | None, idempotency_key: IdempotencyKey | None
 ) -> RunInput:
     """Return the input of a new run that runs the trigger output `given` (JSON text) of an earlier run again.

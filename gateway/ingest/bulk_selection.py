@@ -103,7 +103,7 @@ async def _select_dead_letters(
     """Return the next open dead letters of an operation's filter; for a purge by a member, only of the
     member's workflows.
     """
-    given = msgspec.convert(operation.selection, DeadLetterSelection).wanted()
+    given = msgspec.convert(operation.selection, DeadLetterSelection).to_filter()
     is_purge = operation.action == BulkAction.PURGE_DEAD_LETTERS
     wanted = replace(
         given,
@@ -123,7 +123,7 @@ async def _select_dead_letters(
 async def _select_executions(
     connection: AsyncConnection, caller: ApiCaller, operation: BulkOperation, bounds: KeysetBounds
 ) -> SelectedObjects:
-    given = msgspec.convert(operation.selection, BulkFilter).wanted(operation.organization_id)
+    given = msgspec.convert(operation.selection, BulkFilter).to_filter(operation.organization_id)
     wanted = replace(given, until=min(given.until or operation.created_at, operation.created_at))
     condition = _ALLOWED[BulkAction(operation.action)](caller)
     rows = await execution_rows.find_behind(connection, wanted, condition, bounds=bounds)

@@ -161,7 +161,7 @@ async def index(request: GatewayRequest) -> JsonResponse:
         heads = await dead_letter_rows.read_workflow_heads(
             connection, [failed.workflow_id for failed in found.rows]
         )
-    collected = _collect(found.rows)
+    collected = _group_by_cause(found.rows)
     counts = Counter[FailureKind]()
     for group in collected:
         counts[group.cause.kind] += group.count
@@ -346,7 +346,7 @@ async def _find_versions(
     }
 
 
-def _collect(rows: Sequence[FailedRun]) -> Sequence[_GroupedRuns]:
+def _group_by_cause(rows: Sequence[FailedRun]) -> Sequence[_GroupedRuns]:
     """Return failed runs grouped by cause; `rows` are ordered from the newest to the oldest, and so are the groups."""
     collected: dict[str, _GroupedRuns] = {}
     for failed in rows:

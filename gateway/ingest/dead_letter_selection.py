@@ -29,7 +29,7 @@ class DeadLetterSelection(StrictWire):
     ) = None
     """Only these; absent: all. An empty list is refused, since it might be an empty choice."""
 
-    def wanted(self) -> DeadLetterFilter:
+    def to_filter(self) -> DeadLetterFilter:
         """Return the filter for queries; fields that are absent from the body filter nothing."""
         return DeadLetterFilter(
             workflow_id=self.workflow_id,

@@ -16,7 +16,7 @@ from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse
 from gateway.http.wire import Instant, StrictWire, WireStruct, decode_body, instant, optional_instant
 from gateway.ingest import dead_letter_rows, delivery_rows, redrive_runs
-from gateway.ingest.deliveries import counted
+from gateway.ingest.deliveries import summarize_redrive
 from gateway.workflows import editing
 from journal.store import AcceptanceResult, IdempotencyKey
 from models.audit import AuditAction
@@ -87,7 +87,7 @@ async def index(request: GatewayRequest) -> JsonResponse:
         count, found = await delivery_rows.list_dead_letters(connection, workflow, part)
         given = await delivery_rows.read_input(connection, [failed.id for failed in found])
     outputs = request.gateway.large_outputs
-    shown = [shape(failed, given.get(failed.id), outputs.explain(failed.id)) for failed in found]
+    shown = [show_dead_letter(failed, given.get(failed.id), outputs.explain(failed.id)) for failed in found]
     return JsonResponse(DeadLetterList(count=count, limit=part.limit, offset=part.offset, dead_letters=shown))
 
 
@@ -111,7 +111,7 @@ async def redrive(request: GatewayRequest) -> JsonResponse:
     )
     if not body.dry_run:
         await settle_runs(request, list(found), done)
-    return JsonResponse(counted(count, done))
+    return JsonResponse(summarize_redrive(count, done))
 
 
 async def purge(request: GatewayRequest) -> JsonResponse:
@@ -182,7 +182,7 @@ async def settle_runs(
         )
 
 
-def shape(failed: Execution | FailedRun, given: str | None, outputs: ShownOutputs) -> DeadLetter:
+def show_dead_letter(failed: Execution | FailedRun, given: str | None, outputs: ShownOutputs) -> DeadLetter:
     """Return a dead letter as the API shows it; `given` is its trigger output as JSON text, None if it is too
     large for a list.
     """

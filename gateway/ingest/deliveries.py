@@ -277,7 +277,7 @@ async def redrive_all(request: GatewayRequest) -> JsonResponse:
             chosen,
         )
     done = await redrive_runs.redrive_all([] if body.dry_run else list(rows), again)
-    return JsonResponse(counted(len(found.rows), done))
+    return JsonResponse(summarize_redrive(len(found.rows), done))
 
 
 async def show(request: GatewayRequest) -> JsonResponse:
@@ -328,10 +328,10 @@ async def redrive_many(request: GatewayRequest) -> JsonResponse:
         )
 
     done = await redrive_runs.redrive_each(request.path_params["id"], [] if body.dry_run else found, again)
-    return JsonResponse(counted(count, done))
+    return JsonResponse(summarize_redrive(count, done))
 
 
-def counted(matched: int, done: redrive_runs.RedriveResult) -> DeliveryRedriveResults:
+def summarize_redrive(matched: int, done: redrive_runs.RedriveResult) -> DeliveryRedriveResults:
     """Return the answer to a redrive of a selection: `matched` objects, those done, refused, and left for the
     next request.
     """
@@ -384,7 +384,7 @@ def _show_delivery(delivery: Delivery, mail: MailHead | None) -> DeliveryShape:
         status=delivery.status,
         reason=reason,
         execution_id=delivery.execution_id,
-        execution_ids=_several_runs(delivery),
+        execution_ids=_list_batch_runs(delivery),
         event_id=delivery.event_id,
         not_before=optional_instant(delivery.not_before),
         redriven_from=delivery.redriven_from,
@@ -395,7 +395,7 @@ def _show_delivery(delivery: Delivery, mail: MailHead | None) -> DeliveryShape:
     )
 
 
-def _several_runs(delivery: Delivery) -> list[str]:
+def _list_batch_runs(delivery: Delivery) -> list[str]:
     """Return the ids of the runs of a batch delivery; an empty list for other deliveries."""
     if delivery.answer is None or delivery.route != IngestRoute.ENQUEUE_BATCH:
         return []

@@ -83,7 +83,7 @@ class ParsedMailRequest(GuardedWire):
     """Objects with `filename`, `content_type` and `content` in base64, which becomes a blob of the run."""
     email_headers: dict[str, Any] = msgspec.field(default_factory=dict, name="email_headers")
 
-    def given(self, attachments: Sequence[Json]) -> dict[str, Json]:
+    def to_trigger_output(self, attachments: Sequence[Json]) -> dict[str, Json]:
         """Return the output of the trigger node for the mail with these stored attachments; header values are
         single lines.
         """
@@ -137,7 +137,7 @@ async def receive_for(request: GatewayRequest, workflow_id: str, known: RequestS
     target = await gateway.mail_verifier.find_target(workflow_id, known)
     body = await request.body_up_to(BodyLimit(gateway.settings.max_mail_bytes, MAX_MAIL_SETTING))
     content = request.to_sender_request(body, path=request.url.path)
-    sender = target.sender(mail_verification.UNVERIFIED) if known is None else known
+    sender = target.build_sender(mail_verification.UNVERIFIED) if known is None else known
     inbound = await delivery_log.describe_request(IngestRoute.EMAIL, sender, body, workflow_id=workflow_id)
     request.scope["content_hash"] = inbound.content_hash
     is_noted = nullcontext() if known is None else gateway.deliveries.refusals(inbound)
@@ -151,7 +151,7 @@ async def receive_for(request: GatewayRequest, workflow_id: str, known: RequestS
         )
     with mail_verification.refuse_until_later(mail.kind):
         async with gateway.deliveries.refusals(inbound):
-            with mail_verification.answer_once(mail.kind):
+            with mail_verification.refuse_for_good(mail.kind):
                 match mail.kind:
                     case MailKind.NATIVE:
                         return await _ingest_native(request, mail, inbound)
@@ -176,7 +176,9 @@ async def _add_redrive_content(inbound: InboundRequest, target: MailTarget, cont
     key = await offload.run(mail_kinds.deduplication_key, content, kind)
     if key is not None:
         inbound.deduplication_key = idempotency.derive_key("mail", target.workflow.id, key)
-    unparsed = await offload.run(_build_unparsed_mail, target.mail(content, kind, None), body=content.body)
+    unparsed = await offload.run(
+        _build_unparsed_mail, target.build_mail(content, kind, None), body=content.body
+    )
     inbound.payload = _encode(unparsed.as_json()).decode()
 
 
@@ -188,7 +190,7 @@ def _build_unparsed_mail(mail: VerifiedMail, body: bytes = b"") -> UnparsedMail:
     """
     envelope = mail_kinds.parse_envelope(mail.content.form, mail.kind)
     content_type = mail.content.headers.single("Content-Type") or ""
-    return mail.unparsed(
+    return mail.to_unparsed(
         content_type=content_type, content=body, sender=envelope.sender, recipients=envelope.recipients
     )
 
@@ -220,10 +222,10 @@ async def _ingest_native(
     async def message(execution_id: str) -> RunInput:
         owner = BlobOwner(organization_id, execution_id)
         try:
-            kept = [await one.as_json(blobs, owner) for one in attachments]
+            kept = [await one.store(blobs, owner) for one in attachments]
         except BlobsUnavailable as error:
             raise errors.not_ready(f"{error}: try again") from error
-        return RunInput(parsed.given(kept), execution_id=execution_id)
+        return RunInput(parsed.to_trigger_output(kept), execution_id=execution_id)
 
     return await _ingest(request, mail, inbound, message, idempotency_key, is_large=are_kept)
 
@@ -235,7 +237,7 @@ async def _ingest_form(request: GatewayRequest, mail: VerifiedMail, inbound: Inb
 
 async def _ingest_raw(request: GatewayRequest, mail: VerifiedMail, inbound: InboundRequest) -> JsonResponse:
     envelope = mail_kinds.parse_raw_envelope(mail.content)
-    unparsed = mail.unparsed(sender=envelope.sender, recipients=envelope.recipients)
+    unparsed = mail.to_unparsed(sender=envelope.sender, recipients=envelope.recipients)
     return await _ingest_unparsed(request, mail, inbound, unparsed, mail.content.body)
 
 
@@ -265,7 +267,7 @@ async def _process_sns_message(
         return await _record_other(
             request, inbound, "no-mail", "The message of the topic reports no received mail"
         )
-    unparsed = mail.unparsed(
+    unparsed = mail.to_unparsed(
         sender=received.sender, recipients=received.recipients, verdicts=received.verdicts
     )
     if received.stored is not None:
@@ -378,7 +380,7 @@ async def _ingest(
     key = await offload.run(mail_kinds.deduplication_key, mail.content, mail.kind)
     if idempotency_key is None and key is not None:
         idempotency_key = inbound.deduplication_key = idempotency.derive_key("mail", workflow.id, key)
-    own_key = _own_key(mail, key, ses_id)
+    own_key = _derive_request_key(mail, key, ses_id)
     status = OK if mail.kind in MAILGUN else CREATED
     # A repetition needs no second copy of its content. But a delivery's own key must be used up first.
     if is_large and idempotency_key is not None and own_key is None:
@@ -411,7 +413,7 @@ def _refuse_replay() -> ApiError:
     )
 
 
-def _own_key(mail: VerifiedMail, key: str | None, ses_id: str) -> IdempotencyKey | None:
+def _derive_request_key(mail: VerifiedMail, key: str | None, ses_id: str) -> IdempotencyKey | None:
     """Return the idempotency key of the request itself, by which its signature is accepted for one mail only.
 
     It is derived from the SES id or the signed id; None without either. Several actions of an SES rule may report the

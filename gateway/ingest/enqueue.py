@@ -68,7 +68,7 @@ class QueueMessage(GuardedWire):
         until = max(now + timedelta(seconds=self.delay_seconds or 0.0), self.not_before or now)
         return until if until > now else None
 
-    def planned(
+    def to_run_input(
         self, now: datetime, idempotency_key: IdempotencyKey | None, callback_url: str | None
     ) -> RunInput:
         """Return the input of the run that the message starts: trigger output, priority, earliest start,
@@ -152,7 +152,7 @@ async def enqueue(request: GatewayRequest) -> JsonResponse:
         now = gateway.clock()
         body = _parse_message(value, now, request.warnings)
         own_key, idempotency_key = await offload.run(_idempotency_keys, request, value, body, signature)
-        message = body.planned(now, idempotency_key, body.callback_url)
+        message = body.to_run_input(now, idempotency_key, body.callback_url)
         inbound.payload = message.text
 
         async def plan(target: RunTarget) -> RunInput:
@@ -179,7 +179,7 @@ async def enqueue(request: GatewayRequest) -> JsonResponse:
         # The message is committed; don't hold it in memory during the wait.
         del value, content, body, message, inbound
         request.release_body()
-        outcome = await gateway.ends.ended(execution_id, request.caller, preference.seconds)
+        outcome = await gateway.ends.wait_for_end(execution_id, request.caller, preference.seconds)
         if outcome is not None:
             ended = EndedEnqueueResult(execution_id=execution_id, **msgspec.structs.asdict(outcome))
             return JsonResponse(ended, headers=headers)

@@ -170,7 +170,7 @@ async def _ingest_messages(
         await gateway.ingestor.require_models(request.sender.caller, target)
         await gateway.capacity.require(request, target, len(planned))
         runs[:] = [
-            gateway.ingestor.build_run(target, one.body.planned(now, one.idempotency_key, callback_url))
+            gateway.ingestor.build_run(target, one.body.to_run_input(now, one.idempotency_key, callback_url))
             for one in planned
         ]
         deferred = describe_deferral(target.deferral)

@@ -267,7 +267,7 @@ class EventDispatcher:
             planned.fail(workflow, error.code, error.message)
             return
         try:
-            await self._capacity.require_of_workflow(workflow)
+            await self._capacity.require_for_event(workflow)
         except ApiError as error:
             planned.refuse(workflow, error)
             return
@@ -350,10 +350,10 @@ def _merge_outcomes(planned: EventDispatchPlan, taken: IngestResult) -> Sequence
         for run, answer in zip(planned.runs, taken.runs, strict=True)
         if answer.verdict is AcceptanceVerdict.FULL
     }
-    return [_certain_outcomes(one, is_there=one.execution_id not in full) for one in planned.outcomes]
+    return [_resolve_outcome(one, is_there=one.execution_id not in full) for one in planned.outcomes]
 
 
-def _certain_outcomes(outcome: WorkflowEventOutcome, *, is_there: bool) -> WorkflowEventOutcome:
+def _resolve_outcome(outcome: WorkflowEventOutcome, *, is_there: bool) -> WorkflowEventOutcome:
     """Return an outcome without its error if its run exists (`is_there`), else without the run; one that has
     no run is unchanged.
     """
@@ -377,7 +377,7 @@ async def _resolve_outcomes(connection: AsyncConnection, answer: str) -> Sequenc
     found = _decode_outcomes(answer)
     unsure = [str(one.execution_id) for one in found if one.execution_id and one.error]
     there = {*(await _find_existing(connection, unsure))}
-    return [_certain_outcomes(one, is_there=one.error is None or one.execution_id in there) for one in found]
+    return [_resolve_outcome(one, is_there=one.error is None or one.execution_id in there) for one in found]
 
 
 async def _find_existing(connection: AsyncConnection, execution_ids: Sequence[str]) -> Sequence[str]:

@@ -348,7 +348,7 @@ async def _parse_request(
     request: GatewayRequest, sent: SenderRequest, provider: Provider | None
 ) -> SenderEvent | EventBatch | UrlChallenge:
     if provider is None:
-        return _native_event(body_of(request, await json_of(request, sent.body), EmitEventRequest))
+        return _parse_native_event(body_of(request, await json_of(request, sent.body), EmitEventRequest))
     try:
         return await offload.run(event_senders.parse_event, sent, provider)
     except RequestRefused as error:
@@ -384,7 +384,7 @@ async def _find_readable(
     return event, None if delivery is None else build_row(Delivery, delivery)
 
 
-def _native_event(body: EmitEventRequest) -> SenderEvent:
+def _parse_native_event(body: EmitEventRequest) -> SenderEvent:
     """Return an event from a body in the API's own format; raises a 422 error for an invalid type or source."""
     problems = ProblemCollector()
     try:

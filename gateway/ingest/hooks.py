@@ -126,7 +126,7 @@ async def options(request: GatewayRequest) -> NoContent:
     methods: Collection[str] = METHODS
     try:
         sender = await _find_sender(request)
-        methods = await request.gateway.verifier.verify_with_current_secret(
+        methods = await request.gateway.verifier.use_current_trigger(
             sender.caller, sender.token_workflow_id, _list_accepted_methods
         )
     except ApiError as error:
@@ -199,7 +199,7 @@ async def _verify_sender(request: GatewayRequest, sender: RequestSender) -> Veri
         signature = await gateway.verifier.verify_signature(workflow, sent)
         return VerifiedWebhookRequest(sender, hook, signature)
 
-    return await gateway.verifier.verify_with_current_secret(sender.caller, sender.token_workflow_id, use)
+    return await gateway.verifier.use_current_trigger(sender.caller, sender.token_workflow_id, use)
 
 
 async def _list_accepted_methods(workflow: LoadedWorkflow) -> Collection[str]:

@@ -263,7 +263,7 @@ class RequestIngestor:
             taken = await self.ingest_batch(plan_write)
             if taken.verdict is AcceptanceVerdict.MISMATCH:
                 raise refuse_reuse()
-            accepted = taken.runs[0] if taken.runs else await self._ingest_first(taken)
+            accepted = taken.runs[0] if taken.runs else await self._find_first_run(taken)
         except ApiError:
             # A request that was answered before gets the same answer, even if the workflow has changed since.
             earlier = idempotency_key and await acceptance.find_earlier(
@@ -368,7 +368,7 @@ class RequestIngestor:
             current = await self.resolve_target(caller, workflow.id, target.trigger.kind)
             await acceptance.require_models(self._database, current.workflow.owner_id, current.workflow)
 
-    async def _ingest_first(self, taken: IngestResult) -> AcceptanceResult:
+    async def _find_first_run(self, taken: IngestResult) -> AcceptanceResult:
         """Return the run of the first request with the same key; raises a 503 error if it isn't stored yet."""
         async with self._database.read() as connection:
             execution_id = await connection.scalar(
@@ -413,7 +413,7 @@ class IngestCapacity:
         await self._rates.take(request, target.workflow.id, count=count)
         await self.require_backlog(target.workflow, count)
 
-    async def require_of_workflow(self, workflow: LoadedWorkflow) -> None:
+    async def require_for_event(self, workflow: LoadedWorkflow) -> None:
         """Take capacity for one run of an event from the workflow's rate limit and the backlogs, not from limits of the
         sender.
 

@@ -29,7 +29,7 @@ class JsonAttachment:
     members: Mapping[str, Json]
     content: bytes | None
 
-    async def as_json(self, blobs: BlobStore, owner: BlobOwner) -> dict[str, Json]:
+    async def store(self, blobs: BlobStore, owner: BlobOwner) -> dict[str, Json]:
         """Store the content as a blob of the run, and return the attachment with its reference for the run's input.
 
         An attachment without content is returned as it was sent. Raises `BlobsUnavailable`.

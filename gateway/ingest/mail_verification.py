@@ -108,7 +108,7 @@ class MailTarget:
     workflow: LoadedWorkflow
     trigger: MailTrigger
 
-    def sender(self, label: str) -> RequestSender:
+    def build_sender(self, label: str) -> RequestSender:
         """Return the sender of a mail without key or token; `label` names the way in which the mail was verified.
 
         It acts for the workflow's owner, and may only execute.
@@ -124,11 +124,11 @@ class MailTarget:
         )
         return RequestSender(caller, label)
 
-    def mail(self, content: SenderRequest, kind: MailKind, known: RequestSender | None) -> VerifiedMail:
+    def build_mail(self, content: SenderRequest, kind: MailKind, known: RequestSender | None) -> VerifiedMail:
         """Return a mail for this target, not verified yet; its sender is `known`, or an unverified one if
         that is None.
         """
-        return VerifiedMail(self, content, kind, self.sender(UNVERIFIED) if known is None else known)
+        return VerifiedMail(self, content, kind, self.build_sender(UNVERIFIED) if known is None else known)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +145,7 @@ class VerifiedMail:
     delivery_key: str | None = None
     """The sender's own id of the delivery."""
 
-    def unparsed(self, **fields: Any) -> UnparsedMail:  # noqa: ANN401 - fields of any type
+    def to_unparsed(self, **fields: Any) -> UnparsedMail:  # noqa: ANN401 - fields of any type
         """Return the mail as it is stored for a worker to parse, with the trigger's rules of screening and
         these further fields.
         """
@@ -194,7 +194,7 @@ class MailVerifier:
         """
         kind = await recognize_service(content)
         try:
-            return await self._verify(target.mail(content, kind, known), known, address)
+            return await self._verify(target.build_mail(content, kind, known), known, address)
         except ApiError as error:
             if not error.is_for_owner:
                 raise
@@ -203,22 +203,22 @@ class MailVerifier:
             current = await self.find_target(workflow.id, known)
             if current.trigger == target.trigger:
                 raise
-            return await self._verify(current.mail(content, kind, known), known, address)
+            return await self._verify(current.build_mail(content, kind, known), known, address)
 
     async def _verify(self, mail: VerifiedMail, known: RequestSender | None, address: str) -> VerifiedMail:
         """Return a mail with the result of its verification; raises the `ApiError` in the form of its service."""
-        with refuse_until_later(mail.kind), answer_once(mail.kind):
+        with refuse_until_later(mail.kind), refuse_for_good(mail.kind):
             signed = await self._verify_signature(mail)
             if signed is not None:
                 label, verified = signed
-                sender = mail.target.sender(label) if known is None else known
+                sender = mail.target.build_sender(label) if known is None else known
                 return replace(mail, sender=sender, verified_by=label, delivery_key=verified.delivery_key)
             if mail.target.trigger.require_signature:
                 raise sent_signatures.missing_signature("a signature that the trigger can check")
             if known is not None:
                 return mail
             label = await self._try_credentials(mail, client=client_of(address))
-            return replace(mail, sender=mail.target.sender(label), verified_by=label)
+            return replace(mail, sender=mail.target.build_sender(label), verified_by=label)
 
     async def _verify_signature(self, mail: VerifiedMail) -> tuple[str, SignatureResult] | None:
         """Verify a mail's signature; return the kind of its sender, and the result.
@@ -307,7 +307,7 @@ async def recognize_service(sent: SenderRequest) -> MailKind:
 
 
 @contextmanager
-def answer_once(kind: MailKind) -> Iterator[None]:
+def refuse_for_good(kind: MailKind) -> Iterator[None]:
     """Translate `RequestRefused` and API errors of the block to answers after which the mail service does not retry.
 
     For Mailgun, a 4xx other than 429 becomes 406, the only final one; other services get the API error as it is.

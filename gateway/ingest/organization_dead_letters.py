@@ -29,7 +29,7 @@ from gateway.ingest.dead_letter_rows import (
 )
 from gateway.ingest.dead_letter_selection import DeadLetterSelection
 from gateway.ingest.dead_letters import DeadLetter, PurgeResult
-from gateway.ingest.deliveries import counted
+from gateway.ingest.deliveries import summarize_redrive
 from journal.failure_causes import FailureKind
 from journal.store import AcceptanceResult
 from models import ids
@@ -145,7 +145,7 @@ async def index(request: GatewayRequest) -> JsonResponse:
     shown = [
         OrganizationDeadLetter(
             **msgspec.structs.asdict(
-                dead_letters.shape(failed, given.get(failed.id), outputs.explain(failed.id))
+                dead_letters.show_dead_letter(failed, given.get(failed.id), outputs.explain(failed.id))
             ),
             workflow_id=failed.workflow_id,
             workflow_name=names.get(failed.workflow_id, failed.workflow_id),
@@ -191,7 +191,7 @@ async def redrive(request: GatewayRequest) -> JsonResponse:
     failed runs are examined. Repeated requests run each dead letter once.
     """
     body = await decode_body(request, SelectDeadLetters)
-    matched, chosen = await _choose(request, body, body.filter.wanted())
+    matched, chosen = await _choose(request, body, body.filter.to_filter())
     found = {failed.id: failed for failed in chosen}
 
     async def again(execution_id: str) -> AcceptanceResult:
@@ -212,7 +212,7 @@ async def redrive(request: GatewayRequest) -> JsonResponse:
     done = await redrive_runs.redrive_all([] if body.dry_run else list(found), again)
     if not body.dry_run:
         await dead_letters.settle_runs(request, list(found), done)
-    return JsonResponse(counted(matched, done))
+    return JsonResponse(summarize_redrive(matched, done))
 
 
 async def replay(request: GatewayRequest) -> JsonResponse:
@@ -222,7 +222,7 @@ async def replay(request: GatewayRequest) -> JsonResponse:
     planned. One whose plan needs a confirmation that `confirm` does not give is listed in `refused`, and stays.
     """
     body = await decode_body(request, ReplayDeadLetters)
-    matched, failed = await _choose(request, body, body.filter.wanted())
+    matched, failed = await _choose(request, body, body.filter.to_filter())
     chosen = ChosenExecutions(ids.new_id("bulk"), matched, [one.id for one in failed])
     if failed and not body.dry_run:
         for workflow_id, runs in Counter(one.workflow_id for one in failed).items():
@@ -246,7 +246,7 @@ async def purge(request: GatewayRequest) -> JsonResponse:
     """
     body = await decode_body(request, SelectDeadLetters)
     caller = request.caller
-    wanted = replace(body.filter.wanted(), owner_id=None if caller.is_admin else caller.user_id)
+    wanted = replace(body.filter.to_filter(), owner_id=None if caller.is_admin else caller.user_id)
     matched, chosen = await _choose(request, body, wanted)
     purged = 0 if body.dry_run else len(chosen)
     if purged:

@@ -16,7 +16,7 @@ from gateway.access import audit_log
 from gateway.http import errors, idempotency
 from gateway.http.errors import ApiError
 from gateway.ingest import delivery_log, delivery_rows
-from gateway.ingest.blob_sharing import share_blobs
+from gateway.ingest.blob_sharing import build_redrive_input
 from journal.blobs.blob_storage import BlobOwner
 from journal.store import AcceptanceResult, AcceptanceVerdict, InboundRequest
 from models.execution import Execution, ExecutionData
@@ -224,7 +224,7 @@ class RunRedriver:
         async def plan(target: RunTarget) -> RunInput:
             await self._capacity.require_not_paused(caller, target)
             await self._capacity.require_backlog(target.workflow)
-            return await share_blobs(self._blobs, given.text, given.source, idempotency_key)
+            return await build_redrive_input(self._blobs, given.text, given.source, idempotency_key)
 
         # A refusal is not stored: the delivery would exist twice.
         return await self._ingestor.ingest_request(

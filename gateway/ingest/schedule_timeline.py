@@ -207,7 +207,7 @@ async def timeline(request: GatewayRequest) -> JsonResponse:
                 for row in rows
             ],
             decisions=ledger[: lifecycle_rows.LISTED_DECISIONS],
-            clock_changes=list_clock_changes({zone for row in rows for zone in _zones(row)}, shown),
+            clock_changes=list_clock_changes({zone for row in rows for zone in _list_zones(row)}, shown),
         )
     )
 
@@ -377,7 +377,7 @@ def due_statement(caller: ApiCaller, shown: TimelineRange) -> Select[*tuple[Any,
     )
 
 
-def _zones(row: _LaneRow) -> Iterable[str]:
+def _list_zones(row: _LaneRow) -> Iterable[str]:
     """Yield the names of the time zones of a workflow's schedule and windows."""
     with suppress(InvalidTimetable):
         if row.schedule is not None and row.trigger_config is not None:
@@ -417,7 +417,7 @@ def _build_lane(
     """Return a workflow's lane of the timeline: times of its schedule, waiting runs, windows, and the times
     with pods.
     """
-    ticks, are_cut = _ticks(row, shown)
+    ticks, are_cut = _list_ticks(row, shown)
     schedule = row.schedule
     return TimelineLane(
         workflow_id=row.workflow.id,
@@ -433,7 +433,7 @@ def _build_lane(
     )
 
 
-def _ticks(row: _LaneRow, shown: TimelineRange) -> tuple[Sequence[ScheduleTick], bool]:
+def _list_ticks(row: _LaneRow, shown: TimelineRange) -> tuple[Sequence[ScheduleTick], bool]:
     """Return up to 48 coming times of an active schedule within the range, and whether it has more of them there."""
     schedule = row.schedule
     if schedule is None or schedule.next_run_at is None or row.trigger_config is None:

@@ -131,7 +131,7 @@ async def replace(request: GatewayRequest) -> JsonResponse:
         await workflow_rows.lock_workflow(connection, request.path_params["id"], caller)
         stored = await editing.find_readable(connection, request.requested_object)
         editing.require_writer(request.caller, stored.workflow)
-        before = await _end(
+        before = await _expire_tokens(
             connection, stored.workflow.id, now, now + timedelta(seconds=body.overlap_seconds)
         )
         row = SenderToken(
@@ -178,7 +178,7 @@ async def revoke(request: GatewayRequest) -> NoContent:
     async def end(connection: AsyncConnection) -> None:
         stored = await editing.find_readable(connection, request.requested_object)
         editing.require_writer(request.caller, stored.workflow)
-        before = await _end(connection, stored.workflow.id, now, now)
+        before = await _expire_tokens(connection, stored.workflow.id, now, now)
         await audit_log.record_change(
             connection,
             request.caller,
@@ -212,7 +212,9 @@ async def _list_valid_tokens(
     return [build_row(SenderToken, row) for row in (await connection.execute(statement)).mappings()]
 
 
-async def _end(connection: AsyncConnection, workflow_id: str, now: datetime, at: datetime) -> list[str]:
+async def _expire_tokens(
+    connection: AsyncConnection, workflow_id: str, now: datetime, at: datetime
+) -> list[str]:
     """Make the valid trigger tokens of a workflow expire at `at`, or earlier as they were to expire; return their ids.
 
     Only the nine newest may overlap with a new one: older ones end `now`.

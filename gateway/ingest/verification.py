@@ -123,7 +123,7 @@ class TriggerVerifier:
         self._deployed = deployed
         self._sources = sources
 
-    async def verify_with_current_secret(
+    async def use_current_trigger(
         self,
         caller: ApiCaller,
         workflow_id: str,
@@ -135,14 +135,14 @@ class TriggerVerifier:
         If `use` raises an error that an outdated trigger may cause, the workflow is loaded again, and `use` is called
         once more if the trigger has changed. Raises 404, and the errors of `use`.
         """
-        workflow = await self._executed_workflow(await self._workflows.load(workflow_id, caller))
+        workflow = await self._load_executed_workflow(await self._workflows.load(workflow_id, caller))
         try:
             return await use(workflow)
         except ApiError as error:
             if error.status not in _MAY_BE_OLD and not error.is_for_owner:
                 raise
             self._workflows.forget(workflow.organization_id, workflow.id)
-            current = await self._executed_workflow(await self._workflows.load(workflow_id, caller))
+            current = await self._load_executed_workflow(await self._workflows.load(workflow_id, caller))
             if current.trigger == workflow.trigger:
                 raise
             return await use(current)
@@ -165,7 +165,7 @@ class TriggerVerifier:
                 return VerifiedSignature(request, None, None)
             return await self.verify_signature(workflow, request)
 
-        return await self.verify_with_current_secret(sender.caller, workflow_id, use)
+        return await self.use_current_trigger(sender.caller, workflow_id, use)
 
     async def verify_again(self, verified: VerifiedSignature, target: RunTarget) -> None:
         """Verify a request once more if the trigger that will run has another `verification` than the one it was
@@ -203,7 +203,7 @@ class TriggerVerifier:
             raise refusal from error
         return VerifiedSignature(request, said, verified.delivery_key)
 
-    async def _executed_workflow(self, workflow: LoadedWorkflow) -> LoadedWorkflow:
+    async def _load_executed_workflow(self, workflow: LoadedWorkflow) -> LoadedWorkflow:
         """Return a workflow with its deployed definition if it is deployed, else unchanged.
 
         Unlike the lookup for a run, it records no activity, which would keep its pods up.

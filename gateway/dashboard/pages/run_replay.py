@@ -107,7 +107,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "definitions": [*DEFINITIONS, *_list_versions(data["versions"])],
         "address": address,
         "left_out": left_out,
-        "skip_address": lambda node_id: _choose_skips(frame, f"{path}/replay", left_out, node_id),
+        "skip_address": lambda node_id: _build_skip_address(frame, f"{path}/replay", left_out, node_id),
         "writes": [
             node
             for node in plan["nodes"]
@@ -118,7 +118,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
     }
 
 
-def _choose_skips(frame: PageFrame, path: str, left_out: Sequence[str], node_id: str) -> str:
+def _build_skip_address(frame: PageFrame, path: str, left_out: Sequence[str], node_id: str) -> str:
     """Return the address of the plan with the same other choices that leaves a node out, or no longer leaves it out."""
     chosen = [one for one in left_out if one != node_id]
     if node_id not in left_out:
