@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 
 
 async def lock_organization(connection: AsyncConnection, organization_id: str) -> None:
-    """Let no other `apply` of the organization plan until this transaction ends: names are not unique by an index."""
+    """Lock the organization's row until the transaction ends, so that its `apply` requests plan one after the other.
+
+    Names of workflows have no unique index that would prevent two of them from creating the same workflow.
+    """
     statement = select(col(Organization.id)).where(col(Organization.id) == organization_id)
     await connection.execute(statement.with_for_update())
 
@@ -32,9 +35,9 @@ async def lock_organization(connection: AsyncConnection, organization_id: str) -
 async def find_named(
     connection: AsyncConnection, caller: ApiCaller, names: Collection[str]
 ) -> Mapping[str, Sequence[StoredWorkflow]]:
-    """Return the workflows with these names that the caller may read, by name, locked until the transaction ends.
+    """Return the workflows with these names that the caller may read, keyed by name, locked until the transaction ends.
 
-    Templates are left out. A name may have several; a name without any is omitted.
+    Templates and deleted workflows are left out. A name may have several workflows; a name without any is omitted.
     """
     statement = (
         select(col(Workflow.id))
@@ -50,7 +53,7 @@ async def find_named(
 async def find_members(
     connection: AsyncConnection, caller: ApiCaller, set_name: str
 ) -> Sequence[StoredWorkflow]:
-    """Return the workflows of a set of `apply` that the caller may read, locked against other changes.
+    """Return the workflows of a set of `apply` that the caller may read, each locked until the transaction ends.
 
     A set is a named group of workflows that are applied together.
     """
@@ -81,7 +84,9 @@ async def _read_all(
 async def find_applications(
     connection: AsyncConnection, workflow_ids: Collection[str]
 ) -> Mapping[str, AppliedWorkflow]:
-    """Return the last application (what was applied, and by whom) of each workflow, by its id; others are omitted."""
+    """Return the last application (set, content hash, author) of each workflow by its id; never applied ones are
+    omitted.
+    """
     statement = select(AppliedWorkflow).where(col(AppliedWorkflow.workflow_id).in_(workflow_ids))
     rows = (await connection.execute(statement)).mappings()
     return {row["workflow_id"]: build_row(AppliedWorkflow, row) for row in rows}
@@ -94,15 +99,16 @@ async def replace_application(connection: AsyncConnection, applied: AppliedWorkf
 
 
 async def remove_application(connection: AsyncConnection, workflow_id: str) -> None:
-    """Forget that a workflow was applied; it then counts as created elsewhere."""
+    """Delete the application of a workflow, if any; `apply` then treats the workflow as created elsewhere."""
     await connection.execute(delete(AppliedWorkflow).where(col(AppliedWorkflow.workflow_id) == workflow_id))
 
 
 async def data_source_ids(
     connection: AsyncConnection, caller: ApiCaller, names: Collection[str]
 ) -> Mapping[str, Sequence[str]]:
-    """Return the ids of the data sources with these names that the caller may use, by name; a name may have
-    several.
+    """Return the ids of the data sources with these names that the caller may use, by name.
+
+    A name may have several ids; a name without any is omitted.
     """
     statement = select(col(DataSource.name), col(DataSource.id)).where(
         col(DataSource.name).in_(names), is_usable_by(caller.organization_id, caller.user_id)

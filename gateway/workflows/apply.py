@@ -162,6 +162,7 @@ class _Application:
         return await self.database.transaction(self._work, locks=f"apply:{self.caller.organization_id}")
 
     async def _work(self, connection: AsyncConnection) -> Sequence[PlannedChange]:
+        """Plan the changes in the open transaction and, unless it is a dry run, carry them out."""
         await applied_rows.lock_organization(connection, self.caller.organization_id)
         names = apply_plan.source_names(self.body.workflows)
         sources = await applied_rows.data_source_ids(connection, self.caller, names) if names else {}
@@ -181,6 +182,11 @@ class _Application:
     async def _plan(
         self, connection: AsyncConnection, wanted: Sequence[WantedWorkflow]
     ) -> Sequence[PlannedChange]:
+        """Return the change of each workflow of the request and, if it prunes, of each other member of the set; store
+        nothing.
+
+        Raises a 409 error for an ambiguous name, and 403 for a change to a workflow of another user.
+        """
         set_name, is_forced = self.body.set or "", self.body.force
         named = await applied_rows.find_named(connection, self.caller, [one.name for one in wanted])
         members: Sequence[StoredWorkflow] = ()
@@ -239,6 +245,7 @@ class _Application:
             raise errors.conflict("apply-conflict", message, details=found[: limits.FINDINGS])
 
     async def _carry_out(self, connection: AsyncConnection, change: PlannedChange) -> None:
+        """Store one planned change with its audit record, and the new application of a workflow of the request."""
         after = change.after
         assert after is not None  # noqa: S101 - every planned change has one
         match change.action:
@@ -259,6 +266,7 @@ class _Application:
     async def _update(
         self, connection: AsyncConnection, change: PlannedChange, after: StoredWorkflow
     ) -> StoredWorkflow:
+        """Store an updated or archived workflow and return it; archiving also undeploys it."""
         before = change.before
         assert before is not None  # noqa: S101 - an update has one
         is_archived = after.workflow.status == WorkflowStatus.ARCHIVED != before.workflow.status
@@ -277,6 +285,10 @@ class _Application:
         return edited.after
 
     async def _delete(self, connection: AsyncConnection, stored: StoredWorkflow) -> None:
+        """Mark a workflow as deleted, and delete its application.
+
+        Raises a 409 error if it is deployed or has executions that have not ended.
+        """
         workflow = stored.workflow
         deployment = await desired_state.find_deployment(connection, workflow.id)
         is_deployed = deployment is not None and deployment.is_deployed
@@ -313,7 +325,7 @@ class _Application:
 
 
 def _problem(change: PlannedChange) -> dict[str, Json]:
-    """Return an entry of the error for a conflict, with its reason."""
+    """Return the entry of the 409 error for a conflict: its path in the request, and its reason."""
     assert change.conflict is not None  # noqa: S101 - a conflict has a reason
     path = "set" if change.place is None else f"workflows.{change.place}"
     text = CONFLICT_TEXTS[change.conflict]

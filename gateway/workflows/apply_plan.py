@@ -106,7 +106,7 @@ def read_workflows(
     catalog: NodeCatalog,
     now: datetime,
 ) -> Sequence[WantedWorkflow]:
-    """Return the workflows of a request; raises a 422 error with the problems of all of them.
+    """Parse the workflows of a request, in its order; raises one 422 error with the problems of all of them.
 
     `sources` holds ids of data sources by name, which replace `@name` in configs.
     """
@@ -148,7 +148,7 @@ def _repeated_names(wanted: Sequence[WantedWorkflow]) -> Iterator[Mapping[str, J
 
 
 def source_names(given: Sequence[Mapping[str, Json]]) -> Collection[str]:
-    """Return the texts in configs that may be names of data sources, that is, those after `@`."""
+    """Return the texts after `@` in the configs of all nodes, which may be names of data sources."""
     found: set[str] = set()
     for value in given:
         nodes = value.get("nodes")
@@ -159,7 +159,9 @@ def source_names(given: Sequence[Mapping[str, Json]]) -> Collection[str]:
 
 
 def _marked_texts(value: Json) -> Iterator[str]:
-    """Yield the texts after `@` in a JSON value, at any depth."""
+    """Yield each string value that begins with `@`, at any depth and without the mark, unless it is too long for a
+    name.
+    """
     if isinstance(value, str):
         if value.startswith(SOURCE_MARK) and len(value) <= limits.WORKFLOW_NAME_LENGTH:
             yield value.removeprefix(SOURCE_MARK)
@@ -178,8 +180,9 @@ def _with_sources(
     place: int,
     problems: list[Mapping[str, Json]],
 ) -> Json:
-    """Return nodes with the ids of data sources in place of their names; unknown and ambiguous ones are added
-    to `problems`.
+    """Return nodes with the ids of data sources in place of `@name` in their configs.
+
+    Unknown and ambiguous names stay and are added to `problems`.
     """
     if not isinstance(nodes, list):
         return nodes
@@ -211,10 +214,10 @@ def _with_ids(
     path: str,
     problems: list[Mapping[str, Json]],
 ) -> Json:
-    """Return a config with names of data sources (`@name`) replaced by their ids, in fields whose schema
-    expects one.
+    """Return a config with names of data sources (`@name`) replaced by their ids, in fields with a schema that expects
+    one.
 
-    Unknown and ambiguous names are added to `problems`.
+    Unknown and ambiguous names stay and are added to `problems`.
     """
     if not isinstance(schema, dict):
         return value
@@ -363,7 +366,7 @@ def _merged(wanted: WantedWorkflow, before: StoredWorkflow) -> StoredWorkflow:
 def _with_positions(
     wanted: WantedWorkflow, before: StoredWorkflow, connections: Sequence[StoredConnection]
 ) -> Sequence[dict[str, Json]]:
-    """Return the nodes of a request; those without a position keep that of before, or get one."""
+    """Return the nodes of a request, each with a canvas position: its own, else the stored one, else a free one."""
     given = wanted.given.get("nodes")
     sent = given if isinstance(given, list) else []
     nodes = [
@@ -423,7 +426,7 @@ def hash_content(stored: StoredWorkflow) -> str:
 
 
 def compare(before: StoredWorkflow, after: StoredWorkflow) -> dict[str, Any]:
-    """Return the differences of the fields, nodes and connections of a workflow before and after."""
+    """Return the differences between two states of a workflow, as the fields of a `WorkflowDiff`."""
     old, new = (_fields(one) for one in (before, after))
     nodes = _compare_items(before.nodes, after.nodes)
     edges = _compare_items(before.connections, after.connections)

@@ -204,10 +204,10 @@ async def use_template(request: GatewayRequest) -> JsonResponse:
 async def _find_template(
     request: GatewayRequest, body: UseTemplate
 ) -> tuple[StoredWorkflow, Mapping[str, str | None] | None]:
-    """Return the template that a body names, and the replacements of its references.
+    """Return the template that a body names, and a replacement for each reference by the id in the template.
 
-    Those are None if the body names none; for a template that ships with the server, references without a
-    replacement are emptied (None), and the built-in model is kept. Raises a 404 error.
+    None in place of the mapping keeps all references; a value None empties the field. References of a template that
+    ships with the server are emptied by default, except for the built-in model. Raises a 404 error.
     """
     common = shipped_templates.load_templates().get(body.template_id)
     if common is not None:

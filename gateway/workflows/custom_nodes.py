@@ -258,10 +258,10 @@ def _build_document(body: AddNodeType) -> NodeTypeDocument:
 async def _store(
     database: Database, caller: ApiCaller, row: CustomNodeType, *, deprecated: bool | None
 ) -> bool:
-    """Store a version of a node type in the transaction, with an audit entry; return whether it is new.
+    """Store a version of a node type with an audit entry, in a transaction of its own; return whether it is new.
 
-    For a stored version with the same content only the mark `deprecated` may change, None keeps it. Raises a
-    409 error for a stored version with another content.
+    For a stored version with the same content only the mark `deprecated` may change, None keeps it. Raises a 409 error
+    for a stored version with another content, and for a new version beyond the organization's limit.
     """
 
     async def work(connection: AsyncConnection) -> bool:
@@ -286,7 +286,7 @@ async def _store(
 
 
 def _same_version(row: CustomNodeType) -> Select[str, bool]:
-    """Return the query of hash and mark of the stored version, which locks it."""
+    """Return the query of hash and `is_deprecated` of the stored row with this type and version; it locks the row."""
     return (
         select(col(CustomNodeType.hash), col(CustomNodeType.is_deprecated))
         .where(
@@ -299,6 +299,7 @@ def _same_version(row: CustomNodeType) -> Select[str, bool]:
 
 
 async def _insert(connection: AsyncConnection, caller: ApiCaller, row: CustomNodeType) -> None:
+    """Insert a version with an audit entry; raises a 409 error if the organization has the maximum of versions."""
     count = await connection.scalar(
         select(func.count()).where(col(CustomNodeType.organization_id) == row.organization_id)
     )
@@ -321,6 +322,7 @@ async def _insert(connection: AsyncConnection, caller: ApiCaller, row: CustomNod
 async def _set_deprecated(
     connection: AsyncConnection, caller: ApiCaller, row: CustomNodeType, *, deprecated: bool
 ) -> None:
+    """Set the mark `is_deprecated` of a stored version, and add an audit entry."""
     await connection.execute(
         update(CustomNodeType)
         .where(

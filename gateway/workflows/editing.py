@@ -101,7 +101,7 @@ async def find_readable(connection: AsyncConnection, requested: RequestedObject)
 
 
 async def find_readable_row(connection: AsyncConnection, requested: RequestedObject) -> Workflow:
-    """Return the row of the requested workflow, without its graph and shares, which take longer than most questions.
+    """Return the row of the requested workflow without its graph and shares, which take longer to read.
 
     Raises a 404 error if it is missing or the caller may not read it.
     """
@@ -112,7 +112,7 @@ async def find_readable_row(connection: AsyncConnection, requested: RequestedObj
 
 
 def require_writer(caller: ApiCaller, workflow: Workflow) -> None:
-    """Raise a 403 error unless the caller owns the workflow or is an admin, and so may change, share and delete it."""
+    """Raise a 403 error unless the caller owns the workflow or is an admin."""
     preconditions.require_owner(caller, workflow.owner_id, what="workflow")
 
 
@@ -233,7 +233,7 @@ class WorkflowEditor:
         )
 
     async def read_catalog(self, connection: AsyncConnection, organization_id: str) -> NodeCatalog:
-        """Return the node types of an organization as a transaction sees them."""
+        """Return the shipped node types and the organization's own, as the open transaction sees them."""
         return await self._catalogs.read(connection, organization_id)
 
     async def _save(
@@ -321,8 +321,8 @@ def content_hash(stored: StoredWorkflow) -> str:
 
 
 def _list_changes(before: StoredWorkflow, after: StoredWorkflow) -> Sequence[Mapping[str, str | None]]:
-    """Return the changes of an edit for the audit trail: of nodes, connections and settings the paths, of harmless
-    fields also the values.
+    """Return the changed paths of an edit for the audit trail, with values only for fields that can't contain
+    credentials.
     """
     contents = [
         {
@@ -397,7 +397,7 @@ def _nodes_to_check(before: StoredWorkflow, after: StoredWorkflow) -> frozenset[
 
 
 def _find_unchanged_nodes(before: StoredWorkflow, after: StoredWorkflow) -> frozenset[str]:
-    """Return the ids of the nodes that an edit has not changed; in a large graph, these are all but a few."""
+    """Return the ids of the nodes that an edit has not changed; none if any value changed between 1 and `true`."""
     known = {node["id"]: node for node in before.nodes}
     alike = [(known[node["id"]], node) for node in after.nodes if known.get(node["id"]) == node]
     if _encode_sorted([old for old, _ in alike]) != _encode_sorted([new for _, new in alike]):
@@ -442,6 +442,7 @@ async def require_usable(
 def _find_problem(
     reference: ResourceReference, source: DataSource | None, vault: SecretVault
 ) -> dict[str, Json] | None:
+    """Return the error for a data source that is missing (None), unsuitable or undecryptable; None if it is usable."""
     path = f"nodes.{reference.node_id}.config.{reference.path}"
     wanted = " or ".join(reference.source_types)
     if source is None:

@@ -274,7 +274,7 @@ def drawing(nodes: Sequence[StoredNode], connections: Sequence[StoredConnection]
 
 
 def moved(nodes: Sequence[StoredNode], places: Sequence[CardPosition]) -> list[StoredNode]:
-    """Return the nodes at other canvas positions, one for each node in the same order."""
+    """Return the nodes with new canvas positions: `places` has one for each node, in the same order."""
     return [
         {**node, "position": {"x": x, "y": y}} if _place(node) != (x, y) else node
         for node, (x, y) in zip(nodes, places, strict=True)
@@ -318,7 +318,7 @@ def graph_of(stored: StoredWorkflow) -> ParsedGraph:
 def require_valid(validation: ValidationResult) -> None:
     """Raise a 422 error with up to 100 errors of a graph's validation, if there are any; warnings don't count.
 
-    If language models to name are all that it lacks, the code of the error says so.
+    Its code is `unresolved-model-placeholder` if all errors are of this type, else `validation-failed`.
     """
     if not validation.errors:
         return

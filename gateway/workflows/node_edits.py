@@ -142,9 +142,9 @@ def with_changes(
 
 
 def require_config(node: StoredNode, given: Mapping[str, Json], catalog: NodeCatalog) -> None:
-    """Raise a 422 error for a body that is a config by its form, but has fields of the node alone.
+    """Raise a 422 error if every key of a body is a field of nodes, and none a key of the config of this node's type.
 
-    A key that the config of the node's type has, or that no node has, makes it a config.
+    Such a body was meant as changes of the node, though the request would take it for the node's config.
     """
     if not given.keys() <= NODE_FIELDS or not given.keys().isdisjoint(_list_config_keys(node, catalog)):
         return
@@ -164,7 +164,9 @@ def _list_config_keys(node: StoredNode, catalog: NodeCatalog) -> Collection[str]
 
 
 def _describe_field(name: str) -> str:
-    """Return how to send a field of a node, or a key of its config with the same name."""
+    """Return the message that refuses a node's field as a key of the config: the ways to change the field and such a
+    key.
+    """
     if route := NodeChanges.read_only.get(name):
         hint = f"which {route} changes"
     elif name in NodeChanges.read_only or name == "nodeType":

@@ -39,8 +39,8 @@ MAX_OUTPUTS: Final = 2_000
 async def recent_outputs(
     connection: AsyncConnection, workflow: Workflow, caller: ApiCaller
 ) -> Sequence[PastOutput]:
-    """Return recorded outputs of nodes in a workflow's five newest runs that the caller may see, the newest
-    run first.
+    """Return the outputs of completed nodes in a workflow's five newest runs that the caller may see, the newest run
+    first.
 
     Outputs over 100,000 characters are left out, and the rest after 2,000 outputs or two million characters.
     """

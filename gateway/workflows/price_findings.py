@@ -32,7 +32,7 @@ async def find_unpriced_models(
     graph: ParsedGraph,
     catalog: NodeTypeLookup,
 ) -> list[GraphFinding]:
-    """Return a warning for each model without a price under a budget with `maxCost`, and each node that names it.
+    """Return a warning for each node under a budget with `maxCost` and each model without a price that it names.
 
     The budget is that of the node, of an agent that it serves, of the runs of the workflow, or of the month. Models
     that the caller can't see, and names that are expressions, are left out.

@@ -83,8 +83,9 @@ def _last_run_at(found: RowMapping | None, now: datetime) -> datetime:
 
 
 def _skipped_at(row: Schedule, before: Schedule, trigger: WorkflowTrigger, now: datetime) -> datetime | None:
-    """Return the last instant that a schedule has skipped while it was suspended; None without one, and for other
-    times than before.
+    """Return the last instant that a schedule has skipped while it was suspended.
+
+    None if it skipped none, was not suspended, or has another trigger node or other times than before.
     """
     if before.next_run_at is not None or row.problem is not None or not _is_alike(row, before):
         return None
@@ -95,8 +96,7 @@ def _skipped_at(row: Schedule, before: Schedule, trigger: WorkflowTrigger, now: 
 
 
 def _new_schedule(workflow: Workflow, trigger: WorkflowTrigger, now: datetime, since: datetime) -> Schedule:
-    """Return the row of a schedule that starts `now`, with its next instant after `since`, up to which
-    instants were run.
+    """Return the row, not stored, of a schedule that starts `now`; its next run is its first instant after `since`.
 
     An invalid timetable becomes the row's `problem`.
     """

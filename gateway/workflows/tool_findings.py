@@ -28,7 +28,7 @@ SUGGESTION = "Refresh the tool server, and read and accept the definition. Calls
 async def find_refused_tools(
     connection: AsyncConnection, caller: ApiCaller, graph: ParsedGraph
 ) -> list[GraphFinding]:
-    """Return a warning for each node, and tool of an agent, whose calls would be refused, as far as it is stored.
+    """Return a warning for each node, and tool of an agent, that could not call its tool by the server's stored list.
 
     Servers that the caller can't see, and names that are expressions, are left out. No server is contacted.
     """

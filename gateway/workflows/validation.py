@@ -117,7 +117,10 @@ async def _unserved_nodes(
 async def _read_traits(
     connection: AsyncConnection, caller: ApiCaller, graph: ParsedGraph, catalog: NodeCatalog
 ) -> TraitsById:
-    """Return the traits of the workflows that a graph calls, by their ids."""
+    """Return the traits (such as the effect, or read private data) of the workflows that a graph calls, by their ids.
+
+    One that is missing or that the caller may not read has the traits `UNKNOWN`.
+    """
     from engine.agents import workflow_traits  # noqa: PLC0415 - loaded with the first validation
 
     called = workflow_traits.list_called(graph)

@@ -100,7 +100,10 @@ async def find_versions_of_runs(
 
 
 async def find_version_of_run(connection: AsyncConnection, execution: Execution) -> VersionOfRun:
-    """Return the version that a run executes; for a run without one that is no test, the version it was edited from."""
+    """Return the version that a run executes.
+
+    For a run without one, except for a test run, `base` is the newest version that was stored when it was accepted.
+    """
     found = await find_versions_of_runs(connection, execution.shard, [execution.id])
     if execution.id in found or execution.is_private:
         return VersionOfRun(found.get(execution.id))
@@ -120,7 +123,7 @@ def select_versions_of_runs(shard: int, execution_ids: Sequence[str]) -> Select[
 
 
 def newest_before(workflow_id: str, moment: datetime) -> Select[*tuple[Any, ...]]:
-    """Return the statement for the number of the newest version of a workflow that was stored at a time."""
+    """Return the statement for the number of the newest version of a workflow that was stored at or before `moment`."""
     return (
         select(col(WorkflowVersion.version))
         .where(col(WorkflowVersion.workflow_id) == workflow_id, col(WorkflowVersion.created_at) <= moment)
@@ -132,7 +135,7 @@ def newest_before(workflow_id: str, moment: datetime) -> Select[*tuple[Any, ...]
 def _select_version(
     order: Sequence[ColumnElement[Any]], *conditions: ColumnElement[bool]
 ) -> ColumnElement[Any]:
-    """Return the number of the first version in an order that has the definition of the execution."""
+    """Return the subquery for the first version, by this order, with the definition of the outer query's execution."""
     return (
         select(col(WorkflowVersion.version))
         .where(

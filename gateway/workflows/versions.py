@@ -195,6 +195,10 @@ async def find_restored(connection: AsyncConnection, stored: StoredWorkflow, num
 async def _read_state(
     connection: AsyncConnection, stored: StoredWorkflow, name: str
 ) -> tuple[State, Mapping[str, Any]]:
+    """Return the version number and the snapshot of a version, or of the workflow itself if `name` is `current`.
+
+    Raises a 404 error for an unknown version.
+    """
     if name == CURRENT:
         return CURRENT, workflow_rows.snapshot(stored)
     version = await _find(connection, stored, name)

@@ -139,9 +139,9 @@ class WorkflowCache:
         return found
 
     def forget(self, organization_id: str, workflow_id: str) -> None:
-        """Drop a cached workflow after a change, so that its next use queries the database.
+        """Mark a cached workflow as outdated after a change, so that its next use queries the database.
 
-        The object is kept for `load_several`.
+        `load_several` still returns it while its revision is the current one.
         """
         self._loads.pop(
             (organization_id, workflow_id), None
@@ -219,6 +219,10 @@ class WorkflowCache:
     async def _current(
         self, connection: AsyncConnection, key: tuple[str, str], catalog: NodeCatalog
     ) -> LoadedWorkflow | None:
+        """Return the workflow as stored now, None if it is missing or deleted.
+
+        A cached graph is used if its revision and the node types are still the same.
+        """
         organization_id, workflow_id = key
         condition = (
             col(Workflow.organization_id) == organization_id,
@@ -256,5 +260,7 @@ class WorkflowCache:
 
 
 def _load_row(row: Row[Any], readers: frozenset[str], catalog: NodeCatalog) -> LoadedWorkflow:
-    """Return a workflow from its row, with its users by share, and with the findings of its validation."""
+    """Return a workflow from its row, with the findings of its validation; `readers` are the users that it is shared
+    with.
+    """
     return definition_snapshot.load_workflow(row, readers, catalog, is_deployed=bool(row.is_deployed))

@@ -379,8 +379,10 @@ def resolve_references(
 
 
 def _replace_values(replacements: Mapping[str, str | None], value: Json, path: str = "") -> Json:
-    """Return a value with leaves replaced by their path, such as `items.0.id`; None as replacement removes
-    the field or item.
+    """Return a value with the leaves at the given paths, such as `items.0.id`, replaced; None removes the field or
+    item.
+
+    `path` is that of the value itself.
     """
     if isinstance(value, dict):
         fields = [(key, item, f"{path}.{key}" if path else key) for key, item in value.items()]

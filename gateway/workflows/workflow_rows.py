@@ -253,7 +253,7 @@ def _build_conditions(caller: ApiCaller, wanted: WorkflowFilter) -> Iterable[Col
 
 
 def searched_in(name: str, description: str) -> str:
-    """Return the normalized text of name and description in which the search of lists looks for words."""
+    """Return the normalized text of name and description that is stored for the search of lists."""
     return _fold_text(f"{name}\n{description}")
 
 
@@ -308,7 +308,7 @@ async def templates(
 
 
 async def is_stored(connection: AsyncConnection, workflow: Workflow) -> bool:
-    """Return whether a workflow is stored in exactly this revision."""
+    """Return whether a workflow is stored in exactly this revision and with this time of change."""
     statement = select(col(Workflow.id)).where(
         col(Workflow.id) == workflow.id,
         col(Workflow.revision) == workflow.revision,
@@ -505,7 +505,9 @@ def snapshot(stored: StoredWorkflow) -> dict[str, object]:
 
 
 async def hash_definition(stored: StoredWorkflow, catalog: NodeCatalog) -> str:
-    """Return the hash that runs of a workflow have, by which they are assigned to its version."""
+    """Return the hash of a workflow's definition that its versions and runs store, by which a run is assigned to a
+    version.
+    """
     # In a thread, so that a large graph does not block other requests.
     return await asyncio.to_thread(
         definition_snapshot.hash_definition,
@@ -545,6 +547,7 @@ async def save_triggers(
 
 
 async def _insert(connection: AsyncConnection, triggers: Sequence[WorkflowTrigger]) -> None:
+    """Insert trigger rows, and a row for each event pattern of an event trigger."""
     if triggers:
         await connection.execute(insert(WorkflowTrigger), [trigger.model_dump() for trigger in triggers])
     matches = [
