@@ -102,7 +102,9 @@ class KeyAuthenticator:
         return caller
 
     def recent_caller(self, scope: Scope) -> ApiCaller | None:
-        """Return the caller of the request's API key if this process has just authenticated it; None for a session."""
+        """Return the caller of the request's API key from the cache, even if outdated; None for an uncached key or a
+        session.
+        """
         key = _read_key(scope)
         remembered = None if key is None else self._remembered.get(hash_key(key, self._secret))
         return None if remembered is None else remembered.caller
@@ -136,8 +138,8 @@ class KeyAuthenticator:
         return found.caller
 
     async def _read(self, batch: Sequence[Sequence[str]]) -> Sequence[FoundKey | None]:
-        """Return the keys of a batch of lookups by one query; each lookup has hashes by all secrets, None if
-        none is known.
+        """Return the stored key for each lookup of a batch, None without one, by one query; a lookup has hashes by all
+        secrets.
         """
         found = await access_store.find_keys(self._database, {one for hashes in batch for one in hashes})
         return [next((found[one] for one in hashes if one in found), None) for hashes in batch]

@@ -124,10 +124,10 @@ class ConnectionBudget:
             victim.cut()
 
     def _victims(self, newcomer: BoundedConnection, now: float) -> list[BoundedConnection]:
-        """Return connections that may be closed, in order; those of clients with more than their share come first.
+        """Return the connections that may be closed for others, in the order to close them; reads come last.
 
-        Those whose request is served may not be, nor those of other clients that are idle for less than 0.2
-        seconds, nor a request that has been read for less than a second.
+        Excluded are served requests, reads of clients within their share and those that began less than a second ago,
+        and other connections of such clients in a phase that began less than 0.2 seconds ago.
         """
         counts = Counter(one.client_key for one in self._open)
         counts[""] = 0

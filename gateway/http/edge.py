@@ -73,7 +73,10 @@ _HOST_PREFIX: Final = pod_identity.PREFIX.encode()
 
 
 class EdgeLayer:
-    """Pure ASGI, since every run passes here; requests other than HTTP go to `others`."""
+    """Layer around all HTTP requests: request id, common headers, metrics and traces; other traffic goes to `others`.
+
+    Pure ASGI, since every run passes here.
+    """
 
     def __init__(self, app: ASGIApp, *, others: ASGIApp) -> None:
         self.app = app
@@ -163,7 +166,9 @@ def _choose_prefix() -> str:
 
 
 class CrossOriginLayer:
-    """Outermost layer, so that allowed pages can read every answer, refusals included."""
+    """Outermost layer, which adds CORS headers, so that pages of allowed origins can read every answer, refusals
+    included.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -278,6 +283,7 @@ class PathRouter:
         return None if branch.route is None else RouteMatch(branch.route, path_params)
 
     def _add(self, route: PathRoute) -> None:
+        """Add a route to the tree; raises ValueError if another path has another name for one of its segments."""
         branch = self._root
         for segment in route.path.split("/"):
             if segment == "*":

@@ -59,7 +59,10 @@ class KeyRefusals:
         """Earliest day that this process has kept: earlier ones are deleted once a day."""
 
     def note(self, key_id: str, scope: str, route: str) -> None:
-        """Count a request to `route`, a method and path template, that was refused because a key lacks a scope."""
+        """Count a request that was refused because its key lacks a scope; stored in the background within seconds.
+
+        `route` is the method and path template of the request.
+        """
         now = self._database.clock.now()
         identity = (key_refusal.begin_of_day(now), key_id, scope)
         found = self._waiting.get(identity)
@@ -105,7 +108,9 @@ class KeyRefusals:
             self._writing = None
 
     async def _write_rows(self, rows: Sequence[KeyRefusal]) -> None:
-        """Add counts to those in the database, and delete those of past days with the first write of a day."""
+        """Add counts to those in the database, and delete those of past days with the first write of a day; errors are
+        logged.
+        """
         first = key_refusal.first_day(self._database.clock.now())
 
         async def write(connection: AsyncConnection) -> None:

@@ -253,7 +253,7 @@ async def read_rows(
 ) -> RowPage:
     """Return a page of the rows that match and the cursor of the next one, without a count of all.
 
-    The transaction follows indexes from then on.
+    It calls `follow_indexes`, which holds for the rest of the transaction.
     """
     await follow_indexes(connection)
     statement = select(*columns).where(*conditions, *bounds.condition(created_at, item_id))
@@ -296,10 +296,11 @@ async def read_examined(
     source: RowSource,
     bounds: KeysetBounds,
 ) -> ExaminedRows:
-    """Return the rows of a source that match, among the first 10,000 after the cursor.
+    """Return the rows of a source that match, among the first 10,000 after the cursor: at most one more than the page
+    shows.
 
-    Without residual conditions, each row matches and none is examined in vain. The transaction follows indexes
-    from then on.
+    Without residual conditions, each row matches and none is examined in vain. It calls `follow_indexes`, which holds
+    for the rest of the transaction.
     """
     await follow_indexes(connection)
     edge = await _find_edge(connection, source, bounds) if source.residual else None

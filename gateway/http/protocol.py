@@ -162,7 +162,7 @@ class BufferedTransport:
         self.abort = transport.abort
 
     def write(self, data: bytes) -> None:
-        """Gather data, and send all of it at the end of the event loop's iteration, or at once beyond 64 kB."""
+        """Gather data to send at the end of the event loop's iteration; a piece over 64 kB sends all of it at once."""
         if not self._gathered:
             self._loop.call_soon(self._send)
         self._gathered.append(data)

@@ -20,8 +20,8 @@ CODE: Final = "read-only"
 def require_same(given: Json, kind: type[WireStruct], shown: Callable[[], Mapping[str, Json]]) -> None:
     """Raise a 422 error for read-only fields of a body that differ from the object's current values.
 
-    `kind` is the type of the body, which knows its read-only fields; `shown` returns the object as the API
-    shows it, and is called only if needed. `updatedAt` is ignored.
+    `kind` is the type of the body, which lists its read-only fields; `shown` returns the object as the API shows it,
+    and is called only if needed. `updatedAt` and `warnings` are ignored.
     """
     found = [*_find_differing_fields(given, kind, shown)]
     if found:

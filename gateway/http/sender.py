@@ -145,8 +145,9 @@ class SenderAuthenticator:
         await asyncio.gather(*self._background, return_exceptions=True)
 
     async def _find(self, scope: Scope, token: str) -> FoundSenderToken:
-        """Return a token from the cache of a second or the database; raises a 401 error, 429 after too many
-        failures.
+        """Return a token from the cache of a second or the database.
+
+        Raises a 401 error for an unknown or expired one, and 429 after too many failures of a client.
         """
         hashed = sender_tokens.hash_token(token)
         kept = self._kept.get(hashed)
@@ -205,10 +206,7 @@ def refuse_sender() -> ApiError:
 
 
 def _sender_of(caller: ApiCaller) -> RequestSender:
-    """Return the sender that a key is; a session stands for its key.
-
-    Raises a 403 error without the scope to execute workflows.
-    """
+    """Return the caller of a key or session as a sender; raises a 403 error without the scope to execute workflows."""
     if not caller.has_scope(KeyScope.WORKFLOWS_EXECUTE):
         raise errors.scope_required(KeyScope.WORKFLOWS_EXECUTE)
     return RequestSender(caller, f"api-key:{caller.key_id}")

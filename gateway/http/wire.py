@@ -315,7 +315,7 @@ class _UnknownFieldGuard:
 
 @cache
 def _build_guards(kind: Any) -> tuple[_UnknownFieldGuard, ...]:  # noqa: ANN401 - any type annotation
-    """Return the objects that find unknown fields of a type; empty if it accepts any fields."""
+    """Return the rules by which unknown fields of a type are found; empty if it accepts any fields."""
     found: list[_UnknownFieldGuard] = []
     for part in _iterate_parts(kind):
         if _is_body(part):
@@ -338,6 +338,10 @@ def _unknown_fields(value: Json, kind: Any, path: str) -> _UnknownFields:  # noq
 def _look_for_unknown_fields(
     value: Json, guards: Sequence[_UnknownFieldGuard], path: str, found: _UnknownFields, *, is_strict: bool
 ) -> None:
+    """Add the unknown fields of a value, nested bodies included, to `found` until it is full.
+
+    Bodies inside of a strict one are strict too.
+    """
     for guard in guards:
         if not isinstance(value, guard.container) or found.is_full:
             continue
