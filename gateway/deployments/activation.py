@@ -115,7 +115,7 @@ class DeploymentActivator:
         self._is_released = False
 
     async def start(self) -> None:
-        """Return the one data source, for any caller and id."""
+        """Listen to the notifications of runs that pods have taken."""
         await self._broker.listen(self._receive, subject=wakeups.TAKEN_RUNS)
 
     def release(self) -> None:
@@ -291,6 +291,7 @@ class DeploymentActivator:
                     raise PodUnavailable(watch.bad_news.result())
 
     async def _has_begun(self, key: ExecutionKey) -> bool:
+        """Return whether a run was claimed or has ended; True also for a missing one."""
         progress = await self._waiting.progress(key, 0)
         if progress is None or progress.completed_nodes:
             return True
@@ -356,6 +357,10 @@ class DeploymentActivator:
             watch.task.cancel()
 
     async def _keep_awake(self, workflow_id: str, watch: DeploymentWatch) -> None:
+        """Check a deployment, and wake it if needed, about every quarter of a second until its pods can't start.
+
+        Then the reason is the watch's `bad_news`, and the watch ends.
+        """
         news: BadNews | None = None
         is_first = True
         while news is None:

@@ -167,14 +167,15 @@ def _find_moving(rows: Iterable[Row[*tuple[Any, ...]]]) -> Iterator[_MovingDeplo
 
 
 def activities_statement(caller: ApiCaller, after: str = "") -> Select[*tuple[Any, ...]]:
-    """Return the statement of the deployments that a caller may read, behind a workflow id, with the names of their
-    workflows and all on which their next start or stop depends.
+    """Return the statement of the deployments that a caller may read, those with workflow ids after `after`, by id.
+
+    A row has the name of the workflow, and all on which the next start or stop depends.
     """
     return _of_caller(activity.activity_statement().add_columns(col(Workflow.name)), caller, after)
 
 
 def ids_statement(caller: ApiCaller, after: str) -> Select[*tuple[Any, ...]]:
-    """Return the statement of the ids of the deployed workflows that a caller may read, behind a workflow id."""
+    """Return the statement of the ids of the deployed workflows that a caller may read, those after `after`, by id."""
     statement = select(col(Deployment.workflow_id)).join(
         Workflow, col(Workflow.id) == col(Deployment.workflow_id)
     )
@@ -184,7 +185,7 @@ def ids_statement(caller: ApiCaller, after: str) -> Select[*tuple[Any, ...]]:
 def _of_caller(
     statement: Select[*tuple[Any, ...]], caller: ApiCaller, after: str
 ) -> Select[*tuple[Any, ...]]:
-    """Return a statement about deployments restricted to those that a caller may read, behind a workflow id."""
+    """Restrict a statement about deployments to those that a caller may read with workflow ids after `after`, by id."""
     return statement.where(
         col(Deployment.organization_id) == caller.organization_id,
         col(Deployment.workflow_id) > after,

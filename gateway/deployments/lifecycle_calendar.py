@@ -257,7 +257,9 @@ async def _list_deployed(connection: AsyncConnection, caller: ApiCaller) -> Asyn
 async def _sum_without_stops(
     connection: AsyncConnection, workflow_ids: Sequence[str], today: TimeRange
 ) -> float:
-    """Return the pod time of deployments in seconds since the begin of a time, or since each was deployed first."""
+    """Return the pod time in seconds that deployments would have within a time if they never stopped after their first
+    deploy.
+    """
     statement = select(col(Deployment.last_replicas), col(Deployment.created_at)).where(
         col(Deployment.workflow_id).in_(workflow_ids)
     )
@@ -302,7 +304,7 @@ def _list_planned(
 
 
 def _to_pod_seconds(spans: Sequence[TimeRange], day: datetime, replicas: int) -> float:
-    """Return the pod time of some times within a day, in seconds, with a number of pods each."""
+    """Return the pod time in seconds of the parts of `spans` within a day, with this number of pods at all times."""
     length = sum((one.overlap(day, day + DAY) for one in spans), timedelta())
     return round(replicas * length.total_seconds(), 1)
 

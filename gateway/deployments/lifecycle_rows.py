@@ -143,10 +143,11 @@ async def list_changes(
 async def read_decisions(
     connection: AsyncConnection, workflow_ids: Sequence[str], since: datetime
 ) -> Sequence[PodChange]:
-    """Return decisions since a time (the newest 1,000), and the last one of each workflow before these, by
-    workflow and time.
+    """Return the decisions about workflows since a time, and the last earlier one of each, ordered by workflow and
+    time.
 
-    The earlier one tells whether its pods ran at that time.
+    The earlier one shows whether pods ran at that time. Of more than 1,000 decisions, only the newest are returned; the
+    earlier ones then precede these.
     """
     if not workflow_ids:
         return []

@@ -71,7 +71,7 @@ class PolicyShape(WireStruct, omit_defaults=True):
 
 
 def store_policy(body: LifecyclePolicy) -> dict[str, Any]:
-    """Return a policy as it is stored: with the fields of its type only, and the default of 30 idle minutes or so.
+    """Return a policy in its stored form: the fields of its type only, with the default of `idleTimeoutMinutes`.
 
     Raises a 422 error for a `scheduled-window` without or with an invalid schedule.
     """

@@ -226,10 +226,9 @@ async def _plan_run(
 async def _wait_for_pod(
     request: GatewayRequest, accepted: AcceptanceResult, times: TriggerTimings, until: float
 ) -> None:
-    """Wait until a pod has claimed the run or the loop's time `until` is over, record it in `times`, and
-    measure it.
+    """Wait until a pod has claimed the run or the loop's time `until` is over, and measure the wait.
 
-    Raises `PodUnavailable` if pods can't start.
+    `times.taken` becomes the time of the claim, or None. Raises `PodUnavailable` if pods can't start.
     """
     is_taken = await request.gateway.activation.taken(
         _build_key(request, accepted),
@@ -274,6 +273,10 @@ async def _show_result(
     times: TriggerTimings,
     progress: RunProgressReport | None,
 ) -> TriggerResult:
+    """Return the run as the API shows it: `started` after its claim without `sync`, else by `progress`.
+
+    An ended run has the outputs of its leaf nodes, or its error. `progress` is None for a run that was just claimed.
+    """
     shape = TriggerResult(
         status=TriggerStatus.STARTED,
         execution_id=accepted.execution_id,
@@ -301,7 +304,9 @@ async def _show_result(
 async def _show_ended_run(
     request: GatewayRequest, accepted: AcceptanceResult, times: TriggerTimings, outcome: OutcomeShape
 ) -> TriggerResult:
-    """Return the result of a run that ended in time, with the output of its last node unless outputs are too large."""
+    """Return the result of a run that ended in time, with the outputs of its leaf nodes unless all outputs are too
+    large.
+    """
     output = {} if outcome.outputs_omitted else await _read_output(request, accepted, times)
     return TriggerResult(
         status=TriggerStatus(outcome.status),
@@ -317,6 +322,9 @@ async def _show_ended_run(
 async def _read_output(
     request: GatewayRequest, accepted: AcceptanceResult, times: TriggerTimings
 ) -> dict[str, msgspec.Raw]:
+    """Return the outputs of the run's leaf nodes as JSON, by node id; raises `OutputsTooLarge` over 20 million
+    characters.
+    """
     caller, key = request.caller, _build_key(request, accepted)
     async with request.gateway.database.read() as connection:
         hashed = times.definition_hash

@@ -198,12 +198,12 @@ def page_statement(
     state: WorkflowState | None = None,
     order: ActivityOrder = ActivityOrder.WORST,
 ) -> Select[*tuple[Any, ...]]:
-    """Return the statement of a page of workflows in an order, by their counts from an hour on, with the number of
-    all that match, of busy ones, and of those in each state; in any state for None.
+    """Return the statement of a page of matching workflows in an order, by the counts of their runs from `since` on.
 
-    In any state, the page has busy workflows alone, unless it is ordered by name; `quiet_statement` lists the others
-    behind them. So few rows are read and sorted, however many workflows have neither runs nor pods. A page without
-    workflows is one row with the numbers. Only ids are sorted, without the rest of their rows.
+    Each row also has the number of all that match (`total`), of `busy` ones, and of those in each state; a page without
+    workflows is one row with these numbers. With the state None, meaning any, the page has busy workflows alone, unless
+    it is ordered by name: `quiet_statement` lists the others behind them. So few rows are read and sorted, however many
+    workflows have neither runs nor pods. Only ids are sorted, without the rest of their rows.
     """
     conditions = workflow_rows.list_conditions(caller, wanted)
     if wanted.search is not None:
@@ -243,9 +243,10 @@ def page_statement(
 def quiet_statement(
     caller: ApiCaller, wanted: WorkflowFilter, part: PageBounds, since: datetime, order: ActivityOrder
 ) -> Select[*tuple[Any, ...]]:
-    """Return the statement of a page of the workflows that are not busy in an order, the latest change first.
+    """Return the statement of a page of the matching workflows that are not busy in an order, the latest change first.
 
-    It follows the index of lists by the last change, in which rows are skipped without being read.
+    Busy are those with runs from `since` on, and by `worst` those without a start of their pods. The statement follows
+    the index of lists by the last change, in which rows are skipped without being read.
     """
     busy = [
         select(col(RunHour.workflow_id)).where(
@@ -280,10 +281,10 @@ def _rank_active(
     *,
     is_ranked: bool,
 ) -> tuple[CTE, Sequence[Label[Any]]]:
-    """Return the workflows with runs or a deployment that meet conditions, with their terms of an order, whether each
-    is busy in it, and whether it is in each state; and these terms. The terms are left out unless `is_ranked`.
+    """Return a CTE of the workflows with runs or a deployment that meet conditions, and the terms of an order.
 
-    Busy ones stand before all others in the order: those with runs, and by the worst those whose pods can't start.
+    Its columns are their ids, the terms if `is_ranked`, and 1 or 0 for `busy` and for each state. Busy workflows
+    precede all others in the order: those with runs, and by the worst those without a start of their pods.
     """
     sums = _sum_hours(caller, since)
     active = union(
@@ -321,7 +322,9 @@ def _direct(terms: Sequence[ColumnElement[Any]], *, is_descending: bool) -> Sequ
 
 
 def _sum_hours(caller: ApiCaller, since: datetime) -> CTE:
-    """Return the counts of runs by workflow from an hour on."""
+    """Return a CTE with the counts of runs, and the hours of the last run and last failed run, by workflow from `since`
+    on.
+    """
     starts_at = col(RunHour.starts_at)
     return (
         select(
@@ -342,9 +345,7 @@ def _sum_hours(caller: ApiCaller, since: datetime) -> CTE:
 
 
 def _list_order_terms(order: ActivityOrder, sums: CTE) -> Sequence[SQLColumnExpression[Any]]:
-    """Return the terms by which workflows with the counts of their runs are sorted: names with the least first, all
-    others with the greatest first.
-    """
+    """Return the terms by which workflows with counts are sorted: by name ascending, else descending."""
     last_run = func.coalesce(sums.c.accepted_at, 0)
     newest: Sequence[SQLColumnExpression[Any]] = (col(Workflow.updated_at), col(Workflow.id))
     if order is ActivityOrder.NAME:
@@ -362,7 +363,7 @@ def _list_order_terms(order: ActivityOrder, sums: CTE) -> Sequence[SQLColumnExpr
 
 
 def _state_condition(state: WorkflowState, sums: CTE) -> ColumnElement[bool]:
-    """Return the condition of workflows in a state; it may be unknown instead of false."""
+    """Return the SQL condition of workflows in a state; it may be NULL instead of false."""
     match state:
         case WorkflowState.FAILING:
             return or_(sums.c.failed > 0, _CANNOT_START)
