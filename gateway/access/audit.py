@@ -170,7 +170,7 @@ def _show_row(row: AuditRow) -> AuditEntryShape:
 
 
 def _show_deferral(row: DeferredDelivery) -> AuditEntryShape:
-    """Return the deferral of a delivery as the API shows it; its reason is the code of that of the delivery."""
+    """Return the deferral of a delivery as the API shows it, with the code at the start of the delivery's reason."""
     inputs = {
         "deliveryId": row.id,
         "executionId": row.execution_id,

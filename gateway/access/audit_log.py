@@ -141,7 +141,9 @@ def _show(value: Json | Missing, *, is_shown: bool) -> str | None:
 
 
 def by_id(items: Sequence[Mapping[str, Any]]) -> dict[str, Json]:
-    """Return items by their ids, so that paths name them instead of their positions."""
+    """Return items by their ids, so that paths name them instead of their positions; of equal ids, the last item
+    counts.
+    """
     return {str(item["id"]): {**item} for item in items}
 
 

@@ -229,7 +229,10 @@ async def _list_by_cursor(
 async def _list_by_offset(
     connection: AsyncConnection, tables: Sequence[_AuditTable], part: PageBounds, *, is_newest_first: bool
 ) -> ListPage[AuditRow]:
-    """Return the limit and offset of `part`: first the ids of its rows in all tables, then the rows."""
+    """Return the page `part` of the entries of all tables together, in the order of time, with the number of all.
+
+    The ids of the page are read first, then their rows.
+    """
     if not tables:
         return ListPage(0, [])
     count = 0

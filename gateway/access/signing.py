@@ -89,10 +89,10 @@ async def replace(request: GatewayRequest) -> JsonResponse:
 
 
 async def _retire(connection: AsyncConnection, organization_id: str, now: datetime) -> str | None:
-    """Let the current signing secret expire after a day, and delete older ones beyond the two that sign.
+    """Let the current signing secret expire after a day, and delete all older ones except for the newest two.
 
-    Return the id of the former current one, None if there was none. The organization's row stays locked for
-    the transaction.
+    Return the id of the former current one, None if there was none. The organization's row stays locked for the
+    transaction.
     """
     # The lock serializes replacements: there is never more than one secret without an expiry.
     lock = select(col(Organization.id)).where(col(Organization.id) == organization_id).with_for_update()

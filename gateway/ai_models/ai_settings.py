@@ -104,7 +104,9 @@ async def update(request: GatewayRequest) -> JsonResponse:
 
 
 async def clear_default(connection: AsyncConnection, caller: ApiCaller, model_id: str, now: datetime) -> None:
-    """Leave the organization of the caller without a default model if it is this one, with an audit entry."""
+    """Remove the default model of the caller's organization if it is this one, with an audit entry; else change
+    nothing.
+    """
     before = await _read(connection, caller, is_locking=True)
     if before.default_model_id == model_id:
         await _apply(connection, caller, before, {"default_model_id": None}, now)
@@ -146,7 +148,9 @@ def _build_changes(body: UpdateAiSettings) -> dict[str, Any]:
 
 
 async def _require_shared(connection: AsyncConnection, caller: ApiCaller, model_id: str) -> None:
-    """Raise a 422 error unless the whole organization may use a model, also until the end of the transaction."""
+    """Raise a 422 error unless the whole organization may use a model; it stays locked until the end of the
+    transaction.
+    """
     if model_id == ECHO_MODEL_ID:
         return
     found = await model_rows.find(connection, model_id, caller, is_locking=True)

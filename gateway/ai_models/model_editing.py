@@ -194,7 +194,7 @@ def name_taken(error: ModelNameTaken) -> ApiError:
 
 
 def _changes_for_users(before: StoredModel, after: StoredModel) -> bool:
-    """Return whether workflows that name a model get another one, or may lose it."""
+    """Return whether a change lets the id mean another model for its users, or takes the model from some of them."""
     was, model = before.model, after.model
     is_other = (model.vendor_model_id, model.data_source_id) != (was.vendor_model_id, was.data_source_id)
     if is_other or model.is_shared:
@@ -233,10 +233,10 @@ async def _require_unused(connection: AsyncConnection, model: AiModel, caller: A
 async def _remove_default(
     connection: AsyncConnection, model: AiModel, caller: ApiCaller, now: datetime, *, is_forced: bool
 ) -> None:
-    """Leave the organization without a default model if it is this one; raises a 409 error unless `is_forced`.
+    """Remove a model as the organization's default model if it is that; raises a 409 error instead unless `is_forced`.
 
-    The transaction has changed or deleted the model, whose row a choice of the default locks: so that comes before, and
-    is seen here, or after, and sees the change.
+    The transaction has changed or deleted the model, and a choice of the default locks its row: so a concurrent choice
+    is committed before and seen here, or waits and sees the change.
     """
     if is_forced:
         await ai_settings.clear_default(connection, caller, model.id, now)

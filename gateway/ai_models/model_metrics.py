@@ -142,7 +142,10 @@ def list_periods(window: MetricsWindow, now: datetime) -> Sequence[datetime]:
 def periods_statement(
     organization_id: str, model_id: str, since: datetime, length: timedelta
 ) -> Select[*tuple[Any, ...]]:
-    """Return the statement that sums the calls of a model by period, outcome and duration."""
+    """Return the statement that sums the calls of a model since a time by period, error code and duration.
+
+    `length` is that of a period, an hour or a day; `period` in a row is the number of such periods since 1970.
+    """
     size = to_microseconds(since + length) - to_microseconds(since)
     period = type_coerce(col(ModelHour.starts_at), BigInteger) // literal_column(str(size))
     sums = (func.sum(col(getattr(ModelHour, name))).label(name) for name in _AMOUNTS)

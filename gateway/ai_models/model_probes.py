@@ -166,12 +166,12 @@ class ModelProber:
 
 
 def _share_time(deadline: float, calls: int) -> float:
-    """Return the seconds of one of so many calls until a time by `monotonic`."""
+    """Return the seconds for each of a number of calls in the time left until `deadline` by `monotonic`; 0 after it."""
     return max(deadline - monotonic(), 0.0) / calls
 
 
 async def _try_until(seconds: float, probe: Awaitable[bool]) -> bool | None:
-    """Return the result of a probe; None if it takes longer."""
+    """Return the result of a probe; None, and the probe is canceled, if it takes longer."""
     try:
         async with asyncio.timeout(seconds):
             return await probe
@@ -248,7 +248,7 @@ async def _sees_images(client: ModelClient, model: ModelConnection) -> bool:
 async def _ask_for_rarity(
     client: ModelClient, model: ModelConnection, request: ChatRequest
 ) -> ChatAnswer | None:
-    """Return the answer to a request that many servers don't know; None if the provider refuses it.
+    """Return the answer to a request that many servers don't support; None if the provider refuses it.
 
     They refuse it with any status, 500 among them. Raises `ModelCallFailed` for a rate limit.
     """

@@ -58,7 +58,7 @@ async def show(request: GatewayRequest) -> JsonResponse:
 
 
 def find_state(model: AiModel, now: datetime) -> ModelState:
-    """Return the state of a model at a time."""
+    """Return the state of a model at a time: blocked, else untested, active or failed by its last test."""
     if model.blocked_until is not None and model.blocked_until > now:
         return ModelState.BLOCKED
     tested = _read_last_test(model)
@@ -79,7 +79,10 @@ def _show(model: AiModel, now: datetime) -> ModelStatus:
 
 
 def _read_last_test(model: AiModel) -> LastModelTest | None:
-    """Return the stored result of the last test; earlier releases have stored answered tests by their time alone."""
+    """Return the stored result of the last test, None before the first one.
+
+    Earlier releases have stored answered tests by their time alone.
+    """
     stored: dict[str, Any] | None = model.last_test
     if stored is not None:
         return msgspec.convert(stored, LastModelTest)

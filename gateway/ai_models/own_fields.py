@@ -57,14 +57,16 @@ class SourceResource:
     def build(
         self, caller: ApiCaller, fields: CreateDataSource, vault: SecretVault, now: datetime
     ) -> DataSource:
-        """Return the data source of a new resource, not stored yet; raises a 422 error that names own fields."""
+        """Return the data source of a new resource, not stored yet; raises a 422 error with paths of the resource's
+        fields.
+        """
         with name_own_fields(self.fields):
             return data_source_shapes.build_data_source(caller, fields, vault, now)
 
     def apply(
         self, before: StoredDataSource, changes: UpdateDataSource, vault: SecretVault, now: datetime
     ) -> StoredDataSource:
-        """Return a changed resource, not stored yet; raises a 422 error that names own fields."""
+        """Return a changed resource, not stored yet; raises a 422 error with paths of the resource's fields."""
         with name_own_fields(self.fields):
             return data_source_shapes.apply_changes(before, changes, vault, now)
 
@@ -88,7 +90,11 @@ async def edit(editor: DataSourceEditor, requested: RequestedObject, change: Cha
 
 @contextmanager
 def name_own_fields(fields: Mapping[str, str]) -> Iterator[None]:
-    """Name own fields in a refusal that the block raises; `fields` are their names by those of the data source."""
+    """Rename the fields in an `ApiError` of the block from those of the data source to those of the resource, as a 422
+    error.
+
+    `fields` has the names of the resource's fields by those of the data source.
+    """
     try:
         yield
     except ApiError as error:

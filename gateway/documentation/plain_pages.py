@@ -69,6 +69,7 @@ def find_pages(checkout: Path) -> PlainPages:
 
 
 def _build_answer(name: str, text: str) -> CachedText:
+    """Return the answer with a page of escaped text, below links to the contents and the API's document."""
     up = "../" * name.count("/")
     body = (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{escape(name)}</title>"

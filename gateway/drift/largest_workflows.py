@@ -69,7 +69,9 @@ async def find_largest(connection: AsyncConnection, caller: ApiCaller) -> Sequen
 
 
 async def _read_statistics(connection: AsyncConnection) -> Mapping[str, int]:
-    """Return the estimated runs of the most frequent workflows from the statistics of PostgreSQL."""
+    """Return the estimated runs of the most frequent workflows by id, by PostgreSQL's statistics; {} before its first
+    analysis.
+    """
     row = (await connection.execute(_POSTGRESQL_SHARES)).first()
     if row is None or row.ids is None or row.rows < 0:
         return {}
@@ -79,7 +81,7 @@ async def _read_statistics(connection: AsyncConnection) -> Mapping[str, int]:
 
 
 async def _sample_rows(connection: AsyncConnection) -> Mapping[str, int]:
-    """Return the estimated runs of the workflows in a sample of SQLite's rows; exact for up to 500 rows."""
+    """Return the estimated runs by workflow id, from a sample of SQLite's rows; exact for up to 500 rows."""
     bounds = (await connection.execute(_SQLITE_RANGE)).one()
     if bounds.first is None:
         return {}

@@ -142,7 +142,7 @@ def _show_phase(phase: str, ordered: Sequence[float]) -> WakePhase:
 async def _find_oldest(
     connection: AsyncConnection, activities: Sequence[Mapping[str, Any]]
 ) -> Sequence[OldestRows]:
-    """Return the age of the oldest rows of each kind by their ids, which begin with the time."""
+    """Return the time of the oldest execution, delivery and event, taken from its id, with the retention in days."""
     days: Mapping[str, int] = next((one["retention"] for one in activities if one.get("retention")), {})
     tables: tuple[tuple[str, type[SQLModel], str], ...] = (
         ("executions", Execution, "executions"),

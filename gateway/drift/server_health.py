@@ -249,7 +249,7 @@ def _list_alerts(
 
 
 def _date_lead(lead: SchedulerLead | None, reports: Sequence[ProcessReport]) -> SchedulerLead | None:
-    """Return a lead with its begin, if the process that has it reports it."""
+    """Return a lead with the time at which it began, if the report of the process that holds it has that."""
     for one in reports:
         reported = (one.activity or {}).get("lead")
         if lead is not None and lead.is_held and reported is not None and reported["owner"] == lead.name:
@@ -258,7 +258,7 @@ def _date_lead(lead: SchedulerLead | None, reports: Sequence[ProcessReport]) -> 
 
 
 def _list_duties(reports: Sequence[ProcessReport]) -> Sequence[SchedulerDuty]:
-    """Return the last tick of each periodic duty, of whichever process did it last, by name."""
+    """Return the last tick of each periodic duty, by the process that did it last, sorted by name."""
     found: dict[str, tuple[datetime, Mapping[str, float]]] = {}
     for one in reports:
         for name, tick in ((one.activity or {}).get("duties") or {}).items():
@@ -298,7 +298,7 @@ async def _find_lead(connection: AsyncConnection, now: datetime) -> SchedulerLea
 
 
 async def _read_processes(connection: AsyncConnection) -> Sequence[ProcessPresence]:
-    """Return gateways, schedulers and deployers, the newest report of each role first."""
+    """Return the last reports of gateways, schedulers and deployers, at most 100, by role and the newest first."""
     statement = (
         select(ProcessPresence)
         .order_by(col(ProcessPresence.role), col(ProcessPresence.seen_at).desc())
@@ -308,7 +308,7 @@ async def _read_processes(connection: AsyncConnection) -> Sequence[ProcessPresen
 
 
 async def _read_workers(connection: AsyncConnection) -> Sequence[WorkerPresence]:
-    """Return the workers that reported last, the newest report first; those that ended in order are left out."""
+    """Return the last 100 reports of workers, the newest first; those that ended in order are left out."""
     statement = (
         select(WorkerPresence)
         .where(col(WorkerPresence.ended_at).is_(None))
@@ -343,7 +343,7 @@ def _show_process(one: ProcessReport, figures: ServerFigures, now: datetime) -> 
 async def _measure_database(
     connection: AsyncConnection, database: Database, latency_ms: float
 ) -> DatabaseHealth:
-    """Return kind, revision and sizes of the database; of PostgreSQL, those of its tables."""
+    """Return kind, revision and size of the database, with the 20 largest tables of PostgreSQL."""
     revision = await connection.scalar(text("SELECT version_num FROM alembic_version"))
     if is_sqlite(database.url):
         size = await connection.scalar(_SQLITE_BYTES) or 0

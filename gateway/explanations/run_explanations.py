@@ -154,6 +154,9 @@ def _show_run(
     model_calls: Sequence[str],
     wake: RunWake | None,
 ) -> RunExplanation:
+    """Return the explanation of a run as the API shows it; `explained` is that of the node `node_id`, of the run for
+    None.
+    """
     run = facts.run
     of_run = explained if node_id is None else run_explanation.explain_run(facts)
     spent = run_timing.sum_times(run, facts.intervals, facts.now, primary=of_run.primary, since=of_run.since)

@@ -84,7 +84,8 @@ def _tidy_schema(value: Any, known_as: Mapping[str, str]) -> Any:  # noqa: ANN40
 
 
 def _find_implied_keywords(schema: Mapping[str, Any]) -> dict[str, Json]:
-    """Return the keywords that a schema implies, since client generators misread it when they are absent.
+    """Return the keywords that a schema implies and lacks, since client generators misread it without them; {} for
+    none.
 
     They are `additionalProperties`, `items`, and the type of choices.
     """
@@ -124,7 +125,7 @@ def _iterate_structs(types: Iterable[object]) -> Iterator[type[msgspec.Struct]]:
 
 
 def _describe(struct: type[msgspec.Struct], schema: dict[str, Any]) -> None:
-    """Copy the docstring below each field of a type into the field's schema, and add its read-only fields."""
+    """Add to a type's schema, in place, the docstring below each of its fields, and its read-only fields."""
     descriptions: dict[str, str] = {}
     for kind in reversed(struct.__mro__):
         if issubclass(kind, WireStruct):

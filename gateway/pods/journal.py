@@ -119,11 +119,10 @@ async def wait(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
 
 
 async def claim(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
-    """Claim pending runs of this deployment for the pod, and answer with them; with none if it is stopped or
-    drains.
+    """Claim pending runs of this deployment for the pod, and answer with them; with none if it is stopped or drains.
 
-    A claim is a lease for the pod's seconds. Completion actions are left out. Their claim is notified to
-    waiting requests.
+    The lease of each run lasts for the seconds of the call. The answer has no completion actions. Requests that wait
+    for the claim of a run are notified.
     """
     call = await decode_call(request, ClaimRequest)
     if not await lease_checks.takes_runs(request.gateway.database, holder):

@@ -184,7 +184,10 @@ async def count_failed_model_call(request: GatewayRequest, holder: LeaseHolder) 
 
 
 async def receive_open_answers(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
-    """Take pieces of open answers, and answer with the runs of the pod that a client follows."""
+    """Pass pieces of streamed model answers to the gateways that follow their runs, and answer with the followed runs.
+
+    Runs that the pod doesn't hold are ignored.
+    """
     call = await decode_call(request, OpenAnswersRequest)
     return JsonResponse(await request.gateway.pod_services.answers.receive(holder, call))
 

@@ -53,9 +53,11 @@ class PodAnswers:
         await self._broker.listen(self._handle_notification, subject=FOLLOW_POD)
 
     async def receive(self, holder: LeaseHolder, call: OpenAnswersRequest) -> OpenAnswersResponse:
-        """Pass on the pieces of a pod, and return those of its runs with open answers that a gateway follows.
+        """Send the pieces of a pod's streamed answers to the gateways that follow their runs, and return the followed
+        runs.
 
-        Only runs that the pod holds count; without a follower, nothing is read.
+        Only runs that the pod holds count; without a follower, nothing is read. The result also names runs of which the
+        pod has to send the answers from their beginning.
         """
         named = {*call.open, *(piece.execution_id for piece in call.pieces)}
         followed = await self._read_held(holder, [each for each in named if self._list_channels(each)])
@@ -87,6 +89,10 @@ class PodAnswers:
         return [channel for channel, until in self._followers.get(execution_id, {}).items() if until > now]
 
     def _handle_notification(self, notification: Notification) -> None:
+        """Store that a gateway follows a run for a limited time, as its notification asks.
+
+        Nothing is stored beyond the maximum of gateways of a run, and of runs. Other notifications are ignored.
+        """
         request = answer_messages.open_sealed(GATEWAYS, self._seal, notification, FOLLOW_POD, FollowRequest)
         if request is None:
             return

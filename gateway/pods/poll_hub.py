@@ -227,6 +227,9 @@ class PodPollHub:
             self._checking = None
 
     async def _answer_polls(self, waiters: Collection[WaitingPod]) -> None:
+        """Look once for pending runs, and for stop or cancel requests that a pod does not know, and answer the polls
+        with any.
+        """
         idle_workflow_ids = {waiter.workflow_id for waiter in waiters if waiter.wants_work}
         owners = {waiter.holder.owner for waiter in waiters}
         workflow_ids = {waiter.workflow_id for waiter in waiters}

@@ -105,6 +105,7 @@ def require_json(value: bytes) -> None:
 
 
 def _check_span(span: NodeSpan) -> None:
+    """Raise a 422 error, or an error of the decoding, for a span that could not be stored or read back."""
     _check_model_calls(span.model_calls)
     for text in (span.input, span.output, span.resolved_config, span.rendered_config):
         if text is not None:
@@ -125,6 +126,7 @@ def _check_span(span: NodeSpan) -> None:
 
 
 def _check_step(step: AgentStep) -> None:
+    """Raise a 422 error, or `InvalidJson`, for a step of an agent that could not be stored or read back."""
     texts = (step.node_id, step.iteration, step.request_hash, step.effect or "")
     lengths = (
         *((step.name, MAX_TASK_CHARACTERS), (step.key, MAX_TASK_CHARACTERS)),
@@ -149,6 +151,7 @@ def _check_model_calls(raw: bytes | None) -> None:
 
 
 def _check_task(raw: bytes) -> None:
+    """Raise a 422 error, or an error of the decoding, for a new task that could not be stored or read back."""
     task = decoding.decode(raw, NewTask)
     for value in (task.config, task.input):
         values.decode_json(bytes(value))

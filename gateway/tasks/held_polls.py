@@ -51,7 +51,7 @@ class HeldPoll:
         return answer
 
     async def wait_again(self) -> PollAnswer | None:
-        """Return the answer, None if a heartbeat is due before; the worker is present until now."""
+        """Record that the worker is present, and return the answer, None if a heartbeat is due before."""
         self.presence.note_open_poll(self.parked.poll.organization_id, self.parked.poll.worker_id)
         return await self.parked.wait()
 

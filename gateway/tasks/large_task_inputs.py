@@ -83,6 +83,10 @@ async def _find_span(database: Database, execution_id: str, node_id: str, iterat
 
 
 async def _restored(database: Database, blobs: BlobStore, execution_id: str, span: NodeSpan) -> NodeSpan:
+    """Return a span of a run with its input and output from the blob storage.
+
+    Raises a 404 error if they are not stored any more, and 503 while the blob storage is away.
+    """
     async with database.read() as connection:
         row = (
             await connection.execute(

@@ -192,8 +192,8 @@ class OrganizationPolls:
                 heappush(self._idle.setdefault(one.poll.served, []), (one.order, next(self._numbers), one))
 
     def take_fitting(self, queues: Sequence[str]) -> list[ParkedPoll]:
-        """Take the next waiting polls, 20 at most, with equal types and pools that can perform tasks of one
-        of these queues.
+        """Remove and return the next waiting polls, at most 50, with equal types and pools, that can perform tasks of
+        these queues.
 
         A queue is named by type, version and pool. Empty if no poll fits.
         """

@@ -180,19 +180,19 @@ class PollService:
             self._start(organization_id, polls)
 
     def _tell_leaving(self, organization_id: str) -> None:
-        """Tell workers of an organization that stop, or are asked to, by their open polls at this gateway."""
+        """Answer the open polls of an organization's stopping and draining workers here, in the background."""
         if (polls := self._polls.get(organization_id)) is not None:
             polls.has_leaving = True
             self._start(organization_id, polls)
 
     def repeat_failed_looks(self) -> None:
-        """Look again for workers that stop, or are asked to, where the look has failed."""
+        """Repeat failed looks for stopping and draining workers, in the background."""
         for organization_id, polls in list(self._polls.items()):
             if polls.has_leaving:
                 self._start(organization_id, polls)
 
     async def announce_leaving(self, organization_id: str) -> None:
-        """Tell workers of an organization that stop, or are asked to, by their open polls at all gateways."""
+        """Answer the open polls of an organization's stopping and draining workers, and notify the other gateways."""
         self._tell_leaving(organization_id)
         await self._publish([workers_key(organization_id)])
 

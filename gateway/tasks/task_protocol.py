@@ -451,7 +451,7 @@ def _log_lines(one: ReportItem) -> ItemKind | ItemError:
 
 
 def _line(line: LogLineInput) -> LogText:
-    """Return a log line; without a time it comes last, and a time without zone is UTC."""
+    """Return a log line in its stored form, without a time with that of its report; a time without zone is UTC."""
     if line.at is None:
         return LogText(line.level, line.message, NEVER)
     moment = line.at if line.at.tzinfo else line.at.replace(tzinfo=UTC)

@@ -21,7 +21,7 @@ log = structlog.get_logger()
 
 
 async def find_traceparents(database: Database, tracer: Tracer, task_ids: Sequence[str]) -> Mapping[str, str]:
-    """Return the `traceparent` of each task by its id; empty while the database is away: tasks go without."""
+    """Return the `traceparent` of tasks by id, except for those without a span; empty while the database is away."""
     if not task_ids:
         return {}
     columns = (col(SpanRow.node_id), col(SpanRow.iteration), col(SpanRow.attempt))
