@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 from sqlalchemy import insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from gateway.workflows.workflow_rows import searched_in
+from gateway.workflows.workflow_rows import build_search_text
 from models import ids
 from models.access import Organization, User
 from models.workflow import Workflow, WorkflowGraph, WorkflowShare, WorkflowStatus, WorkflowTag
@@ -83,7 +83,7 @@ def _build_workflow(crowd: WorkflowOwners, index: int) -> dict[str, Any]:
         owner_id=_choose_owner(crowd, index).id,
         name=name,
         description=description,
-        search_text=searched_in(name, description),
+        search_text=build_search_text(name, description),
         status=_choose_status(index),
         version=1 + index % 11,
         tags=[*_tag_names(index)],

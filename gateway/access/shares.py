@@ -23,7 +23,7 @@ async def require_user(connection: AsyncConnection, user_id: str, caller: ApiCal
         raise errors.not_found("user")
 
 
-def added(
+def with_user(
     shared_with: Mapping[str, datetime],
     user_id: str,
     now: datetime,
@@ -49,7 +49,7 @@ def added(
     return {**shared_with, user_id: now}
 
 
-def removed(shared_with: Mapping[str, datetime], user_id: str) -> Mapping[str, datetime]:
+def without_user(shared_with: Mapping[str, datetime], user_id: str) -> Mapping[str, datetime]:
     """Return the shares of an object without a user; raises a 404 error if they don't include the user."""
     if user_id not in shared_with:
         raise errors.not_found("share")

@@ -222,7 +222,7 @@ async def _require_unused(connection: AsyncConnection, model: AiModel, caller: A
     """Raise a 409 error if workflows name the model; its details list those that the caller may read."""
     if not await data_source_rows.is_named(connection, model.organization_id, model.id):
         return
-    named_by = await data_source_rows.naming(connection, model.id, caller, limits.FINDINGS)
+    named_by = await data_source_rows.list_referring_workflows(connection, model.id, caller, limits.FINDINGS)
     raise errors.conflict(
         "model-in-use",
         "Workflows use this model (details lists those that you may read): remove it there, or use ?force=true",

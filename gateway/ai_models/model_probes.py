@@ -228,7 +228,7 @@ async def _answers_in_json_mode(client: ModelClient, model: ModelConnection) -> 
     if PROTOCOLS[model.provider].JSON_MODE is None:
         return False
     in_json_mode = msgspec.structs.replace(model, follows_schemas=False, has_json_mode=True)
-    return _fits_city_schema(await _ask_for_rarity(client, in_json_mode, _build_city_request()))
+    return _fits_city_schema(await _ask_for_optional_ability(client, in_json_mode, _build_city_request()))
 
 
 async def _sees_images(client: ModelClient, model: ModelConnection) -> bool:
@@ -241,11 +241,11 @@ async def _sees_images(client: ModelClient, model: ModelConnection) -> bool:
     parts = PROTOCOLS[model.provider].build_image_question(COLOR_QUESTION, b64encode(_draw_image()).decode())
     content = ProviderContent(model.id, parts)
     message = ChatMessage(MessageRole.USER, COLOR_QUESTION, provider_content=content)
-    answer = await _ask_for_rarity(client, model, ChatRequest((message,), PROBE_TOKENS))
+    answer = await _ask_for_optional_ability(client, model, ChatRequest((message,), PROBE_TOKENS))
     return answer is not None and COLOR in answer.text.lower()
 
 
-async def _ask_for_rarity(
+async def _ask_for_optional_ability(
     client: ModelClient, model: ModelConnection, request: ChatRequest
 ) -> ChatAnswer | None:
     """Return the answer to a request that many servers don't support; None if the provider refuses it.

@@ -171,7 +171,7 @@ async def refresh(request: GatewayRequest) -> JsonResponse:
                 "edit-conflict",
                 "Another request changed the address of this tool server meanwhile: try again",
             )
-        return _store_tools(before, found, now)
+        return _apply_listed_tools(before, found, now)
 
     if found.is_ok:
         stored = await request.gateway.data_source_editor.edit(
@@ -218,7 +218,7 @@ async def _read(request: GatewayRequest) -> StoredDataSource:
     return await own_fields.read(request.gateway.data_source_editor, request.requested_object, TOOL_SERVER)
 
 
-def _store_tools(before: StoredDataSource, found: ProbeResult, now: datetime) -> StoredDataSource:
+def _apply_listed_tools(before: StoredDataSource, found: ProbeResult, now: datetime) -> StoredDataSource:
     """Return a tool server with the tools that it has listed; unchanged if they are those of before."""
     listed = tool_server.read_tools(before.source.tools)
     offered = [msgspec.to_builtins(tool) for tool in found.tools]

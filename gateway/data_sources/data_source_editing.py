@@ -252,7 +252,9 @@ async def _require_unused(connection: AsyncConnection, source: DataSource, calle
     ):
         return
     models = await data_source_rows.list_models(connection, source.id, caller, limits.FINDINGS)
-    workflows = await data_source_rows.naming(connection, source.id, caller, limits.FINDINGS)
+    workflows = await data_source_rows.list_referring_workflows(
+        connection, source.id, caller, limits.FINDINGS
+    )
     users = "Language models" if is_used_by_models else "Workflows"
     named = [
         *((f"models.{model_id}", name) for model_id, name in models),

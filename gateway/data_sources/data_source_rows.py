@@ -195,7 +195,7 @@ async def is_named(connection: AsyncConnection, organization_id: str, object_id:
     return await connection.scalar(statement.limit(1)) is not None
 
 
-async def naming(
+async def list_referring_workflows(
     connection: AsyncConnection, object_id: str, caller: ApiCaller, limit: int
 ) -> list[tuple[str, str]]:
     """Return ids and names of at most `limit` workflows that refer to a data source or model and that the caller
@@ -236,7 +236,7 @@ def _select_referring_workflows(organization_id: str, object_id: str) -> Any:  #
     The graph counts, since stored scopes are computed on request only.
     """
     nodes = type_coerce(col(WorkflowGraph.nodes), Text)
-    deployed = select_deployed_naming(organization_id, object_id)
+    deployed = select_referring_deployments(organization_id, object_id)
     return (
         select(col(Workflow.id), col(Workflow.name))
         .join(WorkflowGraph, col(WorkflowGraph.workflow_id) == col(Workflow.id))
@@ -251,7 +251,7 @@ def _select_referring_workflows(organization_id: str, object_id: str) -> Any:  #
     )
 
 
-def select_deployed_naming(organization_id: str, object_id: str) -> Select[*tuple[Any, ...]]:
+def select_referring_deployments(organization_id: str, object_id: str) -> Select[*tuple[Any, ...]]:
     """Return the query of an organization's deployments whose version contains the id of a data source or model."""
     is_definition = and_(
         col(Definition.organization_id) == col(Deployment.organization_id),

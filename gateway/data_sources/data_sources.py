@@ -262,7 +262,7 @@ def _add_share(before: StoredDataSource, user_id: str, caller: ApiCaller, now: d
 
     Raises a 409 error for more than 1,000, and 422 for the owner or caller.
     """
-    shared_with = shares.added(
+    shared_with = shares.with_user(
         before.shared_with, user_id, now, what="data source", owner_id=before.source.owner_id, caller=caller
     )
     return replace(before, shared_with=shared_with)
@@ -270,7 +270,7 @@ def _add_share(before: StoredDataSource, user_id: str, caller: ApiCaller, now: d
 
 def _remove_share(before: StoredDataSource, user_id: str) -> StoredDataSource:
     """Return a data source without the share of a user; raises a 404 error if there is none."""
-    return replace(before, shared_with=shares.removed(before.shared_with, user_id))
+    return replace(before, shared_with=shares.without_user(before.shared_with, user_id))
 
 
 def _as_json(request: GatewayRequest, stored: StoredDataSource) -> Mapping[str, Json]:

@@ -161,7 +161,7 @@ class DeploymentActivator:
             if not self._queues[workflow_id]:
                 del self._queues[workflow_id]
 
-    async def ask(self, workflow_id: str) -> Deployment:
+    async def record_request(self, workflow_id: str) -> Deployment:
         """Record activity of a deployment, so that its policy keeps it up, and return it.
 
         Raises a 409 error if it isn't deployed or its policy forbids a start, and 503 if over 1,000 requests
@@ -176,7 +176,7 @@ class DeploymentActivator:
             raise errors.not_ready("Too many requests wait here for the workflow to start: try again")
         return deployment
 
-    async def count(self, workflow_id: str) -> CountedDeployment | None:
+    async def record_run(self, workflow_id: str) -> CountedDeployment | None:
         """Record activity of a deployment for a run without a waiting client.
 
         Return it with the refusal of its start by its policy, None if it may start; None if it isn't
@@ -195,7 +195,7 @@ class DeploymentActivator:
             deployment, lifecycle_policy.start_refusal(seen.policy, seen.situation, seen.now)
         )
 
-    async def count_several(self, workflow_ids: Sequence[str]) -> Mapping[str, CountedDeployment]:
+    async def record_runs(self, workflow_ids: Sequence[str]) -> Mapping[str, CountedDeployment]:
         """Record activity of several deployments at once; return each by its workflow id, with the refusal of
         its start if any.
 
@@ -247,7 +247,7 @@ class DeploymentActivator:
 
     # ── waiting for a pod ───────────────────────────────────────────────────────────────────────────────────
 
-    async def taken(
+    async def await_claim(
         self, key: ExecutionKey, workflow_id: str, *, is_new: bool, is_ready: bool, seconds: float
     ) -> bool:
         """Wake the deployment for a run, and return whether the run was claimed within `seconds`.

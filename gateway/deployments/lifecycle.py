@@ -241,7 +241,7 @@ async def update(request: GatewayRequest) -> JsonResponse:
 
     It takes effect within half a minute. Fields of other policy types are validated but not stored.
     """
-    policy = lifecycle_shapes.store_policy(await _read_policy(request))
+    policy = lifecycle_shapes.to_stored_policy(await _read_policy(request))
     edited = await request.gateway.workflow_editor.edit(
         request.requested_object,
         AuditAction.WORKFLOW_LIFECYCLE_SET,
@@ -304,7 +304,7 @@ async def preview(request: GatewayRequest) -> JsonResponse:
     Shows its starts and stops of pods in the next two weeks. It also replays the runs of the last two weeks:
     for how long pods would have run, and how long runs would have waited for them.
     """
-    body = lifecycle_shapes.store_policy(await decode_body(request, PolicyPreviewRequest))
+    body = lifecycle_shapes.to_stored_policy(await decode_body(request, PolicyPreviewRequest))
     now = request.gateway.clock()
     async with request.gateway.database.read() as connection:
         workflow = await editing.find_readable_row(connection, request.requested_object)
@@ -328,15 +328,17 @@ async def preview(request: GatewayRequest) -> JsonResponse:
         transitions=[
             _show_transition(one, zone) for one in lifecycle_forecast.policy_changes(candidate, now)
         ],
-        clock_changes=[_clock_change(one) for one in lifecycle_forecast.policy_clock_changes(candidate, now)],
+        clock_changes=[
+            _show_clock_change(one) for one in lifecycle_forecast.policy_clock_changes(candidate, now)
+        ],
         replay=PolicyComparison(
             since=instant(since),
             until=instant(now),
             runs=len(runs),
             cold_start_seconds=COLD_START.total_seconds(),
-            current=_replay(before, replicas),
-            candidate=_replay(after, replicas),
-            days=_replay_days(before, after, replicas, TimeRange(since, now)),
+            current=_show_replay(before, replicas),
+            candidate=_show_replay(after, replicas),
+            days=_show_replay_days(before, after, replicas, TimeRange(since, now)),
         ),
     )
     return JsonResponse(shape, headers=editing.entity_tag(workflow))
@@ -406,7 +408,7 @@ def _replay_policies(
     return [lifecycle_forecast.replay_runs(policy, runs, since, until) for policy in policies]
 
 
-def _replay(replay: PolicyReplay, replicas: int) -> ReplayShape:
+def _show_replay(replay: PolicyReplay, replicas: int) -> ReplayShape:
     """Return the figures of a replayed policy as the API shows them: pod hours of all replicas, cold starts,
     and waits in seconds.
     """
@@ -420,7 +422,7 @@ def _replay(replay: PolicyReplay, replicas: int) -> ReplayShape:
     )
 
 
-def _replay_days(
+def _show_replay_days(
     current: PolicyReplay, candidate: PolicyReplay, replicas: int, shown: TimeRange
 ) -> Sequence[ReplayDay]:
     """Return the pod hours of all replicas on each day of a time, under two policies."""
@@ -455,7 +457,7 @@ def _show_transition(change: WindowChange, zone: tzinfo) -> TransitionShape:
     )
 
 
-def _clock_change(change: ZoneClockChange) -> ClockChangeShape:
+def _show_clock_change(change: ZoneClockChange) -> ClockChangeShape:
     return ClockChangeShape(
         at=instant(change.at),
         local_time_before=_format_local_time(change.at, timezone(change.offset_before)),

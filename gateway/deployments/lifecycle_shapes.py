@@ -70,7 +70,7 @@ class PolicyShape(WireStruct, omit_defaults=True):
     schedule: ScheduleShape | UnsetType = UNSET
 
 
-def store_policy(body: LifecyclePolicy) -> dict[str, Any]:
+def to_stored_policy(body: LifecyclePolicy) -> dict[str, Any]:
     """Return a policy in its stored form: the fields of its type only, with the default of `idleTimeoutMinutes`.
 
     Raises a 422 error for a `scheduled-window` without or with an invalid schedule.

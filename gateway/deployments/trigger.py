@@ -211,7 +211,7 @@ async def _plan_run(
     over 1,000 requests wait, 422 for invalid labels.
     """
     acceptance.require_open(workflow.status)
-    deployment = await request.gateway.activation.ask(workflow.id)
+    deployment = await request.gateway.activation.record_request(workflow.id)
     if workflow.status is WorkflowStatus.DRAFT:
         raise errors.workflow_not_active()
     times.is_cold = not is_ready(deployment)
@@ -230,7 +230,7 @@ async def _wait_for_pod(
 
     `times.taken` becomes the time of the claim, or None. Raises `PodUnavailable` if pods can't start.
     """
-    is_taken = await request.gateway.activation.taken(
+    is_taken = await request.gateway.activation.await_claim(
         _build_key(request, accepted),
         request.path_params["id"],
         is_new=accepted.verdict is AcceptanceVerdict.ACCEPTED,

@@ -169,10 +169,10 @@ async def _list_workflows(
     """Return up to 20 workflows that the caller may read and that name the data source, with the nodes that
     name it and their deployments.
     """
-    names = dict(await data_source_rows.naming(connection, source_id, caller, WORKFLOWS))
+    names = dict(await data_source_rows.list_referring_workflows(connection, source_id, caller, WORKFLOWS))
     found = select(col(Workflow.id), col(Workflow.version)).where(col(Workflow.id).in_(names))
     versions = {row.id: row.version for row in await connection.execute(found)}
-    naming = data_source_rows.select_deployed_naming(caller.organization_id, source_id)
+    naming = data_source_rows.select_referring_deployments(caller.organization_id, source_id)
     by_deployed = {
         row.workflow_id
         for row in await connection.execute(naming.where(col(Deployment.workflow_id).in_(names)))

@@ -106,7 +106,7 @@ def plan_node_test(
     422 for unknown nodes, too much data, or a trigger's input that is no object.
     """
     nodes, connections = select_graph(workflow)
-    tried = node_edits.named(nodes, node_id)
+    tried = node_edits.find_node(nodes, node_id)
     if given.config is not None:
         tried = {**tried, "config": dict(given.config)}
     others = {str(node["id"]): node for node in nodes if node["id"] != node_id}

@@ -76,7 +76,7 @@ class PathEndpoint:
         and answered with 500.
         """
         try:
-            return await self._handled(scope, receive)
+            return await self._handle(scope, receive)
         except ApiError as error:
             gateway: GatewayState = scope["app"].state.gateway
             gateway.samples.note(scope, error)
@@ -93,7 +93,7 @@ class PathEndpoint:
             log.exception("request failed", request_id=scope["request_id"], path=scope["route"].path)
             return errors.internal().response(scope["request_id"])
 
-    async def _handled(self, scope: Scope, receive: Receive) -> ASGIApp:
+    async def _handle(self, scope: Scope, receive: Receive) -> ASGIApp:
         """Authenticate a request, check its scope, ids and query, and return the handler's answer.
 
         `OPTIONS` is answered without authentication. Raises the `ApiError` of any of these steps, 405 for

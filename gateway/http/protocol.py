@@ -176,7 +176,7 @@ class BufferedTransport:
         if self._lingering is None:
             self._lingering = self._loop.call_later(self._linger_seconds, self.abort)
 
-    def closed(self) -> None:
+    def stop_lingering(self) -> None:
         """Cancel the timer that would cut off a slow client, because the connection is gone."""
         if self._lingering is not None:
             self._lingering.cancel()
@@ -196,6 +196,9 @@ class BoundedProtocol(HttpToolsProtocol):
         self._bounds = bounds
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as Uvicorn has it
+        """Begin a connection with the time limit for its first request, or abort it at once if the budget has no place
+        for it.
+        """
         gathering = BufferedTransport(transport, self.loop, self._bounds.stall_seconds)
         super().connection_made(cast("asyncio.Transport", gathering))
         self.gathering = gathering
@@ -273,6 +276,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self._unread_bytes = 0
 
     def on_headers_complete(self) -> None:
+        """Count a request against the limits of its client, which decide whether it is refused, before its task starts.
+        """
         super().on_headers_complete()  # its task starts in the next event loop iteration at the earliest
         self._is_head = False
         self._unread_bytes = 0
@@ -362,7 +367,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._bounds.connections.leave(self)
         self._stop_timer()
         self._stop_checking()
-        self.gathering.closed()
+        self.gathering.stop_lingering()
         if self._is_served:
             cast("dict[str, Any]", self.cycle.scope)["holding"].disconnect()
         for cycle, _ in self.pipeline:  # these requests are never started

@@ -221,7 +221,7 @@ class EventDispatcher:
         _require_size(message, len(found))
         revisions = {one.workflow_id: one.revision for one in found}
         workflows = await self._workflows.load_several(organization_id, revisions)
-        counted = await self._activation.count_several(deployed) if deployed else {}
+        counted = await self._activation.record_runs(deployed) if deployed else {}
         planned, share = EventDispatchPlan(), LoopShare()
         for one in found:
             await share.yield_if_due()

@@ -343,7 +343,7 @@ class RequestIngestor:
             raise errors.workflow_not_active()
         assigned_deployment_id, refusal = None, None
         if workflow.is_deployed:
-            found = await self._activation.count(workflow.id)
+            found = await self._activation.record_run(workflow.id)
             if found is not None:
                 workflow = await self._deployed.load(workflow, found.deployment)
                 assigned_deployment_id, refusal = workflow.id, found.refusal

@@ -61,7 +61,7 @@ async def read(database: Database, blobs: BlobStore, task: HeldTask) -> bytes:
     if span is None:
         raise errors.not_found("input")
     if span.input_blob is not None or span.output_blob is not None:
-        span = await _restored(database, blobs, task.execution_id, span)
+        span = await _restore(database, blobs, task.execution_id, span)
     found = span.input if is_own else span.output
     if found is None:
         raise errors.not_found("input")
@@ -82,7 +82,7 @@ async def _find_span(database: Database, execution_id: str, node_id: str, iterat
     return None if row is None else decode_span(row)
 
 
-async def _restored(database: Database, blobs: BlobStore, execution_id: str, span: NodeSpan) -> NodeSpan:
+async def _restore(database: Database, blobs: BlobStore, execution_id: str, span: NodeSpan) -> NodeSpan:
     """Return a span of a run with its input and output from the blob storage.
 
     Raises a 404 error if they are not stored any more, and 503 while the blob storage is away.

@@ -185,7 +185,7 @@ class OrganizationPolls:
         new, self._new = [one for one in self._new if not one.is_over], []
         return new
 
-    def await_tasks(self, polls: Iterable[ParkedPoll]) -> None:
+    def enqueue(self, polls: Iterable[ParkedPoll]) -> None:
         """Put polls into the queues of those that wait for tasks, unless they are over or have no free slot."""
         for one in polls:
             if one.poll.limit > 0 and not one.is_over:

@@ -36,11 +36,11 @@ MANY_POLLS: Final = 100
 """Open polls of an organization from which looks wait for so long, and for a share of it with fewer."""
 WATCH_SECONDS: Final = 300.0
 """Time after which a watch is set again; the broker forgets it later."""
-TOLD_SECONDS: Final = 5.0
+REPORTED_SECONDS: Final = 5.0
 """Time after which an open poll tells a worker of a cancellation again."""
 LOCKED_PAUSES: Final = (0.05, 0.02, 0.01, 0.005, 0.002)
 """Pauses before repeated claims, the last one first, while other gateways hold all tasks locked."""
-MAX_TOLD: Final = 10_000
+MAX_REPORTED: Final = 10_000
 
 
 class PollService:
@@ -54,7 +54,7 @@ class PollService:
         self._parked = 0
         self._watched: dict[str, float] = {}
         """Times at which watches of organizations were set."""
-        self._told: dict[str, float] = {}
+        self._reported_until: dict[str, float] = {}
         self._heartbeats = PollHeartbeats()
         self._listening: asyncio.Task[None] | None = None
         self._is_closed = False
@@ -170,7 +170,7 @@ class PollService:
                 self.serve(organization_id)
             elif (organization_id := organization_of_key(key, WORKERS_PREFIX)) is not None:
                 self._watched.pop(organization_id, None)
-                self._tell_leaving(organization_id)
+                self._serve_leaving(organization_id)
 
     def serve(self, organization_id: str) -> None:
         """Claim tasks for the open polls of an organization, in the background, since its tasks have changed."""
@@ -179,7 +179,7 @@ class PollService:
             polls.may_guess |= polls.is_quiet
             self._start(organization_id, polls)
 
-    def _tell_leaving(self, organization_id: str) -> None:
+    def _serve_leaving(self, organization_id: str) -> None:
         """Answer the open polls of an organization's stopping and draining workers here, in the background."""
         if (polls := self._polls.get(organization_id)) is not None:
             polls.has_leaving = True
@@ -193,7 +193,7 @@ class PollService:
 
     async def announce_leaving(self, organization_id: str) -> None:
         """Answer the open polls of an organization's stopping and draining workers, and notify the other gateways."""
-        self._tell_leaving(organization_id)
+        self._serve_leaving(organization_id)
         await self._publish([workers_key(organization_id)])
 
     async def announce(self, organization_ids: Collection[str]) -> None:
@@ -266,12 +266,12 @@ class PollService:
         new = polls.take_new()
         try:
             news = await self._look(organization_id, polls, new)
-            self._tell(polls, news)
+            self._answer_news(polls, news)
         except Exception as error:
             for one in new:
                 one.fail(error)
             raise
-        polls.await_tasks(new)
+        polls.enqueue(new)
         polls.is_quiet = is_watched and not news.queues and not polls.is_wanted
         try:
             await self._claim_all(organization_id, polls, news.queues)
@@ -327,7 +327,7 @@ class PollService:
             news = await self._tasks.claims.look(organization_id, new_polls, worker_ids)
         return news
 
-    def _tell(self, polls: OrganizationPolls, news: OrganizationNews) -> None:
+    def _answer_news(self, polls: OrganizationPolls, news: OrganizationNews) -> None:
         """Answer polls with cancellations, drains, and the tasks of earlier polls with the same request."""
         cancelling: dict[str, list[str]] = {}
         for worker_id, task_id in news.cancelling:
@@ -338,21 +338,21 @@ class PollService:
         for one in polls.of_workers(concerned):
             worker_id = one.poll.worker_id
             repeated = news.repeated.get((worker_id, one.poll.request_id), ())
-            new = self._untold(cancelling.get(worker_id, ()))
+            new = self._take_unreported(cancelling.get(worker_id, ()))
             stops = news.leaving.get(worker_id)
             if repeated or new or stops is not None:
                 one.resolve(PollAnswer(repeated, new, stops is False, stops is True and not repeated))
 
-    def _untold(self, task_ids: Sequence[str]) -> list[str]:
+    def _take_unreported(self, task_ids: Sequence[str]) -> list[str]:
         """Return those cancellations that no open poll has reported within the last five seconds, and note
         them as reported.
         """
         now = monotonic()
-        new = [one for one in task_ids if self._told.get(one, 0.0) <= now]
+        new = [one for one in task_ids if self._reported_until.get(one, 0.0) <= now]
         for one in new:
-            self._told[one] = now + TOLD_SECONDS
-        while len(self._told) > MAX_TOLD:
-            del self._told[next(iter(self._told))]
+            self._reported_until[one] = now + REPORTED_SECONDS
+        while len(self._reported_until) > MAX_REPORTED:
+            del self._reported_until[next(iter(self._reported_until))]
         return new
 
     async def _claim_all(self, organization_id: str, polls: OrganizationPolls, queues: Sequence[str]) -> None:
@@ -408,7 +408,7 @@ class PollService:
                 for task in tasks
             ]
         finally:
-            polls.await_tasks(chosen)
+            polls.enqueue(chosen)
         polls.likely_queue = next(filter(chosen[0].poll.serves, queues), None) if claim.count else None
         if unwanted:
             await self._tasks.claims.put_back(unwanted)

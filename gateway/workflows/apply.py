@@ -261,7 +261,7 @@ class _Application:
             case _:
                 assert_never(change.action)
         if change.place is not None:
-            await self._note(connection, change, after)
+            await self._store_application(connection, change, after)
 
     async def _update(
         self, connection: AsyncConnection, change: PlannedChange, after: StoredWorkflow
@@ -308,10 +308,10 @@ class _Application:
         )
         await applied_rows.remove_application(connection, workflow.id)
 
-    async def _note(self, connection: AsyncConnection, change: PlannedChange, after: StoredWorkflow) -> None:
-        """Store the application of a changed workflow with the hash of its content, by which later edits are
-        detected.
-        """
+    async def _store_application(
+        self, connection: AsyncConnection, change: PlannedChange, after: StoredWorkflow
+    ) -> None:
+        """Store the application of a changed workflow, with the hash by which later edits of it are detected."""
         status = None if change.status is None else change.status.value
         row = applied_rows.new_application(
             self.caller,

@@ -310,7 +310,7 @@ def _plan_import(
         connection_count=len(stored.connections),
         references=named,
         findings=ImportFindings(
-            errors=finding_shapes.show_finding(found.errors),
-            warnings=finding_shapes.show_finding(found.warnings),
+            errors=finding_shapes.show_findings(found.errors),
+            warnings=finding_shapes.show_findings(found.warnings),
         ),
     )

@@ -36,5 +36,5 @@ class FindingShape(WireStruct):
     fix: FixShape | UnsetType = UNSET
 
 
-def show_finding(findings: Sequence[GraphFinding]) -> list[FindingShape]:
+def show_findings(findings: Sequence[GraphFinding]) -> list[FindingShape]:
     return [msgspec.convert(finding.as_json(), FindingShape) for finding in findings]

@@ -73,10 +73,10 @@ def node_of(stored: StoredWorkflow, node_id: str) -> StoredNode:
     """Return a node of a workflow by its id; raises a 404 error for an unknown one, and 409 if two nodes
     share the id.
     """
-    return named(stored.nodes, node_id)
+    return find_node(stored.nodes, node_id)
 
 
-def named(nodes: Iterable[StoredNode], node_id: str) -> StoredNode:
+def find_node(nodes: Iterable[StoredNode], node_id: str) -> StoredNode:
     """Return the node with an id; raises a 404 error for an unknown one, and 409 if two nodes share the id."""
     found = [node for node in nodes if node["id"] == node_id]
     if not found:

@@ -140,7 +140,7 @@ def _add_share(before: StoredWorkflow, user_id: str, caller: ApiCaller, now: dat
 
     Raises a 409 error for more than 1,000, and 422 for the owner or caller.
     """
-    shared_with = shares.added(
+    shared_with = shares.with_user(
         before.shared_with, user_id, now, what="workflow", owner_id=before.workflow.owner_id, caller=caller
     )
     return replace(before, shared_with=shared_with)
@@ -148,7 +148,7 @@ def _add_share(before: StoredWorkflow, user_id: str, caller: ApiCaller, now: dat
 
 def _remove_share(before: StoredWorkflow, user_id: str) -> StoredWorkflow:
     """Return a workflow without the share of a user; raises a 404 error if there is none."""
-    return replace(before, shared_with=shares.removed(before.shared_with, user_id))
+    return replace(before, shared_with=shares.without_user(before.shared_with, user_id))
 
 
 def _change_visibility(before: StoredWorkflow, body: SetVisibility, caller: ApiCaller) -> StoredWorkflow:

@@ -181,8 +181,8 @@ def _show_validation(stored: StoredWorkflow, validation: ValidationResult) -> Va
     return ValidationShape(
         workflow_id=stored.workflow.id,
         valid=validation.is_valid,
-        errors=finding_shapes.show_finding(validation.errors),
-        warnings=finding_shapes.show_finding(validation.warnings),
+        errors=finding_shapes.show_findings(validation.errors),
+        warnings=finding_shapes.show_findings(validation.warnings),
         node_count=len(stored.nodes),
         connection_count=len(stored.connections),
         truncated=validation.is_truncated,

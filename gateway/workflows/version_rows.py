@@ -66,7 +66,7 @@ async def find_version(connection: AsyncConnection, workflow_id: str, version: i
     return build_row(WorkflowVersion, row) if row else None
 
 
-async def tagged(connection: AsyncConnection, workflow_id: str, version_tag: str) -> VersionRow | None:
+async def find_tagged(connection: AsyncConnection, workflow_id: str, version_tag: str) -> VersionRow | None:
     """Return the version of a workflow with a tag, without its snapshot; None if there is none."""
     statement = select(*_HEAD).where(
         col(WorkflowVersion.workflow_id) == workflow_id, col(WorkflowVersion.version_tag) == version_tag
@@ -107,7 +107,7 @@ async def find_version_of_run(connection: AsyncConnection, execution: Execution)
     found = await find_versions_of_runs(connection, execution.shard, [execution.id])
     if execution.id in found or execution.is_private:
         return VersionOfRun(found.get(execution.id))
-    base = await connection.scalar(newest_before(execution.workflow_id, execution.created_at))
+    base = await connection.scalar(select_newest_version(execution.workflow_id, execution.created_at))
     return VersionOfRun(None, base)
 
 
@@ -122,7 +122,7 @@ def select_versions_of_runs(shard: int, execution_ids: Sequence[str]) -> Select[
     return select(*columns).where(col(Execution.id).in_(execution_ids), col(Execution.shard) == shard)
 
 
-def newest_before(workflow_id: str, moment: datetime) -> Select[*tuple[Any, ...]]:
+def select_newest_version(workflow_id: str, moment: datetime) -> Select[*tuple[Any, ...]]:
     """Return the statement for the number of the newest version of a workflow that was stored at or before `moment`."""
     return (
         select(col(WorkflowVersion.version))

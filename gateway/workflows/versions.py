@@ -271,7 +271,7 @@ async def create(request: GatewayRequest) -> JsonResponse:
 
     async def keep(connection: AsyncConnection, edited: WorkflowEdit) -> None:
         workflow = edited.after.workflow
-        taken = await version_rows.tagged(connection, workflow.id, tag)
+        taken = await version_rows.find_tagged(connection, workflow.id, tag)
         if taken is not None:
             raise errors.conflict("version-tag-taken", f"Version {taken.version} has the tag {tag} already")
         catalog = await request.gateway.workflow_editor.read_catalog(connection, workflow.organization_id)

@@ -42,7 +42,7 @@ OF_FIELDS: Final = frozenset(
     {FindingType.INVALID_CONFIG, FindingType.MISSING_CONFIG, FindingType.UNRESOLVED_MAPPING}
 )
 """Findings that may disappear once a node's fields are valid."""
-OF_WHAT_IS_MISSING: Final = frozenset({FindingType.UNKNOWN_NODE_TYPE, FindingType.BROKEN_CONNECTION})
+OF_MISSING_FIELDS: Final = frozenset({FindingType.UNKNOWN_NODE_TYPE, FindingType.BROKEN_CONNECTION})
 """Findings about a node without a type, and a connection without an end."""
 
 
@@ -135,21 +135,24 @@ def _to_create_request(body: BuildWorkflow) -> CreateWorkflow:
 
 
 def _locate_findings(
-    findings: Iterable[GraphFinding], stored: StoredWorkflow, wrong: InvalidFields, told: Iterable[Problem]
+    findings: Iterable[GraphFinding],
+    stored: StoredWorkflow,
+    wrong: InvalidFields,
+    reported: Iterable[Problem],
 ) -> Iterator[Problem]:
     """Yield the findings with their paths in the body, without those that follow from problems reported
-    already (`told`).
+    already (`reported`).
     """
     nodes = {str(node["id"]): f"nodes.{number}" for number, node in enumerate(stored.nodes)}
     edges = {str(edge["id"]): f"connections.{number}" for number, edge in enumerate(stored.connections)}
-    bare = {_find_item_path(str(problem["path"])) for problem in told if problem["code"] == "required"}
+    bare = {_find_item_path(str(problem["path"])) for problem in reported if problem["code"] == "required"}
     for finding in findings:
         node, edge = nodes.get(finding.node_id or ""), edges.get(finding.connection_id or "")
         if finding.type in wrong.uncertain_types or edge in wrong.items:
             continue
         if finding.type in OF_FIELDS and node in wrong.items:
             continue
-        if finding.type in OF_WHAT_IS_MISSING and bare & {node, edge}:
+        if finding.type in OF_MISSING_FIELDS and bare & {node, edge}:
             continue
         yield {"path": edge or node or "nodes", "code": finding.type, **finding.as_json()}
 

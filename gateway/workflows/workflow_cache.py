@@ -160,10 +160,10 @@ class WorkflowCache:
         if load is None:
             load = asyncio.create_task(self._load(key))
             self._loads[key] = load
-            load.add_done_callback(lambda done: self._loaded(key, done))
+            load.add_done_callback(lambda done: self._finish_load(key, done))
         return await asyncio.shield(load)
 
-    def _loaded(self, key: tuple[str, str], load: asyncio.Task[LoadedWorkflow | None]) -> None:
+    def _finish_load(self, key: tuple[str, str], load: asyncio.Task[LoadedWorkflow | None]) -> None:
         if self._loads.get(key) is load:
             del self._loads[key]
         if not load.cancelled():
@@ -176,7 +176,7 @@ class WorkflowCache:
         asked_at = monotonic()
         async with self._database.read() as connection:
             catalog = await self._catalogs.read(connection, key[0])
-            workflow = await self._current(connection, key, catalog)
+            workflow = await self._read_current(connection, key, catalog)
         if self._loads.get(key) is asyncio.current_task():  # otherwise a newer query has been started
             self._drop(key)
             if workflow is not None:
@@ -216,7 +216,7 @@ class WorkflowCache:
             self._keep((organization_id, workflow.id), cached)
         return {workflow.id: workflow for workflow in loaded}
 
-    async def _current(
+    async def _read_current(
         self, connection: AsyncConnection, key: tuple[str, str], catalog: NodeCatalog
     ) -> LoadedWorkflow | None:
         """Return the workflow as stored now, None if it is missing or deleted.

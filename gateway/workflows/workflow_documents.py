@@ -181,7 +181,7 @@ def copy_workflow(
         name=content.name,
         description=content.description,
         tags=content.tags,
-        settings=workflow_shapes.strict(content.settings),
+        settings=workflow_shapes.with_strict_mappings(content.settings),
         config=content.config,
         scopes=content.scopes,
         is_template=is_template,

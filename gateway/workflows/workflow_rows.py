@@ -252,7 +252,7 @@ def _build_conditions(caller: ApiCaller, wanted: WorkflowFilter) -> Iterable[Col
         yield col(Workflow.search_text).contains(_fold_text(wanted.search), autoescape=True)
 
 
-def searched_in(name: str, description: str) -> str:
+def build_search_text(name: str, description: str) -> str:
     """Return the normalized text of name and description that is stored for the search of lists."""
     return _fold_text(f"{name}\n{description}")
 
@@ -393,7 +393,7 @@ def _collect_columns(workflow: Workflow) -> dict[str, object]:
     is_known = isinstance(app_id, str) and ids.is_id(app_id)
     return {
         **column_values(workflow),
-        "search_text": searched_in(workflow.name, workflow.description),
+        "search_text": build_search_text(workflow.name, workflow.description),
         "app_id": app_id if is_known else None,
     }
 
@@ -522,9 +522,9 @@ async def add_triggers(connection: AsyncConnection, stored: StoredWorkflow, cata
     """Insert the trigger and schedule rows of a new workflow; only an active one gets a schedule."""
     workflow = stored.workflow
     triggers = _build_triggers(workflow, stored.nodes, catalog)
-    await _insert(connection, triggers)
+    await _insert_triggers(connection, triggers)
     if workflow.status == WorkflowStatus.ACTIVE:
-        await schedule_rows.save_schedule(connection, workflow, _schedule(triggers))
+        await schedule_rows.save_schedule(connection, workflow, _find_schedule_trigger(triggers))
 
 
 async def save_triggers(
@@ -540,13 +540,13 @@ async def save_triggers(
     if not is_alike or workflow.deleted_at is not None:
         for table in (WorkflowTriggerMatch, WorkflowTrigger):
             await connection.execute(delete(table).where(col(table.workflow_id) == workflow.id))
-        await _insert(connection, are)
-    had, has = _schedule(were), _schedule(are)
+        await _insert_triggers(connection, are)
+    had, has = _find_schedule_trigger(were), _find_schedule_trigger(are)
     if (had or has) and not (is_alike and _summarize_status(before.workflow) == _summarize_status(workflow)):
         await schedule_rows.save_schedule(connection, workflow, has)
 
 
-async def _insert(connection: AsyncConnection, triggers: Sequence[WorkflowTrigger]) -> None:
+async def _insert_triggers(connection: AsyncConnection, triggers: Sequence[WorkflowTrigger]) -> None:
     """Insert trigger rows, and a row for each event pattern of an event trigger."""
     if triggers:
         await connection.execute(insert(WorkflowTrigger), [trigger.model_dump() for trigger in triggers])
@@ -598,6 +598,6 @@ def _summarize_status(workflow: Workflow) -> tuple[str, bool]:
     return workflow.status, workflow.is_template
 
 
-def _schedule(triggers: Sequence[WorkflowTrigger]) -> WorkflowTrigger | None:
+def _find_schedule_trigger(triggers: Sequence[WorkflowTrigger]) -> WorkflowTrigger | None:
     """Return the first schedule trigger, of which only a draft may have several; None without one."""
     return next((trigger for trigger in triggers if trigger.kind == TriggerKind.SCHEDULE), None)

@@ -196,7 +196,7 @@ def draft_workflow(
         description=_check_description(body.description or "", problems),
         status=body.status or WorkflowStatus.DRAFT,
         tags=_check_tags(body.tags or [], problems),
-        settings=_merge_settings(workflow_id, {}, {}, strict(body.settings or {}), problems),
+        settings=_merge_settings(workflow_id, {}, {}, with_strict_mappings(body.settings or {}), problems),
         config=_merge_config({}, body.config or {}, problems),
         scopes=[],
         created_at=now,
@@ -263,7 +263,7 @@ def _check_tags(given: Sequence[str], problems: ProblemCollector) -> list[str]:
     )
 
 
-def strict(settings: Mapping[str, Json]) -> dict[str, Json]:
+def with_strict_mappings(settings: Mapping[str, Json]) -> dict[str, Json]:
     """Return the settings of a new workflow, with `strictMappings: true` by default.
 
     Workflows from before that default keep their behavior, so that none of them begins to fail.

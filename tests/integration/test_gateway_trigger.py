@@ -478,15 +478,15 @@ async def test_a_stop_between_the_count_and_the_run_is_made_good(
 ) -> None:
     workflow_id = await deploy(harness, people.owner, **ASLEEP)
     await trigger(people.owner, workflow_id, SYNC)
-    ask = harness.gateway.activation.ask
+    record_request = harness.gateway.activation.record_request
 
-    async def ask_and_be_overtaken(asked: str) -> Deployment:
-        found = await ask(asked)
+    async def record_and_be_overtaken(asked: str) -> Deployment:
+        found = await record_request(asked)
         await stop(harness, asked)
         await wait_until(lambda: is_seen(harness, asked, ObservedState.STOPPED))
         return found
 
-    monkeypatch.setattr(harness.gateway.activation, "ask", ask_and_be_overtaken)
+    monkeypatch.setattr(harness.gateway.activation, "record_request", record_and_be_overtaken)
     response = await trigger(people.owner, workflow_id, SYNC)
     assert response.json()["status"] == "completed"
     assert cluster.starts[workflow_id] == 2

@@ -209,7 +209,7 @@ async def test_versions_of_runs_are_found_by_indexes(harness: GatewayHarness) ->
     head = RunHead("org_1", "wf_1", "hash", now, "failed")
     statements = {
         "ix_workflow_version_definition": version_rows.select_versions_of_runs(1, ["exec_1", "exec_2"]),
-        "INDEX": version_rows.newest_before("wf_1", now),
+        "INDEX": version_rows.select_newest_version("wf_1", now),
         "ix_execution_data_workflow": run_graph_rows.completed_before(ExecutionKey("exec_1", 1), head),
         "ix_audit_entry_object": run_graph_rows.changes_statement(head, head),
     }
