@@ -45,7 +45,7 @@ class CreateKey(StrictWire):
         "",
     )
 
-    name: Annotated[str, text_rules.is_allowed_text(limits.KEY_NAME_LENGTH, min_length=1)]
+    name: Annotated[str, text_rules.describe_length(limits.KEY_NAME_LENGTH, min_length=1)]
     scopes: list[KeyScope] | None = None
     """Scopes of the new key, at most those of the requesting key; by default exactly those."""
     node_types: Annotated[list[NodeTypePattern], Meta(max_length=100)] | None = None
@@ -64,8 +64,8 @@ class CreateUser(StrictWire):
         ("id", "organizationId", "createdAt", "warnings"), ""
     )
 
-    email: Annotated[str, text_rules.is_allowed_text(limits.EMAIL_LENGTH, min_length=3)]
-    name: Annotated[str, text_rules.is_allowed_text(limits.USER_NAME_LENGTH)] = ""
+    email: Annotated[str, text_rules.describe_length(limits.EMAIL_LENGTH, min_length=3)]
+    name: Annotated[str, text_rules.describe_length(limits.USER_NAME_LENGTH)] = ""
     role: UserRole = UserRole.MEMBER
 
 

@@ -43,7 +43,7 @@ class InvitationState(StrEnum):
 class CreateInvitation(StrictWire):
     """Request body with which an admin invites a person."""
 
-    email: Annotated[str, text_rules.is_allowed_text(limits.EMAIL_LENGTH, min_length=3)]
+    email: Annotated[str, text_rules.describe_length(limits.EMAIL_LENGTH, min_length=3)]
     """Address of the new user; the link is for you to send."""
     role: UserRole = UserRole.MEMBER
     expires_in_seconds: Annotated[int, msgspec.Meta(ge=60, le=limits.INVITATION_SECONDS)] = DEFAULT_SECONDS
@@ -81,7 +81,7 @@ class AcceptInvitation(StrictWire):
     """Request body of the page behind an invitation."""
 
     code: str
-    name: Annotated[str, text_rules.is_allowed_text(limits.USER_NAME_LENGTH)] = ""
+    name: Annotated[str, text_rules.describe_length(limits.USER_NAME_LENGTH)] = ""
     dry_run: bool = False
     """Only show the invitation."""
 

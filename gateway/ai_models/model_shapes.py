@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from models.access import ApiCaller
 
-Name: TypeAlias = Annotated[str, text_rules.is_allowed_text(limits.MODEL_NAME_LENGTH, min_length=1)]
+Name: TypeAlias = Annotated[str, text_rules.describe_length(limits.MODEL_NAME_LENGTH, min_length=1)]
 TokenCount: TypeAlias = Annotated[int, Meta(ge=1, le=limits.MODEL_TOKENS)]
 Guests: TypeAlias = Annotated[Sequence[Annotated[str, Meta(max_length=64)]], Meta(max_length=limits.SHARES)]
 
@@ -91,7 +91,7 @@ class CreateModel(StrictWire):
 
     name: Name
     """Unique in the organization."""
-    vendor_model_id: Annotated[str, text_rules.is_allowed_text(limits.MODEL_NAME_LENGTH, min_length=1)]
+    vendor_model_id: Annotated[str, text_rules.describe_length(limits.MODEL_NAME_LENGTH, min_length=1)]
     """Name of the model at its provider, such as `gpt-5-mini`."""
     data_source_id: Annotated[str, Meta(max_length=64)]
     """Data source of the type `ai-provider`, which has the address and the key."""
@@ -117,7 +117,7 @@ class UpdateModel(StrictWire):
 
     name: Name | msgspec.UnsetType = msgspec.UNSET
     vendor_model_id: (
-        Annotated[str, text_rules.is_allowed_text(limits.MODEL_NAME_LENGTH, min_length=1)] | msgspec.UnsetType
+        Annotated[str, text_rules.describe_length(limits.MODEL_NAME_LENGTH, min_length=1)] | msgspec.UnsetType
     ) = msgspec.UNSET
     data_source_id: Annotated[str, Meta(max_length=64)] | msgspec.UnsetType = msgspec.UNSET
     type: ModelType | msgspec.UnsetType = msgspec.UNSET

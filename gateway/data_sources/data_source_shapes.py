@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 Given = TypeVar("Given", bound=DataSourceFields)
 
-Name: TypeAlias = Annotated[str, text_rules.is_allowed_text(limits.DATA_SOURCE_NAME_LENGTH, min_length=1)]
+Name: TypeAlias = Annotated[str, text_rules.describe_length(limits.DATA_SOURCE_NAME_LENGTH, min_length=1)]
 Settings: TypeAlias = Annotated[
     dict[str, Any],
     Meta(

@@ -49,7 +49,7 @@ API: Final = "api"
 class TriggerRequest(GuardedWire):
     """Inputs of a run, and whether to wait for its end."""
 
-    trigger_type: Annotated[str, text_rules.is_allowed_text(limits.TRIGGER_TYPE_LENGTH, min_length=1)] = (
+    trigger_type: Annotated[str, text_rules.describe_length(limits.TRIGGER_TYPE_LENGTH, min_length=1)] = (
         msgspec.field(default=API, name="trigger_type")
     )
     """Label by which executions can be filtered."""

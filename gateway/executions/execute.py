@@ -54,7 +54,7 @@ class ExecuteRequest(GuardedWire):
     its nodes, replay it instead.
     """
     callback_url: (
-        Annotated[str, text_rules.is_allowed_text(limits.CALLBACK_URL_LENGTH, min_length=1)] | None
+        Annotated[str, text_rules.describe_length(limits.CALLBACK_URL_LENGTH, min_length=1)] | None
     ) = None
     """URL that gets a message at the end of the run, signed with the organization's secret."""
     tags: run_labels.Tags | None = None

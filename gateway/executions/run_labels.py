@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from journal.run_labels import RunLabel
 
 Tags: TypeAlias = Annotated[
-    list[Annotated[str, text_rules.is_allowed_text(limits.EXECUTION_TAG_LENGTH, min_length=1)]],
+    list[Annotated[str, text_rules.describe_length(limits.EXECUTION_TAG_LENGTH, min_length=1)]],
     Meta(max_length=limits.EXECUTION_TAGS),
 ]
 Metadata: TypeAlias = Annotated[dict[str, str | int | float | bool], Meta(max_length=limits.METADATA_KEYS)]

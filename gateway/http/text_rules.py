@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _LINES = frozenset("\n\r\t")
 
 
-def is_allowed_text(max_length: int, *, min_length: int = 0) -> Meta:
+def describe_length(max_length: int, *, min_length: int = 0) -> Meta:
     """Return an annotation that documents the length of a text in OpenAPI; it checks nothing.
 
     The functions below check the limits, with better messages than those of msgspec.

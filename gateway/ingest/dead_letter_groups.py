@@ -110,7 +110,7 @@ class DeadLetterGroups(WireStruct):
 class MuteRequest(StrictWire):
     """Body with which a group is muted: a reason for others to read, and the time until its end."""
 
-    reason: Annotated[str, text_rules.is_allowed_text(limits.MUTE_REASON_LENGTH, min_length=1)]
+    reason: Annotated[str, text_rules.describe_length(limits.MUTE_REASON_LENGTH, min_length=1)]
     expires_in_seconds: Annotated[int, msgspec.Meta(ge=60, le=limits.MUTE_SECONDS)]
 
 

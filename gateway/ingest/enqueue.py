@@ -47,12 +47,12 @@ class QueueMessage(GuardedWire):
     """Alias of `message`."""
     priority: Priority = 0
     """Higher priorities run sooner: one step counts as much as a minute of waiting."""
-    source: Annotated[str, text_rules.is_allowed_text(limits.SOURCE_LENGTH, min_length=1)] = SOURCE
+    source: Annotated[str, text_rules.describe_length(limits.SOURCE_LENGTH, min_length=1)] = SOURCE
     delay_seconds: Annotated[float, msgspec.Meta(ge=0, le=limits.DELAY_SECONDS)] | None = None
     not_before: datetime | None = None
     """Earliest start of the run."""
     deduplication_id: (
-        Annotated[str, text_rules.is_allowed_text(limits.DEDUPLICATION_ID_LENGTH, min_length=1)] | None
+        Annotated[str, text_rules.describe_length(limits.DEDUPLICATION_ID_LENGTH, min_length=1)] | None
     ) = None
     """Messages with the same id run once in a day; repetitions get the answer of the first."""
 
@@ -111,7 +111,7 @@ class EnqueueRequest(QueueMessage):
     """
 
     callback_url: (
-        Annotated[str, text_rules.is_allowed_text(limits.CALLBACK_URL_LENGTH, min_length=1)] | None
+        Annotated[str, text_rules.describe_length(limits.CALLBACK_URL_LENGTH, min_length=1)] | None
     ) = None
     """URL for a callback after the run, signed with the organization's secret."""
 

@@ -39,7 +39,7 @@ class EnqueueBatch(StrictWire):
 
     messages: Annotated[list[BatchMessage], msgspec.Meta(min_length=1, max_length=limits.BATCH_MESSAGES)]
     callback_url: (
-        Annotated[str, text_rules.is_allowed_text(limits.CALLBACK_URL_LENGTH, min_length=1)] | None
+        Annotated[str, text_rules.describe_length(limits.CALLBACK_URL_LENGTH, min_length=1)] | None
     ) = None
     """URL for a callback after each of the runs."""
 
@@ -49,7 +49,7 @@ class _UncheckedBatch(StrictWire):
 
     messages: Annotated[list[Any], msgspec.Meta(min_length=1, max_length=limits.BATCH_MESSAGES)]
     callback_url: (
-        Annotated[str, text_rules.is_allowed_text(limits.CALLBACK_URL_LENGTH, min_length=1)] | None
+        Annotated[str, text_rules.describe_length(limits.CALLBACK_URL_LENGTH, min_length=1)] | None
     ) = None
 
 

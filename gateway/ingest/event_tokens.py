@@ -73,7 +73,7 @@ class CreateEventToken(StrictWire):
         "providers": "`secrets`",
     }
 
-    name: Annotated[str, text_rules.is_allowed_text(limits.KEY_NAME_LENGTH, min_length=1)]
+    name: Annotated[str, text_rules.describe_length(limits.KEY_NAME_LENGTH, min_length=1)]
     secrets: ProviderSecrets | None = None
     """Secrets of providers, never shown again; with any, the token accepts only events signed with one of
     them.

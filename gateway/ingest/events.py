@@ -71,11 +71,11 @@ _ORIGIN: Final = re.compile(r"[A-Za-z0-9*.:_-]{1,255}")
 class EmitEventRequest(GuardedWire):
     """Request body with one event."""
 
-    event_type: Annotated[str, text_rules.is_allowed_text(limits.EVENT_TYPE_LENGTH, min_length=1)] = (
+    event_type: Annotated[str, text_rules.describe_length(limits.EVENT_TYPE_LENGTH, min_length=1)] = (
         msgspec.field(name="event_type")
     )
     event_data: dict[str, Any] | None = msgspec.field(default=None, name="event_data")
-    source: Annotated[str, text_rules.is_allowed_text(limits.SOURCE_LENGTH, min_length=1)] = SOURCE
+    source: Annotated[str, text_rules.describe_length(limits.SOURCE_LENGTH, min_length=1)] = SOURCE
 
 
 class EventFailure(WireStruct):

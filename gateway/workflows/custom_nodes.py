@@ -53,7 +53,7 @@ class OutputInput(StrictWire):
 
     schema: dict[str, Any] = field(default_factory=dict)
     """JSON Schema by which the outputs of workers are checked; empty accepts everything."""
-    description: Annotated[str, text_rules.is_allowed_text(limits.DESCRIPTION_LENGTH)] = ""
+    description: Annotated[str, text_rules.describe_length(limits.DESCRIPTION_LENGTH)] = ""
     keeps_input: bool = False
     dropped_by: dict[str, Any] = field(default_factory=dict)
     fields_of: str | None = None
@@ -72,14 +72,14 @@ class AddNodeType(StrictWire):
     """Three numbers, such as `1.2.0`. A version never changes."""
     config: dict[str, Any] = field(default_factory=dict)
     """JSON Schema of the config: an object, with references inside of it alone."""
-    name: Annotated[str, text_rules.is_allowed_text(limits.LABEL_LENGTH)] = ""
-    category: Annotated[str, text_rules.is_allowed_text(limits.NODE_TYPE_LENGTH)] = "custom"
-    description: Annotated[str, text_rules.is_allowed_text(limits.DESCRIPTION_LENGTH)] = ""
+    name: Annotated[str, text_rules.describe_length(limits.LABEL_LENGTH)] = ""
+    category: Annotated[str, text_rules.describe_length(limits.NODE_TYPE_LENGTH)] = "custom"
+    description: Annotated[str, text_rules.describe_length(limits.DESCRIPTION_LENGTH)] = ""
     effect: NodeEffect | EffectDocument = NodeEffect.WRITE
     ports: PortsDocument = field(default_factory=PortsDocument)
     output: OutputInput = field(default_factory=OutputInput)
     task: TaskDocument = field(default_factory=TaskDocument)
-    input_description: Annotated[str, text_rules.is_allowed_text(limits.DESCRIPTION_LENGTH)] = ""
+    input_description: Annotated[str, text_rules.describe_length(limits.DESCRIPTION_LENGTH)] = ""
     examples: Annotated[list[dict[str, Any]], Meta(max_length=limits.NODE_TYPE_EXAMPLES)] = field(
         default_factory=list
     )

@@ -39,8 +39,8 @@ class CanvasPosition(GuardedWire):
 
 GRAPH_ID_PATTERN: Final = "^[A-Za-z0-9_-]{0,64}$"
 GraphId: TypeAlias = Annotated[str, Meta(extra_json_schema={"pattern": GRAPH_ID_PATTERN})]
-NodeTypeName: TypeAlias = Annotated[str, text_rules.is_allowed_text(limits.NODE_TYPE_LENGTH)]
-Label: TypeAlias = Annotated[str, text_rules.is_allowed_text(limits.LABEL_LENGTH)]
+NodeTypeName: TypeAlias = Annotated[str, text_rules.describe_length(limits.NODE_TYPE_LENGTH)]
+Label: TypeAlias = Annotated[str, text_rules.describe_length(limits.LABEL_LENGTH)]
 
 
 class RetryShape(GuardedWire, omit_defaults=True):

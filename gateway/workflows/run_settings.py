@@ -23,7 +23,7 @@ class ConcurrencySettings(StrictWire):
 
     limit: Annotated[int, Meta(ge=1, le=limits.CONCURRENT_RUNS)]
     """Maximum number of runs in progress at once."""
-    key: Annotated[str, text_rules.is_allowed_text(limits.CONCURRENCY_KEY_LENGTH, min_length=1)] | None = None
+    key: Annotated[str, text_rules.describe_length(limits.CONCURRENCY_KEY_LENGTH, min_length=1)] | None = None
     """Expression such as `{{ trigger.body.customer }}`: the limit applies to each of its values separately.
     """
     on_limit: LimitAction = LimitAction.QUEUE
@@ -38,7 +38,7 @@ class FailureSettings(StrictWire):
 
     Its inputs are `executionId`, `workflowId`, `workflowName`, `status`, `error`, `startedAt` and `endedAt`.
     """
-    url: Annotated[str, text_rules.is_allowed_text(limits.CALLBACK_URL_LENGTH, min_length=1)] | None = None
+    url: Annotated[str, text_rules.describe_length(limits.CALLBACK_URL_LENGTH, min_length=1)] | None = None
     """URL that gets a message, signed with the signing secret of the organization."""
 
 
@@ -75,7 +75,7 @@ class KnownSettings(StrictWire):
     metadata: (
         Annotated[
             dict[
-                str, Annotated[str, text_rules.is_allowed_text(limits.CONCURRENCY_KEY_LENGTH, min_length=1)]
+                str, Annotated[str, text_rules.describe_length(limits.CONCURRENCY_KEY_LENGTH, min_length=1)]
             ],
             Meta(max_length=limits.METADATA_KEYS),
         ]

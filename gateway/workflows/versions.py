@@ -60,8 +60,8 @@ class CreateVersion(GuardedWire):
         ("version", "workflowId", "createdBy", "createdAt", "snapshot", "warnings"), ""
     )
 
-    version_tag: Annotated[str, text_rules.is_allowed_text(limits.VERSION_TAG_LENGTH, min_length=1)]
-    description: Annotated[str, text_rules.is_allowed_text(limits.DESCRIPTION_LENGTH)] | None = None
+    version_tag: Annotated[str, text_rules.describe_length(limits.VERSION_TAG_LENGTH, min_length=1)]
+    description: Annotated[str, text_rules.describe_length(limits.DESCRIPTION_LENGTH)] | None = None
 
 
 class CreatedVersion(WireStruct):

@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     from nodes.catalog import NodeCatalog
 
 
-Name: TypeAlias = Annotated[str, text_rules.is_allowed_text(limits.WORKFLOW_NAME_LENGTH, min_length=1)]
-Description: TypeAlias = Annotated[str, text_rules.is_allowed_text(limits.DESCRIPTION_LENGTH)]
-Tag: TypeAlias = Annotated[str, text_rules.is_allowed_text(limits.TAG_LENGTH, min_length=1)]
+Name: TypeAlias = Annotated[str, text_rules.describe_length(limits.WORKFLOW_NAME_LENGTH, min_length=1)]
+Description: TypeAlias = Annotated[str, text_rules.describe_length(limits.DESCRIPTION_LENGTH)]
+Tag: TypeAlias = Annotated[str, text_rules.describe_length(limits.TAG_LENGTH, min_length=1)]
 Tags: TypeAlias = Annotated[list[Tag], Meta(extra_json_schema={"maxItems": limits.TAGS})]
 Settings: TypeAlias = Annotated[
     dict[str, Any], Meta(extra_json_schema={"$ref": "#/components/schemas/KnownSettings"})
