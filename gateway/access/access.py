@@ -294,7 +294,7 @@ def _node_types(caller: ApiCaller, wanted: Sequence[str] | None) -> Sequence[str
 
 
 def _list_known_scopes(scopes: Iterable[str]) -> list[KeyScope]:
-    """Return the known ones of stored scopes, sorted; a newer release may have stored others, which are left out."""
+    """Return the stored scopes that this release has, sorted; others, stored by a newer release, are left out."""
     return sorted(KeyScope(scope) for scope in scopes if scope in ALL_KEY_SCOPES)
 
 
@@ -340,7 +340,9 @@ def _read_expiry(body: CreateKey, now: datetime, problems: ProblemCollector) -> 
 def _key_shape(
     key: ApiKey, refused: Sequence[RefusedScope] = (), *, key_text: str | UnsetType = UNSET
 ) -> KeyShape:
-    """Return a key as the API shows it, with its secret text only if `key_text` is given."""
+    """Return a key as the API shows it, with its secret text only if `key_text` is given; `refused` are scopes that it
+    lacked.
+    """
     return KeyShape(
         key=key_text,
         id=key.id,

@@ -100,10 +100,10 @@ class OpenIdSignIn:
     ) -> str:
         """Create a browser session of the user with an identity, and return the session's secret.
 
-        The invitation with a code makes the user. Without a code, an open one for the person's verified
-        address does, on a server with one organization: elsewhere, any organization could claim the person.
-        The session with the hash `replaces` ends. Raises `NoAccount`, `EmailTaken`, and `IdentityTaken` for a
-        code with an identity that has a user already.
+        A new identity gets its user by the invitation with the code; without a code, by an open one for the person's
+        verified address, on a server with one organization: elsewhere, any organization could claim the person. The
+        session with the hash `replaces` ends. Raises `NoAccount`, `EmailTaken`, and `IdentityTaken` for a code with an
+        identity that has a user already.
         """
         now = self.database.clock.now()
 
@@ -137,8 +137,8 @@ class OpenIdSignIn:
     ) -> tuple[User, str]:
         """Return the user of an identity, and the id of the key that its sessions stand for.
 
-        A new identity gets a user by an invitation; a key that was revoked is replaced, others get a longer
-        life. Raises `NoAccount` and `IdentityTaken`.
+        A new identity gets a user by an invitation. A valid key gets a new expiry, and a revoked one is replaced.
+        Raises `NoAccount` and `IdentityTaken`.
         """
         found = await user_identity.find_identity(connection, claims.issuer, claims.subject)
         if found is None:

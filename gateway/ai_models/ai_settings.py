@@ -134,7 +134,7 @@ async def _apply(
 
 
 def _build_changes(body: UpdateAiSettings) -> dict[str, Any]:
-    """Return the columns that a body changes."""
+    """Return the new values of the columns that a body changes; {} without changes."""
     changes: dict[str, Any] = {}
     if body.default_model_id is not msgspec.UNSET:
         changes["default_model_id"] = body.default_model_id

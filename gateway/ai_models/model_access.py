@@ -25,7 +25,7 @@ async def require_usable(
 ) -> None:
     """Raise a 403 error that names the language models that the user of a run may not use, if there are any.
 
-    `models` has the id of a node that names it by the id of each model. Models that don't exist are refused in the
+    `models` maps the id of each model to the id of a node that names it. Models that don't exist are refused in the
     same way, so that guessing an id reveals nothing. The error has at most 100 details.
     """
     asked = models.keys() - {ECHO_MODEL_ID}

@@ -46,7 +46,7 @@ async def find_readable(connection: AsyncConnection, requested: RequestedObject)
 
 
 async def read(database: Database, requested: RequestedObject) -> StoredModel:
-    """Return the requested model, read in a transaction of its own; raises a 404 error."""
+    """Return the requested model, read in a transaction of its own; raises a 404 error if the caller may not see it."""
     async with database.read() as connection:
         return await find_readable(connection, requested)
 

@@ -132,7 +132,9 @@ async def show(request: GatewayRequest) -> JsonResponse:
 
 
 def list_periods(window: MetricsWindow, now: datetime) -> Sequence[datetime]:
-    """Return the begins of the hours or days of a window, the present one last."""
+    """Return the start times of the hours or days of a window in UTC, the earliest first; the last period is the
+    present one.
+    """
     if window is MetricsWindow.DAY:
         return [hour_of(now) - number * _HOUR for number in reversed(range(24))]
     today = hour_of(now).replace(hour=0)

@@ -210,7 +210,7 @@ async def _calls_tools_at_once(client: ModelClient, model: ModelConnection) -> b
 
 
 async def _follows_schemas(client: ModelClient, model: ModelConnection) -> bool:
-    """Return whether a model answers by a JSON Schema that its provider gets as such; this makes one call.
+    """Return whether a model's answer fits a JSON Schema that the request has as a parameter; this makes one call.
 
     Raises `ModelCallFailed` for a temporary failure.
     """
@@ -219,9 +219,10 @@ async def _follows_schemas(client: ModelClient, model: ModelConnection) -> bool:
 
 
 async def _answers_in_json_mode(client: ModelClient, model: ModelConnection) -> bool:
-    """Return whether a model answers in the JSON mode of its provider by a schema in words; this makes one call.
+    """Return whether a model's answer in its provider's JSON mode fits a schema that the prompt describes.
 
-    False without a call if the protocol has no such mode. Raises `ModelCallFailed` for a rate limit.
+    It makes one call, or none if the protocol has no such mode, which gives False. Raises `ModelCallFailed` for a rate
+    limit.
     """
     from nodes.ai.model_client import PROTOCOLS  # noqa: PLC0415 - loaded with the first test
 

@@ -81,7 +81,10 @@ async def read(
 
 
 async def edit(editor: DataSourceEditor, requested: RequestedObject, change: Change) -> StoredDataSource:
-    """Change the fields of the requested resource, with an audit entry; raises `ApiError`."""
+    """Apply `change` to the requested resource, with an audit entry, and return it as stored.
+
+    Raises a 409 error for a taken name, and the others of `DataSourceEditor.edit`.
+    """
     try:
         return await editor.edit(requested, AuditAction.DATA_SOURCE_UPDATED, change)
     except DataSourceNameTaken as error:

@@ -222,7 +222,10 @@ async def _read(request: GatewayRequest) -> StoredDataSource:
 
 
 def _build_data_source(body: CreateProviderKey) -> CreateDataSource:
-    """Return the data source of a new key; raises a 422 error for an address that isn't the provider's."""
+    """Return the fields of the data source of a new key.
+
+    Raises a 422 error without an address for a provider that has no public one, and for one of another provider.
+    """
     url = body.base_url or PUBLIC_URLS.get(body.provider)
     if url is None:
         message = f"baseUrl is required for the provider {body.provider}"
@@ -246,7 +249,10 @@ def _build_data_source(body: CreateProviderKey) -> CreateDataSource:
 
 
 def _build_changes(before: StoredDataSource, body: UpdateProviderKey) -> UpdateDataSource:
-    """Return the changes of the data source; raises a 422 error for a key that would be sent elsewhere."""
+    """Return the changes of the data source.
+
+    Raises a 422 error if address or header change without the key, which would be sent elsewhere.
+    """
     settings: dict[str, Any] = {}
     if body.base_url is not msgspec.UNSET:
         settings["baseUrl"] = body.base_url

@@ -208,7 +208,10 @@ def build_data_source(body: CreateToolServer) -> CreateDataSource:
 
 
 def build_changes(before: StoredDataSource, body: UpdateToolServer) -> UpdateDataSource:
-    """Return the changes of the data source; raises a 422 error for a key that would be sent elsewhere."""
+    """Return the changes of the data source.
+
+    Raises a 422 error if address or header change without the key, which would be sent elsewhere.
+    """
     given = {"url": body.url, "keyHeader": body.key_header}
     settings: dict[str, Any] = {name: value for name, value in given.items() if value is not msgspec.UNSET}
     stored = before.source.settings

@@ -219,7 +219,7 @@ async def _read(request: GatewayRequest) -> StoredDataSource:
 
 
 def _apply_listed_tools(before: StoredDataSource, found: ProbeResult, now: datetime) -> StoredDataSource:
-    """Return a tool server with the tools that it has listed; unchanged if they are those of before."""
+    """Return a tool server with the tools that a probe found, not stored; unchanged if these are the ones of before."""
     listed = tool_server.read_tools(before.source.tools)
     offered = [msgspec.to_builtins(tool) for tool in found.tools]
     if (listed.protocol_version, list(listed.offered)) == (found.protocol_version, offered):

@@ -177,10 +177,9 @@ class DeploymentActivator:
         return deployment
 
     async def record_run(self, workflow_id: str) -> CountedDeployment | None:
-        """Record activity of a deployment for a run without a waiting client.
+        """Record activity of a deployment for a run without a waiting client, and return it; None if it isn't deployed.
 
-        Return it with the refusal of its start by its policy, None if it may start; None if it isn't
-        deployed.
+        The result has the refusal of a start by its policy, or None if the deployment may start.
         """
         deployment = await self._counts.submit(workflow_id)
         if deployment is None:
@@ -237,7 +236,9 @@ class DeploymentActivator:
         return [found.get(workflow_id) for workflow_id in batch]
 
     async def _wake(self, batch: Sequence[str]) -> Sequence[None]:
-        """Wake each deployment of a batch that is down; failures of the database are logged only."""
+        """Wake each deployment of a batch that is down, and return None for each; errors of the database are logged
+        only.
+        """
         for workflow_id in dict.fromkeys(batch):
             try:
                 await self._check_deployment(workflow_id, is_first=True)
@@ -318,13 +319,15 @@ class DeploymentActivator:
                 self._waiters.pop(execution_id, None)
 
     def _receive(self, notification: Notification) -> None:
-        """Set the futures of runs that a notification names as claimed, and remember them for a minute."""
+        """Let the requests go on that wait for the runs of a notification, which pods have claimed; remember these for
+        a minute.
+        """
         for execution_id in wakeups.parse_taken_runs(notification):
             self._heard.put(execution_id, value=True)
             self._notify(execution_id, is_taken=True)
 
     def _notify(self, execution_id: str, *, is_taken: bool) -> None:
-        """Set the futures of the requests that wait for a run."""
+        """Set the futures of all requests that wait for a run to `is_taken`."""
         for waiter in self._waiters.get(execution_id, ()):
             if not waiter.done():
                 waiter.set_result(is_taken)

@@ -207,9 +207,9 @@ async def read_usage(connection: AsyncConnection, workflow_id: str, now: datetim
 async def sum_pod_time_by_day(
     connection: AsyncConnection, workflow_id: str, since: datetime, now: datetime
 ) -> Sequence[float]:
-    """Return the pod time of a workflow in seconds on each day in UTC from a time on until now.
+    """Return the pod time of a workflow in seconds on each day in UTC, from `since` until now.
 
-    Whole days are kept for ten minutes once they are over for an hour: all decisions are made at present.
+    Days that ended over an hour ago are cached for ten minutes, since no decision is dated back.
     """
     begin = start_of_day(since.astimezone(UTC))
     days = [begin + number * DAY for number in range((now - begin) // DAY + 1)]

@@ -410,7 +410,10 @@ class CountedHour(msgspec.Struct, array_like=True):
 async def _read_hours(
     connection: AsyncConnection, organization_id: str, workflow_ids: Sequence[str], since: datetime
 ) -> Mapping[str, Sequence[CountedHour]]:
-    """Return the counts of workflows by id, of each of 24 hours with runs from one on, in no order."""
+    """Return the counts of each hour with runs in the 24 hours from `since` on, in no order, by workflow id.
+
+    Workflows without runs in that time are absent.
+    """
     rows = await connection.execute(hours_statement(organization_id, workflow_ids, since))
     return {row.workflow_id: _decode_hours(f"[{row.hours}]") for row in rows}
 
@@ -477,7 +480,7 @@ async def _read_deployments(
 async def _read_newest_runs(
     connection: AsyncConnection, workflow_ids: Sequence[str]
 ) -> Mapping[str, NewestRun]:
-    """Return the newest run of workflows by id; those without a run are absent."""
+    """Return the newest run that is not private of each workflow, by workflow id; those without one are absent."""
     return {
         row.workflow_id: NewestRun(
             id=row.id,
@@ -547,7 +550,7 @@ def _show_workflow(
 
 
 def _list_hours(hours: Sequence[CountedHour], since: datetime) -> Sequence[WorkflowHour]:
-    """Return the counts of the 24 hours from an hour on, the earliest first."""
+    """Return the counts of the 24 hours from `since` on, the earliest first, with zeros for hours without runs."""
     shown = [_NO_RUNS] * run_hours.HOURS
     first = to_microseconds(since)
     for hour in hours:

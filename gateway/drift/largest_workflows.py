@@ -45,7 +45,7 @@ class StoredWorkflow:
 
 
 async def find_largest(connection: AsyncConnection, caller: ApiCaller) -> Sequence[StoredWorkflow]:
-    """Return up to ten workflows of all organizations, the one with the most runs first.
+    """Return up to ten workflows of all organizations with their estimated runs, the one with the most runs first.
 
     Empty before the first analysis of PostgreSQL.
     """

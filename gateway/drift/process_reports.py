@@ -51,7 +51,7 @@ class ClusterHealth(WireStruct):
 
 
 def name_role(one: ProcessReport) -> str:
-    """Return the role of a process; the workers of `pilotflame dev` have all roles."""
+    """Return the role of a process; `all-in-one` for the workers of `pilotflame dev`, which have all roles."""
     if isinstance(one, ProcessPresence):
         return one.role
     return ALL_IN_ONE if one.owner.startswith(ALL_IN_ONE_OWNER) else "worker"

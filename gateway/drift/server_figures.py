@@ -132,7 +132,7 @@ async def read_figures(
 
 
 def _show_phase(phase: str, ordered: Sequence[float]) -> WakePhase:
-    """Return count, median and 95th percentile of the sorted times of a phase."""
+    """Return count, median and 95th percentile of the sorted times of a phase; both are None without times."""
     p50, p95 = (
         round(ordered[-(-len(ordered) * percent // 100) - 1], 3) if ordered else None for percent in _PERCENTS
     )

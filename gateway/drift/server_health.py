@@ -279,7 +279,7 @@ def _milliseconds_since(begun: float) -> float:
 
 
 def _is_present(seen_at: datetime, now: datetime) -> bool:
-    """Return whether a process with its last report at `seen_at` counts as present."""
+    """Return whether a process with its last report at `seen_at` counts as present: within the last 15 seconds."""
     return seen_at > now - timedelta(seconds=ABSENT_SECONDS)
 
 

@@ -127,7 +127,7 @@ async def _explain_organization(request: GatewayRequest) -> OrganizationExplanat
 
 
 def _state_of(present: Sequence[WorkerPresence]) -> WorkerState:
-    """Return whether any of the present workers takes further runs."""
+    """Return the state of the present workers: absent without any, free if one takes further runs, else full."""
     if not present:
         return WorkerState.ABSENT
     is_full = all(worker.held_runs >= worker.concurrency for worker in present)

@@ -82,8 +82,8 @@ class ByteBudget:
     def count(self, holding: ByteHolding, change: int) -> None:
         """Add a change of one transfer's bytes; over a limit, evict the slowest transfers of the largest clients.
 
-        A client over its half loses its own transfers; only those that are moving can be evicted, else this
-        one.
+        A client over its share loses its own transfers. Only transfers that are moving can be evicted; without any,
+        this one is.
         """
         self._holdings.add(holding)
         self._add(holding.client, change)

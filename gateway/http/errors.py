@@ -99,7 +99,10 @@ def admin_required() -> ApiError:
 
 
 def not_found(what: str = "route") -> ApiError:
-    """Return the common 404 error for a missing object and for another owner's, which must look the same."""
+    """Return the common 404 error for a missing object and for another owner's, which must look the same.
+
+    `what` names the kind of object in the message.
+    """
     return ApiError(404, "not-found", f"There is no such {what}")
 
 

@@ -400,7 +400,7 @@ async def count_page(
 
 
 async def has_at_most(connection: AsyncConnection, source: RowSource, number: int) -> bool:
-    """Return whether the index of a source has at most this number of rows."""
+    """Return whether the index of a source has at most this number of rows; its residual conditions do not count."""
     some = select(source.created_at).where(*source.within).limit(number + 1).subquery()
     return (await connection.scalar(select(func.count()).select_from(some)) or 0) <= number
 

@@ -109,7 +109,7 @@ class RequestHolding:
             self._on_disconnect = callback
 
     def bound_silence(self, seconds: float) -> None:
-        """Let the system end the connection if the client does not acknowledge sent bytes for so long.
+        """Let the system end the connection if the client does not acknowledge sent bytes for this many seconds.
 
         Without it, a client that is gone without a word, such as a host without power, is noticed after 15 minutes.
         Nothing happens where the system has no such limit, and for connections other than TCP.
@@ -276,8 +276,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._unread_bytes = 0
 
     def on_headers_complete(self) -> None:
-        """Count a request against the limits of its client, which decide whether it is refused, before its task starts.
-        """
+        """Count a request against the limits of its client, by which it may be refused, before its task starts."""
         super().on_headers_complete()  # its task starts in the next event loop iteration at the earliest
         self._is_head = False
         self._unread_bytes = 0

@@ -164,7 +164,7 @@ class GatewayRequest(StarletteRequest):
             holding.call_on_disconnect(callback)
 
     def bound_silence(self, seconds: float) -> None:
-        """End the connection if the client does not acknowledge sent bytes for so long, as a dead one."""
+        """End the connection if the client does not acknowledge sent bytes for this many seconds."""
         holding: RequestHolding | None = self.scope.get("holding")
         if holding is not None:
             holding.bound_silence(seconds)

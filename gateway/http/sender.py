@@ -60,7 +60,7 @@ class RequestSender:
 
     @property
     def token_workflow_id(self) -> str:
-        """Id of the workflow that a trigger token is for."""
+        """Id of the workflow of a trigger token; only for senders by such a token."""
         return str(self.token and self.token.workflow_id)
 
     def may_send_to(self, workflow_id: str) -> bool:

@@ -52,7 +52,7 @@ def check_line(
 ) -> str:
     """Return a one-line text in its stored form: normalized (NFC) and without surrounding spaces.
 
-    Added to `problems` with `path`: empty unless it may be, too long, control characters.
+    A text that is empty (unless it may be) or too long, or has control characters, is added to `problems` with `path`.
     """
     kept = unicodedata.normalize("NFC", value).strip()
     if not kept and not may_be_empty:
@@ -75,7 +75,8 @@ def check_identifier(value: str, path: str, problems: ProblemCollector) -> str:
 def check_paragraphs(value: str, path: str, problems: ProblemCollector, *, max_length: int) -> str:
     """Return a text of several lines in its stored form, normalized (NFC).
 
-    Added to `problems` with `path`: too long, control characters other than line breaks and tabs.
+    A text that is too long, or has control characters other than line breaks and tabs, is added to `problems` with
+    `path`.
     """
     kept = unicodedata.normalize("NFC", value)
     if len(kept) > max_length:

@@ -87,7 +87,7 @@ async def contact(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
 
 
 async def _reclaim_earlier(gateway: GatewayState, holder: LeaseHolder) -> None:
-    """Return the runs of earlier processes of the same pod to the queue, and notify pods of them.
+    """Put the runs of earlier processes of the same pod back into the queue, and notify pods of them.
 
     A pod never has two processes at the same time, so the earlier ones have ended.
     """
@@ -253,7 +253,7 @@ async def release(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
 
 
 async def promote(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
-    """Return runs of this deployment whose wait is over to the queue; answer with their number."""
+    """Put runs of this deployment back into the queue once their wait is over; answer with their number."""
     return JsonResponse(CountResponse(await lease_checks.promote_due(request.gateway.database, holder)))
 
 

@@ -159,7 +159,9 @@ async def takes_runs(database: Database, holder: LeaseHolder) -> bool:
 
 
 async def is_stopped(database: Database, holder: LeaseHolder) -> bool:
-    """Return whether the pods of the deployment have to end after a drain; False for an undeployed workflow."""
+    """Return whether a deployment is stopped, so that its pods end once they have drained; False for an undeployed
+    workflow.
+    """
     statement = select(col(Deployment.workflow_id)).where(
         col(Deployment.workflow_id) == holder.workflow_id,
         col(Deployment.is_deployed),
@@ -267,7 +269,7 @@ async def read_log_ends(
 async def read_answers(
     database: Database, holder: LeaseHolder, execution_ids: Sequence[str]
 ) -> list[NodeAnswerRecord]:
-    """Return the wait answers of nodes of runs that the pod holds."""
+    """Return the wait answers that nodes of runs have received, for those of the given runs that the pod holds."""
     statement = (
         select(
             *(col(WaitAnswer.execution_id), col(WaitAnswer.node_id), col(WaitAnswer.iteration)),
@@ -288,7 +290,7 @@ async def read_answers(
 
 
 async def promote_due(database: Database, holder: LeaseHolder) -> int:
-    """Return runs of this deployment whose wait is over to the queue; return their number.
+    """Put runs of this deployment back into the queue once their wait is over, and return the number of these runs.
 
     Rows that another transaction locks are skipped. The rest of their timeout counts from now on.
     """

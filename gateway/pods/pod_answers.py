@@ -49,7 +49,7 @@ class PodAnswers:
         """Executions with a lost piece, whose pod has to send open answers from their beginning."""
 
     async def start(self) -> None:
-        """Listen to gateways that ask for answers."""
+        """Listen to the requests of gateways to follow the answers of runs."""
         await self._broker.listen(self._handle_notification, subject=FOLLOW_POD)
 
     async def receive(self, holder: LeaseHolder, call: OpenAnswersRequest) -> OpenAnswersResponse:

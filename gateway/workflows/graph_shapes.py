@@ -161,8 +161,8 @@ def stored_node(
 ) -> StoredNode:
     """Return a node of a body in its stored form, at `place` (None for none) unless it has a position.
 
-    A missing id is generated, a missing label is the type's name, and a custom type is pinned to its newest
-    version. Problems are added to `problems` with the prefix `path`.
+    A missing id is generated, a missing label is the type's name, and a custom type without a version gets the newest.
+    Problems are added to `problems` with the prefix `path`.
     """
     type_name = catalog.canonical_name(node.node_id or node.type or node.node_type or "")
     version = node.version or node.node_version

@@ -353,7 +353,7 @@ def _no_port(path: str, node_id: str, port: Json, known: Sequence[str]) -> dict[
 
 
 def _require_new(edge: StoredConnection, others: Iterable[StoredConnection]) -> None:
-    """Raise a 409 error if a connection has this id, or joins the same two ports."""
+    """Raise a 409 error if another connection has the id of a new one, or joins the same two ports."""
     joined = _joined(edge)
     for other in others:
         if other["id"] == edge["id"]:

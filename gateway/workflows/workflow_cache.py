@@ -63,7 +63,7 @@ class CachedWorkflow:
 
     @property
     def is_fresh(self) -> bool:
-        """Whether it may be used without a query; the default language model may change at any time."""
+        """Whether it may be used without a query; never if it names the default language model, which may change."""
         return self.fresh_until > monotonic() and not self.workflow.names_default_model
 
 

@@ -226,9 +226,9 @@ def _in_order(node: Mapping[str, Json]) -> dict[str, Json]:
 
 
 def file_name(workflow: Workflow) -> str:
-    """Return a file name for a workflow that is valid on every file system and needs no quoting in a header.
+    """Return a file name for a workflow's document, such as `workflow-daily-report.json`.
 
-    It is made of the first 60 letters, digits and hyphens of the name.
+    It has at most 60 characters of the name, is valid on every file system, and needs no quoting in a header.
     """
     readable = re.sub(r"[^a-z0-9]+", "-", workflow.name.lower())[:FILE_NAME_LENGTH].strip("-")
     return f"workflow-{readable}.json" if readable else "workflow.json"
