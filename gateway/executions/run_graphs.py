@@ -229,7 +229,7 @@ def _show(
     definition = decoding.decode(rows.definition) if rows.definition else {}
     catalog = custom_types.catalog_of_definition(catalog, definition)
     connections = definition.get("connections", [])
-    nodes = graph_shapes.placed(definition.get("nodes", []), connections)
+    nodes = graph_shapes.with_all_positions(definition.get("nodes", []), connections)
     return RunGraph(
         execution_id=execution_id,
         workflow_id=rows.head.workflow_id,

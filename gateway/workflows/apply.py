@@ -292,7 +292,7 @@ class _Application:
         workflow = stored.workflow
         deployment = await desired_state.find_deployment(connection, workflow.id)
         is_deployed = deployment is not None and deployment.is_deployed
-        live = await workflow_rows.live_executions(connection, workflow)
+        live = await workflow_rows.list_live_executions(connection, workflow)
         if is_deployed:
             message = f"{workflow.name!r} is deployed, and is not deleted: nothing was applied"
             raise errors.conflict("workflow-deployed", message)

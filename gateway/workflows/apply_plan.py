@@ -373,7 +373,7 @@ def _with_positions(
         node if isinstance(raw, dict) and raw.get("position") else _without(node, "position")
         for node, raw in zip(wanted.stored.nodes, sent, strict=False)
     ]
-    return graph_shapes.placed(nodes, connections, before.nodes)
+    return graph_shapes.with_all_positions(nodes, connections, before.nodes)
 
 
 def _with_known_ids(wanted: WantedWorkflow, before: StoredWorkflow) -> Sequence[StoredConnection]:

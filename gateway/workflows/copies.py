@@ -164,7 +164,7 @@ async def templates(request: GatewayRequest) -> JsonResponse:
     """
     part = request.query.page()
     async with request.gateway.database.read() as connection:
-        own, found = await workflow_rows.templates(connection, request.caller, part)
+        own, found = await workflow_rows.list_templates(connection, request.caller, part)
     common = list(shipped_templates.load_templates().values())
     first = max(part.offset - own, 0)
     here = common[first : first + part.limit - len(found)]
@@ -194,7 +194,7 @@ async def use_template(request: GatewayRequest) -> JsonResponse:
         named = workflow_shapes.apply_changes(template, UpdateWorkflow(name=body.name), catalog)
         if references is not None:
             named = workflow_documents.resolve_references(
-                named, workflow_documents.references(named, catalog), references
+                named, workflow_documents.list_references(named, catalog), references
             )
         return workflow_documents.copy_workflow(named, request.caller, request.gateway.clock())
 
@@ -213,7 +213,7 @@ async def _find_template(
     if common is not None:
         catalog = request.gateway.catalog
         stored = common.build_draft(request.caller, catalog, request.gateway.clock())
-        named = workflow_documents.references(stored, catalog)
+        named = workflow_documents.list_references(stored, catalog)
         kept = {one.id: ECHO_MODEL_ID if one.id == ECHO_MODEL_ID else None for one in named}
         return stored, kept | (body.references or {})
     async with request.gateway.database.read() as connection:
@@ -299,10 +299,10 @@ def _plan_import(
     Without `references` in the body it is only a preview.
     """
     stored = workflow_documents.import_document(caller, body, catalog, now)
-    named = workflow_documents.references(stored, catalog)
+    named = workflow_documents.list_references(stored, catalog)
     if body.references is not None:
         stored = workflow_documents.resolve_references(stored, named, body.references)
-    found = workflow_documents.findings(stored, catalog)
+    found = workflow_documents.validate_draft(stored, catalog)
     return stored, ImportAnswer(
         created=body.references is not None,
         name=stored.workflow.name,

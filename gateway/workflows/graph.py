@@ -77,14 +77,14 @@ async def layout(request: GatewayRequest) -> JsonResponse:
     """Arrange the nodes of a workflow from left to right; an arranged graph does not change."""
     stored = await request.gateway.workflow_editor.read(request.requested_object)
     editing.require_writer(request.caller, stored.workflow)
-    seen = graph_shapes.drawing(stored.nodes, stored.connections)
+    seen = graph_shapes.build_layout_input(stored.nodes, stored.connections)
     # A thread, here and below, so that a large graph does not block other requests.
     places = await asyncio.to_thread(layouts.arrange_cards, *seen)
 
     def arranged(before: StoredWorkflow) -> StoredWorkflow:
-        current = graph_shapes.drawing(before.nodes, before.connections)
+        current = graph_shapes.build_layout_input(before.nodes, before.connections)
         wanted = places if current == seen else layouts.arrange_cards(*current)
-        return replace(before, nodes=graph_shapes.moved(before.nodes, wanted))
+        return replace(before, nodes=graph_shapes.with_positions(before.nodes, wanted))
 
     edited = await request.gateway.workflow_editor.edit(
         request.requested_object, AuditAction.WORKFLOW_LAID_OUT, arranged

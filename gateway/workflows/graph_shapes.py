@@ -265,7 +265,7 @@ class LayoutInput(NamedTuple):
     """Position of each node, or None."""
 
 
-def drawing(nodes: Sequence[StoredNode], connections: Sequence[StoredConnection]) -> LayoutInput:
+def build_layout_input(nodes: Sequence[StoredNode], connections: Sequence[StoredConnection]) -> LayoutInput:
     """Return the input of the layout engine for a graph: node ids, edges as pairs of ids, and present
     positions (or None).
     """
@@ -273,7 +273,7 @@ def drawing(nodes: Sequence[StoredNode], connections: Sequence[StoredConnection]
     return LayoutInput([str(node["id"]) for node in nodes], edges, [_place(node) for node in nodes])
 
 
-def moved(nodes: Sequence[StoredNode], places: Sequence[CardPosition]) -> list[StoredNode]:
+def with_positions(nodes: Sequence[StoredNode], places: Sequence[CardPosition]) -> list[StoredNode]:
     """Return the nodes with new canvas positions: `places` has one for each node, in the same order."""
     return [
         {**node, "position": {"x": x, "y": y}} if _place(node) != (x, y) else node
@@ -281,7 +281,7 @@ def moved(nodes: Sequence[StoredNode], places: Sequence[CardPosition]) -> list[S
     ]
 
 
-def placed(
+def with_all_positions(
     nodes: Sequence[StoredNode],
     connections: Sequence[StoredConnection],
     before: Sequence[StoredNode] = (),
@@ -296,7 +296,7 @@ def placed(
     for node in nodes:
         position = node.get("position") or known.pop(str(node["id"]), None)
         kept.append(node if position is None else {**node, "position": position})
-    return moved(kept, canvas_layout.complete_layout(*drawing(kept, connections)))
+    return with_positions(kept, canvas_layout.complete_layout(*build_layout_input(kept, connections)))
 
 
 def _place(node: StoredNode) -> CardPosition | None:

@@ -98,7 +98,7 @@ def plan_workflow(caller: ApiCaller, value: Json, catalog: NodeCatalog, now: dat
     errors = [problem for problem in errors if problem["code"] != FindingType.UNKNOWN_NODE_TYPE]
     errors = [*errors, *_locate_findings(validation.errors, stored, wrong, errors)]
     if not errors:
-        stored = replace(stored, nodes=graph_shapes.placed(stored.nodes, stored.connections))
+        stored = replace(stored, nodes=graph_shapes.with_all_positions(stored.nodes, stored.connections))
     return WorkflowPlan(stored, errors, [*_locate_findings(validation.warnings, stored, wrong, errors)])
 
 

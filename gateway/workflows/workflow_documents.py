@@ -215,7 +215,7 @@ def export_document(stored: StoredWorkflow, catalog: NodeCatalog) -> dict[str, o
         "config": workflow.config,
         "nodes": [_in_order(graph_shapes.shown_node(node)) for node in found.stored.nodes],
         "connections": [graph_shapes.shown_connection(edge) for edge in found.stored.connections],
-        "references": references(found.stored, catalog),
+        "references": list_references(found.stored, catalog),
         "removedSecrets": found.removed,
     }
 
@@ -234,7 +234,7 @@ def file_name(workflow: Workflow) -> str:
     return f"workflow-{readable}.json" if readable else "workflow.json"
 
 
-def references(stored: StoredWorkflow, catalog: NodeCatalog) -> list[ExternalReference]:
+def list_references(stored: StoredWorkflow, catalog: NodeCatalog) -> list[ExternalReference]:
     """Return the external resources that the nodes name, such as data sources, sorted, each once with the
     fields that name it.
     """
@@ -313,7 +313,7 @@ def import_document(
     stored = workflow_shapes.draft_workflow(caller, wanted, catalog, problems, now)
     if problems.found:
         raise errors.invalid({**found, "path": f"document.{found['path']}"} for found in problems.found)
-    stored = replace(stored, nodes=graph_shapes.placed(stored.nodes, stored.connections))
+    stored = replace(stored, nodes=graph_shapes.with_all_positions(stored.nodes, stored.connections))
     return workflow_shapes.apply_changes(stored, UpdateWorkflow(name=body.name), catalog)
 
 
@@ -401,7 +401,7 @@ def _replace_values(replacements: Mapping[str, str | None], value: Json, path: s
     return replacements.get(path, value)
 
 
-def findings(stored: StoredWorkflow, catalog: NodeCatalog) -> ValidationResult:
+def validate_draft(stored: StoredWorkflow, catalog: NodeCatalog) -> ValidationResult:
     """Return the findings of a draft: those of its graph, and warnings about credentials outside of its nodes."""
     validation = validate_graph(graph_shapes.graph_of(stored), catalog, is_draft=True)
     inline = [

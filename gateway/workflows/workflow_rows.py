@@ -283,7 +283,7 @@ async def count_by_status(
     return {row.status: row.total for row in rows}, {row.status: int(row.readable) for row in rows}
 
 
-async def templates(
+async def list_templates(
     connection: AsyncConnection, caller: ApiCaller, part: PageBounds
 ) -> tuple[int, list[StoredWorkflow]]:
     """Return the number of templates of the caller's organization, and the page `part` of them, the newest first.
@@ -468,7 +468,7 @@ async def _save_shares(connection: AsyncConnection, before: StoredWorkflow, afte
         await connection.execute(insert(WorkflowShare), shares)
 
 
-async def live_executions(connection: AsyncConnection, workflow: Workflow) -> list[ExecutionKey]:
+async def list_live_executions(connection: AsyncConnection, workflow: Workflow) -> list[ExecutionKey]:
     """Return the keys of all of a workflow's runs that have not ended."""
     running = (
         select(col(Execution.id), col(Execution.shard))

@@ -176,7 +176,7 @@ def build_workflow(
     problems.raise_any()
     if stored.workflow.status == WorkflowStatus.ACTIVE:
         graph_shapes.require_valid(definition_snapshot.check_graph(stored.nodes, stored.connections, catalog))
-    return replace(stored, nodes=graph_shapes.placed(stored.nodes, stored.connections))
+    return replace(stored, nodes=graph_shapes.with_all_positions(stored.nodes, stored.connections))
 
 
 def draft_workflow(
@@ -235,7 +235,7 @@ def apply_changes(before: StoredWorkflow, body: UpdateWorkflow, catalog: NodeCat
         connections = graph_shapes.stored_connections(body.connections, problems)
     problems.raise_any()
     if body.nodes is not None:
-        nodes = graph_shapes.placed(nodes, connections, before.nodes)
+        nodes = graph_shapes.with_all_positions(nodes, connections, before.nodes)
     return replace(before.with_columns(**changes), nodes=nodes, connections=connections)
 
 

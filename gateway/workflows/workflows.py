@@ -211,7 +211,7 @@ async def delete(request: GatewayRequest) -> NoContent:
             raise errors.conflict("workflow-deployed", message)
         await deployment_changes.undeploy_workflow(connection, request.caller, workflow_id)
         # The workflow is deleted in this transaction: no further run is accepted, so these are all.
-        live[:] = await workflow_rows.live_executions(connection, edited.before.workflow)
+        live[:] = await workflow_rows.list_live_executions(connection, edited.before.workflow)
         if live and not is_forced:
             message = f"{len(live)} executions have not ended: wait for them, or cancel them with ?force=true"
             raise errors.conflict("workflow-running", message)
