@@ -33,7 +33,7 @@ REMEMBERED_CHECKS: Final = 60
 
 
 def tune_at_start() -> None:
-    """Raise the thresholds of Python's garbage collector during startup: objects that imports create are no
+    """Raise the thresholds of Python's garbage collector for this process: objects that imports create are no
     garbage.
     """
     gc.set_threshold(YOUNG_OBJECTS, YOUNG_COLLECTIONS, MIDDLE_COLLECTIONS)

@@ -14,9 +14,9 @@ HEARTBEAT_SECONDS = 5.0
 
 @asynccontextmanager
 async def run_heartbeat(file: Path | None, every_seconds: float = HEARTBEAT_SECONDS) -> AsyncIterator[None]:
-    """Touch a file now and periodically while the block lasts and the event loop runs, as a sign of life.
+    """Touch a file at once, and every `every_seconds` while the block lasts, as a sign that the event loop runs.
 
-    None touches nothing. Raises `OSError` at the start if the file can't be touched.
+    Does nothing if `file` is None. Raises `OSError` if the first touch fails; later failures are ignored.
     """
     if file is None:
         yield
@@ -30,7 +30,7 @@ async def run_heartbeat(file: Path | None, every_seconds: float = HEARTBEAT_SECO
 
 
 async def _beat_forever(file: Path, every_seconds: float) -> None:
-    """Touch the file again and again, every so many seconds, until cancelled."""
+    """Touch a file every `every_seconds`, first after that time, until canceled; ignores `OSError`."""
     while True:
         await asyncio.sleep(every_seconds)
         # A full disk, for example, is no reason to exit; if it lasts, the age of the file shows it.

@@ -81,10 +81,10 @@ async def run(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
 
 
 async def run_coroutine(begin: Callable[[], Coroutine[Any, Any, T]]) -> T:
-    """Run a coroutine that awaits only `yield_to_loop`, and return its result.
+    """Run the coroutine that `begin` creates, which awaits only `yield_to_loop`; return its result or raise its error.
 
-    It runs on the event loop. If it exceeds the brief budget, `begin` makes another one, which runs in the
-    thread step by step, so that other calls get the thread in between.
+    It runs on the event loop. If it exceeds the brief budget, `begin` is called again, and the second coroutine runs
+    from its beginning in the thread, step by step, so that other calls get the thread in between.
     """
     before = _is_inline.set(True)
     try:
@@ -133,8 +133,8 @@ class _LoopQueue:
         return turn
 
     def _call_next(self) -> None:
-        """Resume the coroutine that has waited longest, and come back in the next pass of the event loop for
-        the next one.
+        """Resume the coroutine that has waited longest, and schedule the next one for the next pass of the
+        event loop.
         """
         while self._waiting and self._waiting[0].done():
             self._waiting.popleft()

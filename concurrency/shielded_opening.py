@@ -11,10 +11,10 @@ T = TypeVar("T")
 
 
 async def open_shielded(opening: Awaitable[T], close: Callable[[T], object]) -> T:
-    """Return the connection that `opening` gives, and propagate its exceptions.
+    """Await the opening of a connection, and return the connection or raise the error of `opening`.
 
-    If the caller is canceled, the opening goes on by itself, and `close` gets the connection as soon as it is
-    open: drivers that are canceled during a login leave open files or unhandled errors behind.
+    If the caller is canceled, `opening` continues in the background, and `close` is called with the connection once it
+    is open: drivers that are canceled during a login leave open files or unhandled errors behind.
     """
     task = asyncio.ensure_future(opening)
     try:

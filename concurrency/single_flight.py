@@ -36,7 +36,7 @@ class SingleFlight(Generic[Key, Answer]):
         return await self._find(key)
 
     def _on_done(self, key: Key, task: asyncio.Task[Answer]) -> None:
-        """Forget a lookup that has ended, and its exception if every caller has gone."""
+        """Forget a lookup that has ended; asyncio logs no exception of it, even if all its callers were canceled."""
         del self._tasks[key]
         if not task.cancelled():
             task.exception()  # retrieve it: the callers have it, and asyncio would log it if all of them have gone

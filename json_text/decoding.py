@@ -73,7 +73,10 @@ def _cache_decoder(kind: object) -> Decoder[Any]:
 
 
 def _iterate_types(node: object, seen: set[int]) -> Iterator[object]:
-    """Yield a type and all types inside it, each once."""
+    """Yield the msgspec descriptions of types and fields in `node`, itself included, each once.
+
+    `seen` holds the `id()` of those that were yielded, and is extended.
+    """
     if isinstance(node, tuple):
         for item in node:
             yield from _iterate_types(item, seen)

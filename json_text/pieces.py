@@ -37,7 +37,7 @@ _require_syntax: Final = Decoder(Raw).decode
 
 
 class DuplicateName(ValueError):
-    """Two members of one object have the same name, `name` if it is known."""
+    """Two members of one object have the same `name`, which is empty if it can't be determined."""
 
     def __init__(self, name: str = "") -> None:
         super().__init__("Two members of one object have the same name")
@@ -97,7 +97,7 @@ def _iterate_segments(text: bytes, piece_bytes: int) -> Iterator[tuple[bytes, by
 def _cut_at_last_comma(parts: list[bytes]) -> int:
     """Return the number of bytes up to and including the last comma outside of strings; 0 without one.
 
-    `parts` alternate between text outside and inside of strings; those behind the comma are removed.
+    `parts` alternate between text outside and inside of strings; the list is cut behind the comma in place.
     """
     while parts:
         if len(parts) % 2 and (at := parts[-1].rfind(b",")) >= 0:

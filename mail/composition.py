@@ -83,10 +83,9 @@ def check_header(name: str, value: str) -> None:
 
 
 def check_line(text: str, what: str) -> None:
-    """Raise `ValueError` for a text with line ends or other control characters; `what` names the text in the
-    message.
+    """Raise `ValueError` for a text with line ends, which would add a header, or other control characters.
 
-    Its next line would be a header of its own.
+    `what` names the text in the message of the error.
     """
     if mail_content.CONTROL_CHARACTERS.search(text):
         raise ValueError(f"{what} holds a line end or another control character")
@@ -116,7 +115,10 @@ def compose_mail(mail: OutgoingMail) -> bytes:
 
 
 def _set_body(composed: EmailMessage, mail: OutgoingMail) -> None:
-    """Set texts, HTML and files of a mail; files with a Content-ID are shown inline in the HTML."""
+    """Add text, HTML and files of a mail to `composed`.
+
+    Files with a Content-ID become inline parts of the HTML; others, and all without HTML, become attachments.
+    """
     if mail.text or not mail.html:
         composed.set_content(mail.text)
     if mail.html and mail.text:

@@ -1,4 +1,4 @@
-"""Decoding of content by transfer encoding and charset. It never fails: what a mail declares is often wrong."""
+"""Decoding of content by transfer encoding and charset. It never fails, as declarations in mails are often wrong."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _MAX_NAME_CHARACTERS: Final = 40
 
 
 def _codec_names() -> Mapping[str, str]:
-    """Return the known codecs by the names that mails use for their charsets, in lower case with underscores."""
+    """Return Python's codec for each supported charset, by its names in lower case with underscores."""
     names = {name: name for name in CODECS}
     names |= {alias: name for alias, name in aliases.items() if name in names}
     return {alias: _CODEC_ALIASES.get(name, name) for alias, name in names.items()}
@@ -56,13 +56,13 @@ _CODEC_NAMES: Final = _codec_names()
 def find_codec(name: str) -> str | None:
     """Return Python's codec for the name of a charset, in any spelling.
 
-    None for an unknown charset, and for ASCII, whose texts are often something else: guess it then.
+    None for an unsupported charset, and for ASCII, whose texts are often in another charset.
     """
     return _CODEC_NAMES.get(_NO_LETTER.sub("_", name[:_MAX_NAME_CHARACTERS].lower()).strip("_"))
 
 
 def decode_text(raw: bytes, charset: str = "") -> str:
-    """Decode bytes as a text in a charset; an unknown or empty one is guessed.
+    """Decode bytes as a text in a charset; for an unknown or empty one, or ASCII, as UTF-8 or else Windows-1252.
 
     Invalid sequences become U+FFFD, and so does NUL, which stored JSON can't contain. Never raises.
     """
@@ -70,7 +70,7 @@ def decode_text(raw: bytes, charset: str = "") -> str:
 
 
 def decode_text_pieces(pieces: Iterable[bytes], charset: str = "") -> str:
-    """Decode a text given in pieces by its charset; an unknown or empty one is guessed.
+    """Decode a text given in pieces; for an unknown or empty charset, or ASCII, as UTF-8 or else Windows-1252.
 
     Invalid sequences and NUL become U+FFFD. Never raises. A character may be split between pieces.
     """

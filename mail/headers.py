@@ -83,8 +83,8 @@ def parse_header_block(raw: bytes, limits: MailLimits = DEFAULT_LIMITS) -> MailH
 def take_headers(raw: Raw, start: int, end: int, limits: MailLimits) -> tuple[MailHeaders, int]:
     """Return the headers from offset `start` on, and the offset at which the body begins.
 
-    A line that is no header ends them too: then the empty line before the body is missing. Raises
-    `InvalidMail` for headers with more bytes than the limits allow.
+    The body begins after an empty line, or with the first line that is no header. Raises `InvalidMail` for headers
+    with more bytes than the limits allow; headers beyond the maximum number are counted in `omitted`.
     """
     most = min(end, start + limits.max_header_bytes)
     block = _BLOCK.match(raw, start, most)
@@ -171,7 +171,8 @@ def _join_words(words: Iterable[tuple[str, bytes]]) -> str:
 
 
 def parse_parameters(value: str) -> tuple[str, dict[str, str]]:
-    """Split a header such as `text/plain; charset=utf-8` into its first part and its parameters by lower-case name.
+    """Split a header such as `text/plain; charset=utf-8` into its first part, in lower case, and its parameters by
+    lower-case name.
 
     Parameters that are continued or encoded by RFC 2231 are joined and decoded; the first of two equal names counts.
     """
@@ -235,7 +236,7 @@ def format_addresses(value: str) -> str:
 
 
 def bare_addresses(value: str) -> list[str]:
-    """Return the addresses of a header without their names, such as `ada@example.org`; empty if there are none."""
+    """Return the addresses in a header value without names, such as `ada@example.org`; empty if none can be parsed."""
     return [address for _, address in _parse_pairs(value) if address]
 
 

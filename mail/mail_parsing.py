@@ -275,7 +275,8 @@ class PartSearch:
 def find_leaves(raw: Raw, root: MailPart, limits: MailLimits) -> PartSearch:
     """Return the leaf parts (those that aren't containers) in order; they are found while they are iterated.
 
-    An embedded mail is one part. Parts beyond the limits are counted in `omitted`.
+    An embedded mail is one part. Parts beyond the limits are counted in `omitted`. The iteration raises `InvalidMail`
+    for headers that are too long, of one part or together.
     """
     found = PartSearch(iter(()))
     found.leaves = _iterate_leaves(raw, root, limits, found)
@@ -283,7 +284,10 @@ def find_leaves(raw: Raw, root: MailPart, limits: MailLimits) -> PartSearch:
 
 
 def _iterate_leaves(raw: Raw, root: MailPart, limits: MailLimits, found: PartSearch) -> Iterator[MailPart]:
-    """Yield the leaf parts of a mail in order, and count those beyond the limits in `found.omitted`."""
+    """Yield the leaf parts of a mail in order, and count those beyond the limits in `found.omitted`.
+
+    Raises `InvalidMail` for headers that are too long, of one part or together.
+    """
     opened = 1
     header_bytes = 0
     waiting = [(root, 0)]
@@ -311,9 +315,9 @@ def _iterate_leaves(raw: Raw, root: MailPart, limits: MailLimits, found: PartSea
 
 
 def _inner_parts(raw: Raw, container: MailPart, limits: MailLimits) -> list[tuple[int, int]]:
-    """Return start and end offset of the parts of a container; empty without a boundary.
+    """Return start and end offset of each part of a container; empty if its headers name no boundary.
 
-    The last part may lack its closing boundary.
+    The last part may lack its closing boundary. The search stops after `max_parts`, with a part or two more.
     """
     boundary = container.parameters.get("boundary", "").rstrip()[:_MAX_BOUNDARY_CHARACTERS]
     if not boundary:

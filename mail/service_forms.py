@@ -124,7 +124,10 @@ def _attachment_number(file: FormFile) -> int:
 
 
 def _attachment_label(file: FormFile, described: dict[str, Any], content_id: str) -> AttachmentLabel:
-    """Return the attributes of a file; those described by the service go before those of the form's part."""
+    """Return the attributes of a file: those in `described`, which the service gives, and else those of the form.
+
+    `content_id` is used if `described` has none.
+    """
     written = _to_text(described.get("type")) or file.content_type
     value, parameters = headers.parse_parameters(written)
     content_type = mail_content.clean_media_type(value)
@@ -395,13 +398,13 @@ def _parse_address(text: str) -> str | None:
         return None
 
 
-def build_trigger(
+def build_trigger_output(
     mail: ParsedMailContent, received: MailReception, references: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """Return the output of an e-mail trigger for a mail, with references to its stored attachments.
+    """Return the output of an e-mail trigger: the mail, its reception report, and a `blob` for each stored attachment.
 
-    `references` are of the attachments with a content, in order; one that is still at the mail service has a
-    URL instead.
+    `references` are the references to the blobs, one for each attachment with a content, in order. An attachment that
+    is still at the mail service has a URL instead.
     """
     left = iter(references)
     attachments = []

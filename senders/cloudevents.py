@@ -180,9 +180,9 @@ def _decode_text(body: bytes, media_type: MediaType) -> str | None:
 
 
 def _build_event(attributes: Mapping[str, Json], data: Json) -> SenderEvent:
-    """Build an event from checked CloudEvents attributes and data; raises `RequestRefused` for invalid attributes.
+    """Check the attributes of a CloudEvent, and return the event that they and the data make.
 
-    At most 100 attributes; the version must be 1.0.
+    Raises `RequestRefused` for an invalid or missing attribute, more than 100, and a version other than 1.0.
     """
     if len(attributes) > MAX_ATTRIBUTES:
         raise RequestRefused("too-large", f"A CloudEvent has at most {MAX_ATTRIBUTES} attributes")
@@ -219,7 +219,7 @@ def _require_attribute(name: str, value: Json) -> None:
 def _require_text(name: str, value: str) -> None:
     """Require a text attribute of at most 2,000 characters without control characters; raises `RequestRefused`.
 
-    Required attributes must not be empty, `source` must have no spaces, and `time` must follow RFC 3339.
+    Attributes of the specification must not be empty, `source` must have no spaces, and `time` must follow RFC 3339.
     """
     if len(value) > MAX_ATTRIBUTE_LENGTH:
         raise RequestRefused(

@@ -1,4 +1,4 @@
-"""Webhooks of known senders: recognition by headers, and dispatch to their parsers."""
+"""Webhooks of supported senders: recognition by headers, and dispatch to their parsers."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ _EVENT_PARSERS: Final[Mapping[EventSender, Callable[[SenderRequest], SenderMessa
 def recognize_sender(request: SenderRequest) -> EventSender | None:
     """Return the sender named by the headers of a request; None for an unknown sender.
 
-    Only the header names and the media type count; nothing is verified. A header of a known sender goes
-    before the signs of a CloudEvent.
+    Only the header names and the media type count; nothing is verified. A header of a sender takes precedence over
+    the signs of a CloudEvent.
     """
     claimed = next((sender for header, sender in _SENDER_HEADERS.items() if header in request.headers), None)
     if claimed is None and cloudevents.is_cloudevent(request):

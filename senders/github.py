@@ -34,7 +34,7 @@ def verify(request: SenderRequest, secrets: Sequence[str]) -> SignatureResult:
 
 
 def parse_event(request: SenderRequest) -> SenderEvent:
-    """Return GitHub's event, named `github.` and the header `X-GitHub-Event`, with its JSON object.
+    """Return GitHub's event: its type is `github.` and the header `X-GitHub-Event`, its data the JSON object.
 
     The JSON is the body, or the form field `payload`. Raises `RequestRefused` without the header, and for
     anything but an object.

@@ -269,7 +269,7 @@ def _drop_attachment(_label: AttachmentLabel, pieces: Iterator[bytes]) -> None:
 
 
 def _form_digest(form: PostedForm) -> str:
-    """Return a SHA-256 in hexadecimal over all parts, except the fields that change with each delivery."""
+    """Return a SHA-256 in hexadecimal over names and values of all parts, except the fields of Mailgun's signature."""
     digest = sha256()
     for piece in _iterate_pieces(form):
         digest.update(b"%d:" % len(piece))
@@ -278,7 +278,10 @@ def _form_digest(form: PostedForm) -> str:
 
 
 def _iterate_pieces(form: PostedForm) -> Iterator[bytes | memoryview]:
-    """Yield name, file name and value of each part that counts for the digest of a form."""
+    """Yield the name and then the value of each part, except the fields of Mailgun's signature.
+
+    These change with each delivery. Raises `RequestRefused` for an invalid escape.
+    """
     for part in form.parts:
         if part.name not in _MAILGUN_SIGNATURE:
             yield part.name.encode()

@@ -41,7 +41,7 @@ class SigningCertificate:
 def read_certificate(pem: bytes) -> SigningCertificate:
     """Return the validity and RSA key of a PEM certificate; the key is None for a key of another kind.
 
-    Nobody's signature on the certificate is checked. Raises `ValueError` for a text that is no certificate.
+    The signature on the certificate itself is not checked. Raises `ValueError` for a text that is no certificate.
     """
     try:
         certificate = x509.load_pem_x509_certificate(pem)

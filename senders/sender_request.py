@@ -327,8 +327,9 @@ def _parse_part(body: bytes, start: int, end: int) -> FormPart:
 
 
 def _decode_header(text: str) -> str:
-    """Decode the name in a part's header, which browsers write as UTF-8 with percent escapes for quotes and
-    line ends.
+    """Decode a name or file name in a part's header as UTF-8, or else as Latin-1.
+
+    `text` has a Latin-1 character for each byte. Percent escapes, which browsers write for quotes and line ends, stay.
     """
     return decode_value(text.encode("latin-1"))
 

@@ -101,7 +101,10 @@ def parse_ses_mail(message: SnsMessage) -> SesMail | None:
 
 
 def _decode_content(text: str, action: Mapping[str, Json]) -> bytes:
-    """Return the raw mail: SES sends text or, if configured so, base64; raises `RequestRefused`."""
+    """Return the raw mail in `text`, decoded if the action's `encoding` is base64.
+
+    Raises `RequestRefused` for invalid base64.
+    """
     encoding = action.get("encoding")
     if not isinstance(encoding, str) or encoding.upper() != "BASE64":
         return text.encode()
@@ -112,7 +115,7 @@ def _decode_content(text: str, action: Mapping[str, Json]) -> bytes:
 
 
 def _parse_stored(action: Mapping[str, Json]) -> SesStoredMail:
-    """Return where SES has stored the mail in S3; raises `RequestRefused` without bucket or key."""
+    """Return the S3 object in which SES has stored the mail; raises `RequestRefused` without bucket or key."""
     prefix = action.get("objectKeyPrefix")
     return SesStoredMail(
         _text_member(action, "bucketName"),

@@ -68,9 +68,10 @@ def _event_type(data: Mapping[str, Json]) -> str:
 
 
 def _parse_payload(request: SenderRequest) -> Json:
-    """Return the payload: a body of JSON, JSON in a form (a click), or the fields of a form (a command).
+    """Return the payload: a body of JSON, JSON in the form field `payload` (a click), or the fields of a form (a
+    command).
 
-    Raises `RequestRefused`.
+    Of fields with the same name the last counts. Raises `RequestRefused` for malformed JSON or forms, and for NUL.
     """
     if request.media_type.name != sender_request.URLENCODED_TYPE:
         return request.json
@@ -87,7 +88,7 @@ def _parse_payload(request: SenderRequest) -> Json:
 
 
 def _delivery_name(data: Json) -> str | None:
-    """Return the event id, or else the trigger id of an interaction (with which an app can open a dialog).
+    """Return the event id, or else the trigger id of an interaction (a command or click).
 
     None where both are missing, empty or no texts.
     """

@@ -441,7 +441,7 @@ class MailParser:
         references: list[dict[str, Any]] = []
         try:
             mail, received = found.parse(contents, self._attachment_keeper(parse_task, references, loop))
-            trigger = service_forms.build_trigger(mail, received, references)
+            trigger = service_forms.build_trigger_output(mail, received, references)
             return ParsedMail(mail, received, found.screening, trigger, _encode(trigger).decode())
         except AttachmentNotStored as error:
             raise error.__cause__ or error from None
