@@ -63,7 +63,10 @@ def strip_calls(calls: Sequence[ModelCallRecord]) -> list[ModelCallRecord]:
 
 
 def strip_step(step: AgentStep, conversation: int, tools: Collection[str]) -> AgentStep:
-    """Return the record of a step of an agent without contents, as part of the conversation with this number."""
+    """Return the record of a step of an agent without contents, with the number of its conversation.
+
+    `conversation` is that number if the step has none yet, and `tools` are the names of the agent's tools.
+    """
     return structs.replace(
         step,
         name=limit_name(step.kind, step.name, tools),
@@ -76,12 +79,18 @@ def strip_step(step: AgentStep, conversation: int, tools: Collection[str]) -> Ag
 
 
 def limit_name(kind: StepKind, name: str, tools: Collection[str]) -> str:
-    """Return the name of a model, or of a tool if it is one of `tools`; other names are texts of the model."""
+    """Return the name of a step: of a model, or of a tool if it is among `tools`; else `unknown`.
+
+    A model may have made up any other name.
+    """
     return name if kind is StepKind.MODEL or name in tools else UNNAMED
 
 
 def strip_error(error: RunError) -> RunError:
-    """Return the error of a node without a message that may quote a prompt, an answer or a provider."""
+    """Return the error of a node without its cause, and without a message that may quote a prompt or an answer.
+
+    Messages stay for codes whose messages never quote them.
+    """
     if error.code in OPEN_CODES:
         return replace(error, cause=None)
     message = f"The node failed ({error.code}), and the message of the error is not recorded ({FIELD})"

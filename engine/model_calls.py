@@ -321,7 +321,7 @@ class ModelCallFailed(NodeError):
         self.called: CalledModel | None = None
         """Model that was asked; None if no request was made."""
         self.book_return = book_return
-        """Books a later attempt, which nobody else is told to make at the same time, and returns the seconds until
+        """Function that reserves a time for a later attempt, which no other caller gets, and returns the seconds until
         then; None if attempts have no order. Not called if another model answers."""
 
     def with_message(self, message: str) -> Self:

@@ -389,14 +389,14 @@ class AgentSteps:
         """Add a step, or its new state, to the next commit."""
 
     def close_lost_steps(self) -> None:
-        """Record the end of steps that another worker has begun, if it has taken their contents with it."""
+        """Record as failed the open steps of a lost worker that had their contents in its memory alone."""
 
     async def commit(self) -> None:
         """Make everything recorded durable."""
 
     @property
     def may_expire(self) -> bool:
-        """Whether the decisions are so fresh that a question without one has expired at its time."""
+        """Whether the decisions were read after the time of the wait, so that an open question has expired by then."""
         return False
 
     def place_of(self, step: AgentStep) -> tuple[str, str]:
@@ -404,9 +404,10 @@ class AgentSteps:
         raise NotImplementedError
 
     def ask(self, step: AgentStep, approvers: Mapping[str, Json], expires_at: datetime) -> None:
-        """Add the question whether a tool may be called, or what came of a call, to the next commit.
+        """Add a question to people about a tool call to the next commit, which waits for the answer until `expires_at`.
 
-        `approvers` are fields of a question to people, such as `assignees`.
+        It asks whether the call may be made, or what its unknown outcome was. `approvers` are fields of the question,
+        such as `assignees`.
         """
         raise NotImplementedError
 
@@ -469,7 +470,9 @@ class AgentTools:
     """Providers of an agent; this one, of other nodes, has none."""
 
     async def list_tools(self) -> Sequence[CallableTool]:
-        """Return the connected tools in the order of their connections, with the effects of workflows as they are."""
+        """Return the connected tools in the order of connections; one that runs a workflow has that one's present
+        effect.
+        """
         return ()
 
     @property

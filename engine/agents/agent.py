@@ -197,7 +197,7 @@ class AgentTask:
     approvers: Mapping[str, Json] = field(default_factory=dict)
     """Fields of the questions whether a tool may be called: `assignees`, `approvals` and others."""
     approval_seconds: float = 604_800.0
-    """Time after which such a question expires, and the call is refused."""
+    """Time after which a question whether a tool may be called expires, and the call is refused."""
     read_answer: Callable[[str], tuple[Json, Sequence[str]]] = lambda text: (text, ())
     """Returns the value of a final answer and its problems by the schema."""
 
@@ -252,9 +252,9 @@ AgentAction: TypeAlias = "CallModel | CallTools | AwaitApprovals | Finish | Fail
 
 
 def decide_next(task: AgentTask, steps: Sequence[AgentStep]) -> AgentAction:
-    """Return the next action of an agent with these recorded steps.
+    """Return the next action of an agent, which follows from its task and its recorded steps alone.
 
-    Those without contents count in its budget alone: the conversation begins behind them.
+    Steps whose contents are not recorded count in the budget only: the conversation begins after them.
     """
     pending = list_pending_calls(steps)
     if pending:
@@ -277,11 +277,11 @@ def decide_next(task: AgentTask, steps: Sequence[AgentStep]) -> AgentAction:
 def plan_tool_calls(
     task: AgentTask, answer: StoredAnswer, earlier: Sequence[AgentStep], model_step: AgentStep, key: str
 ) -> list[AgentStep]:
-    """Return the steps of the tool calls in an answer, to be recorded together with it.
+    """Return the steps of the tool calls in an answer, for the caller to record together with it.
 
-    `key` is the idempotency key of the node, to which each step adds its number. Sequence numbers are 0. Calls of
-    unknown tools, with invalid arguments or beyond the limit are failed at once, and those that a person has to
-    approve wait.
+    `model_step` has the answer, and `earlier` are the steps before it. `key` is the idempotency key of the node, to
+    which each step adds its number. Sequence numbers are 0. Calls of unknown tools, with invalid arguments or beyond
+    the limit are failed, with an error for the model; those that a person has to approve are waiting.
     """
     done = sum(step.kind is StepKind.TOOL for step in list_present_steps(earlier))
     is_tainted = is_conversation_tainted(task, earlier)
@@ -308,9 +308,9 @@ def plan_tool_calls(
 
 
 def is_conversation_tainted(task: AgentTask, steps: Sequence[AgentStep]) -> bool:
-    """Return whether text of outsiders may be in the conversation: in its beginning, or in the result of a tool.
+    """Return whether text of outsiders may be in the conversation: in its first messages, or in the result of a tool.
 
-    A tool that a resumed run has lost may have given such a text; calls of a tool that never was have no effect.
+    A tool that the task no longer has counts as a source of such texts; calls of tools that it never had don't count.
     """
     names = {step.name for step in steps if step.kind is StepKind.TOOL and step.effect is not None}
     return task.is_tainted or any(name not in task.tools or task.tools[name].is_untrusted for name in names)
@@ -323,7 +323,10 @@ def is_call_tainted(task: AgentTask, steps: Sequence[AgentStep], call: AgentStep
 
 
 def require_approval(step: AgentStep, tool: AgentTool, *, is_tainted: bool) -> AgentStep:
-    """Return a tool call that waits for an approval if it needs one, and is to be done otherwise."""
+    """Return the step of a tool call as waiting for an approval, with the hash that this covers, or else as started.
+
+    It waits if the tool's rule needs an approval for the call.
+    """
     digest = tool.hash_call(step, is_tainted=is_tainted)
     status = StepStatus.WAITING if digest else StepStatus.STARTED
     return msgspec.structs.replace(step, status=status, request_hash=digest)
@@ -337,10 +340,11 @@ def begin_approved(
     *,
     is_tainted: bool,
 ) -> AgentStep:
-    """Return an approved call that is to be done, with the arguments of its approver in place of those of the model.
+    """Return the step of an approved tool call as started, with the arguments of its approver.
 
-    `arguments` is None if these stay. The hash is that of the call with its new arguments, and the key stays, since
-    nothing was done under it. Invalid arguments fail the call. One with an unknown outcome is done again.
+    None keeps the arguments of the model. The hash is that of the call with its new arguments; the key stays, since
+    nothing was done under it. Invalid arguments fail the call at `moment`. A call with an unknown outcome is done
+    again.
     """
     if arguments is None:
         begun = msgspec.structs.replace(step, status=StepStatus.STARTED)
@@ -357,7 +361,10 @@ def begin_approved(
 
 
 def ask_about_outcome(step: AgentStep, tool: AgentTool, moment: datetime) -> AgentStep:
-    """Return a tool call with an unknown outcome that waits from `moment` on for a person to decide about it."""
+    """Return the step of a tool call with an unknown outcome as waiting, from `moment` on, for a person's decision.
+
+    The question counts as an attempt.
+    """
     asked = msgspec.structs.replace(
         step, status=StepStatus.WAITING, started_at=moment, attempt=step.attempt + 1
     )
@@ -365,13 +372,15 @@ def ask_about_outcome(step: AgentStep, tool: AgentTool, moment: datetime) -> Age
 
 
 def list_pending_calls(steps: Sequence[AgentStep]) -> Sequence[AgentStep]:
-    """Return the recorded tool calls without a result, in the order of the model."""
+    """Return the tool calls of the current conversation that have no result, in the order in which the model
+    made them.
+    """
     present = list_present_steps(steps)
     return [step for step in present if step.kind is StepKind.TOOL and step.ended_at is None]
 
 
 def fail_tool_step(step: AgentStep, error: str, hint: str, moment: datetime) -> AgentStep:
-    """Return a tool call that has failed; the model gets the error and the hint."""
+    """Return the step of a tool call as failed at `moment`, with the error and the hint as its result for the model."""
     text = msgspec.json.encode({"error": error, "hint": hint}).decode()
     return msgspec.structs.replace(
         step, status=StepStatus.FAILED, result=msgspec.json.encode(text), ended_at=moment
@@ -379,7 +388,7 @@ def fail_tool_step(step: AgentStep, error: str, hint: str, moment: datetime) -> 
 
 
 def complete_tool_step(step: AgentStep, result: str, moment: datetime) -> AgentStep:
-    """Return a tool call that was made, with the text that the model gets from it."""
+    """Return the step of a tool call as completed at `moment`, with the text that the model gets as its result."""
     return msgspec.structs.replace(
         step, status=StepStatus.COMPLETED, ended_at=moment, result=msgspec.json.encode(result)
     )
@@ -391,12 +400,15 @@ def read_stored_answer(step: AgentStep) -> StoredAnswer:
 
 
 def read_tool_result(step: AgentStep) -> str:
-    """Return the text that the model gets from a tool call that has ended."""
+    """Return the text that the model gets from a tool call that has ended; empty without a result."""
     return decoding.decode(step.result or b'""', str)
 
 
 def build_conversation(task: AgentTask, steps: Sequence[AgentStep]) -> list[ChatMessage]:
-    """Return the messages so far: the task, each complete answer, and the results of its tool calls."""
+    """Return the messages of the current conversation: the task's, each complete answer, and results of its tool calls.
+
+    Tool calls without a result are left out.
+    """
     messages = list(task.messages)
     requested: Mapping[int, RequestedToolCall] = {}
     for step in list_present_steps(steps):
@@ -420,7 +432,10 @@ def build_conversation(task: AgentTask, steps: Sequence[AgentStep]) -> list[Chat
 
 
 def _show_result(step: AgentStep, requested: RequestedToolCall | None) -> str:
-    """Return the text that the model gets from a tool call, and the arguments if a person has changed them."""
+    """Return the text that the model gets from a tool call, after a note with the arguments if a person changed them.
+
+    `requested` is the call as the model made it; without it there is no note.
+    """
     result = read_tool_result(step)
     if requested is None or step.arguments is None:
         return result
@@ -433,7 +448,10 @@ def _show_result(step: AgentStep, requested: RequestedToolCall | None) -> str:
 
 
 def _choose_together(task: AgentTask, pending: Sequence[AgentStep]) -> Sequence[AgentStep]:
-    """Return the first write, or paid call, alone, or the reads before it; the order of the model is kept."""
+    """Return the first pending calls that are done at the same time: reads, up to the limit, or one other call alone.
+
+    Writes, paid calls and calls of agents are done alone. The order of the model is kept.
+    """
 
     def may_run_beside_others(step: AgentStep) -> bool:
         tool = task.tools.get(step.name)
@@ -446,7 +464,10 @@ def _choose_together(task: AgentTask, pending: Sequence[AgentStep]) -> Sequence[
 def _find_call_problem(
     task: AgentTask, call: RequestedToolCall, earlier: int, *, is_tainted: bool
 ) -> tuple[str, str] | None:
-    """Return the error of a tool call and a hint, both for the model; None for a call that can be done."""
+    """Return the error of a tool call and a hint, both for the model; None for a call that can be done.
+
+    `earlier` is the number of tool calls before it in the conversation.
+    """
     tool = task.tools.get(call.name)
     if tool is None:
         return f"There is no tool {call.name!r}", f"The tools are: {', '.join(task.tools)}"
@@ -467,7 +488,7 @@ def _find_call_problem(
 
 
 def _begin(task: AgentTask, steps: Sequence[AgentStep]) -> AgentAction:
-    """Begin a conversation behind the steps of lost ones, unless there were too many of them."""
+    """Return the action that begins a conversation, or a failure if three earlier ones were lost with their workers."""
     lost = count_conversations(steps)
     if lost >= MAX_CONVERSATIONS:
         return Fail(
@@ -479,7 +500,10 @@ def _begin(task: AgentTask, steps: Sequence[AgentStep]) -> AgentAction:
 
 
 def _ask(task: AgentTask, steps: Sequence[AgentStep], number: int) -> AgentAction:
-    """Ask for a further answer with tools, or for the last one if a limit is reached."""
+    """Return the request for a further answer with tools, as step `number`.
+
+    At a limit, it returns the request of a last answer without tools, a failure, or the end.
+    """
     messages = build_conversation(task, steps)
     tools = tuple(tool.description for tool in task.tools.values())
     request = _build_request(task, messages, tools)
@@ -494,7 +518,10 @@ def _continue(task: AgentTask, steps: Sequence[AgentStep]) -> AgentAction:
 
 
 def _ask_again(task: AgentTask, steps: Sequence[AgentStep], last: AgentStep) -> AgentAction:
-    """Repeat the request of a step without an answer, unless too many attempts were lost with their workers."""
+    """Return the repeated request of `last`, a step without an answer; a failure if three attempts lost their workers.
+
+    At a limit, such as a budget that lost attempts have used up, it returns a failure or the end instead.
+    """
     is_lost = last.status is StepStatus.STARTED
     losses = last.losses + is_lost
     if losses >= MAX_LOSSES:
@@ -515,7 +542,9 @@ def _ask_again(task: AgentTask, steps: Sequence[AgentStep], last: AgentStep) -> 
 def _build_request(
     task: AgentTask, messages: Sequence[ChatMessage], tools: Sequence[ToolDescription]
 ) -> ChatRequest:
-    """Return a request; the schema of the answer is passed only to a model that can't call tools instead."""
+    """Return a request to the model; with tools, the schema of the answer is its `final_schema`, else
+    `output_schema`.
+    """
     return ChatRequest(
         messages,
         max_tokens=task.max_answer_tokens,
@@ -528,7 +557,10 @@ def _build_request(
 
 
 def _conclude(task: AgentTask, steps: Sequence[AgentStep], answer: StoredAnswer) -> AgentAction:
-    """End with a final answer, or let the model correct one that doesn't fit the schema."""
+    """Return the end with a final answer, or a request to correct an answer that doesn't fit the schema.
+
+    After two corrections, or without budget for one, it returns a failure. A cut or refused answer is not corrected.
+    """
     reason = _find_stop_reason(task, steps)
     if answer.finish_reason in _INCOMPLETE:
         return Finish(answer.text, None, _INCOMPLETE[answer.finish_reason])
@@ -537,7 +569,7 @@ def _conclude(task: AgentTask, steps: Sequence[AgentStep], answer: StoredAnswer)
     value, problems = task.read_answer(answer.text)
     if not problems:
         return Finish(answer.text, value, reason)
-    repairs = len(_final_answers(steps)) - 1
+    repairs = len(_list_final_answers(steps)) - 1
     if repairs >= MAX_REPAIRS:
         quoted = answer.text[:MAX_QUOTED_CHARACTERS]
         wrong = f"The answer doesn't fit the schema after {MAX_REPAIRS} corrections: {problems[0]}"
@@ -553,8 +585,8 @@ def _conclude(task: AgentTask, steps: Sequence[AgentStep], answer: StoredAnswer)
     return CallModel(steps[-1].number + 1, request)
 
 
-def _final_answers(steps: Sequence[AgentStep]) -> Sequence[AgentStep]:
-    """Return the answers at the end that asked for no tool: one, and its corrections."""
+def _list_final_answers(steps: Sequence[AgentStep]) -> Sequence[AgentStep]:
+    """Return the last steps of the model that asked for no tool, the newest first: an answer, and its corrections."""
     return list(
         takewhile(
             lambda step: step.kind is StepKind.MODEL and not read_stored_answer(step).tool_calls,
@@ -567,7 +599,10 @@ def _final_answers(steps: Sequence[AgentStep]) -> Sequence[AgentStep]:
 
 
 def _end_at_limit(task: AgentTask, steps: Sequence[AgentStep], limit: StopReason, number: int) -> AgentAction:
-    """Ask for a last answer without tools, fail, or end with the last text if nothing may be spent any more."""
+    """Return the action at a limit: the request of a last answer without tools, as step `number`, or an end without it.
+
+    That is a failure if the agent fails at limits, or else the last text if nothing more may be spent.
+    """
     if task.limits.fails_at_limit or not list_present_steps(steps):
         return _end_without_asking(task, steps, limit)
     wish = ChatMessage(
@@ -580,7 +615,7 @@ def _end_at_limit(task: AgentTask, steps: Sequence[AgentStep], limit: StopReason
 
 
 def _end_without_asking(task: AgentTask, steps: Sequence[AgentStep], limit: StopReason) -> AgentAction:
-    """Fail at a limit, or end with the text of the last answer; without an answer the node fails in any case."""
+    """Return a failure at a limit, or the end with the text of the last answer; without an answer always a failure."""
     present = list_present_steps(steps)
     texts = [read_stored_answer(step).text for step in present if step.kind is StepKind.MODEL]
     if not texts and limit in _OF_BUDGET:
@@ -595,8 +630,8 @@ def _end_without_asking(task: AgentTask, steps: Sequence[AgentStep], limit: Stop
 
 
 def _find_stop_reason(task: AgentTask, steps: Sequence[AgentStep]) -> StopReason:
-    """Return why the final answer was asked for: the limit before it, or none."""
-    before = steps[: len(steps) - len(_final_answers(steps))]
+    """Return the limit that was reached before the final answer was asked for; `FINISHED` if none was."""
+    before = steps[: len(steps) - len(_list_final_answers(steps))]
     if not list_present_steps(before):
         return StopReason.FINISHED
     tools = tuple(tool.description for tool in task.tools.values())
@@ -634,13 +669,18 @@ def _is_too_large(request: ChatRequest) -> bool:
 def _name_budget(
     task: AgentTask, steps: Sequence[AgentStep], request: ChatRequest, answers: int
 ) -> StopReason:
-    """Return which part of the budget doesn't suffice for so many answers to a request."""
+    """Return the part of the budget that doesn't suffice for `answers` answers to a request: the cost, else
+    the tokens.
+    """
     is_cost = _spends_too_much(task, steps, request, answers)
     return StopReason.MAX_COST if is_cost else StopReason.MAX_TOKENS
 
 
 def _find_brake(calls: Sequence[AgentStep]) -> StopReason | None:
-    """Return why an agent that repeats itself is stopped; None if it makes progress."""
+    """Return the reason to stop an agent that repeats itself; None if it makes progress.
+
+    The last three calls, all of one tool, have failed, or three calls had equal arguments and results.
+    """
     last = calls[-MAX_ERRORS_IN_A_ROW:]
     if (
         len(last) == MAX_ERRORS_IN_A_ROW
@@ -653,7 +693,7 @@ def _find_brake(calls: Sequence[AgentStep]) -> StopReason | None:
 
 
 def _has_budget(task: AgentTask, steps: Sequence[AgentStep], request: ChatRequest, *, answers: int) -> bool:
-    """Return whether tokens and cost suffice for so many answers to a request; lost ones count too."""
+    """Return whether tokens and cost suffice for `answers` answers to a request, besides recorded and lost ones."""
     if _spends_too_much(task, steps, request, answers):
         return False
     if task.limits.max_tokens is None:
@@ -663,7 +703,7 @@ def _has_budget(task: AgentTask, steps: Sequence[AgentStep], request: ChatReques
 
 
 def _spends_too_much(task: AgentTask, steps: Sequence[AgentStep], request: ChatRequest, answers: int) -> bool:
-    """Return whether the cost of so many answers to a request may exceed the budget; lost ones count too."""
+    """Return whether `answers` answers to a request may cost more than recorded and lost ones leave of the budget."""
     if task.limits.max_cost is None:
         return False
     most = _estimate_cost(task, steps, request)
@@ -692,9 +732,9 @@ def _count_lost(steps: Sequence[AgentStep]) -> int:
 
 
 def compute_rest(task: AgentTask, steps: Sequence[AgentStep]) -> BudgetRest:
-    """Return the part of the budget that an agent may spend in one of the tool calls of this one.
+    """Return the rest of an agent's budget that one of its tool calls may spend; a part without a limit is None.
 
-    One last answer to the conversation so far has to remain.
+    The tokens and cost of one last answer to the conversation so far, and of lost answers, are kept back.
     """
     limits = task.limits
     tokens = cost = None

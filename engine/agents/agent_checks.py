@@ -42,9 +42,10 @@ def find_problems(
     catalog: NodeTypeLookup,
     traits: TraitsById = NO_TRAITS,
 ) -> Iterator[GraphFinding]:
-    """Yield the problems of the agents of a graph, and of the nodes at their ports `ai` and `tools`.
+    """Yield the findings about the agents of a graph, and about the nodes at their ports `ai` and `tools`.
 
-    `traits` has those of called workflows, as far as they are known.
+    `types` has the known types by node id; agents without one are skipped. `traits` has those of called workflows by
+    id, as far as these can be read.
     """
     providers = list_providers(graph)
     for agent in list_agents(graph.nodes):
@@ -67,7 +68,10 @@ def _check_agent(
     traits: TraitsById,
     depth: int = 1,
 ) -> Iterator[GraphFinding]:
-    """Yield the problems of an agent, its providers, and the agents that do its calls; `depth` counts those above."""
+    """Yield the findings about an agent, its model and tools, and the agents among its tools.
+
+    `depth` is 1 for an agent that is no tool of another one.
+    """
     edges = [edge for edge in graph.inbound[agent.id] if edge.target_port in PROVIDER_PORTS]
     models = [edge for edge in edges if edge.target_port == PORT_OF_MODELS]
     if not models and not agent.config.get("model"):
@@ -141,7 +145,10 @@ def _choose_two(untrusted: Sequence[GraphNode], private: Sequence[GraphNode]) ->
 
 
 def _check_provider(provider: GraphNode, edge: GraphEdge, graph: ParsedGraph) -> Iterator[GraphFinding]:
-    """Yield the problems of a node at such a port: its type, and connections that it would ignore."""
+    """Yield the findings about the node from which `edge` leads to the port `ai` or `tools` of an agent.
+
+    They concern its type, and its other connections, which would be ignored.
+    """
     if edge.target_port == PORT_OF_MODELS and provider.type != MODEL_TYPE:
         message = (
             f'Node "{provider.label}" ({provider.type}) can\'t be connected to the port {edge.target_port}'
@@ -206,9 +213,10 @@ def _check_effect(
     catalog: NodeTypeLookup,
     traits: TraitsById,
 ) -> Iterator[GraphFinding]:
-    """Yield the problem of a tool that writes while its agent may only read.
+    """Yield a finding if a tool writes while its agent may only read.
 
-    It is an error by the graph alone. A workflow that the tool calls may change, so that the tool is withheld then.
+    That is an error if the graph alone shows it. If a workflow that the tool calls writes, it is a warning, since that
+    workflow may change: a run withholds the tool.
     """
     allowed = agent.config.get("effects", list(EFFECTS_BY_DEFAULT))
     if not isinstance(allowed, list) or NodeEffect.WRITE.value in allowed:
@@ -227,7 +235,10 @@ def _check_effect(
 
 
 def find_exposed_starts(graph: ParsedGraph, traits: TraitsById) -> Iterator[GraphFinding]:
-    """Yield a warning for each node that gives texts of outsiders to a workflow with an exposed agent."""
+    """Yield a warning for each node that gives texts of outsiders to another workflow with an exposed agent.
+
+    Such an agent reads private data and can send without an approval. Workflows without `traits` are skipped.
+    """
     for node in graph.nodes:
         label = traits_of(node, traits).exposed_agent if name_workflow(node) in traits else ""
         if label and agent_exposure.has_tainted_input(node, graph):

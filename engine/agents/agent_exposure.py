@@ -61,9 +61,9 @@ def list_untrusted(agent: GraphNode, graph: ParsedGraph, traits: TraitsById = NO
 
 
 def has_tainted_input(node: GraphNode, graph: ParsedGraph) -> bool:
-    """Return whether text of outsiders may reach a node, an agent or another: a node before it may give some.
+    """Return whether text of outsiders may reach a node, by the types of the nodes before it.
 
-    That of the trigger of a sub-workflow run is known at the run alone (`RunCaller.is_tainted`).
+    Whether the input of a sub-workflow run holds such a text is known only in the run (`RunCaller.is_tainted`).
     """
     return any(gives_outside_text(each.type) for each in _list_ancestors(node, graph))
 
@@ -74,7 +74,9 @@ def gives_outside_text(type_: str) -> bool:
 
 
 def reads_outside_text(node: GraphNode, traits: TraitsById) -> bool:
-    """Return whether the output of a node may hold text of outsiders; of a workflow, by its nodes."""
+    """Return whether the output of a node may hold text of outsiders; for a sub-workflow node, by that workflow's
+    traits.
+    """
     if node.type == SUB_WORKFLOW_TYPE:
         return traits_of(node, traits).gives_outside_text
     return gives_outside_text(node.type)
@@ -87,7 +89,10 @@ def list_private(agent: GraphNode, graph: ParsedGraph, traits: TraitsById = NO_T
 
 
 def reads_private_data(node: GraphNode, traits: TraitsById) -> bool:
-    """Return whether the output of a node may be data of the organization; of a workflow, by its nodes."""
+    """Return whether the output of a node may be data of the organization.
+
+    For a sub-workflow node, the traits of that workflow tell.
+    """
     if node.type == SUB_WORKFLOW_TYPE:
         return traits_of(node, traits).gives_private_data
     return node.type in PRIVATE_TYPES or (node.type == _HTTP_TYPE and bool(node.config.get("dataSource")))
@@ -127,10 +132,10 @@ def _list_targets(agent: GraphNode, graph: ParsedGraph, depth: int = 1) -> Itera
 
 
 def _list_ancestors(node: GraphNode, graph: ParsedGraph) -> list[GraphNode]:
-    """Return the nodes from which connections lead to a node, the nearest first; the port of an agent for tools is
-    left out.
+    """Return the nodes from which connections lead to a node, directly or through others, the nearest first.
 
-    The tools of an earlier agent are among them, as the nodes that do their calls: its answer is made of their results.
+    Connections to its own port `tools` don't count. The tools of an earlier agent do, since its answer is made of their
+    results: each `tool` is returned as the node that does its calls.
     """
     found: dict[str, None] = {}
     waiting = [edge.source for edge in graph.inbound[node.id] if edge.target_port != PORT_OF_TOOLS]

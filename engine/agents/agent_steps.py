@@ -99,7 +99,7 @@ class AgentStep(msgspec.Struct, frozen=True):
 
 
 def list_present_steps(steps: Sequence[AgentStep]) -> Sequence[AgentStep]:
-    """Return the steps of the present conversation: those behind the last one without contents."""
+    """Return the steps of the current conversation: those after the last step whose contents are not recorded."""
     for index in range(len(steps), 0, -1):
         if steps[index - 1].conversation is not None:
             return steps[index:]
@@ -107,5 +107,5 @@ def list_present_steps(steps: Sequence[AgentStep]) -> Sequence[AgentStep]:
 
 
 def count_conversations(steps: Sequence[AgentStep]) -> int:
-    """Return the number of conversations of which the steps have no contents."""
+    """Return the number of conversations among the steps whose contents are not recorded."""
     return max((step.conversation + 1 for step in steps if step.conversation is not None), default=0)

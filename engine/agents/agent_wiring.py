@@ -35,7 +35,7 @@ TYPES_THAT_WAIT: Final = frozenset(
 
 
 def list_providers(graph: ParsedGraph) -> frozenset[str]:
-    """Return the ids of the nodes that provide a model or a tool: an edge leads from them to such a port."""
+    """Return the ids of the nodes from which an edge leads to a port for models or tools (`ai`, `tools`)."""
     return frozenset(edge.source for edge in graph.edges if edge.target_port in PROVIDER_PORTS)
 
 
@@ -52,7 +52,7 @@ def remove_providers(graph: ParsedGraph) -> ParsedGraph:
 
 
 def find_rewired_agents(before: ParsedGraph, after: ParsedGraph) -> frozenset[str]:
-    """Return the ids of the agents of a graph with other models or tools than in an earlier graph."""
+    """Return the ids of the agents in `after` whose models or tools are not the same in `before`."""
     return frozenset(
         agent.id
         for agent in list_agents(after.nodes)
@@ -79,9 +79,10 @@ def count_nodes_that_run(
 
 
 def target_of(tool: GraphNode) -> GraphNode | None:
-    """Return the node with the calls of a tool: the target of a `tool`, with its id, or the node itself.
+    """Return the node that does the calls of a tool: the target of a `tool` node, under the tool's id, or the node
+    itself.
 
-    None for a `tool` whose config names no target.
+    None for a `tool` node whose config names no valid target.
     """
     if tool.type != TOOL_TYPE:
         return tool
@@ -96,9 +97,10 @@ def target_of(tool: GraphNode) -> GraphNode | None:
 
 
 def find_unrecorded(agent: GraphNode, graph: ParsedGraph, depth: int = 1) -> GraphNode | None:
-    """Return the node by whose config the contents of an agent are not recorded; None if they are.
+    """Return the node whose config prevents the recording of an agent's contents; None if they are recorded.
 
-    It is the agent itself, its model, a tool, or one of those of the agents inside it: each of them has the contents.
+    It is the agent itself, its model, a tool, or such a node of an agent inside it, since each of them sees the
+    contents.
     """
     if not content_recording.is_recorded(agent.type, agent.config):
         return agent
@@ -121,9 +123,11 @@ def find_unrecorded(agent: GraphNode, graph: ParsedGraph, depth: int = 1) -> Gra
 
 
 def has_too_many_tools(agent: GraphNode, graph: ParsedGraph) -> bool:
-    """Return whether the agents inside an agent have more tools than they may; it is decided before any is read.
+    """Return whether the agents inside an agent have more than 256 tools together, one tool of several counted for
+    each.
 
-    Their number grows with each level by the number of connections, and all of them are checked and compiled.
+    Call it before the tools are checked or compiled, as their number may multiply with each level. The count stops
+    there.
     """
     inner = _iterate_inner_tools(agent, graph, 1)
     return next(islice(inner, MAX_INNER_TOOLS, None), None) is not None
@@ -148,7 +152,10 @@ def list_direct_tools(graph: ParsedGraph) -> frozenset[str]:
 
 
 def name_target_config(tool: GraphNode) -> str:
-    """Return the path in the config of a `tool` node that holds the config of its target."""
+    """Return the path in the config of a `tool` node to its target's config, such as `target.node.config`.
+
+    It is `target` for an unknown kind of tool.
+    """
     given = tool.config.get("target")
     kind = tool_kinds.find_kind(given) if isinstance(given, dict) else None
     return "target" if kind is None else kind.config_path

@@ -24,16 +24,17 @@ DIVERGED_CODE: Final = "replay-diverged"
 def find_recorded_turn(
     candidates: Mapping[int, AgentStep], number: int, request_hash: str
 ) -> Sequence[AgentStep]:
-    """Return the recorded answer to the request of a step, with its tool calls; empty if the model has to be asked.
+    """Return the step of the recorded answer with this number, and the steps of its tool calls after it.
 
-    Raises `NodeError` if another request was recorded, and either its answer is binding, or it is guarded and tools
-    behind it may have had an effect that a new conversation could repeat.
+    `candidates` are steps of the replayed run by number. Empty if the model has to be asked, since no complete answer
+    to this request is recorded. Raises `NodeError` if another request was recorded, and its answer is binding, or is
+    guarded and tool calls after it may have had an effect that a new conversation could repeat.
     """
     answer = candidates.get(number)
     if answer is None or answer.kind is not StepKind.MODEL:
         return ()
     if answer.request_hash != request_hash:
-        _require_leaving(candidates, answer)
+        _check_divergence(candidates, answer)
         return ()
     behind = range(number + 1, number + 1 + len(read_stored_answer(answer).tool_calls))
     calls = [candidates[each] for each in behind if each in candidates]
@@ -42,8 +43,11 @@ def find_recorded_turn(
     return (answer, *calls) if is_whole else ()
 
 
-def _require_leaving(candidates: Mapping[int, AgentStep], answer: AgentStep) -> None:
-    """Raise `NodeError` unless the recorded conversation may be left before one of its answers."""
+def _check_divergence(candidates: Mapping[int, AgentStep], answer: AgentStep) -> None:
+    """Raise `NodeError` if the agent must not depart from the recorded conversation at this answer.
+
+    That is so if it is binding, or guarded and a later tool call that writes may have been made.
+    """
     place = (
         f"The request of the step {answer.number} isn't the recorded one, so its answer can't be used again"
     )

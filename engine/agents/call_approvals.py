@@ -109,7 +109,7 @@ def _describe_call(step: AgentStep, tool: ToolProgram) -> str:
 
 
 def _show_call(step: AgentStep) -> dict[str, Json]:
-    """Return a tool call as its question has it."""
+    """Return a tool call as JSON for its question: agent id, name of the tool, arguments and hash."""
     return {
         "agentId": step.node_id,
         "tool": step.name,

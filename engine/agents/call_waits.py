@@ -43,9 +43,10 @@ def collect_calls(
     steps: Sequence[AgentStep],
     nested_steps: Mapping[tuple[str, str], Sequence[AgentStep]],
 ) -> list[ModelCallRecord]:
-    """Return the calls of models by the steps of an agent, and by the agents of its tool calls that have not ended.
+    """Return the records of all calls of models in the steps of an agent, with those of agents that do its tool calls.
 
-    A step has the calls of its agent once it has ended; until then they are found in `nested_steps`, by their places.
+    A tool call has the records of its agent once it has ended; until then they are those of the agent's own steps in
+    `nested_steps`, by node id and iteration.
     """
     calls: list[ModelCallRecord] = []
     for step in steps:
@@ -61,9 +62,9 @@ def collect_calls(
 def begin(
     visit: NodeVisit, recorder: SpanRecorder, tool: ToolProgram, step: AgentStep, outcome: AnswerWait
 ) -> StepWait:
-    """Record the wait of a tool call once in this process, and return it.
+    """Record that a tool call waits for `outcome`, remember the wait in `visit`, and return it for the agent.
 
-    Recording it again, by another worker, changes nothing: a task is created by the first commit alone.
+    A second record, by another worker, changes nothing: only the first commit creates the task.
     """
     place = find_place(tool, step)
     recorder.record_tool_wait(
@@ -79,9 +80,9 @@ def begin(
 
 
 def end(recorder: SpanRecorder, tool: ToolProgram, step: AgentStep, payload: bytes) -> NodeResult:
-    """Record the end of the wait of a tool call with the stored answer, and return its result.
+    """Record the end of the wait of a tool call with the stored answer and its log lines, and return its result.
 
-    Raises `NodeError` for an answer that is a failure, and `InvalidJson`.
+    Raises `NodeError` for an answer that is a failure, and `InvalidJson`, which are recorded too.
     """
     node, iteration = tool.program.node, name_iteration(step)
     for level, message in answer_payloads.decode_logs(payload):
@@ -100,7 +101,10 @@ def end(recorder: SpanRecorder, tool: ToolProgram, step: AgentStep, payload: byt
 
 
 def withdraw(recorder: SpanRecorder, tool: ToolProgram, step: AgentStep) -> None:
-    """Record the wait of a tool call as canceled, which cancels its task; a run ends with its parent."""
+    """Record the wait of a started tool call that another process does as canceled, which cancels its task.
+
+    A sub-workflow run that it waits for ends with its parent. Other calls have no such wait, and nothing is recorded.
+    """
     if tool.is_awaited and step.status is StepStatus.STARTED:
         recorder.record_tool_wait_end(
             tool.program.node, name_iteration(step), SpanStatus.CANCELLED, step.started_at

@@ -48,7 +48,10 @@ def describe_tool(node: GraphNode, node_type: NodeType) -> str:
 
 
 def build_parameters(node: GraphNode, node_type: NodeType) -> dict[str, Any]:
-    """Return the JSON Schema of the arguments: that of the config without fixed fields and those of the author."""
+    """Return the JSON Schema of the arguments of a node as a tool.
+
+    It is the config schema without fields that the node sets, and without those that only its author may set.
+    """
     schema = node_type.config_schema
     properties = {
         name: each for name, each in _properties(schema).items() if _is_open(name, each, node, node_type)
@@ -61,14 +64,14 @@ def build_parameters(node: GraphNode, node_type: NodeType) -> dict[str, Any]:
 
 
 def list_unfilled(node: GraphNode, node_type: NodeType) -> Sequence[str]:
-    """Return the required fields that the author has to set, since no model may fill them in."""
+    """Return the required config fields that are missing, and that no model may fill in: the author has to set them."""
     fields = build_parameters(node, node_type)["properties"]
     required = _required(node_type.config_schema)
     return [name for name in required if name not in node.config and name not in fields]
 
 
 def _is_open(name: str, schema: object, node: GraphNode, node_type: NodeType) -> bool:
-    """Return whether a model fills in a field: neither fixed, nor one of the author alone."""
+    """Return whether a model fills in a config field: the node does not set it, and it is not the author's alone."""
     only = OPEN_FIELDS.get(node_type.type)
     evaluated = {place.partition(OF_EACH)[0] for place in node_type.compiled}
     return (
@@ -81,7 +84,9 @@ def _is_open(name: str, schema: object, node: GraphNode, node_type: NodeType) ->
 
 
 def _is_bound(schema: object) -> bool:
-    """Return whether a schema, or one inside it, names a resource or wants a constant."""
+    """Return whether a schema, or one inside it, marks a reference to a resource, or a value that must be a
+    constant.
+    """
     if isinstance(schema, Mapping):
         if "x-resource" in schema or schema.get("x-constant") is True:
             return True

@@ -77,7 +77,7 @@ class VisitSteps(AgentSteps):
         self._nested: dict[int, VisitSteps] = {}
 
     def nest(self, tool: ToolProgram, step: AgentStep) -> VisitSteps:
-        """Return the steps of the agent that does a tool call, of all attempts."""
+        """Return the steps, of all attempts, of the agent that does a tool call; the same object for the same call."""
         if step.number not in self._nested:
             nested = VisitSteps(self._visit, self._recorder, self._is_interrupted, self._find_answer)
             nested._agent = cast("AgentProgram", tool.program.agent)
@@ -89,7 +89,7 @@ class VisitSteps(AgentSteps):
         return self._nested[step.number]
 
     def collect_calls(self) -> list[ModelCallRecord]:
-        """Return the calls of models by these steps, and by the agents of tool calls that have not ended."""
+        """Return the records of calls of models in these steps, and in those of the agents that do tool calls."""
         return call_waits.collect_calls(self._agent, self._steps, self._visit.nested_steps)
 
     @property
@@ -108,9 +108,9 @@ class VisitSteps(AgentSteps):
         return self._recorder.clock.now()
 
     def record(self, step: AgentStep) -> None:
-        """Add a step, or its new state, to the next commit; the costs of ended steps are those of the node.
+        """Add a step, or its new state, to the next commit, and update the records of model calls of the node.
 
-        Contents that are not recorded are kept in memory, with which this worker goes on.
+        Contents that are not recorded stay in the memory of this worker, which continues with them.
         """
         kept = step
         if not self._visit.program.records_content:
@@ -128,9 +128,9 @@ class VisitSteps(AgentSteps):
         visit.model_calls = call_waits.collect_calls(outermost, visit.steps, visit.nested_steps)
 
     def close_lost_steps(self) -> None:
-        """Record the end of steps that another worker has begun and taken the contents of with it.
+        """Record as failed the open steps of a lost worker that had their contents in its memory alone.
 
-        An answer that it was waiting for may have been billed.
+        An answer for which it waited counts as lost, since it may have been billed.
         """
         for step in tuple(self._steps):
             if step.conversation is None or step.ended_at is not None:
@@ -201,7 +201,9 @@ class VisitSteps(AgentSteps):
         return self._find_tool(step).program.node.id, call_approvals.name_iteration(step)
 
     async def commit(self) -> None:
-        """Commit the records. If the lease is lost, it waits for the runner, which cancels the node then."""
+        """Commit the records. If the lease is lost, it does not return: the runner notices that, and cancels
+        the node.
+        """
         try:
             await self._recorder.commit()
         except LeaseLost:
@@ -211,14 +213,19 @@ class VisitSteps(AgentSteps):
 
 
 def withdraw_waits(visit: NodeVisit, recorder: SpanRecorder) -> None:
-    """Record the open waits of the tool calls of an agent as canceled: questions about them, and waits for results."""
+    """Record the open waits of an agent's tool calls as canceled: questions about them, and waits for their results.
+
+    The waits of agents that do its tool calls are included.
+    """
     _withdraw_waits(cast("AgentProgram", visit.program.agent), visit.steps, visit, recorder)
 
 
 def _withdraw_waits(
     agent: AgentProgram, steps: Sequence[AgentStep], visit: NodeVisit, recorder: SpanRecorder
 ) -> None:
-    """Withdraw the waits of an agent with these steps, and of the agents that do its tool calls."""
+    """Do as `withdraw_waits` for an agent with these steps, which may be one that does a tool call of the visit's
+    agent.
+    """
     for step in steps:
         if step.name not in agent.tools or step.ended_at is not None:
             continue
@@ -341,7 +348,7 @@ class VisitTools(AgentTools):
         ]
 
     async def _read_effect(self, tool: ToolProgram) -> NodeEffect:
-        """Return the effect of a tool: of a workflow as it is now, and of an agent that of its tools."""
+        """Return the effect of a tool: for a workflow that of its present version, for an agent that of its tools."""
         if tool.program.agent is not None:
             effects = [await self._read_effect(each) for each in tool.program.agent.tools.values()]
             return NodeEffect.WRITE if NodeEffect.WRITE in effects else NodeEffect.READ
@@ -378,9 +385,10 @@ class VisitTools(AgentTools):
     async def perform(
         self, step: AgentStep, rest: BudgetRest, *, is_tainted: bool
     ) -> ToolResult | StepWait | StepPause:
-        """Do a recorded call by its node, and return its result as a text for the model; or begin to wait for it.
+        """Do a recorded call by its node, and return its result as a text for the model, or the wait or pause before
+        it.
 
-        A failure is repeated by the tool's own policy if it may be. Raises `NodeError`.
+        Failures are repeated by the tool's own retry policy. Raises `NodeError` for the last failure.
         """
         tool = self._agent.tools[step.name]
         if tool.is_awaited and not self._call.records_content:
@@ -406,9 +414,9 @@ class VisitTools(AgentTools):
     def _limit_paid_call(
         self, tool: ToolProgram, call: NodeCall, step: AgentStep, rest: BudgetRest
     ) -> NodeCall:
-        """Return a call that asks models with a budget of what is left to the agent, counted for the tool alone.
+        """Return a call of a tool that asks models, with its budget limited to `rest`, the rest of the agent's budget.
 
-        The budget counts all calls of the tool in its agent, so the cost of the earlier ones is added.
+        The budget of a tool counts all its calls in the agent, so the use of the earlier calls is added to `rest`.
         """
         earlier = [each for each in self._steps.recorded if each.name == step.name]
         records = [record for each in earlier for record in each.model_calls]
@@ -423,7 +431,10 @@ class VisitTools(AgentTools):
     async def _run_agent(
         self, tool: ToolProgram, agent: AgentProgram, step: AgentStep, rest: BudgetRest, *, is_tainted: bool
     ) -> ToolResult | StepWait | StepPause:
-        """Let another agent do a call, in steps of its own behind those of earlier attempts, within a budget."""
+        """Let another agent do a tool call within the budget `rest`; return its answer, or its wait or pause.
+
+        It continues after its own recorded steps of earlier attempts.
+        """
         steps = self._steps.nest(tool, step)
         built = self._build_call(tool, step, is_tainted=is_tainted)
         call = msgspec.structs.replace(
@@ -444,7 +455,10 @@ class VisitTools(AgentTools):
     async def _await_result(
         self, tool: ToolProgram, step: AgentStep, *, is_tainted: bool
     ) -> ToolResult | StepWait:
-        """Return the result of a call that another process does, or the wait for it, which is begun if it isn't."""
+        """Return the result of a call that another process does if its answer is stored, or else the wait for it.
+
+        The first time, the node is called, which starts the run or task, and the wait is recorded.
+        """
         payload = self._steps.find_call_answer(tool, step)
         if payload is not None:
             result = self._steps.end_wait(tool, step, payload)
@@ -528,7 +542,7 @@ async def _call_with_retries(tool: ToolProgram, call: NodeCall) -> NodeOutcome:
 
 
 async def _call_once(tool: ToolProgram, call: NodeCall) -> NodeOutcome:
-    """Call a tool's node; one that only computes leaves the loop to others when it takes long."""
+    """Call a tool's node, and return its outcome; a long computation without effects is moved to a thread."""
     run = tool.run
     if not inspect.iscoroutinefunction(run):
         return await offload.run(cast("Callable[[NodeCall], NodeOutcome]", run), call)
@@ -547,9 +561,9 @@ def _show_outcome(outcome: NodeOutcome, max_bytes: int) -> str:
 
 
 def cut_text(text: str, max_bytes: int) -> str:
-    """Return a text of at most so many bytes, and a note in place of the middle of a longer one.
+    """Return a text; of one over `max_bytes` in UTF-8, only as many bytes from its ends, around a note on the rest.
 
-    NUL, which databases don't store, is replaced.
+    NUL, which databases don't store, is replaced by U+FFFD.
     """
     encoded = text.replace("\0", "\ufffd").encode(errors="replace")
     if len(encoded) <= max_bytes:

@@ -44,7 +44,7 @@ class ToolKind:
 
 
 def _read_node(target: Mapping[str, Json]) -> ToolTarget | None:
-    """Return a node of the catalog, given by type, version and config."""
+    """Return the node of the catalog that `target.node` gives by type, version and config; None without a type."""
     node = target.get("node")
     if not isinstance(node, dict) or not isinstance(node.get("type"), str):
         return None
@@ -57,7 +57,10 @@ def _read_node(target: Mapping[str, Json]) -> ToolTarget | None:
 
 
 def _read_workflow(target: Mapping[str, Json]) -> ToolTarget | None:
-    """Return the node that runs another workflow with the arguments as its inputs, and waits for its end."""
+    """Return the node that runs another workflow with the arguments as its inputs, and waits for its end.
+
+    None without `target.workflowId`.
+    """
     workflow_id = target.get("workflowId")
     if not isinstance(workflow_id, str):
         return None

@@ -66,9 +66,10 @@ def sends_freely(
     traits: TraitsById = NO_TRAITS,
     depth: int = 1,
 ) -> bool:
-    """Return whether an agent can send data by a tool, or an agent that does its calls, without an approval.
+    """Return whether an agent can send data out of the server by one of its tools without an approval.
 
-    The rule `tainted` counts as asking: it is for agents that read texts of outsiders.
+    A tool that is an agent can if one of its own tools can. The approval rule `tainted` counts like `writes`, since it
+    asks once texts of outsiders are read. False for unknown types.
     """
     target = target_of(tool)
     if target is None:
@@ -94,7 +95,9 @@ def sends_freely(
 def describe_workflow(
     graph: ParsedGraph, settings: Mapping[str, Json], catalog: NodeTypeLookup, traits: TraitsById
 ) -> WorkflowTraits:
-    """Return the traits of a workflow; `traits` has those of the workflows that it calls."""
+    """Return the traits of a workflow: its effect, sources and ways out; `traits` has those of called
+    workflows by id.
+    """
     providers = agent_wiring.list_providers(graph)
     running = [node for node in graph.nodes if node.id not in providers]
     called = [node for node in workflow_traits.iterate_callers(graph) if node.type != AGENT_TYPE]

@@ -43,7 +43,9 @@ TraitsById: TypeAlias = "Mapping[str, WorkflowTraits]"
 
 
 def traits_of(node: GraphNode, traits: TraitsById) -> WorkflowTraits:
-    """Return the traits of the workflow that a `sub-workflow` node calls."""
+    """Return the traits of the workflow that a `sub-workflow` node calls; those of the worst case for an
+    unknown one.
+    """
     return traits.get(name_workflow(node), UNKNOWN)
 
 
