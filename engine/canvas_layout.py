@@ -165,10 +165,7 @@ def _find_free_from(
     width: float = CARD_WIDTH,
     height: float = CARD_HEIGHT,
 ) -> CardPosition:
-    """Return the first position at or below `wanted` at which an area of that size overlaps no card.
-
-    Its x is that of `wanted`.
-    """
+    """Return the first position at or straight below `wanted` at which an area of this size overlaps no card."""
     x, y = wanted
     for other in sorted(card[1] for card in cards if x - CARD_WIDTH < card[0] < x + width):
         if y - CARD_HEIGHT < other < y + height:
@@ -219,7 +216,7 @@ def _arrange_parts(
 
 
 def _part_corner(part: Sequence[int], current: Sequence[CardPosition | None]) -> tuple[float, float, int]:
-    """Return the sort key of unconnected parts: their present position, or else their order in the graph."""
+    """Return the sort key of a connected part: its present top and left, or 0 without positions, and its first node."""
     placed = [place for node in part if (place := current[node])]
     return min((y for _, y in placed), default=0), min((x for x, _ in placed), default=0), min(part)
 
@@ -257,6 +254,10 @@ class _LayoutGraph:
 
 
 def _build_layout_graph(node_ids: Sequence[str], edges: Iterable[CardEdge]) -> _LayoutGraph:
+    """Return the graph of nodes by their positions in `node_ids`, with edges that close a cycle turned around.
+
+    Edges to unknown nodes, self-loops and repeated edges are left out.
+    """
     numbers: dict[str, int] = {}
     for number, node_id in enumerate(node_ids):
         numbers.setdefault(node_id, number)
@@ -386,14 +387,14 @@ class _ConnectedPart:
             self.after[one].append(other)
             self.before[other].append(one)
 
-    def order(self, heights: Sequence[float]) -> ColumnOrder:
+    def sort_by_height(self, heights: Sequence[float]) -> ColumnOrder:
         """Return the numbers of nodes (and bends, if `heights` has them) by column, sorted by height."""
         order: ColumnOrder = [[] for _ in range(1 + max(self.columns))]
         for number in sorted(range(len(heights)), key=heights.__getitem__):
             order[self.columns[number]].append(number)
         return order
 
-    def routed(self, order: ColumnOrder) -> ColumnOrder:
+    def insert_bends(self, order: ColumnOrder) -> ColumnOrder:
         """Return an order of nodes by column, extended by the bends of long edges, at the heights of straight
         edges.
 
@@ -404,14 +405,14 @@ class _ConnectedPart:
         heights += [
             heights[source] + (heights[target] - heights[source]) * way for source, target, way in self.bends
         ]
-        order = self.order(heights)
+        order = self.sort_by_height(heights)
         if self.bends:
             position = _index_positions(order, len(self.columns))
             for column in (*order, *reversed(order)):
                 _exchange_neighbors(column, self, position, fixed=self.nodes)
         return order
 
-    def disorder(self, heights: Sequence[int]) -> int:
+    def measure_disorder(self, heights: Sequence[int]) -> int:
         """Return a penalty for heights: the extent of the part, the slopes of edges, and 480 for each bend
         behind a card.
         """
@@ -431,7 +432,7 @@ class _ConnectedPart:
         )
         return max(heights) - min(heights) + slopes + hidden * HIDDEN_EDGE
 
-    def crossings(self, order: ColumnOrder) -> int:
+    def count_crossings(self, order: ColumnOrder) -> int:
         """Return the number of edge crossings between neighboring columns in an order."""
         crossings = 0
         position = _index_positions(order, len(self.columns))
@@ -453,14 +454,14 @@ def _assign_heights(
     Present heights are kept, as far as the order allows, unless new ones are clearly better.
     """
     standing = _current_heights(part, present)
-    order = part.routed(part.order([place[1] if place else 0 for place in present]))
+    order = part.insert_bends(part.sort_by_height([place[1] if place else 0 for place in present]))
     if effort.sweeps:
         order = _find_best_order(part, order, effort, WORTH_STARTING_ANEW if standing else WORTH_REFINING)
     heights = _straighten_edges(order, part.before, part.after, part.nodes)[: part.nodes]
     if not standing:
         return heights
     kept = _keep_heights(part, order, standing)
-    return kept if part.disorder(kept) <= part.disorder(heights) * WORTH_KEEPING else heights
+    return kept if part.measure_disorder(kept) <= part.measure_disorder(heights) * WORTH_KEEPING else heights
 
 
 def _current_heights(part: _ConnectedPart, present: Sequence[CardPosition | None]) -> dict[int, int]:
@@ -503,14 +504,14 @@ def _find_best_order(
     Another order than the given one is taken if it has at most `worth_starting_anew` times its crossings.
     """
     order = _tidy_order(part, order, effort.sweeps)
-    fewest = part.crossings(order)
+    fewest = part.count_crossings(order)
     for start in range(effort.starts):
         if not fewest:
             break
         # The first is depth-first order, the others are scrambled: Knuth's multiplicative hashing.
         scrambled = [number * (1 + start * 2_654_435_761) % (1 << 32) for number in range(part.nodes)]
-        found = _tidy_order(part, part.routed(part.order(scrambled)), effort.sweeps)
-        crossings = part.crossings(found)
+        found = _tidy_order(part, part.insert_bends(part.sort_by_height(scrambled)), effort.sweeps)
+        crossings = part.count_crossings(found)
         if crossings <= fewest * worth_starting_anew:
             order, fewest = found, crossings
     return order
@@ -518,10 +519,10 @@ def _find_best_order(
 
 def _tidy_order(part: _ConnectedPart, order: ColumnOrder, sweeps: int) -> ColumnOrder:
     """Return an order improved by passes until one saves less than 5 % of the crossings."""
-    fewest = part.crossings(order)
+    fewest = part.count_crossings(order)
     while fewest:
-        found = part.routed(_reduce_crossings(part, order, sweeps))
-        crossings = part.crossings(found)
+        found = part.insert_bends(_reduce_crossings(part, order, sweeps))
+        crossings = part.count_crossings(found)
         if crossings > fewest * WORTH_REFINING:
             break
         order, fewest = found, crossings
@@ -532,7 +533,7 @@ def _reduce_crossings(part: _ConnectedPart, order: ColumnOrder, sweeps: int) -> 
     """Return the order with the fewest crossings during a number of sweeps over the columns, the given one
     included.
     """
-    best, fewest = order, part.crossings(order)
+    best, fewest = order, part.count_crossings(order)
     order = [[*column] for column in order]
     position = _index_positions(order, len(part.columns))
     for sweep in range(sweeps + 1):
@@ -543,7 +544,7 @@ def _reduce_crossings(part: _ConnectedPart, order: ColumnOrder, sweeps: int) -> 
             if sweep:
                 _sort_column(column, neighbours, position, turn=sweep % 4 in {3, 0})
             _exchange_neighbors(column, part, position)
-        crossings = part.crossings(order)
+        crossings = part.count_crossings(order)
         if crossings < fewest:
             best, fewest = [[*column] for column in order], crossings
     return best

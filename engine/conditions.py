@@ -242,6 +242,7 @@ def _unary_test(name: str, left: ValueTemplate) -> _ConditionTest:
 
 
 def _binary_test(name: str, left: ValueTemplate, right: ValueTemplate) -> _ConditionTest:
+    """Return the test of a comparison, which raises `ExpressionError` for values that the operator can't compare."""
     answer, needed = _BINARY_OPERATORS[name]
 
     def compare(scope: ExpressionScope, unresolved: list[str], allowance: OutputAllowance) -> bool:

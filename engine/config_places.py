@@ -120,8 +120,9 @@ class ExpressionReader:
     def _read_templates(
         self, part: NodeSection, place: PlaceSteps, value: Json, reading: NodeExpressions
     ) -> None:
-        """Add the expressions in the texts of a value to `reading`; the first invalid one is added to its
-        errors instead.
+        """Add the expressions in the texts of a value to `reading`; an invalid text is added to its errors instead.
+
+        An operation, and too deep nesting, are errors that end the search in the value.
         """
         if _is_static(value):
             return
@@ -140,8 +141,9 @@ class ExpressionReader:
         *,
         is_late: bool = False,
     ) -> None:
-        """Add one text with expressions to `reading`, or its error; a text that was read before is not
-        compiled again.
+        """Add one text with expressions to `reading`, or its error; a text that was read before is not compiled again.
+
+        `is_late` marks a text that the node renders itself.
         """
         paths = self._read.get(text)
         try:
@@ -277,7 +279,7 @@ class ScriptChecker:
         """Yield a finding for each config field in Python (schema keyword `x-language`) whose text has a
         syntax error.
 
-        Long scripts, and all after a time limit, are not checked.
+        Scripts over 65,536 characters, and all once those of the graph exceed 262,144, are not checked.
         """
         properties = node_type.config_schema.get("properties")
         for name, schema in properties.items() if isinstance(properties, dict) else ():
@@ -289,7 +291,7 @@ class ScriptChecker:
                 yield GraphFinding(FindingType.INVALID_CONFIG, message, "Fix the script.", node.id)
 
     def _syntax_problem(self, source: str) -> str | None:
-        """Return the error of syntax in a script; None without one, or if it is too long or time is over."""
+        """Return the error of syntax in a script; None without one, or if the limits of characters are exceeded."""
         if source not in self._read:
             self._characters += len(source)
             if len(source) > MAX_SCRIPT_CHARACTERS or self._characters > MAX_CHARACTERS:
@@ -411,7 +413,10 @@ def iterate_resource_texts(nodes: Sequence[GraphNode], catalog: NodeTypeLookup) 
 
 
 def may_name_model(node_type: str, catalog: NodeTypeLookup) -> bool:
-    """Return whether nodes of a type call models, themselves or by the target of a tool."""
+    """Return whether nodes of a type may call language models, which is always so for tools, by their targets.
+
+    False for an unknown type.
+    """
     try:
         return node_type == TOOL_TYPE or catalog.get(node_type).is_paid
     except UnknownNodeType:

@@ -23,7 +23,7 @@ _ERROR: Final = ValueShape({"code": SCALAR, "message": SCALAR, "nodeId": SCALAR,
 
 
 class DataFlow:
-    """Data flow analysis of a graph: call `leave` for a node before `enter` for its successors."""
+    """Data flow analysis of a graph: call `infer_output` for a node before `infer_input` for its successors."""
 
     def __init__(self, graph: ParsedGraph, types: Mapping[str, NodeType], samples: OutputSamples) -> None:
         self._graph = graph
@@ -35,7 +35,7 @@ class DataFlow:
         self.trigger = self._trigger()
         """Shape of the root `trigger`."""
 
-    def enter(self, node: GraphNode) -> ValueShape:
+    def infer_input(self, node: GraphNode) -> ValueShape:
         """Return the shape of a node's input: the trigger's data, the output of one predecessor, or a union
         of several.
 
@@ -72,18 +72,16 @@ class DataFlow:
         )
 
     def _single_inputs(self, edges: Sequence[GraphEdge]) -> dict[str, ValueShape]:
-        """Return by source node the shape of values that arrives from it; several edges of one source form a
-        union.
-        """
+        """Return by source node the shape of the values that its edges carry, a union if it has several edges."""
         by_source: dict[str, list[ValueShape]] = {}
         for edge in edges:
             by_source.setdefault(edge.source, []).append(self._edge_shape(edge))
         return {source: shapes.union_shapes(leaving) for source, leaving in by_source.items()}
 
-    def leave(self, node: GraphNode, given: ValueShape) -> None:
-        """Store the shape of a node's input, after its mappings (`given`), and derive and store that of its output.
+    def infer_output(self, node: GraphNode, given: ValueShape) -> None:
+        """Derive and store the shape of a node's output, with its pass-through fields; store that of its input too.
 
-        Pass-through fields are part of the output.
+        `given` is the shape of its input after mappings.
         """
         self._given[node.id] = given
         output = self._output_shape(node, given)
@@ -100,7 +98,7 @@ class DataFlow:
         """Return the shape of a node's value under the root `nodes`: its output, in a union with its error if its
         port `error` is connected.
 
-        Raises `KeyError` if `leave` was not called for the node.
+        Raises `KeyError` if `infer_output` was not called for the node.
         """
         if any(edge.source_port == ERROR for edge in self._graph.outbound[node_id]):
             return shapes.union_shapes([self._outputs[node_id], self._error_shape(node_id)])

@@ -377,7 +377,7 @@ class _TemplateCompiler:
         return _text_renderer(parts, text)
 
     def _compile_operation(self, value: dict[str, Json], depth: int) -> _Render:
-        operation, arguments = self._checked_operation(value)
+        operation, arguments = self._parse_operation(value)
         renders = [
             self._compile(argument, depth + 1) or _constant_renderer(argument) for argument in arguments
         ]
@@ -387,9 +387,11 @@ class _TemplateCompiler:
             else _operation_renderer(operation, renders)
         )
 
-    def _checked_operation(self, value: dict[str, Json]) -> tuple[ExpressionOperation, list[Json]]:
-        """Return the operation of an object and its arguments; raises `ExpressionError` for an unknown one or
-        a wrong number.
+    def _parse_operation(self, value: dict[str, Json]) -> tuple[ExpressionOperation, list[Json]]:
+        """Return the operation that an object with `$op` names, and its uncompiled arguments.
+
+        Raises `ExpressionError` for an unknown operation, a wrong form or number of arguments, and for over 1,000
+        operations in the compiled value.
         """
         name, arguments = value["$op"], value.get("args")
         if not isinstance(name, str) or name not in self._operations:

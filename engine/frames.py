@@ -95,7 +95,7 @@ class SectionFrame:
         """
         outer, loop_id, item = loop.visit.frame, loop.visit.node_id, loop.items[index]
         frame = cls(loop.body, item, outer.roots, recorded, started_at)
-        frame.iteration, frame.loop, frame.index = loop.iteration(index), loop, index
+        frame.iteration, frame.loop, frame.index = loop.name_iteration(index), loop, index
         frame.share = loop.iteration_share / (1 + loop.body.size)
         frame.nodes = {**outer.nodes, loop_id: {"item": item, "index": index}}
         frame.roots |= {"nodes": frame.nodes, "item": item, "index": index}
@@ -112,15 +112,16 @@ class SectionFrame:
         return {**self.roots, "nodes": self.nodes.copy()}
 
     def start(self) -> ReadinessChange:
-        """Return the nodes that are ready at the start: triggers, or (in an iteration) the successors of the loop.
+        """Decide which nodes are ready at the start: triggers, or (in an iteration) the successors of the loop.
 
-        Nodes that can't be reached are returned as skipped.
+        Return them, and the nodes that can't be reached as skipped. Call it once.
         """
         return self.plan.start() if self.loop is None else self.plan.settle(self.loop.visit.node_id, CONTINUE)
 
     def result(self) -> Json:
-        """Return the result of an iteration: the output of the last node reached, an object by node id for
-        several, null for none.
+        """Return the result of an iteration: the output of its last node (one without successors), null without one.
+
+        If several last nodes have an output, it is an object of these by node id.
         """
         found = {node_id: self.outputs[node_id] for node_id in self.section.last if node_id in self.outputs}
         return next(iter(found.values()), None) if len(found) <= 1 else found
@@ -189,7 +190,7 @@ class NodeVisit(msgspec.Struct, eq=False):
     """Span of an attempt with an unknown outcome, recorded by an earlier worker; None once it has been
     reported.
     """
-    told_attempt: int = 0
+    recorded_attempt: int = 0
     """Last attempt with a span of its own."""
     counted: float = 0.0
     """Share of the run's progress counted for the iterations of a loop so far."""
@@ -300,9 +301,10 @@ class LoopProgress:
             and len(self.iterations) < self.concurrency
         )
 
-    def iteration(self, index: int) -> str:
-        """Return the name of an iteration: the indexes of the enclosing iterations and its own, such as
-        `2.0`; from 0.
+    def name_iteration(self, index: int) -> str:
+        """Return the name of the iteration at an index: the indexes, from 0, of the enclosing iterations and its own.
+
+        An example is `2.0`.
         """
         outer = self.visit.frame.iteration
         return f"{outer}.{index}" if outer else str(index)
@@ -371,7 +373,7 @@ class ReadinessTracker:
         self._skip(unreachable, step)
         return step
 
-    def parents(self, node_id: str) -> Sequence[GraphEdge]:
+    def taken_edges(self, node_id: str) -> Sequence[GraphEdge]:
         """Return the taken edges into a node, in graph order; only the first taken one for an eager node."""
         if node_id in self._first:
             return [self._first[node_id]]
@@ -395,7 +397,10 @@ class ReadinessTracker:
             step.ready.append(target)
 
     def _skip(self, node_ids: Iterable[str], step: ReadinessChange) -> None:
-        """Mark nodes as skipped, and the nodes behind them that can't be reached any more."""
+        """Add nodes to `step.skipped`, and those behind them that can't be reached any more.
+
+        Nodes that become ready, since their last open edge is decided, are added to `step.ready`.
+        """
         queue = deque(node_ids)
         while queue:
             node_id = queue.popleft()

@@ -79,6 +79,10 @@ class GraphNode:
 
     @classmethod
     def from_stored(cls, stored: Mapping[str, Json]) -> Self:
+        """Return the node of its stored form; fields that are missing or of another type get their defaults.
+
+        Raises `KeyError` without `id` and `type`.
+        """
         timeout = stored.get("timeout")
         version = stored.get("version")
         return cls(
@@ -280,10 +284,11 @@ class LoopBodies:
 
 
 def find_bodies(graph: ParsedGraph, loops: Collection[str]) -> LoopBodies:
-    """Return which nodes belong to the bodies of `loops`, and how deep.
+    """Return for each node the innermost loop whose body contains it, and the number of enclosing loops.
 
-    A body is all that is reached from a loop's port `continue`. A node in several bodies belongs to the
-    deepest. Edges that enter a body without its loop are listed as `crossing`.
+    `loops` are ids of nodes. A body is all that is reached from a loop's port `continue`. A node in several bodies
+    belongs to the deepest. Edges that lead into a body from outside are listed as `crossing`. Nodes on cycles are left
+    out.
     """
     if not loops:
         return LoopBodies(frozenset(), {}, {}, ())

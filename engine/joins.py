@@ -48,11 +48,11 @@ class JoinConfig:
         except ValueError as error:
             raise ExpressionError("merge", str(error)) from error
 
-    def data(self, outputs: Mapping[str, Json]) -> Json:
-        """Return the combined input of a join: an object by node id, a list, or one merged object.
+    def combine_outputs(self, outputs: Mapping[str, Json]) -> Json:
+        """Return the input of a join, made of the outputs of its parents: an object by node id, a list, or one merged
+        object, in which later fields win.
 
-        `outputs` are the outputs by node id, in the order of edges. Raises `NodeError` if a value to merge is
-        no object.
+        `outputs` are by node id, in the order of edges. Raises `NodeError` if a value to merge is no object.
         """
         match self.combine:
             case JoinCombination.BY_NODE:

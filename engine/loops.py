@@ -126,10 +126,10 @@ class LoopScheduler:
     # ── iterations ────────────────────────────────────────────────────────────────────────────────────
 
     def _begin_iteration(self, loop: LoopProgress) -> None:
-        """Begin the next iteration of a loop, or apply its recorded end."""
+        """Begin the next iteration of a loop, or apply its recorded end; the loop fails beyond the run's maximum."""
         index = loop.next_index
         loop.next_index += 1
-        recorded = self._recorded.get(loop.iteration(index), {})
+        recorded = self._recorded.get(loop.name_iteration(index), {})
         span = recorded.get(loop.visit.node_id)
         if span is not None and span.status in SETTLED_STATUSES:
             self._restore_iteration(loop, index, span)
@@ -146,7 +146,7 @@ class LoopScheduler:
     def _restore_iteration(self, loop: LoopProgress, index: int, span: NodeSpan) -> None:
         """Apply the recorded end of an iteration, its result or failure, without running its nodes."""
         loop.visit.counted += loop.iteration_share
-        self._recorder.count(loop.visit.frame, loop.iteration_share)
+        self._recorder.add_progress(loop.visit.frame, loop.iteration_share)
         if span.error is not None:
             self._on_iteration_failed(loop, index, span.error)
             return
@@ -160,7 +160,7 @@ class LoopScheduler:
         """
         del loop.iterations[turn.index]
         self._iterations_at_once -= 1
-        self._recorder.count(turn, loop.iteration_share - turn.counted)
+        self._recorder.add_progress(turn, loop.iteration_share - turn.counted)
         if turn.failure is not None:
             self._record_iteration(turn, loop, SpanStatus.FAILED, error=turn.failure)
             self._on_iteration_failed(loop, turn.index, turn.failure)
@@ -225,7 +225,7 @@ class LoopScheduler:
 
     def _recorded_failure(self, loop: LoopProgress) -> RunError | None:
         for index in range(len(loop.items)) if self._recorded else ():
-            span = self._recorded.get(loop.iteration(index), {}).get(loop.visit.node_id)
+            span = self._recorded.get(loop.name_iteration(index), {}).get(loop.visit.node_id)
             if span is not None and span.status is SpanStatus.FAILED:
                 return span.error
         return None

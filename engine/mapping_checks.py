@@ -103,7 +103,7 @@ class _PathChecker:
         """
         self._before[node.id] = self._runs_before(node)
         reading = self._readings.get(node.id, NodeExpressions())
-        given = arriving = self._flow.enter(node)
+        given = arriving = self._flow.infer_input(node)
         if node.input_mappings:
             mapped: dict[str, ValueShape] = dict.fromkeys(node.input_mappings, UNKNOWN)
             for place in reading.mappings:
@@ -113,9 +113,10 @@ class _PathChecker:
         for place in reading.config:
             yield from self._check_place(node, place, given)
         yield from self._check_pass_through(node, given)
-        self._flow.leave(node, given)
+        self._flow.infer_output(node, given)
 
     def _runs_before(self, node: GraphNode) -> int:
+        """Return the bit set of the nodes before a node that paths refer to; its parents' sets must be stored."""
         before = 0
         if self._bits:
             for edge in self._graph.inbound[node.id]:
@@ -134,6 +135,7 @@ class _PathChecker:
                 yield _build_unresolved_finding(node, place, unfound)
 
     def _check_pass_through(self, node: GraphNode, given: ValueShape) -> Iterator[GraphFinding]:
+        """Yield a finding for each pass-through value of a node whose field the shape of its input surely lacks."""
         for key, source in node.pass_through_values.items():
             name = str(source)
             steps = ((name, None),)
@@ -180,6 +182,10 @@ class _PathChecker:
         return self._explain_dead_end(path, lost) if isinstance(lost, PathDeadEnd) else None
 
     def _explain_approval(self, path: ExpressionPath) -> _UnresolvedPath | None:
+        """Return the reason why a path into `approval` finds nothing; None for `approval.<id>` and its `url`.
+
+        The id must be that of a node that asks people.
+        """
         asking = [one.id for one in self._graph.nodes if one.type == APPROVAL_TYPE]
         names = [step[0] for step in path.steps]
         if names[:1] and names[0] in asking and names[1:] in ([], ["url"]):
@@ -193,6 +199,9 @@ class _PathChecker:
         )
 
     def _explain_node_path(self, node: GraphNode, path: ExpressionPath) -> _UnresolvedPath | None:
+        """Return the reason why a path into `nodes` finds nothing when this node runs; None if it may find
+        something.
+        """
         if not path.steps:
             return None
         node_id = path.steps[0][0]
@@ -216,6 +225,7 @@ class _PathChecker:
         return _UnresolvedPath(path.text, f"finds nothing: {root} exists only in the body of a loop", hint)
 
     def _explain_unknown_node(self, node: GraphNode, path: ExpressionPath) -> _UnresolvedPath:
+        """Return the explanation of a path to a missing node, with preceding nodes of a similar id or label."""
         reason = "names no node of the workflow"
         if not self._may_explain():
             return _UnresolvedPath(path.text, reason)

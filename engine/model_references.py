@@ -33,7 +33,7 @@ _PLACEHOLDER: Final = re.compile(r"\s*(?:\{\{\s*[A-Z][A-Z0-9_]*\s*\}\}\s*)?")
 
 
 def list_placeholders(node: GraphNode, graph: ParsedGraph, catalog: NodeTypeLookup) -> list[ResourceText]:
-    """Return the fields of a node, also of the target of a tool, that name no model yet.
+    """Return the fields for a language model, of a node or the target of a tool, that name no model yet.
 
     They are empty, or hold a placeholder, or `default` in an organization without a default model. The own model of
     an agent is left out if another node provides it.
@@ -89,7 +89,9 @@ def list_limited_models(
 
 
 def _list_limited(graph: ParsedGraph) -> set[str]:
-    """Return the ids of the nodes with a limit of costs in their budget, and of those that serve such an agent."""
+    """Return the ids of the nodes with a limit of costs in their budget, and of the models and tools of
+    limited agents.
+    """
     waiting = [node.id for node in graph.nodes if _limits_cost(target_of(node) or node)]
     limited: set[str] = set()
     while waiting:

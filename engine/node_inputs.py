@@ -62,15 +62,14 @@ class NodeInputs:
         self._services = services
         self._recorder = recorder
 
-    def reach_node(
+    def build_visit(
         self, frame: SectionFrame, node_id: str, roots: Mapping[str, Json] | None = None
     ) -> NodeVisit:
-        """Return the visit of a node with its input after mappings, and with its recorded state from an
-        earlier attempt.
+        """Return a new visit of a node, with its input after mappings and its recorded state from earlier attempts.
 
         In a thread, `roots` is a snapshot of the frame's roots at the start, since other nodes complete
-        meanwhile. Raises `ExpressionError`, `InvalidJson`, `NodeError` and, within `offload.try_inline`,
-        `BudgetExceeded`.
+        meanwhile; None for the frame's own. Raises `ExpressionError`, `InvalidJson`, `NodeError` and, within
+        `offload.try_inline`, `BudgetExceeded`.
         """
         program = self._nodes[node_id]
         data, input_node = self._gather_input(frame, program)
@@ -99,7 +98,9 @@ class NodeInputs:
         return visit
 
     def _restore_steps(self, visit: NodeVisit, agent: AgentProgram) -> None:
-        """Give an agent the steps of earlier attempts, with their costs."""
+        """Set in the visit of an agent its steps of earlier attempts, with their model calls, and those of a replayed
+        run.
+        """
         from engine.agents import call_waits  # noqa: PLC0415 - loaded by runs with agents
 
         place = visit.node_id, visit.frame.iteration
@@ -114,26 +115,25 @@ class NodeInputs:
         visit.steps, visit.nested_steps = by_place.pop(place, []), by_place
         visit.model_calls = call_waits.collect_calls(agent, visit.steps, visit.nested_steps)
 
-    def unreached(self, frame: SectionFrame, node_id: str) -> NodeVisit:
-        """Return the visit of a node after a failed preparation of its input, to record the failure: without input,
-        with an empty digest.
-        """
+    def build_failed_visit(self, frame: SectionFrame, node_id: str) -> NodeVisit:
+        """Return a visit without input, with which a node is recorded whose input could not be prepared."""
         return NodeVisit(frame, self._nodes[node_id], None, None, None, b"", self._recorder.clock.now())
 
     def _gather_input(self, frame: SectionFrame, program: NodeProgram) -> tuple[Json, str | None]:
         """Return the input of a node, and the id of the single parent whose unchanged output it is, else None.
 
         Several parents give a merged object that also has each output by node id; a join combines them as its
-        config says.
+        config says. A node without parents gets the input of its frame, null if it is pinned.
         """
-        edges = frame.plan.parents(program.node.id)
+        edges = frame.plan.taken_edges(program.node.id)
         if not edges:
             return (None if program.is_pinned else frame.given), None
         if program.join is None and len(edges) == 1:
             return _parent_output(frame, edges[0].source)
         parents = list(dict.fromkeys(edge.source for edge in edges))
         if program.join is not None and program.join.mode is JoinMode.ALL:
-            return program.join.data({parent: _parent_output(frame, parent)[0] for parent in parents}), None
+            outputs = {parent: _parent_output(frame, parent)[0] for parent in parents}
+            return program.join.combine_outputs(outputs), None
         if len(parents) == 1:
             return _parent_output(frame, parents[0])
         merged: dict[str, Json] = {}
@@ -149,7 +149,7 @@ class NodeInputs:
 
         A recorded config is used unchanged, with the defaults of later fields. Raises `ExpressionError`,
         `InvalidJson`, `BudgetExceeded`, and `NodeError` for missing configuration or, in a strict graph,
-        unresolved paths. See `reach_node` for `roots`.
+        unresolved paths. See `build_visit` for `roots`.
         """
         program, frame = visit.program, visit.frame
         visit.begun_at = self._recorder.clock.now()
@@ -212,14 +212,18 @@ class NodeInputs:
         return structs.replace(call, steps=steps, tools=VisitTools(program.agent, call, steps))
 
     def identify_call(self, visit: NodeVisit) -> dict[str, Any]:
-        """Return the fields `caller` and `idempotency_key` of a call, for a visit whose idempotency keys name
-        another execution.
+        """Return the present fields `caller` and `idempotency_key` for the call of a visit.
+
+        They change once the visit repeats a request of an earlier execution, under the key of that.
         """
         key = idempotency_key_of(visit.key_id or self._key_prefix, visit.node_id, visit.frame.iteration)
         return {"caller": self._caller_of(visit), "idempotency_key": key}
 
     def _caller_of(self, visit: NodeVisit) -> RunCaller:
-        """Return the caller of a visit's run, with the execution id of the visit's idempotency keys."""
+        """Return the caller of a visit's run, with the execution id of the visit's idempotency keys.
+
+        It is marked as tainted if text of outsiders may be in the input of the node.
+        """
         caller = self._caller
         if visit.key_id is not None:
             caller = structs.replace(caller, write_key_id=visit.key_id)
@@ -228,7 +232,7 @@ class NodeInputs:
         return caller
 
     def _digest_reads(self, frame: SectionFrame, program: NodeProgram, scope: Mapping[str, Json]) -> bytes:
-        """Return the digest of the values outside `data` within reach of a node, for its key.
+        """Return the digest, for the key of a node, of the values outside `data` that the node can read.
 
         `UNKNOWN` in an iteration, and for a loop whose body may see nodes that settle later: such a node is
         never reused alone.
@@ -243,8 +247,8 @@ class NodeInputs:
         """Remove paths into skipped nodes from the unresolved ones; in a strict graph, raise `NodeError` for
         the others.
 
-        Fields of an item, and paths of conditions, may be missing. With a `scope` the node has not been
-        called yet: no condition was tested, and there is an item only in a loop.
+        Without a `scope` the node was called: then fields of an item, and paths of conditions, may be missing. With
+        one it was not called yet, and only fields of the scope's `item` may be missing.
         """
         if not visit.unresolved:
             return
@@ -288,7 +292,9 @@ class VisitModelCalls(ModelCallLog):
         return self._recorder.clock.now()
 
     async def commit(self) -> None:
-        """Commit the record of the node. If the lease is lost, it waits for the runner, which cancels the node then."""
+        """Commit the record of the node. If the lease is lost, it does not return: the runner notices that, and cancels
+        the node.
+        """
         self._recorder.record_node(self._visit, SpanStatus.RUNNING)
         try:
             await self._recorder.commit()
@@ -318,7 +324,7 @@ def _is_field_of_item(path: str) -> bool:
 
 
 def _leads_to_skipped(frame: SectionFrame, text: str) -> bool:
-    """Return whether a path leads into a skipped node: that it finds nothing there is no error."""
+    """Return whether the text of a path leads into a skipped node of a frame; False for a text that is no path."""
     if not text.removeprefix("$.").startswith("nodes"):
         return False
     try:
@@ -342,8 +348,9 @@ def _parent_output(frame: SectionFrame, parent: str) -> tuple[Json, str | None]:
 def _apply_mappings(
     roots: Mapping[str, Json], program: NodeProgram, data: Json, unresolved: list[str]
 ) -> Json:
-    """Return the data with the mapped fields added, or these alone if the data is no object; unresolved paths
-    are noted.
+    """Return the data with the mapped fields added, or these alone if the data is no object.
+
+    Unresolved paths are added to `unresolved`, and their fields are null.
     """
     scope = {"data": data, **roots}
     mapped: dict[str, Json] = {}

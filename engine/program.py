@@ -275,7 +275,9 @@ def _compile_pinned_or_node(node: GraphNode, graph: ParsedGraph, catalog: NodeTy
 
 
 def _mark_tainted_starts(nodes: Mapping[str, NodeProgram], drawn: ParsedGraph) -> dict[str, NodeProgram]:
-    """Return the programs of the nodes that start runs of other workflows with text of outsiders in their input."""
+    """Return marked copies of the sub-workflow nodes whose input may hold text of outsiders, by id; others are left
+    out.
+    """
     starts = [program for program in nodes.values() if program.node.type == SUB_WORKFLOW_TYPE]
     if not starts:
         return {}
@@ -306,8 +308,8 @@ def _complete_keys(
     section: GraphSection,
     graph: ParsedGraph,
 ) -> dict[str, NodeProgram]:
-    """Return the programs of a section and of the bodies in it, with the parts of their keys that depend on
-    the graph.
+    """Return the programs of a section's nodes and of the bodies in it, by id, with the parts of their keys that depend
+    on the graph.
     """
     done: dict[str, NodeProgram] = {}
     for body in section.bodies.values():
@@ -537,6 +539,10 @@ def _compile_tool(
     catalog: NodeTypeLookup,
     implementation: Callable[[str], RunNode],
 ) -> ToolProgram:
+    """Compile a node at the port `tools` of an agent, with the node that does its calls.
+
+    Raises `LookupError` without a target and for an unknown type, and `ExpressionError`.
+    """
     if tool.type != TOOL_TYPE:
         return _compile_direct_tool(tool, agent, catalog, implementation)
     config = catalog.with_defaults(catalog.get(tool.type, tool.version), tool.config)
@@ -602,7 +608,10 @@ def _compile_direct_tool(
 
 
 def _is_repeated(config: Mapping[str, Json], target: GraphNode) -> bool:
-    """Return whether a tool repeats a write with an unknown outcome: tool servers, as a rule, ignore its key."""
+    """Return whether a tool repeats a write with an unknown outcome, by `onUnknown` of its config.
+
+    Without that, all do except those of tool servers, which mostly ignore idempotency keys.
+    """
     by_default = "fail" if target.type == MCP_TOOL_TYPE else "retry"
     return config.get("onUnknown", by_default) == "retry"
 

@@ -74,12 +74,12 @@ class _NeededNodes:
 
     def collect(self) -> set[str]:
         if self._graph.up_to is not None:
-            self._need(self._graph.up_to)
+            self._add_needed(self._graph.up_to)
         else:
             for node_id in self._last_of_bodies[None]:
-                self._need(node_id)
+                self._add_needed(node_id)
         while self._left:
-            self._go_back_from(self._graph.by_id[self._left.pop()])
+            self._add_requirements(self._graph.by_id[self._left.pop()])
         return self._found
 
     def _last_nodes(self) -> Mapping[str | None, list[str]]:
@@ -100,30 +100,32 @@ class _NeededNodes:
     def _enters_body(self, port: str, node: GraphNode) -> bool:
         return port == CONTINUE and node.id in self._loops
 
-    def _need(self, node_id: str, *, whole: bool = True) -> None:
-        """Add a node that is needed; a loop that is needed as a `whole` needs the last nodes of its body too."""
+    def _add_needed(self, node_id: str, *, whole: bool = True) -> None:
+        """Add a node to those that are needed, once; for a loop that is needed `whole`, also the last nodes of its
+        body.
+        """
         if node_id not in self._found:
             self._found.add(node_id)
             self._left.append(node_id)
         if whole and node_id in self._loops and node_id not in self._whole:
             self._whole.add(node_id)
             for last in self._last_of_bodies.get(node_id, ()):
-                self._need(last)
+                self._add_needed(last)
 
-    def _go_back_from(self, node: GraphNode) -> None:
+    def _add_requirements(self, node: GraphNode) -> None:
         """Add the nodes that a needed node needs: enclosing loops, sources of its edges, and nodes that it
         refers to.
         """
         for loop_id in self._bodies.enclosing_loops(node.id):
-            self._need(loop_id, whole=False)
+            self._add_needed(loop_id, whole=False)
         if node.id in self._graph.pinned:
             return
         for edge in self._graph.inbound[node.id]:
             is_from_around = self._enters_body(edge.source_port, self._graph.by_id[edge.source])
-            self._need(edge.source, whole=not is_from_around)
+            self._add_needed(edge.source, whole=not is_from_around)
         for named in _iterate_referenced_nodes(node):
             if named in self._graph.by_id:
-                self._need(named, whole=named not in self._bodies.enclosing_loops(node.id))
+                self._add_needed(named, whole=named not in self._bodies.enclosing_loops(node.id))
 
 
 def _iterate_referenced_nodes(node: GraphNode) -> Iterator[str]:

@@ -87,7 +87,7 @@ def changed_body_nodes(
 ) -> frozenset[str]:
     """Return the nodes of a loop's body that differ between two definitions, and the nodes of the body behind them.
 
-    `rewired_agents` differ by their models or tools, which are in neither graph.
+    `rewired_agents` are ids of agents that differ too: by their models or tools, which are in neither graph.
     """
     found = set(_find_edited_body_nodes(loop, original, graph, rewired_agents))
     left = deque(found)

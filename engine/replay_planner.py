@@ -69,7 +69,7 @@ def plan_replay(facts: ReplayFacts, options: ReplayOptions) -> ReplayPlan:
     while True:
         planner = _NodePlanner(facts, options, unknowable)
         plan = planner.plan()
-        misjudged = planner.misjudged()
+        misjudged = planner.find_misjudged()
         if not misjudged:
             return plan
         unknowable |= misjudged
@@ -172,13 +172,15 @@ class _NodePlanner:
                 self._skip(step.skipped)
 
     def _show_skipped(self) -> None:
-        """Decide about the nodes that are skipped since a write before them is left out, so that the plan has them."""
+        """Add decisions about nodes that are skipped because a write before them is left out, so that the plan shows
+        them.
+        """
         for node_id in self._graph.order:
             if node_id in self._skipped and node_id not in self._decisions and self._left_out_before(node_id):
                 self._decisions[node_id] = self._skip_behind(node_id)
 
     def _left_out_before(self, node_id: str) -> list[str]:
-        """Return the nodes right before a node that the plan skips."""
+        """Return those direct predecessors of a node about which the plan decides to skip them."""
         before = dict.fromkeys(edge.source for edge in self._graph.inbound[node_id])
         return [
             other
@@ -187,6 +189,7 @@ class _NodePlanner:
         ]
 
     def _skip_behind(self, node_id: str) -> NodeReplay:
+        """Return the decision to skip a node behind a write that is left out; its own earlier write stays recorded."""
         reason = ReplayReason(ReplayReasonCode.UPSTREAM_LEFT_OUT, tuple(self._left_out_before(node_id)))
         span = self._recorded.get(node_id)
         has_written = (
@@ -211,7 +214,7 @@ class _NodePlanner:
         span = self._recorded.get(node_id)
         return span.sequence if span is not None else 2**31
 
-    def misjudged(self) -> frozenset[str]:
+    def find_misjudged(self) -> frozenset[str]:
         """Return the nodes whose results were reused although a parallel branch that they refer to runs again.
 
         They must be decided again without that assumption.
@@ -276,12 +279,16 @@ class _NodePlanner:
         return None
 
     def _decide(self, node_id: str) -> NodeReplay:
-        """Decide about a node with known inputs."""
+        """Return the decision about a node with known inputs.
+
+        A result whose key still holds is reused, unless the caller forces or refreshes the node. Otherwise the node
+        runs, a completed write only after a confirmation.
+        """
         span, program = self._recorded.get(node_id), self._program.nodes[node_id]
         if node_id in self._options.left_out:
             return self._leave_out(node_id, span)
         if span is None:
-            return self._start(node_id)
+            return self._decide_unrecorded(node_id)
         if span.port is None:
             return self._decide_unfinished(node_id, span)
         key = decode_key(span.hashes)
@@ -311,8 +318,11 @@ class _NodePlanner:
             _determine_effect(one) is NodeEffect.READ for one in nodes
         )
 
-    def _start(self, node_id: str) -> NodeReplay:
-        """Decide about a node without a result outside of loops; a write that was in a loop before is asked about."""
+    def _decide_unrecorded(self, node_id: str) -> NodeReplay:
+        """Return the decision about a node without a span outside of loops: it runs.
+
+        A write that the recorded run may have done in a loop needs a confirmation.
+        """
         was_written = node_id in self._facts.written_in_loops
         if was_written and self._program.nodes[node_id].is_write:
             return self._ask(node_id, [self._absence(node_id)], ResultUse.NONE)
@@ -348,8 +358,11 @@ class _NodePlanner:
         return self._ask(node_id, [*reasons, *changes], ResultUse.NONE)
 
     def _decide_failed_loop(self, node_id: str, span: NodeSpan, reasons: list[ReplayReason]) -> NodeReplay:
-        """Decide about a failed loop with known inputs: it runs again, with its completed iterations if only
-        those failed matter.
+        """Return the decision that a loop with known inputs runs again: from its completed iterations, if they still
+        hold.
+
+        They hold if nothing that they depend on has changed; with the option `failed_only`, changes of the body don't
+        count.
         """
         key = decode_key(span.hashes)
         if key is None:
@@ -382,10 +395,16 @@ class _NodePlanner:
         skipped = self._left_out_before(node_id)
         if skipped and {edge.source for edge in self._graph.inbound[node_id]} <= {*skipped, *self._skipped}:
             return self._skip_behind(node_id)
-        return self._start(node_id) if span is None else self._decide_recorded_behind(node_id, span)
+        return (
+            self._decide_unrecorded(node_id) if span is None else self._decide_recorded_behind(node_id, span)
+        )
 
     def _decide_recorded_behind(self, node_id: str, span: NodeSpan) -> NodeReplay:
-        """Decide about a node with a recorded span, whose input is known only when the replay runs."""
+        """Decide about a node with a recorded span, whose input is known only when the replay runs.
+
+        Its result becomes a candidate unless it surely no longer holds; a write whose input may change needs a
+        confirmation.
+        """
         program = self._program.nodes[node_id]
         # A skipped write with a request was left out of a replay, and may have happened before it.
         if span.status is SpanStatus.SKIPPED and span.resolved_config is None:
@@ -416,7 +435,10 @@ class _NodePlanner:
         return self._make(node_id, ReplayDecision.MAYBE, [reason], use)
 
     def _decide_unfinished_behind(self, node_id: str, span: NodeSpan, key: NodeKey | None) -> NodeReplay:
-        """Decide about a node without a result, whose input is known only when the replay runs."""
+        """Decide about a node without a result, whose input is known only when the replay runs: it runs again.
+
+        A write that may have happened runs only with its recorded request, or after a confirmation.
+        """
         program = self._program.nodes[node_id]
         reasons = [self._failure(span)]
         if not program.is_write or not may_have_happened(span):
@@ -459,6 +481,7 @@ class _NodePlanner:
     # ── bodies of loops ───────────────────────────────────────────────────────────────────────────
 
     def _decide_body(self, loop_id: str, loop: NodeReplay) -> None:
+        """Decide about the nodes in the body of a loop as about the loop; repeated writes need a confirmation."""
         program = self._program.nodes[loop_id]
         facts = self._facts
         changed = (
@@ -495,7 +518,8 @@ class _NodePlanner:
     ) -> list[ReplayReason]:
         """Return the reasons for which the values that a node reads have changed; empty if they are the same.
 
-        All its predecessors must be decided. If the outputs aren't at hand, a doubt counts as a change.
+        All its predecessors must be decided. If the outputs aren't at hand, a doubt counts as a change. With
+        `ignores_body`, only the input is compared, not the values that the body of a loop reads.
         """
         if self._has_same_values(node_id):
             return []
@@ -506,7 +530,7 @@ class _NodePlanner:
         if not self._facts.has_outputs or self._reads_execution(node_id):
             return changed
         try:
-            visit = self._inputs.reach_node(self._frame, node_id)
+            visit = self._inputs.build_visit(self._frame, node_id)
             self._inputs.build_call(visit)
         except (ExpressionError, InvalidJson, NodeError):
             return changed
@@ -533,7 +557,7 @@ class _NodePlanner:
             edge_ends(edge) for edge in earlier
         ]:
             return False
-        before = {edge.source for edge in self._frame.plan.parents(node_id)} | self._references(node_id)
+        before = {edge.source for edge in self._frame.plan.taken_edges(node_id)} | self._references(node_id)
         is_presumed = node_id in self._presumed
         return all(
             self._is_as_recorded(other) or (is_presumed and other not in self._decisions) for other in before
@@ -622,7 +646,10 @@ class _NodePlanner:
         return replace(node, answers=answers, answer_reuse=reuse)
 
     def _may_ask_otherwise(self, node: NodeReplay, around: frozenset[str]) -> bool:
-        """Return whether an agent in the loops `around` may make other requests, as far as the plan knows."""
+        """Return whether an agent may make other requests than the recorded ones, as far as the plan tells.
+
+        `around` are the loops that contain the agent.
+        """
         node_id, facts = node.node_id, self._facts
         failures = {ReplayReasonCode.FAILED, ReplayReasonCode.NO_RESULT}
         if any(reason.code not in failures for reason in node.reasons):

@@ -278,14 +278,17 @@ class RunProgress:
         self._recorder.record_node(
             visit, SpanStatus.FAILED, ended_at=self._recorder.clock.now(), error=reason
         )
-        self._recorder.count_node(visit)
+        self._recorder.add_node_progress(visit)
         if visit.program.commits_alone:
             self._recorder.has_uncommitted_write = True
         self._fail_frame(frame, reason)
         self._on_node_settled(frame)
 
     def withdraw_waits(self, visit: NodeVisit) -> None:
-        """Record the open waits of an agent that has ended as canceled, so that nobody answers them in vain."""
+        """Record the open waits of an agent that has ended as canceled, so that nobody answers them in vain.
+
+        Does nothing for other nodes.
+        """
         if visit.program.agent is None:
             return
         from engine.agents.tool_calls import withdraw_waits  # noqa: PLC0415 - loaded by runs with agents
@@ -303,7 +306,7 @@ class RunProgress:
             self._loops.cancel_iteration(frame)
 
     def record_cancelled(self, visit: NodeVisit) -> None:
-        """Record a node in a cancelled frame as cancelled, which may end the frame."""
+        """Record a node of a canceled frame as canceled, which may end the frame."""
         self.withdraw_waits(visit)
         self._recorder.record_node(visit, SpanStatus.CANCELLED, ended_at=self._recorder.clock.now())
         self._on_node_settled(visit.frame)
@@ -335,7 +338,7 @@ class RunProgress:
         self._recorder.record_node(
             visit, status, port=port, output=text, ended_at=self._recorder.clock.now(), error=error
         )
-        self._recorder.count_node(visit)
+        self._recorder.add_node_progress(visit)
         if visit.program.commits_alone:
             self._recorder.has_uncommitted_write = True
         if not frame.is_broken_off:
@@ -354,7 +357,7 @@ class RunProgress:
         output = values.restore_json(span.output) if span.output is not None else None
         frame.outputs[span.node_id] = frame.nodes[span.node_id] = output
         frame.digests[span.node_id] = sha256(span.output or b"").digest()
-        self._recorder.count(frame, frame.share_of(span.node_id))
+        self._recorder.add_progress(frame, frame.share_of(span.node_id))
         if span.port is not None:
             self.schedule_successors(frame, frame.plan.settle(span.node_id, span.port))
         elif span.error is not None:
@@ -362,9 +365,9 @@ class RunProgress:
         self._on_node_settled(frame)
 
     def _leave_out(self, frame: SectionFrame, node_id: str) -> None:
-        """Skip a node that was reached, since the run begins with it as skipped, and take none of its edges."""
+        """Skip a node, and the body of a loop, that a replay has recorded as skipped before; take none of its edges."""
         frame.skipped.add(node_id)
-        self._recorder.count(frame, frame.share_of(node_id))
+        self._recorder.add_progress(frame, frame.share_of(node_id))
         if node_id in frame.section.bodies:
             self.skip_body(frame.section.bodies[node_id], frame)
         self.schedule_successors(frame, frame.plan.settle(node_id, NO_PORT))
@@ -379,7 +382,7 @@ class RunProgress:
         frame.outputs[node_id] = frame.nodes[node_id] = values.restore_json(text)
         frame.digests[node_id] = sha256(candidate.output or b"").digest()
         self._recorder.record_reused(candidate)
-        self._recorder.count_node(visit)
+        self._recorder.add_node_progress(visit)
         self.schedule_successors(frame, frame.plan.settle(node_id, candidate.port or OUTPUT))
         self._on_node_settled(frame)
 
@@ -391,7 +394,7 @@ class RunProgress:
             self._worklist.add(frame, step.ready)
         frame.skipped.update(step.skipped)
         for node_id in step.skipped:
-            self._recorder.count(frame, frame.share_of(node_id))
+            self._recorder.add_progress(frame, frame.share_of(node_id))
             recorded = frame.recorded.get(node_id)
             # A replay may begin with a result of a node that it then does not reach.
             if recorded is None or recorded.port is not None:
@@ -494,7 +497,9 @@ class RunProgress:
             self._sleep(visit, recorded.wake_at, WakeAction.EXPIRED, expired=expired)
 
     def apply_answers(self, wait_answers: NodeAnswers) -> None:
-        """Store the current wait answers by node, and apply those for which nodes sleep."""
+        """Replace the stored wait answers, and apply those for which nodes sleep; agents must be woken by the
+        caller.
+        """
         self._signals.wait_answers, sleeping = wait_answers, self._worklist.sleeping
         for visit in [sleeper.visit for sleeper in sleeping.values() if sleeper.then is WakeAction.EXPIRED]:
             payload = self._find_answer(visit)
@@ -522,7 +527,8 @@ class RunProgress:
         """Continue a sleeping node whose time has come: complete it after a timer, apply its result at
         expiry, or fail it.
 
-        It fails, finally, if no answer came and no result at expiry is set. Retries are started elsewhere.
+        It fails without a retry if no answer has arrived and no result at expiry is set. Nodes that are called again
+        when they wake (retries, agents) are left to the runner.
         """
         visit = sleeping.visit
         if sleeping.then is WakeAction.DONE:

@@ -372,7 +372,8 @@ class SignalWaitService(Protocol):
     async def expect(
         self, caller: RunCaller, wanted: SignalRequest, *, node_id: str, iteration: str
     ) -> SignalExpectation:
-        """Let the earliest unread signal of a name, or else the next one, answer the node.
+        """Let the earliest unread signal of a name, or else the next one, answer the node; return the state of its
+        wait.
 
         The timeout counts from when the node was first reached, also in repeated calls.
         """

@@ -254,7 +254,7 @@ class SpanRecorder:
         Beyond 10,000 attempts of a run, a warning is logged once, and new ones are not recorded.
         """
         node = visit.program.node
-        if number != visit.told_attempt:
+        if number != visit.recorded_attempt:
             if self._attempts > MAX_ATTEMPT_SPANS:
                 return
             self._attempts += 1
@@ -263,7 +263,7 @@ class SpanRecorder:
                     "warning", f"More than {MAX_ATTEMPT_SPANS:,} attempts: further ones get no spans", node.id
                 )
                 return
-            visit.told_attempt = number
+            visit.recorded_attempt = number
         self._sequence += 1
         self._journal.record_attempt(
             AttemptSpan(
@@ -281,7 +281,7 @@ class SpanRecorder:
             )
         )
 
-    def count(self, frame: SectionFrame, share: float) -> None:
+    def add_progress(self, frame: SectionFrame, share: float) -> None:
         """Add a share, from 0 to 1, to the run's progress; in an iteration also to all enclosing loops."""
         while (loop := frame.loop) is not None:
             frame.counted += share
@@ -289,15 +289,15 @@ class SpanRecorder:
             frame = loop.visit.frame
         self._advance(share)
 
-    def count_node(self, visit: NodeVisit) -> None:
+    def add_node_progress(self, visit: NodeVisit) -> None:
         """Add a node's share to the run's progress; a loop adds the part that its iterations have not added."""
         frame = visit.frame
         if not frame.section.bodies:
-            self.count(frame, frame.share)
+            self.add_progress(frame, frame.share)
             return
         share = frame.share_of(visit.program.node.id) - visit.counted
         visit.counted += share
-        self.count(frame, share)
+        self.add_progress(frame, share)
 
     def record_iteration(
         self,

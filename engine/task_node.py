@@ -70,6 +70,7 @@ def build_runner(node: GraphNode, node_type: NodeType, catalog: NodeTypeLookup) 
     limits = _limits_of(node, rules)
 
     def run(call: NodeCall) -> AnswerWait:
+        """Return the wait for a new task with the config and input of the call; `NodeError` for an invalid config."""
         config = dict(call.config)
         problems = catalog.rendered_config_problems(node_type, config)
         if problems:

@@ -24,8 +24,10 @@ class TriggerLayout:
     optional: frozenset[str] = frozenset()
     """Fields that only some outputs have."""
 
-    def has(self, inputs: Mapping[str, Json]) -> bool:
-        """Return whether inputs are an output of this kind already: the payload field and only other output fields."""
+    def is_output(self, inputs: Mapping[str, Json]) -> bool:
+        """Return whether inputs already are an output of this kind: they have the payload field, and output fields
+        alone.
+        """
         return self.payload in inputs and all(name in self.fields or name in self.optional for name in inputs)
 
 
@@ -68,6 +70,6 @@ def trigger_output(kind: str, inputs: Json | Mapping[str, Json], now: datetime) 
     if kind == SCHEDULE_KIND:
         fields["scheduledAt"] = now.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
     given: Json = dict(inputs) if isinstance(inputs, Mapping) else inputs
-    if isinstance(given, dict) and (layout.payload is None or layout.has(given)):
+    if isinstance(given, dict) and (layout.payload is None or layout.is_output(given)):
         return {**fields, **given}
     return {**fields, layout.payload or "body": given}

@@ -38,7 +38,7 @@ _MAY_HAVE_HAPPENED: Final = ("http-408", "http-425")
 
 
 def was_refused(span: NodeSpan) -> bool:
-    """Return whether a node failed since a replay would not repeat its write without a confirmation.
+    """Return whether a node failed because a replay did not repeat its write without a confirmation.
 
     The write had its effect in an earlier run.
     """

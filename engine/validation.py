@@ -56,9 +56,8 @@ def validate_graph(
 ) -> ValidationResult:
     """Return errors and warnings of a graph: its structure, configs, paths and inline secrets.
 
-    Paths are also checked against `samples`, the outputs of past runs by node, and agents by `traits` of the workflows
-    that the graph calls. In a draft, some errors are
-    warnings. At most 1,000 of each are listed.
+    Paths are also checked against `samples`, the outputs of past runs by node id, and agents by `traits` of the
+    workflows that the graph calls, by id. In a draft, some errors are warnings. At most 1,000 of each are listed.
     """
     findings = FindingCollector(is_draft=is_draft)
     drawn = _inspect_graph(graph, catalog, findings, traits=traits)
@@ -138,7 +137,8 @@ def _inspect_graph(
 def _list_config_problems(
     node: GraphNode, node_type: NodeType, catalog: NodeTypeLookup, *, is_direct: bool
 ) -> Sequence[ConfigProblemView]:
-    """Return the problems of a config; without missing fields if the node `is_direct`, a tool without a `tool`.
+    """Return the problems of a config; `is_direct` leaves out missing fields, of a node that is a tool of an agent
+    itself.
 
     A model fills in these fields as far as it may, and checks of agents report the others.
     """
@@ -247,6 +247,7 @@ def _trigger_findings(graph: ParsedGraph, types: Mapping[str, NodeType]) -> Iter
 
 
 def _connection_findings(graph: ParsedGraph, types: Mapping[str, NodeType]) -> Iterator[GraphFinding]:
+    """Yield an error for each edge to or from a missing node, or a port that its node doesn't have."""
     by_id = graph.by_id
     outputs: dict[str, Sequence[str]] = {}
     for edge in graph.edges:
@@ -375,6 +376,10 @@ def _loop_body_findings(graph: ParsedGraph, bodies: LoopBodies) -> Iterator[Grap
 
 
 def _find_disconnected_nodes(graph: ParsedGraph, types: Mapping[str, NodeType]) -> Iterator[GraphFinding]:
+    """Yield a warning for each node without incoming edges, except triggers and nodes that serve agents.
+
+    A node without input ports is disconnected only if it has no outgoing edge either.
+    """
     for node in graph.nodes:
         node_type = types.get(node.id)
         if graph.inbound[node.id] or (node_type and node_type.is_trigger):

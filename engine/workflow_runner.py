@@ -187,7 +187,7 @@ class WorkflowRunner:
                     _, node_id, frame = heappop(worklist.settled_before)
                     self._progress.restore(frame, frame.recorded[node_id])
                 elif worklist.ready and self._may_start():
-                    await self._reach_node(*worklist.ready.popleft())
+                    await self._prepare_node(*worklist.ready.popleft())
                 else:
                     await self._wait_for_change()
                     continue
@@ -280,18 +280,19 @@ class WorkflowRunner:
         """
         return not self._signals.is_interrupted() and len(self._worklist.tasks) < self._parallelism
 
-    async def _reach_node(self, frame: SectionFrame, node_id: str) -> None:
-        """Prepare the input of a ready node, in a thread if it is large, and begin it unless it continues to
-        wait or has failed.
+    async def _prepare_node(self, frame: SectionFrame, node_id: str) -> None:
+        """Prepare the input of a ready node, in a thread if it is large, and begin the node.
+
+        A node with a recorded wait continues to wait instead; errors fail the node.
         """
         visit: NodeVisit | None
         try:
-            visit = offload.try_inline(self._node_inputs.reach_node, frame, node_id)
+            visit = offload.try_inline(self._node_inputs.build_visit, frame, node_id)
         except BudgetExceeded:
-            begin = partial(self._node_inputs.reach_node, frame, node_id, frame.current_roots())
+            begin = partial(self._node_inputs.build_visit, frame, node_id, frame.current_roots())
             visit = await self._prepare_in_thread(frame, node_id, begin)
         except (ExpressionError, InvalidJson, NodeError) as error:
-            self._progress.fail(self._node_inputs.unreached(frame, node_id), to_node_error(error))
+            self._progress.fail(self._node_inputs.build_failed_visit(frame, node_id), to_node_error(error))
             return
         if visit is not None and not self._resume_node(visit):
             await self._begin(visit)
@@ -396,12 +397,14 @@ class WorkflowRunner:
         try:
             prepared = await offload.run_in_thread(prepare)
         except (ExpressionError, InvalidJson, NodeError) as error:
-            self._progress.fail(visit or self._node_inputs.unreached(frame, node_id), to_node_error(error))
+            self._progress.fail(
+                visit or self._node_inputs.build_failed_visit(frame, node_id), to_node_error(error)
+            )
             return None
         if not self._recorder.holds_lease():
             raise LeaseLost
         if frame.is_broken_off:
-            self._progress.record_cancelled(visit or self._node_inputs.unreached(frame, node_id))
+            self._progress.record_cancelled(visit or self._node_inputs.build_failed_visit(frame, node_id))
             return None
         if not self._may_start():
             self._worklist.ready.appendleft((frame, node_id))
@@ -587,7 +590,11 @@ class WorkflowRunner:
             await self._wake()
 
     async def _wake(self) -> None:
-        """Continue sleeping nodes whose time has come, after the wait answers were read."""
+        """Read new wait answers, and continue the sleeping nodes whose time has come or, for agents, that have an
+        answer.
+
+        Nodes whose wait for an answer is over keep sleeping while the answers can't be read.
+        """
         now, sleeping = time.monotonic(), self._worklist.sleeping
         due = [
             sleeper

@@ -63,11 +63,11 @@ def test_each_node_is_reached_or_skipped_once_in_any_order(walk: GraphWalk, rand
             taken = [edge for edge in edges if walk.ports[edge.source] == edge.source_port]
             arrived = [edge for edge in taken if edge.source in settled]
             if node_id in walk.eager and node_id != "n0":
-                first_of[node_id] = list(plan.parents(node_id))
+                first_of[node_id] = list(plan.taken_edges(node_id))
                 assert arrived[:1] == first_of[node_id]
             else:
                 assert {edge.source for edge in edges} <= settled.keys() | skipped
-                assert list(plan.parents(node_id)) == arrived
+                assert list(plan.taken_edges(node_id)) == arrived
 
     waiting: list[str] = []
     first_of: dict[str, list[GraphEdge]] = {}
@@ -78,7 +78,7 @@ def test_each_node_is_reached_or_skipped_once_in_any_order(walk: GraphWalk, rand
         follow(plan.settle(node_id, walk.ports[node_id]))
 
     assert settled.keys() == walk.reached()
-    assert all(list(plan.parents(node_id)) == first for node_id, first in first_of.items())
+    assert all(list(plan.taken_edges(node_id)) == first for node_id, first in first_of.items())
     assert settled.keys() | skipped == {node.id for node in walk.graph.nodes}
     assert set(told.values()) == {1}
 
@@ -93,7 +93,7 @@ def test_an_eager_node_is_ready_by_the_first_branch_and_the_others_change_nothin
     plan = ReadinessTracker(ParsedGraph(nodes, edges), ["a", "b", "c"], {"end"})
     plan.start()
     assert [plan.settle(node_id, "output").ready for node_id in ("c", "b", "a")] == [[], ["end"], []]
-    assert plan.parents("end") == [edges[1]]
+    assert plan.taken_edges("end") == [edges[1]]
 
 
 def test_parents_come_in_the_order_in_which_their_edges_were_drawn() -> None:
@@ -108,4 +108,4 @@ def test_parents_come_in_the_order_in_which_their_edges_were_drawn() -> None:
     for node_id in ("b", "a", "c"):
         step = plan.settle(node_id, "output")
     assert step.ready == ["end"]
-    assert [edge.source for edge in plan.parents("end")] == ["c", "a"]
+    assert [edge.source for edge in plan.taken_edges("end")] == ["c", "a"]
