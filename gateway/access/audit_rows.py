@@ -189,7 +189,7 @@ async def list_entries(
     """Return a page of the matching entries of the caller's organization, and the number of all that match.
 
     With `bounds`, the page follows a cursor and the number counts to 10,000 at most; without, it is the limit and
-    offset of `part`.
+    offset of `part`, in the order of `is_newest_first`.
     """
     tables = [*_choose_tables(caller, wanted)]
     if bounds is not None:
@@ -200,7 +200,10 @@ async def list_entries(
 async def _list_by_cursor(
     connection: AsyncConnection, tables: Sequence[_AuditTable], bounds: KeysetBounds
 ) -> ListPage[AuditRow]:
-    """Return the page behind a cursor: a page of each table, merged in the order of time and cut to the limit."""
+    """Return the page behind a cursor: a page of each table, merged in the order of time and cut to the limit.
+
+    The number of all entries counts to 10,000 at most.
+    """
     pages = [
         (
             await keyset.list_rows(

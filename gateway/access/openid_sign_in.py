@@ -114,9 +114,10 @@ class OpenIdSignIn:
         return await self.database.transaction(make)
 
     async def link(self, claims: ProviderClaims, organization_id: str, user_id: str) -> None:
-        """Connect an identity with a signed-in user; nothing changes if it is connected with that user already.
+        """Connect an identity with a signed-in user, with a new key for its sessions.
 
-        Raises `IdentityTaken` if the identity belongs to another user.
+        Nothing changes if it is connected with that user already, or the user is missing. Raises `IdentityTaken` if the
+        identity belongs to another user.
         """
         now = self.database.clock.now()
 
@@ -163,10 +164,11 @@ class OpenIdSignIn:
     async def _accept_invitation(
         self, connection: AsyncConnection, claims: ProviderClaims, invitation_code: str, now: datetime
     ) -> User:
-        """Create and return the user of an invitation: the one with the code, else an open one for the
-        verified address.
+        """Create and return the user of an invitation: the one with the code, else an open one for the verified
+        address.
 
-        Raises `NoAccount` without such an invitation, and `EmailTaken`.
+        The invitation becomes accepted, and the audit trail records both. Raises `NoAccount` without such an
+        invitation, and `EmailTaken`.
         """
         if invitation_code:
             one = await invitation.find_by_code(connection, invitation_code)

@@ -61,10 +61,10 @@ async def create(
 ) -> JsonResponse:
     """Insert a model, once per idempotency key, and return an answer with 201 and its id.
 
-    `provider` is the protocol that the caller has named; None for that of the data source.
-
-    Raises a 409 error for a taken name or too many models, and 422 for a data source that the caller may not use, and
-    for users that it can't be shared with.
+    A repeated key inserts nothing and returns the first id; None inserts always. `provider` is the protocol that the
+    caller has named; None for that of the data source. Raises a 409 error for a taken name or too many models, and 422
+    for a data source that the caller may not use, for users that it can't be shared with, and for a key used with
+    another body.
     """
     model = stored.model
 
@@ -101,11 +101,12 @@ async def create(
 async def edit(
     database: Database, requested: RequestedObject, change: Change, *, is_forced: bool
 ) -> StoredModel:
-    """Apply `change` to the requested model, and return the stored result.
+    """Apply `change` to the requested model, and return the stored result; nothing is stored if the content stays the
+    same.
 
-    Raises 404, 403, 412 if `If-Match` names another revision, 409 for a taken name or a concurrent edit, and the
-    errors of `change`; then nothing is written. A model that workflows use is replaced by another one, or taken from
-    the organization, only if `is_forced`; else 409.
+    Raises 404, 403, 412 if `If-Match` names another revision, 409 for a taken name or a concurrent edit, and the errors
+    of `change`; then nothing is written. A model that workflows use is replaced by another one, or taken from the
+    organization, only if `is_forced`; else 409.
     """
     done: StoredModel | None = None
 
@@ -151,8 +152,8 @@ async def edit(
 async def delete(database: Database, requested: RequestedObject, *, is_forced: bool) -> None:
     """Delete the requested model, with an audit entry.
 
-    Raises 404 if it is missing or invisible, 403 unless the caller is its owner or an admin, 412 if
-    `If-Match` names another revision, and 409 if workflows use it, unless `is_forced`.
+    Raises 404 if it is missing or invisible, 403 unless the caller is its owner or an admin, 412 if `If-Match` names
+    another revision, and 409 if workflows use it or it is the default model, unless `is_forced`.
     """
     is_done = False
 

@@ -192,27 +192,30 @@ def _describe_abilities(found: CapabilitiesShape) -> str:
 
 
 async def _calls_tools(client: ModelClient, model: ModelConnection) -> bool:
-    """Return whether a model, asked to use a tool, calls it with valid arguments; this makes one call.
+    """Return whether a model, asked to use a tool, calls it with valid arguments; False if the provider refuses the
+    request.
 
-    Raises `ModelCallFailed` for a temporary failure.
+    It makes one call. Raises `ModelCallFailed` for a temporary failure.
     """
     request = msgspec.structs.replace(_build_request(), tools=(CITY_TOOL,), forced_tool=CITY_TOOL.name)
     return bool(_list_cities(await _ask(client, model, request)))
 
 
 async def _calls_tools_at_once(client: ModelClient, model: ModelConnection) -> bool:
-    """Return whether a model, asked for two uses of a tool, calls it twice in one answer; this makes one call.
+    """Return whether a model, asked for two uses of a tool, calls it twice in one answer; False if the provider
+    refuses.
 
-    Raises `ModelCallFailed` for a temporary failure.
+    It makes one call. Raises `ModelCallFailed` for a temporary failure.
     """
     request = msgspec.structs.replace(_build_request(TWO_CITIES), tools=(CITY_TOOL,))
     return len(set(_list_cities(await _ask(client, model, request)))) > 1
 
 
 async def _follows_schemas(client: ModelClient, model: ModelConnection) -> bool:
-    """Return whether a model's answer fits a JSON Schema that the request has as a parameter; this makes one call.
+    """Return whether a model's answer fits a JSON Schema that the request has as a parameter; False if the provider
+    refuses.
 
-    Raises `ModelCallFailed` for a temporary failure.
+    It makes one call. Raises `ModelCallFailed` for a temporary failure.
     """
     by_schema = msgspec.structs.replace(model, follows_schemas=True)
     return _fits_city_schema(await _ask(client, by_schema, _build_city_request()))
@@ -221,8 +224,8 @@ async def _follows_schemas(client: ModelClient, model: ModelConnection) -> bool:
 async def _answers_in_json_mode(client: ModelClient, model: ModelConnection) -> bool:
     """Return whether a model's answer in its provider's JSON mode fits a schema that the prompt describes.
 
-    It makes one call, or none if the protocol has no such mode, which gives False. Raises `ModelCallFailed` for a rate
-    limit.
+    False if the provider refuses it, and without a call if the protocol has no such mode. Raises `ModelCallFailed` for
+    a rate limit.
     """
     from nodes.ai.model_client import PROTOCOLS  # noqa: PLC0415 - loaded with the first test
 
@@ -233,9 +236,10 @@ async def _answers_in_json_mode(client: ModelClient, model: ModelConnection) -> 
 
 
 async def _sees_images(client: ModelClient, model: ModelConnection) -> bool:
-    """Return whether a model names the color of an image, which few would guess; this makes one call.
+    """Return whether a model names the color of an image, which few would guess; False if the provider refuses the
+    image.
 
-    Raises `ModelCallFailed` for a rate limit.
+    It makes one call. Raises `ModelCallFailed` for a rate limit.
     """
     from nodes.ai.model_client import PROTOCOLS  # noqa: PLC0415 - loaded with the first test
 

@@ -188,7 +188,8 @@ def build_model(caller: ApiCaller, body: CreateModel, now: datetime) -> StoredMo
 def apply_changes(stored: StoredModel, body: UpdateModel, now: datetime) -> StoredModel:
     """Return a model with the changes of a body, not stored yet; raises a 422 error for invalid texts.
 
-    Users that it is newly shared with have it since `now`.
+    Users that it is newly shared with have it since `now`. Another vendor model or data source removes the last test,
+    its abilities, and a block by the provider.
     """
     problems, before = ProblemCollector(), stored.model
     given = {

@@ -271,7 +271,7 @@ def _build_changes(before: StoredDataSource, body: UpdateProviderKey) -> UpdateD
 
 
 def _find_provider(settings: Mapping[str, Any]) -> KeyProvider:
-    """Return the provider of a data source by its protocol and its address."""
+    """Return the provider of a data source by its protocol and its address; `openai-compatible` for other addresses."""
     if settings.get("provider") == AiProviderProtocol.ANTHROPIC:
         return KeyProvider.ANTHROPIC
     url = str(settings["baseUrl"]).rstrip("/")

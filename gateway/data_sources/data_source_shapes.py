@@ -135,11 +135,11 @@ def build_data_source(
 def apply_changes(
     before: StoredDataSource, body: UpdateDataSource, vault: SecretVault, now: datetime
 ) -> StoredDataSource:
-    """Return a data source with the changes of a body, not stored yet; absent fields stay, a setting of null
-    is removed.
+    """Return a data source with the changes of a body, not stored yet; absent fields stay, a setting of null is
+    removed.
 
-    Secrets must be sent again if their destination, such as the host, changes. Raises a 422 error with all
-    invalid fields.
+    If the destination of the secrets changes, such as the host, the secrets must be sent again, and accepted tools are
+    removed. Raises a 422 error with all invalid fields.
     """
     source, problems = before.source, ProblemCollector()
     definition = DATA_SOURCE_TYPES[DataSourceType(source.type)]

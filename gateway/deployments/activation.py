@@ -353,7 +353,7 @@ class DeploymentActivator:
                 self._end(workflow_id, watch)
 
     def _end(self, workflow_id: str, watch: DeploymentWatch) -> None:
-        """End a watch, so that the next request starts a new one."""
+        """End a watch and cancel its task, so that the next request starts a new one."""
         if self._watches.get(workflow_id) is watch:
             del self._watches[workflow_id]
         if watch.task is not None:

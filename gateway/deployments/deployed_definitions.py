@@ -58,9 +58,10 @@ class DeployedDefinitions:
         self._cache: TTLCache[DefinitionKey, DeployedDefinition] = TTLCache(KEPT_SECONDS, MAX_KEPT)
 
     async def load(self, workflow: LoadedWorkflow, deployment: Deployment) -> LoadedWorkflow:
-        """Return a workflow with the deployed definition in place of its own, which may have been edited since.
+        """Return a workflow with the deployed definition, which counts as valid, in place of its own.
 
-        Definitions are cached. Raises `DefinitionMissing` if its text is not stored.
+        Its own may have been edited since. Definitions are cached. Raises `DefinitionMissing` if the text is not
+        stored.
         """
         if workflow.definition_hash == deployment.definition_hash:
             return replace(workflow, validation=ValidationResult())

@@ -167,7 +167,7 @@ def _find_moving(rows: Iterable[Row[*tuple[Any, ...]]]) -> Iterator[_MovingDeplo
 
 
 def activities_statement(caller: ApiCaller, after: str = "") -> Select[*tuple[Any, ...]]:
-    """Return the statement of the deployments that a caller may read, those with workflow ids after `after`, by id.
+    """Return the statement of the present deployments that a caller may read, with workflow ids after `after`, by id.
 
     A row has the name of the workflow, and all on which the next start or stop depends.
     """

@@ -92,9 +92,7 @@ async def index(request: GatewayRequest) -> JsonResponse:
 async def _list_deployed_workflows(
     connection: AsyncConnection, caller: ApiCaller, app_id: str
 ) -> Sequence[Row[*tuple[Any, ...]]]:
-    """Return the active, deployed workflows of an application that the caller may trigger, newest first; at
-    most 1,000.
-    """
+    """Return the active, deployed workflows of an application that the caller may read, newest first; at most 1,000."""
     rows = await connection.execute(
         select(
             *(col(Workflow.id), col(Workflow.name), col(Workflow.description)),

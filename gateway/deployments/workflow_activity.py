@@ -322,8 +322,9 @@ def _direct(terms: Sequence[ColumnElement[Any]], *, is_descending: bool) -> Sequ
 
 
 def _sum_hours(caller: ApiCaller, since: datetime) -> CTE:
-    """Return a CTE with the counts of runs, and the hours of the last run and last failed run, by workflow from `since`
-    on.
+    """Return a CTE with the counts of runs of the caller's organization by workflow, of the hours from `since` on.
+
+    It also has the hours of the last accepted and of the last failed run, 0 without a failed one.
     """
     starts_at = col(RunHour.starts_at)
     return (

@@ -121,7 +121,10 @@ class KeyAuthenticator:
         await asyncio.gather(*self._background, return_exceptions=True)
 
     async def _look_up(self, key: str) -> ApiCaller | None:
-        """Return the caller of a key from the database and cache it; None for an unknown, expired or revoked key."""
+        """Return the caller of a key from the database and cache it; None for an unknown, expired or revoked key.
+
+        A key with the hash of a previous secret gets that of the current one in the background.
+        """
         asked_at = monotonic()
         now = self._database.clock.now()
         hashed = hash_key(key, self._secret)
@@ -150,7 +153,7 @@ class KeyAuthenticator:
         task.add_done_callback(self._background.discard)
 
     def _note_use(self, key_id: str, scope: Scope) -> None:
-        """Record the use of a key by a request in the background, at most once a minute."""
+        """Record the use of a key by a request in the background, at most once a minute in this process."""
         if self._recorded.get(key_id):
             return
         self._recorded.put(key_id, value=True)

@@ -72,8 +72,10 @@ class PathEndpoint:
         await response(scope, receive, send)
 
     async def _response(self, scope: Scope, receive: Receive) -> ASGIApp:
-        """Return the handler's answer, or the error answer for what it raises; unexpected errors are logged
-        and answered with 500.
+        """Return the handler's answer, or the error answer for an error of it.
+
+        While database or broker are away it is 503, after a disconnect 400, and for unexpected errors, which are
+        logged, 500.
         """
         try:
             return await self._handle(scope, receive)
@@ -129,7 +131,9 @@ class PathEndpoint:
 
 
 def _check_scope(caller: ApiCaller, access: KeyScope | AccessRule) -> None:
-    """Raise a 403 error unless the caller's key has the scope; `ADMIN` also demands the role of an admin."""
+    """Raise a 403 error unless the caller's key has the scope; `ADMIN` also demands the role of an admin, `ANY_KEY`
+    nothing.
+    """
     if access is AccessRule.ANY_KEY:
         return
     if access is AccessRule.ADMIN:

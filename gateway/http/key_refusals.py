@@ -61,7 +61,8 @@ class KeyRefusals:
     def note(self, key_id: str, scope: str, route: str) -> None:
         """Count a request that was refused because its key lacks a scope; stored in the background within seconds.
 
-        `route` is the method and path template of the request.
+        `route` is the method and path template of the request. Of more than 10,000 keys and scopes between two writes,
+        the others are not counted.
         """
         now = self._database.clock.now()
         identity = (key_refusal.begin_of_day(now), key_id, scope)

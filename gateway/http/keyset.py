@@ -406,7 +406,10 @@ async def has_at_most(connection: AsyncConnection, source: RowSource, number: in
 
 
 async def _count_examined(connection: AsyncConnection, source: RowSource) -> BoundedCount:
-    """Count the rows that match among the newest 5,000 rows of a source; a lower bound if there are more."""
+    """Count the rows that match among the newest 5,000 rows of a source; a lower bound if there are more.
+
+    Without residual conditions, up to 10,000 rows of its index are counted.
+    """
     if not source.residual:
         # From the table of the index alone.
         return await count_rows(connection, source.within, source.created_at)

@@ -205,7 +205,7 @@ class OrderParameter(QueryParameter[ColumnElement[Any]]):
         return {"type": "string", "enum": [*self._orders()], "default": self.DEFAULT}
 
     def read(self, given: Sequence[str]) -> ColumnElement[Any]:
-        """Return the SQL order for a field and direction; raises a 400 error for others."""
+        """Return the SQL order for a field and direction, by default newest first; raises a 400 error for others."""
         order = self._orders().get(given[-1] if given else self.DEFAULT)
         if order is None:
             text = f"{self.name} must be one of {', '.join(self.columns)}, then :asc or :desc"

@@ -244,7 +244,7 @@ def _field_problems(
 
 
 def _iterate_nested(value: Json, part: Any, path: str) -> Iterator[tuple[Json, Any, str]]:  # noqa: ANN401 - any type annotation
-    """Yield the nested values of a type that have types of their own, each with its type and path.
+    """Yield the values inside of `value` for which the type `part` has types, each with its type and path.
 
     Nothing for containers of over 20,000 items.
     """

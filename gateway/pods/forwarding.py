@@ -94,7 +94,7 @@ class WakeupForwarder:
     async def _wake_one_pod(self, workflow_id: str) -> None:
         """Wake one ready pod of a workflow, in random order; if none accepts, wake the deployer.
 
-        Addresses are cached for a second.
+        Nothing happens without ready pods. Addresses are cached for a second.
         """
         pods = self._cached_pods.get(workflow_id)
         if pods is None:

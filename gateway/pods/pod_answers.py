@@ -89,9 +89,11 @@ class PodAnswers:
         return [channel for channel, until in self._followers.get(execution_id, {}).items() if until > now]
 
     def _handle_notification(self, notification: Notification) -> None:
-        """Store that a gateway follows a run for a limited time, as its notification asks.
+        """Store that a gateway follows a run for a limited time, as its notification asks; other notifications are
+        ignored.
 
-        Nothing is stored beyond the maximum of gateways of a run, and of runs. Other notifications are ignored.
+        Nothing is stored beyond the maximum of gateways of a run, and of runs. A repeated request also lets the pod
+        send the answers of the run from their beginning.
         """
         request = answer_messages.open_sealed(GATEWAYS, self._seal, notification, FOLLOW_POD, FollowRequest)
         if request is None:

@@ -112,8 +112,8 @@ class PodPollHub:
     async def notify_pods(self, workflow_ids: Collection[str]) -> None:
         """After a commit, notify pods of workflows with new runs, also pods that poll other gateways.
 
-        If no pod polls anywhere, one is woken by HTTP. A lost notification only delays runs: polls look at
-        the database once a second.
+        A ready pod is woken by HTTP if none has polled here within a second. A lost notification only delays runs:
+        polls look at the database once a second.
         """
         elsewhere = [workflow_id for workflow_id in workflow_ids if not self._count_run(workflow_id)]
         for workflow_id in elsewhere:

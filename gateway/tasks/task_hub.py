@@ -130,8 +130,10 @@ class TaskHub:
         return await self._reports.submit(report)
 
     async def _report(self, batch: Sequence[WorkerReport]) -> Sequence[list[ItemResult]]:
-        """Apply reports in one transaction, with outputs checked by their types' schemas; return the results
-        of each report.
+        """Apply reports in one transaction, with outputs checked by their types' schemas; return the results of each
+        report.
+
+        The consequences for runs and workers follow in the background.
         """
         from gateway.tasks import output_checks  # noqa: PLC0415 - loaded with the first worker
 

@@ -316,10 +316,10 @@ def plan_removal(
 def _conflict(
     before: StoredWorkflow, applied: AppliedWorkflow | None, set_name: str, *, is_same: bool
 ) -> ConflictReason | None:
-    """Return why a workflow is not changed without force: of another set, never applied, or edited since;
-    None otherwise.
+    """Return why a workflow is not changed without force: of another set, never applied, or edited since; None
+    otherwise.
 
-    An equal one is no conflict, except for another set.
+    An equal workflow (`is_same`) is a conflict only if it belongs to another set than the one that the request names.
     """
     if (
         applied is not None
