@@ -125,7 +125,7 @@ def list_changes(
 
 
 def _is_within(path: str, fields: Collection[str]) -> bool:
-    """Return whether a path is one of the fields, or leads into one."""
+    """Return whether a path is one of the fields, or a part of one, such as `settings.host` of `settings`."""
     return any(path == field or path.startswith((f"{field}.", f"{field}[")) for field in fields)
 
 

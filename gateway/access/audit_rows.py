@@ -140,7 +140,7 @@ class _AuditTable:
         return cast("AuditRow", built)
 
     def matches_ids(self, ids: Sequence[str]) -> Sequence[ColumnElement[bool]]:
-        """Return the conditions for the rows among a set of ids, which may be of other tables."""
+        """Return the SQL conditions for the rows with one of these ids, among which may be ids of other tables."""
         return (self.item_id.in_(ids),)
 
 

@@ -103,7 +103,10 @@ async def end(request: GatewayRequest) -> NoContent:
 
 
 async def _lock(connection: AsyncConnection, request: GatewayRequest) -> DeploymentActivity:
-    """Return the activity of the deployment of the path, locked; raises 404, 403, and 409 if it isn't deployed."""
+    """Return the activity of the deployment of the path, and lock it until the transaction ends.
+
+    Raises 404 or 403 unless the caller may change the workflow, and 409 if it isn't deployed.
+    """
     workflow_id = request.path_params["id"]
     stored = await editing.find_readable(connection, request.requested_object)
     editing.require_writer(request.caller, stored.workflow)

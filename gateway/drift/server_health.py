@@ -284,7 +284,7 @@ def _is_present(seen_at: datetime, now: datetime) -> bool:
 
 
 async def _find_lead(connection: AsyncConnection, now: datetime) -> SchedulerLead | None:
-    """Return the scheduler that leads or led last; None if none ever did."""
+    """Return the scheduler that leads or led last, without the time at which it began; None if none ever did."""
     row = (await connection.execute(select(Leadership).limit(1))).mappings().first()
     if row is None:
         return None

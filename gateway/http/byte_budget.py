@@ -58,7 +58,7 @@ class ByteHolding:
         self.bytes = 0
 
     def evict(self) -> None:
-        """End the transfer, so that its bytes are free for other clients; its request is answered with an error."""
+        """End the transfer by the callback of its creation, and release its bytes for other clients."""
         self.is_evicted = True
         self.release()
         self._evict()

@@ -113,7 +113,7 @@ class TrustedProxies:
 
 
 def _whole_network(named: str) -> str:
-    """Return the canonical form of a network, since settings may contain `10.1.2.3/24`."""
+    """Return the canonical form of a network, since settings may contain `10.1.2.3/24`; other texts are unchanged."""
     return str(ip_network(named, strict=False)) if "/" in named else named
 
 

@@ -69,7 +69,7 @@ class ParkedPoll:
 
     @property
     def is_over(self) -> bool:
-        """Whether the poll has its answer, or its client has gone."""
+        """Whether the poll has its answer or an error, or its client has gone."""
         return self._is_closed or self._result is not None or self._error is not None
 
     async def wait(self) -> PollAnswer | None:

@@ -76,10 +76,11 @@ class PollService:
                     parked.leave()
 
     async def wait(self, parked: ParkedPoll, call_on_disconnect: ClientWatch | None = None) -> PollAnswer:
-        """Return tasks or cancellations for a worker as soon as there are any; nothing after the time, and
-        nothing once its client has left: tasks for a dead worker would wait for the end of their leases.
+        """Return tasks or cancellations for a worker as soon as there are any; an empty answer after the time of the
+        poll.
 
-        Raises 409 for a stopped worker, and 503 while too many workers wait or the gateway stops.
+        The answer is empty too once its client has left: tasks for a dead worker would wait for the end of their
+        leases. Raises 409 for a stopped worker, and 503 while too many workers wait or the gateway stops.
         """
         await self.open(parked, call_on_disconnect)
         try:

@@ -85,7 +85,8 @@ def _last_run_at(found: RowMapping | None, now: datetime) -> datetime:
 def _skipped_at(row: Schedule, before: Schedule, trigger: WorkflowTrigger, now: datetime) -> datetime | None:
     """Return the last instant that a schedule has skipped while it was suspended.
 
-    None if it skipped none, was not suspended, or has another trigger node or other times than before.
+    None if it skipped none, was not suspended, has another trigger node or other times than before, or an invalid
+    timetable.
     """
     if before.next_run_at is not None or row.problem is not None or not _is_alike(row, before):
         return None

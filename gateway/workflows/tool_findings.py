@@ -51,7 +51,9 @@ async def find_refused_tools(
 
 
 def _find_problem(node: GraphNode, listed: ListedTools) -> Iterator[str]:
-    """Yield the first reason why the calls of a node are refused, by its config and the lists of its server."""
+    """Yield the first reason, if any, for which the calls of a node are refused, by its config and the lists of its
+    server.
+    """
     name, wanted = str(node.config.get("tool", "")), node.config.get("hash")
     accepted = listed.accepted.get(name)
     offered = {str(each["name"]): str(each["hash"]) for each in listed.offered}

@@ -117,7 +117,8 @@ async def _unserved_nodes(
 async def _read_traits(
     connection: AsyncConnection, caller: ApiCaller, graph: ParsedGraph, catalog: NodeCatalog
 ) -> TraitsById:
-    """Return the traits (such as the effect, or read private data) of the workflows that a graph calls, by their ids.
+    """Return the traits of the workflows that a graph calls, such as the effect and reads of private data, by their
+    ids.
 
     One that is missing or that the caller may not read has the traits `UNKNOWN`.
     """

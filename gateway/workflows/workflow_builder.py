@@ -79,9 +79,9 @@ class WorkflowPlan:
 def plan_workflow(caller: ApiCaller, value: Json, catalog: NodeCatalog, now: datetime) -> WorkflowPlan:
     """Return the workflow that a body describes, not stored, with its errors and warnings.
 
-    Errors are those of fields and of the graph; those that follow from an invalid field are left out. The
-    result is deterministic: nodes and connections without ids are numbered. Raises a 422 error only for a
-    body that is no object.
+    Errors are those of fields and of the graph; those that follow from an invalid field are left out. Nodes and
+    connections without ids are numbered, so that equal bodies give equal graphs. Raises a 422 error only for a body
+    that is no object.
     """
     body, wrong = _read(value)
     _number(body.nodes, "node")

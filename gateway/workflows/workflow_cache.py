@@ -141,7 +141,8 @@ class WorkflowCache:
     def forget(self, organization_id: str, workflow_id: str) -> None:
         """Mark a cached workflow as outdated after a change, so that its next use queries the database.
 
-        `load_several` still returns it while its revision is the current one.
+        The result of a query in progress is not cached. `load_several` still returns the cached one while its revision
+        is the current one.
         """
         self._loads.pop(
             (organization_id, workflow_id), None
