@@ -99,7 +99,7 @@ class DeploymentWatch:
 
 
 class DeploymentActivator:
-    """Requests at this gateway that wait for deployments."""
+    """Activation of deployments for the requests of this gateway, and for runs without a waiting client."""
 
     def __init__(self, database: Database, broker: Broker, waiting: ExecutionPollHub) -> None:
         self._database = database

@@ -91,7 +91,10 @@ class DeployedDefinitions:
         return trigger.kind if trigger else definition_snapshot.MANUAL_KIND
 
     async def _load(self, key: DefinitionKey) -> DeployedDefinition:
-        """Return a deployed definition from the cache or the database; raises `DefinitionMissing`."""
+        """Return a deployed definition from the cache or the database; raises `DefinitionMissing`.
+
+        One of over 500,000 characters is not cached.
+        """
         cached = self._cache.get(key)
         if cached is not None:
             return cached

@@ -31,7 +31,7 @@ class PodLogEntry(msgspec.Struct):
 
 
 class PodLogReader:
-    """Requests for logs at this gateway that deployers haven't answered yet."""
+    """Reader of pod logs through deployers, with the requests of this gateway that have no answer yet."""
 
     def __init__(self, broker: Broker) -> None:
         self._broker = broker

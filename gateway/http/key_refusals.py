@@ -48,7 +48,7 @@ class _Count:
 
 
 class KeyRefusals:
-    """Counter of one gateway."""
+    """Counts of requests at one gateway that were refused because their keys lack a scope, by day, key and scope."""
 
     def __init__(self, database: Database) -> None:
         self._database = database

@@ -37,7 +37,10 @@ MAX_OVERDUE: Final = 1_000
 
 
 class PodAnswers:
-    """Requests of gateways for answers of runs in pods, known to each gateway, since any may serve a pod."""
+    """Streamed answers of models in pods, passed on to the gateways that follow their runs.
+
+    Each gateway stores the requests of all gateways to follow runs, since any may serve a pod.
+    """
 
     def __init__(self, database: Database, broker: Broker, seal: MessageSeal) -> None:
         self._database = database

@@ -64,7 +64,7 @@ class WaitingPod:
 
 
 class PodPollHub:
-    """All open polls at this gateway."""
+    """Open polls of pods at this gateway."""
 
     def __init__(self, database: Database, broker: Broker, forwarder: WakeupForwarder) -> None:
         self._database = database

@@ -46,7 +46,7 @@ ACTIVE_SECONDS: Final = 600.0
 
 
 class TaskHub:
-    """All open polls of task workers at this gateway."""
+    """Polls and reports of task workers at this gateway, and the periodic work on tasks while there are any."""
 
     def __init__(
         self,
