@@ -482,7 +482,10 @@ def _current_heights(part: _ConnectedPart, present: Sequence[CardPosition | None
 
 
 def _keep_heights(part: _ConnectedPart, order: ColumnOrder, standing: Mapping[int, int]) -> list[int]:
-    """Return heights that move placed nodes as little as the order allows, with others near neighbors."""
+    """Return heights that move placed nodes as little as the order allows, with others near neighbors.
+
+    `standing` has the present heights of the placed nodes by number.
+    """
     heights = [standing.get(number, 0) for number in range(part.nodes)]
     for column in order:
         nodes = [number for number in column if number < part.nodes]

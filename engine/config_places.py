@@ -424,7 +424,10 @@ def may_name_model(node_type: str, catalog: NodeTypeLookup) -> bool:
 
 
 def _with_tool_targets(nodes: Sequence[GraphNode]) -> Iterator[tuple[GraphNode, PlaceSteps]]:
-    """Yield the nodes, and the targets of tools, each with the path of its config in that of its node."""
+    """Yield the nodes, and the targets of tools, each with the path of its config in the config of the stored node.
+
+    The path is empty for a node itself.
+    """
     for node in nodes:
         yield node, ()
         if node.type == TOOL_TYPE and (target := target_of(node)) is not None:

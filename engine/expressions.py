@@ -280,8 +280,9 @@ def compile_template(value: Json) -> ValueTemplate:
 
 
 def compile_value(value: Json) -> ValueTemplate:
-    """Compile like `compile_template`, and also operations `{"$op": name, "args": [...]}` at any depth;
-    raises `ExpressionError`.
+    """Compile the `{{ path }}` in the texts of `value`, and operations `{"$op": name, "args": [...]}` at any depth.
+
+    Texts are compiled as `compile_template` does. Raises `ExpressionError`.
     """
     return _TemplateCompiler(operations=OPERATIONS).compile(value)
 

@@ -81,10 +81,11 @@ def _filter_child(value: Json, name: str, step: str, steps: _Steps, found: list[
 
 
 def _field_name(key: str, siblings: dict[str, Json], above: str) -> str:
-    """Return the field name that tells whether a value is secret, which isn't always its own key.
+    """Return the field name that tells whether the value of `key` is secret, which isn't always `key` itself.
 
-    Cases are `{"name": "Authorization", "value": "…"}`, `{"password": {"value": "…"}}` and values computed
-    from literals: `{"token": {"$op": "concat", "args": ["…", "…"]}}`.
+    `siblings` is the object that has the key, and `above` the field name that applies to this object. Cases are
+    `{"name": "Authorization", "value": "…"}`, `{"password": {"value": "…"}}` and values computed from literals:
+    `{"token": {"$op": "concat", "args": ["…", "…"]}}`.
     """
     if key not in {"value", "values", "args"}:
         return key
@@ -230,7 +231,9 @@ _NAMED_SECRETS: Final = [
 
 
 def _cut_secrets(text: str) -> str:
-    """Return a text without the credentials that have a known shape, such as keys with the prefix of a provider."""
+    """Return a text without credentials of a known shape, such as keys with the prefix of a provider, and without the
+    values of secret names, as in `password="…"` or `?token=…`.
+    """
     if len(text) < SHORTEST_SHAPE:
         return text
     rest, lowered = text, text.lower()

@@ -171,7 +171,7 @@ class LoopScheduler:
         self._advance(loop)
 
     def _on_iteration_completed(self, turn: SectionFrame, loop: LoopProgress) -> None:
-        """Store the result of an iteration; the loop fails if it, or all results together, are too large."""
+        """Store and record the result of an iteration; the loop fails if it, or all results together, are too large."""
         result = turn.result()
         try:
             encoded = run_records.encode_output(result, self._limits.max_output_bytes)
@@ -185,7 +185,7 @@ class LoopScheduler:
         self._record_iteration(turn, loop, SpanStatus.COMPLETED, output=encoded)
 
     def _on_iteration_failed(self, loop: LoopProgress, index: int, error: RunError) -> None:
-        """Note the failure of an iteration: the loop continues, or fails, as its node says."""
+        """Note the failure of an iteration: a loop that continues on errors will list it, any other loop fails."""
         if loop.continues_on_error:
             loop.errors[index] = error
         else:

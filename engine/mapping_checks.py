@@ -142,7 +142,7 @@ class _PathChecker:
             lost = shapes.follow_path(given, steps)
             if isinstance(lost, PathDeadEnd):
                 place = ExpressionPlace(NodeSection.PASS_THROUGH_VALUES, (key,), name, ())
-                near = shapes.suggest_paths(steps, lost) if self._may_explain() else []
+                near = shapes.suggest_paths(steps, lost) if self._count_explanation() else []
                 meant = [str(way[0][0]) for way in near if len(way) == 1]
                 yield _build_unresolved_finding(
                     node,
@@ -155,7 +155,10 @@ class _PathChecker:
     def _explain_path(
         self, node: GraphNode, place: ExpressionPlace, path: ExpressionPath, data: ValueShape
     ) -> _UnresolvedPath | None:
-        """Return the reason why a path finds nothing, None if it may find something."""
+        """Return the reason why a path in a node finds nothing; None if it may find something.
+
+        `data` is the shape of the node's input.
+        """
         match path.root:
             case "data":
                 shape = data
@@ -227,7 +230,7 @@ class _PathChecker:
     def _explain_unknown_node(self, node: GraphNode, path: ExpressionPath) -> _UnresolvedPath:
         """Return the explanation of a path to a missing node, with preceding nodes of a similar id or label."""
         reason = "names no node of the workflow"
-        if not self._may_explain():
+        if not self._count_explanation():
             return _UnresolvedPath(path.text, reason)
         ids: dict[str, str] = {}
         for earlier in islice(self._ancestors(node), MAX_COMPARED):
@@ -256,7 +259,7 @@ class _PathChecker:
         """Return the explanation of a path that ends where its shape has no such field, with the fields that
         are there.
         """
-        if not self._may_explain():
+        if not self._count_explanation():
             return _UnresolvedPath(path.text, _dead_end_reason(lost))
         where = _format_path(path.root, path.steps[: lost.at])
         hint = _describe_shape(where, lost.shape)
@@ -267,8 +270,8 @@ class _PathChecker:
             hint = f"{hint.removesuffix('.')}: is it {guess}?"
         return _UnresolvedPath(path.text, _dead_end_reason(lost), hint, meant)
 
-    def _may_explain(self) -> bool:
-        """Return whether one more path gets a full explanation, which takes time; 50 do."""
+    def _count_explanation(self) -> bool:
+        """Count one more path, and return whether it gets a full explanation, which takes time: the first 50 do."""
         self._explained += 1
         return self._explained <= MAX_EXPLAINED
 

@@ -109,7 +109,11 @@ def _limits_cost(node: GraphNode) -> bool:
 
 
 def _iterate_models(graph: ParsedGraph, catalog: NodeTypeLookup) -> Iterator[tuple[GraphNode, str]]:
-    """Yield the nodes that name models, each with the id of one, as `find_model_users` describes it."""
+    """Yield each node that names a model, or whose target as a tool does, with the id of the model.
+
+    `default` gives the default model of the organization. Placeholders, expressions, and the own model of an agent that
+    another node provides are skipped.
+    """
     for node in graph.nodes:
         if not may_name_model(node.type, catalog):
             continue

@@ -57,8 +57,8 @@ class EffectRule:
     def of(self, config: Mapping[str, Json]) -> NodeEffect:
         """Return the effect of a node under `config`: pure, read or write.
 
-        The deciding field counts in any case. An unknown value, or one that is still a template, gives the
-        default.
+        The value of the deciding field may be in upper or lower case. An unknown value, or one that is still a
+        template, gives the default.
         """
         if self.deciding_field is None:
             return self.default

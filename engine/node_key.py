@@ -111,7 +111,7 @@ def decode_sources(hashes: bytes | None) -> tuple[DataSourceUse, ...] | None:
 
 
 def encode_sources(sources: Collection[DataSourceUse]) -> bytes:
-    """Return the data sources of a node as the end of its key: empty for none, a mark for more than 12."""
+    """Return the data sources of a node as the end of its key: empty for none; more than 12 make the key incomplete."""
     if not sources:
         return b""
     return _encode(sorted(sources)) if len(sources) <= MAX_SOURCES else _UNKNOWN_SOURCES

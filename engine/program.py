@@ -509,7 +509,10 @@ def _compile_agent(
 
 
 def _complete_agent(program: NodeProgram, agent: AgentProgram) -> NodeProgram:
-    """Return the program of an agent with its providers: its effect is that of its tools, and its key has them."""
+    """Return the program of an agent with its model and tools, which its key covers.
+
+    Its effect is `write` if that of a tool is, else `read`.
+    """
     is_write = any(tool.effect is NodeEffect.WRITE for tool in agent.tools.values())
     # The model reads names, descriptions, parameters and results, so that its answers depend on them.
     parts: list[Json] = [

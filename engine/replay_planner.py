@@ -257,8 +257,8 @@ class _NodePlanner:
     def _known_port(self, node_id: str, decision: NodeReplay) -> str | None:
         """Return the port by which a node leaves if its result is known before the replay runs, else None.
 
-        Known are reused results, and the output of a trigger that runs again. Output and digest are stored in
-        the frame.
+        A reused result is known, and so is the output of a trigger that runs again. Its output and digest are stored
+        in the frame.
         """
         span = self._recorded.get(node_id)
         if decision.use is ResultUse.SETTLED and span is not None and span.port is not None:
@@ -618,10 +618,10 @@ class _NodePlanner:
         return replace(node, decision=ReplayDecision.RERUN, confirmed=True)
 
     def _reuse_answers(self, node: NodeReplay) -> NodeReplay:
-        """Return the decision about a node; of an agent that runs, with the use of its recorded answers.
+        """Return the decision about a node; about an agent that runs, with the number and use of its recorded answers.
 
-        They are binding where the plan shows no difference. A chosen or refreshed agent begins a new conversation, and
-        so does one whose answers are not recorded, which the plan says.
+        They are binding where the plan shows no difference. A forced or refreshed agent begins a new conversation, and
+        so does an agent whose answers are not recorded, which is added to the reasons.
         """
         recorded = self._facts.answers.get(node.node_id)
         if recorded is None or node.decision not in {ReplayDecision.RERUN, ReplayDecision.MAYBE}:

@@ -110,7 +110,9 @@ class RunProgress:
         return self._loop_scheduler
 
     def release_loops(self, root: SectionFrame) -> None:
-        """Cut the references by which loops keep the values of a run, after its end, until a garbage collection."""
+        """Cut the references between loops and frames after the end of a run, so that its values are freed without a
+        garbage collection.
+        """
         self._loop_scheduler = None
         for frame in [*root.with_inner_iterations()]:
             for loop in frame.loops:
@@ -143,7 +145,7 @@ class RunProgress:
         except (InvalidJson, NodeError) as error:
             self.fail(visit, to_node_error(error))
 
-    def write_output(self, visit: NodeVisit, outcome: NodeOutcome) -> None:
+    def prepare_output(self, visit: NodeVisit, outcome: NodeOutcome) -> None:
         """Encode the output of an outcome, if it has one, and store it in the visit, before `apply_outcome`;
         may run in a thread.
 
@@ -240,10 +242,9 @@ class RunProgress:
     def _pause_seconds(self, visit: NodeVisit, error: NodeError) -> float | None:
         """Return the delay before the next attempt in seconds; None if there is none.
 
-        Attempts are grouped in rounds. With `retryOnFailure`, the run is resumed at a node that has used up
-        one round, after up to a minute; the round follows from the number of the next attempt, which is then
-        changed. At-most-once nodes are repeated only after known failures. Waits for the time that a provider of
-        language models has named count as no attempts.
+        With `retryOnFailure`, a node that has used up its attempts gets another round of them, after up to a minute:
+        then `visit.attempt` is moved to the end of the round. An at-most-once node is repeated only after an error
+        with a known outcome. Up to 20 waits for the time that a provider of language models has named are no attempts.
         """
         node = visit.program.node
         named = sum(record.wait_milliseconds is not None for record in visit.model_calls)
@@ -550,6 +551,10 @@ class RunProgress:
         expired: NodeResult | None = None,
         places: frozenset[tuple[str, str]] = frozenset(),
     ) -> None:
-        """Let a node sleep until a time (None: until an answer), and then take an action."""
+        """Add a node to the sleeping ones, with the time at which it wakes, and the action that the runner takes then.
+
+        Without a time only an answer wakes it. `output` is that of a timer wait, `expired` the result of a wait without
+        an answer, and `places` has node id and iteration of an agent's questions.
+        """
         wakes_at = None if wake_at is None else self._recorder.clock.monotonic_of(wake_at)
         self._worklist.sleeping[visit] = SleepingNode(visit, wakes_at, then, output, expired, places)

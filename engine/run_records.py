@@ -144,9 +144,7 @@ class NodeSpan(msgspec.Struct, frozen=True):
 
     @property
     def is_iteration(self) -> bool:
-        """Whether this is the span of one iteration of a loop: at port `continue` without hashes, which each
-        node has by then.
-        """
+        """Whether this is the span of one iteration of a loop, which has the port `continue` and no hashes."""
         return self.port == CONTINUE and self.hashes is None
 
     @property

@@ -226,9 +226,10 @@ def _accepts_field(shape: ValueShape, name: str, expected: ValueShape) -> bool:
 
 
 def suggest_paths(steps: ShapeSteps, lost: PathDeadEnd) -> list[ShapeSteps]:
-    """Return up to two existing paths that a path with a dead end may mean.
+    """Return up to two existing paths that a path with a dead end may mean; empty if none is near.
 
-    Only the first kind that finds any: a similar name, the path with a step less, with one or two steps more.
+    All are of one kind, the first that exists: a similar name in place of the missing step, the path without that step,
+    the path with one or two steps inserted before it.
     """
     head, (key, _), tail = steps[: lost.at], steps[lost.at], steps[lost.at + 1 :]
     fields = lost.shape.fields

@@ -61,7 +61,7 @@ def build_runner(node: GraphNode, node_type: NodeType, catalog: NodeTypeLookup) 
     """Return the function of a custom node: it returns the wait for a new task that a worker performs.
 
     The function raises `NodeError` for an invalid rendered config. Raises `ExpressionError` for an invalid
-    concurrency key, ValueError for a type that is no custom type.
+    concurrency key, `ValueError` for a type that is no custom type.
     """
     rules = node_type.task
     if rules is None:

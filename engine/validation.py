@@ -137,10 +137,10 @@ def _inspect_graph(
 def _list_config_problems(
     node: GraphNode, node_type: NodeType, catalog: NodeTypeLookup, *, is_direct: bool
 ) -> Sequence[ConfigProblemView]:
-    """Return the problems of a config; `is_direct` leaves out missing fields, of a node that is a tool of an agent
-    itself.
+    """Return the problems of a node's config.
 
-    A model fills in these fields as far as it may, and checks of agents report the others.
+    `is_direct` says that the node itself is a tool of an agent: then missing fields are left out. A model fills them in
+    as far as it may, and checks of agents report the others.
     """
     problems = catalog.config_problems(node_type, node.config)
     if not is_direct:
@@ -151,7 +151,7 @@ def _list_config_problems(
 def _agent_findings(
     graph: ParsedGraph, types: Mapping[str, NodeType], catalog: NodeTypeLookup, traits: TraitsById
 ) -> Iterator[GraphFinding]:
-    """Yield the findings about agents, and about called workflows with agents."""
+    """Yield the findings about agents, and warnings about texts of outsiders for exposed agents of called workflows."""
     from engine.agents import agent_checks  # noqa: PLC0415 - loaded with the first graph with agents
 
     yield from agent_checks.find_problems(graph, types, catalog, traits)
@@ -406,7 +406,10 @@ def _config_findings(
     reading: NodeExpressions,
     placeholders: Sequence[ResourceText],
 ) -> Iterator[GraphFinding]:
-    """Yield the problems of a config, other than those of fields that hold placeholders."""
+    """Yield the findings about a config: one for all missing fields, one for each other problem, and expression errors.
+
+    Fields that hold placeholders for language models are skipped, since other findings name them.
+    """
     unnamed = {one.steps for one in placeholders}
     unnamed_places = {format_place(NodeSection.CONFIG, steps) for steps in unnamed}
     missing = [problem for problem in problems if problem.keyword == "required"]

@@ -317,10 +317,10 @@ class WorkflowRunner:
         return False
 
     async def _begin(self, visit: NodeVisit) -> None:
-        """Render the config of a node, in a thread if it is large, and call it; errors fail the node.
+        """Render the config of a node, in a thread if it is large, and call the node, or begin a task that calls it.
 
-        Instead, a result of an earlier run is reused if it still fits. A write is recorded as running and
-        committed first. Raises `LeaseLost`.
+        A result of an earlier run that still holds, or an early answer, completes the node without a call. A write or
+        paid call is recorded as running and committed first. Errors fail the node. Raises `LeaseLost`.
         """
         try:
             call = offload.try_inline(self._node_inputs.build_call, visit)
@@ -423,7 +423,7 @@ class WorkflowRunner:
             self._progress.fail(visit, to_node_error(error))
             return
         try:
-            offload.try_inline(self._progress.write_output, visit, outcome)
+            offload.try_inline(self._progress.prepare_output, visit, outcome)
         except BudgetExceeded:
             self._start(visit, _output_of(outcome))
         except (InvalidJson, NodeError) as error:
@@ -462,10 +462,11 @@ class WorkflowRunner:
     def _finish_cancelled(
         self, visit: NodeVisit, pending: Coroutine[Any, Any, NodeOutcome], task: asyncio.Task[None]
     ) -> None:
-        """Finish a node after its task was cancelled before it began: the task itself can't.
+        """Finish a node whose task was canceled before it began, which the task itself can't do; called at the end of
+        each task.
 
-        The task gives up its cancellation, whose traceback refers to the task and to values of the run. Other errors
-        are left to the event loop, which logs those that nobody expects.
+        The cancellation is retrieved, since its traceback would keep the task and values of the run. Other errors are
+        left to the event loop, which logs those that nobody expects.
         """
         if task.cancelled():
             with suppress(asyncio.CancelledError):
@@ -484,7 +485,7 @@ class WorkflowRunner:
         task = cast("asyncio.Task[None]", asyncio.current_task())
         try:
             outcome = await self._limit_time(visit.program.node, pending, task)
-            await offload.run(self._progress.write_output, visit, outcome)
+            await offload.run(self._progress.prepare_output, visit, outcome)
         except asyncio.CancelledError:
             self._finish_task(task)
             if visit.frame.is_broken_off:
@@ -511,8 +512,9 @@ class WorkflowRunner:
     async def _limit_time(
         self, node: GraphNode, pending: Coroutine[Any, Any, NodeOutcome], task: asyncio.Task[None]
     ) -> NodeOutcome:
-        """Await a node within its timeout; raises `NodeError` for its errors and its timeout, and
-        cancellations of the run.
+        """Await a node within its timeout, and return its outcome; raises `NodeError` for its errors and its timeout.
+
+        A cancellation of `task` by the run is raised as it is; one by the node itself becomes a `NodeError`.
         """
         limit = asyncio.timeout(node.timeout_seconds)
         try:
@@ -567,8 +569,10 @@ class WorkflowRunner:
     # ── time ──────────────────────────────────────────────────────────────────────────────────────
 
     async def _wait_for_change(self) -> None:
-        """Wait until a task ends, a sleeping node wakes, an answer may have come, or a request arrives;
-        commit before a long wait.
+        """Wait until a task ends, a sleeping node is due, an answer may be stored, or a request arrives, for at most a
+        second; then wake sleeping nodes.
+
+        A write that requires a commit is committed first.
         """
         # Cleared before the first await: any later change must end the wait below.
         self._control.changed.clear()

@@ -57,7 +57,7 @@ def decode(text: bytes | str, kind: object = Any) -> Any:
     `RecursionError` for deep nesting. A text of over 131,072 bytes is decoded in pieces if the type is `Any`,
     so that other threads run in between. If two members have the same name, the second wins.
     """
-    decode_whole = _cache_decoder(kind).decode
+    decode_whole = _get_decoder(kind).decode
     if kind is not Any or len(text) <= pieces.LONG_BYTES:
         return decode_whole(text)
     try:
@@ -67,7 +67,7 @@ def decode(text: bytes | str, kind: object = Any) -> Any:
 
 
 @cache
-def _cache_decoder(kind: object) -> Decoder[Any]:
+def _get_decoder(kind: object) -> Decoder[Any]:
     """Return the decoder of a type, built once; raises `TypeError` as `build_decoder` does."""
     return build_decoder(kind)
 

@@ -264,8 +264,8 @@ class MailReception:
     sender_ip: str | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """Return the JSON that an e-mail trigger adds to the mail: results of SPF, DKIM and DMARC, spam,
-        virus, envelope.
+        """Return the JSON that an e-mail trigger adds to the mail: results of SPF, DKIM and DMARC, spam, virus,
+        envelope, and IP address of the sender; null for those without a report.
         """
         return {
             "authentication": {"spf": self.spf, "dkim": self.dkim, "dmarc": self.dmarc},

@@ -411,7 +411,7 @@ class MediaType:
 
 
 def parse_media_type(text: str) -> MediaType:
-    """Return the value and the parameters of a header; of repeated parameters the first counts.
+    """Return the first part of a header, in lower case, and its parameters; of repeated ones the first counts.
 
     Nothing is refused: parameters that can't be parsed are left out.
     """

@@ -647,7 +647,7 @@ def _find_limit(task: AgentTask, steps: Sequence[AgentStep], request: ChatReques
     limits, present = task.limits, list_present_steps(steps)
     answers = [step for step in present if step.kind is StepKind.MODEL]
     calls = [step for step in present if step.kind is StepKind.TOOL]
-    if (brake := _find_brake(calls)) is not None:
+    if (brake := _find_repetition(calls)) is not None:
         return brake
     if len(answers) >= limits.max_iterations:
         return StopReason.MAX_ITERATIONS
@@ -676,7 +676,7 @@ def _name_budget(
     return StopReason.MAX_COST if is_cost else StopReason.MAX_TOKENS
 
 
-def _find_brake(calls: Sequence[AgentStep]) -> StopReason | None:
+def _find_repetition(calls: Sequence[AgentStep]) -> StopReason | None:
     """Return the reason to stop an agent that repeats itself; None if it makes progress.
 
     The last three calls, all of one tool, have failed, or three calls had equal arguments and results.

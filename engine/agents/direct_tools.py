@@ -37,12 +37,17 @@ def is_direct(provider: GraphNode) -> bool:
 
 
 def name_tool(node: GraphNode) -> str:
-    """Return the name of a node as a tool: its id, with other characters than letters, digits, `-` and `_` replaced."""
+    """Return the name of a node as a tool: its id, cut to 64 characters, with `_` in place of all but letters, digits,
+    `-` and `_`.
+    """
     return _NOT_IN_NAMES.sub("_", node.id)[:MAX_NAME]
 
 
 def describe_tool(node: GraphNode, node_type: NodeType) -> str:
-    """Return the description of a node as a tool: its label, and the description of its type."""
+    """Return the description of a node as a tool: its label, unless that is its id, and its type's description.
+
+    It is cut to 2,000 characters.
+    """
     label = f"{node.label}. " if node.label not in {"", node.id} else ""
     return f"{label}{node_type.description}"[:MAX_DESCRIPTION]
 

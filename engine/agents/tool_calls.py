@@ -223,8 +223,9 @@ def withdraw_waits(visit: NodeVisit, recorder: SpanRecorder) -> None:
 def _withdraw_waits(
     agent: AgentProgram, steps: Sequence[AgentStep], visit: NodeVisit, recorder: SpanRecorder
 ) -> None:
-    """Do as `withdraw_waits` for an agent with these steps, which may be one that does a tool call of the visit's
-    agent.
+    """Record the open waits of tool calls among `steps` as canceled, and those of agents that do such calls.
+
+    `agent` has these steps: the agent of the visit, or one inside it.
     """
     for step in steps:
         if step.name not in agent.tools or step.ended_at is not None:
@@ -244,7 +245,7 @@ class ToolModelCalls(ModelCallLog):
     """Calls of language models by one tool call, which its step records: a lost worker's answers are not paid again."""
 
     def __init__(self, steps: VisitSteps, number: int) -> None:
-        """`number` is that of the step."""
+        """`number` is that of the recorded step of the tool call."""
         self._steps = steps
         self._number = number
 
@@ -385,8 +386,8 @@ class VisitTools(AgentTools):
     async def perform(
         self, step: AgentStep, rest: BudgetRest, *, is_tainted: bool
     ) -> ToolResult | StepWait | StepPause:
-        """Do a recorded call by its node, and return its result as a text for the model, or the wait or pause before
-        it.
+        """Do a recorded call by its node; return its result as a text for the model, or a wait or pause after which to
+        call this again.
 
         Failures are repeated by the tool's own retry policy. Raises `NodeError` for the last failure.
         """
@@ -476,7 +477,11 @@ class VisitTools(AgentTools):
         return ToolResult(_show_outcome(outcome, tool.max_result_bytes))
 
     def _build_call(self, tool: ToolProgram, step: AgentStep, *, is_tainted: bool) -> NodeCall:
-        """Return the call of a tool's node with its rendered config; raises `ExpressionError`."""
+        """Return the call of a tool's node with its rendered config, for which the step's arguments are the root
+        `args`.
+
+        Raises `ExpressionError`.
+        """
         arguments = decoding.decode(step.arguments or b"{}", dict)
         scope: dict[str, Json] = {**self._call.scope, "args": arguments}
         unresolved: list[str] = []
@@ -504,7 +509,10 @@ class VisitTools(AgentTools):
 
 
 def _limit_budget(config: Mapping[str, Json], rest: BudgetRest) -> Mapping[str, Json]:
-    """Return the config of a node that asks models with a budget of at most `rest`."""
+    """Return a copy of the config of a node that asks models, with its `budget` lowered to at most `rest`.
+
+    Limits below that stay. The least limit of tokens is 1.
+    """
     given = config.get("budget")
     budget: dict[str, Json] = {**given} if isinstance(given, dict) else {}
     tokens, cost = budget.get("maxTokens"), budget.get("maxCost")
@@ -552,7 +560,10 @@ async def _call_once(tool: ToolProgram, call: NodeCall) -> NodeOutcome:
 
 
 def _show_outcome(outcome: NodeOutcome, max_bytes: int) -> str:
-    """Return the output of a tool's node as a text for the model; raises `NodeError` for a wait or a loop."""
+    """Return the output of a tool's node as a text for the model, cut as by `cut_text`.
+
+    Raises `NodeError` for a wait or a loop.
+    """
     if isinstance(outcome, NodeResult):
         outcome = outcome.output
     if isinstance(outcome, NodeDirective):

@@ -27,7 +27,10 @@ ALWAYS: Final = "always"
 
 
 def find_problems(agent: GraphNode, graph: ParsedGraph, catalog: NodeTypeLookup) -> Iterator[GraphFinding]:
-    """Yield the problems of an agent if its contents are not recorded, and of the agents inside it."""
+    """Yield errors for an agent, and the agents inside it, if its contents are not recorded.
+
+    Such an agent may not write, ask for approval of each call, or have tools that another process performs.
+    """
     cause = find_unrecorded(agent, graph)
     if cause is not None:
         yield from _check_agent(agent, cause, graph, catalog)
@@ -36,7 +39,10 @@ def find_problems(agent: GraphNode, graph: ParsedGraph, catalog: NodeTypeLookup)
 def _check_agent(
     agent: GraphNode, cause: GraphNode, graph: ParsedGraph, catalog: NodeTypeLookup, depth: int = 1
 ) -> Iterator[GraphFinding]:
-    """Yield the problems of an agent whose contents are not recorded because of the node `cause`."""
+    """Yield an error for each permission or tool of an agent that needs recorded contents, and of agents inside it.
+
+    `cause` is the node because of which the contents are not recorded.
+    """
     begin = f'Node "{agent.label}" (agent) has {FIELD}: false'
     if cause.id != agent.id:
         begin += f' by "{cause.label}"'
