@@ -108,10 +108,11 @@ async def record_change(
 def list_changes(
     before: Mapping[str, Any], after: Mapping[str, Any], *, shown: Collection[str]
 ) -> Sequence[Mapping[str, str | None]]:
-    """Return the first 20 paths at which two contents differ, as `path`, `before` and `after`.
+    """Return the first 20 paths at which two contents differ, as `path`, `before` and `after`; the contents are JSON
+    objects.
 
-    Values are JSON text for fields in `shown` and parts of them, "(hidden)" for all others, and None on a side without
-    a value. The contents are JSON objects.
+    Values are JSON text, or `sha256:` and its hash for over 100 bytes, for fields in `shown` and parts of them. They
+    are "(hidden)" for all others, and None on a side without a value.
     """
     difference = compare_values({**before}, {**after}, at_most=MAX_CHANGES)
     return [

@@ -75,7 +75,9 @@ def list_queues(one: ProcessReport, figures: Iterable[QueueFigure]) -> Sequence[
 
 
 def find_failure(reports: Iterable[ProcessReport], connection: str) -> ConnectionFailure | None:
-    """Return the newest failure of a connection; None without one."""
+    """Return the newest failure of a connection, such as that to the broker, by the processes' last reports; None
+    without one.
+    """
     failures = [
         (at, noted["failure"], one)
         for one, noted in _list_notes(reports, connection)

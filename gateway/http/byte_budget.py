@@ -45,8 +45,8 @@ class ByteHolding:
         return not self.is_evicted
 
     def lower(self, count: int) -> None:
-        """Lower the count to the `count` bytes that are left after a part was sent; nothing happens for small
-        counts.
+        """Lower the count to the `count` bytes that are left after a part was sent; nothing happens for less than 16
+        kB.
         """
         if UNCOUNTED_BYTES < count < self.bytes:
             self._budget.count(self, count - self.bytes)

@@ -68,7 +68,9 @@ class SessionAuthenticator:
         await asyncio.gather(*self._background, return_exceptions=True)
 
     async def _find(self, hashed: str) -> FoundSession | None:
-        """Return the session with a hash from the cache of a second or the database; None if it is unknown."""
+        """Return the session with a hash, which may have ended, from the cache of a second or the database; None if
+        unknown.
+        """
         kept = self._kept.get(hashed)
         if kept is not None and monotonic() - kept[0] < KEPT_SECONDS:
             return kept[1]

@@ -257,9 +257,9 @@ class PollService:
             self._forget(organization_id, polls)
 
     async def _serve_once(self, organization_id: str, polls: OrganizationPolls) -> None:
-        """Look once for an organization: answer polls with news, and claim tasks for the others.
+        """Look once for news of an organization: answer the polls that they concern, and claim tasks for the others.
 
-        An error is passed to the new polls and raised.
+        An error of the look fails the new polls, and is raised.
         """
         await self._claim_likely(organization_id, polls)
         # First the watch, then the look: a task that is created in between is announced.
