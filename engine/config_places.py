@@ -269,7 +269,7 @@ def _list_needed_texts(value: dict[str, Json] | list[Json]) -> list[tuple[PlaceS
 
 
 class ScriptChecker:
-    """Checker of the scripts of one graph, within a limited time."""
+    """Checker of the scripts of one graph, up to a limit of characters."""
 
     def __init__(self) -> None:
         self._characters = 0

@@ -309,7 +309,7 @@ def literal_template(value: Json) -> ValueTemplate:
 
 
 class _TemplateCompiler:
-    """Compiler of a value to a closure; None for a value without expressions."""
+    """Compiler of one value with expressions to a function that renders it."""
 
     def __init__(self, operations: Mapping[str, ExpressionOperation]) -> None:
         self._operations = operations

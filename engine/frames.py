@@ -237,7 +237,7 @@ class NodeVisit(msgspec.Struct, eq=False):
 
 
 class WakeAction(Enum):
-    """Action on a node that wakes by the clock."""
+    """Action on a sleeping node when it wakes."""
 
     DONE = "done"
     TRIED_AGAIN = "tried again"

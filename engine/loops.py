@@ -177,7 +177,7 @@ class LoopScheduler:
             encoded = run_records.encode_output(result, self._limits.max_output_bytes)
             loop.result_bytes += len(encoded)
             if loop.result_bytes > self._limits.max_output_bytes:
-                raise run_records.output_too_large(self._limits.max_output_bytes)
+                raise run_records.build_size_error(self._limits.max_output_bytes)
         except (InvalidJson, NodeError) as error:
             self._fail(loop, self._owner.to_run_error(loop.visit, run_records.to_node_error(error)))
             return

@@ -184,7 +184,7 @@ class ModelBudget(
 
 
 class NodeSpending(msgspec.Struct, frozen=True):
-    """Node that pays for the call of a model."""
+    """Node whose budget pays for the call of a model."""
 
     node: str
     """Node and iteration, whose calls share the budget."""
@@ -192,7 +192,7 @@ class NodeSpending(msgspec.Struct, frozen=True):
 
 
 class ModelReservation(msgspec.Struct, frozen=True):
-    """The most that a call may cost."""
+    """Reservation of the most that a call may cost, in the budgets, before the call is made."""
 
     key: Annotated[str, msgspec.Meta(max_length=500)]
     """Idempotency key of the call; a second reservation with it changes nothing."""

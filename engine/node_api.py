@@ -323,7 +323,7 @@ NodeOutcome: TypeAlias = "Json | NodeResult | TimerWait | AnswerWait | LoopReque
 
 
 class ModelCallLog:
-    """Log of the model calls of one node; this one, of a node that calls no models, forgets them."""
+    """Log of the model calls of one node; this base class, for nodes that call no models, records nothing."""
 
     @property
     def recorded(self) -> Sequence[ModelCallRecord]:
@@ -364,7 +364,7 @@ class CallDecision:
 
 
 class AgentSteps:
-    """Steps of an agent; this one, of a node without steps, forgets them."""
+    """Steps of an agent; this base class, for nodes without steps, records nothing."""
 
     @property
     def recorded(self) -> Sequence[AgentStep]:
@@ -467,7 +467,7 @@ class ToolResult:
 
 
 class AgentTools:
-    """Providers of an agent; this one, of other nodes, has none."""
+    """Model and tools of an agent; this base class, for other nodes, has none."""
 
     async def list_tools(self) -> Sequence[CallableTool]:
         """Return the connected tools in the order of connections; one that runs a workflow has that one's present

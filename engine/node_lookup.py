@@ -34,16 +34,20 @@ class NodeTypeLookup(Protocol):
     def default_model_id(self) -> str | None:
         """Id of the language model that `default` in a config means; None without one."""
 
-    def get(self, type: str, version: str | None = None) -> NodeType: ...  # noqa: A002 - the field's own word
-    def with_defaults(self, node_type: NodeType, config: Mapping[str, Json]) -> dict[str, Json]: ...
+    def get(self, type: str, version: str | None = None) -> NodeType:  # noqa: A002 - the field's own word
+        """Return a node type in a version, the newest if it is None; raises `UnknownNodeType`."""
+
+    def with_defaults(self, node_type: NodeType, config: Mapping[str, Json]) -> dict[str, Json]:
+        """Return a copy of a config with the defaults of the type's schema for missing fields, also nested ones."""
+
     def implementation_digest(self, node_type: NodeType) -> bytes:
         """Return a digest of the code of a node type, as a part of the key of its nodes, so that changed code
         is run again.
         """
 
-    def config_problems(
-        self, node_type: NodeType, config: Mapping[str, Json]
-    ) -> Sequence[ConfigProblemView]: ...
+    def config_problems(self, node_type: NodeType, config: Mapping[str, Json]) -> Sequence[ConfigProblemView]:
+        """Return the problems of a stored config by the type's schema, in which templates fit any field."""
+
     def rendered_config_problems(
         self, node_type: NodeType, config: Mapping[str, Json]
     ) -> Sequence[ConfigProblemView]:

@@ -255,11 +255,11 @@ def encode_output(output: Json, max_bytes: int) -> bytes:
     except InvalidJson as error:
         if error.code != "too-large":
             raise
-        raise output_too_large(max_bytes) from error
+        raise build_size_error(max_bytes) from error
 
 
-def output_too_large(max_bytes: int) -> NodeError:
-    """Return the error of an output above `max_bytes`, which names the setting."""
+def build_size_error(max_bytes: int) -> NodeError:
+    """Return (not raise) the error of a node whose output is larger than `max_bytes`, which names the setting."""
     name = run_limits.setting_name("max_output_bytes")
     return NodeError(
         f"The output is larger than the maximum of {max_bytes:,} bytes ({name})",
@@ -280,8 +280,8 @@ def error_output(reason: RunError, data: Json, max_bytes: int) -> tuple[Json, by
         return output, values.encode_json(output)
 
 
-def node_timed_out(node: GraphNode) -> NodeError:
-    """Return the error of a node that has exceeded its timeout."""
+def build_timeout_error(node: GraphNode) -> NodeError:
+    """Return (not raise) the retryable error of a node that has exceeded its timeout."""
     return NodeError(
         f"The node exceeded its timeout of {node.timeout_seconds:g} s", code=TIMEOUT_CODE, retryable=True
     )

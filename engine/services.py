@@ -96,7 +96,11 @@ class HttpClientService(Protocol):
         body: bytes | None,
         timeout_seconds: float,
         follow_redirects: bool = True,
-    ) -> HttpResponse: ...
+    ) -> HttpResponse:
+        """Send a request, and return the response of any final status; the time limit spans redirects and body.
+
+        Raises `NodeError` for a request that is refused or invalid, and without a complete response.
+        """
 
 
 class QueryRows(msgspec.Struct, frozen=True):
@@ -162,13 +166,14 @@ class StoredObject(msgspec.Struct, frozen=True):
 class ObjectBucket(Protocol):
     """Bucket of a user, or the part of a bucket below a prefix."""
 
-    async def get(self, key: str, *, max_bytes: int, timeout_seconds: float) -> bytes: ...
+    async def get(self, key: str, *, max_bytes: int, timeout_seconds: float) -> bytes:
+        """Return the content of an object; raises `NodeError` if it is missing or larger than `max_bytes`."""
+
     async def put(self, key: str, content: bytes, *, media_type: str, timeout_seconds: float) -> str:
         """Write an object as a whole, in place of an earlier one; return its entity tag. Raises `NodeError`."""
 
-    async def list(
-        self, prefix: str, *, max_objects: int, timeout_seconds: float
-    ) -> Sequence[StoredObject]: ...
+    async def list(self, prefix: str, *, max_objects: int, timeout_seconds: float) -> Sequence[StoredObject]:
+        """Return all objects whose keys begin with a prefix, sorted by key; raises `NodeError` above `max_objects`."""
 
 
 class MailServerService(Protocol):
@@ -205,10 +210,21 @@ class ToolServerService(Protocol):
 class DataSourceService(Protocol):
     """Data sources by id, restricted to those that the caller may use."""
 
-    async def database(self, caller: RunCaller, source_id: str, type: str) -> SqlDatabase: ...  # noqa: A002 - the field's own word
-    async def bucket(self, caller: RunCaller, source_id: str) -> ObjectBucket: ...
-    async def mail_server(self, caller: RunCaller, source_id: str) -> MailServerService: ...
-    async def tool_server(self, caller: RunCaller, source_id: str) -> ToolServerService: ...
+    async def database(self, caller: RunCaller, source_id: str, type: str) -> SqlDatabase:  # noqa: A002 - the field's own word
+        """Return the database of a data source, which connects at the first statement.
+
+        Raises `NodeError` if the caller may not use the data source, or its type is not `type`.
+        """
+
+    async def bucket(self, caller: RunCaller, source_id: str) -> ObjectBucket:
+        """Return the bucket of an S3 data source, without connecting; raises `NodeError` if it can't be used."""
+
+    async def mail_server(self, caller: RunCaller, source_id: str) -> MailServerService:
+        """Return the mail server of an SMTP data source, without connecting; raises `NodeError` if it can't be used."""
+
+    async def tool_server(self, caller: RunCaller, source_id: str) -> ToolServerService:
+        """Return the tool server of a data source, without connecting; raises `NodeError` if it can't be used."""
+
     async def headers(self, caller: RunCaller, source_id: str, url: str) -> Mapping[str, str]:
         """Return authorization headers (http-bearer, http-basic, api-key) for `url`; raises `NodeError`
         unless its host matches.

@@ -527,7 +527,9 @@ class WorkflowRunner:
         except Exception as error:
             if isinstance(error, NodeError) and not limit.expired():
                 raise  # As its own cause, it would keep the values of the run.
-            raise (run_records.node_timed_out(node) if limit.expired() else to_node_error(error)) from error
+            raise (
+                run_records.build_timeout_error(node) if limit.expired() else to_node_error(error)
+            ) from error
 
     async def _call_node(self, visit: NodeVisit, call: NodeCall) -> NodeOutcome:
         """Call the function of a node and return its outcome; the data sources that it uses are collected."""

@@ -171,7 +171,7 @@ def _decode_text(body: bytes, media_type: MediaType) -> str | None:
     if media_type.parameters.get("charset", "utf-8").lower() not in {"utf-8", "utf8", "us-ascii"}:
         return None
     try:
-        return sender_event.storable_text(body.decode())
+        return sender_event.require_storable(body.decode())
     except UnicodeDecodeError:
         return None
 

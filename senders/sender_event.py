@@ -83,7 +83,7 @@ def require_text_member(members: Mapping[str, Json], name: str, what: str) -> st
     return value
 
 
-def storable_text(text: str) -> str:
+def require_storable(text: str) -> str:
     """Return the text unchanged; raises `RequestRefused` with `nul-character` (400) if it contains the character NUL,
     which JSON columns can't store.
     """

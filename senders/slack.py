@@ -80,7 +80,7 @@ def _parse_payload(request: SenderRequest) -> Json:
     if payload is not None:
         return parse_json(payload)
     return {
-        sender_event.storable_text(part.name): sender_event.storable_text(
+        sender_event.require_storable(part.name): sender_event.require_storable(
             sender_request.decode_value(part.value)
         )
         for part in form.parts

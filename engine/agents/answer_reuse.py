@@ -1,7 +1,7 @@
 """Recorded answers of a replayed agent: each is used again as long as the request to the model is the same.
 
 Requests are compared by their hashes, which cover the whole conversation, the tools and the models. So a recorded
-answer is used only behind the answers and results that it was given after.
+answer is used only after the same answers and results as before.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Questions to people whether an agent may call a tool, with exactly the recorded arguments.
 
-A question is recorded under the node of the tool, in place of an iteration under the number and the hash of the call.
+A question is recorded under the node of the tool; the number and the hash of the call take the place of an iteration.
 So an answer, a vote or a link belongs to these arguments alone, and other arguments are another question. A person who
 approves a call may give other arguments, which the answer then holds.
 """

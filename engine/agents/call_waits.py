@@ -1,6 +1,6 @@
 """Waits of tool calls for results that another process gives: the end of a sub-workflow run, or of a task.
 
-Such a call is recorded as a wait of the tool's node, in place of an iteration under its number and a digest of its key.
+Such a call is recorded as a wait of the tool's node; its number and a digest of its key take the place of an iteration.
 So the run that is started, the task, and the answer belong to this call alone, and doing it again finds them.
 """
 

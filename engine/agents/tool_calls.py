@@ -242,7 +242,9 @@ def _withdraw_waits(
 
 
 class ToolModelCalls(ModelCallLog):
-    """Calls of language models by one tool call, which its step records: a lost worker's answers are not paid again."""
+    """Log of the calls of models by one tool call, kept in its step, so that no answer is paid again by
+    another worker.
+    """
 
     def __init__(self, steps: VisitSteps, number: int) -> None:
         """`number` is that of the recorded step of the tool call."""
@@ -269,7 +271,7 @@ class ToolModelCalls(ModelCallLog):
 
 
 class RefusedApprovalLinks(ApprovalLinkService):
-    """Creates no links in the requests of tools: a model may have written their placeholders for somebody else."""
+    """Refusal of approval links in tools: a model may have written the placeholders, to send the links elsewhere."""
 
     async def create_links(self, caller: RunCaller, places: Sequence[tuple[str, str]]) -> Sequence[str]:  # noqa: ARG002 - the protocol's parameters
         """Raise a `NodeError`, which the model gets."""
@@ -277,7 +279,7 @@ class RefusedApprovalLinks(ApprovalLinkService):
 
 
 class ReadOnlyBlobs(BlobService):
-    """Blobs for tools of an agent whose contents are not recorded: they may be read alone."""
+    """Blobs for tools of an agent whose contents are not recorded, which may read blobs and not store any."""
 
     def __init__(self, blobs: BlobService) -> None:
         self._blobs = blobs
@@ -298,7 +300,9 @@ class ReadOnlyBlobs(BlobService):
 
 
 class RefusedThrottle(ThrottleService):
-    """Rate limits for tools of an agent whose contents are not recorded: a key is kept, and may hold arguments."""
+    """Refusal of rate limits in tools of an agent whose contents are not recorded: the stored key may hold
+    arguments.
+    """
 
     async def reserve(
         self,
@@ -538,7 +542,7 @@ async def _call_with_retries(tool: ToolProgram, call: NodeCall) -> NodeOutcome:
                 return await _call_once(tool, msgspec.structs.replace(call, attempt=attempt))
         except TimeoutError as error:
             if attempt == node.retry.max_attempts or is_sure_needed:
-                raise run_records.node_timed_out(node) from error
+                raise run_records.build_timeout_error(node) from error
         except NodeError as error:
             is_unsure = is_sure_needed and error.code in run_records.UNKNOWN_OUTCOMES
             if not error.retryable or is_unsure or attempt == node.retry.max_attempts:

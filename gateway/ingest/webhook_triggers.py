@@ -156,7 +156,9 @@ def build_input(hook: WebhookTrigger, request: SenderRequest, body: Json) -> dic
     A query parameter with several values is a list. Headers with credentials are left out.
     """
     query: dict[str, Json] = {
-        sender_event.storable_text(name): _one_or_all([sender_event.storable_text(value) for value in values])
+        sender_event.require_storable(name): _one_or_all(
+            [sender_event.require_storable(value) for value in values]
+        )
         for name, values in request.query.items()
     }
     return {
@@ -195,7 +197,7 @@ def _decode_body(request: SenderRequest) -> Json:
         return _collect_fields(request.form)
     request.require_offloaded()
     if name.startswith("text/") or name.endswith("+xml") or name in _TEXTS:
-        return sender_event.storable_text(_decode_text(request))
+        return sender_event.require_storable(_decode_text(request))
     return _encode_bytes(request.body, name)
 
 
@@ -210,16 +212,16 @@ def _decode_text(request: SenderRequest) -> str:
 def _collect_fields(form: PostedForm) -> dict[str, Json]:
     fields: dict[str, list[Any]] = {}
     for part in form.parts:
-        fields.setdefault(sender_event.storable_text(part.name), []).append(_decode_field(part))
+        fields.setdefault(sender_event.require_storable(part.name), []).append(_decode_field(part))
     return {name: _one_or_all(values) for name, values in fields.items()}
 
 
 def _decode_field(part: FormPart) -> Json:
     if not part.is_file:
-        return sender_event.storable_text(sender_request.decode_value(part.value))
+        return sender_event.require_storable(sender_request.decode_value(part.value))
     return {
         **_encode_bytes(part.value, part.content_type or ""),
-        "filename": sender_event.storable_text(part.filename or ""),
+        "filename": sender_event.require_storable(part.filename or ""),
     }
 
 
