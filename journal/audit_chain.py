@@ -63,8 +63,8 @@ class ChainBreak:
 
 
 def hash_entry(previous: str, sequence: int, entry: Row[*tuple[object, ...]]) -> str:
-    """Return the SHA-256, in hex, of an entry's place, content and time; `previous` is the hash of the entry
-    before it, or "".
+    """Return the chain hash of an audit entry: SHA-256, in hex, of its sequence number, content and time, and of
+    `previous`, the chain hash of the entry before it ("" for the first).
     """
     content = _list_content(previous, sequence, entry)
     # Absent ones too: a request that is added to an entry of the operator must break the chain.
@@ -75,8 +75,8 @@ def hash_entry(previous: str, sequence: int, entry: Row[*tuple[object, ...]]) ->
 def is_hash_of(chain_hash: str | None, previous: str, sequence: int, entry: Row[*tuple[object, ...]]) -> bool:
     """Return whether a chain hash is that of an entry.
 
-    Earlier releases, whose scheduler may also chain new entries during an upgrade, have left out requests and changes:
-    such a hash is accepted, and does not prove these. No entry that was chained with them has such a hash.
+    A hash of earlier releases, which covers neither the request, the address nor the changes, is accepted too: their
+    scheduler may also chain new entries during an upgrade. It does not prove these fields.
     """
     if chain_hash == hash_entry(previous, sequence, entry):
         return True
@@ -198,6 +198,7 @@ async def _find_break(connection: AsyncConnection, organization_id: str, first: 
 async def _read_chain(
     connection: AsyncConnection, organization_id: str, first: int
 ) -> AsyncIterator[Row[*tuple[object, ...]]]:
+    """Yield the chained entries of an organization from number `first` on, in order, read in batches."""
     sequence = first - 1
     while True:
         batch = (

@@ -53,34 +53,34 @@ async def count_workflow_backlog(
 
 
 def organization_statements(organization_id: str, targets: Sequence[str]) -> Sequence[Select[str]]:
-    """Return two statements: one selects the ids of an organization's pending runs at the given targets, one
-    the deferred.
+    """Return two statements with a row for each unstarted run of an organization at the given targets: one for pending
+    runs, one for deferred runs.
 
     A target is the queue of a run: a deployment's workflow id, or a word such as `shared` for the workers.
     """
     of_organization = and_(
         col(Execution.target).in_(targets), col(Execution.organization_id) == organization_id
     )
-    return _waiting_conditions(and_(_PENDING, of_organization), and_(_DEFERRED, of_organization))
+    return _select_unstarted(and_(_PENDING, of_organization), and_(_DEFERRED, of_organization))
 
 
 def workflow_statements(organization_id: str, workflow_id: str) -> Sequence[Select[str]]:
-    """Return two statements: one selects the ids of a workflow's pending runs, one those of its deferred runs.
+    """Return two statements with a row for each unstarted run of a workflow: one for pending runs, one for deferred
+    runs.
 
-    The condition for pending runs names their queue turn, a hash of the workflow id, since the index begins
-    with it.
+    The condition for pending runs names their queue turn, a hash of the workflow id, since the index begins with it.
     """
     own = and_(
         col(Execution.target).in_([*_SHARED_TARGETS, workflow_id]),
         col(Execution.organization_id) == organization_id,
         col(Execution.workflow_id) == workflow_id,
     )
-    return _waiting_conditions(
+    return _select_unstarted(
         and_(_PENDING, own, col(Execution.queue_turn) == turn_of_workflow(workflow_id)), and_(_DEFERRED, own)
     )
 
 
-def _waiting_conditions(*conditions: ColumnElement[bool]) -> Sequence[Select[str]]:
+def _select_unstarted(*conditions: ColumnElement[bool]) -> Sequence[Select[str]]:
     return [select(col(Execution.target)).where(condition) for condition in conditions]
 
 

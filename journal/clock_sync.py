@@ -153,8 +153,8 @@ async def _watch_host_clock(database: Database, moves: Callable[[], bool]) -> No
 
 
 async def _follow_host_once(database: Database, moves: Callable[[], bool]) -> None:
-    """Follow a clock that was set: move the stored deadlines if this process does that, else only adopt the
-    new time.
+    """Follow a clock that was set: move the stored deadlines if `moves()` is true, else only adopt the new time after
+    three seconds.
 
     A failure is logged, and the next check tries again.
     """

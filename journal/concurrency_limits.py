@@ -138,11 +138,12 @@ def ahead_statement(key: str, run: Execution) -> Select[str]:
 
 
 async def admit_waiting_runs(database: Database, key: str) -> int:
-    """Give the free slots of a concurrency key to its waiting runs, so that they can be claimed; return how
-    many got one.
+    """Give the free slots of a concurrency key to its waiting runs, so that they can be claimed; return how many got a
+    slot.
 
-    Concurrent calls for one key share a transaction, and each gets its number. If the key's lock isn't free
-    in time, nobody is admitted here: its holder, or the next sweep, does it. Raises `DatabaseUnavailable`.
+    Concurrent calls for one key share transactions: one call gets the number, and the others 0. If the key's lock isn't
+    free in time, the result is 0, and the holder of the lock, or the next sweep, admits the runs. Raises
+    `DatabaseUnavailable`.
     """
     groups = _admission_groups.setdefault(database, {})
     group = groups.get(key)
@@ -156,7 +157,9 @@ async def admit_waiting_runs(database: Database, key: str) -> int:
 
 
 async def _admit_once(database: Database, key: str, calls: Sequence[None]) -> Sequence[int]:
-    """Admit the waiting runs of a key, and return the same number for each of the calls."""
+    """Admit the waiting runs of a key for all of the calls; return their number for the first call, and 0 for the
+    others.
+    """
     try:
         count = await _admit_all(database, key, _lock_key)
     except LockWaitTimeout:
@@ -166,7 +169,10 @@ async def _admit_once(database: Database, key: str, calls: Sequence[None]) -> Se
 
 
 async def _admit_all(database: Database, key: str, lock: LockKey) -> int:
-    """Admit waiting runs of a key in one transaction; return their number, 0 if `lock` does not get the key."""
+    """Admit the waiting runs of a key for which slots are free, 100 in each transaction; return their number.
+
+    It ends when `lock` does not get the key. Raises `DatabaseUnavailable`, and `LockWaitTimeout` if `lock` does.
+    """
     admitted = 0
     while True:
         count = await database.transaction(partial(_admit_locked, key=key, lock=lock))
@@ -199,9 +205,10 @@ def advisory_lock_id(key: str) -> int:
 
 
 async def _lock_key(connection: AsyncConnection, key: str) -> bool:
-    """Wait for the lock of a key until the transaction ends, and return True; raises `LockWaitTimeout`.
+    """Lock a key until the transaction ends, after a wait for other transactions that hold it, and return True; raises
+    `LockWaitTimeout`.
 
-    On SQLite there is one writer, and no lock is needed.
+    On SQLite there is one writer, and nothing is locked.
     """
     if connection.dialect.name == "postgresql":
         # A statement of its own, so that the next one sees the commit of the previous holder.
@@ -210,9 +217,9 @@ async def _lock_key(connection: AsyncConnection, key: str) -> bool:
 
 
 async def _try_lock_key(connection: AsyncConnection, key: str) -> bool:
-    """Take the lock of a key until the transaction ends if it is free; return whether it was.
+    """Lock a key until the transaction ends, without waiting; return False if another transaction holds it.
 
-    Always on SQLite, which has one writer.
+    On SQLite there is one writer: nothing is locked, and the result is True.
     """
     if connection.dialect.name != "postgresql":
         return True

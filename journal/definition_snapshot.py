@@ -163,7 +163,9 @@ def names_default_model(nodes: Sequence[Mapping[str, Json]], catalog: NodeTypeLo
 def find_models(
     nodes: Sequence[dict[str, Json]], connections: Sequence[dict[str, Json]], catalog: NodeTypeLookup
 ) -> Mapping[str, str]:
-    """Return the ids of the language models that a stored graph names, each with the id of a node that names it."""
+    """Return the language models that a stored graph names: the id of the first node that names a model, by the model's
+    id.
+    """
     if not any(may_name_model(str(node["type"]), catalog) for node in nodes):
         return EMPTY
     from engine import model_references  # noqa: PLC0415 - loaded with the first node that calls a model
@@ -205,7 +207,7 @@ def build_definition(
 
 
 def list_custom_types(nodes: Sequence[Mapping[str, Json]]) -> Iterator[CustomTypeUse]:
-    """Yield each use of a custom type, whose name has a slash, by stored nodes."""
+    """Yield each use of a custom type, which has a slash in its name, by stored nodes and by the targets of tools."""
     for node in nodes:
         if "/" in str(node["type"]):
             version = node.get("version")

@@ -86,7 +86,10 @@ def _describe_text(workflow_id: str, stored: str | None) -> ErrorCause:
 
 
 def build_fingerprint(workflow_id: str, node_id: str | None, code: str, message: str) -> str:
-    """Return the fingerprint of errors with this kind of message, of which the first 200 characters count."""
+    """Return the fingerprint, 16 hexadecimal digits, of errors with this workflow, node, code and kind of message.
+
+    Only the first 200 characters of the message count, without numbers, ids and quoted texts.
+    """
     return _build_fingerprint(workflow_id, node_id, code, message[:MESSAGE_LENGTH])
 
 

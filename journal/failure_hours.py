@@ -150,7 +150,7 @@ def _add_runs(
 
 
 async def replace_hour(connection: AsyncConnection, starts_at: datetime, rows: Sequence[FailureHour]) -> None:
-    """Replace all groups of an hour, in the caller's transaction."""
+    """Replace all groups of an hour, those of every organization, in the caller's transaction."""
     await connection.execute(delete(FailureHour).where(col(FailureHour.starts_at) == starts_at))
     for start in range(0, len(rows), INSERTED_ROWS):
         part = [column_values(row) for row in rows[start : start + INSERTED_ROWS]]

@@ -37,10 +37,10 @@ class GroupCommit(Generic[Item, Answer]):
         weigh: Callable[[Item], int] = lambda _: 0,
         max_weight: int = 0,
     ) -> None:
-        """Create a committer of batches.
+        """Create a committer of batches; `commit` returns the answers in the order of the items.
 
-        The oldest item is always taken, however heavy; others join it up to `max_weight`. An exception among
-        the answers of `commit` is raised to the caller of its item.
+        The oldest item is always taken, however heavy; others join it up to `max_weight`. An exception among the
+        answers of `commit` is raised to the caller of its item.
         """
         self._commit = commit
         self._max_batch = max_batch

@@ -52,7 +52,8 @@ def host_name() -> str:
 
 @asynccontextmanager
 async def report_regularly(database: Database, report: Reporter, report_end: Report) -> AsyncIterator[None]:
-    """Perform a report every five seconds while the context lasts, and another one after it.
+    """Perform a report every five seconds while the context lasts, and `report_end` after it, for which it waits five
+    seconds at most.
 
     `report` returns the statement of the next report. An unreachable database is no error.
     """

@@ -279,9 +279,10 @@ class RunJournal:
         self._write.attempts.append(attempt)
 
     def record_step(self, step: AgentStep) -> None:
-        """Add the new state of a step of an agent to the next commit; an ended one is progress of the run.
+        """Add the new state of a step of an agent to the next commit.
 
-        One without contents is none, since another worker begins before it.
+        An ended step counts as a new result of the run if its contents are recorded, since only then another worker
+        continues behind it.
         """
         self._write.steps.append(step)
         if step.ended_at is not None and step.conversation is None:
@@ -323,7 +324,7 @@ class RunJournal:
         large = self._large
         return await self._repeat_until_done(lambda: asyncio.create_task(large.restore(spans)))
 
-    async def trigger(self, text: str) -> Json:
+    async def read_trigger(self, text: str) -> Json:
         """Return the output of the trigger node from the text of its row; a body in a blob is read.
 
         Raises `InvalidJson`, `RecordedValueLost`, and `LeaseLost` if the lease ends while the storage is
@@ -332,7 +333,7 @@ class RunJournal:
         if self._large is None or not text.startswith(large_values.SEPARATE_BODY):
             return await offload.run(values.decode_json, text.encode())
         large = self._large
-        return await self._repeat_until_done(lambda: asyncio.create_task(large.trigger(text)))
+        return await self._repeat_until_done(lambda: asyncio.create_task(large.read_trigger(text)))
 
     @property
     def owes_result(self) -> bool:
@@ -408,7 +409,9 @@ class RunJournal:
             write.organization_id = self.organization_id
 
     def _name_blocker(self, write: RunWrite) -> None:
-        """Set the reason why a run waits in its write: the wait that ends first, waits without an end last."""
+        """Set in a write the reason why its run waits: that of the node whose wait ends first; without such a node, a
+        timer.
+        """
         span = min(
             self._waits.values(),
             key=lambda one: (one.wake_at is None, one.wake_at or _NEVER, one.sequence),

@@ -186,7 +186,7 @@ async def insert_copy(
         "completion_action": literal(await _completion_action(connection, failed, trigger_type), Text()),
         **(also or {}),
     }
-    if await connection.scalar(_is_unparsed(failed)):
+    if await connection.scalar(_unparsed_statement(failed)):
         changes["target"] = literal(UNPARSED_TARGET)
     await connection.execute(_new_execution(failed, new_id, user_id, changes))
     await connection.execute(_new_data(failed, new_id))
@@ -229,7 +229,7 @@ async def insert_replay(
         "write_key_id": literal(new_id),
         "completion_action": literal(replay.completion_action, Text()),
     }
-    if replay.trigger is None and await connection.scalar(_is_unparsed(source)):
+    if replay.trigger is None and await connection.scalar(_unparsed_statement(source)):
         changes["target"] = literal(UNPARSED_TARGET)
     await connection.execute(_new_execution(source, new_id, user_id, changes))
     await connection.execute(_new_data(source, new_id, trigger=replay.trigger, config=replay.config))
@@ -246,7 +246,7 @@ async def insert_replay(
         if copies:
             await connection.execute(_new_span(source, new_id, _span_changes(use, source, key_id)), copies)
     if replay.left_out:
-        await _leave_out(connection, source, new_id, replay.left_out, key_id)
+        await _insert_skipped(connection, source, new_id, replay.left_out, key_id)
     for reuse in sorted(set(replay.steps.values())):
         agents = [node_id for node_id, use in replay.steps.items() if use is reuse]
         is_answered = or_(
@@ -256,7 +256,7 @@ async def insert_replay(
         await _copy_steps(connection, source, new_id, wanted, {"reuse": literal(reuse.value)})
 
 
-async def _leave_out(
+async def _insert_skipped(
     connection: AsyncConnection,
     source: ExecutionKey,
     new_id: str,
@@ -444,8 +444,8 @@ def _new_execution(
     return _copy_rows("execution", changes, condition)
 
 
-def _is_unparsed(failed: ExecutionKey) -> Select[bool]:
-    """Return the statement that tells whether the mail that started a run is not parsed yet, since parsing failed."""
+def _unparsed_statement(failed: ExecutionKey) -> Select[bool]:
+    """Return the statement that tells whether the mail that started a run is still unparsed."""
     return select(unparsed_mail.is_unparsed_column(col(ExecutionData.trigger))).where(
         col(ExecutionData.execution_id) == failed.execution_id, col(ExecutionData.shard) == failed.shard
     )
@@ -472,7 +472,7 @@ def _new_data(
 def _new_span(
     failed: ExecutionKey, new_id: str, also: Mapping[str, SQLColumnExpression[Any]] | None = None
 ) -> Insert:
-    """Return the statement that copies one span to a new run; `also` replaces columns of the copy, None none.
+    """Return the statement that copies one span to a new run; `also` has columns with other values.
 
     Its parameters are `of_node`, `of_iteration` and `new_id`.
     """

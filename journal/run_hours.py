@@ -80,7 +80,11 @@ async def count_unfinished(connection: AsyncConnection, since: datetime) -> dict
 
 
 def unfinished_statement(organization_ids: Sequence[str], since: datetime) -> Select[*tuple[Any, ...]]:
-    """Return the statement that counts unfinished runs by hour, in the index of live runs alone."""
+    """Return the statement that counts the unfinished runs of organizations by the hour of their acceptance, from
+    `since` on.
+
+    It reads the index of live runs alone. `hour` is in hours since 1970.
+    """
     hour = type_coerce(col(Execution.created_at), BigInteger) // literal_column(str(HOUR_MICROSECONDS))
     return (
         select(hour.label("hour"), func.count().label("number"))
@@ -208,7 +212,7 @@ def _is_within(organization_ids: Sequence[str], starts_at: datetime) -> Sequence
 
 
 async def replace_hour(connection: AsyncConnection, starts_at: datetime, rows: Sequence[RunHour]) -> None:
-    """Replace all counts of an hour, in the caller's transaction."""
+    """Replace all counts of an hour, those of every organization, in the caller's transaction."""
     await connection.execute(delete(RunHour).where(col(RunHour.starts_at) == starts_at))
     for start in range(0, len(rows), INSERTED_ROWS):
         part = [column_values(row) for row in rows[start : start + INSERTED_ROWS]]

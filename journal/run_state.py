@@ -59,7 +59,9 @@ class RunState:
 async def publish_value(
     connection: AsyncConnection, caller: RunCaller, key: str, value: bytes
 ) -> PublishVerdict:
-    """Store the value (JSON) of a key in a run's state, in a transaction; an equal value changes nothing."""
+    """Store the value (JSON) of a key in a run's state, in the caller's transaction, and return the verdict; an equal
+    value changes nothing.
+    """
     run = (
         await connection.execute(
             select(col(Execution.shard), col(Execution.status))

@@ -159,11 +159,11 @@ def due_statement(now: ColumnElement[int]) -> Select[*tuple[Any, ...]]:
 async def start_due_runs(
     connection: AsyncConnection, runnables: Mapping[str, ScheduleDefinition], now: ColumnElement[int]
 ) -> ScheduleRunResult:
-    """Decide about the schedules of these workflows that are still due, accept their runs, and set their next
-    times.
+    """Decide about the due schedules of the workflows in `runnables` (by workflow id), accept their runs, and set their
+    next times; return the result.
 
-    Return the counts. Schedules are left alone that another transaction has locked, or whose workflow or
-    deployed definition has changed. A schedule without an active trigger is set to rest.
+    Schedules are left alone that another transaction has locked, or whose workflow or deployed definition has changed.
+    A schedule without an active trigger gets no next time.
     """
     locked = [*await connection.scalars(_lock_statement(runnables, now))]
     # A statement of its own: rows that PostgreSQL reads together with a lock may be older than the lock.
@@ -233,7 +233,7 @@ async def reset_schedules_ahead(connection: AsyncConnection, now: ColumnElement[
             next_run_at = schedule_timetable.recompute_next_instant(
                 wanted, row["workflow_id"], anchor_at, row["last_run_at"], moment
             )
-            changes |= _is_planned(wanted, row["workflow_id"], next_run_at, moment)
+            changes |= _plan_columns(wanted, row["workflow_id"], next_run_at, moment)
         await connection.execute(
             update(Schedule).where(col(Schedule.workflow_id) == row["workflow_id"]).values(changes)
         )
@@ -277,7 +277,7 @@ def _is_trigger_of_schedule() -> ColumnElement[bool]:
     )
 
 
-def _is_planned(
+def _plan_columns(
     wanted: ScheduleTimetable, workflow_id: str, next_run_at: datetime | None, now: datetime
 ) -> dict[str, Any]:
     """Return the columns of a schedule whose next instant was computed now; None: it has no more instants."""
@@ -319,8 +319,8 @@ class _ScheduleWriter:
                 self.started.problems.append((workflow_id, str(error)))
             self._move(row, due_at=now + POSTPONE_TIME, problem=str(error))
             return
-        decided = schedule_timetable.decide_instants(wanted, await self._state(row), now)
-        changes = _is_planned(wanted, workflow_id, decided.next_run_at, now)
+        decided = schedule_timetable.decide_instants(wanted, await self._read_state(row), now)
+        changes = _plan_columns(wanted, workflow_id, decided.next_run_at, now)
         if decided.passed is not None:
             changes |= self._skip(workflow_id, decided.passed, decided.skipped_at or now)
         for instant in decided.run:
@@ -349,7 +349,7 @@ class _ScheduleWriter:
         if self._moves:
             await self._connection.execute(_MOVE_SCHEDULE, self._moves)
 
-    async def _state(self, row: RowMapping) -> ScheduleState:
+    async def _read_state(self, row: RowMapping) -> ScheduleState:
         """Return the state of a schedule, with its waiting runs, counted up to 1,000 and only if its last run
         has not ended.
         """

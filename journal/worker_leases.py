@@ -20,10 +20,10 @@ _IS_RUNNING = col(Execution.status) == literal_column(f"'{ExecutionStatus.RUNNIN
 
 
 async def worker_lease_owners(database: Database, name: str) -> frozenset[str]:
-    """Return the lease owner names of the processes of a worker that running executions have.
+    """Return the processes of a worker that hold leases of running runs, by their names as lease owners.
 
-    Expired leases and the calling process are included. Owners such as `<process>.reader` are returned as
-    `<process>`. Raises `DatabaseUnavailable`.
+    Expired leases and the calling process are included. Owners such as `<process>.reader` are returned as `<process>`.
+    Raises `DatabaseUnavailable`.
     """
     prefix = lease_owner_prefix(name)
     owner = col(Execution.lease_owner)

@@ -97,7 +97,7 @@ async def end_presence(connection: AsyncConnection, *, owner: str) -> None:
 
 
 async def count_present(connection: AsyncConnection) -> int:
-    """Return the number of workers that run, by their reports."""
+    """Return the number of workers that have reported within 15 seconds and not ended."""
     statement = select(func.count()).where(
         col(WorkerPresence.ended_at).is_(None),
         col(WorkerPresence.seen_at) > DatabaseTime() - ABSENT_MICROSECONDS,

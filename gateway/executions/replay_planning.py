@@ -349,7 +349,7 @@ class ReplayPlanner:
         plan.spans, plan.has_outputs = spans, True
         if plan.new_trigger is None and text is not None:
             try:
-                plan.recorded_trigger = await large.trigger(text)
+                plan.recorded_trigger = await large.read_trigger(text)
             except (RecordedValueLost, ValueError):
                 plan.has_outputs = False
             except BlobsUnavailable as error:

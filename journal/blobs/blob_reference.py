@@ -51,7 +51,7 @@ class BlobReference(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return wrapped
 
     def as_text(self) -> bytes:
-        """Return the reference as JSON text, which stands in a row for the large value."""
+        """Return the reference as JSON text, which a row holds in place of the large value."""
         return msgspec.json.encode(_BlobReferenceEnvelope(self))
 
 

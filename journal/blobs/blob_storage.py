@@ -55,7 +55,7 @@ class BlobStorage(Protocol):
         """Open a blob for reading in pieces until the block ends; raises `BlobLost` if it is missing."""
 
     async def close(self) -> None:
-        """Close connections and threads, when no transfer is in progress any more."""
+        """Close connections and threads; call it only when no transfer is in progress."""
 
 
 class ManagedBlobStorage(BlobStorage, Protocol):

@@ -134,9 +134,10 @@ async def _verify_chunks(opened: OpenBlob, sha256: str) -> AsyncIterator[bytes]:
 
 
 def _require_ids(owner: BlobOwner) -> None:
-    """Raise `ValueError` for an owner with ids that could lead out of the storage's folder.
+    """Raise `ValueError` for an owner with ids that could lead out of the storage's folder, since ids are parts of
+    paths.
 
-    Ids are parts of paths. They come from rows, so this never fails.
+    Callers don't expect the error, for the ids are read from rows.
     """
     if not all(map(ids.is_id, owner)):
         raise ValueError("The owner of a blob must be two ids")

@@ -106,7 +106,7 @@ class FolderBlobStorage:
         return self._root / owner.organization_id / owner.key_id
 
     def _put(self, owner: BlobOwner, sha256: str, content: bytes, label: BlobLabel) -> None:
-        """Write a blob in the present thread; `put` describes the rest."""
+        """Write a blob to its file, as `put` describes; blocks the thread, and raises `OSError`."""
         folder = self._of(owner)
         if not _is_whole(folder / sha256, sha256):
             if not self._is_made:
@@ -175,7 +175,7 @@ def _create_file(path: Path) -> BinaryIO:
 
 
 def _is_whole(path: Path, sha256: str) -> bool:
-    """Return whether a file exists and its content has the hash."""
+    """Return whether the file of a blob exists and its content, without the label, has this SHA-256."""
     try:
         file, _, _ = _open_labeled(path)
     except BlobLost:

@@ -52,11 +52,10 @@ class LargeValues:
     max_row_bytes: int
 
     async def store(self, spans: Sequence[NodeSpan]) -> list[NodeSpan]:
-        """Store values over 256 KiB as blobs; return the newest span of each node and iteration with
+        """Store values over `max_row_bytes` as durable blobs; return the newest span of each node and iteration with
         references to them.
 
-        Earlier spans of the same node and iteration are dropped. The blobs are durable by then. Raises
-        `BlobsUnavailable`.
+        Earlier spans of the same node and iteration are dropped. Raises `BlobsUnavailable`.
         """
         newest = {(span.node_id, span.iteration): span for span in spans}
         put: dict[bytes, bytes] = {}
@@ -70,7 +69,7 @@ class LargeValues:
         """
         return [await self._restore_span(span) for span in spans]
 
-    async def trigger(self, text: str) -> Json:
+    async def read_trigger(self, text: str) -> Json:
         """Return the output of a trigger whose body is stored as a blob, with that body; `text` is the row's
         JSON with the reference.
 
@@ -89,23 +88,25 @@ class LargeValues:
         """
         if self._is_large(span.input):
             span = msgspec.structs.replace(
-                span, input=None, input_blob=await self._reference(span.input or b"", put)
+                span, input=None, input_blob=await self._put_once(span.input or b"", put)
             )
         if self._is_large(span.output):
             span = msgspec.structs.replace(
-                span, output=None, output_blob=await self._reference(span.output or b"", put)
+                span, output=None, output_blob=await self._put_once(span.output or b"", put)
             )
         if self._is_large(span.rendered_config):
             span = msgspec.structs.replace(
-                span, rendered_config=await self._reference(span.rendered_config or b"", put)
+                span, rendered_config=await self._put_once(span.rendered_config or b"", put)
             )
         return span
 
     def _is_large(self, value: bytes | None) -> bool:
         return value is not None and len(value) > self.max_row_bytes
 
-    async def _reference(self, content: bytes, put: dict[bytes, bytes]) -> bytes:
-        """Store content as a blob once, as noted in `put` by content, and return the text of its reference."""
+    async def _put_once(self, content: bytes, put: dict[bytes, bytes]) -> bytes:
+        """Store content as a blob, unless `put` (texts of references, by content) has it; add it there, and return the
+        text of its reference.
+        """
         if content not in put:
             put[content] = (await self.blobs.put(self.owner, content, media_type=MEDIA_TYPE)).as_text()
         return put[content]

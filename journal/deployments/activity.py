@@ -123,10 +123,7 @@ class DeploymentActivity:
 
     @property
     def policy(self) -> DeploymentPolicy:
-        """The lifecycle policy, parsed.
-
-        It raises `ZoneInfoNotFoundError` where this machine doesn't know the policy's time zone.
-        """
+        """The lifecycle policy, parsed; raises `ZoneInfoNotFoundError` if this machine has no data of its time zone."""
         return lifecycle_policy.parse_policy(self.stored_policy)
 
 
@@ -294,8 +291,7 @@ async def decide_and_apply(
 
 
 def decide_by_policy(seen: DeploymentActivity) -> LifecycleVerdict:
-    """Return what the lifecycle policy of a deployment decides for its present activity; a `decide` for
-    `decide_and_apply`.
+    """Decide about a deployment by its lifecycle policy and present activity; a `decide` for `decide_and_apply`.
 
     Raises `ZoneInfoNotFoundError` for an unknown time zone.
     """
@@ -375,6 +371,7 @@ async def _decide_and_apply(
     user_id: str | None,
     lock: LockDeployment,
 ) -> DecidedDeployment | None:
+    """Lock a deployment, call `decide` and apply its decision in the transaction; None as for `decide_and_apply`."""
     if not await lock(connection, workflow_id):
         return None
     seen = await read_activity(connection, workflow_id)

@@ -108,18 +108,18 @@ class WakeOutcome(Enum):
 
 
 async def record_activities(database: Database, workflow_ids: Collection[str]) -> dict[str, Deployment]:
-    """Record activity of several deployments; return the deployed ones by workflow id.
+    """Set the time of the last activity of several deployments to now; return those of deployed workflows by workflow
+    id.
 
-    Skips a deployment that another transaction has locked. That transaction records activity itself, or is
-    about to stop the deployment, and then the sweep for waiting runs finds the runs. Raises
-    `DatabaseUnavailable`.
+    A deployment that another transaction has locked is returned unchanged. That transaction records activity itself, or
+    is about to stop the deployment, and then the sweep for waiting runs finds the runs. Raises `DatabaseUnavailable`.
     """
     return await database.transaction(partial(_record_activities, workflow_ids=sorted(set(workflow_ids))))
 
 
 def decide_lifecycle(seen: DeploymentActivity) -> LifecycleVerdict:
-    """Decide about a deployment by its policy; one whose pods failed to start is stopped, and retried later
-    by the policy.
+    """Decide about a deployment by its policy; if its pods failed to start, it is stopped, and the policy starts it
+    again later.
 
     Raises `ZoneInfoNotFoundError` for an unknown time zone.
     """
@@ -218,7 +218,11 @@ async def _record_activities(
 
 
 async def _wake_for_runs(database: Database, workflow_id: str, condition: ColumnElement[bool]) -> WakeOutcome:
-    """Decide for one deployment with such runs, and apply it; an unknown time zone is logged, and changes nothing."""
+    """Start a deployment, or defer or release its runs, if its runs that meet the condition (`IS_PENDING` or
+    `IS_DEFERRED`) need it; return the outcome.
+
+    An unknown time zone is logged, and the outcome is `NOTHING`. Raises `DatabaseUnavailable`.
+    """
     async with database.read() as connection:
         seen = await activity.read_activity(connection, workflow_id)
     try:
@@ -247,7 +251,11 @@ def _needs_nothing(seen: DeploymentActivity, condition: ColumnElement[bool]) -> 
 
 
 async def _wake_locked(connection: AsyncConnection, *, workflow_id: str) -> WakeOutcome:
-    """Wake, defer or release one locked deployment; return the outcome, `NOTHING` if its lock isn't free."""
+    """Lock a deployment without waiting, and start it, or defer or release its runs; return the outcome.
+
+    It is `NOTHING` if another transaction holds the lock. Runs of a workflow without a deployment become those of the
+    workers.
+    """
     seen = await activity.read_activity(connection, workflow_id)
     if seen is not None:
         if not await activity.try_lock_deployment(connection, workflow_id):
@@ -291,7 +299,7 @@ async def _retarget_runs(
     condition: ColumnElement[bool],
     **values: Any,  # noqa: ANN401 - columns of any type
 ) -> int:
-    """Set columns of a deployment's runs that meet a condition, except locked rows; return the number of
+    """Set columns, and the time of the last change, of a deployment's runs that meet a condition; return the number of
     changed runs.
     """
     result = await connection.execute(

@@ -183,8 +183,10 @@ BLOCKER_RULES: Final[Mapping[BlockerCode, BlockerRule]] = {
 
 
 def code_of_wait(status: SpanStatus, kind: str | None) -> BlockerCode:
-    """Return the code for a node that waits or retries: by the source of the answer that it awaits, None for
+    """Return the code for a node that waits or retries; `kind` is the source of the answer for which it waits, None for
     a timer.
+
+    A source without a code of its own, such as a sub-workflow, gives `node-running`.
     """
     if status is SpanStatus.RETRYING:
         return BlockerCode.RETRY_AT

@@ -109,6 +109,9 @@ def _starting_blocker(
 def _refusal_blocker(
     seen: DeploymentActivity, code: StartRefusalCode, opens_at: datetime | None, since: datetime | None
 ) -> Blocker:
+    """Return the blocker of a deployment that its policy, a user or its archived workflow keeps from starting;
+    `opens_at` is the next opening of its window.
+    """
     start = _request(seen, "POST", "start")
     match code:
         case StartRefusalCode.OUTSIDE_WINDOW:

@@ -99,7 +99,7 @@ def explain_deployment(
 
 
 def _decide(seen: DeploymentActivity) -> LifecycleVerdict:
-    """Return what the policy decides now; no action, with a closed window, in an unknown time zone."""
+    """Return the decision of the policy now; in an unknown time zone it is no action, because of a closed window."""
     try:
         return lifecycle_policy.decide(seen.policy, seen.situation, seen.now)
     except ZoneInfoNotFoundError:

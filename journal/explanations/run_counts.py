@@ -235,7 +235,9 @@ async def _count_pending(
 
 
 def queue_code(target: str, workers: Sequence[WorkerPresence], now: datetime) -> BlockerCode:
-    """Return the reason why the pending runs of a queue wait: no slot, no living worker, or the queue itself."""
+    """Return the reason why the pending runs of a queue wait: no slot in the queue of limited runs, else no living
+    worker, else the queue.
+    """
     if target == LIMITED_TARGET:
         return BlockerCode.WAITING_FOR_SLOT
     present = run_explanation.present_workers(workers, now)
@@ -243,7 +245,9 @@ def queue_code(target: str, workers: Sequence[WorkerPresence], now: datetime) ->
 
 
 def find_pod_reason(seen: DeploymentActivity | None, now: datetime, *, otherwise: BlockerCode) -> PodReason:
-    """Return the code and the known end of the blocker of a deployment; `otherwise` if it has none."""
+    """Return the reason why the pods of a deployment claim no run, with its known end; the code `otherwise` if nothing
+    keeps them from it.
+    """
     blocker = deployment_blockers.find_blocker(seen, None, now, since=None)
     return PodReason(otherwise) if blocker is None else PodReason(blocker.code, blocker.until)
 

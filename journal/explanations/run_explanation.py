@@ -147,6 +147,9 @@ def no_worker(workers: Sequence[WorkerPresence], queue: str, *, since: datetime 
 
 
 def _slot_blocker(facts: RunFacts) -> Blocker:
+    """Return the blocker of a run that waits for a concurrency slot, with holders, position and estimate; raises
+    `LookupError` if the facts have no slots.
+    """
     run, slot = facts.run, facts.slot
     if slot is None:
         raise LookupError("Facts of a limited run have its slots")
@@ -209,6 +212,9 @@ def _explain_queue(facts: RunFacts, text: str) -> Blocker:
 
 
 def _waiting_blockers(facts: RunFacts) -> Iterator[Blocker]:
+    """Yield the blockers of a waiting run: its deferral if it has not started, else its unsettled nodes, the earliest
+    known end first, else a timer.
+    """
     run = facts.run
     if run.started_at is None:
         yield _explain_deferral(facts)

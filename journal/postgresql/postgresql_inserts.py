@@ -122,7 +122,7 @@ class PostgresqlInserts:
         own = {
             row[0]
             for row in await self._fetch(
-                _ACCEPTED, *transpose_rows([_idempotency_key(item) for item in batch], 2)
+                _ACCEPTED, *transpose_rows([_execution_key(item) for item in batch], 2)
             )
         }
         return {item.execution_id: _acceptance_refusal(item, earlier, own) for item in batch}
@@ -460,6 +460,9 @@ def _bind_acceptances(batch: Sequence[RunAcceptance]) -> list[str]:
 
 
 def _bind_ingest_writes(batch: Sequence[InboundRequest], *, without: Collection[str] = ()) -> list[str]:
+    """Return the parameters of `_INGEST` for inbound requests and their runs, except the runs whose ids are in
+    `without`.
+    """
     runs = [(run, one.delivery_id) for one in batch for run in one.runs if run.execution_id not in without]
     rows = [
         (
@@ -539,7 +542,7 @@ def _conflict_order(item: RunAcceptance) -> tuple[str, str]:
     return (key.scope, key.key) if key else ("", item.execution_id)
 
 
-def _idempotency_key(item: RunAcceptance) -> ExecutionKey:
+def _execution_key(item: RunAcceptance) -> ExecutionKey:
     return ExecutionKey(item.execution_id, item.shard)
 
 

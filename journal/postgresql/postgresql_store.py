@@ -144,16 +144,18 @@ class PostgreSQLStore:
         self._inserts = PostgresqlInserts(pool, self._fetch, self._repeat)
 
     async def accept(self, batch: Sequence[RunAcceptance]) -> Sequence[AcceptanceResult]:
-        """Insert a batch; return the answers in its order, as `RunStore` and `JournalStore` describe.
+        """Insert accepted runs; return, in the order of the batch, whether each is new, repeats an idempotency key, or
+        was refused.
 
-        Raises `DatabaseUnavailable`, as all methods do.
+        See `JournalStore.accept`. Raises `DatabaseUnavailable`, as all methods do.
         """
         return await self._inserts.accept(batch)
 
     async def ingest(self, batch: Sequence[InboundRequest]) -> Sequence[IngestResult]:
-        """Insert a batch; return the answers in its order, as `RunStore` and `JournalStore` describe.
+        """Store inbound requests with their runs; return, in the order of the batch, whether each is new, repeats an
+        idempotency key, or was refused.
 
-        Raises `DatabaseUnavailable`, as all methods do.
+        See `JournalStore.ingest`. Raises `DatabaseUnavailable`, as all methods do.
         """
         return await self._inserts.ingest(batch)
 
@@ -216,6 +218,10 @@ class PostgreSQLStore:
     async def _record(
         self, statements: Mapping[tuple[bool, bool, bool], str], batch: Sequence[RunWrite], owner: str
     ) -> frozenset[str]:
+        """Write a batch in one statement that covers its kinds of rows; return the ids of runs with a valid token.
+
+        Raises `LockWaitTimeout` and `DatabaseUnavailable`.
+        """
         attempts, blocked = attempt_rows(batch), blocked_rows(batch)
         metadata, asked = metadata_rows(batch), approval_rows(batch)
         tasks, cancelled, steps = task_rows(batch), cancelled_task_rows(batch), step_rows(batch)
@@ -358,7 +364,9 @@ class PostgreSQLStore:
         return len(await self._fetch(_RELEASE, owner, list(held)))
 
     async def return_direct(self, keys: Sequence[ExecutionKey]) -> int:
-        """Make assigned runs pending that their worker has not received; see `JournalStore.return_direct`."""
+        """Make assigned runs pending that their worker has not received; return their number. See
+        `JournalStore.return_direct`.
+        """
         return len(await self._fetch(_RETURN_DIRECT, [key.execution_id for key in keys]))
 
     async def request_end(self, key: ExecutionKey, request: str) -> EndRequestOutcome | None:
@@ -407,6 +415,11 @@ class PostgreSQLStore:
     async def _repeat(
         self, work: Callable[[], Awaitable[T]], may_repeat: Callable[[Exception], bool] = lambda _error: True
     ) -> T:
+        """Run work, again after failures that are temporary and that `may_repeat` allows, for some seconds; return its
+        result.
+
+        Raises `DatabaseUnavailable` then, and `LockWaitTimeout` at once.
+        """
         begun_at = monotonic()
         for attempt in range(1, RETRIES + 1):
             try:

@@ -94,18 +94,20 @@ class SQLiteStore:
         self._reader = _ConnectionThread(path, "sqlite-reader", writes=False)
 
     async def accept(self, batch: Sequence[RunAcceptance]) -> Sequence[AcceptanceResult]:
-        """Insert a batch; return the answers in its order, as `JournalStore` describes.
+        """Insert accepted runs; return, in the order of the batch, whether each is new, repeats an idempotency key, or
+        was refused.
 
-        Raises `DatabaseUnavailable`, as all methods do.
+        See `JournalStore.accept`. Raises `DatabaseUnavailable`, as all methods do.
         """
         return await self._writer.run(
             lambda connection: sqlite_inserts.insert_runs(connection, batch, _now_microseconds())
         )
 
     async def ingest(self, batch: Sequence[InboundRequest]) -> Sequence[IngestResult]:
-        """Insert a batch; return the answers in its order, as `JournalStore` describes.
+        """Store inbound requests with their runs; return, in the order of the batch, whether each is new, repeats an
+        idempotency key, or was refused.
 
-        Raises `DatabaseUnavailable`, as all methods do.
+        See `JournalStore.ingest`. Raises `DatabaseUnavailable`, as all methods do.
         """
         return await self._writer.run(
             lambda connection: sqlite_inserts.ingest(connection, batch, _now_microseconds())
@@ -153,8 +155,9 @@ class SQLiteStore:
         return await self._reader.run(lambda connection: _read_definitions(connection, keys))
 
     async def spans(self, keys: Sequence[ExecutionKey]) -> dict[str, list[NodeSpan]]:
-        """Return the recorded spans of runs by execution id, in their order. Another process continues the
-        run from them.
+        """Return the recorded spans of runs by execution id, in their order; an empty list for a run without spans.
+
+        Another process continues the run from them.
         """
         return await self._reader.run(lambda connection: _read_spans(connection, keys))
 
@@ -436,10 +439,10 @@ def _organization_runs(
         return found
 
     turns: list[int] = []
-    current = _merge_first(following(claim.turns.get(organization_id, 0)), following(0))
+    current = _first_given(following(claim.turns.get(organization_id, 0)), following(0))
     while current is not None and len(turns) < share:
         turns.append(current)
-        current = _merge_first(following(current + 1), following(0))
+        current = _first_given(following(current + 1), following(0))
         if current == turns[0]:
             break
     # At other targets, suspects wait at a separate isolation target.
@@ -456,7 +459,7 @@ def _organization_runs(
     return chosen
 
 
-def _merge_first(one: int | None, other: int | None) -> int | None:
+def _first_given(one: int | None, other: int | None) -> int | None:
     """Return the first of two values that is not None."""
     return one if one is not None else other
 
@@ -593,7 +596,7 @@ def _record(connection: sqlite3.Connection, batch: Sequence[RunWrite], owner: st
         # Nobody moves the clock during this transaction: that is a transaction too.
         if write.clock_moved != HOST_TIME.moved:
             write.follow_clock(HOST_TIME.moved)
-    held = [write for write in batch if connection.execute(*_update(write, owner, now)).rowcount == 1]
+    held = [write for write in batch if connection.execute(*_build_update(write, owner, now)).rowcount == 1]
     connection.executemany(_UPSERT_SPANS, span_rows(held))
     connection.executemany(_UPSERT_ATTEMPTS, attempt_rows(held))
     connection.executemany(_UPSERT_STEPS, step_rows(held))
@@ -618,7 +621,7 @@ def _record_tasks(connection: sqlite3.Connection, held: Sequence[RunWrite], now:
         connection.execute(f"{_CANCEL_TASKS} AND node_id = :node_id AND iteration = :iteration", values)
 
 
-def _update(write: RunWrite, owner: str, now: int) -> tuple[str, dict[str, Any]]:
+def _build_update(write: RunWrite, owner: str, now: int) -> tuple[str, dict[str, Any]]:
     """Return the update of a run's row for a write, with its parameters; it changes nothing without a valid token."""
     values: dict[str, Any] = {
         "id": write.execution_id,

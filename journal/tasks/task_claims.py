@@ -49,9 +49,11 @@ class TaskClaims:
     async def look(
         self, organization_id: str, polls: Sequence[TaskPoll], worker_ids: Sequence[str]
     ) -> OrganizationNews:
-        """Return the news for the polls of an organization; claims nothing.
+        """Return the news for the polls of an organization: queues with tasks, cancellations, leaving workers, and the
+        tasks of repeated claims.
 
-        `polls` are those whose request may be a repetition; of `worker_ids`, those that leave are returned.
+        It claims nothing new. `polls` are those that may repeat an earlier claim; only workers among `worker_ids` are
+        reported as leaving.
         """
         async with self._database.read() as connection:
             if connection.dialect.name == POSTGRESQL:
@@ -141,7 +143,9 @@ class TaskClaims:
         await self._database.transaction(work)
 
     async def changed_organizations(self, organization_ids: Sequence[str]) -> set[str]:
-        """Return those organizations that have tasks to claim, or cancellations to tell."""
+        """Return those of the organizations that have tasks to claim, or cancellations that their workers must learn
+        of.
+        """
         found: set[str] = set()
         async with self._database.read() as connection:
             for start in range(0, len(organization_ids), 100):

@@ -29,7 +29,10 @@ def host_time(connection: AsyncConnection) -> dict[str, int]:
 
 
 def is_in(dialect: str, column: str, parameter: str) -> str:
-    """Return a condition on a text column, with the same SQL for any number of values: it is planned once."""
+    """Return the SQL condition that a text column is one of the texts in a parameter, which `texts` makes.
+
+    The SQL is the same for any number of texts, so that it is planned once.
+    """
     if dialect == POSTGRESQL:
         return f"{column} = ANY(CAST(:{parameter} AS text[]))"
     return f"{column} IN (SELECT value FROM json_each(:{parameter}))"

@@ -109,7 +109,7 @@ class TaskTransaction:
         self._lines: dict[str, list[tuple[TaskRow, LogText]]] = {}
 
     async def lock_runs(self, execution_ids: Sequence[str]) -> None:
-        """Lock runs, so that their status can't change; those that don't exist count as ended later."""
+        """Lock runs and add them to `runs`, so that their status can't change; those that don't exist are left out."""
         if not execution_ids:
             return
         values = {"ids": texts(self._connection, execution_ids)}
@@ -127,7 +127,7 @@ class TaskTransaction:
     async def lock_reported(
         self, task_ids: Sequence[str], organization_ids: Sequence[str], worker_ids: Sequence[str]
     ) -> None:
-        """Lock tasks, together with those of workers that no report has named yet."""
+        """Lock the given tasks, and all tasks of the given workers that no report has named since their claim."""
         if worker_ids:
             values = {
                 "ids": texts(self._connection, task_ids),
@@ -352,33 +352,33 @@ def _by_dialect(build: Callable[[str], str]) -> Mapping[str, TextClause]:
     return {dialect: text(build(dialect)) for dialect in DIALECTS}
 
 
-def _lock(dialect: str, *, skips_locked: bool = False) -> str:
+def _lock_sql(dialect: str, *, skips_locked: bool = False) -> str:
     """Return the SQL that locks rows: empty for SQLite, whose transactions lock the file."""
     if dialect != POSTGRESQL:
         return ""
     return " FOR NO KEY UPDATE SKIP LOCKED" if skips_locked else " FOR NO KEY UPDATE"
 
 
-def _locked_tasks(dialect: str, condition: str, *, skips_locked: bool = False) -> str:
+def _locked_tasks_sql(dialect: str, condition: str, *, skips_locked: bool = False) -> str:
     """Return the SQL that locks and reads tasks under a condition, in order of id, with the time of the
     transaction.
     """
     now = NOW[POSTGRESQL] if dialect == POSTGRESQL else "NULL"
-    lock = _lock(dialect, skips_locked=skips_locked)
+    lock = _lock_sql(dialect, skips_locked=skips_locked)
     return f"SELECT {', '.join(ROW_COLUMNS)}, {now} FROM task WHERE {condition} ORDER BY id{lock}"
 
 
 _LOCK_RUNS: Final = _by_dialect(
     lambda dialect: (
-        f"SELECT {_RUN_COLUMNS} FROM execution WHERE {is_in(dialect, 'id', 'ids')} ORDER BY id{_lock(dialect)}"
+        f"SELECT {_RUN_COLUMNS} FROM execution WHERE {is_in(dialect, 'id', 'ids')} ORDER BY id{_lock_sql(dialect)}"
     )
 )
-_LOCK_TASKS: Final = _by_dialect(lambda dialect: _locked_tasks(dialect, is_in(dialect, "id", "ids")))
+_LOCK_TASKS: Final = _by_dialect(lambda dialect: _locked_tasks_sql(dialect, is_in(dialect, "id", "ids")))
 _LOCK_FREE_TASKS: Final = _by_dialect(
-    lambda dialect: _locked_tasks(dialect, is_in(dialect, "id", "ids"), skips_locked=True)
+    lambda dialect: _locked_tasks_sql(dialect, is_in(dialect, "id", "ids"), skips_locked=True)
 )
 _LOCK_REPORTED: Final = _by_dialect(
-    lambda dialect: _locked_tasks(
+    lambda dialect: _locked_tasks_sql(
         dialect,
         is_in_query(
             dialect,

@@ -91,14 +91,16 @@ class TaskUpkeep:
         return await self._database.transaction(work)
 
     async def admit(self, keys: Sequence[str]) -> set[str]:
-        """Give free places of concurrency keys to waiting tasks; returns the organizations of those."""
+        """Give free places of concurrency keys to waiting tasks, which can be claimed then; return the organizations of
+        these tasks.
+        """
         ready: set[str] = set()
         for key in keys:
             ready |= await self._database.transaction(partial(_admit, key=key))
         return ready
 
     async def limited_keys(self) -> list[str]:
-        """Return concurrency keys with waiting tasks, of all organizations."""
+        """Return up to 200 concurrency keys with tasks that wait for a place, of all organizations."""
         async with self._database.read() as connection:
             return list(await connection.scalars(text(LIMITED_KEYS), {"first_key": "", "last_key": "~"}))
 

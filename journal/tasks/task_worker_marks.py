@@ -25,11 +25,14 @@ class TaskWorkerMarks:
         self._database = database
 
     async def stop(self, organization_id: str, worker_id: str) -> bool:
-        """Store that a worker takes no more tasks; returns False for an unknown one."""
+        """Mark a task worker as stopped, so that it gets no more tasks; return False for an unknown worker.
+
+        A second call keeps the time of the first.
+        """
         return await self._mark(organization_id, worker_id, "stopped_at = coalesce(stopped_at, {now})")
 
     async def drain(self, organization_id: str, worker_id: str) -> bool:
-        """Store that a worker is asked to stop; returns False for an unknown one."""
+        """Mark a task worker as asked to stop, so that it gets no more tasks; return False for an unknown worker."""
         return await self._mark(organization_id, worker_id, "is_draining = :yes")
 
     async def _mark(self, organization_id: str, worker_id: str, change: str) -> bool:
@@ -48,7 +51,9 @@ class TaskWorkerMarks:
         return await self._database.transaction(work)
 
     async def forget(self) -> None:
-        """Delete workers that have not polled for a week: each start of a process has a row of its own."""
+        """Delete the task workers of all organizations that have not polled for a week: each start of a process adds a
+        row.
+        """
 
         async def work(connection: AsyncConnection) -> None:
             now = NOW[connection.dialect.name]

@@ -63,7 +63,11 @@ def is_valid_token(secrets: Sequence[bytes], place: CallbackPlace, token: str) -
 async def store_callback(
     connection: AsyncConnection, place: CallbackPlace, payload: bytes
 ) -> CallbackReception | None:
-    """Store the answer of a node in a transaction, and wake its run; None if the run is gone."""
+    """Store the payload of a callback as the answer of its node, in the caller's transaction, and make its waiting run
+    pending.
+
+    Return the verdict and the run's target; None if the run is gone.
+    """
     statement = select(col(Execution.shard), col(Execution.target)).where(
         col(Execution.id) == place.execution_id
     )

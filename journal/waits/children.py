@@ -80,10 +80,10 @@ def completion_for_parent(parent_id: str, node_id: str, iteration: str) -> dict[
 
 
 async def request_abandoned_ends(database: Database, store: JournalStore) -> Sequence[AbandonedRun]:
-    """Request the end of unfinished runs whose parent has ended, and then of their own children; return them.
+    """Request the unfinished sub-workflow runs of failed or stopped parents to stop, and cancel those of canceled
+    parents; return all these runs.
 
-    A stopped parent stops its children; another end cancels them. Only runs without such a request are found.
-    Raises `DatabaseUnavailable`.
+    Their own sub-workflow runs follow. Runs with such a request are left out. Raises `DatabaseUnavailable`.
     """
     ended: list[AbandonedRun] = []
     while True:

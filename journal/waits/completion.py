@@ -74,7 +74,7 @@ class CompletionAction(msgspec.Struct, frozen=True, rename="camel", omit_default
         return self.callback is not None or self.on_failure is not None
 
     def for_status(self, status: ExecutionStatus) -> CompletionAction:
-        """Return the actions that apply to a run with this final status: a failure workflow only for `failed`."""
+        """Return the actions that apply to a run with this final status: the failure action only after `failed`."""
         return self if status is ExecutionStatus.FAILED else msgspec.structs.replace(self, on_failure=None)
 
 

@@ -133,7 +133,7 @@ async def store_answer(
         return AnswerResult(AnswerReception.TAKEN if earlier == payload.decode() else AnswerReception.LATE)
     if run.status in TERMINAL_STATUSES:
         return AnswerResult(AnswerReception.UNAWAITED)
-    reception = await _receive_answer(connection, key, node_id, iteration, kind)
+    reception = await _judge_answer(connection, key, node_id, iteration, kind)
     if reception is not AnswerReception.TAKEN:
         return AnswerResult(reception)
     await connection.execute(
@@ -409,7 +409,7 @@ def organization_waits_statement(
             text(f"span.{AWAITS_INPUT_CONDITION}"),
             col(SpanRow.status) == SpanStatus.WAITING.value,
             owner == organization_id,
-            *_follow(behind),
+            *_conditions_behind(behind),
             *([or_(*map(_has_mention, mentions))] if mentions else ()),
         )
         .order_by(col(SpanRow.execution_id).desc(), col(SpanRow.sequence))
@@ -454,7 +454,7 @@ def _has_mention(name: str) -> ColumnElement[bool]:
     return and_(awaits.contains("@"), awaits.icontains(name, autoescape=True))
 
 
-def _follow(behind: WaitPosition | None) -> Iterable[ColumnElement[bool]]:
+def _conditions_behind(behind: WaitPosition | None) -> Iterable[ColumnElement[bool]]:
     """Yield the conditions of nodes after a position, in the order of pages; none without one."""
     if behind is None:
         return
@@ -462,12 +462,13 @@ def _follow(behind: WaitPosition | None) -> Iterable[ColumnElement[bool]]:
     yield or_(col(SpanRow.execution_id) < behind.execution_id, col(SpanRow.sequence) > behind.sequence)
 
 
-async def _receive_answer(
+async def _judge_answer(
     connection: AsyncConnection, key: ExecutionKey, node_id: str, iteration: str, kind: AnswerSource
 ) -> AnswerReception:
-    """Return whether a first answer to a node is taken, expired or not awaited, by the node's span.
+    """Return whether a first answer to a node is taken, expired or not awaited, by the span of the node.
 
-    Only input of a person expires; other kinds are taken even before the node waits, while it runs.
+    Input of a person, callbacks and signals expire. All kinds but input are taken even before the node waits, while it
+    runs.
     """
     has_expired = (
         type_coerce(col(SpanRow.wake_at), BigInteger) <= DatabaseTime() + MAX_CLOCK_SKEW_MICROSECONDS

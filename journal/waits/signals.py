@@ -217,7 +217,7 @@ async def list_signals(
 
 
 async def find_signal(connection: AsyncConnection, key: ExecutionKey, signal_id: str) -> Signal | None:
-    """Return a signal of a run by its id."""
+    """Return a signal of a run by its id; None if there is none."""
     statement = select(Signal).where(
         col(Signal.execution_id) == key.execution_id, col(Signal.id) == signal_id
     )
@@ -265,7 +265,9 @@ def _enclosing_iterations(iteration: str) -> list[str]:
 
 
 async def read_progress(connection: AsyncConnection, key: ExecutionKey, number: int) -> SignalProgress | None:
-    """Return a signal of a run by its number, with whether the run has ended; None if the run is gone."""
+    """Return a signal of a run by its number, with whether the run has ended; None if there is no such signal, or the
+    run is gone.
+    """
     statement: Any = (
         select(Signal, col(Execution.status).label("run_status"))
         .join(Execution, col(Execution.id) == col(Signal.execution_id))
@@ -321,7 +323,7 @@ def _encode_answer(signal: Signal) -> bytes:
 
 
 async def _find_unread(connection: AsyncConnection, key: ExecutionKey, name: str) -> Signal | None:
-    """Return the earliest signal of a name that no node has received."""
+    """Return the earliest signal of a name that no node has received; None if there is none."""
     statement = (
         select(Signal).where(*_is_unread(key), col(Signal.name) == name).order_by(col(Signal.number)).limit(1)
     )
