@@ -14,10 +14,9 @@ if TYPE_CHECKING:
 
 
 async def end_abandoned_runs(database: Database, store: JournalStore, broker: Broker) -> None:
-    """Request the end of unfinished child runs whose parents have ended, and notify the processes that
-    execute them.
+    """Stop the unfinished sub-workflow runs of failed or stopped parents, and cancel those of canceled parents.
 
-    Raises `DatabaseUnavailable`; lost notifications are ignored.
+    The processes that execute them are notified; lost notifications are ignored. Raises `DatabaseUnavailable`.
     """
     for child in await children.request_abandoned_ends(database, store):
         requested = child.requested

@@ -51,11 +51,11 @@ class BrokerAnswers:
         await self._broker.listen(self._receive, subject=FOLLOW)
 
     def open(self, origin: AnswerOrigin) -> AbstractContextManager[LiveAnswer]:
-        """Return an answer to write, as `LiveAnswers.open` does."""
+        """Return a context manager of an answer to write; see `LiveAnswers.open`."""
         return self._live.open(origin)
 
     async def close(self) -> None:
-        """Send nothing more."""
+        """Send nothing more, and wait for the messages that are on their way."""
         if "_live" in self.__dict__:
             await self._live.close()
 
@@ -95,7 +95,9 @@ async def send_sealed(
 def open_sealed(
     channel: str, seal: MessageSeal, notification: Notification, subject: str, kind: type[Content]
 ) -> Content | None:
-    """Return the content of a message of `send_sealed` to a channel; None for any other."""
+    """Return the content of a message of `send_sealed` to a channel; None for any other message, and with a warning for
+    an unreadable one.
+    """
     if not isinstance(notification, DirectMessage) or subject not in notification.message:
         return None
     try:

@@ -31,11 +31,11 @@ class ApprovalLinkUrls:
         self._public_url = public_url.rstrip("/")
 
     async def create_links(self, caller: RunCaller, places: Sequence[tuple[str, str]]) -> Sequence[str]:
-        """Store an approval link for each place (node id and iteration), unless it is stored; return their
-        URLs in that order.
+        """Store an approval link for each place (node id and iteration), unless it is stored; return their URLs in that
+        order.
 
-        Anyone may use such a link. Waits while the database is unavailable. Raises `NodeError` without a
-        public address of the server.
+        Anyone may use such a link. Waits while the database is unavailable. Raises `NodeError` without a public address
+        of the server, and if the run no longer exists.
         """
         if not self._public_url:
             raise NodeError("PILOTFLAME_PUBLIC_URL is not set: links need the address of the gateway")

@@ -44,7 +44,7 @@ class CallSpans:
     """Ids of the spans of sent calls, which later records of a node repeat."""
 
     def add_node(self, span: NodeSpan) -> None:
-        """Send the spans of the calls that a node has made itself; an agent makes them in steps."""
+        """Send the spans of the model calls that a node has made itself; those of an agent are sent with its steps."""
         self._attempts[span.node_id, span.iteration] = span.attempt
         if span.model_calls is not None:
             calls = decoding.decode(span.model_calls, list[ModelCallRecord])

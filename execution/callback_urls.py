@@ -40,7 +40,10 @@ class CallbackUrls:
         return f"{self._public_url}/api/v1/executions/{caller.execution_id}/callback?{parameters}"
 
     async def sign(self, caller: RunCaller, message_id: str, body: bytes) -> Mapping[str, str]:
-        """Return the headers that sign a request; raises `NodeError` if the organization has no signing secret."""
+        """Return the headers that sign a request; raises `NodeError` if the organization has no signing secret.
+
+        Waits while the database is unavailable.
+        """
         signature = await until_available(lambda: self._signer.sign(caller.organization_id, message_id, body))
         if signature is None:
             raise NodeError(message_signer.UNSIGNED, code="no-signing-secret")

@@ -317,7 +317,7 @@ class ChildRunStarter:
             descendants.done += 1
 
     async def _count_descendants(self, root_id: str) -> int:
-        """Return the number of runs that were started below a root run."""
+        """Return the number of runs that were started below a root run, counted up to the allowed maximum."""
         of_root = select(col(Execution.id)).where(col(Execution.root_id) == root_id)
         counted = select(func.count()).select_from(of_root.limit(self._max_sub_runs).subquery())
         async with self._database.read() as connection:

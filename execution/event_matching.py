@@ -91,7 +91,7 @@ class EventMatcher:
             if len(event_ids) < event_waits.BATCH_EVENTS:
                 return
 
-    async def delete_expired(self) -> None:
+    async def delete_finished_waits(self) -> None:
         """Delete the stored waits for events of runs that have ended or are deleted, in batches; raises
         `DatabaseUnavailable`.
         """

@@ -433,7 +433,7 @@ class RunExecutor:
         last_lines = await self._store.last_log_lines(keys)
         stepped = [key for key in keys if key.execution_id in with_agents]
         steps = await self._store.steps(stepped) if stepped else {}
-        answers = await self._group_answers(
+        answers = await self._fetch_answers(
             [key for key, run in zip(keys, begun, strict=True) if run.wait_answer_count]
         )
         return {
@@ -456,7 +456,7 @@ class RunExecutor:
         None, after half a second, if the database is unavailable.
         """
         try:
-            answers = await self._group_answers([ExecutionKey(run.execution_id, run.shard)])
+            answers = await self._fetch_answers([ExecutionKey(run.execution_id, run.shard)])
         except DatabaseUnavailable:
             await asyncio.sleep(PAUSE_SECONDS)
             return None
@@ -464,10 +464,14 @@ class RunExecutor:
         journal.count_answers(len(found))
         return found
 
-    async def _group_answers(
+    async def _fetch_answers(
         self, answered: Sequence[ExecutionKey]
     ) -> dict[str, dict[tuple[str, str], bytes]]:
-        """Return the wait answers of several runs, read together with those of other callers."""
+        """Return the wait answers of runs by execution id, then by node id and iteration; none without a hook that
+        reads them.
+
+        Raises `DatabaseUnavailable`.
+        """
         if not answered or self._hooks.answers is None:
             return {}
         return await self._hooks.answers(answered)
@@ -638,7 +642,7 @@ class RunExecutor:
         if isinstance(program, InvalidDefinition):
             return RunOutcome(RunStatus.FAILED, error=RunError("invalid-definition", str(program)))
         try:
-            trigger = await journal.trigger(run.trigger)
+            trigger = await journal.read_trigger(run.trigger)
             recorded = await journal.restore(recovered.spans)
         except InvalidJson as error:
             return RunOutcome(RunStatus.FAILED, error=RunError("invalid-input", str(error)))
@@ -666,7 +670,11 @@ class RunExecutor:
         return await run_workflow(program, start, journal, control, self._services, self._limits)
 
     def _on_ended(self, run: ClaimedRun, outcome: RunOutcome) -> None:
-        """Count the end of a run, and call the hook for runs that have ended."""
+        """Count the end of a claim, and call the `on_left` hook for a run with completion actions or a concurrency
+        slot.
+
+        A run that waits for less than an hour gets a timer that makes it pending.
+        """
         run_metrics.count_end(run, outcome.status, self._store.clock.now())
         on_left = self._hooks.on_left
         if on_left is not None and (run.completion_action is not None or run.concurrency_key is not None):

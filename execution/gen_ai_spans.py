@@ -80,7 +80,9 @@ def describe_agent(node_id: str, conversation: str) -> GenAiSpan:
 
 
 def describe_call(record: ModelCallRecord, called: CalledModel, conversation: str | None) -> GenAiSpan:
-    """Return the span of one call of a model; `conversation` is the id of that of an agent, None for other nodes."""
+    """Return the span of one call of a model; `conversation` is the id of an agent's conversation, None for other
+    nodes.
+    """
     requested = _limit_name(called.name)
     attributes: dict[str, str | int | tuple[str, ...]] = {
         "gen_ai.operation.name": "chat",
@@ -140,7 +142,9 @@ def describe_result(step: AgentStep) -> Mapping[str, str]:
 
 
 def _read_result(text: str) -> Json:
-    """Return the value of a result that is JSON, in which names tell credentials, and another result as it is."""
+    """Return the decoded value of a result that is JSON, so that credentials are found by their names; else the text
+    itself.
+    """
     try:
         return values.decode_json(text.encode())
     except InvalidJson:
@@ -148,7 +152,7 @@ def _read_result(text: str) -> Json:
 
 
 def _build_message(message: ChatMessage) -> Json:
-    """Return a message as the conventions have it."""
+    """Return a message in the form of OpenTelemetry's conventions."""
     if message.role is MessageRole.TOOL:
         response: Json = {
             "type": "tool_call_response",
@@ -192,7 +196,7 @@ def _encode(value: Json, cut_at: int | None = MAX_CONTENT_BYTES) -> str:
 
 
 def _cut_texts(value: Json) -> Json:
-    """Return a value with the number of characters that are left out at the end of its long texts."""
+    """Return a value with its long texts cut to 4,096 characters, each followed by the number of missing characters."""
     match value:
         case str() if len(value) > MAX_TEXT_CHARACTERS:
             left = len(value) - MAX_TEXT_CHARACTERS
@@ -211,5 +215,7 @@ def name_conversation(execution_id: str, node_id: str, iteration: str) -> str:
 
 
 def _limit_name(text: str) -> str:
-    """Return a name if it is one, and no other text of a model or provider."""
+    """Return a text if it is a plain name of at most 128 characters, else `unknown`: models and providers may send any
+    text.
+    """
     return text if _NAME.fullmatch(text) else UNNAMED

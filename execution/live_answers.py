@@ -164,7 +164,7 @@ class _SentPart:
     has_end: bool = False
 
     def is_left_by(self, call: tuple[int, int, int]) -> bool:
-        """Return whether a call takes the place of this one, whose failure the gateway has not heard of."""
+        """Return whether a call replaces this one, of which the gateway has got text but no end."""
         return bool(self.characters) and not self.has_end and call[0] == self.call[0]
 
 
@@ -247,7 +247,8 @@ class LiveAnswers:
     def follow(self, request: FollowRequest) -> None:
         """Send the answers of a run to a gateway for the next 15 seconds, open ones from their beginning.
 
-        A request of a gateway that follows the run already only extends the time, unless it asks for a repetition.
+        A request of a gateway that follows the run already only extends the time, unless it asks for a repetition. A
+        new one is ignored if 16 gateways follow the run, or 10,000 runs are followed.
         """
         now = asyncio.get_running_loop().time()
         self._purge(now)
@@ -263,7 +264,7 @@ class LiveAnswers:
         self._note_change(request.execution_id)
 
     def list_runs(self) -> list[str]:
-        """Return the executions with open answers."""
+        """Return the ids of the executions with open answers."""
         return list(self._answers)
 
     async def close(self) -> None:

@@ -57,9 +57,11 @@ async def read_spending(connection: AsyncConnection, organization_id: str, month
 async def require_rest(
     connection: AsyncConnection, organization_id: str, reservation: ModelReservation, now: datetime
 ) -> None:
-    """Raise a `NodeError` unless the month of an organization suffices for a call beside all others.
+    """Raise a `NodeError` unless the rest of an organization's month budget suffices for a call; without a budget,
+    every call passes.
 
-    Calls are checked one after another: in PostgreSQL by the locked row of the budget, in SQLite by its write lock.
+    Calls are checked one after another: in PostgreSQL by the locked row of the budget, in SQLite by its write lock. The
+    error may be retried, after a time, if the budget says to wait.
     """
     budget = await find(connection, organization_id, is_locking=True)
     if budget is None:

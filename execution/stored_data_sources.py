@@ -70,6 +70,7 @@ class StoredDataSources:
         return source
 
     async def _look_up(self, key: _SourceKey) -> DataSource:
+        """Return the row of a data source that a user may use; raises `NodeError` as `find` does."""
         organization_id, user_id, source_id = key
         is_usable = is_usable_by(organization_id, user_id)
         statement = select(DataSource).where(col(DataSource.id) == source_id, is_usable)
@@ -86,6 +87,9 @@ class StoredDataSources:
         return build_row(DataSource, row)
 
     def _decrypt(self, row: DataSource) -> ConnectionSource:
+        """Return a data source with decrypted secrets and its accepted tools; raises `NodeError` if the secrets can't
+        be decrypted.
+        """
         try:
             secrets = decrypt_secrets(self._vault, row)
         except VaultError as error:

@@ -56,6 +56,7 @@ async def read(
 async def _read_level(
     connection: AsyncConnection, caller: ApiCaller, workflow_ids: Collection[str]
 ) -> dict[str, CalledWorkflow]:
+    """Return graph, settings and called workflows of those workflows that the caller may read, by id."""
     columns = (col(WorkflowGraph.nodes), col(WorkflowGraph.connections), col(Workflow.settings))
     rows = await connection.execute(
         select(col(Workflow.id), *columns)

@@ -49,8 +49,10 @@ async def keep_policies(database: Database, broker: Broker) -> None:
 
 
 async def forget_decisions(database: Database) -> None:
-    """Delete the records of lifecycle decisions that are over 30 days old, in batches. Raises
-    `DatabaseUnavailable`.
+    """Delete the records of lifecycle decisions that are over 30 days old, in batches, but keep the newest of these in
+    each workflow.
+
+    Raises `DatabaseUnavailable`.
     """
     while await database.transaction(_forget_batch) == BATCH_ROWS:
         pass
@@ -73,6 +75,9 @@ async def _keep_policy(database: Database, broker: Broker, seen: DeploymentActiv
 
 
 async def _forget_batch(connection: AsyncConnection) -> int:
+    """Delete up to 1,000 records of old decisions, except locked ones and the newest old one of each workflow; return
+    their number.
+    """
     later = aliased(LifecycleDecision)
     kept_since = DatabaseTime() - KEPT_TIME // timedelta(microseconds=1)
     is_followed = (

@@ -108,7 +108,7 @@ def list_duties(
         PeriodicDuty(
             "forget absent processes", 3_600, partial(process_presence.forget_absent_processes, database)
         ),
-        PeriodicDuty("forget expired throttles", 60, partial(retention.forget_past_paces, database)),
+        PeriodicDuty("forget expired throttles", 60, partial(retention.forget_expired_throttles, database)),
         PeriodicDuty("forget system decisions", 3_600, partial(retention.forget_system_decisions, database)),
         PeriodicDuty("forget bulk operations", 3_600, partial(retention.forget_bulk_operations, database)),
         PeriodicDuty("forget model hours", 3_600, partial(retention.forget_model_hours, database)),
@@ -142,7 +142,7 @@ def list_duties(
         PeriodicDuty("count rows", row_metrics.COUNT_SECONDS, counter.count_rows),
         PeriodicDuty("count runs by hour", run_hours.COUNT_SECONDS, hours.count_runs),
         PeriodicDuty("deliver events", settings.sweep_seconds, awaited.deliver_undelivered),
-        PeriodicDuty("forget event waits", 600, awaited.delete_expired),
+        PeriodicDuty("forget event waits", 600, awaited.delete_finished_waits),
         PeriodicDuty(
             "forget lifecycle decisions", 3_600, partial(lifecycle_policies.forget_decisions, database)
         ),

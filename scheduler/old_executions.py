@@ -76,14 +76,15 @@ async def delete_old_executions(settings: SchedulerSettings, database: Database)
 async def _delete_batches(
     database: Database, retention: RetentionPeriods
 ) -> AsyncIterator[Sequence[BlobOwner]]:
-    """Delete expired executions in batches, and yield the owners of each batch's blobs.
+    """Delete expired executions in batches, and yield the owners of each batch's blobs; the audit trail gets a record
+    for each workflow.
 
     Workflows with locked rows are left out. Raises `DatabaseUnavailable`.
     """
     after: str | None = ""
     while after is not None:
         async with database.read() as connection:
-            found = (await connection.execute(workflows(after, retention))).all()
+            found = (await connection.execute(workflows_statement(after, retention))).all()
         after = found[-1].id if len(found) == BATCH_WORKFLOWS else None
         for workflow in found:
             if not _may_have_old(workflow, retention, database.clock.now()):
@@ -127,7 +128,7 @@ async def _record_deletion(
     await database.transaction(store)
 
 
-def workflows(after: str, retention: RetentionPeriods) -> Select[*tuple[Any, ...]]:
+def workflows_statement(after: str, retention: RetentionPeriods) -> Select[*tuple[Any, ...]]:
     """Return the statement that lists up to 100 workflows after an id, with times that show whether
     executions may be expired.
 
@@ -160,7 +161,7 @@ async def _delete_of_workflow(
     database: Database, workflow_id: str, beyond: datetime | None, retention: RetentionPeriods
 ) -> AsyncIterator[Sequence[BlobOwner]]:
     """Delete the expired executions of a workflow in batches, and yield the owners of each batch's blobs."""
-    statement = old(workflow_id, beyond, retention)
+    statement = expired_statement(workflow_id, beyond, retention)
     while True:
         async with database.read() as connection:
             found = (await connection.execute(statement)).all()
@@ -173,7 +174,9 @@ async def _delete_of_workflow(
         yield list(gone.values())
 
 
-def old(workflow_id: str, beyond: datetime | None, retention: RetentionPeriods) -> Select[*tuple[Any, ...]]:
+def expired_statement(
+    workflow_id: str, beyond: datetime | None, retention: RetentionPeriods
+) -> Select[*tuple[Any, ...]]:
     """Return the statement that lists up to 100 deletable executions of a workflow, the oldest first.
 
     They ended before the retention, or are older than `beyond`, the newest run above the limit of runs; and

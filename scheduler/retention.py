@@ -43,7 +43,7 @@ async def forget_expired_keys(database: Database) -> None:
     await _forget(database, Idempotency, identity, col(Idempotency.expires_at))
 
 
-async def forget_past_paces(database: Database) -> None:
+async def forget_expired_throttles(database: Database) -> None:
     """Delete the rows of throttles whose next slot is in the past, which equal having no row. Raises
     `DatabaseUnavailable`.
     """
@@ -114,7 +114,9 @@ async def _forget(
     ends_at: SQLColumnExpression[Any],
     before: datetime | None = None,
 ) -> None:
-    """Delete the rows of a table that have ended before a time, None for now, in batches."""
+    """Delete the rows of a table whose time `ends_at` is before a time, None for now, in batches; `identity` has the
+    columns of its key.
+    """
     end = DatabaseTime() if before is None else before
     forget = partial(_forget_batch, table, identity, ends_at < end, ends_at)
     while await database.transaction(forget) >= BATCH_ROWS:

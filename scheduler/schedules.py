@@ -176,6 +176,7 @@ class ScheduleRunner:
 
 
 async def _read_graphs(connection: AsyncConnection, due: Sequence[DueSchedule]) -> dict[str, RowMapping]:
+    """Return graph, settings and revision of the workflows of schedules by workflow id; deleted ones are left out."""
     if not due:
         return {}
     rows = await connection.execute(
@@ -190,6 +191,9 @@ async def _read_graphs(connection: AsyncConnection, due: Sequence[DueSchedule]) 
 
 
 async def _read_definitions(connection: AsyncConnection, due: Sequence[DueSchedule]) -> dict[str, str]:
+    """Return the deployed definitions of schedules as JSON texts by workflow id; those that are not stored are left
+    out.
+    """
     found: dict[str, str] = {}
     for one in due:
         text = await connection.scalar(

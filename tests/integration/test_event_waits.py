@@ -145,7 +145,7 @@ async def test_a_run_sleeps_until_its_event_comes_and_one_event_may_be_that_of_m
         assert await count(harness, EventWait, organization_id=people.owner.user.organization_id) == 1
         response = await people.owner.api.post(f"/api/v1/executions/{other}/cancel")
         assert response.status_code == 200
-    await make_matcher(harness).delete_expired()
+    await make_matcher(harness).delete_finished_waits()
     assert await count(harness, EventWait, organization_id=people.owner.user.organization_id) == 0
 
 

@@ -217,9 +217,11 @@ async def test_old_runs_are_found_by_indexes(run_database: RunDatabase) -> None:
         place = await run_database.workflow()
         await run_database.store.accept([place.run() for _ in range(300)])
         await run_database.query("ANALYZE execution, execution_data")
-    plan = await explain_statement(run_database.database, old_executions.workflows("", periods))
+    plan = await explain_statement(run_database.database, old_executions.workflows_statement("", periods))
     assert plan.count("ix_execution_data_workflow") == 2
-    plan = await explain_statement(run_database.database, old_executions.old("wf_1", NOW, periods))
+    plan = await explain_statement(
+        run_database.database, old_executions.expired_statement("wf_1", NOW, periods)
+    )
     assert "ix_execution_data_workflow" in plan
     assert "SCAN" not in plan.replace("Index Scan", "")
 

@@ -71,7 +71,7 @@ async def test_a_rate_that_nothing_happened_at_lately_is_forgotten_and_begins_an
     for key in ("old", "new"):
         await reserve(run_database.database, key)
     await run_database.query("UPDATE throttle SET next_at = 1 WHERE key = 'old'")
-    await retention.forget_past_paces(run_database.database)
+    await retention.forget_expired_throttles(run_database.database)
     assert await run_database.query("SELECT key FROM throttle") == [{"key": "new"}]
 
     await run_database.query("UPDATE throttle SET next_at = 1")
