@@ -168,7 +168,9 @@ class ApprovalMailer:
         return await self._database.transaction(take)
 
     async def _perform(self, request: ClaimedRequest) -> None:
-        """Send the mails of one request, and store when the next round (a reminder) or retry is due."""
+        """Send the mails of one request, and store when the next round (a reminder) is due; a failure is logged, and
+        tried again up to nine times.
+        """
         question = await self._read_question(request)
         if question is None:
             await self._settle(request, due_in_seconds=None)

@@ -200,7 +200,9 @@ class CompletionActions:
         await self._store_attempts(due, left, callback, on_failure)
 
     def _has_capacity(self, organization_id: str) -> bool:
-        """Return whether an organization has fewer than ten actions in progress here."""
+        """Return whether an organization has fewer than ten actions in progress here, and the process fewer than a
+        hundred.
+        """
         return (
             self._sending[organization_id] < MAX_ACTIONS_PER_ORGANIZATION
             and self._sending.total() < MAX_CONCURRENT_ACTIONS
@@ -388,6 +390,9 @@ class CompletionActions:
             return None
 
     async def _start_failure_workflow(self, due: DueCompletion, workflow_id: str) -> WebhookFailure | None:
+        """Start the failure workflow of a failed run, at most once; return the failure of the start, None if the run is
+        accepted.
+        """
         caller = RunCaller(
             due.organization_id, due.user_id, due.workflow_id, due.key.execution_id, due.key_id
         )

@@ -160,7 +160,7 @@ class KubernetesApi:
     async def patch(
         self, path: str, body: Manifest, *, content_type: str, query: Mapping[str, str]
     ) -> Manifest:
-        """Patch an object and return its new state; after a conflict, up to three times.
+        """Patch an object and return its new state; after a conflict it is tried again, three times in all.
 
         Raises `ObjectNotFound`, `ClusterError`, and `ClusterUnavailable` after three conflicts.
         """

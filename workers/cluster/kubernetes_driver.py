@@ -291,6 +291,7 @@ class KubernetesDriver:
         return tuple(lines[-limit:])
 
     async def _read_pod_log(self, pod: Manifest, limit: int) -> Sequence[PodLogLine]:
+        """Return up to `limit` last lines of a pod's log; none if the pod is gone or has no log yet."""
         name: str = pod["metadata"]["name"]
         query = {
             "container": manifests.CONTAINER,

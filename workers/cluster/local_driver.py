@@ -162,7 +162,7 @@ class LocalDriver:
         begun_at = time.monotonic()
         deployment = self._deployments.get(workflow_id)
         observed = (
-            deployment.observe if deployment is not None else ObservedDeployment(workflow_id, exists=False)
+            deployment.observed if deployment is not None else ObservedDeployment(workflow_id, exists=False)
         )
         now = time.monotonic()
         ACTIVITY.connections[LOCAL_PODS].answer = ServerAnswer(now, now - begun_at)
@@ -174,7 +174,7 @@ class LocalDriver:
 
     async def list(self) -> tuple[ObservedDeployment, ...]:
         """Return the observed state of all deployments on this machine."""
-        every = (deployment.observe for deployment in self._deployments.values())
+        every = (deployment.observed for deployment in self._deployments.values())
         return tuple(observed for observed in every if observed.exists)
 
     async def list_leftovers(self) -> tuple[str, ...]:
@@ -284,9 +284,10 @@ class LocalDeployment:
         self._lives: dict[str, asyncio.Task[None]] = {}
 
     @property
-    def observe(self) -> ObservedDeployment:
+    def observed(self) -> ObservedDeployment:
+        """State of the deployment and its pods, as the driver reports it."""
         desired = self.record.desired
-        pods = tuple(pod.observe for pod in self.pods.values())
+        pods = tuple(pod.observed for pod in self.pods.values())
         if self.record.is_deleted:
             return ObservedDeployment(desired.workflow_id, exists=False, pods=pods)
         template = _pod_template_hash(desired)

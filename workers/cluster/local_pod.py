@@ -112,7 +112,8 @@ class LocalPod:
         return f"http://{HOST}:{self.record.port}" if self.record.port else None
 
     @property
-    def observe(self) -> ObservedPod:
+    def observed(self) -> ObservedPod:
+        """State of the pod, as the driver reports it."""
         return ObservedPod(
             name=self.folder.name,
             definition_hash=self.record.definition_hash,

@@ -88,6 +88,7 @@ def is_between_crashes(pod: Manifest) -> bool:
 
 
 def _observe_pod(pod: Manifest, port: int) -> ObservedPod:
+    """Return the observed state of one pod; a terminating pod is not ready, and has no failure."""
     metadata, status = pod["metadata"], pod.get("status") or {}
     is_terminating = "deletionTimestamp" in metadata
     is_ready = any(
@@ -136,20 +137,20 @@ def _container_ended_at(pod: Manifest) -> datetime | None:
         if "running" not in state:
             moments += [
                 ended["finishedAt"]
-                for ended in (_termination_time(state), _termination_time(last))
+                for ended in (_termination_of(state), _termination_of(last))
                 if ended.get("finishedAt")
             ]
-        elif _termination_time(last) and state["running"].get("startedAt"):
+        elif _termination_of(last) and state["running"].get("startedAt"):
             moments.append(state["running"]["startedAt"])
     return max(map(datetime.fromisoformat, moments), default=None)
 
 
 def _is_out_of_memory(pod: Manifest) -> bool:
     states = [state for one in _container_statuses(pod) for state in (one.get("state"), one.get("lastState"))]
-    return any(_termination_time(state or {}).get("reason") == "OOMKilled" for state in states)
+    return any(_termination_of(state or {}).get("reason") == "OOMKilled" for state in states)
 
 
-def _termination_time(state: Manifest) -> Manifest:
+def _termination_of(state: Manifest) -> Manifest:
     ended: Manifest = state.get("terminated") or {}
     return ended
 
@@ -160,6 +161,9 @@ def _pod_url(address: str, port: int) -> str:
 
 
 def _deployment_failure(status: Manifest) -> PodFailure | None:
+    """Return the failure to create pods of a Deployment, by its conditions: a quota, a missing permission or another
+    reason; None without one.
+    """
     for condition in status.get("conditions") or ():
         if condition["type"] != "ReplicaFailure" or condition["status"] != "True":
             continue
@@ -188,6 +192,7 @@ def _pod_failure(pod: Manifest) -> PodFailure | None:
 
 
 def _pod_status_failure(pod: Manifest) -> PodFailure | None:
+    """Return the failure in a pod's own status: evicted, unschedulable, or on a lost node; None without one."""
     status = pod.get("status") or {}
     if status.get("reason") == "Evicted":
         return PodFailure(PodFailureReason.EVICTED, status.get("message") or "The pod was evicted")
@@ -219,9 +224,10 @@ def _node_name(pod: Manifest) -> str:
 
 
 def _container_failure(statuses: Sequence[Manifest]) -> PodFailure | None:
+    """Return the first failure of a pod's containers: out of memory, image, configuration or crash; None if all run."""
     for one in statuses:
         state, last = one.get("state") or {}, one.get("lastState") or {}
-        ended = _termination_time(state) or _termination_time(last)
+        ended = _termination_of(state) or _termination_of(last)
         is_up = "running" in state and one.get("ready", False)
         if ended.get("reason") == "OOMKilled" and not is_up:
             return PodFailure(PodFailureReason.OUT_OF_MEMORY, "The pod exceeded its memory limit")

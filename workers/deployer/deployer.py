@@ -166,6 +166,9 @@ class Deployer:
                 self._queue.finish(workflow_id, result.retry, generation=result.generation)
 
     async def _sweep_forever(self) -> None:
+        """Queue deployments that need reconciliation at each sweep, and all of them at every twelfth, until canceled;
+        errors are logged.
+        """
         sweeps = 0
         while True:
             try:
@@ -185,7 +188,8 @@ class Deployer:
     async def _add_all(self, batch: Callable[..., Awaitable[Sequence[tuple[str, int]]]]) -> set[str]:
         """Queue the workflows of all batches of rows, in case their messages were lost; return their ids.
 
-        A workflow with a scheduled retry waits for it. Raises `DatabaseUnavailable`.
+        `batch` reads the rows that follow a workflow id. A workflow with a scheduled retry waits for it. Raises
+        `DatabaseUnavailable`.
         """
         found: set[str] = set()
         after = ""

@@ -128,10 +128,11 @@ async def find_deployment(database: Database, workflow_id: str) -> DeploymentSna
 
 
 async def list_unsettled(database: Database, *, after: str = "") -> Sequence[tuple[str, int]]:
-    """Return up to 1,000 workflows after `after` that need reconciliation, in order, with the generations of
-    their rows.
+    """Return up to 1,000 workflows after `after` that need reconciliation, in order, with the generations of their
+    rows.
 
-    Their present state is not reported yet, changes, drains or failed. Raises `DatabaseUnavailable`.
+    Their observed state is older than the desired one or unknown, or they start, stop, drain or have failed. Raises
+    `DatabaseUnavailable`.
     """
     is_unsettled = or_(
         col(Deployment.generation) != col(Deployment.observed_generation),

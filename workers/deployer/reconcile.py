@@ -153,8 +153,8 @@ def pods_to_replace(
 ) -> Collection[ObservedPod]:
     """Return the pods that won't be ready soon and should be replaced now; none while another pod is ready.
 
-    A lost node returns within five seconds, or late or never. After several failures a cluster retries only
-    after minutes, but at once for a new pod: failed pods are replaced when they are desired again.
+    These are pods on a node that is lost for five seconds, and, once a failed workflow is desired again, pods with a
+    permanent failure or a crash loop: the cluster retries those only after minutes, but starts a new pod at once.
     """
     if not deployment.is_deployed or deployment.replicas == 0 or observed.ready_pods:
         return ()
@@ -232,7 +232,7 @@ def refused_status(deployment: Deployment, reason: str) -> ObservedStatus:
 
 
 def initial_status(deployment: Deployment) -> ObservedStatus:
-    """Return the status that is stored before the first object is created."""
+    """Return the status that is stored before the first object of a deployment is created: starting."""
     return ObservedStatus(Stored.STARTING, deployment.observed_generation)
 
 

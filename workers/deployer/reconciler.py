@@ -268,6 +268,9 @@ class Reconciler:
         return await self._observe_again(driver, workflow_id)
 
     async def _carry_out(self, driver: ClusterDriver, found: DeploymentSnapshot, step: ReconcileStep) -> None:
+        """Apply or scale the objects of a deployment; nothing happens if its row has changed, or its objects are gone,
+        meanwhile.
+        """
         deployment = found.deployment
         workflow_id = deployment.workflow_id
         if step is ReconcileStep.APPLY:
