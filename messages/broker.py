@@ -89,10 +89,10 @@ class RunBroker(Protocol):
         """Name of this process to which other processes send direct messages and notifications."""
 
     async def wake_workers(self, shard: int = ALL_SHARDS) -> None:
-        """Announce after the commit that runs are pending, so that workers claim them at once. Raises
-        `BrokerUnavailable`.
+        """Announce after the commit that runs of a shard, by default of any,
+        are pending, so that workers claim them at once.
 
-        Sends nothing while an equal wakeup is still in the queue.
+        Sends nothing while an equal wakeup is still in the queue. Raises `BrokerUnavailable`.
         """
 
     async def publish(
@@ -101,26 +101,31 @@ class RunBroker(Protocol):
         outcomes: Sequence[EndedExecution] = (),
         grants: Mapping[str, SlotGrant] = NO_GRANTS,
     ) -> None:
-        """Announce changed executions, one notification for each process that watches one, and end their
-        watches. Raises `BrokerUnavailable`.
+        """Notify each process that watches one of the changed executions, and end these watches.
 
-        Each execution is mapped to a channel that is notified without a watch, or to an empty text for none.
-        That channel alone gets the outcomes, encrypted, up to the limit of one notification. Grants of slots
-        are sent along, by the channel of their gateway.
+        `channels` maps each changed execution id to a channel that is notified also without a watch, or to "" for none.
+        That channel alone gets the outcomes of its executions, encrypted, as many as fit into one notification.
+        `grants` are slot grants to send along, by the channels of their gateways. Raises `BrokerUnavailable`.
         """
 
     async def listen(self, on_notification: Callable[[Notification], None]) -> None:
         """Call `on_notification` on the running event loop for each message of the channel, until `close`.
 
-        Returns when the channel is open, or after two seconds if Redis is away: it opens once Redis is back.
-        Each of several listeners receives all messages but grants, which have a subject of their own.
+        Returns when the channel is open, or after two seconds if the server is away: it opens once that is back. Each
+        of several listeners receives all messages but grants, which have a subject of their own.
         """
 
     def start_worker(self, on_wakeup: Callable[[int], None]) -> None:
-        """Receive wakeups of workers on threads of this process; call `on_wakeup(shard)` on the running event loop."""
+        """Start to receive wakeups of workers; call `on_wakeup(shard)` on the running event loop for each,
+        until `stop_worker`.
+
+        The shard is -1 for all. Returns at once.
+        """
 
     def receive_direct(self, on_runs: Callable[[DirectRuns], None]) -> None:
-        """Call `on_runs` on the running event loop for runs that gateways assign to this process."""
+        """Start to receive runs that gateways assign to this process; call `on_runs` on the running event loop,
+        until `stop_worker`.
+        """
 
     async def stop_worker(self) -> None:
         """Receive no more wakeups and no more assigned runs; unprocessed wakeups return to the queue for
@@ -146,11 +151,10 @@ class Broker(RunBroker, Protocol):
         """
 
     async def watch(self, execution_ids: Sequence[str]) -> None:
-        """Notify this process once when each of these executions changes, within 15 minutes. Raises
-        `BrokerUnavailable`.
+        """Have this process notified once of the next change of each of these executions, within 15 minutes.
 
-        Watch, then read the row, then wait: a change between reading and watching would be missed. To
-        continue waiting after a notification, watch again before reading again.
+        Watch, then read the row, then wait: a change between reading and watching would be missed. To continue waiting
+        after a notification, watch again before reading again. Raises `BrokerUnavailable`.
         """
 
     async def send(self, channel: str, message: Mapping[str, str]) -> None:
@@ -168,7 +172,9 @@ class Broker(RunBroker, Protocol):
         """Return whether a process listens on a channel, which a dead one does not. Raises `BrokerUnavailable`."""
 
     def start_mail_parser(self, on_wakeup: Callable[[], None]) -> None:
-        """Receive wakeups about unparsed mail; call `on_wakeup` on the running event loop for each."""
+        """Start to receive wakeups about unparsed mail; call `on_wakeup` on the running event loop for each,
+        until `stop_mail_parser`.
+        """
 
     async def stop_mail_parser(self) -> None: ...
 
@@ -178,8 +184,8 @@ class Broker(RunBroker, Protocol):
         """
 
     def start_deployer(self, on_message: Callable[[DeployerMessage], None]) -> None:
-        """Receive messages to deployers, shared with other deployers; call `on_message` on the running event
-        loop for each.
+        """Start to receive messages to deployers, each of which one deployer gets;
+        call `on_message` on the running event loop, until `stop_deployer`.
         """
 
     async def stop_deployer(self) -> None:
@@ -188,7 +194,8 @@ class Broker(RunBroker, Protocol):
     async def take_tokens(self, demands: Sequence[TokenDemand]) -> Sequence[TokenGrant]:
         """Take tokens from several different buckets at once; return grants in the order of the demands.
 
-        A bucket without enough tokens grants none, and says how long to wait. Raises `BrokerUnavailable`.
+        A bucket without enough tokens keeps them: its grant has 0 tokens, and the seconds to wait. Raises
+        `BrokerUnavailable`.
         """
 
     async def ping(self) -> None: ...

@@ -59,10 +59,10 @@ class MessageSeal:
         return SealedMessage(sealed.secret_id, now, b64encode(sealed.content).decode())
 
     def open(self, purpose: bytes, channel: str, sealed: SealedMessage) -> bytes | None:
-        """Return the content of a sealed message.
+        """Return the content of a sealed message; None if it was sealed over a minute ago,
+        or ahead of the database's time.
 
-        None if it is for another purpose or channel, over a minute old (or ahead), or of an unknown secret;
-        the latter are logged.
+        None too, with a warning in the log, if it was sealed for another purpose or channel, or with an unknown secret.
         """
         if abs(self._clock.now().timestamp() - sealed.sealed_at) > MAX_AGE_SECONDS:
             return None

@@ -208,7 +208,7 @@ class PostgresqlBroker:
             await self._pool.execute(PUT, queue, key, body, QUEUE_CHANNEL, queue)
 
     def _consume(self, queue: str, take: Callable[[Mapping[str, object]], None]) -> None:
-        """Pass each message of a queue to `take`, from now on and those that wait."""
+        """Start to call `take` on the event loop for each message of a queue, also those that are in it already."""
         self._consumers[queue] = take
         self._start_listening()
         self._drain(queue)
@@ -228,7 +228,11 @@ class PostgresqlBroker:
             self._drains[queue] = asyncio.create_task(self._take_all(queue))
 
     async def _take_all(self, queue: str) -> None:
-        """Take the messages of a queue in batches until it is empty; an outage ends it until the next check."""
+        """Remove the messages of a queue in batches and pass them to its consumer,
+        until it is empty or PostgreSQL fails.
+
+        The next check, within five seconds, reads the queue again.
+        """
         loop = asyncio.get_running_loop()
         try:
             while queue in self._consumers and queue in self._is_due:
@@ -368,7 +372,9 @@ class PostgresqlBroker:
                     await connection.execute(statement, KEPT_SECONDS)
 
     def _deliver_changes(self, payload: str) -> None:
-        """Deliver the executions of a notification that this process watches or that name its channel."""
+        """Deliver the changed executions that this process watches, which ends their watches,
+        or that name its channel.
+        """
         pairs = decoding.decode(payload.encode(), _ChangedPairs).pairs
         changed = tuple(
             execution_id
@@ -379,7 +385,7 @@ class PostgresqlBroker:
             self._listeners.deliver(ChangedExecutions(changed))
 
     def _deliver_direct(self, payload: str) -> None:
-        """Deliver a direct message, or read it from the row that it names first."""
+        """Deliver a direct message; if it only names a row, read the message from there in the background first."""
         given = decoding.decode(payload.encode(), _DirectPayload)
         if given.message is not None:
             self._listeners.deliver(DirectMessage(given.message))

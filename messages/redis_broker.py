@@ -175,6 +175,7 @@ async def refuse_evicting(client: Redis) -> None:
 
 @asynccontextmanager
 async def _check_answer() -> AsyncIterator[None]:
+    """Raise `BrokerUnavailable` for failures of Redis in the block, or if it takes over two seconds."""
     try:
         async with asyncio.timeout(REDIS_TIMEOUT_SECONDS):
             yield
@@ -203,6 +204,7 @@ async def connect(
 
 
 def _create_client(url: str) -> Redis:
+    """Return a client with up to 16 connections that neither repeats commands nor connects before the first one."""
     pool = BlockingConnectionPool.from_url(
         url,
         max_connections=CONNECTIONS,
@@ -418,8 +420,10 @@ class RedisBroker:
             await asyncio.sleep(reconnect_seconds(failures))
 
     def _take(self, kind: str, body: bytes) -> None:
-        """Handle an event of the subscription: note that the channel is open, or deliver a message;
-        unreadable ones are logged.
+        """Handle an event of the subscription: note that the channel is open,
+        or deliver the notifications of a message.
+
+        An unreadable message is logged and dropped.
         """
         if kind == "subscribe" and not self._is_channel_open.is_set():
             self._is_channel_open.set()

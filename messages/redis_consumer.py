@@ -202,7 +202,7 @@ class BlockingConsumer(Consumer):
         return len(self._unacknowledged) < self._prefetch
 
     def _fetch(self, room: int) -> None:
-        """Fetch up to `room` messages; unreadable ones become dead letters."""
+        """Fetch up to `room` messages from Redis into this consumer; unreadable ones become dead letters."""
         bodies: list[bytes | None] = self._broker.do_fetch(self._queue_name, room)
         # Fewer messages than requested mean an empty queue, and each later one sends a signal: no need to
         # fetch again.
@@ -239,8 +239,8 @@ class BlockingConsumer(Consumer):
             )
 
     def _settle(self, command: str, message: MessageProxy) -> None:
-        """Acknowledge or reject a message in Redis; a failure is only logged. One more message may be fetched
-        after it.
+        """Acknowledge (`ack`) or reject (`nack`) a message in Redis, and make room for the next;
+        a failure is only logged.
         """
         try:
             getattr(self._broker, f"do_{command}")(self._queue_name, message.options[MESSAGE_ID])
@@ -254,7 +254,9 @@ class BlockingConsumer(Consumer):
                 self._capacity_changed.notify()
 
     def _wait_for_redis(self, error: redis.RedisError) -> None:
-        """Pause after a loss of Redis, with a new consumer id and new connections."""
+        """Pause after a failure of Redis, the longer the more failures; the consumer
+        continues under a new id on new connections.
+        """
         if not self._failures:
             log.warning("redis lost", queue=self._queue_name, error=str(error))
         self._failures += 1

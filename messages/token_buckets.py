@@ -54,10 +54,11 @@ class TokenGrant:
 
 
 def grant_tokens(demand: TokenDemand, full_at: float, now: float) -> tuple[TokenGrant, float]:
-    """Return the grant for a demand from a bucket that is full again at `full_at`, and the next such time.
+    """Return the grant for a demand from a bucket that is full again at `full_at`,
+    and the time at which it is full then.
 
-    Times are in seconds of one clock. With the needed tokens, it grants up to the wanted ones, and an eighth
-    of the rest ahead. Without them it grants none, and has the seconds to wait.
+    Times are in seconds of one clock. With the needed tokens, it grants up to the wanted ones, and an eighth of the
+    rest ahead. Without them it grants 0, with the seconds to wait.
     """
     rate = demand.rate
     full_at = max(full_at, now)
@@ -80,7 +81,8 @@ class LocalTokenBuckets:
     def take(self, demand: TokenDemand, now: float) -> TokenGrant:
         """Take tokens from a bucket of this process; `now` is in seconds of a monotonic clock.
 
-        A grant without tokens says how long to wait, and takes none. An unknown bucket is full.
+        A bucket with too few tokens keeps them: the grant has 0 tokens, and the seconds to wait. A bucket of a new name
+        is full.
         """
         grant, full_at = grant_tokens(demand, self._full_at.get(demand.bucket, now), now)
         if grant.tokens:

@@ -82,10 +82,10 @@ class TakenRun(Protocol):
 
 
 async def notify_taken_runs(broker: Broker, runs: Iterable[TakenRun]) -> None:
-    """Send each gateway the ids of the claimed runs that it accepted, in one message; an unavailable broker
-    is ignored.
+    """Send each gateway the ids of the claimed runs that it accepted, in one message;
+    runs without a channel are left out.
 
-    If a message is lost, the gateway polls once a second.
+    An unavailable broker is ignored: the gateway also polls once a second.
     """
     by_channel: dict[str, list[str]] = {}
     for run in runs:
@@ -113,10 +113,9 @@ class AnsweredRun(Protocol):
 
 
 async def notify_answered_runs(broker: Broker, runs: Iterable[AnsweredRun]) -> None:
-    """Send each process the ids of the runs that it holds and that have new answers, in one message; an
-    unavailable broker is ignored.
+    """Send each process the ids of the runs that it holds and that have new answers, in one message.
 
-    If a message is lost, the run reads its answers when it is released, after a second.
+    An unavailable broker is ignored: the run also reads its answers when it is released, after a second.
     """
     by_owner: dict[str, list[str]] = {}
     for run in runs:
@@ -140,11 +139,11 @@ async def notify_end_request(
     channel: str,
     organization_id: str = "",
 ) -> None:
-    """Send a request to stop or cancel a run to the process that holds it; without one, announce that the run
-    has ended.
+    """Send a request ("stop" or "cancel") to the process that holds a run;
+    without a `lease_owner`, announce that it ended.
 
-    The announcement goes to the gateway and to task workers of the organization. An unavailable broker is
-    ignored.
+    The announcement goes to watchers of the run, to `channel` (of the gateway that accepted it), and to task workers of
+    the organization, if that is given. An unavailable broker is ignored.
     """
     # Without the broker, the worker learns of it when it renews its lease, and clients poll once a second.
     with suppress(BrokerUnavailable):
@@ -163,12 +162,13 @@ class NotificationListeners:
         self._listeners: list[tuple[Callable[[Notification], None], str | None]] = []
 
     def add(self, on_notification: Callable[[Notification], None], subject: str | None) -> None:
+        """Add a listener to all notifications but grants, or only to those of a subject."""
         self._listeners.append((on_notification, subject))
 
     def deliver(self, notification: Notification) -> None:
-        """Schedule calls of the listeners to the subject of a notification on the event loop.
+        """Schedule a call of each listener to the subject of a notification on the event loop.
 
-        So an exception of one listener ends neither the others nor this task.
+        An exception of one listener ends neither the others nor this task.
         """
         subjects: Collection[str | None]
         if isinstance(notification, DirectMessage):

@@ -53,7 +53,9 @@ class _RefusalBody(msgspec.Struct):
 
 
 class GatewayClient:
-    """Connections of one event loop to the gateway. Consecutive failures take longer and longer, as a back-off."""
+    """Connections of one event loop to the gateway; the more calls in a row fail,
+    the longer each pauses before it raises.
+    """
 
     def __init__(
         self,
@@ -129,6 +131,7 @@ class GatewayClient:
                 raise ConnectionError(str(error) or type(error).__name__) from error
 
     def _open_streams(self) -> aiohttp.ClientSession:
+        """Return the HTTP session for streamed responses, created at its first use."""
         import aiohttp  # noqa: PLC0415 - as above
 
         if self._streams is None:
@@ -143,7 +146,9 @@ class GatewayClient:
 
     @asynccontextmanager
     async def _translated_errors(self, seconds: float) -> AsyncIterator[None]:
-        """Limit the time of a block; a network error or timeout in it becomes `DatabaseUnavailable`, after a pause."""
+        """Limit the time of a block; a network error or timeout in it becomes `DatabaseUnavailable`,
+        after a pause that grows.
+        """
         try:
             async with asyncio.timeout(seconds):
                 yield

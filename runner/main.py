@@ -64,10 +64,9 @@ KEEP_ALIVE_SECONDS: Final = 75
 
 
 def serve(settings: RunnerSettings) -> None:
-    """Run the pod until a stop signal, or until it is orphaned; then let runs finish, hand off the others,
-    and return.
+    """Run the pod until a stop signal, or until it is orphaned; then let runs finish, hand off the others, and return.
 
-    It is orphaned if its gateway doesn't know it any more, or its folder is gone.
+    It is orphaned if its gateway was away or refused it for `runner_orphan_seconds`, or if its working folder is gone.
     """
     uvloop.run(_serve(settings))
 
@@ -75,8 +74,8 @@ def serve(settings: RunnerSettings) -> None:
 async def _serve(settings: RunnerSettings) -> None:
     """Serve probes, wakeups and metrics of the pod, and execute the runs of its workflow until it should stop.
 
-    It stops on a stop signal, or when its deployment is gone. Runs may then finish for the drain time; the
-    others are handed off.
+    It stops on SIGTERM or SIGINT, or when it is orphaned. Runs may then finish for the drain time; the others are
+    handed off.
     """
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -107,6 +106,7 @@ async def _serve(settings: RunnerSettings) -> None:
 
 
 async def _stop_when_orphaned(gateway: GatewayClient, settings: RunnerSettings, stop: asyncio.Event) -> None:
+    """Set `stop` once the pod is orphaned, and log the reason."""
     reason = await wait_orphaned(gateway, settings.runner_orphan_seconds)
     log.warning("runner orphaned", workflow_id=settings.runner_workflow_id, reason=reason)
     stop.set()
@@ -115,10 +115,9 @@ async def _stop_when_orphaned(gateway: GatewayClient, settings: RunnerSettings, 
 async def make_first_contact(
     gateway: GatewayClient, settings: RunnerSettings, stop: asyncio.Event
 ) -> PodContact | None:
-    """Return the first answer of the gateway, asked every quarter of a second until it comes; learn the
-    database time from it.
+    """Ask the gateway for the definition of this pod, every quarter of a second until it answers, and set the clock.
 
-    It has the definition of the pod. None if `stop` is set before.
+    Refusals are repeated too. Returns None if `stop` is set before.
     """
     while not stop.is_set():
         try:

@@ -105,7 +105,10 @@ class RemoteModelLedger:
         self._gateway = gateway
 
     async def reserve(self, caller: RunCaller, reservation: ModelReservation) -> bool:
-        """Reserve what a call may cost; raises `NodeError`, which may be retried if the gateway doesn't answer."""
+        """Reserve the maximum cost of a call in the budgets that count it; always returns True.
+
+        Raises `NodeError`: for an exceeded budget, and a retryable one if the gateway refuses or doesn't answer.
+        """
         path = f"/executions/{caller.execution_id}/models/reserve"
         try:
             await self._gateway.call(path, ModelReserveRequest(reservation), dict[str, Any])
@@ -116,19 +119,21 @@ class RemoteModelLedger:
         return True
 
     async def settle(self, caller: RunCaller, settlement: ModelSettlement, *, is_reserved: bool) -> None:  # noqa: ARG002 - the protocol's parameter
-        """Settle a call; the reservation stays if the gateway doesn't answer."""
+        """Replace the reservation of a call by its real cost; it stays if the gateway refuses or doesn't answer."""
         path = f"/executions/{caller.execution_id}/models/settle"
         with suppress(DatabaseUnavailable, CallRefused):
             await self._gateway.call(path, ModelSettleRequest(settlement), dict[str, Any])
 
     async def release(self, caller: RunCaller, key: str) -> None:
-        """Remove a reservation; it stays if the gateway doesn't answer."""
+        """Remove the reservation of a call that costs nothing; it stays if the gateway refuses or doesn't answer."""
         path = f"/executions/{caller.execution_id}/models/release"
         with suppress(DatabaseUnavailable, CallRefused):
             await self._gateway.call(path, ModelReleaseRequest(key), dict[str, Any])
 
     async def count_failure(self, caller: RunCaller, failed: FailedModelCall) -> None:
-        """Count a failed call; it isn't counted if the gateway doesn't answer."""
+        """Count a failed call in the metrics of its model; it isn't counted
+        if the gateway refuses or doesn't answer.
+        """
         path = f"/executions/{caller.execution_id}/models/failed"
         with suppress(DatabaseUnavailable, CallRefused):
             await self._gateway.call(path, ModelFailureRequest(failed), dict[str, Any])
@@ -145,7 +150,10 @@ class RemoteModels:
         self.ledger = RemoteModelLedger(gateway)
 
     async def find(self, caller: RunCaller, model_id: str) -> ModelConnection:
-        """Return a model as the gateway sends it; raises `NodeError`."""
+        """Return a model with the key of its provider, asked from the gateway at each call; raises `NodeError`.
+
+        The error is retryable if the gateway refuses or doesn't answer.
+        """
         from nodes.ai.model_connection import ModelConnection  # noqa: PLC0415 - loaded with the first call of a model
 
         path = f"/executions/{caller.execution_id}/models"
@@ -156,7 +164,9 @@ class RemoteModels:
             raise NodeError(message, code="model-unavailable", retryable=True) from error
 
     async def block(self, caller: RunCaller, model_id: str, seconds: float) -> None:
-        """Tell the gateway that a provider accepts no calls for some seconds; nothing happens if it can't be told."""
+        """Report to the gateway that the provider of a model accepts no calls for `seconds`;
+        a failed report is ignored.
+        """
         path = f"/executions/{caller.execution_id}/models/blocked"
         with suppress(DatabaseUnavailable, CallRefused):
             await self._gateway.call(path, ModelBlockRequest(model_id, seconds), dict[str, Any])
@@ -178,11 +188,9 @@ class RemoteRunStarter:
         iteration: str,
         awaited: bool,
     ) -> str:
-        """Start a run of another workflow through the gateway, or find that of an earlier equal call; return
-        its id.
+        """Start a run of another workflow through the gateway, at most once per node and iteration; return its id.
 
-        An `awaited` run answers the node at its end. Raises `NodeError`; waits while the gateway is
-        unavailable.
+        An `awaited` run answers the node at its end. Raises `NodeError`; waits while the gateway is unavailable.
         """
         inputs = msgspec.Raw(msgspec.json.encode(trigger_inputs))
         call = StartRunRequest(
@@ -218,8 +226,8 @@ class RemoteApprovalLinks:
         self._gateway = gateway
 
     async def create_links(self, caller: RunCaller, places: Sequence[tuple[str, str]]) -> Sequence[str]:
-        """Return the URLs of approval links that the gateway creates, in the order of `places`, pairs of node
-        id and iteration.
+        """Return the URLs of approval links, in the order of `places`, pairs of node id and iteration;
+        the same in every call.
 
         Raises `NodeError`; waits while the gateway is unavailable.
         """
@@ -234,12 +242,18 @@ class RemoteCallbacks:
         self._gateway = gateway
 
     async def create_url(self, caller: RunCaller, *, node_id: str, iteration: str) -> str:
-        """Return the callback URL of a node. Raises `NodeError`; waits while the gateway is unavailable."""
+        """Return the callback URL of a node, the same in every call.
+
+        Raises `NodeError`; waits while the gateway is unavailable.
+        """
         path, call = f"/executions/{caller.execution_id}/callback-url", CallbackUrlRequest(node_id, iteration)
         return (await until_available(lambda: self._gateway.call(path, call, CallbackUrlResponse))).url
 
     async def sign(self, caller: RunCaller, message_id: str, body: bytes) -> Mapping[str, str]:
-        """Return the headers that sign a request. Raises `NodeError`; waits while the gateway is unavailable."""
+        """Return the headers that sign a request with the organization's secrets, which stay at the gateway.
+
+        Raises `NodeError`; waits while the gateway is unavailable.
+        """
         path, call = f"/executions/{caller.execution_id}/signatures", SignatureRequest(message_id, body)
         return (await until_available(lambda: self._gateway.call(path, call, SignatureResponse))).headers
 
@@ -298,7 +312,8 @@ class RemoteSignalWaits:
     async def expect(
         self, caller: RunCaller, wanted: SignalRequest, *, node_id: str, iteration: str
     ) -> SignalExpectation:
-        """Register a node as waiting for a signal at the gateway; return the end of the wait, or its answer.
+        """Register a node as waiting for a signal at the gateway; return the end of the wait,
+        or the answer if it has arrived.
 
         Raises `NodeError`; waits while the gateway is unavailable.
         """
@@ -307,7 +322,7 @@ class RemoteSignalWaits:
         return await until_available(lambda: self._gateway.call(path, call, SignalExpectation))
 
     async def reply(self, caller: RunCaller, node_id: str, iteration: str, value: bytes) -> None:
-        """Store a reply (JSON) to a signal at the gateway.
+        """Store the reply (JSON) of a node to the signal that it received, at the gateway.
 
         Raises `NodeError`; waits while the gateway is unavailable.
         """
@@ -323,8 +338,9 @@ class RemoteState:
         self._gateway = gateway
 
     async def publish(self, caller: RunCaller, key: str, value: bytes) -> None:
-        """Publish the value (JSON) of a key at the gateway. Raises `NodeError`; waits while the gateway is
-        unavailable.
+        """Publish the value (JSON) of a key in the state of the run, at the gateway, in place of an earlier one.
+
+        Raises `NodeError`; waits while the gateway is unavailable.
         """
         path, call = f"/executions/{caller.execution_id}/state", PublishRequest(key, value)
         await until_available(lambda: self._gateway.call(path, call, PublishResponse))
@@ -337,8 +353,8 @@ class RemoteBlobStorage:
         self._gateway = gateway
 
     async def put(self, owner: BlobOwner, sha256: str, content: bytes, label: BlobLabel) -> None:
-        """Send a blob to the gateway, which stores it durably; raises `BlobsUnavailable`, also after a minute
-        or a refusal.
+        """Send a blob to the gateway, which stores it durably; raises `BlobsUnavailable`
+        if it isn't stored within a minute.
         """
         headers = {"Content-Type": label.type, "X-Name": quote(label.name, safe="")}
         try:

@@ -13,10 +13,10 @@ CHECK_SECONDS: Final = 1.0
 
 
 async def wait_orphaned(gateway: GatewayClient, patience_seconds: float | None) -> str:
-    """Wait until this pod must exit, checked each second; return the reason as a text.
+    """Wait until this pod is orphaned, checked each second; return the reason as a text for the log.
 
-    That is the loss of its working folder, or a gateway that was away, or refused it, for `patience_seconds`;
-    None means without limit.
+    It is orphaned if its working folder is gone, or its gateway was away, or refused it, for `patience_seconds`; None
+    means without limit.
     """
     while _has_folder():
         failing_seconds = gateway.failing_seconds

@@ -27,7 +27,7 @@ class PodPhase(StrEnum):
 
 
 class PodLifecycle:
-    """State of the pod that its HTTP application reports and wakes."""
+    """Phase, drain time and wakeup of a pod, which its HTTP application and its executor share."""
 
     def __init__(self, token: str, workflow_id: str, patience_seconds: float = 0.0) -> None:
         self.workflow_id = workflow_id

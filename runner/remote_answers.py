@@ -38,21 +38,25 @@ class RemoteAnswers:
         """Time of the next question, by the event loop's clock."""
 
     def open(self, origin: AnswerOrigin) -> AbstractContextManager[LiveAnswer]:
-        """Return an answer to write; while it is open, the gateway is asked once a second whether somebody follows."""
+        """Open an answer to write, complete after the block; meanwhile ask the gateway
+        once a second whether clients follow it.
+        """
         opened = self._live.open(origin)
         if self._asking is None or self._asking.done():
             self._asking = asyncio.create_task(self._ask())
         return opened
 
     async def close(self) -> None:
-        """Send nothing more."""
+        """Stop asking the gateway and sending texts, and wait until both have ended."""
         if self._asking is not None:
             self._asking.cancel()
             await asyncio.gather(self._asking, return_exceptions=True)
         await self._live.close()
 
     async def _ask(self) -> None:
-        """Ask until no answer is open."""
+        """Ask the gateway once a second for the runs that clients follow,
+        whose texts are then sent, until no answer is open.
+        """
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(max(self._next_at - loop.time(), 0.0))
@@ -66,11 +70,14 @@ class RemoteAnswers:
                 self._live.follow(FollowRequest(execution_id, GATEWAY, is_repeated=is_repeated))
 
     async def _send(self, _channel: str, pieces: Sequence[AnswerPiece]) -> bool:
+        """Send pieces of texts to the gateway; return whether clients still follow all their runs."""
         answer = await self._call(OpenAnswersRequest(pieces=list(pieces)))
         return {piece.execution_id for piece in pieces} <= set(answer.followed)
 
     async def _call(self, call: OpenAnswersRequest) -> OpenAnswersResponse:
-        """Return the answer of the gateway, an empty one if it gives none."""
+        """Return the answer of the gateway, an empty one if it fails or refuses;
+        after a refusal, ask only a minute later.
+        """
         try:
             return await self._gateway.call("/open-answers", call, OpenAnswersResponse)
         except CallRefused:

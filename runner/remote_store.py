@@ -78,8 +78,10 @@ class RemoteRunStore:
         return claimed
 
     async def has_suspects(self, max_isolation_losses: int, target: str = "") -> bool:  # noqa: ARG002 - the gateway knows the deployment
-        """Return whether suspects of this deployment wait for a trial; see `RunStore.has_suspects`. `target`
-        is ignored.
+        """Return whether runs of this deployment that lost several workers wait for a trial;
+        see `RunStore.has_suspects`.
+
+        `target` is ignored: the gateway knows the deployment.
         """
         call = SuspectsRequest(max_isolation_losses)
         return (await self._gateway.call("/suspects", call, SuspectsResponse)).has_suspects
@@ -124,16 +126,19 @@ class RemoteRunStore:
         ]
 
     async def definitions(self, keys: Sequence[DefinitionKey]) -> dict[DefinitionKey, str]:
-        """Return the definitions with which runs of this pod were accepted; see `RunStore.definitions`."""
+        """Return the definitions with which runs of this pod were accepted, by their keys;
+        missing ones are left out.
+        """
         call = DefinitionsRequest([key.hash for key in keys])
         texts = (await self._gateway.call("/definitions", call, DefinitionsResponse)).texts
         return {key: texts[key.hash] for key in keys if key.hash in texts}
 
     async def spans(self, keys: Sequence[ExecutionKey]) -> dict[str, list[NodeSpan]]:
-        """Return the recorded spans of runs, read run by run and page by page; see `RunStore.spans`."""
+        """Return the recorded spans of each run by execution id, in order; an empty list for a run without any."""
         return {key.execution_id: await self._read_spans(key.execution_id) for key in keys}
 
     async def _read_spans(self, execution_id: str) -> list[NodeSpan]:
+        """Return all recorded spans of a run, with candidates of a replay, read page by page."""
         found: list[NodeSpan] = []
         while True:
             after = found[-1].sequence if found else 0
@@ -147,7 +152,9 @@ class RemoteRunStore:
                 return found
 
     async def steps(self, keys: Sequence[ExecutionKey]) -> dict[str, list[AgentStep]]:
-        """Return the steps of unfinished agents, read run by run and page by page; see `RunStore.steps`."""
+        """Return the steps of unfinished agents by execution id, in the order of their numbers;
+        runs without any are left out.
+        """
         found = {key.execution_id: await self._read_steps(key.execution_id) for key in keys}
         return {execution_id: steps for execution_id, steps in found.items() if steps}
 
@@ -163,11 +170,13 @@ class RemoteRunStore:
                 return sorted(found, key=lambda step: step.number)
 
     async def last_log_lines(self, keys: Sequence[ExecutionKey]) -> dict[str, int]:
-        """Return the last log position of each run; see `RunStore.last_log_lines`."""
+        """Return the highest number of each run's log lines by execution id; runs without any are left out."""
         return dict((await self._gateway.call("/log-ends", _runs_request(keys), LogPositions)).last_lines)
 
     async def answers(self, keys: Sequence[ExecutionKey]) -> dict[str, dict[tuple[str, str], bytes]]:
-        """Return the wait answers of nodes by execution ID, then by node ID and iteration."""
+        """Return the wait answers of nodes by execution id, then by node id and iteration;
+        runs without any are left out.
+        """
         found: dict[str, dict[tuple[str, str], bytes]] = {}
         for one in (await self._gateway.call("/answers", _runs_request(keys), NodeAnswersResponse)).answers:
             found.setdefault(one.execution_id, {})[one.node_id, one.iteration] = one.payload
@@ -180,9 +189,7 @@ class RemoteRunStore:
         return (await self._gateway.call("/promote", None, CountResponse)).count
 
     async def sweep(self, limit: int) -> SweepResult:  # noqa: ARG002 - the protocol's signature
-        """Return an empty result without a call: workers sweep for runs without an owner, and the gateway
-        announces work to pods.
-        """
+        """Return an empty result, without a call: workers and the gateway sweep for pods."""
         return SweepResult(0, {}, 0, has_pending=False)
 
     async def release(self, owner: str, held: Sequence[str]) -> int:  # noqa: ARG002 - the gateway knows the owner
@@ -194,8 +201,8 @@ class RemoteRunStore:
         return (await self._gateway.call("/release", ReleaseRequest(list(held)), CountResponse)).count
 
     async def for_thread(self) -> RemoteRunStore:
-        """Return a store with connections of its own for the running event loop, which may be that of another
-        thread.
+        """Return a store with connections of its own for the running event loop,
+        that of another thread than this store's.
         """
         return RemoteRunStore(self._gateway.for_loop())
 

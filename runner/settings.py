@@ -90,14 +90,15 @@ class RunnerSettings(ExecutionSettings):
 
     @model_validator(mode="after")
     def _has_token(self) -> RunnerSettings:
+        """Require a token or a file with it; raises `ValueError` without both."""
         if self.runner_token is None and self.runner_token_file is None:
             raise ValueError("PILOTFLAME_RUNNER_TOKEN or PILOTFLAME_RUNNER_TOKEN_FILE must be set")
         return self
 
     @property
     def token(self) -> str:
-        """Token with which the pod authenticates, from the setting or its file; it raises `OSError` if the
-        file can't be read.
+        """Token with which the pod authenticates, from the setting, else read from its file;
+        raises `OSError` if that fails.
         """
         if self.runner_token is not None:
             return self.runner_token.get_secret_value()

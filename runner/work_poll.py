@@ -68,7 +68,7 @@ class GatewayWorkPoll:
         """Do nothing: no runs are assigned to pods, which claim those of their deployment."""
 
     async def stop_worker(self) -> None:
-        """End the poll of the gateway: no more wakeups come.
+        """End the poll of the gateway: no more wakeups and requests arrive.
 
         Runs that finish meanwhile learn of requests by their lease renewals.
         """
@@ -83,7 +83,9 @@ class GatewayWorkPoll:
         await self.stop_worker()
 
     async def _poll(self, on_wakeup: Callable[[int], None]) -> None:
-        """Ask the gateway for work or requests again and again, until canceled; after a failure it pauses."""
+        """Ask the gateway for work and for requests to end runs, and pass both on, until canceled;
+        pause after a failure.
+        """
         loop = asyncio.get_running_loop()
         while True:
             try:
@@ -115,12 +117,18 @@ class GatewayWorkPoll:
             del self._heard[next(iter(self._heard))]
 
     def _note_run_count(self, news: WorkPollResponse) -> None:
+        """Remember the last run count of a gateway, which the next poll sends back;
+        the latest 100 gateways are kept.
+        """
         self._run_counts.pop(news.gateway, None)
         self._run_counts[news.gateway] = news.run_count
         while len(self._run_counts) > MAX_GATEWAYS:
             del self._run_counts[next(iter(self._run_counts))]
 
     async def _wait(self, rest: float) -> WorkPollResponse:
+        """Poll the gateway once and return its answer: for `rest` seconds for requests alone,
+        or if that is over for work too.
+        """
         seconds = rest if rest > 0 else MAX_WAIT_SECONDS
         call = WorkPollRequest(seconds, wants_work=rest <= 0, heard=self._heard, run_counts=self._run_counts)
         return await self._gateway.call("/wait", call, WorkPollResponse, seconds=seconds + GRACE_SECONDS)
