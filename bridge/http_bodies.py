@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 async def read_body(response: aiohttp.ClientResponse, max_bytes: int) -> bytes:
-    """Return the whole body of a response; raises `BridgeRefused` for a body of more than `max_bytes`."""
+    """Return the whole body of a response; raises `BridgeRefused` as soon as it has more than `max_bytes`."""
     body = bytearray()
     async for piece in response.content.iter_any():
         body += piece

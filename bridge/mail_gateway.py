@@ -75,8 +75,8 @@ class MailGateway:
     async def hand_off(self, token: str, content: bytes, *, sender: str, recipient: str) -> SmtpReply:
         """Post a raw mail (RFC 5322) to the address of a trigger token; return the SMTP reply, never raise.
 
-        The reply is 250 once the mail's run is committed, else 4xx (send it again) or 5xx (refused for good).
-        The call may take up to 60 seconds.
+        The reply is 250 once the mail's runs are committed, else 4xx (send it again) or 5xx (refused for good). The
+        call may take up to 60 seconds.
         """
         headers = {
             "Content-Type": "message/rfc822",

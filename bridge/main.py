@@ -27,6 +27,9 @@ def serve(settings: BridgeSettings) -> None:
 
 
 async def _serve(settings: BridgeSettings) -> None:
+    """Move messages of the configured queue to the workflow until SIGTERM or SIGINT,
+    with a heartbeat file if it is set.
+    """
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)

@@ -141,10 +141,11 @@ class QueueGateway:
         await self._session.close()
 
     async def _post(self, body: bytes) -> tuple[int, Mapping[str, str], bytes]:
-        """Post a JSON body to the workflow; return status, headers and body of the answer.
+        """Post a JSON body to the workflow's queue trigger; return status,
+        headers and body of the answer, of any status.
 
-        Raises `BridgeUnavailable` if the gateway is not reached within 15 seconds, and `BridgeRefused` for an
-        answer of over 4,000,000 bytes.
+        Raises `BridgeUnavailable` if the gateway does not answer within 15 seconds, and `BridgeRefused` for an answer
+        of over 4,000,000 bytes.
         """
         try:
             async with self._session.post(

@@ -73,9 +73,10 @@ class QueueTransfer:
             raise
 
     async def _hand_off(self, messages: Sequence[SourceMessage]) -> None:
-        """Post messages to the gateway, acknowledge those that it has taken, and handle the refused ones.
+        """Post messages to the gateway, acknowledge the accepted and duplicate ones,
+        which are counted, and handle the refused.
 
-        Counts accepted and duplicate messages. Waits while source or gateway are unavailable.
+        Waits while source or gateway are unavailable.
         """
         answers = await self._enqueue_halving(messages)
         both = list(zip(messages, answers, strict=True))
@@ -113,8 +114,10 @@ class QueueTransfer:
         ]
 
     async def _handle_refused(self, refused: Sequence[tuple[SourceMessage, MessageResult]]) -> None:
-        """Treat messages that the gateway refuses for good as the settings say: move them to the dead
-        letters, drop, or stop.
+        """Log messages that the gateway refuses for good, and treat them as the settings say:
+        as dead letters, drop, or stop.
+
+        To stop, raises `BridgeRefused` and leaves them in their queue.
         """
         policy = self._on_refused
         reasons: dict[str, str] = {}

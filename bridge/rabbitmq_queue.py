@@ -103,9 +103,9 @@ class RabbitmqQueue:
             await consumer.close()
 
     def _open_deliveries(self, ids: Sequence[str]) -> Iterator[AbstractIncomingMessage]:
-        """Remove deliveries from those in hand and yield the ones of this connection.
+        """Yield the deliveries of these ids that this connection holds, and remove each from those in hand.
 
-        RabbitMQ has requeued those of an earlier connection.
+        RabbitMQ has requeued those of an earlier connection: their ids are left out.
         """
         for delivery_id in ids:
             delivery = self._consumer.in_hand.pop(delivery_id, None) if self._consumer else None
@@ -127,7 +127,7 @@ class RabbitmqQueue:
 
 
 class RabbitmqConsumer:
-    """Connection with the deliveries that it has received."""
+    """Connection to RabbitMQ with one subscription, and the deliveries in hand: taken, and not acknowledged yet."""
 
     def __init__(self, connection: AbstractConnection) -> None:
         self.in_hand: dict[str, AbstractIncomingMessage] = {}
@@ -170,10 +170,11 @@ class RabbitmqConsumer:
         self._received.put_nowait(None)
 
     async def take(self, limit: int, wait_seconds: float) -> Sequence[tuple[str, AbstractIncomingMessage]]:
-        """Return up to `limit` received messages by id; an empty list if none arrives within `wait_seconds`.
+        """Return up to `limit` received messages, each with its id; an empty
+        list if none arrives within `wait_seconds`.
 
-        They stay in hand until they are acknowledged or rejected. Raises `BridgeUnavailable` once the channel
-        has ended, and then drops the messages received in the same call: RabbitMQ delivers them again.
+        They stay in hand until they are acknowledged or rejected. Raises `BridgeUnavailable` once the channel has
+        ended, and then drops the messages received in the same call: RabbitMQ delivers them again.
         """
         try:
             arrived = [await asyncio.wait_for(self._received.get(), wait_seconds)]

@@ -71,11 +71,11 @@ class RedisStream:
         self._claims_at = 0.0
 
     async def take(self, limit: int, wait_seconds: float) -> Sequence[SourceMessage]:
-        """Take own pending entries of an earlier process, else abandoned entries of other consumers, else new ones.
+        """Take pending entries that an earlier process of this consumer left,
+        else abandoned ones of other consumers, else new.
 
-        Creates the consumer group if it is missing, which begins at the first entry, and waits up to
-        `wait_seconds` for new entries. Raises `BridgeUnavailable`, and `BridgeRefused` for wrong credentials
-        or a key that is no stream.
+        Creates the consumer group if it is missing, which begins at the first entry, and waits up to `wait_seconds` for
+        new entries. Raises `BridgeUnavailable`, and `BridgeRefused` for wrong credentials or a key that is no stream.
         """
         async with self._translate_errors():
             await self._make_group()
@@ -85,16 +85,18 @@ class RedisStream:
             return await self._messages(entries)
 
     async def hold(self, ids: Sequence[str]) -> None:
-        """Reset the idle time of entries, as if they had just been delivered."""
+        """Reset the idle time of entries, as if they had just been delivered, so that no other consumer claims them."""
         await self._set_idle(ids, milliseconds=0)
 
     async def acknowledge(self, ids: Sequence[str]) -> None:
-        """Acknowledge entries in the consumer group, so that no consumer gets them again."""
+        """Acknowledge entries in the consumer group, so that no consumer gets them again,
+        and delete them if configured.
+        """
         async with self._translate_errors():
             await self._acknowledge(ids)
 
     async def release(self, ids: Sequence[str]) -> None:
-        """Raise the idle time of entries, so that they count as abandoned: Redis has no other way to release them."""
+        """Set the idle time of entries to the hold time, so that other consumers claim them as abandoned."""
         await self._set_idle(ids, milliseconds=self._hold_milliseconds)
 
     async def dead_letter(self, reasons: Mapping[str, str]) -> None:
@@ -194,6 +196,7 @@ class RedisStream:
         return SourceMessage(entry_id, deduplication_id, body, priority)
 
     async def _acknowledge(self, ids: Sequence[str]) -> None:
+        """Acknowledge entries, and delete them from the stream if configured; raises the errors of Redis."""
         await self._client.xack(self._stream, self._group, *ids)
         if self._deletes:
             await self._client.xdel(self._stream, *ids)

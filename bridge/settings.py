@@ -206,9 +206,9 @@ class AwsCredentials:
     def from_environment(
         cls, settings: SqsBridgeSettings, environment: Mapping[str, str] = os.environ
     ) -> AwsCredentials:
-        """Return the AWS credentials and the region from the environment variables.
+        """Return the AWS credentials and the region from the usual environment variables.
 
-        A region in the queue's host name has precedence over `AWS_REGION` and `AWS_DEFAULT_REGION`. Raises
+        A region in the queue's host name has precedence over `AWS_REGION`, and that over `AWS_DEFAULT_REGION`. Raises
         `InvalidSettings`, which names the missing variables.
         """
         host = _SQS_HOST.fullmatch(urlsplit(settings.bridge_sqs_queue_url).hostname or "")

@@ -77,7 +77,7 @@ class SmtpMailHandler:
     async def handle_DATA(self, server: SMTP, session: Session, envelope: Envelope) -> str:  # noqa: N802 - aiosmtpd's name
         """Handle the content of a mail (DATA): post it to the gateway for each recipient; return the SMTP reply.
 
-        With LMTP the reply has one line per recipient, with SMTP one line for all.
+        With LMTP the reply has one line per recipient, with SMTP the worst one for all.
         """
         del server, session
         content = envelope.content or b""
@@ -97,7 +97,9 @@ class SmtpMailHandler:
         return worst_reply(replies).line
 
     async def _hand_off(self, address: str, content: bytes, envelope: Envelope) -> SmtpReply:
-        """Post a mail to the trigger of one recipient; return the SMTP reply."""
+        """Post a mail to the trigger of one recipient; return the SMTP reply,
+        550 without a trigger token in the address.
+        """
         token, _ = split_recipient(address)
         if token is None:
             return NO_SUCH_ADDRESS_REPLY
@@ -161,7 +163,7 @@ class _RejectedConnection(asyncio.Protocol):
 
 
 class _BoundedSmtp(SMTP):
-    """SMTP protocol of aiosmtpd that counts as open; STARTTLS calls `connection_made` a second time."""
+    """SMTP protocol of aiosmtpd that counts as one open connection from its start to its loss."""
 
     def __init__(self, handler: SmtpMailHandler, *, connections: BoundedConnections, **settings: Any) -> None:  # noqa: ANN401 - those of aiosmtpd
         super().__init__(handler, **settings)
@@ -184,7 +186,7 @@ class _BoundedSmtp(SMTP):
 
 
 class _BoundedLmtp(_BoundedSmtp, LMTP):
-    """LMTP protocol of aiosmtpd that counts as open."""
+    """LMTP protocol of aiosmtpd that counts as one open connection from its start to its loss."""
 
 
 @asynccontextmanager
@@ -218,6 +220,7 @@ def serve(settings: SmtpListenerSettings) -> None:
 
 
 async def _serve(settings: SmtpListenerSettings) -> None:
+    """Listen for mail until SIGTERM or SIGINT, with a heartbeat file if it is set."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -116,7 +116,7 @@ class SqsQueue:
     async def take(self, limit: int, wait_seconds: float) -> Sequence[SourceMessage]:
         """Take up to `limit` messages, at most 100; an empty list after `wait_seconds` without one.
 
-        Waits for a first page of 10 messages, and after a full one fetches more pages concurrently. Raises
+        Waits for a first page of up to 10 messages, and after a full one fetches more pages concurrently. Raises
         `BridgeUnavailable` and `BridgeRefused` for the first page; failures of later pages are ignored.
         """
         first = await self._receive(min(limit, BATCH_MESSAGES), wait_seconds)
@@ -133,7 +133,9 @@ class SqsQueue:
         await self._change_visibility(ids, self._hold_seconds)
 
     async def acknowledge(self, ids: Sequence[str]) -> None:
-        """Delete messages. After the end of its visibility timeout, a message is delivered again, and deduplicated."""
+        """Delete messages, so that they are never delivered again; one whose
+        visibility timeout has ended is only logged.
+        """
         await self._in_batches("DeleteMessageBatch", ids, {})
 
     async def release(self, ids: Sequence[str]) -> None:
@@ -141,10 +143,11 @@ class SqsQueue:
         await self._change_visibility(ids, 0)
 
     async def dead_letter(self, reasons: Mapping[str, str]) -> None:
-        """Make messages visible at once; SQS moves them to the dead-letter queue after its number of receives.
+        """Make messages visible at once; SQS itself moves them to its dead-letter
+        queue after the configured number of receives.
 
-        The reasons are not passed on. Raises `BridgeRefused` if the queue has no redrive policy, and so no
-        dead-letter queue.
+        The reasons are not passed on. Raises `BridgeRefused` if the queue has no redrive policy, and so no dead-letter
+        queue.
         """
         found = await self._call(
             "GetQueueAttributes",
@@ -178,7 +181,7 @@ class SqsQueue:
         return [self._message(one) for one in batch.messages or ()]
 
     def _message(self, received: _SqsMessage) -> SourceMessage:
-        """Convert a received message; an unreadable body or priority gives a `problem` instead of a body."""
+        """Convert a received message; one with an unreadable body or priority gets a `problem` instead of a body."""
         deduplication_id = make_deduplication_id(self.label, received.message_id)
         attribute = received.message_attributes.get(PRIORITY_ATTRIBUTE)
         try:
@@ -194,9 +197,10 @@ class SqsQueue:
         await self._in_batches("ChangeMessageVisibilityBatch", ids, {"VisibilityTimeout": seconds})
 
     async def _in_batches(self, action: str, ids: Sequence[str], about_each: Mapping[str, int]) -> None:
-        """Call an action for messages in batches of 10, concurrently.
+        """Call an action of SQS for messages in batches of 10, concurrently; `ids` are their receipt handles.
 
-        `about_each` has further members of each entry. Raises `BridgeUnavailable` and `BridgeRefused`.
+        `about_each` has further members of each entry. After all batches, raises the first error, `BridgeUnavailable`
+        or `BridgeRefused`.
         """
         calls = [self._batch(action, some, about_each) for some in _split_pages(ids, BATCH_MESSAGES)]
         for outcome in await asyncio.gather(*calls, return_exceptions=True):

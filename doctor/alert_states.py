@@ -73,7 +73,7 @@ _RULES: Final[Mapping[str, Callable[[ProcessFacts, QueueFacts], bool]]] = {
 
 
 async def read_queue_facts(connection: AsyncConnection) -> QueueFacts:
-    """Read delays and drift of all organizations."""
+    """Return delays and drift of the rows of all organizations."""
     findings = [
         *await row_checks.find_overdue_rows(connection),
         *deployment_checks.check_deployments(await deployment_checks.read_deployments(connection)),
@@ -90,14 +90,16 @@ async def read_queue_facts(connection: AsyncConnection) -> QueueFacts:
 
 
 def evaluate(processes: ProcessFacts, queue: QueueFacts) -> Sequence[Alert]:
-    """Return all alerts with their states: firing ones first, then those that only Prometheus knows."""
+    """Return all alerts with their states: firing ones first, then those
+    that only Prometheus knows, then quiet ones.
+    """
     order = list(AlertState)
     alerts = [Alert(notice, _determine_state(notice.name, processes, queue)) for notice in NOTICES.values()]
     return sorted(alerts, key=lambda alert: order.index(alert.state))
 
 
 def _determine_state(name: str, processes: ProcessFacts, queue: QueueFacts) -> AlertState:
-    """Return the state of an alert; unknown without a condition that the stores can tell."""
+    """Return the state of an alert by its name: unknown if the stores can't tell it."""
     is_firing = _RULES.get(name)
     if is_firing is None:
         return AlertState.UNKNOWN

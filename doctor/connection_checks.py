@@ -96,9 +96,9 @@ async def _check_pooler(address: str, announces: str) -> Sequence[DriftFinding]:
 
 
 async def _examine_pooler(first: Any, address: str, announces: str) -> Sequence[DriftFinding]:  # noqa: ANN401 - asyncpg's own
-    """Return findings about a pooler that a first connection uses; none without a pooler.
+    """Return findings about the pooler through which `first` is connected; none without a pooler.
 
-    Findings are statement mode, and notifications through a pooler in transaction mode.
+    Findings are statement mode, and for transaction mode notifications through the pooler and missing database options.
     """
     # A pooler answers the start of a session itself, with a process id that it has made up.
     if await first.fetchval("SELECT pg_backend_pid()") == first.get_server_pid():
@@ -151,7 +151,9 @@ async def _allows_transactions(address: str) -> bool:
 
 
 async def _shares_sessions(first: Any, address: str) -> bool:  # noqa: ANN401 - asyncpg's own
-    """Return whether two connections meet one session of the server, each for one transaction."""
+    """Return whether a second connection gets the server process of the first,
+    as through a pooler in transaction mode.
+    """
     second = await asyncpg.connect(address, timeout=CONNECT_SECONDS)
     try:
         statement = "SELECT pg_backend_pid()"

@@ -64,8 +64,9 @@ async def read_deployments(connection: AsyncConnection) -> Sequence[DeploymentAc
 
 
 async def read_undeploying(connection: AsyncConnection) -> frozenset[str]:
-    """Return the ids of workflows whose objects are being deleted since less than ten minutes: their pods may
-    still end.
+    """Return the ids of undeployed workflows whose objects are not gone, for ten minutes after the last change.
+
+    Their pods may still end.
     """
     statement = select(col(Deployment.workflow_id)).where(
         col(Deployment.is_deployed).is_(False),
@@ -76,7 +77,7 @@ async def read_undeploying(connection: AsyncConnection) -> frozenset[str]:
 
 
 def check_deployments(deployments: Sequence[DeploymentActivity]) -> Iterator[DriftFinding]:
-    """Yield at most one finding per deployment: its lifecycle policy is not kept, or a change is not applied.
+    """Yield at most one finding per deployment: its lifecycle policy is not kept, or its last change is not applied.
 
     A change counts only after 60 seconds.
     """
@@ -90,10 +91,11 @@ def compare_cluster(
     listed: Sequence[ClusterDeployment],
     undeploying: Collection[str] = frozenset(),
 ) -> Iterator[DriftFinding]:
-    """Yield findings about deployments that the cluster lacks, has with other replicas, or has without a row.
+    """Yield findings about deployments that the cluster lacks or has with other contents,
+    and about objects without a row.
 
-    Deployments with a recent (under 60 seconds) or unapplied change are compared only for the last kind, and
-    those of the workflows `undeploying` not at all. A listed deployment that doesn't exist has other objects.
+    Deployments that change, or did so in the last 60 seconds, are not compared with the cluster; objects of workflows
+    in `undeploying` are no finding. A listed deployment that doesn't exist has other objects, such as a Secret.
     """
     in_cluster = {one.workflow_id: one for one in listed if one.exists}
     for seen in deployments:
@@ -116,6 +118,11 @@ def compare_cluster(
 
 
 def _compare_deployment(deployment: Deployment, found: ClusterDeployment | None) -> DriftFinding | None:
+    """Return the first difference between a row and the cluster as a finding:
+    objects, generation, replicas or ready pods.
+
+    None if they agree; `found` is None if the cluster has no objects of the deployment.
+    """
     if found is None:
         message = "The workflow is deployed, and the cluster has no objects of it."
         return _build_finding(DriftClass.WORKFLOW_WITHOUT_DEPLOYMENT, deployment, message)
@@ -150,7 +157,7 @@ def _compare_deployment(deployment: Deployment, found: ClusterDeployment | None)
 def _check_policy(seen: DeploymentActivity) -> DriftFinding | None:
     """Return a finding if the lifecycle policy would start or stop the deployment now; None if it is kept.
 
-    Also a finding for a time zone that this machine does not know.
+    A policy with a time zone that this machine does not know is a finding too.
     """
     try:
         decision = wakes.decide_lifecycle(seen)
@@ -188,7 +195,9 @@ def _check_change(seen: DeploymentActivity) -> DriftFinding | None:
 
 
 def _is_settled(seen: DeploymentActivity) -> bool:
-    """Return whether the last change is applied and older than 60 seconds, so that the cluster must agree."""
+    """Return whether the last change is applied and over 60 seconds old, and no pod starts or stops:
+    the cluster must agree.
+    """
     deployment = seen.deployment
     return (
         deployment.observed_generation >= deployment.generation

@@ -101,9 +101,9 @@ async def examine(
 ) -> ExaminationReport:
     """Examine all stores twice, `grace_seconds` apart; return the findings seen both times, critical ones first.
 
-    So states that pass by themselves are not reported. An unreachable store is reported, never taken for
-    clean. Without findings the second observation is left out. `seen_before` has the findings of an earlier
-    observation, which is the first one if it has all of them; None: there was none.
+    So states that pass by themselves are not reported. Without findings the second observation is left out, and also if
+    `seen_before`, the keys of an earlier observation, has all of them. An unreachable store is reported, never taken
+    for clean.
     """
     second = await _observe(stores)
     observed = frozenset(finding.key for finding in second.findings)
@@ -133,7 +133,7 @@ async def _observe(stores: ExaminedStores) -> _Observation:
 async def _observe_database(stores: ExaminedStores, seen: _Observation) -> None:
     """Add the findings of the database, read in one snapshot, and of the cluster if it is examined.
 
-    Stores that don't answer are marked as unreachable. Outdated tables are the only finding.
+    Stores that don't answer are marked as unreachable. If the tables are of another version, nothing else is checked.
     """
     seen.stores["database"] = StoreState.OK
     seen.stores["cluster"] = StoreState.NOT_EXAMINED

@@ -68,7 +68,7 @@ async def find_overdue_rows(connection: AsyncConnection) -> Sequence[DriftFindin
 
 
 async def _have_workers_places(connection: AsyncConnection) -> bool:
-    """Return whether the present workers together hold fewer runs than their concurrency."""
+    """Return whether the workers that are present hold fewer runs together than they may."""
     free = select(func.sum(col(WorkerPresence.concurrency) - col(WorkerPresence.held_runs))).where(
         col(WorkerPresence.seen_at) > before(ABSENT_SECONDS), col(WorkerPresence.ended_at).is_(None)
     )
@@ -76,6 +76,9 @@ async def _have_workers_places(connection: AsyncConnection) -> bool:
 
 
 def _select_runs(since: SQLColumnExpression[Any]) -> Select[*tuple[Any, ...]]:
+    """Return the statement for runs of which the time `since` is over 60 seconds ago:
+    id, organization and that time.
+    """
     return select(col(Execution.id), col(Execution.organization_id), since.label("since")).where(
         since < before(OVERDUE_SECONDS)
     )

@@ -50,7 +50,7 @@ class ServerFacts:
 def check_settings(facts: ServerFacts) -> Iterator[DriftFinding]:
     """Yield a finding for each setting of the server that is unsafe, or that users will trip over.
 
-    Checked are the public URL, allowed networks, the server secret, and the permissions of files.
+    Checked are the public URL, allowed networks, the server secret, passwords and keys, and the permissions of files.
     """
     yield from _check_public_url(facts)
     yield from _check_networks(facts)
@@ -60,8 +60,8 @@ def check_settings(facts: ServerFacts) -> Iterator[DriftFinding]:
 
 
 def _check_public_url(facts: ServerFacts) -> Iterator[DriftFinding]:
-    """Yield findings about the public URL: unset or loopback on a public address, plain HTTP, or HTTPS
-    without trusted proxies.
+    """Yield findings about the public URL: unset or loopback on a public address, plain HTTP,
+    or HTTPS without trusted proxies; nothing for a server on loopback without one.
     """
     is_public = facts.host not in LOOPBACK_HOSTS
     if not facts.public_url:
@@ -108,7 +108,9 @@ def _check_networks(facts: ServerFacts) -> Iterator[DriftFinding]:
 
 
 def _check_secret(facts: ServerFacts) -> Iterator[DriftFinding]:
-    """Yield a critical finding for a server secret of fewer than 10 different characters; none without a secret."""
+    """Yield a critical finding for a server secret that can be guessed or looks like a placeholder;
+    none without a secret.
+    """
     if not facts.secret:
         return
     if len(set(facts.secret)) < FEW_CHARACTERS:
@@ -126,7 +128,10 @@ def _check_secret(facts: ServerFacts) -> Iterator[DriftFinding]:
 
 
 def _check_passwords(facts: ServerFacts) -> Iterator[DriftFinding]:
-    """Yield findings about the key of a first start and the password of the database, if others may know them."""
+    """Yield critical findings about a bootstrap API key or a database password that others may know or guess.
+
+    A password of a database on this machine is none.
+    """
     key = facts.bootstrap_api_key
     if key and (len(set(key)) < FEW_CHARACTERS or PLACEHOLDER.search(key)):
         yield _build_finding(
@@ -148,8 +153,9 @@ def _check_passwords(facts: ServerFacts) -> Iterator[DriftFinding]:
 
 
 def _check_permissions(facts: ServerFacts) -> Iterator[DriftFinding]:
-    """Yield a critical finding if other users of the machine may open the file of the secret or of the SQLite
-    database.
+    """Yield a critical finding for each file, of the secret and of the SQLite database, that other users may open.
+
+    A folder that only its owner may enter protects its files.
     """
     paths = [facts.data_dir / "secret.key"]
     if is_sqlite(facts.database_url) and facts.database_url.database:

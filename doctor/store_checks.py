@@ -62,7 +62,7 @@ async def check_tables(database: Database) -> Sequence[DriftFinding]:
 
 
 async def check_database(connection: AsyncConnection) -> Sequence[DriftFinding]:
-    """Return findings about an absent scheduler leader, absent workers, and processes of another version.
+    """Return findings about an absent leading scheduler, absent workers, and processes of another version.
 
     On PostgreSQL also about invalid indexes and a clock that differs by over 2 seconds from this host's.
     """
@@ -77,7 +77,7 @@ async def check_database(connection: AsyncConnection) -> Sequence[DriftFinding]:
 
 
 async def check_blobs(database: Database, blobs: BlobStore) -> Sequence[DriftFinding]:
-    """Return findings about stored blobs without a run, and about large outputs without their blob.
+    """Return one finding for all stored blobs without a run, and a critical one for each large output without its blob.
 
     Only the newest 200 outputs are looked up. Raises `DatabaseUnavailable` and `BlobsUnavailable`.
     """
@@ -111,7 +111,9 @@ async def check_blobs(database: Database, blobs: BlobStore) -> Sequence[DriftFin
 
 
 async def _check_leader(connection: AsyncConnection) -> Sequence[DriftFinding]:
-    """Return a finding if no scheduler leads; none while a process with all roles (`pilotflame dev`) is present."""
+    """Return a critical finding if no scheduler leads; none while a process
+    with all roles (`pilotflame dev`) is present.
+    """
     leads = select(func.count()).where(col(Leadership.lease_until) > before(0))
     # One process that has all roles needs no election.
     has_all_roles = _select_present().where(col(WorkerPresence.owner).startswith(ALL_IN_ONE_OWNER))
@@ -123,7 +125,7 @@ async def _check_leader(connection: AsyncConnection) -> Sequence[DriftFinding]:
 
 
 async def _check_workers(connection: AsyncConnection) -> Sequence[DriftFinding]:
-    """Return a finding if no worker is present; otherwise none."""
+    """Return a critical finding if no worker is present; otherwise none."""
     if await connection.scalar(_select_present()):
         return ()
     message = "No worker is present: runs that no pod executes stay pending."
@@ -159,8 +161,7 @@ async def check_audit_chain(
 ) -> Sequence[DriftFinding]:
     """Return a critical finding for each organization with a broken chain of audit entries.
 
-    `organization_id` None: all organizations. `newest` is how many entries are read, None for the whole
-    chains.
+    `organization_id` None: all organizations. `newest` is the number of entries to read of each, None for whole chains.
     """
     return [
         DriftFinding(

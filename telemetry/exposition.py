@@ -35,6 +35,9 @@ class InstrumentCollector(Collector):
 
 
 def _collect_family(family: MetricFamily) -> Metric:
+    """Return a family with its present values as the Prometheus client expects it,
+    without values before its first use.
+    """
     labels = list(family.labels)
     if family.kind is MetricKind.HISTOGRAM:
         shown = HistogramMetricFamily(family.full_name, family.help, labels=labels)
@@ -51,12 +54,16 @@ def _collect_family(family: MetricFamily) -> Metric:
 
 
 def _cumulate(found: Histogram) -> list[tuple[str, float]]:
-    """Return each upper bound with the number of observations up to it."""
+    """Return each upper bound of a histogram as text, with the number of observations up to it;
+    the last bound is `+Inf`.
+    """
     bounds = [*map(floatToGoString, found.bounds), "+Inf"]
     return [*zip(bounds, map(float, accumulate([*found.counts])), strict=True)]
 
 
 @cache
 def register() -> None:
-    """Let the default registry of the client show the instruments of this process."""
+    """Register the instruments of this process in the Prometheus client's default registry;
+    later calls change nothing.
+    """
     REGISTRY.register(InstrumentCollector())

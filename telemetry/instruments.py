@@ -143,9 +143,10 @@ def histogram(name: str, *values: str) -> Histogram | UnreadInstrument:
 
 
 def declare(*names: str) -> None:
-    """Expose metric families from the start, as 0, with every combination of label values that the table lists.
+    """Expose metric families from now on, as 0, with every combination of the label values that the table lists.
 
-    A family with a label of free values is declared without any value. Raises `KeyError` for an unknown family.
+    A family with a label of free values is exposed without values until its first use. Raises `KeyError` for an unknown
+    family.
     """
     of_kind: Mapping[MetricKind, Callable[[str, Labels], object]] = {
         MetricKind.COUNTER: _find_counter,
@@ -191,7 +192,10 @@ def _find_histogram(name: str, values: Labels) -> Histogram:
 
 
 def _find_family(name: str, kind: MetricKind) -> MetricFamily:
-    """Return a family of this kind and note that this process exposes it; raises LookupError for any other."""
+    """Return a family of this kind and note that this process exposes it.
+
+    Raises `KeyError` for an unknown family, and `LookupError` for one of another kind.
+    """
     family = FAMILIES[name]
     if family.kind is not kind:
         raise LookupError(f"{name} is a {family.kind}, not a {kind}")
@@ -202,9 +206,9 @@ def _find_family(name: str, kind: MetricKind) -> MetricFamily:
 def _find_child(
     children: dict[Labels, Instrument], family: MetricFamily, values: Labels, make: Callable[[], Instrument]
 ) -> Instrument:
-    """Return the instrument of these label values, made at its first use.
+    """Return the instrument of these label values, created at its first use.
 
-    Values that the family does not list become `other`; beyond 5,000 combinations, all values do.
+    Values that the family does not list become `other`; beyond 5,000 combinations, so do all values of a new one.
     """
     allowed = zip(values, family.labels.values(), strict=True)
     labels = tuple(value if not known or value in known else OTHER for value, known in allowed)

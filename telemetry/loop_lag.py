@@ -13,7 +13,7 @@ LAG_SAMPLES: Final = 10
 
 
 class LoopLagMeter:
-    """Longest delay of a timer of one second among its last ten firings."""
+    """Meter of the delay of an event loop: the longest of a timer of one second among its last ten firings."""
 
     def __init__(self) -> None:
         """Create a meter that has measured nothing."""
@@ -25,7 +25,9 @@ class LoopLagMeter:
         return max(self._lags, default=0.0)
 
     async def measure_forever(self, on_sample: Callable[[float], None] = lambda _: None) -> None:
-        """Take a sample each second until the task is canceled, and call `on_sample` with the longest of the last."""
+        """Measure each second until the task is canceled, and call `on_sample`
+        with the longest delay of the last ten.
+        """
         while True:
             asked_at = time.monotonic()
             await asyncio.sleep(LAG_INTERVAL_SECONDS)

@@ -53,7 +53,11 @@ class ConnectionActivity:
     """Last failure as text without credentials."""
 
     def show(self, now: float) -> dict[str, Any]:
-        """Return `ms` and `age` of the last answer, `failure` and `failureAge` of the last failure."""
+        """Return `ms` and `age` of the last answer, `failure` and `failureAge` of the last failure,
+        without those that are none.
+
+        `now` is by the monotonic clock; ages are in seconds.
+        """
         shown: dict[str, Any] = {}
         if self.answer is not None:
             shown |= {"ms": round(self.answer.seconds * 1_000, 2), "age": round(now - self.answer.at, 1)}
@@ -100,7 +104,7 @@ class ProcessActivity:
     """Servers that the process uses, by name."""
 
     def note_failure(self, connection: str, error: BaseException) -> None:
-        """Note that a server failed now; the text of the error is stripped of credentials."""
+        """Record that a server failed now; the text of the error is stripped of credentials."""
         from telemetry.failure_texts import describe_failure  # noqa: PLC0415 - loaded with the first failure
 
         noted = self.connections[connection]

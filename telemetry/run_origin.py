@@ -15,15 +15,17 @@ _REQUEST: Final = "request="
 
 
 def current_origin() -> str | None:
-    """Return the text for the row of a run that the current request starts; None outside of requests."""
+    """Return the text for `trace_origin` of a run that the current request or run starts; None outside of both."""
     span = None if tracing.tracer is None else tracing.current_origin()
     return _join_fields(span, log_context.fields.get(log_context.EMPTY).get("request_id"))
 
 
 def origin_of_child(execution_id: str, token: int, origin: str | None) -> str | None:
-    """Return the text for the row of a run that another run starts: the other's request, and its claim as the span.
+    """Return the text for `trace_origin` of a run that another run starts:
+    the id of the other's request, and its claim.
 
-    `token` is the fencing token of the claim, `origin` the text in the row of the other run.
+    `token` is the fencing token of the claim, `origin` the text in the row of the other run. None without traces and
+    without a request.
     """
     span = None
     if tracing.tracer is not None:

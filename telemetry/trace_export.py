@@ -25,10 +25,10 @@ class TracingUnavailable(Exception):
 
 @asynccontextmanager
 async def run_tracer(settings: TraceSettings, process: str) -> AsyncIterator[None]:
-    """Send the traces of this process to the configured OTLP address during the block; without one, do nothing.
+    """Send the traces of this process to the configured OTLP address during the block; without an address, do nothing.
 
-    `process` is the service name in the traces. Raises `TracingUnavailable` if OpenTelemetry is not
-    installed.
+    `process` is the service name in the traces. On exit, queued spans get three seconds. Raises `TracingUnavailable` if
+    OpenTelemetry is not installed.
     """
     if not settings.otlp_url:
         yield

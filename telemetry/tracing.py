@@ -82,7 +82,9 @@ def parse_traceparent(text: str) -> TraceContext | None:
 
 
 def limit_code(code: str) -> str:
-    """Return a code of an error for a trace: letters, digits and hyphens; `error` for others, which may hold data."""
+    """Return an error code for a trace: the code itself if it is letters, digits and hyphens,
+    else `error`, since it may be data.
+    """
     return code if _CODE.fullmatch(code) else "error"
 
 
@@ -115,7 +117,7 @@ def decode_origin(origin: str | None) -> tuple[TraceContext | None, bool]:
 
 
 def find_trace_page(template: str, execution_id: str, origin: str | None) -> str | None:
-    """Return the address of a run's trace by a template with `{trace_id}`.
+    """Return the address of the page of a run's trace, from a template with `{trace_id}`.
 
     None without a template, in a process without traces, and for a run that is not sampled.
     """
@@ -156,9 +158,9 @@ class RequestTrace:
     def end(
         self, now: datetime, seconds: float, method: str, route: str, status: int, request_id: str
     ) -> None:
-        """Send the span of a sampled request that ends at `now` after `seconds`; a status from 500 on is an error.
+        """Send the span of the request, which ended at `now` after `seconds`; nothing if it isn't sampled.
 
-        Routes of probes and static files, and unknown paths, have no span.
+        A status from 500 on is an error. Routes of probes and static files, and unknown paths, have no span.
         """
         if not self.context.is_sampled or route.startswith(UNTRACED_ROUTES):
             return
@@ -197,12 +199,14 @@ class RunTrace:
         return self.is_sampled and self.tracer.sends_content
 
     def hold_content(self, call: object, content: object) -> None:
-        """Keep the content of a call for its span, which is sent when the record of the call is committed."""
+        """Keep the content of a call of a model for its span, which is sent later;
+        do nothing unless spans carry content.
+        """
         if self.carries_content:
             self._contents[call] = content
 
     def take_content(self, call: object) -> object | None:
-        """Return the content that is kept for the span of a call, and forget it; None if there is none."""
+        """Return and forget the content that `hold_content` kept for a call; None if there is none."""
         return self._contents.pop(call, None)
 
     @property
@@ -235,7 +239,7 @@ class RunTrace:
         return attributes
 
     def part_context(self, *parts: str | int) -> TraceContext:
-        """Return the trace context of a part of a node's work, such as a call, by the values that identify it."""
+        """Return the trace context of a part of a node's work, such as a call; `parts` identify it within the run."""
         return TraceContext(
             self.trace_id, derive_id(SPAN_BYTES, "part", self.execution_id, *parts), self.is_sampled
         )
@@ -251,10 +255,7 @@ class RunTrace:
         attributes: Attributes,
         error: str | None,
     ) -> None:
-        """Send a span of this claim from its start, or the start of the claim if later, to its end.
-
-        So the time of a wait before this claim is not part of it. `error` is None for success.
-        """
+        """Send a span of this claim; time before the claim, such as a wait, is cut off. `error` is None for success."""
         since = max(started_at, min(self.started_at, ended_at))
         self.tracer.send(
             FinishedSpan(*(name, kind, context, parent, since, max(since, ended_at), attributes, (), error))
@@ -332,10 +333,9 @@ class Tracer:
         return int(trace_id[-14:], 16) < self._limit
 
     def begin_request(self, headers: Iterable[tuple[bytes, bytes]]) -> RequestTrace:
-        """Begin the trace of a request, or continue the caller's if it sends one valid `traceparent`; make it
-        current.
+        """Begin the trace of a request and make it current; return it.
 
-        Returns the trace.
+        It continues the caller's trace if there is exactly one valid `traceparent`.
         """
         given = [value for name, value in headers if name == b"traceparent"]
         parent = parse_traceparent(given[0].decode("latin-1")) if len(given) == 1 else None
@@ -357,9 +357,9 @@ class Tracer:
     ) -> RunTrace:
         """Begin the trace segment of a run that a worker has claimed, make it current, and return it.
 
-        `origin` is the stored text about the request that started the run, None without one. `accepted_at` is
-        given only at the first claim: then the span from acceptance to claim is sent, which is the parent of
-        all segments of the run.
+        `origin` is the stored text about the request that started the run, None without one; `token` is the fencing
+        token of the claim. `accepted_at` is given only at the first claim: then the span from acceptance to
+        `started_at` is sent, the parent of all segments of the run.
         """
         caller, is_child = decode_origin(origin)
         trace_id, is_sampled = self.trace_of(execution_id, caller, is_child=is_child)
@@ -400,7 +400,9 @@ class Tracer:
         return TraceContext(trace_id, _node_span_id(execution_id, node_id, iteration, attempt), is_sampled)
 
     def segment_context(self, execution_id: str, origin: str | None, token: int) -> TraceContext:
-        """Return the trace context of one claim of a run, in any process."""
+        """Return the trace context of one claim of a run, by its fencing token,
+        also in a process that does not hold the run.
+        """
         caller, is_child = decode_origin(origin)
         trace_id, is_sampled = self.trace_of(execution_id, caller, is_child=is_child)
         return TraceContext(trace_id, _segment_id(execution_id, token), is_sampled)
@@ -415,10 +417,9 @@ class Tracer:
         }
 
     def outgoing_headers(self, url: str, node_id: str, iteration: str, attempt: int) -> dict[str, str]:
-        """Return the `traceparent` header that a node adds to its request; empty unless the operator trusts
-        the URL's host.
+        """Return the `traceparent` header that a node adds to its request; empty outside of a traced run.
 
-        Empty also outside of a traced run.
+        Empty too unless the operator trusts the URL's host.
         """
         trace = current.get()
         if not isinstance(trace, RunTrace) or not self._is_trusted(url):
