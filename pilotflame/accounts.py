@@ -47,10 +47,10 @@ async def create_organization(settings: ServerSettings, name: str) -> str:
 async def create_user(
     settings: ServerSettings, organization: str, email: str, name: str, role: UserRole
 ) -> str:
-    """Create a user with an entry in the audit trail, and return its id.
+    """Create a user in the database with an entry in the audit trail, and return its id.
 
-    `organization` is an id or a name. Raises `CommandError` if it is missing or ambiguous, or the e-mail
-    address is taken.
+    `organization` is an id or a name. Raises `CommandError` if it is missing or ambiguous, or the e-mail address is
+    taken.
     """
 
     async def create(connection: AsyncConnection) -> str:
@@ -85,11 +85,10 @@ async def create_key(
     scopes: Collection[KeyScope],
     lifetime: timedelta | None,
 ) -> str:
-    """Create an API key for a user, by id or e-mail address, with an audit entry, and return its text, which
-    is stored nowhere.
+    """Create an API key for a user, with an audit entry, and return the key itself, which is stored nowhere.
 
-    Without `organization` the only one is meant; without `lifetime` the key doesn't expire. Raises
-    `CommandError` for a missing user, and a missing or ambiguous organization.
+    `user` is an id or e-mail address. Without `organization` the only one is meant; without `lifetime` the key doesn't
+    expire. Raises `CommandError` for a missing user, and a missing or ambiguous organization.
     """
     secret = settings.secret
 
@@ -129,9 +128,10 @@ async def list_keys(settings: ServerSettings, organization: str | None) -> Seque
 
 
 async def revoke_key(settings: ServerSettings, organization: str | None, key_id: str) -> None:
-    """Revoke a key by its id, with an audit entry.
+    """Revoke a key by its id, with an audit entry; do nothing if it is revoked already.
 
-    Raises `CommandError` for a missing key, and a missing or ambiguous organization.
+    Without `organization` the only one is meant. Raises `CommandError` for a missing key, and a missing or ambiguous
+    organization.
     """
 
     async def revoke(connection: AsyncConnection) -> None:
@@ -184,7 +184,9 @@ async def _find_organization(connection: AsyncConnection, id_or_name: str | None
 
 
 async def _find_user(connection: AsyncConnection, organization: Organization, id_or_email: str) -> User:
-    """Return the user with an id or e-mail address; raises `CommandError` without one."""
+    """Return the user of an organization with this id or e-mail address, in any case;
+    raises `CommandError` without one.
+    """
     is_named = or_(col(User.id) == id_or_email, col(User.email) == id_or_email.lower())
     statement = select(User).where(col(User.organization_id) == organization.id, is_named)
     row = (await connection.execute(statement)).mappings().first()

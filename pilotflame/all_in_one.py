@@ -98,7 +98,8 @@ class RoleSettings:
 
     @classmethod
     def build(cls, shared: Mapping[str, Any], gateway: Mapping[str, Any]) -> RoleSettings:
-        """Return the settings of each role from given values and the environment.
+        """Return the settings of each role from given values, which win, and the environment;
+        `gateway` only applies to it.
 
         Raises pydantic's `ValidationError`.
         """
@@ -134,7 +135,9 @@ async def _run(
     lines: LineWriter,
     example: ExampleWorkflow | None,
 ) -> None:
-    """Run all roles until a stop signal, and close them in the reverse order of their start; raises `CommandError`."""
+    """Run all roles until a stop signal, and close them in the reverse order of their start;
+    parameters as `run_all_roles`.
+    """
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(
             serve_metrics(roles.gateway.metrics_address, roles.gateway.metrics_port)
@@ -191,10 +194,9 @@ async def _run(
 
 
 async def _end_pods(pods: AsyncExitStack, store: JournalStore, *, owns_store: bool) -> None:
-    """End the pods while the gateway still serves them, so that they can hand off their runs.
+    """End the local pods while the gateway still serves them, so that they can hand off their runs.
 
-    If this process owns the store, runs that weren't handed off in time return to the queue at once, and not
-    after their leases.
+    With `owns_store`, runs that weren't handed off in time return to the queue at once, and not after their leases.
     """
     await pods.aclose()
     if owns_store:
@@ -203,8 +205,8 @@ async def _end_pods(pods: AsyncExitStack, store: JournalStore, *, owns_store: bo
 
 
 async def _bring_up_to_date(database: Database, migration: subprocess.Popen[bytes] | None) -> None:
-    """Wait for the migration, and migrate once more if the schema is still older; raises `CommandError` if
-    that fails.
+    """Wait for the migration, if one runs, and run another if the schema is still older;
+    raises `CommandError` if that fails.
     """
     try:
         if migration is not None:
@@ -217,9 +219,9 @@ async def _bring_up_to_date(database: Database, migration: subprocess.Popen[byte
 
 
 async def _create_first_key(database: Database, settings: GatewaySettings) -> str | None:
-    """Create the first organization with an admin, and return its API key; None if the database isn't empty.
+    """Create the first organization with an admin, and return the admin's new API key.
 
-    None also if a bootstrap key is configured.
+    None, without a change, if the database has an organization or a bootstrap key is configured.
     """
     if settings.bootstrap_api_key is not None:
         return None
@@ -228,14 +230,16 @@ async def _create_first_key(database: Database, settings: GatewaySettings) -> st
 
 
 def _set_gateway_url(address: str, settings: DeployerSettings) -> DeployerSettings:
-    """Return the deployer's settings with the URL at which pods reach this process, unless it is configured."""
+    """Return the deployer's settings with the URL at which pods reach the gateway:
+    the configured one, else `address`.
+    """
     return settings.model_copy(
         update={"runner_gateway_url": settings.runner_gateway_url or _to_local_url(address)}
     )
 
 
 def _set_public_url(address: str, settings: WorkerSettings) -> WorkerSettings:
-    """Return the worker's settings with the address for links and callbacks, by default that of this process."""
+    """Return the worker's settings with the URL for links and callbacks: the configured one, else `address`."""
     return settings.model_copy(update={"public_url": settings.public_url or _to_local_url(address)})
 
 
@@ -245,6 +249,7 @@ def _to_local_url(address: str) -> str:
 
 
 def _format_address(listener: socket.socket) -> str:
+    """Return the URL of a listening socket, with brackets around an IPv6 address."""
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
@@ -260,12 +265,12 @@ def _build_greeting(address: str, sign_in: str, key: str | None) -> str:
 
 
 async def _build_sign_in_link(database: Database, gateway: GatewayState, address: str) -> str:
-    """Return a line with a link that signs a browser of this machine in with the first admin's key, once and
-    within ten minutes.
+    """Return two lines with a link that signs a browser of this machine in with the first admin's key,
+    once and within ten minutes.
 
-    Only this process knows the code. It is in the fragment, which browsers don't send, so it is in no log of
-    requests. Empty if the dashboard is off, no admin of the first organization has a valid key, or `address` is
-    no loopback address.
+    Only this process knows the code. It is in the fragment, which browsers don't send, so it is in no log of requests.
+    Empty if the dashboard is off, no admin of the first organization has a valid key, or `address` is no loopback
+    address.
     """
     if gateway.settings.dashboard == "off" or not is_loopback_host(urlsplit(address).hostname or ""):
         return ""
@@ -310,6 +315,7 @@ def _add_input(example: ExampleWorkflow) -> Mapping[str, Any]:
 
 
 def _command_of(example: ExampleWorkflow, url: str, key: str) -> str:
+    """Return the text with the command that runs the example, with its inputs file if there is one."""
     given = f" --input @{example.inputs}" if example.inputs is not None else ""
     name = shlex.quote(example.definition["name"])
     return RUN_EXAMPLE.format(command=sys.argv[0], key=key, url=url, name=name, given=given)

@@ -99,6 +99,7 @@ app = CommandGroup(
 
 
 def _show_version(is_wanted: bool) -> None:
+    """Print the version of the program and end the command; do nothing unless it is wanted."""
     if is_wanted:
         from importlib import metadata
 

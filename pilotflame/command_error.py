@@ -72,7 +72,7 @@ def escape_text(text: str) -> str:
 def explain_error(error: Exception) -> str | None:
     """Return the line to print for an error that a user can fix; None for an internal error.
 
-    It loads no module that the raiser has not loaded.
+    It loads no module that the raiser of such an error has not loaded.
     """
     if isinstance(error, CommandError) or _sdk_exit_code(error) is not None:
         return str(error)
@@ -106,6 +106,7 @@ def explain_error(error: Exception) -> str | None:
 
 
 def _wrong_setting(location: tuple[int | str, ...], message: str) -> str:
+    """Return the line about a setting that pydantic refuses, with the name of its variable."""
     name = "_".join(str(part) for part in location).upper()
     message = message.removeprefix("Value error, ")
     return f"PILOTFLAME_{name}: {message[:1].lower()}{message[1:]}"

@@ -23,9 +23,9 @@ _FILE: Final = "secret.key"
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Create the data folder if needed, and hold its lock during the block; the lock file names this process.
+    """Create the data folder if needed, and hold its lock during the block; the lock file has the id of this process.
 
-    Raises `CommandError` if another process holds it.
+    Raises `CommandError` at once if another process holds it.
     """
     durable_folders.make_folder(folder)
     with (folder / "lock").open("a+") as lock:
@@ -50,7 +50,7 @@ def holds_database(settings: ServerSettings) -> bool:
 
 
 def secret_key(folder: Path) -> SecretStr | None:
-    """Return the secret of the folder, or None without one."""
+    """Return the secret stored in the data folder; None without one."""
     path = folder / _FILE
     return SecretStr(path.read_text().strip()) if path.exists() else None
 

@@ -26,8 +26,8 @@ def serve(
 ) -> None:
     """Run all roles until a stop signal; settings `given` on the command line override the environment.
 
-    The data folder is locked, and a missing secret created. `example` is the definition of a workflow that is
-    stored in a new database, with the file of its inputs. Raises `CommandError`.
+    The data folder is locked, and a missing secret created. `example` is the definition of a workflow to store in a new
+    database, with the file of its inputs. Raises `CommandError`.
     """
     gc_tuning.postpone_until_loaded()
     settings = ServerSettings()

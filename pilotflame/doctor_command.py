@@ -89,6 +89,7 @@ class DoctorResult:
 
     @property
     def exit_code(self) -> DoctorExit:
+        """Exit code of the command: an unreachable store comes before findings."""
         if self.report.has_unreachable_store:
             return DoctorExit.COULD_NOT_LOOK
         return DoctorExit.DRIFT if self.report.findings else DoctorExit.CLEAN
@@ -110,7 +111,7 @@ _Fix = Callable[[_OpenStores, Sequence["DriftFinding"]], Awaitable[None]]
 
 
 async def examine_installation(settings: ServerSettings, request: DoctorRequest) -> DoctorResult:
-    """Examine every store, fix the findings of the requested classes with an audit entry, and return the report.
+    """Examine every store, fix the findings of the requested classes with audit entries, and return the report.
 
     A finding is a contradiction between stores; after a fix, all is examined again. Raises `CommandError`,
     `InvalidSettings`, and `DatabaseUnavailable` in a fix.
@@ -147,7 +148,9 @@ def encode_result(result: DoctorResult) -> bytes:
 
 
 def describe_result(result: DoctorResult) -> Sequence[str]:
-    """Return the result of a check of the stores as lines of text: fixes, states and findings."""
+    """Return the result of a check of the stores as lines of text: fixes,
+    states of the stores, findings, and their number.
+    """
     lines = [f"fixed {count} of {drift_class}" for drift_class, count in result.fixed.items()]
     lines += [f"{name}: {state}" for name, state in result.report.stores.items()]
     for finding in result.report.findings:
@@ -171,6 +174,10 @@ def describe_result(result: DoctorResult) -> Sequence[str]:
 
 @asynccontextmanager
 async def _open_stores(settings: ServerSettings, request: DoctorRequest) -> AsyncIterator[_OpenStores]:
+    """Open the stores to examine, and those that fixes need, during the block.
+
+    The cluster is opened only if it is to be examined; an unreachable one is examined as unreachable.
+    """
     async with AsyncExitStack() as stack:
         database = Database(databases.parse_url(settings.database_url))
         stack.push_async_callback(database.close)
@@ -200,7 +207,9 @@ async def _open_stores(settings: ServerSettings, request: DoctorRequest) -> Asyn
 
 
 async def _open_broker(url: str | None) -> Broker:
-    """Return the broker, also of a Redis that no other process would use: its policy is a finding."""
+    """Return the broker at a URL, also of a Redis that may evict keys, which no other process would use:
+    that is a finding.
+    """
     try:
         return await connect_broker(url)
     except RedisMayEvict:
@@ -222,6 +231,7 @@ def read_facts(settings: ServerSettings, gateway: GatewaySettings) -> ServerFact
 
 
 async def _open_driver() -> ClusterDriver | None:
+    """Return the driver of the cluster by the deployer's settings; None if the cluster can't be reached."""
     try:
         return await deployer.open_driver(DeployerSettings())
     except ClusterError:
@@ -231,8 +241,10 @@ async def _open_driver() -> ClusterDriver | None:
 def _cluster_lister(
     driver: ClusterDriver | None,
 ) -> Callable[[], Awaitable[Sequence[ObservedDeployment]]]:
-    """Return a function that lists the deployments of a cluster, and workflows with other objects as deployments
-    that don't exist; it raises `ClusterUnreadable` without a driver or answer.
+    """Return a function that lists the deployments of a cluster, and workflows with
+    other objects as deployments that don't exist.
+
+    It raises `ClusterUnreadable` without a driver, or if the cluster doesn't answer.
     """
 
     async def list_deployments() -> Sequence[ObservedDeployment]:
@@ -288,7 +300,10 @@ async def _reconcile(stores: _OpenStores, found: Sequence[DriftFinding]) -> None
 
 
 async def _delete_deployments(stores: _OpenStores, found: Sequence[DriftFinding]) -> None:
-    """Delete the objects of workflows that are not deployed; spare one that was deployed since it was found."""
+    """Delete the objects of the found workflows from the cluster, except of those that are deployed by now.
+
+    Does nothing without a driver of the cluster.
+    """
     if stores.driver is None:
         return
     for finding in found:
@@ -315,8 +330,8 @@ _FIXES: Final[Mapping[str, _Fix]] = {
 
 
 async def _record_fix(database: Database, drift_class: DriftClass, found: Sequence[DriftFinding]) -> None:
-    """Count the fixed findings in the database, and add an audit entry to each organization whose objects
-    were fixed.
+    """Add the number of fixed findings to the count of their class, and an audit
+    entry to each organization with a fixed object.
     """
     concerned = {finding.subject.organization_id for finding in found}
 

@@ -12,10 +12,9 @@ EXECUTION_PREFIX = "exec_"
 
 
 def fetch_explanation(client: Client, subject: str | None) -> dict[str, Any]:
-    """Return the explanation of an execution or workflow, or for None of the whole organization.
+    """Return the explanation of an execution or workflow as the API has it, or for None of the whole organization.
 
-    Ids of executions begin with `exec_`; a workflow is named by its id or its exact name. Raises errors of
-    the SDK.
+    Ids of executions begin with `exec_`; a workflow is named by its id or its exact name. Raises errors of the SDK.
     """
     if subject is None:
         return dict(client.server.why())
@@ -82,6 +81,7 @@ def _blocker_lines(blocker: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _timing_text(timing: Mapping[str, Any]) -> str:
+    """Return the durations of a run by phase and kind of wait, without those that are 0; "none" without any."""
     parts = {name: timing[name] for name in ("queued", "waking", "running")} | timing["waitingFor"]
     return ", ".join(f"{name} {seconds:.3f} s" for name, seconds in parts.items() if seconds) or "none"
 

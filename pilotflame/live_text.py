@@ -46,7 +46,9 @@ class TextPrinter:
         """Place whose text the last printed line belongs to."""
 
     def take(self, event: RunEvent) -> None:
-        """Print an event of the steps of a run; other events are ignored."""
+        """Print an event of the steps of a run: a text, its new beginning, or a step of an agent;
+        other events are ignored.
+        """
         match event.name:
             case "token":
                 self._take_token(event.data)
@@ -56,13 +58,16 @@ class TextPrinter:
                 self._take_step(event.data)
 
     def close(self) -> None:
-        """End the last line."""
+        """End the line of an open text, if there is one; more events may follow."""
         if self._current is not None:
             self._write("\n")
             self._current = None
 
     def _take_token(self, data: Mapping[str, Any]) -> None:
-        """Print the part of a text that is not printed yet: a new connection sends texts from their beginning."""
+        """Print the part of a text that is not printed yet, since a new connection sends texts from their beginning.
+
+        Nothing is printed if a part before it was missed.
+        """
         place = _place_of(data)
         text = self._texts.get(place)
         if text is None or (text.number, text.attempt) != (data["number"], data["attempt"]):
@@ -78,11 +83,13 @@ class TextPrinter:
             self._print_text(place, part)
 
     def _take_retry(self, data: Mapping[str, Any]) -> None:
+        """Print that a text begins again, and why, if a part of it was printed."""
         place = _place_of(data)
         if self._texts.pop(place, None) is not None:
             self._print_line(f"{name_place(place)}: {explain_retry(data)}")
 
     def _take_step(self, data: Mapping[str, Any]) -> None:
+        """Print a line about a tool call, or the unprinted rest of a completed answer."""
         place = _place_of(data)
         if data["kind"] == "tool":
             self._print_line(f"{name_place(place)}: {describe_call(data)}")
@@ -90,7 +97,9 @@ class TextPrinter:
             self._print_rest(place, data)
 
     def _print_rest(self, place: Place, data: Mapping[str, Any]) -> None:
-        """Print the rest of a recorded answer, whose last parts may come too late for the stream."""
+        """Print the part of a completed answer that no token has brought,
+        since the last ones may be late for the stream.
+        """
         answer = data["result"] if isinstance(data["result"], dict) else {}
         whole = answer.get("text")
         known = self._texts.pop(place, None)
@@ -111,7 +120,7 @@ class TextPrinter:
 
 
 def explain_retry(data: Mapping[str, Any]) -> str:
-    """Return why a text begins again, in words."""
+    """Return the words for an event that a text begins again, with its reason."""
     reason = REASONS.get(data["reason"], f"the call failed: {data['reason']}")
     return f"begins again, since {reason}"
 
@@ -142,9 +151,9 @@ def is_terminal() -> bool:
 
 @contextmanager
 def following(events: Iterable[RunEvent], take: Callable[[RunEvent], None]) -> Iterator[None]:
-    """Take the events of a stream in a thread during the block, and its last ones behind it.
+    """Call `take` in another thread for each event during the block, and for late ones up to two seconds after it.
 
-    The run goes on if the stream can't be read: a server of an earlier version has none.
+    Nothing is raised if the stream can't be read, as at a server of an earlier version.
     """
     from pilotflame_sdk import PilotflameError
 
@@ -171,7 +180,7 @@ def following(events: Iterable[RunEvent], take: Callable[[RunEvent], None]) -> I
 
 @contextmanager
 def printing(events: Iterable[RunEvent]) -> Iterator[None]:
-    """Print the texts and steps of a stream on standard error during the block."""
+    """Print the texts of models and steps of agents from these events on standard error, during the block."""
     printer = TextPrinter(write_to_terminal)
     try:
         with following(events, printer.take):
@@ -185,6 +194,6 @@ def _place_of(data: Mapping[str, Any]) -> Place:
 
 
 def name_place(place: Place) -> str:
-    """Return the id of a node, with its iteration of a loop."""
+    """Return the id of a node, with its iteration in brackets if it is in a loop."""
     node_id, iteration = place
     return f"{node_id} [{iteration}]" if iteration else node_id

@@ -48,7 +48,7 @@ class RunView:
         """Open texts, and steps of agents, by node id and iteration."""
 
     def take(self, event: RunEvent) -> None:
-        """Update the table by an event of the run; attempts are not shown."""
+        """Update the table by an event of the run: its state, or a node; attempts are not shown."""
         if event.name == "execution":
             self._execution = event.data
         elif event.name == "span" and event.data["kind"] != "attempt":
@@ -59,7 +59,9 @@ class RunView:
                 self._texts.pop(key, None)
 
     def take_step(self, event: RunEvent) -> None:
-        """Update the texts below the table by an event of the steps of the run."""
+        """Update the texts below the table by an event of the steps of the run;
+        events of the run's state are ignored.
+        """
         if event.name == "execution":
             return
         place = (event.data["nodeId"], event.data["iteration"])
@@ -83,6 +85,7 @@ class RunView:
             yield Text(escape_text(text))
 
     def _table(self) -> Table:
+        """Return the table with its heading and the 25 most recently updated nodes."""
         table = Table(title=self._heading(), title_justify="left", box=None, pad_edge=False)
         for heading in ("node", "type", "status", "time"):
             table.add_column(heading, justify="right" if heading == "time" else "left", overflow="ellipsis")
@@ -96,7 +99,7 @@ class RunView:
         return table
 
     def _heading(self) -> Text:
-        """Return the heading: name, status, and completed nodes."""
+        """Return the heading of the table: name and status of the run, and its completed nodes."""
         heading = Text.assemble(self._name, " ", _style_status(self._execution.get("status", "pending")))
         if total := self._execution.get("totalNodes"):
             heading.append(f" {self._execution['completedNodes']}/{total} ({self._execution['progress']} %)")
@@ -104,9 +107,9 @@ class RunView:
 
 
 def show_run(name: str, events: Iterable[RunEvent], steps: Iterable[RunEvent] | None = None) -> None:
-    """Show the progress of a run on standard error until its events end; at most 25 rows, the newest.
+    """Show the nodes of a run on standard error while they change, at most 25; return at the end of its events.
 
-    With the events of its `steps`, also the texts that its models write. Standard output has the result alone.
+    With the events of its `steps`, also the texts that its models write.
     """
     view, console = RunView(name), Console(file=sys.stderr)
     following = nullcontext() if steps is None else live_text.following(steps, view.take_step)

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def read_settings() -> ServerSettings:
-    """Return the settings of the environment for a command on the server's machine.
+    """Return the settings of the environment, for a command that uses the database of this machine directly.
 
     Without a configured secret, the default database uses the secret of the data folder. Raises pydantic's
     `ValidationError`.

@@ -149,6 +149,7 @@ def _truncate_value(value: object, depth: int = 0) -> object:
 
 
 def _truncate_mapping(value: Mapping[Any, Any], depth: int) -> dict[str, object]:
+    """Return the first 20 items of a mapping for a log line, values of secret names hidden."""
     shown: dict[str, object] = {}
     for key, item in list(value.items())[:MAX_ITEMS]:
         name = str(key)[:MAX_TEXT]
@@ -163,8 +164,8 @@ def _escape_value(value: object) -> str:
 
 
 def _format_traceback(exc_info: object) -> str:
-    """Return the traceback of an exception, or of the current one; of a long one the last 16,000 characters,
-    with the message.
+    """Return the traceback of an exception, or for another truthy value of the current one;
+    of a long one the last 16,000 characters.
     """
     if isinstance(exc_info, tuple):
         exc_info = exc_info[1]
@@ -206,7 +207,10 @@ class LogLineWriter:
         self._thread.join(FLUSH_SECONDS)
 
     def _write_all(self) -> None:
-        """Write lines in the thread, up to 500 at once, until `close`; a line about dropped ones follows."""
+        """Write queued lines, up to 500 at once, until `close`; a line about dropped ones follows each write.
+
+        Runs in the thread.
+        """
         while (first := self._waiting.get()) is not None:
             if not self._is_closing:
                 time.sleep(WRITE_EVERY_SECONDS)
@@ -216,9 +220,8 @@ class LogLineWriter:
                 return
 
     def _more_after(self, first: bytes) -> tuple[list[bytes], bool]:
-        """Return the first line and those that wait behind it, up to 500, and whether the writer is closed.
-
-        It doesn't wait for lines.
+        """Return the first line and those that wait behind it, up to 500, without waiting,
+        and whether `close` was among them.
         """
         lines = [first]
         while len(lines) < MAX_LINES_PER_WRITE:
@@ -232,6 +235,7 @@ class LogLineWriter:
         return lines, False
 
     def _about_dropped(self) -> bytes:
+        """Return a log line with the number of lines dropped since the last call; empty if there are none."""
         with self._dropping:
             dropped, self._dropped = self._dropped, 0
         if not dropped:
@@ -239,7 +243,7 @@ class LogLineWriter:
         return self._render(self, "warning", {"event": "log lines dropped", "count": dropped})
 
     def _write(self, text: bytes) -> None:
-        """Write all of a text, waiting while the descriptor is full; a closed reader ends it silently."""
+        """Write all of a text, waiting while the descriptor is full; drop the rest once the reader has closed it."""
         # Written to the descriptor itself: Python's buffered streams have locks that can block the exit of a process.
         while text:
             try:
@@ -259,7 +263,7 @@ class UnthreadedLineWriter:
     def put(self, line: bytes) -> None:
         """Write a line at once, without waiting.
 
-        The part that the descriptor doesn't accept now is dropped, also in the middle of the line; a closed reader is
+        The rest that the descriptor doesn't accept now is dropped, also in the middle of the line; a closed reader is
         no error.
         """
         waiter = select.poll()

@@ -8,7 +8,7 @@ import sys
 
 
 def begin_migration(database_url: str) -> subprocess.Popen[bytes]:
-    """Start the migration of a database in another process, and return it without waiting.
+    """Start the migration of a database in another process, and return that without waiting.
 
     Alembic would stay in the memory of this one.
     """

@@ -48,11 +48,14 @@ class PriceCatalog(Protocol):
     """Prices by the address of a provider and its name of the model."""
 
     def find(self, base_url: str, vendor_model_id: str, today: date) -> CatalogPrice | None:
-        """Return the price of a model on a day; None if the address or the model is unknown."""
+        """Return the price of a model of a provider on a day; None if the catalog lacks the address or the model."""
 
 
 def open_catalog(path: Path | None) -> PriceCatalog:
-    """Return the prices of a file, or those of the installed package; raises `CommandError`, and `OSError`."""
+    """Return the prices of a file, or for None those of the installed package.
+
+    Raises `CommandError` without the package or for a file in another format, and `OSError`.
+    """
     if path is not None:
         return FileCatalog(path, _read_providers(path))
     try:
@@ -73,7 +76,7 @@ class PackageCatalog:
         self._snapshot = snapshot
 
     def find(self, base_url: str, vendor_model_id: str, today: date) -> CatalogPrice | None:
-        """Return the price of a model on a day; None if the address or the model is unknown."""
+        """Return the price of a model of a provider on a day; None if the catalog lacks the address or the model."""
         try:
             provider, model = self._snapshot.find_provider_model(vendor_model_id, None, None, base_url)
         except LookupError:
@@ -99,7 +102,7 @@ class FileCatalog:
         self._providers = providers
 
     def find(self, base_url: str, vendor_model_id: str, today: date) -> CatalogPrice | None:
-        """Return the price of a model on a day; None if the address or the model is unknown.
+        """Return the price of a model of a provider on a day; None if the catalog lacks the address or the model.
 
         Raises `CommandError` for an entry in another format.
         """
@@ -107,7 +110,7 @@ class FileCatalog:
             return self._find(base_url, vendor_model_id, today)
 
     def _find(self, base_url: str, vendor_model_id: str, today: date) -> CatalogPrice | None:
-        """Return the price of a model on a day; None if the address or the model is unknown."""
+        """Find a price as `find`; an entry in another format raises the error of the failed access."""
         for provider in self._providers:
             if not re.match(provider["api_pattern"], base_url):
                 continue
@@ -138,7 +141,7 @@ def _read_providers(path: Path) -> Sequence[Mapping[str, Any]]:
 
 @contextmanager
 def _refuse_other_formats(path: Path) -> Iterator[None]:
-    """Raise `CommandError` for the errors of a block that reads the values of a file in another format."""
+    """Raise `CommandError` for errors of the block, which reads values of this file that may be in another format."""
     try:
         yield
     except (
@@ -159,7 +162,7 @@ _MATCHES: Final[Mapping[str, Callable[[str, str], bool]]] = {
 
 
 def _is_match(rule: Mapping[str, Any], text: str) -> bool:
-    """Return whether a rule of the catalog matches a name; raises KeyError for a rule that isn't known."""
+    """Return whether a rule of the catalog matches a name, in any case; raises KeyError for an unknown kind of rule."""
     ((kind, argument),) = rule.items()
     if kind in {"or", "and"}:
         results = [_is_match(one, text) for one in argument]
@@ -169,14 +172,14 @@ def _is_match(rule: Mapping[str, Any], text: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Constraint:
-    """Condition of a price: a first day, or a time of the day."""
+    """Condition of a price: a first day, or hours of the day; none of both always holds."""
 
     start: date | None = None
     is_of_day: bool = False
 
 
 def _read_constraint(stored: Mapping[str, Any] | None) -> _Constraint:
-    """Return the condition of a price."""
+    """Return the condition of a price from the catalog; without a first day it is one of the time of day."""
     if not stored:
         return _Constraint()
     start = stored.get("start_date")
@@ -188,7 +191,11 @@ def _read_constraint(stored: Mapping[str, Any] | None) -> _Constraint:
 def _choose_period(
     periods: Sequence[tuple[_Constraint, Mapping[str, Any]]], today: date
 ) -> tuple[Mapping[str, Any], str]:
-    """Return the prices of the last period that has begun, and the reason why they are not those of all day."""
+    """Return the prices of the last period that has begun, else of the first,
+    and the reason if they depend on the hour.
+
+    The reason is empty if they don't.
+    """
     problem = ""
     for condition, prices in reversed(periods):
         if condition.is_of_day:
@@ -201,7 +208,9 @@ def _choose_period(
 def _build_price(
     entry: str, periods: Sequence[tuple[_Constraint, Mapping[str, Any]]], today: date
 ) -> CatalogPrice:
-    """Return the price of the last period that has begun, with the reason why a model can't have it."""
+    """Return the price of the last period that has begun; its `problem` is set
+    if the price of a model can't express it.
+    """
     values, problem = _choose_period(periods, today)
     price = {}
     for name, key in KEYS.items():
@@ -222,7 +231,7 @@ def _build_price(
 
 
 def _format_price(value: object) -> str | None:
-    """Return a price as a model has it, rounded up to a millionth of a dollar; None unless it is one."""
+    """Return a price in dollars as text, rounded up to a millionth; None for other values, and from 1,000,000 on."""
     try:
         price = Decimal(str(value)).quantize(MILLIONTH, ROUND_UP)
         is_price = 0 <= price < PRICE_LIMIT

@@ -32,7 +32,10 @@ class PriceState(StrEnum):
 def propose_price(
     server: Client, catalog: PriceCatalog, model: Mapping[str, Any], today: date
 ) -> dict[str, Any]:
-    """Return a model of the API with its public price, and its state; raises `APIError`."""
+    """Return a proposal for a model as the API shows it: its price, the public one, and the state of both.
+
+    The proposed price is None if the catalog has none. Raises `APIError`; stores nothing.
+    """
     base_url = _read_address(server, model["dataSourceId"])
     found = None if base_url is None else catalog.find(base_url, model["vendorModelId"], today)
     present = {name: value for name, value in (model["price"] or {}).items() if value is not None}
@@ -49,6 +52,7 @@ def propose_price(
 
 
 def _find_state(present: Mapping[str, str], found: CatalogPrice | None) -> PriceState:
+    """Return the state of a model by its present price, empty without one, and the public one."""
     if found is None:
         return PriceState.UNKNOWN
     if found.problem:
@@ -62,7 +66,10 @@ def _find_state(present: Mapping[str, str], found: CatalogPrice | None) -> Price
 
 
 def _read_address(server: Client, source_id: str) -> str | None:
-    """Return the address of a provider; None for a data source that the user may not read, as of a shared model."""
+    """Return the address of the provider of a data source.
+
+    None for a data source that the user may not read, as of a shared model.
+    """
     from pilotflame_sdk import NotFound, ScopeRequired
 
     try:

@@ -48,8 +48,8 @@ class RotationResult:
 async def rotate_secret(settings: ServerSettings) -> RotationResult:
     """Encrypt all stored secrets with the current key; return counts, and the ids of those that no key can decrypt.
 
-    API keys are hashed anew only at their next use, so those that still depend on an earlier key are counted.
-    Safe to repeat and to run beside the server. Raises `OutdatedDatabase` and `DatabaseUnavailable`.
+    API keys move to the current key only at their next use; those that still depend on an earlier one are counted. Safe
+    to repeat and to run beside the server. Raises `OutdatedDatabase` and `DatabaseUnavailable`.
     """
     vault = SecretVault(settings.secret, settings.previous_secrets)
     rotation = RotationResult()
@@ -99,8 +99,8 @@ def _encrypt_again(vault: SecretVault, row: _Found) -> EncryptedText | None:
 
 
 async def _replace(database: Database, table: _Table, anew: dict[_Found, EncryptedText]) -> int:
-    """Write newly encrypted values in one transaction, except those changed meanwhile; return the number of
-    written ones.
+    """Write newly encrypted values in one transaction, except to rows that have changed meanwhile;
+    return the number written.
 
     Raises `DatabaseUnavailable`.
     """

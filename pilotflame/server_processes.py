@@ -29,7 +29,7 @@ REDIS_SCHEMES: Final = ("redis://", "rediss://", "unix://")
 
 
 def prepare_process() -> None:
-    """Make new files readable by their owner only, and tune the garbage collector; the first step of every command."""
+    """Make new files private to their owner, and tune the garbage collector: the first step of every command."""
     from concurrency import gc_tuning
 
     os.umask(0o077)  # New files are readable by their owner only.
@@ -37,7 +37,7 @@ def prepare_process() -> None:
 
 
 def run_process(name: str) -> None:
-    """Run the process of `PROCESSES` with this name until it ends."""
+    """Run the process of `PROCESSES` with this name until it ends; raises KeyError for another name."""
     from concurrency import gc_tuning
 
     prepare_process()
@@ -116,7 +116,9 @@ def run_worker() -> None:
 
 
 def _release_leases(death: ChildDeath) -> None:
-    """Release the leases of a worker process that has died, and record the reason for its runs."""
+    """Release the leases of a worker process that has died, and record the reason for its runs,
+    in the surviving parent.
+    """
     import asyncio
 
     from workers.settings import WorkerSettings
@@ -200,7 +202,9 @@ def run_server(*, has_deployer: bool) -> NoReturn:
 
 
 def _load_processes(settings: ServerSettings) -> None:
-    """Load the modules of the processes that every server runs, and what each of them would build from them."""
+    """Load the modules that all children of a server need, and build the node catalog and mappers,
+    so that they share these.
+    """
     import importlib
 
     from messages.client_imports import without_client_metrics

@@ -65,15 +65,17 @@ class SupervisedChild:
     starts: int = 0
 
     def note_start(self, pid: int) -> None:
-        """Note that the process was started."""
+        """Record that the process was started now with this id, and log it."""
         self.pid = pid
         self.started_at = time.monotonic()
         self.starts += 1
         log.info("process started", process=self.name, pid=pid)
 
     def reap(self, options: int = os.WNOHANG) -> int | None:
-        """Return the exit code of a process that has ended, once: negative for a signal. None while it runs or
-        after that.
+        """Return the exit code of the process once it has ended, negative for a signal;
+        None while it runs and in later calls.
+
+        `options` are those of `waitpid`; 0 waits for the end.
         """
         if self.pid is None:
             return None
@@ -106,8 +108,9 @@ class Supervisor:
     def run(self) -> int | str:
         """Run the children until a stop signal, and restart those that end.
 
-        Return the exit code: 0 if every child ended with 0 after the signal, else 1. No child outlives the
-        call. It also returns in each child, with the name of the process that the caller has to run.
+        Return the exit code: 0 if every child ended with 0 after the signal, 2 if one refuses to start at first, else
+        1. No child outlives the call. It also returns in each child, with the name of the process that the caller has
+        to run.
         """
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {*STOP_SIGNALS, signal.SIGCHLD})
         gc.freeze()  # Otherwise a garbage collection in a child would copy the shared pages.
@@ -141,7 +144,7 @@ class Supervisor:
         return False
 
     def _keep_running(self) -> int | str:
-        """Restart children until a stop signal; return as `run`."""
+        """Restart children that end, until a stop signal or until one refuses its first start; return as `run`."""
         while True:
             if self._wait(self._seconds_to_restart()) in STOP_SIGNALS:
                 return self._stop()
@@ -160,14 +163,14 @@ class Supervisor:
                     return child.name
 
     def _seconds_to_restart(self) -> float:
+        """Return the seconds until the next restart is due, at least 0.01; 30 if all children run."""
         due = [child.restart_at for child in self._children if child.pid is None]
         return max(min(due) - time.monotonic(), 0.01) if due else LONGEST_PAUSE_SECONDS
 
     def _stop(self) -> int:
         """Stop the children one after the other, and return the exit code: 0 if all exited with 0, else 1.
 
-        A child that takes longer than 60 seconds is killed. Another stop signal reaches all that are left at
-        once.
+        A child that takes longer than 60 seconds is killed. Another stop signal is sent to all that are left at once.
         """
         log.info("server stops")
         code = 0
@@ -203,7 +206,10 @@ class Supervisor:
 
 
 def _follow_parent(parent: int, name: str) -> None:
-    """Have the kernel send SIGTERM to this process when its parent dies, and name it; exit if that has died."""
+    """Name this process, and have the kernel send it SIGTERM when its parent dies; exit if that has died already.
+
+    Does nothing outside Linux.
+    """
     if sys.platform != "linux":
         return
     library = ctypes.CDLL(None)

@@ -26,10 +26,10 @@ _SERVICE_HOST: Final = "_SERVICE_HOST"
 def find_unknown(
     environment: Iterable[str], own: type[BaseSettings] | None = None
 ) -> Mapping[str, list[str]]:
-    """Return unknown variables with the prefix of settings, each with the names of similar settings.
+    """Return variables with the prefix of settings that no process knows, each with the names of similar settings.
 
-    Settings of other processes than `own` (None: all) are loaded, one after the other, only while variables are
-    left that are not known. Variables that Kubernetes sets for services are skipped.
+    The settings of `own`, and then of other processes, are loaded one after the other while variables are left.
+    Variables that Kubernetes sets for services are skipped.
     """
     given = sorted(name for name in environment if name.upper().startswith(PREFIX))
     links = tuple(
@@ -70,6 +70,7 @@ def _list_variables(kind: type[BaseSettings]) -> frozenset[str]:
 
 
 def _load_kinds() -> Iterator[type[BaseSettings]]:
+    """Yield the settings of each process and bridge, whose module is loaded then."""
     # Imported on demand, so that no process loads the settings of every other one; bridges are the rarest.
     from gateway.settings import GatewaySettings
 

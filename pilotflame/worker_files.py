@@ -26,7 +26,7 @@ SKIPPED: Final = frozenset({"__pycache__", "node_modules", "site-packages"})
 
 
 def read_documents(file: Path) -> Sequence[Mapping[str, Any]]:
-    """Return the documents of the node types of a Python file with a worker, or of a JSON or YAML file.
+    """Return the documents of the node types of a Python file with workers, or the one of a JSON or YAML file.
 
     A Python file is executed. Raises `CommandError`.
     """
@@ -86,7 +86,7 @@ def _describe_error(file: Path, error: Exception) -> str:
 def run_again_after_changes(file: Path, remark: Callable[[str], None]) -> None:
     """Run the worker of a file in a child process, and restart it after changes of Python files beside it.
 
-    Ends on an interrupt or SIGTERM. `remark` gets a text about each restart.
+    Never returns by itself: an interrupt or SIGTERM ends it with its child. `remark` gets a text about each restart.
     """
     # A supervisor ends this command by SIGTERM: the worker must end with it.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
@@ -110,7 +110,10 @@ def run_again_after_changes(file: Path, remark: Callable[[str], None]) -> None:
 
 
 def _read_change_times(file: Path) -> Mapping[Path, int]:
-    """Return the times of change of the Python files beside a file and in packages below it."""
+    """Return the times of change, in nanoseconds, of the Python files in the folder of a file and below.
+
+    Hidden folders, caches and virtual environments are left out.
+    """
     found = {}
     for folder, below, names in os.walk(file.resolve().parent):
         # Neither hidden folders nor environments, which have thousands of files.
@@ -127,7 +130,9 @@ def _read_change_times(file: Path) -> Mapping[Path, int]:
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:
-    """End a worker: its tasks get ten seconds, then it is killed and they are given back."""
+    """End the process of a worker and wait: its tasks get ten seconds, then it is killed,
+    and they are given to other workers.
+    """
     child.terminate()
     try:
         child.wait(DRAIN_SECONDS)

@@ -41,10 +41,11 @@ class ChildDeath(NamedTuple):
 
 
 def fork_worker(release: Callable[[ChildDeath], None]) -> Announce:
-    """Fork, and return in the child, which dies with its parent; the parent exits with the code of the child.
+    """Fork, and return in the child; the parent stays in this call, and exits with the code of the child.
 
-    The parent forwards signals. It calls `release` after the death of the child, unless the child exited with 0 or
-    never announced an owner. Outside Linux there is no parent: a child could outlive it unnoticed.
+    The child dies with its parent. It calls the returned function with the owner name of its leases. The parent
+    forwards signals, and calls `release` after the death of the child, unless the child exited with 0 or never
+    announced an owner. Outside Linux there is no parent: a child could outlive it unnoticed.
     """
     if sys.platform != "linux":
         return lambda _owner: None
@@ -67,7 +68,9 @@ def fork_worker(release: Callable[[ChildDeath], None]) -> Announce:
 def _supervise_child(
     child: int, reads: int, watch: OomKillWatch, release: Callable[[ChildDeath], None]
 ) -> NoReturn:
-    """Forward signals to the child until it ends, call `release` if it died with an owner, and exit with its code."""
+    """Forward signals to the child until it ends, call `release` if it failed with an announced owner,
+    and exit with its code.
+    """
     code = os.waitstatus_to_exitcode(_wait_for(child, watch))
     is_out_of_memory = watch.explains(code)
     owner = _read_announcement(reads)
@@ -82,9 +85,9 @@ def _supervise_child(
 
 
 def _wait_for(child: int, watch: OomKillWatch) -> int:
-    """Forward signals until the child ends, and return its wait status; as PID 1, also reap inherited processes.
+    """Forward signals to the child until it ends, and return its wait status; as PID 1, also reap inherited processes.
 
-    Every two seconds it looks for kills by lack of memory.
+    Every two seconds it looks for kills by the kernel for lack of memory.
     """
     while True:
         arrived = signal.sigtimedwait(AWAITED, LOOK_SECONDS)

@@ -81,7 +81,7 @@ def _method_and_path(parts: list[str], *, has_body: bool) -> tuple[str, str]:
 
 
 def _value(text: str) -> object:
-    """Return a value of the command line: JSON where it is JSON, else the text."""
+    """Return the value of an argument: parsed if it is JSON, else the text itself."""
     try:
         return json.loads(text)
     except ValueError:

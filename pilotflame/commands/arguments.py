@@ -29,7 +29,7 @@ KeyOption: TypeAlias = Annotated[
 
 
 def read_text(given: str, option: str) -> str:
-    """Return a value, or for `@file` the content of the file; `@-` and `-` are standard input.
+    """Return the text of an argument itself, or for `@file` that of the file; `@-` and `-` read standard input.
 
     `option` names the option in errors. Raises `CommandError` for a file that isn't UTF-8, and `OSError`.
     """
@@ -82,7 +82,7 @@ def read_pairs(given: Sequence[str] | None, option: str) -> dict[str, str]:
 def confirm(question: str, *, is_confirmed: bool) -> None:
     """Ask the user before something that can't be undone, and abort the command unless the answer is yes.
 
-    Nothing is asked if it is confirmed already. Raises `CommandError` without a terminal.
+    Nothing is asked if `is_confirmed`, as by `--yes`. Raises `CommandError` without a terminal.
     """
     if is_confirmed:
         return

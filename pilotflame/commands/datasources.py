@@ -144,7 +144,8 @@ def set_visibility(
 
 
 def find_source(id_or_name: str) -> str:
-    """Return the id of a data source from its id, or its name with or without `@`.
+    """Return the id of a data source: an id (`ds_…`) is returned unchecked,
+    else the name, with or without `@`, is looked up.
 
     Raises `CommandError` unless exactly one has the name.
     """
@@ -159,8 +160,10 @@ def find_source(id_or_name: str) -> str:
 
 
 def _secrets(variables: list[str] | None, *, is_stdin: bool) -> dict[str, Any]:
-    """Return the secrets of the options: from environment variables, and as JSON from standard input; raises
-    `CommandError`.
+    """Return the secrets that the options give, by name: from environment variables,
+    and a JSON object on standard input.
+
+    Variables win. Raises `CommandError`.
     """
     secrets = read_object("-", "--secrets-stdin") if is_stdin else {}
     for name, variable in read_pairs(variables, "--secret-env").items():

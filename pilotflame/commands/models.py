@@ -277,7 +277,11 @@ def _split_ids(text: str) -> list[str]:
 
 
 def find_model(id_or_name: str) -> str:
-    """Return the id of a model; raises `CommandError`."""
+    """Return the id of a model: an id, or `echo`, is returned unchecked,
+    else the name, with or without `@`, is looked up.
+
+    Raises `CommandError` unless exactly one has the name.
+    """
     if id_or_name.startswith("model_") or id_or_name == ECHO:
         return id_or_name
     named = id_or_name.removeprefix("@")

@@ -66,6 +66,6 @@ class _LoadedCommands(dict[str, Any]):
 
 
 def list_commands(group: TyperGroup, context: Context) -> list[tuple[str, Command]]:
-    """Return the commands of a group that help shows, by name."""
+    """Return the commands of a group that its help shows, each with its name; their modules are loaded."""
     found = ((name, group.get_command(context, name)) for name in group.list_commands(context))
     return [(name, command) for name, command in found if command is not None and not command.hidden]

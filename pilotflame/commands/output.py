@@ -34,7 +34,7 @@ FormatOption: TypeAlias = Annotated[
 
 
 def take(items: Iterable[Any], limit: int, *, all_items: bool) -> list[Any]:
-    """Return the first `limit` items of a list, or all of them."""
+    """Return the first `limit` items as a list, or all of them."""
     return list(items if all_items else islice(items, limit))
 
 
@@ -57,7 +57,9 @@ def show_list(
 def show_object(
     value: Mapping[str, Any], output: OutputFormat = OutputFormat.JSON, *, key: str = "id"
 ) -> None:
-    """Print one object as JSON or YAML, as lines of its fields, or its name, which is at the path `key`."""
+    """Print one object: as JSON, as YAML, as a table with a line for each field,
+    or only its name, at the path `key`.
+    """
     if output is OutputFormat.TABLE:
         show_table([[name, _short(one)] for name, one in value.items()], [])
     elif output is OutputFormat.NAME:
@@ -67,7 +69,7 @@ def show_object(
 
 
 def show_value(value: object, output: OutputFormat = OutputFormat.JSON) -> None:
-    """Print any JSON value as JSON or YAML."""
+    """Print any JSON value as YAML, or for any other format as JSON."""
     if output is OutputFormat.YAML:
         import yaml
 
@@ -104,8 +106,8 @@ def value_at(item: Mapping[str, Any], path: str) -> Any:  # noqa: ANN401 - any J
 
 
 def _short(value: object) -> str:
-    """Return a value as short text for a table: "" for None, yes or no, names with commas, JSON for other
-    containers.
+    """Return a value as text for a cell of a table: "" for None, yes or no,
+    names with commas, JSON for other containers.
     """
     if value is None:
         return ""

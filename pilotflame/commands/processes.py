@@ -78,8 +78,8 @@ def smtp() -> None:
 
 
 def _inputs_of(example: Path | None) -> Path | None:
-    """Return the inputs file `NAME-input.json` beside the example `NAME.json`; None without such a file or an
-    example.
+    """Return the inputs file `NAME-input.json` beside an example, such as `NAME.yaml`;
+    None without such a file or an example.
     """
     inputs = None if example is None else example.with_name(f"{example.stem}-input.json")
     return inputs if inputs is not None and inputs.exists() else None

@@ -129,7 +129,7 @@ def purge(
 
 
 def _select(workflow: str | None, group: str | None, chosen: list[str] | None) -> dict[str, Any]:
-    """Return the filter of dead letters; empty for all of the organization."""
+    """Return the filter of dead letters for the API from the options; empty for all of the organization."""
     workflow_id = None if workflow is None else connect().workflows.find(workflow)
     selection = {"workflowId": workflow_id, "group": group, "executionIds": chosen}
     return {name: value for name, value in selection.items() if value}

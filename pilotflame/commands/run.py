@@ -104,7 +104,7 @@ def run_workflow(
 def watch_nodes(name: str, run: Run, *, is_streamed: bool) -> None:
     """Show the nodes of a run until its end, with the texts of its models if they are streamed.
 
-    Texts that don't go to a terminal are printed as they come: a view that moves would fill a file.
+    Texts are part of the view on a terminal, else printed as lines: a view that moves would fill a file.
     """
     from pilotflame import live_text, live_view
 
@@ -173,6 +173,7 @@ def read_connections(
 
 
 def _print_outputs(run: Run, choice: OutputChoice, connections: Sequence[Mapping[str, Any]]) -> None:
+    """Print the outputs of an ended run, and remarks about those that are too large or truncated."""
     outputs = run.outputs
     if choice is OutputChoice.NONE:
         return

@@ -190,7 +190,9 @@ def wait_for_run(
 
 
 def _connections_of(client: Client, execution: str, output: OutputChoice) -> Sequence[Mapping[str, Any]]:
-    """Return the connections of an execution's workflow, if they choose the outputs to print."""
+    """Return the connections of an execution's workflow if the last outputs are to be printed;
+    else none, without a request.
+    """
     if output is not OutputChoice.LAST:
         return []
     return read_connections(client, client.executions.get(execution)["workflowId"], {})
@@ -423,7 +425,10 @@ def show_logs(
 def _log_lines(
     client: Client, execution: str, level: str | None, *, follow: bool
 ) -> Iterator[Mapping[str, Any]]:
-    """Yield the log lines of an execution, of one level or for None of all; with `follow` until the execution ends."""
+    """Yield the log lines of an execution, of one level or for None of all.
+
+    With `follow`, wait for new ones until the execution ends.
+    """
     if not follow:
         path = f"/api/v1/executions/{_quoted(execution)}/logs"
         yield from client.iterate(path, "logs", {"level": level})

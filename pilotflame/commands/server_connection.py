@@ -25,7 +25,9 @@ def connect() -> Client:
 
 
 def is_configured() -> bool:
-    """Return whether commands would reach a server with an API key; otherwise they use the database of this machine."""
+    """Return whether an address and an API key of a server are configured;
+    otherwise commands use the local database.
+    """
     from pilotflame_sdk import ConfigurationError
     from pilotflame_sdk.profiles import find_server
 

@@ -127,7 +127,11 @@ def delete_server(
 
 
 def find_server(id_or_name: str) -> str:
-    """Return the id of a tool server; raises `CommandError` unless exactly one has the name."""
+    """Return the id of a tool server: an id (`ds_…`) is returned unchecked,
+    else the name, with or without `@`, is looked up.
+
+    Raises `CommandError` unless exactly one has the name.
+    """
     if id_or_name.startswith("ds_"):
         return id_or_name
     named = id_or_name.removeprefix("@")

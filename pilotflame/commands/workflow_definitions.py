@@ -26,8 +26,9 @@ class WorkflowFile:
 
 
 def read_definition(file: Path) -> dict[str, Any]:
-    """Return the workflow of a JSON or YAML file; raises `CommandError` unless it is an object with a name,
-    and `OSError`.
+    """Return the workflow of a JSON or YAML file, unchecked by the server.
+
+    Raises `CommandError` unless it is an object with a name, and `OSError`.
     """
     import yaml
 
@@ -45,7 +46,7 @@ def read_definition(file: Path) -> dict[str, Any]:
 
 
 def read_files(paths: Sequence[Path]) -> Sequence[WorkflowFile]:
-    """Return the workflows of files and folders, sorted by path; raises `CommandError` and `OSError`.
+    """Return the workflows of files and folders, sorted by path, each file once; raises `CommandError` and `OSError`.
 
     Of a folder, all YAML and JSON files are read, also in folders below; hidden ones are left out.
     """
@@ -70,7 +71,9 @@ def _list_files(path: Path) -> Iterator[Path]:
 
 
 def name_positions(text: str, files: Sequence[WorkflowFile]) -> str:
-    """Return a text of a refusal with the names of files in place of positions such as `workflows.3`."""
+    """Return the text of a refusal with paths of files in place of positions such as `workflows.3`,
+    an index into `files`.
+    """
 
     def named(found: re.Match[str]) -> str:
         place = int(found[1])
@@ -80,9 +83,9 @@ def name_positions(text: str, files: Sequence[WorkflowFile]) -> str:
 
 
 def strip_document(document: Mapping[str, Any], sources: Mapping[str, str]) -> dict[str, Any]:
-    """Return an exported document as a file for `apply`: without fields about the file, with names of data sources.
+    """Return an exported workflow as `apply` reads it: without fields about the export, empty fields and default ports.
 
-    `sources` has the names to show, such as `@crm`, by id. Empty fields are left out.
+    `sources` has the names, such as `@crm`, that replace ids of data sources; other ids stay.
     """
     left_out = {"format", "formatVersion", "references", "removedSecrets"}
     kept = {
@@ -100,7 +103,7 @@ def strip_document(document: Mapping[str, Any], sources: Mapping[str, str]) -> d
 
 
 def _plain_node(node: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a node without its second name of the type, and without empty fields."""
+    """Return a node without `nodeId`, which repeats its type, and without empty fields."""
     return {
         name: value
         for name, value in node.items()
@@ -109,13 +112,14 @@ def _plain_node(node: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain_edge(edge: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a connection in its short form, without default ports."""
     plain = {"source": edge["sourceNodeId"], "target": edge["targetNodeId"]}
     ports = {"sourcePort": (edge["sourcePort"], "output"), "targetPort": (edge["targetPort"], "input")}
     return {**plain, **{name: port for name, (port, default) in ports.items() if port != default}}
 
 
 def _named_fields(document: Mapping[str, Any], sources: Mapping[str, str]) -> Mapping[str, Mapping[str, str]]:
-    """Return the names of data sources by node and by the path in its config."""
+    """Return the names of data sources that replace ids, by node id and then by path in the config."""
     found: dict[str, dict[str, str]] = {}
     for reference in document["references"]:
         if reference["kind"] == "datasources" and reference["id"] in sources:
@@ -125,7 +129,7 @@ def _named_fields(document: Mapping[str, Any], sources: Mapping[str, str]) -> Ma
 
 
 def _named(value: Any, names: Mapping[str, str], path: str = "") -> Any:  # noqa: ANN401 - any JSON
-    """Return a config in which the values at the paths of `names` are replaced by names of data sources."""
+    """Return a config with the values at the paths of `names` replaced; `path` is that of `value` itself."""
     if isinstance(value, list):
         return [
             _named(one, names, f"{path}.{place}" if path else str(place)) for place, one in enumerate(value)

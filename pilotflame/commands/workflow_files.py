@@ -155,6 +155,7 @@ def export(
 
 
 def _document(client: Client, workflow_id: str, sources: Mapping[str, str]) -> dict[str, Any]:
+    """Return a workflow as `apply` reads it; credentials that the export left out are remarked."""
     whole: dict[str, Any] = dict(client.workflows.export(workflow_id))
     for one in whole["removedSecrets"]:
         place = f"{one['nodeId']}: " if one["nodeId"] else ""
@@ -168,7 +169,7 @@ def _document(client: Client, workflow_id: str, sources: Mapping[str, str]) -> d
 def _request(
     found: Sequence[WorkflowFile], set_name: str | None, prune: str | None, *, force: bool
 ) -> dict[str, Any]:
-    """Return the body of an `apply` request; raises `CommandError` for pruning without a set."""
+    """Return the body of an `apply` request for these files; raises `CommandError` for pruning without a set."""
     if prune is not None and set_name is None:
         raise CommandError("--prune needs --set: only members of a set are removed")
     fields = {"set": set_name, "prune": prune, "force": force}
@@ -179,9 +180,9 @@ def _request(
 
 
 def _send(client: Client, found: Sequence[WorkflowFile], request: Mapping[str, Any]) -> dict[str, Any]:
-    """Send an `apply` request and return the answer; refusals name files instead of positions.
+    """Send an `apply` request and return the answer.
 
-    Raises `APIError`; the differences of conflicts are printed before.
+    Raises `APIError`, with files in place of positions; the differences of conflicts are printed before.
     """
     from pilotflame_sdk import APIError
 
@@ -217,6 +218,9 @@ def _show_conflicts(client: Client, request: Mapping[str, Any]) -> None:
 def _confirm_removals(
     client: Client, found: Sequence[WorkflowFile], request: Mapping[str, Any], *, is_confirmed: bool
 ) -> None:
+    """Ask before an `apply` that removes workflows: by deletion, over ten, or all of a set;
+    aborts the command without a yes.
+    """
     planned = _send(client, found, {**request, "dryRun": True})
     removed = [one["name"] for one in planned["changes"] if one["action"] in {"archive", "delete"}]
     if removed and (not found or len(removed) > MANY or request["prune"] == "delete"):
@@ -225,6 +229,7 @@ def _confirm_removals(
 
 
 def _summary(answer: Mapping[str, Any]) -> str:
+    """Return the numbers of workflows by action as one line."""
     counts = ", ".join(f"{count} {action}" for action, count in answer["counts"].items()) or "no workflow"
     return f"{counts} (dry run)" if answer["dryRun"] else counts
 
@@ -233,7 +238,7 @@ def _summary(answer: Mapping[str, Any]) -> str:
 
 
 def diff_lines(changes: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the lines that a terminal shows for planned changes; unchanged workflows are left out."""
+    """Return planned changes as lines of text for a terminal; unchanged workflows are left out."""
     lines = []
     for one in changes:
         if one["action"] == "unchanged":
@@ -245,6 +250,7 @@ def diff_lines(changes: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _workflow_lines(found: Mapping[str, Any]) -> list[str]:
+    """Return the differences of one workflow as lines: its fields, nodes and connections."""
     lines = [_change_line(name, change) for name, change in found.get("fields", {}).items()]
     for word, kind in (("node", "nodes"), ("connection", "connections")):
         items = found.get(kind) or {}
