@@ -252,7 +252,7 @@ class RedisBroker:
         await self._put(mail_parser_wakeup.QUEUE, mail_parser_wakeup.ACTOR, "all", asdict(MailParserWakeup()))
 
     def start_mail_parser(self, on_wakeup: Callable[[], None]) -> None:
-        self._mail_parser = wakeup_worker.start_reader(WakeupQueues(self._url), on_wakeup)
+        self._mail_parser = wakeup_worker.start_mail_parser_worker(WakeupQueues(self._url), on_wakeup)
 
     async def stop_mail_parser(self) -> None:
         mail_parser, self._mail_parser = self._mail_parser, None
@@ -288,7 +288,7 @@ class RedisBroker:
         if not execution_ids:
             return
         async with _check_answer():
-            await self._watch(keys=_watchers_key(execution_ids), args=[self.channel, WATCH_SECONDS])
+            await self._watch(keys=_watchers_keys(execution_ids), args=[self.channel, WATCH_SECONDS])
 
     async def publish(
         self,
@@ -300,7 +300,7 @@ class RedisBroker:
             return
         pairs = chain.from_iterable([*channels.items(), *self._notices(channels, outcomes, grants)])
         async with _check_answer():
-            await self._publish(keys=_watchers_key(channels), args=[CHANNELS, *pairs])
+            await self._publish(keys=_watchers_keys(channels), args=[CHANNELS, *pairs])
 
     def _notices(
         self,
@@ -457,5 +457,5 @@ class RedisBroker:
         return _GatewayNotice() if content is None else decoding.decode(content, _GatewayNotice)
 
 
-def _watchers_key(execution_ids: Iterable[str]) -> list[str]:
+def _watchers_keys(execution_ids: Iterable[str]) -> list[str]:
     return [f"{NAMESPACE}:watchers:{execution_id}" for execution_id in execution_ids]

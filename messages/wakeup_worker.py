@@ -29,7 +29,7 @@ def start(broker: dramatiq.Broker, on_wakeup: Callable[[int], None]) -> dramatiq
     )
 
 
-def start_reader(broker: dramatiq.Broker, on_wakeup: Callable[[], None]) -> dramatiq.Worker:
+def start_mail_parser_worker(broker: dramatiq.Broker, on_wakeup: Callable[[], None]) -> dramatiq.Worker:
     """Start a Dramatiq worker that calls `on_wakeup` for each wakeup of mail parsers; return it.
 
     The calls are made on the event loop of the caller. Raises RuntimeError without a running loop.

@@ -40,7 +40,7 @@ async def create_organization(settings: ServerSettings, name: str) -> str:
         )
         return made.id
 
-    async with opened(settings) as database:
+    async with open_database(settings) as database:
         return await database.transaction(create)
 
 
@@ -70,7 +70,7 @@ async def create_user(
         )
         return made.id
 
-    async with opened(settings) as database:
+    async with open_database(settings) as database:
         try:
             return await database.transaction(create)
         except EmailTaken as error:
@@ -111,7 +111,7 @@ async def create_key(
         )
         return made.key
 
-    async with opened(settings) as database:
+    async with open_database(settings) as database:
         return await database.transaction(create)
 
 
@@ -121,7 +121,7 @@ async def list_keys(settings: ServerSettings, organization: str | None) -> Seque
     Without `organization` the only one is meant. Raises `CommandError` for a missing or ambiguous
     organization.
     """
-    async with opened(settings) as database, database.read() as connection:
+    async with open_database(settings) as database, database.read() as connection:
         found = await _find_organization(connection, organization)
         _, keys = await access_store.list_keys(connection, found.id, user_id=None, limit=MAX_LISTED, offset=0)
         return keys
@@ -149,12 +149,12 @@ async def revoke_key(settings: ServerSettings, organization: str | None, key_id:
             after=audit_log.hash_content(revoked.after),
         )
 
-    async with opened(settings) as database:
+    async with open_database(settings) as database:
         await database.transaction(revoke)
 
 
 @asynccontextmanager
-async def opened(settings: ServerSettings) -> AsyncIterator[Database]:
+async def open_database(settings: ServerSettings) -> AsyncIterator[Database]:
     """Yield the database of the settings, and close it after the block.
 
     Raises `OutdatedDatabase` if it is not migrated, and `DatabaseUnavailable`.

@@ -283,11 +283,11 @@ async def _build_sign_in_link(database: Database, gateway: GatewayState, address
 
 async def _offer_example(lines: LineWriter, url: str, key: str, example: ExampleWorkflow) -> None:
     """Load the example workflow through the API, and print the command that runs it; print nothing if loading fails."""
-    if await asyncio.to_thread(_load, example, url, key):
-        lines.put(_command_of(example, url, key).encode())
+    if await asyncio.to_thread(_load_example, example, url, key):
+        lines.put(_build_run_command(example, url, key).encode())
 
 
-def _load(example: ExampleWorkflow, url: str, key: str) -> bool:
+def _load_example(example: ExampleWorkflow, url: str, key: str) -> bool:
     """Create the example workflow through the API, as a user would; return whether it succeeded.
 
     A failure is logged as a warning.
@@ -314,7 +314,7 @@ def _add_input(example: ExampleWorkflow) -> Mapping[str, Any]:
     return {**example.definition, "config": config}
 
 
-def _command_of(example: ExampleWorkflow, url: str, key: str) -> str:
+def _build_run_command(example: ExampleWorkflow, url: str, key: str) -> str:
     """Return the text with the command that runs the example, with its inputs file if there is one."""
     given = f" --input @{example.inputs}" if example.inputs is not None else ""
     name = shlex.quote(example.definition["name"])

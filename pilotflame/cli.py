@@ -84,7 +84,7 @@ class CommandGroup(Typer):
             from typer._completion_classes import completion_init
 
             completion_init()
-        with command_error.printed_errors():
+        with command_error.print_user_errors():
             return super().__call__(*args, **kwargs)
 
 

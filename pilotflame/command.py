@@ -17,7 +17,7 @@ def main() -> None:
     """
     match sys.argv[1:]:
         case [name] if name in server_processes.PROCESSES:
-            with command_error.printed_errors():
+            with command_error.print_user_errors():
                 server_processes.run_process(name)
         case _:
             from pilotflame.cli import app

@@ -25,7 +25,7 @@ class CommandError(Exception):
 
 
 @contextmanager
-def printed_errors() -> Iterator[None]:
+def print_user_errors() -> Iterator[None]:
     """Print an error of the block that a user can fix as one line on standard error, and exit with its code.
 
     Internal errors keep their traceback.

@@ -22,7 +22,7 @@ _FILE: Final = "secret.key"
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path) -> Iterator[None]:
     """Create the data folder if needed, and hold its lock during the block; the lock file has the id of this process.
 
     Raises `CommandError` at once if another process holds it.

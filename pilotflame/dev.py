@@ -32,7 +32,7 @@ def serve(
     gc_tuning.postpone_until_loaded()
     settings = ServerSettings()
     folder = settings.data_dir
-    with data_dir.locked(folder):
+    with data_dir.lock_folder(folder):
         migration = begin_migration(settings.database_url) if _is_new(settings) else None
         # Imported here, since the import takes about as long as the migration that runs meanwhile.
         from pilotflame import all_in_one

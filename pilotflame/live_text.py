@@ -150,7 +150,7 @@ def is_terminal() -> bool:
 
 
 @contextmanager
-def following(events: Iterable[RunEvent], take: Callable[[RunEvent], None]) -> Iterator[None]:
+def consume_in_thread(events: Iterable[RunEvent], take: Callable[[RunEvent], None]) -> Iterator[None]:
     """Call `take` in another thread for each event during the block, and for late ones up to two seconds after it.
 
     Nothing is raised if the stream can't be read, as at a server of an earlier version.
@@ -179,11 +179,11 @@ def following(events: Iterable[RunEvent], take: Callable[[RunEvent], None]) -> I
 
 
 @contextmanager
-def printing(events: Iterable[RunEvent]) -> Iterator[None]:
+def print_live_texts(events: Iterable[RunEvent]) -> Iterator[None]:
     """Print the texts of models and steps of agents from these events on standard error, during the block."""
     printer = TextPrinter(write_to_terminal)
     try:
-        with following(events, printer.take):
+        with consume_in_thread(events, printer.take):
             yield
     finally:
         printer.close()

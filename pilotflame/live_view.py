@@ -91,7 +91,7 @@ class RunView:
             table.add_column(heading, justify="right" if heading == "time" else "left", overflow="ellipsis")
         for span in list(self._spans.values())[-MAX_ROWS:]:
             table.add_row(
-                Text(_name(span)),
+                Text(_name_node(span)),
                 Text(span["nodeType"]),
                 _style_status(span["status"]),
                 _format_duration(span["durationMs"]),
@@ -112,7 +112,7 @@ def show_run(name: str, events: Iterable[RunEvent], steps: Iterable[RunEvent] | 
     With the events of its `steps`, also the texts that its models write.
     """
     view, console = RunView(name), Console(file=sys.stderr)
-    following = nullcontext() if steps is None else live_text.following(steps, view.take_step)
+    following = nullcontext() if steps is None else live_text.consume_in_thread(steps, view.take_step)
     with Live(view, console=console, refresh_per_second=8) as live, following:
         for event in events:
             view.take(event)
@@ -121,7 +121,7 @@ def show_run(name: str, events: Iterable[RunEvent], steps: Iterable[RunEvent] | 
         console.print()  # the last table has no line feed there
 
 
-def _name(span: dict[str, Any]) -> str:
+def _name_node(span: dict[str, Any]) -> str:
     """Return the label of a node, with its iteration of a loop."""
     name: str = span["nodeLabel"] or span["nodeId"]
     return f"{name} [{span['iteration']}]" if span["iteration"] else name

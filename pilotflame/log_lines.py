@@ -214,12 +214,12 @@ class LogLineWriter:
         while (first := self._waiting.get()) is not None:
             if not self._is_closing:
                 time.sleep(WRITE_EVERY_SECONDS)
-            lines, is_last = self._more_after(first)
-            self._write(b"".join(lines) + self._about_dropped())
+            lines, is_last = self._take_batch(first)
+            self._write(b"".join(lines) + self._render_dropped_count())
             if is_last:
                 return
 
-    def _more_after(self, first: bytes) -> tuple[list[bytes], bool]:
+    def _take_batch(self, first: bytes) -> tuple[list[bytes], bool]:
         """Return the first line and those that wait behind it, up to 500, without waiting,
         and whether `close` was among them.
         """
@@ -234,7 +234,7 @@ class LogLineWriter:
             lines.append(line)
         return lines, False
 
-    def _about_dropped(self) -> bytes:
+    def _render_dropped_count(self) -> bytes:
         """Return a log line with the number of lines dropped since the last call; empty if there are none."""
         with self._dropping:
             dropped, self._dropped = self._dropped, 0

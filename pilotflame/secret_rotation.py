@@ -15,7 +15,7 @@ from models.database_time import DatabaseTime
 from models.encryption import EncryptedText, SecretVault, VaultError
 from models.ingest import SenderToken
 from models.signing_secrets import SigningSecret
-from pilotflame.accounts import opened
+from pilotflame.accounts import open_database
 
 if TYPE_CHECKING:
     from sqlalchemy import Row
@@ -53,7 +53,7 @@ async def rotate_secret(settings: ServerSettings) -> RotationResult:
     """
     vault = SecretVault(settings.secret, settings.previous_secrets)
     rotation = RotationResult()
-    async with opened(settings) as database:
+    async with open_database(settings) as database:
         for table in TABLES:
             await _rotate_table(database, vault, table, rotation)
         is_valid = or_(col(ApiKey.expires_at).is_(None), col(ApiKey.expires_at) > DatabaseTime())
@@ -84,7 +84,7 @@ async def _rotate_table(
         last = rows[-1].id
         anew = {row: encrypted for row in rows if (encrypted := _encrypt_again(vault, row)) is not None}
         rotation.unreadable += [row.id for row in rows if row not in anew]
-        rotation.encrypted += await _replace(database, table, anew)
+        rotation.encrypted += await write_encrypted(database, table, anew)
 
 
 def _encrypt_again(vault: SecretVault, row: _Found) -> EncryptedText | None:
@@ -98,7 +98,7 @@ def _encrypt_again(vault: SecretVault, row: _Found) -> EncryptedText | None:
         return None
 
 
-async def _replace(database: Database, table: _Table, anew: dict[_Found, EncryptedText]) -> int:
+async def write_encrypted(database: Database, table: _Table, anew: dict[_Found, EncryptedText]) -> int:
     """Write newly encrypted values in one transaction, except to rows that have changed meanwhile;
     return the number written.
 

@@ -146,7 +146,7 @@ class Supervisor:
     def _keep_running(self) -> int | str:
         """Restart children that end, until a stop signal or until one refuses its first start; return as `run`."""
         while True:
-            if self._wait(self._seconds_to_restart()) in STOP_SIGNALS:
+            if self._wait_for_signal(self._seconds_to_restart()) in STOP_SIGNALS:
                 return self._stop()
             for child in self._children:
                 if (code := child.reap()) is not None:
@@ -182,7 +182,7 @@ class Supervisor:
                 left = deadline - time.monotonic()
                 if left <= 0:
                     child.send_signal(signal.SIGKILL)
-                if self._wait(max(left, 0.1)) in STOP_SIGNALS:
+                if self._wait_for_signal(max(left, 0.1)) in STOP_SIGNALS:
                     self._signal_all(signal.SIGTERM)
             if is_running and ended != 0:
                 code = code or 1
@@ -199,7 +199,7 @@ class Supervisor:
         for child in self._children:
             child.reap(options=0)
 
-    def _wait(self, seconds: float) -> int | None:
+    def _wait_for_signal(self, seconds: float) -> int | None:
         """Return the number of the next stop signal or SIGCHLD; None if none arrives within `seconds`."""
         arrived = signal.sigtimedwait({*STOP_SIGNALS, signal.SIGCHLD}, seconds)
         return None if arrived is None else arrived.si_signo

@@ -103,10 +103,10 @@ def run_again_after_changes(file: Path, remark: Callable[[str], None]) -> None:
                 continue
             seen = now
             remark("the code has changed: the worker starts again")
-            _end(child)
+            _end_worker(child)
             child = subprocess.Popen(command, env=environment)
     finally:
-        _end(child)
+        _end_worker(child)
 
 
 def _read_change_times(file: Path) -> Mapping[Path, int]:
@@ -129,7 +129,7 @@ def _read_change_times(file: Path) -> Mapping[Path, int]:
     return found
 
 
-def _end(child: subprocess.Popen[bytes]) -> None:
+def _end_worker(child: subprocess.Popen[bytes]) -> None:
     """End the process of a worker and wait: its tasks get ten seconds, then it is killed,
     and they are given to other workers.
     """

@@ -71,7 +71,7 @@ def _supervise_child(
     """Forward signals to the child until it ends, call `release` if it failed with an announced owner,
     and exit with its code.
     """
-    code = os.waitstatus_to_exitcode(_wait_for(child, watch))
+    code = os.waitstatus_to_exitcode(_wait_for_child(child, watch))
     is_out_of_memory = watch.explains(code)
     owner = _read_announcement(reads)
     # From here on a signal ends the parent as it ends any process.
@@ -84,7 +84,7 @@ def _supervise_child(
     sys.exit(code if code >= 0 else KILLED - code)
 
 
-def _wait_for(child: int, watch: OomKillWatch) -> int:
+def _wait_for_child(child: int, watch: OomKillWatch) -> int:
     """Forward signals to the child until it ends, and return its wait status; as PID 1, also reap inherited processes.
 
     Every two seconds it looks for kills by the kernel for lack of memory.

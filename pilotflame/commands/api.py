@@ -50,7 +50,10 @@ def send_request(
     method, path = _method_and_path(parts, has_body=given is not None or bool(field))
     body: Any = None if given is None else read_json(given, "--input")
     if field:
-        body = {**(body or {}), **{key: _value(text) for key, text in read_pairs(field, "--field").items()}}
+        body = {
+            **(body or {}),
+            **{key: _parse_value(text) for key, text in read_pairs(field, "--field").items()},
+        }
     answer = connect().request(
         method,
         path,
@@ -80,7 +83,7 @@ def _method_and_path(parts: list[str], *, has_body: bool) -> tuple[str, str]:
     return method, path if has_prefix else PREFIX + path
 
 
-def _value(text: str) -> object:
+def _parse_value(text: str) -> object:
     """Return the value of an argument: parsed if it is JSON, else the text itself."""
     try:
         return json.loads(text)

@@ -54,7 +54,7 @@ def bridge_redis(
 
     own = {"stream": stream, "group": group, "consumer": consumer, "delete": delete}
     given = {"workflow": workflow, "name": name, "on_refused": on_refused, "batch": batch}
-    _bridge(RedisBridgeSettings, {**given, **{f"redis_{word}": value for word, value in own.items()}})
+    _run_bridge(RedisBridgeSettings, {**given, **{f"redis_{word}": value for word, value in own.items()}})
 
 
 @app.command("sqs")
@@ -77,7 +77,7 @@ def bridge_sqs(
     from bridge.settings import SqsBridgeSettings
 
     given = {"workflow": workflow, "name": name, "on_refused": on_refused, "batch": batch}
-    _bridge(SqsBridgeSettings, {**given, "sqs_queue_url": queue_url, "sqs_endpoint": endpoint})
+    _run_bridge(SqsBridgeSettings, {**given, "sqs_queue_url": queue_url, "sqs_endpoint": endpoint})
 
 
 @app.command("rabbitmq")
@@ -97,10 +97,10 @@ def bridge_rabbitmq(
     from bridge.settings import RabbitmqBridgeSettings
 
     given = {"workflow": workflow, "name": name, "on_refused": on_refused, "batch": batch}
-    _bridge(RabbitmqBridgeSettings, {**given, "rabbitmq_queue": queue})
+    _run_bridge(RabbitmqBridgeSettings, {**given, "rabbitmq_queue": queue})
 
 
-def _bridge(kind: type[BridgeSettings], given: Mapping[str, Any]) -> None:
+def _run_bridge(kind: type[BridgeSettings], given: Mapping[str, Any]) -> None:
     """Run a bridge with settings from the command line and the environment until it is stopped; raises
     `CommandError`.
     """

@@ -66,7 +66,7 @@ def create_source(
         "name": name,
         "type": kind,
         "settings": read_object(settings or "{}", "--settings"),
-        "secrets": _secrets(secret_env, is_stdin=secrets_stdin),
+        "secrets": _read_secrets(secret_env, is_stdin=secrets_stdin),
     }
     typer.echo(connect().request("POST", "/api/v1/datasources", json=body, is_keyed=True)["dataSourceId"])
 
@@ -80,7 +80,7 @@ def update_source(
     secrets_stdin: StdinOption = False,
 ) -> None:
     """Change a data source; what is not given stays."""
-    secrets = _secrets(secret_env, is_stdin=secrets_stdin)
+    secrets = _read_secrets(secret_env, is_stdin=secrets_stdin)
     connect().datasources.update(
         find_source(source),
         name=name,
@@ -159,7 +159,7 @@ def find_source(id_or_name: str) -> str:
     return found[0]
 
 
-def _secrets(variables: list[str] | None, *, is_stdin: bool) -> dict[str, Any]:
+def _read_secrets(variables: list[str] | None, *, is_stdin: bool) -> dict[str, Any]:
     """Return the secrets that the options give, by name: from environment variables,
     and a JSON object on standard input.
 

@@ -61,7 +61,7 @@ def show_object(
     or only its name, at the path `key`.
     """
     if output is OutputFormat.TABLE:
-        show_table([[name, _short(one)] for name, one in value.items()], [])
+        show_table([[name, _format_cell(one)] for name, one in value.items()], [])
     elif output is OutputFormat.NAME:
         say(str(value_at(value, key)))
     else:
@@ -84,7 +84,7 @@ def show_table(rows: Sequence[Sequence[object]], headings: Sequence[str]) -> Non
 
     Line breaks in values become spaces. Nothing is printed without rows and headings.
     """
-    texts = [[escape_text(_short(value)).replace("\n", " ") for value in row] for row in rows]
+    texts = [[escape_text(_format_cell(value)).replace("\n", " ") for value in row] for row in rows]
     lines = [[heading.upper() for heading in headings], *texts] if headings else texts
     if not lines:
         return
@@ -105,7 +105,7 @@ def value_at(item: Mapping[str, Any], path: str) -> Any:  # noqa: ANN401 - any J
     return found
 
 
-def _short(value: object) -> str:
+def _format_cell(value: object) -> str:
     """Return a value as text for a cell of a table: "" for None, yes or no,
     names with commas, JSON for other containers.
     """

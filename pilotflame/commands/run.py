@@ -93,7 +93,7 @@ def run_workflow(
     try:
         if watch:
             watch_nodes(workflow, run, is_streamed=is_streamed)
-        with live_text.printing(run.stream_steps()) if is_streamed and not watch else nullcontext():
+        with live_text.print_live_texts(run.stream_steps()) if is_streamed and not watch else nullcontext():
             run.wait(timeout)
     except KeyboardInterrupt:
         remark(f"{run.id} goes on: pilotflame runs watch {run.id}")
@@ -109,7 +109,7 @@ def watch_nodes(name: str, run: Run, *, is_streamed: bool) -> None:
     from pilotflame import live_text, live_view
 
     in_view = is_streamed and live_text.is_terminal()
-    with live_text.printing(run.stream_steps()) if is_streamed and not in_view else nullcontext():
+    with live_text.print_live_texts(run.stream_steps()) if is_streamed and not in_view else nullcontext():
         live_view.show_run(name, run.stream(), run.stream_steps() if in_view else None)
 
 

@@ -174,7 +174,7 @@ def watch_run(
     client = connect()
     run = client.attach(execution)
     watch_nodes(execution, run, is_streamed=live_text.is_terminal() if stream is None else stream)
-    print_outcome(run.wait(), output, _connections_of(client, execution, output))
+    print_outcome(run.wait(), output, _read_connections_for(client, execution, output))
 
 
 @app.command("wait")
@@ -186,10 +186,12 @@ def wait_for_run(
     """Wait for the end of an execution and print its outputs; exits with 5 unless it completes."""
     client = connect()
     run = client.attach(execution).wait(timeout)
-    print_outcome(run, output, _connections_of(client, execution, output))
+    print_outcome(run, output, _read_connections_for(client, execution, output))
 
 
-def _connections_of(client: Client, execution: str, output: OutputChoice) -> Sequence[Mapping[str, Any]]:
+def _read_connections_for(
+    client: Client, execution: str, output: OutputChoice
+) -> Sequence[Mapping[str, Any]]:
     """Return the connections of an execution's workflow if the last outputs are to be printed;
     else none, without a request.
     """

@@ -91,9 +91,9 @@ def strip_document(document: Mapping[str, Any], sources: Mapping[str, str]) -> d
     kept = {
         name: value for name, value in document.items() if name not in left_out and value not in ("", [], {})
     }
-    named = _named_fields(document, sources)
+    named = _source_names(document, sources)
     kept["nodes"] = [
-        {**plain, "config": _named(plain["config"], named.get(plain["id"], {}))}
+        {**plain, "config": _replace_ids(plain["config"], named.get(plain["id"], {}))}
         if "config" in plain
         else plain
         for plain in map(_plain_node, document["nodes"])
@@ -118,7 +118,7 @@ def _plain_edge(edge: Mapping[str, Any]) -> dict[str, Any]:
     return {**plain, **{name: port for name, (port, default) in ports.items() if port != default}}
 
 
-def _named_fields(document: Mapping[str, Any], sources: Mapping[str, str]) -> Mapping[str, Mapping[str, str]]:
+def _source_names(document: Mapping[str, Any], sources: Mapping[str, str]) -> Mapping[str, Mapping[str, str]]:
     """Return the names of data sources that replace ids, by node id and then by path in the config."""
     found: dict[str, dict[str, str]] = {}
     for reference in document["references"]:
@@ -128,14 +128,15 @@ def _named_fields(document: Mapping[str, Any], sources: Mapping[str, str]) -> Ma
     return found
 
 
-def _named(value: Any, names: Mapping[str, str], path: str = "") -> Any:  # noqa: ANN401 - any JSON
+def _replace_ids(value: Any, names: Mapping[str, str], path: str = "") -> Any:  # noqa: ANN401 - any JSON
     """Return a config with the values at the paths of `names` replaced; `path` is that of `value` itself."""
     if isinstance(value, list):
         return [
-            _named(one, names, f"{path}.{place}" if path else str(place)) for place, one in enumerate(value)
+            _replace_ids(one, names, f"{path}.{place}" if path else str(place))
+            for place, one in enumerate(value)
         ]
     if isinstance(value, dict):
-        return {key: _named(one, names, f"{path}.{key}" if path else key) for key, one in value.items()}
+        return {key: _replace_ids(one, names, f"{path}.{key}" if path else key) for key, one in value.items()}
     return names.get(path, value)
 
 

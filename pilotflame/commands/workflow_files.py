@@ -71,17 +71,17 @@ def apply(
         _apply_one(read_definition(file))
         return
     found = read_files([*([file] if file is not None else []), *(files or [])])
-    request = _request(found, set_name, prune, force=force)
+    request = _build_request(found, set_name, prune, force=force)
     client = connect()
     if prune is not None and not dry_run:
         _confirm_removals(client, found, request, is_confirmed=yes)
-    answer = _send(client, found, {**request, "dryRun": dry_run})
+    answer = _send_apply(client, found, {**request, "dryRun": dry_run})
     if output is OutputFormat.TABLE:
         changes = [one for one in answer["changes"] if one["action"] != "unchanged"]
         rows = [[one["action"], one["name"], one["workflowId"]] for one in changes]
         if rows:
             show_table(rows, ["Action", "Workflow", "Id"])
-        remark(_summary(answer))
+        remark(_summarize_counts(answer))
     else:
         show_value(answer, output)
 
@@ -113,11 +113,13 @@ def diff(
 ) -> None:
     """Show how files differ from the workflows of the server, and change nothing."""
     found = read_files(files)
-    answer = _send(connect(), found, {**_request(found, set_name, prune, force=False), "dryRun": True})
+    answer = _send_apply(
+        connect(), found, {**_build_request(found, set_name, prune, force=False), "dryRun": True}
+    )
     if output is OutputFormat.TABLE:
         for line in diff_lines(answer["changes"]):
             say(line)
-        remark(_summary({**answer, "dryRun": False}))
+        remark(_summarize_counts({**answer, "dryRun": False}))
     else:
         show_value(answer, output)
     if exit_code and any(one["action"] != "unchanged" for one in answer["changes"]):
@@ -143,7 +145,7 @@ def export(
     counts = Counter(one["name"] for one in sources)
     # A name that several have would be refused: their ids stay.
     named = {str(one["id"]): f"@{one['name']}" for one in sources if counts[one["name"]] == 1}
-    documents = [_document(client, workflow_id, named) for workflow_id in ids]
+    documents = [_export_document(client, workflow_id, named) for workflow_id in ids]
     if directory is None:
         for text in map(file_text, documents):
             say(text if len(documents) == 1 else f"---\n{text}")
@@ -154,7 +156,7 @@ def export(
         typer.echo(str(path))
 
 
-def _document(client: Client, workflow_id: str, sources: Mapping[str, str]) -> dict[str, Any]:
+def _export_document(client: Client, workflow_id: str, sources: Mapping[str, str]) -> dict[str, Any]:
     """Return a workflow as `apply` reads it; credentials that the export left out are remarked."""
     whole: dict[str, Any] = dict(client.workflows.export(workflow_id))
     for one in whole["removedSecrets"]:
@@ -166,7 +168,7 @@ def _document(client: Client, workflow_id: str, sources: Mapping[str, str]) -> d
 # ── requests ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _request(
+def _build_request(
     found: Sequence[WorkflowFile], set_name: str | None, prune: str | None, *, force: bool
 ) -> dict[str, Any]:
     """Return the body of an `apply` request for these files; raises `CommandError` for pruning without a set."""
@@ -179,7 +181,7 @@ def _request(
     }
 
 
-def _send(client: Client, found: Sequence[WorkflowFile], request: Mapping[str, Any]) -> dict[str, Any]:
+def _send_apply(client: Client, found: Sequence[WorkflowFile], request: Mapping[str, Any]) -> dict[str, Any]:
     """Send an `apply` request and return the answer.
 
     Raises `APIError`, with files in place of positions; the differences of conflicts are printed before.
@@ -221,14 +223,14 @@ def _confirm_removals(
     """Ask before an `apply` that removes workflows: by deletion, over ten, or all of a set;
     aborts the command without a yes.
     """
-    planned = _send(client, found, {**request, "dryRun": True})
+    planned = _send_apply(client, found, {**request, "dryRun": True})
     removed = [one["name"] for one in planned["changes"] if one["action"] in {"archive", "delete"}]
     if removed and (not found or len(removed) > MANY or request["prune"] == "delete"):
         shown = ", ".join(removed[:MANY]) + (", …" if len(removed) > MANY else "")
         confirm(f"{request['prune']} {len(removed)} workflows ({shown})?", is_confirmed=is_confirmed)
 
 
-def _summary(answer: Mapping[str, Any]) -> str:
+def _summarize_counts(answer: Mapping[str, Any]) -> str:
     """Return the numbers of workflows by action as one line."""
     counts = ", ".join(f"{count} {action}" for action, count in answer["counts"].items()) or "no workflow"
     return f"{counts} (dry run)" if answer["dryRun"] else counts

@@ -41,7 +41,7 @@ async def put():
     await files.put("a/b/c.txt", b"hello", media_type="text/plain", timeout_seconds=60)
     say("file")
 
-with data_dir.locked(folder):
+with data_dir.lock_folder(folder):
     data_dir.make_secret_key(folder)
     say("key")
     Database(parse_url(f"sqlite:///{{folder}}/database/pilotflame.db"))

@@ -94,7 +94,7 @@ async def test_data_sources_and_keys_survive_a_change_of_the_secret(
 
     # Interrupted after the first batch: its rows are re-encrypted, and both secrets are needed.
     monkeypatch.setattr(secret_rotation, "BATCH", 1)
-    replace, calls = secret_rotation._replace, []
+    replace, calls = secret_rotation.write_encrypted, []
 
     async def replace_once(*given: object) -> int:
         calls.append(given)
@@ -102,10 +102,10 @@ async def test_data_sources_and_keys_survive_a_change_of_the_secret(
             raise KeyboardInterrupt
         return await replace(*given)  # type: ignore[arg-type]  # passed on as received
 
-    monkeypatch.setattr(secret_rotation, "_replace", replace_once)
+    monkeypatch.setattr(secret_rotation, "write_encrypted", replace_once)
     with pytest.raises(KeyboardInterrupt):
         await secret_rotation.rotate_secret(settings)
-    monkeypatch.setattr(secret_rotation, "_replace", replace)
+    monkeypatch.setattr(secret_rotation, "write_encrypted", replace)
     for vault in (old, new):
         with pytest.raises(UnknownSecret):
             await open_secrets(harness, vault, *ids)
