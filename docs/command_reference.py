@@ -18,6 +18,7 @@ def build_commands_table() -> str:
 
 
 def _list_usages() -> Iterator[tuple[str, str]]:
+    """Yield each command that help shows, with its arguments and its summary; groups are replaced by their commands."""
     root = get_command(app)
     assert isinstance(root, TyperGroup)  # noqa: S101 - the type of its class
     context = root.context_class(root, info_name="pilotflame")

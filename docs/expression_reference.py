@@ -151,7 +151,7 @@ LIMITS: Final[Mapping[str, int]] = {
 
 
 def build_parts() -> dict[str, str]:
-    """Return the generated parts of docs/expressions.md by the names of their marks."""
+    """Return the generated parts of docs/expressions.md by the names of their marks; writes nothing."""
     return {
         "scope": _code_block(SCOPE),
         "paths": _format_table(("path", "value"), map(_example_row, PATHS)),
@@ -159,7 +159,7 @@ def build_parts() -> dict[str, str]:
         "fallbacks": _format_table(("template", "value"), map(_example_row, FALLBACKS)),
         "computed-fields": _format_table(("node", "fields"), _field_rows(FieldCompilation.VALUE)),
         "operations": _format_table(
-            ("operation", "arguments", "result", "example: `args`", "value"), _operation_sections()
+            ("operation", "arguments", "result", "example: `args`", "value"), _operation_rows()
         ),
         "condition-fields": _format_table(("node", "fields"), _field_rows(FieldCompilation.CONDITION)),
         "operators": _format_table(("operator", "symbol", "compares", "example"), _operator_rows()),
@@ -193,7 +193,8 @@ def _field_rows(kind: FieldCompilation) -> Iterator[tuple[str, str]]:
             yield f"[`{node_type.type}`](nodes.md#{node_type.type})", ", ".join(map(_format_code, fields))
 
 
-def _operation_sections() -> Iterator[tuple[str, ...]]:
+def _operation_rows() -> Iterator[tuple[str, ...]]:
+    """Yield a row for each operation: name, number of arguments, result, and an example."""
     for name, operation in sorted(OPERATIONS.items()):
         arguments, value = OPERATION_EXAMPLES[name]
         count = operation.arity.removesuffix("s").removesuffix(" argument")
@@ -207,6 +208,7 @@ def _operation_sections() -> Iterator[tuple[str, ...]]:
 
 
 def _operator_rows() -> Iterator[tuple[str, ...]]:
+    """Yield a row for each operator of conditions: name, symbol, kind of values, and an example."""
     symbols = {name: symbol for symbol, name in conditions.SYMBOLS.items()}
     for name, needed in conditions.OPERATORS.items():
         left, right = OPERATOR_EXAMPLES[name]

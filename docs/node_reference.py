@@ -46,7 +46,7 @@ CATEGORIES: Mapping[str, str] = {
 
 
 def build_reference() -> str:
-    """Return the page: node types by category, each with its config and an example."""
+    """Return the text of the page: node types by category, each with its config and an example."""
     node_types = catalog.load_catalog().node_types.values()
     parts = [HEADING]
     for category, title in CATEGORIES.items():
@@ -58,6 +58,7 @@ def build_reference() -> str:
 
 
 def _node_section(node_type: NodeType) -> str:
+    """Return the section about a node type, in Markdown."""
     lines = [f"### {node_type.type}\n", f"{node_type.description}\n"]
     if not node_type.runnable:
         lines.append("This node can be drawn, but not run on this server.\n")
@@ -93,6 +94,7 @@ def _describe_ports(node_type: NodeType) -> str:
 
 
 def _config_rows(node_type: NodeType) -> Iterator[str]:
+    """Yield a row for each field of the config of a node type, and for fields within it."""
     for name, schema in _schema_properties(node_type.config_schema).items():
         compiled = node_type.compiled.get(name)
         kind = "condition" if compiled is FieldCompilation.CONDITION else _describe_type(schema)
@@ -106,7 +108,7 @@ def _config_rows(node_type: NodeType) -> Iterator[str]:
 def _nested_rows(
     name: str, schema: Mapping[str, Any], compiled: Mapping[str, FieldCompilation]
 ) -> Iterator[str]:
-    """Yield the rows of the fields of an object, and of the objects in a list."""
+    """Yield the rows of the fields of an object, or of the objects in a list; `name` is the path of the object."""
     items = schema.get("items")
     for prefix, inner in ((name, schema), (f"{name}[]", items if isinstance(items, dict) else {})):
         for field, of_field in _schema_properties(inner).items():
@@ -145,7 +147,7 @@ def _format_value(value: Json) -> str:
 
 
 def example_execute_body(node_type: NodeType) -> dict[str, Any]:
-    """Return the body of an execute request that runs a node type with its first example."""
+    """Return the body of an execute request that runs a node type with its first example as the node `step`."""
     example: dict[str, Any] = dict(node_type.examples[0])
     step = {"id": STEP, "nodeId": node_type.type, "config": example["config"]}
     if node_type.is_trigger:
@@ -178,6 +180,7 @@ def example_port(node_type: NodeType) -> Json:
 
 
 def _format_example(node_type: NodeType) -> Iterator[str]:
+    """Yield the lines of the first example: the request, and the output or error."""
     example = node_type.examples[0]
     if node_type.runnable:
         yield from ("```json", _format_json(example_execute_body(node_type)), "```")
@@ -192,7 +195,7 @@ def _format_example(node_type: NodeType) -> Iterator[str]:
 
 
 def _format_json(value: Json, level: int = 0) -> str:
-    """Return JSON with a line for each part down to the level of a node, and short values in one line."""
+    """Return JSON text with a line for each part, down to the third level; shorter values are on one line."""
     in_one = _format_value(value)
     if not isinstance(value, dict | list) or (level > 0 and (level == LINES_DOWN_TO or len(in_one) <= SHORT)):
         return in_one

@@ -105,12 +105,12 @@ def list_variables() -> dict[str, SettingVariable]:
 
 
 def subject_of(name: str) -> str | None:
-    """Return the subject of a setting; None where no pattern of `SUBJECTS` matches it."""
+    """Return the subject of a setting by the name of its field; None if no pattern of `SUBJECTS` matches it."""
     return next((subject for subject, pattern in SUBJECTS.items() if re.fullmatch(pattern, name)), None)
 
 
 def build_page() -> str:
-    """Return docs/settings.md."""
+    """Return the text of docs/settings.md."""
     found = list_variables()
     parts = [HEADING]
     for subject in SUBJECTS:
@@ -135,7 +135,7 @@ def _format_table(shown: Iterable[SettingVariable], known: Mapping[str, SettingV
 
 
 def _describe_variable(variable: SettingVariable, known: Mapping[str, SettingVariable]) -> str:
-    """Return the description, with names of variables in full."""
+    """Return the description of a setting for a table, with names of other settings in full."""
 
     def whole(match: re.Match[str]) -> str:
         return f"`{_variable_name(match[1])}`" if match[1].lower() in known else match[0]

@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def build_limits_table() -> str:
-    """Return a table with a row for each limit, from the constant and its docstring."""
+    """Return a table with a row for each constant of `models.limits`, with its docstring and value."""
     body = ast.parse(inspect.getsource(limits)).body
     rows = []
     for statement, below in pairwise(body):
@@ -35,14 +35,14 @@ def build_limits_table() -> str:
             continue
         if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
             value = getattr(limits, statement.target.id)
-            rows.append(_settings_row(str(below.value.value).rstrip("."), f"{value:,}"))
+            rows.append(_format_row(str(below.value.value).rstrip("."), f"{value:,}"))
     return "\n".join(["| limit | value |", "| --- | --- |", *rows])
 
 
 def build_error_page() -> str:
-    """Return the page of error codes, sorted by status and code."""
+    """Return the text of the page of error codes, sorted by status and code."""
     rows = [
-        _settings_row(str(error.status), f"`{code}`", error.meaning)
+        _format_row(str(error.status), f"`{code}`", error.meaning)
         for code, error in sorted(ERROR_CODES.items(), key=lambda item: (item[1].status, item[0]))
     ]
     return "\n".join(
@@ -61,10 +61,9 @@ def build_error_page() -> str:
 
 
 def build_blockers_table() -> str:
-    """Return a table with a row for each code of an explanation."""
+    """Return a table with a row for each code by which explanations name a reason."""
     rows = [
-        _settings_row(f"`{code}`", rule.kind, rule.meaning, rule.remedy)
-        for code, rule in BLOCKER_RULES.items()
+        _format_row(f"`{code}`", rule.kind, rule.meaning, rule.remedy) for code, rule in BLOCKER_RULES.items()
     ]
     return "\n".join(["| code | kind | meaning | remedy |", "| --- | --- | --- | --- |", *rows])
 
@@ -72,18 +71,18 @@ def build_blockers_table() -> str:
 def build_alerts_table() -> str:
     """Return a table with a row for each alert: its urgency, meaning and remedy."""
     rows = [
-        _settings_row(f"`Pilotflame{notice.name}`", notice.severity, notice.summary, notice.remedy)
+        _format_row(f"`Pilotflame{notice.name}`", notice.severity, notice.summary, notice.remedy)
         for notice in NOTICES.values()
     ]
     return "\n".join(["| alert | severity | meaning | remedy |", "| --- | --- | --- | --- |", *rows])
 
 
 def build_metrics_tables() -> str:
-    """Return a table of metric families for each subject."""
+    """Return a table of metric families for each subject, below its heading."""
     parts = []
     for subject, families in GROUPS.items():
         rows = [
-            _settings_row(
+            _format_row(
                 f"`{family.name}`",
                 family.kind,
                 "; ".join(
@@ -101,21 +100,23 @@ def build_metrics_tables() -> str:
 
 
 def replace_table(text: str, name: str, table: str) -> str:
-    """Return a document with a table inserted between its two marks."""
+    """Return the text of a page with a table in place of the text between its two marks,
+    `<!-- name -->` and `<!-- /name -->`.
+    """
     before, _, rest = text.partition(f"<!-- {name} -->\n")
     _, _, after = rest.partition(f"<!-- /{name} -->")
     return f"{before}<!-- {name} -->\n{table}\n<!-- /{name} -->{after}"
 
 
 def replace_tables(text: str, tables: Mapping[str, str]) -> str:
-    """Return a document with several tables inserted, each between its two marks."""
+    """Return the text of a page with several tables in place, by the names of their marks."""
     for name, table in tables.items():
         text = replace_table(text, name, table)
     return text
 
 
 def build_documents() -> dict[Path, str]:
-    """Return the text of each generated page, and of each page with a generated table."""
+    """Return the new text of each generated page, and of each page with a generated table, by path; writes nothing."""
     readme, operations = ROOT / "README.md", ROOT / "docs/operations.md"
     expressions, retries = ROOT / "docs/expressions.md", ROOT / "docs/retries.md"
     workflow_settings = ROOT / "docs/workflow-settings.md"
@@ -151,7 +152,7 @@ def build_documents() -> dict[Path, str]:
     }
 
 
-def _settings_row(*cells: str | None) -> str:
+def _format_row(*cells: str | None) -> str:
     return f"| {' | '.join(cell or '' for cell in cells)} |"
 
 

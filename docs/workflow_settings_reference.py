@@ -60,6 +60,9 @@ def _schema_properties(schema: Mapping[str, Any]) -> Iterable[tuple[str, dict[st
 
 
 def _setting_rows(schema: Mapping[str, Any], named: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Yield a row for each field of a schema, and below it the rows of the fields of an object,
+    named `prefix` first.
+    """
     for name, field in _schema_properties(schema):
         inner = _referenced_schema(field, named)
         is_object = inner is not None and "properties" in inner
@@ -75,7 +78,7 @@ def _setting_rows(schema: Mapping[str, Any], named: Mapping[str, Any], prefix: s
 
 
 def _referenced_schema(field: Mapping[str, Any], named: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Return the schema that a field refers to, if any."""
+    """Return the schema that a field refers to, also as one of several choices; None without a reference."""
     for option in (field, *field.get("anyOf", ())):
         if "$ref" in option:
             found: Mapping[str, Any] = named[option["$ref"].removeprefix(schemas.REF)]

@@ -207,7 +207,7 @@ _AFTER_SLASH: Final = {"subId": "user_id", "type": "node_type"}
 
 
 def method_name(operation_id: str) -> tuple[str, str]:
-    """Return the resource and the method of an operation."""
+    """Return the resource and the method name of an operation in the SDK, such as `keys` and `create`."""
     if named := METHODS.get(operation_id):
         resource, _, method = named.partition(".")
         return resource, method
@@ -223,7 +223,7 @@ def _split(operation_id: str) -> tuple[str, str]:
 
 
 def path_parameter(path: str, name: str) -> str:
-    """Return the Python name of a path parameter; `id` is named after the segment before it."""
+    """Return the Python name of a path parameter; `id` and `sub` are named after the segment before: `workflow_id`."""
     if name in _AFTER_SLASH:
         return _AFTER_SLASH[name]
     if name not in {"id", "sub"}:

@@ -29,7 +29,7 @@ _PREFIX: Final = re.compile(r"\bAsync(?=[A-Z])|\basync_(?=[a-z])")
 
 
 def derive_synchronous(text: str) -> str:
-    """Return the synchronous form of an asynchronous module."""
+    """Return the text of the synchronous form of an asynchronous module of the SDK, given as text."""
     for found, replaced in SENTENCES.items():
         text = text.replace(found, replaced)
     text = re.sub(r"\bawait ", "", text)

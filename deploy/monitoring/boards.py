@@ -49,6 +49,7 @@ def build_board(board: Board) -> str:
 
 
 def _document(board: Board) -> dict[str, Any]:
+    """Return a board as the object that Grafana imports."""
     variable = {"name": "datasource", "type": "datasource", "query": "prometheus", "label": "Data source"}
     return {
         "uid": board.uid,
@@ -65,6 +66,7 @@ def _document(board: Board) -> dict[str, Any]:
 
 
 def _panel(number: int, panel: BoardPanel) -> dict[str, Json]:
+    """Return a panel as an object of Grafana; `number` counts from 0 and gives its place on the board."""
     targets: list[Json] = [
         {"refId": chr(ord("A") + place), "expr": query, "legendFormat": legend, "datasource": {**DATASOURCE}}
         for place, (query, legend) in enumerate(panel.queries)
@@ -82,6 +84,7 @@ def _panel(number: int, panel: BoardPanel) -> dict[str, Json]:
 
 
 def _quantiles(name: str, **labels: str) -> list[tuple[str, str]]:
+    """Return the queries of the quantiles 0.5, 0.95 and 0.99 of a histogram, each with its legend."""
     return [
         (queries.quantile(share, name, WINDOW, **labels), f"p{share * 100:g}") for share in (0.5, 0.95, 0.99)
     ]

@@ -48,14 +48,20 @@ def rate_within(name: str, bound: float, window: str, **labels: str) -> str:
 
 
 def mean(name: str, window: str, by: str = "", **labels: str) -> str:
-    """Return the PromQL of the mean of the observations of a histogram in a window."""
+    """Return the PromQL of the mean of the observations of a histogram in a window, over all processes.
+
+    Raises LookupError for unknown metrics, labels and values.
+    """
     family = _family(name, MetricKind.HISTOGRAM)
     total = _sum(family, f"rate({_select(family, '_sum', labels)}[{window}])", by)
     return f"{total} / {event_rate(name, window, by, **labels)}"
 
 
 def quantile(share: float, name: str, window: str, by: str = "", **labels: str) -> str:
-    """Return the PromQL of a quantile of a histogram over all processes; `share` is between 0 and 1."""
+    """Return the PromQL of a quantile of a histogram in a window, over all processes; `share` is between 0 and 1.
+
+    Raises LookupError for unknown metrics, labels and values.
+    """
     family = _family(name, MetricKind.HISTOGRAM)
     _check_labels(family, [by] if by else [])
     groups = f"le, {by}" if by else "le"

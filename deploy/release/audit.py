@@ -52,13 +52,13 @@ class AuditSourceUnavailable(Exception):
 
 
 def main() -> int:
-    """Audit every lock, print the findings, and return the exit code."""
+    """Audit every lock of the repository, print the findings, and return the gravest exit code."""
     codes = [print_audit(lock) for lock in find_locks()]
     return reduce(combine_codes, codes, 0)
 
 
 def print_audit(lock: Path) -> int:
-    """Audit one lock, print the findings, and return the exit code."""
+    """Audit one lock, print the findings, and return the exit code; 2 if no advisory database can be reached."""
     name = str(lock.relative_to(ROOT))
     try:
         report = audit_lock(lock)
@@ -70,15 +70,16 @@ def print_audit(lock: Path) -> int:
 
 
 def find_locks() -> Sequence[Path]:
-    """Return every lock of Python packages in the repository."""
+    """Return the path of every lock of Python packages in the repository, sorted."""
     locks = (*ROOT.glob("requirements*.lock"), *ROOT.glob("docs/*/*.lock"), *ROOT.glob("deploy/*/*.lock"))
     return sorted((*locks, *ROOT.glob("tests/tools/*/*.lock")))
 
 
 def audit_lock(lock: Path) -> AuditReport:
-    """Return the report about a lock from the first source that knows every package, else from the most complete one.
+    """Return the report about a lock from the first advisory database that knows every package,
+    else the most complete one.
 
-    Raises AuditSourceUnavailable if no source answers at all.
+    Raises AuditSourceUnavailable if no database answers at all.
     """
     reports: list[AuditReport] = []
     failures: list[str] = []
@@ -119,7 +120,7 @@ def combine_codes(first: int, second: int) -> int:
 
 
 def describe_report(name: str, report: AuditReport) -> Iterator[str]:
-    """Yield the lines that tell the result of one lock."""
+    """Yield the result of one lock as lines of text: counts, vulnerabilities, and a reason for missing answers."""
     total, skipped = len(report.dependencies), count_skipped(report)
     vulnerable = [package for package in report.dependencies if package.vulns]
     yield f"{name}: {total - skipped} of {total} packages looked up, {len(vulnerable)} vulnerable"

@@ -13,7 +13,10 @@ FOLDER: Final = ROOT / "dist"
 
 
 def write_bill(folder: Path) -> Path:
-    """Write the bill of materials of `requirements.lock` into a folder; two runs write the same bytes."""
+    """Write the bill of materials of `requirements.lock` into a folder, created if missing; return its path.
+
+    The same lock makes the same bytes. Raises CalledProcessError if cyclonedx-bom fails.
+    """
     folder.mkdir(exist_ok=True)
     target = folder / "pilotflame.cdx.json"
     subprocess.run(

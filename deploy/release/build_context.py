@@ -39,7 +39,10 @@ def _list_below(place: Path) -> Iterator[Path]:
 
 
 def write_context(folder: Path) -> Path:
-    """Write the archive into a folder; the same files make the same bytes."""
+    """Write the archive of the build context into a folder, created if missing; return its path.
+
+    The same files make the same bytes.
+    """
     folder.mkdir(exist_ok=True)
     target = folder / "pilotflame-context.tar.gz"
     with (
@@ -53,6 +56,7 @@ def write_context(folder: Path) -> Path:
 
 
 def _without_machine(member: tarfile.TarInfo) -> tarfile.TarInfo:
+    """Strip owner, times and other permissions than "executable" from a member of the archive; return it."""
     member.mtime, member.uid, member.gid, member.uname, member.gname = 0, 0, 0, "", ""
     member.mode = 0o755 if member.mode & 0o100 else 0o644
     return member

@@ -23,6 +23,7 @@ class CompiledModules(BuildHookInterface[BuilderConfig]):
     _folder: TemporaryDirectory[str] | None = None
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        """Compile all modules of the packages, and add the files to the wheel; nothing for an editable installation."""
         if version == "editable":
             return
         self._folder = TemporaryDirectory()
@@ -44,5 +45,6 @@ class CompiledModules(BuildHookInterface[BuilderConfig]):
                 build_data["force_include"][str(compiled)] = str(place.parent / "__pycache__" / name)
 
     def finalize(self, _version: str, _build_data: dict[str, Any], _artifact_path: str) -> None:
+        """Remove the temporary folder of the compiled files."""
         if self._folder is not None:
             self._folder.cleanup()

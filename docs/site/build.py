@@ -61,7 +61,7 @@ _DRAWING_STYLE: Final = re.compile(r'(<(?:svg|circle|line|path)\b[^>]*?) style="
 
 
 def list_pages() -> dict[Path, str]:
-    """Return every Markdown page with its place on the site."""
+    """Return the path of every Markdown page on the site, by its path in the repository."""
     pages = {
         path: path.relative_to(ROOT / "docs").as_posix()
         for path in sorted((ROOT / "docs").glob("**/*.md"))
@@ -71,7 +71,9 @@ def list_pages() -> dict[Path, str]:
 
 
 def stage_pages(folder: Path) -> None:
-    """Write every page into `folder`, with links to where the other pages and files stand there."""
+    """Write every page into `folder` with links that fit the site, and copy the
+    linked files that are no pages beside them.
+    """
     pages = list_pages()
     for page, place in pages.items():
         text = LINK.sub(partial(_stage_link, page=page, pages=pages, folder=folder), page.read_text())
@@ -85,7 +87,9 @@ def stage_pages(folder: Path) -> None:
 
 
 def build_navigation(contents: str) -> str:
-    """Return the navigation for the table of contents: a part for each section, in the order of its links."""
+    """Return the navigation of the site as text for its first page: a part
+    for each section of `contents`, that page.
+    """
     _, *parts = _SECTION.split(contents)
     navigation = ""
     for caption, section in zip(parts[::2], parts[1::2], strict=True):
@@ -98,6 +102,10 @@ def build_navigation(contents: str) -> str:
 
 
 def _stage_link(match: re.Match[str], page: Path, pages: Mapping[Path, str], folder: Path) -> str:
+    """Return a link of `page` as it is on the site, and copy its target into `folder` if that is no page.
+
+    Addresses of other sites, anchors, code and broken links stay as they are.
+    """
     link = match["target"]
     if link is None or _OUTSIDE.match(link):
         return match[0]
@@ -136,6 +144,7 @@ def build_site(target: Path) -> None:
 
 
 def _run_sphinx(pages: Path, target: Path) -> None:
+    """Build the HTML of the staged pages into `target`; raises RuntimeError with Sphinx's warnings."""
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     command = [
         *(str(ENVIRONMENT.python), "-m", "sphinx", "--quiet", "--fail-on-warning", "--builder", "html"),
@@ -148,6 +157,7 @@ def _run_sphinx(pages: Path, target: Path) -> None:
 
 
 def _add_viewer(target: Path) -> None:
+    """Copy the viewer of the API, and the page around it, into a new folder."""
     target.mkdir()
     package = ENVIRONMENT.folder / "node_modules/swagger-ui-dist"
     for folder, names in ((package, VIEWER_FILES), (SOURCES / "api", OWN_FILES)):
@@ -172,9 +182,9 @@ def build_manifest(folder: Path) -> dict[str, dict[str, str]]:
 
 
 def build_policy(page: str) -> str:
-    """Return the policy of a page: files of its server, and its inline scripts and styles by hash.
+    """Return the Content-Security-Policy of a page: files of its server, and its inline scripts and styles by hash.
 
-    Raises ValueError for a page that needs more: handlers and styles in attributes.
+    Raises ValueError for a page that needs more: event handlers and styles in attributes.
     """
     found = InlineCode()
     found.feed(page)
@@ -197,7 +207,7 @@ def build_policy(page: str) -> str:
 
 
 def replace_drawing_styles(page: str) -> str:
-    """Replace inline styles of icons by SVG attributes: a strict policy forbids the styles."""
+    """Return a page with inline styles of its icons replaced by SVG attributes: a strict policy forbids the styles."""
     return _DRAWING_STYLE.sub(
         lambda match: (
             match[1]
@@ -216,7 +226,9 @@ def hash_source(code: str) -> str:
 
 
 class InlineCode(HTMLParser):
-    """The inline scripts and styles of a page, and the attributes that only `unsafe-inline` would allow."""
+    """Parser that collects the inline scripts and styles of a page, and the
+    attributes that only `unsafe-inline` would allow.
+    """
 
     def __init__(self) -> None:
         super().__init__()

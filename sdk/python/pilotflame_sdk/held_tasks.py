@@ -122,7 +122,9 @@ class HeldTasks:
             self.changed.wait(seconds)
 
     def finish(self, held: HeldTask, report: Mapping[str, Any]) -> None:
-        """Store the final report of a task, since its function has ended; a second one is ignored."""
+        """Store the final report of a task after the end of its function, which frees its slot;
+        a second report is ignored.
+        """
         with self.changed:
             if held.reported is None:
                 held.reported = report
@@ -130,7 +132,9 @@ class HeldTasks:
             self.changed.notify_all()
 
     def replace_report(self, task_id: str, report: Mapping[str, Any]) -> None:
-        """Note another final report, in place of one that the server does not take."""
+        """Replace the final report of a held task by another one, since the server does not take it;
+        unknown ids are ignored.
+        """
         with self.changed:
             held = self._tasks.get(task_id)
             if held is not None:
@@ -231,7 +235,7 @@ class HeldTasks:
         return refused
 
     def end_overdue(self) -> None:
-        """Ask functions to stop if their leases have passed, because no report reached the server."""
+        """Ask functions to stop if their leases have expired, because no report reached the server."""
         now = time.monotonic()
         with self.changed:
             over = [held.id for held in self._tasks.values() if now - held.renewed_at > held.lease_seconds]
@@ -239,10 +243,10 @@ class HeldTasks:
 
 
 def _items_of(held: HeldTask, now: float) -> Iterable[Mapping[str, Any]]:
-    """Yield what is new about a task as items of a report: log lines, progress, and at last its final report.
+    """Yield the items of a report about a task: log lines, progress and checkpoint, and at last its final report.
 
-    Lines and progress at most once a second, 200 lines an item, about 1 MB a report; the final report follows
-    after the last lines.
+    Yielded lines and news are removed from the task. They come at most once a second, 200 lines an item, about 1 MB a
+    report; the final report follows after the last lines.
     """
     name = {"id": held.id, "lease": held.lease}
     if held.reported is not None or now - held.told_at >= PROGRESS_SECONDS:
@@ -259,8 +263,8 @@ def _items_of(held: HeldTask, now: float) -> Iterable[Mapping[str, Any]]:
 
 
 def _is_unchanged(result: Mapping[str, Any]) -> bool:
-    """Return whether a refused final report has changed nothing (its output is missing), so that another must
-    follow.
+    """Return whether a final report was refused for a missing output, which changes nothing:
+    another report must follow.
     """
     error = result.get("error") or {}
     return result["status"] == "refused" and error.get("code") == "output-missing"

@@ -46,7 +46,10 @@ def read_catalog(server: Transport) -> list[Mapping[str, Any]]:
 
 
 def write_module(node_types: Sequence[Mapping[str, Any]]) -> str:
-    """Return the text of a module with a function for each node type, which `GET .../schema` describes."""
+    """Return the text of a module with a function for each of these node types, in the order of their names.
+
+    Each node type is an answer of `GET /api/v1/workflow-nodes/{type}/schema`.
+    """
     ordered = sorted(node_types, key=lambda one: str(one["type"]))
     names = _function_names([str(one["type"]) for one in ordered])
     classes = {*RESERVED_CLASSES}
@@ -56,7 +59,7 @@ def write_module(node_types: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _function_names(types: Sequence[str]) -> Mapping[str, str]:
-    """Return the function of each type: `acme/resize` as `acme_resize`.
+    """Return the name of the function of each type: `acme/resize` gets `acme_resize`.
 
     Types that would share a name have two underscores behind the namespace.
     """
@@ -79,7 +82,7 @@ class _NodeWriter:
     classes: list[str] = field(default_factory=list)
 
     def write(self) -> str:
-        """Return the code of the node type."""
+        """Return the code of the function of the node type, behind the classes that it needs."""
         config = self.node_type["config"]
         required = set(config.get("required", ()))
         properties: Mapping[str, Any] = config.get("properties", {})
@@ -137,6 +140,7 @@ class _NodeWriter:
         return name
 
     def _docstring(self, arguments: Mapping[str, str]) -> str:
+        """Return the docstring of the function: the description of the node type, and those of its config fields."""
         properties: Mapping[str, Any] = self.node_type["config"].get("properties", {})
         lines = _wrap(self.node_type["description"] or self.node_type["name"], "    ")
         described = {
@@ -166,6 +170,7 @@ class _NodeWriter:
         )
 
     def _plain_annotation(self, schema: Mapping[str, Any], place: str) -> str:
+        """Return the annotation of a constant value; classes of objects in it are added."""
         if CONDITION in (schema.get("$id"), schema.get("$ref")):
             return "Mapping[str, Any]"
         choices = [schema["const"]] if "const" in schema else schema.get("enum")

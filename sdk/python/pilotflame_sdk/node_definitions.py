@@ -39,7 +39,9 @@ class NodeDefinition:
         return tuple(int(part) for part in self.version.split("."))
 
     def serves(self, version: str) -> bool:
-        """Return whether this code runs tasks of a version: the same first number, and not newer than this code."""
+        """Return whether this code runs tasks of a version: with the same first number,
+        and not newer than this code.
+        """
         wanted = tuple(int(part) for part in version.split("."))
         return wanted[0] == self.version_numbers[0] and wanted <= self.version_numbers
 
@@ -134,6 +136,6 @@ def retry_rule(retry: int | Mapping[str, Any] | None) -> Mapping[str, Any] | Non
 def choose_definition(
     definitions: Sequence[NodeDefinition], type_name: str, version: str
 ) -> NodeDefinition | None:
-    """Return the oldest code that runs tasks of this type and version; None if there is none."""
+    """Return the oldest definition that runs tasks of this type and version; None if there is none."""
     fitting = [one for one in definitions if one.type == type_name and one.serves(version)]
     return min(fitting, key=lambda one: one.version_numbers, default=None)

@@ -22,13 +22,13 @@ ANNOTATION_NAMES: Final = frozenset(
 
 
 def snake_case(name: str) -> str:
-    """Return a name of the API as a name of Python: `dryRun` as `dry_run`."""
+    """Return a name of the API in snake case: `dryRun` as `dry_run`."""
     words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
     return re.sub(r"\W+", "_", words).strip("_")
 
 
 def argument_name(wire_name: str) -> str:
-    """Return the parameter for a field of the API: `from` as `from_`."""
+    """Return the name of the Python parameter for a field of the API: `from` as `from_`."""
     name = snake_case(wire_name)
     if not name.isidentifier():
         # Digits at the beginning, and characters such as ² that are no part of identifiers.
@@ -37,7 +37,7 @@ def argument_name(wire_name: str) -> str:
 
 
 def argument_names(wire_names: Iterable[str]) -> Mapping[str, str]:
-    """Return the parameters for fields of the API; a number tells those apart that differ in spelling alone."""
+    """Return the names of Python parameters by the fields of the API; equal names are numbered from 2 on."""
     names: dict[str, str] = {}
     taken: set[str] = set()
     for one in sorted(wire_names):
@@ -78,6 +78,7 @@ def write_typed_dict(
 
 
 def _write_class(name: str, bases: str, fields: Mapping[str, str], docstring: str) -> str:
+    """Return the code of a `TypedDict` class, in the form of a call if a field can't be an attribute."""
     if not all(map(_is_class_field, fields)):
         items = "".join(f"    {key!r}: {one!r},\n" for key, one in fields.items())
         totality = ", total=False" if "total=False" in bases else ""

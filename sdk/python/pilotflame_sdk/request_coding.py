@@ -113,16 +113,18 @@ def _query_fields(query: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def first_place(query: Mapping[str, Any], *, has_cursor: bool) -> dict[str, Any] | None:
-    """Return the place of the first page of a list as fields of its query.
+    """Return the query fields for the first page of a list.
 
-    It is a cursor if the list has any and is sorted by `createdAt`, otherwise an offset.
+    They are a cursor if the list has any and is sorted by `createdAt`, otherwise an offset.
     """
     is_by_creation = (query.get("sort") or CREATED_AT).startswith(CREATED_AT)
     return {"after": "start"} if has_cursor and is_by_creation else {"offset": 0}
 
 
 def next_place(place: Mapping[str, Any], page: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the place of the page behind `page`, which is at `place`; None if that is the last one."""
+    """Return the query fields for the page behind `page`, which was requested with `place`;
+    None if that is the last one.
+    """
     if "after" in place:
         return None if page["next"] is None else {"after": page["next"]}
     offset = place["offset"] + PAGE

@@ -100,9 +100,10 @@ class TaskChannel:
             thread.start()
 
     def drain(self) -> None:
-        """Claim no more tasks, and tell the server.
+        """Claim no more tasks, and notify the server that this worker stops.
 
-        The open poll is awaited, since its answer may have tasks. A server that can't be told is logged.
+        The open poll is not interrupted, since its answer may have tasks. If the server can't be reached, that is
+        logged.
         """
         self.draining.set()
         with self._held.changed:
@@ -257,7 +258,11 @@ class TaskChannel:
     def _report_safely(
         self, server: TaskServer, items: Sequence[Mapping[str, Any]], ids: Sequence[str], claimed: str | None
     ) -> bool:
-        """Send a report like `_report`. An unexpected error gives the items up: without this thread, all leases end."""
+        """Send a report like `_report`, and return True for an unexpected error,
+        which is logged and fails the reported tasks.
+
+        Without the thread that calls this, all leases would end.
+        """
         try:
             return self._report(server, items, ids, claimed)
         except Exception:
@@ -269,7 +274,10 @@ class TaskChannel:
     def _report(
         self, server: TaskServer, items: Sequence[Mapping[str, Any]], ids: Sequence[str], claimed: str | None
     ) -> bool:
-        """Send a report; return whether the server has answered it, with success or a refusal."""
+        """Send a report; return whether the server has answered it, with success or a refusal.
+
+        A refused report is sent again item by item; tasks of refused items fail.
+        """
         begun = time.monotonic()
         body = {"worker": self._worker["id"], "claimed": claimed, "held": ids, "items": items}
         try:
@@ -294,7 +302,11 @@ class TaskChannel:
         return True
 
     def _give_up(self, item: Mapping[str, Any], reason: str) -> None:
-        """Fail the task whose final report can't be sent, once; other items are left out."""
+        """Replace a result that the server does not take by a failure; forget a
+        task if its failure or release is refused too.
+
+        Items that are no final reports are ignored.
+        """
         if item["kind"] == "complete":
             error = {"code": "report-refused", "message": plain_text(reason, MAX_REASON)}
             self._held.replace_report(str(item["id"]), {"kind": "fail", "error": error, "retry": False})

@@ -129,7 +129,7 @@ class TaskExecutor:
         self._finish(held, report)
 
     def _completed(self, held: HeldTask, returned: object) -> Mapping[str, Any]:
-        """Return the final report of a function's value, after sending a large output.
+        """Return the final report for the value that a function returned, after sending a large output.
 
         Raises `TaskError` for a value that is no JSON, and for an output that could not be sent.
         """
@@ -150,6 +150,7 @@ class TaskExecutor:
     # ── coroutines ────────────────────────────────────────────────────────────────────────────────────────
 
     def _start_coroutine(self, held: HeldTask, definition: NodeDefinition, config: object) -> None:
+        """Start the async function of a task on the event loop, so that the end of the task cancels it."""
         running = self._loop.create_task(self._run_coroutine(held, definition, config))
         held.on_end.append(lambda: _cancel_soon(self._loop, running))
         if held.task.is_cancelled:
@@ -198,6 +199,10 @@ class TaskExecutor:
         self._finish(held, report)
 
     def _completed_process(self, held: HeldTask, pipe: Connection, process: Any) -> Mapping[str, Any]:  # noqa: ANN401 - of any context
+        """Pass on progress, checkpoints and log lines of a process until its function returns; return the final report.
+
+        Raises `TaskCancelled` once the function should stop, and `TaskError` if the process dies.
+        """
         task = held.task
         while True:
             if task.is_cancelled:
@@ -221,7 +226,7 @@ class TaskExecutor:
 
 
 def _cancel_soon(loop: asyncio.AbstractEventLoop, running: asyncio.Task[None]) -> None:
-    """Cancel a coroutine from any thread."""
+    """Cancel a coroutine on its event loop; safe to call from any thread."""
     loop.call_soon_threadsafe(running.cancel)
 
 
@@ -265,7 +270,7 @@ def _work_in_process(
 
 
 def _enter(task: Task) -> None:
-    """Make a task the current one of a thread's or coroutine's context, which is its own."""
+    """Make a task the current one, for its log lines and traces, in the present `contextvars` context."""
     CURRENT_TASK.set(task)
     trace_context.attach(task)
 

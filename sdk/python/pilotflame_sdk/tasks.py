@@ -83,9 +83,9 @@ class Task:
             raise self._reason
 
     def track(self, items: Iterable[T], *, total: int | None = None, message: str = "") -> Iterator[T]:
-        """Yield the items, report after each how many are done, and raise `TaskCancelled` between them.
+        """Yield the items, report after each the number of those done, and raise `TaskCancelled` between them.
 
-        `total` is counted where the items allow it; None without a known number.
+        `total` is counted if the items have a length, and unknown otherwise.
         """
         known = len(items) if total is None and isinstance(items, Collection) else total
         for done, item in enumerate(items, start=1):

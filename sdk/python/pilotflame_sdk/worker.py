@@ -242,7 +242,7 @@ class Worker:
         await asyncio.to_thread(channel.close, CLOSE_SECONDS)
 
     def _start(self, executor: TaskExecutor, tasks: list[HeldTask]) -> None:
-        """Start the functions of claimed tasks."""
+        """Start the functions of claimed tasks; tasks without a fitting definition are given to other workers."""
         for held in tasks:
             definition = choose_definition(self.definitions, held.task.type, held.task.version)
             executor.start(held, definition, held.task.config)

@@ -242,6 +242,9 @@ class Workflow:
     def _place(
         self, config: NodeConfig[Port, Output_co], node_id: str | None, fields: Mapping[str, Any]
     ) -> WorkflowNode[Port, Output_co]:
+        """Add a node with this id, or with one made from its type, and return it;
+        raises `ValueError` if the id is taken.
+        """
         if node_id is not None and node_id in self.nodes:
             raise ValueError(f"Two nodes have the id {node_id!r}")
         placed = WorkflowNode(node_id or self._free_id(config.type), config, fields)
@@ -249,7 +252,7 @@ class Workflow:
         return placed
 
     def _free_id(self, type_name: str) -> str:
-        """Return an id by the node type: `resize`, then `resize-2`."""
+        """Return an unused id made from the node type: `resize`, then `resize-2`."""
         stem = re.sub(r"[^A-Za-z0-9_-]", "-", type_name.rpartition("/")[2])
         number, found = 1, stem
         while found in self.nodes:
@@ -258,6 +261,7 @@ class Workflow:
         return found
 
     def _require_own(self, source: Source) -> None:
+        """Raise `ValueError` for a node, or a port of a node, that is not of this workflow."""
         node = source.node if isinstance(source, NodePort) else source
         if self.nodes.get(node.id) is not node:
             raise ValueError(f"{node!r} is no node of the workflow {self.name!r}")
@@ -266,7 +270,7 @@ class Workflow:
 def _list_sources(
     after: Source | Sequence[Source] | Mapping[str, Source] | None,
 ) -> list[tuple[Source, str]]:
-    """Return the sources of connections, each with the input port that it leads to."""
+    """Return the sources of connections, each with the input port of the new node that it leads to."""
     if after is None:
         return []
     if isinstance(after, Mapping):
