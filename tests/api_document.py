@@ -13,6 +13,6 @@ from gateway.openapi import openapi_document
 
 @functools.cache
 def read_document() -> dict[str, Any]:
-    """Return the document as JSON; nobody may change it."""
+    """Return the OpenAPI document as JSON, the same object at each call: callers must not change it."""
     document: dict[str, Any] = json.loads(json.dumps(openapi_document.build_document(routes.TABLE)))
     return document

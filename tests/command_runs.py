@@ -26,8 +26,9 @@ POLL_SECONDS = 0.01
 
 
 def command_environment(folder: Path, **variables: str) -> dict[str, str]:
-    """Return the environment of a command: a data folder, and the given variables, named without
-    `PILOTFLAME_`.
+    """Return the environment of a command: this process's without settings, a data folder, and the given settings.
+
+    Names of `variables` are without `PILOTFLAME_`.
     """
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PILOTFLAME_")}
     given = {f"PILOTFLAME_{name}": value for name, value in variables.items()}
@@ -38,7 +39,10 @@ def command_environment(folder: Path, **variables: str) -> dict[str, str]:
 def run(
     *arguments: str, given: Mapping[str, str], typed: str | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end, with a text on its standard input."""
+    """Run a command to its end, within a minute, and return its exit code and outputs.
+
+    `given` is its whole environment, `typed` the text on its standard input.
+    """
     with TemporaryDirectory() as folder:
         outputs = Path(folder, "stdout"), Path(folder, "stderr")
         source = Path(folder, "stdin")
@@ -54,7 +58,7 @@ def run(
 
 
 def run_output(*arguments: str, given: Mapping[str, str]) -> str:
-    """Return the output of a command, which must succeed."""
+    """Return the standard output of a command, stripped; an exit code other than 0 fails the test."""
     done = run(*arguments, given=given)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
@@ -69,10 +73,13 @@ class RunningCommand:
         self._family: list[psutil.Process] = []
 
     def log(self) -> str:
+        """Return the output so far, of stdout and stderr together."""
         return self._log.read_text(errors="replace")
 
     def says(self, pattern: str) -> re.Match[str]:
-        """Wait until the output matches `pattern`."""
+        """Wait until the output matches `pattern`, and return the match;
+        fails if the command ends before, or after a minute.
+        """
         deadline = time.monotonic() + PATIENCE_SECONDS
         while (found := re.search(pattern, self.log(), re.DOTALL)) is None:
             assert self.process.poll() is None, self.log()
@@ -81,28 +88,32 @@ class RunningCommand:
         return found
 
     def ends(self) -> int:
-        """Wait for its end, and return its exit code."""
+        """Wait up to a minute for the end of the command, and return its exit code."""
         return self.process.wait(PATIENCE_SECONDS)
 
     def stop(self) -> int:
-        """End it as a supervisor does, and return its exit code."""
+        """Send SIGTERM to the command, as a supervisor does, wait for its end, and return its exit code."""
         self.process.send_signal(signal.SIGTERM)
         return self.ends()
 
     def kill(self) -> None:
-        """End it as a crash would."""
+        """Kill the command with SIGKILL, as a crash would, and wait for its end; its children go on."""
         self._note_family()
         self.process.kill()
         self.process.wait()
 
     def end_family(self) -> None:
-        """Kill the command and its descendants. Survivors would keep the tests from ending."""
+        """Kill the command and its descendants, also those of an earlier `kill`.
+
+        Survivors would keep the tests from ending.
+        """
         self.kill()
         for one in self._family:
             with suppress(psutil.NoSuchProcess):
                 one.kill()
 
     def _note_family(self) -> None:
+        """Remember the present descendants of the command, which can't be found any more after its end."""
         with suppress(psutil.NoSuchProcess):
             self._family += psutil.Process(self.process.pid).children(recursive=True)
 
@@ -116,10 +127,10 @@ def run_command(
     anew: bool = False,
     leaves_children: bool = False,
 ) -> Iterator[RunningCommand]:
-    """Run a command during a block; with `anew` in a fresh process, so that its memory and its time are its
-    own.
+    """Run a command during a block, its output in the file `log`; kill it and its descendants at the end.
 
-    All its descendants end with it, unless it `leaves_children` for a test about those.
+    With `anew` it is a fresh process, so that its memory and its time are its own. With `leaves_children` its
+    descendants go on, for a test about those.
     """
     log.write_bytes(b"")
     if anew:

@@ -93,6 +93,7 @@ settings.load_profile("ordinary")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option `--thorough` to pytest."""
     parser.addoption(
         "--thorough",
         action="store_true",
@@ -131,6 +132,8 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 
 def _end_after(seconds: float, test: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[None]]:
+    """Return an asynchronous test that fails with TimeoutError after so many seconds."""
+
     @wraps(test)
     async def limited(**arguments: Any) -> None:  # noqa: ANN401 - those of any test
         async with asyncio.timeout(seconds):
@@ -191,7 +194,9 @@ def anyio_backend() -> str:
 
 @pytest.fixture
 def free_tcp_port() -> int:
-    """Return a port that stays free until the test uses it; that of anyio may go to another process before."""
+    """Return a port that stays free until the test uses it, in place of anyio's,
+    which another process may take before.
+    """
     return services.reserve_port()
 
 
@@ -225,7 +230,7 @@ def rabbitmq() -> Iterator[services.RabbitmqServer]:
 
 @pytest.fixture(scope="session")
 def shifted_clock() -> Path:
-    """The library by which a process gets a wall clock of its own."""
+    """Return the library by which a process gets a wall clock of its own; skips the test without a C compiler."""
     library = preloads.compile_library(preloads.SHIFTED_CLOCK)
     if library is None:
         pytest.skip("there is no C compiler: nothing can set the clock of a process")

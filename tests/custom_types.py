@@ -26,7 +26,7 @@ RESIZE: dict[str, Any] = {
 
 
 def custom_type(**changes: Any) -> dict[str, Any]:  # noqa: ANN401 - any JSON value
-    """Return a document of a custom type with other fields."""
+    """Return the document of the custom type `acme/resize`, with these fields changed."""
     return {**RESIZE, **changes}
 
 
@@ -35,7 +35,9 @@ def custom_graph(
     type_name: str = "acme/resize",
     **fields: Any,  # noqa: ANN401 - any JSON value
 ) -> dict[str, Any]:
-    """Return a graph with a second node of a custom type."""
+    """Return a graph of a manual trigger and a node `work` of a custom type;
+    `fields` are further fields of the node.
+    """
     node = {"id": "work", "nodeId": type_name, "config": config or {"image": "a.png"}, **fields}
     return {
         "nodes": [{"id": "start", "nodeId": "manual"}, node],

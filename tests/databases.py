@@ -15,7 +15,9 @@ _files: list[bytes] = []
 
 
 async def create_database(postgres: PostgresServer, name: str) -> str:
-    """Create a database and return its URL."""
+    """Create a database with all tables on a PostgreSQL server, in place of one of the same name,
+    and return its URL.
+    """
     if postgres not in _with_template:
         await schema_migration.migrate(parse_url(await postgres.create_database(TEMPLATE)))
         _with_template.add(postgres)
@@ -23,7 +25,7 @@ async def create_database(postgres: PostgresServer, name: str) -> str:
 
 
 async def create_sqlite_database(file: Path) -> str:
-    """Create an SQLite database and return its URL."""
+    """Create an SQLite database with all tables in a file, and return its URL."""
     url = f"sqlite:///{file}"
     if _files:
         await asyncio.to_thread(file.write_bytes, _files[0])

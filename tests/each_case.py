@@ -13,10 +13,10 @@ AnyCase = TypeVar("AnyCase")
 def check_each(
     cases: Iterable[tuple[str, AnyCase]],
 ) -> Callable[[Callable[[AnyCase], None]], Callable[[], None]]:
-    """Turn a check of one case into a test of all named cases.
+    """Return a decorator that turns a check of one case into one test of all cases, each given with its name.
 
-    The test goes on after a failure, and fails with an exception group of all failures, each noted with the
-    name of its case.
+    The test goes on after a failure, and fails with an exception group of all failures, each noted with the name of its
+    case.
     """
     named = list(cases)
     assert named, "a test without a case proves nothing"

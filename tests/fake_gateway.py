@@ -48,7 +48,7 @@ class BatchRefusal(Exception):
 
 @dataclass
 class FakeGateway:
-    """One workflow; tests read and change its fields."""
+    """Gateway with one workflow; tests read and change its fields."""
 
     key: str = "sk-of-the-bridge"
     workflow_id: str = "wf_1"
@@ -74,7 +74,7 @@ class FakeGateway:
         return [run.message for run in self.runs.values()]
 
     async def answer(self, request: Request) -> JSONResponse:
-        """Answer one call."""
+        """Answer one batch of messages as the real gateway would, or by the faults that the fields ask for."""
         self.calls += 1
         try:
             return JSONResponse(await self._answered(request), 201)
@@ -84,6 +84,9 @@ class FakeGateway:
             return JSONResponse(body, refusal.status, dict(refusal.headers or {}))
 
     async def _answered(self, request: Request) -> dict[str, Any]:
+        """Accept a batch and return its answer; raises `BatchRefusal`, also after
+        the acceptance if the answer is to be lost.
+        """
         if self.is_away:
             raise BatchRefusal(503, "not-ready", {"Retry-After": "0"})
         if self.refusals:
@@ -101,6 +104,7 @@ class FakeGateway:
         return answer
 
     def _take(self, body: object) -> dict[str, Any]:
+        """Return the results of a batch; raises `BatchRefusal` if it is no list of 1 to 1,000 messages."""
         if (
             not isinstance(body, dict)
             or body.keys() != {"messages"}
@@ -117,6 +121,7 @@ class FakeGateway:
         }
 
     def _result(self, sent: object) -> dict[str, Any]:
+        """Start a run, unless the message is invalid or its deduplication id is known, and return its result."""
         problem = _message_problem(sent)
         if problem is not None:
             return {"status": "refused", "error": {"code": "invalid-message", "message": problem}}
@@ -153,6 +158,7 @@ def _refuse_constant(_: str) -> object:
 
 
 def _message_problem(sent: object) -> str | None:
+    """Return the reason why a message is invalid; None for a valid one."""
     if not isinstance(sent, dict) or not FIELDS >= sent.keys() >= {"message"}:
         return "It must be an object with a message"
     priority, known_as = sent.get("priority", 0), sent.get("deduplicationId", "x")
@@ -175,7 +181,7 @@ class _FakeGatewayServer(uvicorn.Server):
 
 @asynccontextmanager
 async def serve_fake_gateway() -> AsyncIterator[FakeGateway]:
-    """Serve one as long as the context lasts."""
+    """Serve a fake gateway without runs on a free port, as long as the context lasts."""
     gateway = FakeGateway()
     path = "/api/v1/workflows/{workflow_id}/enqueue-batch"
     app = Starlette(routes=[Route(path, gateway.answer, methods=["POST"])])

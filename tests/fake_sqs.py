@@ -85,11 +85,12 @@ class FakeSqs:
         return "orders"
 
     def send(self, body: str, **attributes: Any) -> None:  # noqa: ANN401 - as SQS has them
+        """Put a message into the queue, visible at once, which ends a long poll."""
         self.messages.append(FakeSqsMessage(body, attributes))
         self.notify_pods.set()
 
     async def answer(self, request: web.Request) -> web.Response:
-        """Answer one call."""
+        """Answer one signed call as SQS would, or by the faults that the fields ask for."""
         text = await request.read()
         try:
             self._check_signature(request, text)
@@ -100,6 +101,9 @@ class FakeSqs:
             )
 
     async def _answered(self, request: web.Request, call: dict[str, Any]) -> object:
+        """Return the answer to a call; raises `SqsError` for a wrong media type or queue,
+        and the next of `failures`.
+        """
         if request.headers["Content-Type"] != "application/x-amz-json-1.0":
             raise SqsError(400, "com.amazon.coral.service#SerializationException")
         if call.pop("QueueUrl", None) != self.queue_url:
@@ -111,6 +115,7 @@ class FakeSqs:
         return await self._done(action, call)
 
     async def _done(self, action: str, call: dict[str, Any]) -> object:
+        """Carry out an action of SQS and return its answer; raises `SqsError` for an unknown action."""
         match action:
             case "ReceiveMessage":
                 return await self._receive(**call)
@@ -133,6 +138,9 @@ class FakeSqs:
         VisibilityTimeout: int,  # noqa: N803 - as above
         MessageAttributeNames: Sequence[str],  # noqa: N803 - as above
     ) -> object:
+        """Return up to so many visible messages, which become hidden; wait only for a short time,
+        not the requested one.
+        """
         in_range = (
             type(WaitTimeSeconds) is int
             and 1 <= MaxNumberOfMessages <= MAX_BATCH
@@ -158,10 +166,12 @@ class FakeSqs:
         return {"Messages": received} if received else {}
 
     def _visible(self) -> list[FakeSqsMessage]:
+        """Return the messages that a call could receive now; those with too many receives become dead letters."""
         self._bury()
         return [kept for kept in self.messages if kept.visible_at <= self.now]
 
     def _bury(self) -> None:
+        """Move visible messages that were received too often to the dead letters."""
         for kept in [*self.messages]:
             spent = self.max_receives is not None and kept.receives >= self.max_receives
             if spent and kept.visible_at <= self.now:
@@ -169,6 +179,10 @@ class FakeSqs:
                 self.dead.append(kept)
 
     def _each(self, call: Mapping[str, Any], fields: set[str], do: Any) -> object:  # noqa: ANN401 - one of two methods
+        """Call `do` for each entry of a batch, and return the entries that succeeded and failed.
+
+        `do` returns the code of an error, or None. With `half_failures`, every second entry fails instead.
+        """
         entries: list[dict[str, Any]] = call["Entries"]
         ids = [entry["Id"] for entry in entries]
         if not 1 <= len(entries) <= MAX_BATCH or len(set(ids)) < len(ids):
@@ -190,6 +204,7 @@ class FakeSqs:
         return None
 
     def _change_visibility(self, entry: Mapping[str, Any]) -> str | None:
+        """Hide a held message for a time from now; return the code of an error if its handle is not valid any more."""
         for kept in self.messages:
             if kept.handle == entry["ReceiptHandle"] and kept.visible_at > self.now:
                 kept.visible_at = self.now + entry["VisibilityTimeout"]
@@ -199,6 +214,7 @@ class FakeSqs:
     # ── authentication ──────────────────────────────────────────────────────────────────────────────────────
 
     def _check_signature(self, request: web.Request, body: bytes) -> None:
+        """Raise `SqsError` unless AWS Signature Version 4 signs the request with the credentials of this queue."""
         match = AUTHORIZATION.fullmatch(request.headers.get("Authorization", ""))
         if match is None:
             raise SqsError(403, "com.amazon.coral.service#MissingAuthenticationTokenException")
@@ -235,7 +251,7 @@ def _json_response(value: object, *, status: int = 200) -> web.Response:
 
 @asynccontextmanager
 async def serve_fake_sqs() -> AsyncIterator[FakeSqs]:
-    """Serve an empty queue as long as the context lasts."""
+    """Serve an empty queue on a free port as long as the context lasts."""
     sqs = FakeSqs()
     app = web.Application()
     app.router.add_post("/", sqs.answer)

@@ -20,13 +20,15 @@ NOT_OF_THE_PRODUCT: Final = ("tests/", "benchmarks/", "docs/", ".venv/", "models
 
 
 class FileWalk:
-    """Files of the product, in the order in which their first functions are entered, each with that function."""
+    """Files of the product in the order in which their first functions were called, each with that function."""
 
     def __init__(self) -> None:
         self.files: dict[str, str] = {}
 
     def enter(self, code: CodeType, _offset: int) -> object:
-        """Note the file of a function, and ask for no further event of it."""
+        """Record the file of a function that is called, and ask the interpreter
+        for no further event of that function.
+        """
         is_function = code.co_flags & inspect.CO_NEWLOCALS and code.co_flags & inspect.CO_OPTIMIZED
         if is_function and code.co_filename.startswith(f"{ROOT}/"):
             path = code.co_filename.removeprefix(f"{ROOT}/")
@@ -43,9 +45,9 @@ class FileWalk:
 
 @contextmanager
 def record_walk() -> Iterator[FileWalk]:
-    """Record the files that any thread of this process walks through during the context.
+    """Record the files of which functions are called during the context, by any thread of this process.
 
-    Bodies of modules and classes don't count, nor do coroutines that only continue.
+    Bodies of modules and classes don't count, nor do coroutines that only continue. Skips the test on Python 3.11.
     """
     if MONITORING is None:
         pytest.skip("Python 3.11 reports no events of functions")

@@ -60,7 +60,7 @@ _context.set_forkserver_preload(["tests.forks", *LOADED])
 
 
 class ForkedProcess:
-    """A function in a process and a session of its own, with those methods of `subprocess.Popen` that tests need."""
+    """Function in a process and a session of its own, with those methods of `subprocess.Popen` that tests need."""
 
     def __init__(self, function: Callable[..., object], *arguments: object) -> None:
         """Start the process, which dies with the tests. Function and arguments must be picklable."""
@@ -96,7 +96,7 @@ class ForkedProcess:
 
 
 class ForkedCommand(ForkedProcess):
-    """The `pilotflame` command in a process of its own."""
+    """Command `pilotflame` in a process of its own."""
 
     def __init__(
         self,
@@ -107,9 +107,10 @@ class ForkedCommand(ForkedProcess):
         folder: Path | None = None,
         source: Path | None = None,
     ) -> None:
-        """Start the process. Its output is appended to two files, or to one that is named twice.
+        """Start the process with `given` as its whole environment.
 
-        `source` is the file of its standard input.
+        Its output is appended to two files, for stdout and stderr, or to one that is named twice. `source` is the file
+        of its standard input, `folder` its working folder.
         """
         typed = [str(command), *arguments]
         super().__init__(
@@ -118,6 +119,7 @@ class ForkedCommand(ForkedProcess):
 
 
 def _run_forked(function: Callable[..., object], arguments: tuple[object, ...]) -> None:
+    """Call a function in this new process, which leads a session of its own and dies with its parent."""
     ctypes.CDLL(None).prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
     os.setsid()  # Ctrl-C ends the tests, and they end the processes
     function(*arguments)
@@ -126,6 +128,7 @@ def _run_forked(function: Callable[..., object], arguments: tuple[object, ...]) 
 def _run_command(
     typed: Sequence[str], given: Mapping[str, str], outputs: tuple[Path, Path], folder: Path, source: Path
 ) -> None:
+    """Run the command in this process, with its environment, folder, standard input and outputs replaced."""
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(given)

@@ -47,7 +47,7 @@ characters.
 
 @dataclass
 class CheckedFields:
-    """Fields that were given one value, and their faults."""
+    """Result of validating all fields with one value: their number, the slowest validation, and faults."""
 
     fields: int = 0
     slowest_seconds: float = 0.0
@@ -56,9 +56,9 @@ class CheckedFields:
 
 
 def check_every_field(text: str) -> CheckedFields:
-    """Set each field of each node type to a value, one at a time, and validate.
+    """Set each config field of each node type to the JSON `text`, one at a time, and validate; return the faults.
 
-    A text that is refused as JSON is refused for all fields alike.
+    A text that is refused as JSON is refused for all fields alike, which is no fault.
     """
     checked = CheckedFields()
     for node_type in CATALOG.node_types.values():
@@ -83,6 +83,7 @@ def check_every_field(text: str) -> CheckedFields:
 
 
 def _findings(type_name: str, config: dict[str, Json]) -> list[str]:
+    """Return the messages and suggestions of validation for a graph with one node of a type and this config."""
     node_type = CATALOG.get(type_name)
     start = [] if node_type.is_trigger else [GraphNode("start", "manual")]
     edges = (

@@ -12,23 +12,24 @@ Text: TypeAlias = Callable[[int], bytes]
 
 
 def list_of(item: bytes, length: int) -> bytes:
-    """Return a list that repeats one item."""
+    """Return the JSON of a list that repeats one item, of at most so many bytes."""
     return b"[" + b",".join([item] * ((length - 2) // (len(item) + 1))) + b"]"
 
 
 def object_of(length: int) -> bytes:
-    """Return an object of many short keys in no order."""
+    """Return the JSON of an object with many short keys in no order, of at most so many bytes."""
     random = Random(1)
     count = length // 16
     return b"{" + b",".join(b'"%x":0' % random.getrandbits(44) for _ in range(count)) + b"}"
 
 
 def string_of(unit: bytes, length: int) -> bytes:
+    """Return the JSON of a string that repeats one unit, of at most so many bytes."""
     return b'"' + unit * ((length - 2) // len(unit)) + b'"'
 
 
 def list_with_duplicate_key(item: bytes, length: int) -> bytes:
-    """Return a list with a duplicate key in its last item."""
+    """Return the JSON of a list that repeats one item, with a duplicate key in its last one."""
     return list_of(item, length - 20)[:-1] + b',{"a":1,"a":2}]'
 
 

@@ -28,8 +28,8 @@ class ReceivedRequest:
         return decoded
 
     def is_signed_by(self, *secrets: str) -> bool:
-        """Return whether it has exactly the signatures that Standard Webhooks 1.0.0 requires of these
-        secrets.
+        """Return whether the request has exactly the signatures that Standard
+        Webhooks 1.0.0 requires of these secrets.
         """
         head = f"{self.headers['webhook-id']}.{self.headers['webhook-timestamp']}.".encode()
         expected = set()
@@ -44,7 +44,7 @@ class ReceivedRequest:
 
 @dataclass
 class HttpReceiver:
-    """Received requests, and the answers to them."""
+    """HTTP server that records requests and answers them as configured."""
 
     port: int = 0
     received: list[ReceivedRequest] = field(default_factory=list)
@@ -58,6 +58,7 @@ class HttpReceiver:
         return f"http://127.0.0.1:{self.port}{path}"
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Record the requests of a connection and answer each once `may_answer` is set, until the client closes it."""
         try:
             while True:
                 head = (await reader.readuntil(b"\r\n\r\n")).decode()
@@ -81,6 +82,7 @@ class HttpReceiver:
 
 @asynccontextmanager
 async def run_receiver() -> AsyncIterator[HttpReceiver]:
+    """Serve a receiver on a free port during the block; it answers at once unless `may_answer` is cleared."""
     receiver = HttpReceiver()
     receiver.may_answer.set()
     tasks: set[asyncio.Task[None]] = set()

@@ -29,7 +29,7 @@ _numbers = count(1)
 
 @dataclass(frozen=True, slots=True)
 class SenderUnderTest:
-    """Sender of requests that start runs."""
+    """Sender of requests that start runs, with the path that it posts to; `make` builds the request of a number."""
 
     name: str
     path: str
@@ -38,11 +38,11 @@ class SenderUnderTest:
     """API key, for senders that authenticate neither by a signature nor by a token in the path."""
 
     def delivery(self) -> SenderDelivery:
-        """Return something that it hasn't sent before."""
+        """Return a delivery with a number that no other has."""
         return SenderDelivery(self, next(_numbers))
 
     async def post(self, http: httpx2.AsyncClient, made: SignedRequest) -> httpx2.Response:
-        """Send a request. Raises `httpx2.TransportError` if there is no answer."""
+        """Post a request, and return the answer of any status. Raises `httpx2.TransportError` if there is none."""
         headers = dict(made.headers)
         if self.key is not None:
             headers["X-API-Key"] = self.key
@@ -57,11 +57,17 @@ class SenderDelivery:
     number: int
 
     async def send(self, http: httpx2.AsyncClient) -> httpx2.Response:
-        """Send it once. Raises `httpx2.TransportError` if there is no answer."""
+        """Send the delivery once, signed anew; return the answer of any status.
+
+        Raises `httpx2.TransportError` if there is none.
+        """
         return await self.sender.post(http, self.sender.make(self.number))
 
     async def deliver(self, http: httpx2.AsyncClient) -> httpx2.Response:
-        """Send it until it is answered by anything but 503, as all of these senders do."""
+        """Send the delivery until it gets an answer other than 503, as all of these senders do, and return that.
+
+        Fails after a minute.
+        """
         deadline = time.monotonic() + PATIENCE_SECONDS
         while True:
             try:
@@ -82,15 +88,16 @@ class AllSenders:
     workflows: Sequence[str]
 
     def one(self, name: str) -> SenderUnderTest:
+        """Return the sender of this name; raises StopIteration without one."""
         return next(sender for sender in self.all if sender.name == name)
 
     def deliveries(self) -> Sequence[SenderDelivery]:
-        """Return one of each sender."""
+        """Return a new delivery of each sender."""
         return [sender.delivery() for sender in self.all]
 
 
 def read_execution_id(response: httpx2.Response) -> str:
-    """Return the id of the only execution in the answer to a delivery."""
+    """Return the id of the only execution in the answer to a delivery; fails for an error."""
     assert response.is_success, response.text
     body: dict[str, Any] = response.json()
     if "results" in body:
@@ -100,14 +107,17 @@ def read_execution_id(response: httpx2.Response) -> str:
 
 @asynccontextmanager
 async def open_client(url: str) -> AsyncIterator[httpx2.AsyncClient]:
-    """Return a client that has no key."""
+    """Yield an HTTP client for a server, without an API key, and close it after the block."""
     timeout = httpx2.Timeout(PATIENCE_SECONDS, connect=2.0)
     async with httpx2.AsyncClient(base_url=url, timeout=timeout, trust_env=False) as client:
         yield client
 
 
 async def set_up(post: Post, key: str) -> AllSenders:
-    """Create the workflows and the senders' credentials; `key` is for senders with an API key."""
+    """Create the workflows and the senders' credentials by `post`; return the senders.
+
+    `key` is for those with an API key.
+    """
     send_grid = SendGrid()
     source: dict[str, Json] = {
         "name": "signs",

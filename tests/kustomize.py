@@ -17,7 +17,11 @@ _KNOWN = {"apiVersion", "kind", "resources", "configMapGenerator", "secretGenera
 
 
 def render_folder(folder: Path) -> list[Json]:
-    """Return the objects of a folder; a file of secrets that is to be filled in is read as the example that it has."""
+    """Return the Kubernetes objects of a folder as kustomize renders them.
+
+    A file of secrets that is to be filled in is replaced by its example. Fails for features that are not supported
+    here.
+    """
     kustomization = yaml.safe_load((folder / "kustomization.yaml").read_text())
     assert kustomization.keys() <= _KNOWN, "this reads less than kustomize does"
     objects = [found for name in kustomization["resources"] for found in _render_resource(folder / name)]
@@ -40,13 +44,13 @@ def render_folder(folder: Path) -> list[Json]:
 
 
 def find_object(objects: list[Json], kind: str, name: str) -> Json:
-    """Return the object of a kind and a name."""
+    """Return the only object of a kind and a name; raises ValueError without one."""
     (found,) = (each for each in objects if each["kind"] == kind and each["metadata"]["name"] == name)
     return found
 
 
 def pod_templates(objects: list[Json]) -> dict[str, Json]:
-    """Return the templates of pods by the component that they are of."""
+    """Return the pod templates of deployments and jobs, by their component."""
     found = [each["spec"]["template"] for each in objects if each["kind"] in {"Deployment", "Job"}]
     return {template["metadata"]["labels"]["app.kubernetes.io/component"]: template for template in found}
 
@@ -61,6 +65,7 @@ def _render_resource(path: Path) -> list[Json]:
 
 
 def _generate(objects: list[Json], kind: str, generator: Json, folder: Path) -> None:
+    """Add the ConfigMap or Secret that a generator describes to the objects, or merge it into an existing one."""
     lines = [*generator.get("literals", ())]
     for name in generator.get("envs", ()):
         example = (folder / f"{name}.example").read_text().splitlines()

@@ -32,12 +32,14 @@ _TEXT: Final = "[" + ",".join(['{"a":[1,"b"]}'] * 20_000) + "]"
 
 
 class LockHolds:
+    """Longest hold of the GIL so far, in seconds."""
+
     longest_seconds = 0.0
 
 
 @contextmanager
 def measure_holds() -> Iterator[LockHolds]:
-    """Measure the longest GIL hold by all threads except the measuring one.
+    """Measure the longest GIL hold during the block by all threads except the measuring one.
 
     The garbage collector is tuned as in serving processes, and skips the objects of other tests.
     """
@@ -71,7 +73,8 @@ def measure_holds() -> Iterator[LockHolds]:
 
 
 def holds_longer(work: Callable[[], object], seconds: float) -> bool:
-    """Return whether `work` holds the GIL for longer than `seconds`, scaled to the reference machine.
+    """Return whether `work` holds the GIL for longer than `seconds` in each of three calls,
+    scaled to the reference machine.
 
     A hold by the work occurs every time; a hold by a busy machine does not.
     """

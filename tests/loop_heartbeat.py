@@ -9,12 +9,17 @@ BEAT_SECONDS = 0.005
 
 
 class LoopHeartbeat:
+    """Longest delay of a task of the event loop so far, in seconds."""
+
     longest_delay_seconds = 0.0
 
 
 @asynccontextmanager
 async def measure_heartbeat() -> AsyncIterator[LoopHeartbeat]:
-    """Run a task that wakes up every few milliseconds, and measure its delay."""
+    """Measure during the block how late a task of this event loop wakes up that sleeps for 5 ms at a time.
+
+    Time in which this process did not compute is left out.
+    """
     heartbeat = LoopHeartbeat()
 
     async def beat() -> None:

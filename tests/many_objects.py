@@ -57,7 +57,10 @@ QUESTION_OFFSET: Final = 6
 
 
 async def fill(connection: AsyncConnection, owner: RunOwner, runs: int) -> None:
-    """Insert the objects, where an organization has this number of runs; in one transaction."""
+    """Insert the objects of all kinds into an organization that has this number of runs, of `many_runs.fill`.
+
+    The caller commits.
+    """
     organization = await access_store.find_organization(connection, owner.organization_id)
     assert organization is not None
     now = datetime.now(UTC)
@@ -91,6 +94,7 @@ async def _insert(connection: AsyncConnection, table: type[SQLModel], rows: Iter
 
 
 def _repeat(users: Sequence[User], number: int) -> Iterable[tuple[int, User]]:
+    """Yield each number below `number` with a user, the users in turn."""
     return ((index, users[index % len(users)]) for index in range(number))
 
 

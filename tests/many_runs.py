@@ -147,7 +147,7 @@ _ERROR: Final = '{"code":"node-error","message":"It failed","nodeId":"clean","at
 
 @dataclass(frozen=True, slots=True)
 class RunOwner:
-    """User whose organization gets the rows; `shard` is that of the organization."""
+    """User that owns the rows, and the organization that gets them; `shard` is that of the organization."""
 
     organization_id: str
     user_id: str
@@ -168,13 +168,13 @@ def workflow_id(number: int) -> str:
 
 
 def cursor_behind(number: int) -> str:
-    """Return the cursor of the page behind a run in the list that begins with the newest."""
+    """Return the cursor of the page that begins behind the run with this number, in the list with the newest first."""
     moment = FIRST_MICROSECOND + number // 8 * 8 * _STEP
     return urlsafe_b64encode(f"d{moment}.{run_id(number)}".encode()).decode().rstrip("=")
 
 
 async def fill(url: URL, owner: RunOwner, runs: int) -> None:
-    """Insert the workflows, the runs with a span and labels each, and the records of an organization.
+    """Insert the workflows, the runs with a span and labels each, and the records of an organization, and commit them.
 
     The database is migrated, and the organization and user exist. Takes about a minute for a million runs.
     """
@@ -191,7 +191,7 @@ async def fill(url: URL, owner: RunOwner, runs: int) -> None:
 
 
 async def analyze(url: URL) -> None:
-    """Let PostgreSQL count the rows, as autovacuum would have done during so many inserts; SQLite needs nothing."""
+    """Have PostgreSQL count the rows, as autovacuum would have done during so many inserts; SQLite needs nothing."""
     if is_sqlite(url):
         return
     connection = await asyncpg.connect(url.set(drivername="postgresql").render_as_string(hide_password=False))
@@ -226,6 +226,7 @@ def _fill_sqlite(path: Path, owner: RunOwner, runs: int) -> None:
 
 
 def _statements(owner: RunOwner, runs: int, dialect: Mapping[str, str]) -> Sequence[str]:
+    """Return the statements that insert all rows, in the dialect `_POSTGRESQL` or `_SQLITE`."""
     suffix = dialect["suffix"]
     values = {
         "numbers": dialect["numbers"].format(last=runs - 1),

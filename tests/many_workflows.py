@@ -46,10 +46,10 @@ class WorkflowOwners:
 
 
 async def fill(connection: AsyncConnection, crowd: WorkflowOwners, number: int) -> Rows:
-    """Insert `number` workflows of an organization: one in twenty is deleted, one in fifty a template, one in
-    ten public.
+    """Insert `number` workflows of an organization: one in twenty is deleted,
+    one in fifty a template, one in ten public.
 
-    Returns their rows.
+    Returns their rows; the caller commits.
     """
     workflows = [_build_workflow(crowd, index) for index in range(number)]
     graph = build_nodes(NODES)
@@ -72,6 +72,7 @@ async def fill(connection: AsyncConnection, crowd: WorkflowOwners, number: int) 
 
 
 def _build_workflow(crowd: WorkflowOwners, index: int) -> dict[str, Any]:
+    """Return the row of the workflow with this number, from which all of its columns are derived."""
     # The digits are unordered and of equal length in each name, so that all collations sort them alike.
     name = f"{ACTIONS[index % 7]} {SUBJECTS[index % 9]} {index * 7919 % 100_000:05}"
     description = _build_description(index)
@@ -142,7 +143,7 @@ def _tag_rows(workflows: Rows) -> Iterable[dict[str, str]]:
 
 
 def build_nodes(number: int) -> Rows:
-    """Return a trigger and its successors in the stored form, which clients may send too."""
+    """Return so many nodes, a trigger and its successors, in the stored form, which clients may send too."""
     kinds = cycle((_set, _build_conditional, _request))
     return [
         _build_node("start", "manual", 0, {}),
@@ -151,7 +152,7 @@ def build_nodes(number: int) -> Rows:
 
 
 def build_connections(nodes: Sequence[dict[str, Any]]) -> Rows:
-    """Lead from each node to the next."""
+    """Return connections in the stored form that lead from each node to the next."""
     return [
         {
             "id": f"conn-{source['id']}",

@@ -169,7 +169,7 @@ class OpenThrottle:
 
 @dataclass
 class CallRecord:
-    """Outcome of a call, and its side effects."""
+    """Outcome of a call of a node: its result, the paths that led to no value, and its log lines."""
 
     outcome: NodeOutcome = None
     unresolved: list[str] = field(default_factory=list)
@@ -203,7 +203,7 @@ async def call(  # noqa: PLR0913 - whichever services a node asks for
     version: str | None = None,
     is_strict: bool = False,
 ) -> CallRecord:
-    """Run one node on `data`; raises the node's error."""
+    """Run one node on `data` as in a run, without the network unless a service is given; raises the node's error."""
     called = CallRecord()
     library = library or catalog.load_catalog()
     services = NodeServices(

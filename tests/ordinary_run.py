@@ -43,7 +43,9 @@ EXTENT: Final = RunExtent()
 
 
 def find_left_out(items: Iterable[pytest.Item]) -> list[pytest.Item]:
-    """Return the collected tests that the ordinary run leaves out."""
+    """Return the collected tests that the ordinary run leaves out: thorough ones,
+    and all variants of a test but one.
+    """
     left_out: list[pytest.Item] = []
     variants: dict[str, list[pytest.Item]] = defaultdict(list)
     for item in items:
@@ -58,12 +60,14 @@ def find_left_out(items: Iterable[pytest.Item]) -> list[pytest.Item]:
 
 
 def checksum(name: str) -> int:
-    """Return a number that is the same for a name at any time, to choose by."""
+    """Return a number for a name that is the same in every process, to choose a variant by."""
     return zlib.crc32(name.encode())
 
 
 def _variant_of(item: pytest.Item) -> str | None:
-    """Return the parameter of a test that names its database or backend; None without one, or if the test keeps all."""
+    """Return the parameter of a test that names its database or script backend;
+    None without one, or for `every_database`.
+    """
     parameters = getattr(item, "callspec", None)
     if parameters is None or item.get_closest_marker(EVERY_DATABASE) is not None:
         return None

@@ -44,14 +44,15 @@ class OtlpReceiver:
     bodies: list[bytes] = field(default_factory=list)
 
     def named(self, name: str) -> list[ReceivedSpan]:
-        """Return the spans of one name."""
+        """Return the received spans of one name, in the order of their arrival."""
         return [span for span in self.spans if span.name == name]
 
     def of_run(self, execution_id: str) -> list[ReceivedSpan]:
-        """Return the spans of a run, by their attributes."""
+        """Return the received spans with the id of a run in their attributes."""
         return [span for span in self.spans if span.attributes.get("pilotflame.execution.id") == execution_id]
 
     async def _receive(self, request: web.Request) -> web.Response:
+        """Decode a request of OTLP and record its spans."""
         body = await request.read()
         if request.headers.get("Content-Encoding") == "gzip":
             body = gzip.decompress(body)
@@ -95,6 +96,7 @@ def _decode_value(value: Any) -> Any:  # noqa: ANN401 - generated messages
 
 @asynccontextmanager
 async def run_otlp_receiver() -> AsyncIterator[OtlpReceiver]:
+    """Serve a collector on a free port during the block."""
     receiver = OtlpReceiver()
     app = web.Application()
     app.router.add_post("/v1/traces", receiver._receive)  # noqa: SLF001 - its own server

@@ -60,11 +60,14 @@ class FileNode:
     """Offset and data; or a new size, and None."""
 
     def sync(self) -> None:
+        """Make all changes of the file durable."""
         self.durable = self.content(lambda: True)
         self.pending.clear()
 
     def content(self, survives: Survives) -> bytearray:
-        """Return the content that a power cut leaves."""
+        """Return the content that a power cut leaves: the durable part, and the
+        sectors for which `survives` returns True.
+        """
         content = bytearray(self.durable)
         for offset, data in self.pending:
             if data is None:
@@ -81,7 +84,7 @@ class FileNode:
 
 @dataclass(eq=False)
 class FolderNode:
-    """A folder: the names that are certain to be in it, the names in it now, and the changes since its last sync."""
+    """Folder: its durable names, its present names, and the changes since its last sync."""
 
     durable: dict[str, FileNode | FolderNode] = field(default_factory=dict)
     names: dict[str, FileNode | FolderNode] = field(default_factory=dict)
@@ -89,15 +92,19 @@ class FolderNode:
     """Atomic changes that are not yet durable; None marks a removed name."""
 
     def change(self, names: dict[str, FileNode | FolderNode | None]) -> None:
+        """Add, replace and (None) remove names in one atomic change, which is not yet durable."""
         self.pending.append(names)
         _apply(self.names, names)
 
     def sync(self) -> None:
+        """Make all changes of the folder's names durable."""
         self.durable = dict(self.names)
         self.pending.clear()
 
     def entries(self, survives: Survives) -> dict[str, FileNode | FolderNode]:
-        """Return the names that a power cut leaves."""
+        """Return the names that a power cut leaves: the durable ones, with the
+        changes for which `survives` returns True.
+        """
         names = dict(self.durable)
         for change in self.pending:
             if survives():
@@ -106,14 +113,14 @@ class FolderNode:
 
 
 class SimulatedDisk:
-    """Folder that always exists, with all changes below it."""
+    """Folder on a disk that may lose power, with its files and folders; the folder itself always exists."""
 
     def __init__(self, root: Path) -> None:
         self._root = str(root)
         self.top = FolderNode()
 
     def apply(self, operation: FileOperation) -> None:
-        """Apply one operation of a process."""
+        """Apply one recorded operation of a process to the simulated files; those of deleted files are ignored."""
         if operation.path.endswith(" (deleted)"):
             return
         folder, name = self._place(operation.path)
@@ -136,7 +143,9 @@ class SimulatedDisk:
                 self._rename(folder, name, node, operation)
 
     def write_out(self, target: Path, survives: Survives) -> None:
-        """Write the state after a power cut into an empty folder."""
+        """Write the state after a power cut into an empty real folder; `survives`
+        decides about each unsynced change.
+        """
         _write_out(self.top, target, survives)
 
     def _rename(
@@ -162,12 +171,12 @@ class SimulatedDisk:
 
 
 def keep_nothing() -> bool:
-    """Keep only synced data."""
+    """Return False: no unsynced change survives the power cut."""
     return False
 
 
 def keep_some(seed: int) -> Survives:
-    """Keep a random part of the unsynced data: a large or a small one, by `seed`."""
+    """Return a function that lets a random share of the unsynced changes survive, large or small by `seed`."""
     chance = random.Random(seed)
     share = chance.random()
     return lambda: chance.random() < share

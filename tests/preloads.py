@@ -40,7 +40,7 @@ def _delete_folder(folder: Path, owner: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class ShiftedClock:
-    """The wall clock of one process, which a test sets: also while the process runs."""
+    """Wall clock of one process, which a test sets, also while the process runs."""
 
     library: Path
     file: Path
@@ -58,7 +58,7 @@ class ShiftedClock:
 
 @dataclass(frozen=True, slots=True)
 class FaultyDisk:
-    """The disk of one process and its children, which a test lets fail while they run."""
+    """Disk of one process and its children, which a test lets fail while they run."""
 
     library: Path
     file: Path
@@ -76,11 +76,12 @@ class FaultyDisk:
             yield
 
     def mend(self) -> None:
-        """Let the disk work."""
+        """Let writes and syncs work again, also of a fault that another call has begun."""
         self._set(b"-")
 
     @contextmanager
     def _fault(self, kind: bytes) -> Iterator[None]:
+        """Let the disk have a fault during the block: `f` for full, `s` for slow."""
         self._set(kind)
         try:
             yield

@@ -34,12 +34,13 @@ class ProviderStep:
 
     @property
     def arrival(self) -> SenderRequest:
+        """Request of the step as ingest gets it."""
         return build_request(self.body, self.headers, self.at, method=self.method, target=self.target)
 
 
 @dataclass(frozen=True)
 class ProviderCase:
-    """One or several requests that belong together."""
+    """One or several requests of a provider that belong together, with the expected result."""
 
     name: str
     provider: str
@@ -51,7 +52,7 @@ class ProviderCase:
 
     @property
     def arrival(self) -> SenderRequest:
-        """The request of a case that has one."""
+        """Only request of the case, as ingest gets it; raises ValueError for a case with several."""
         (step,) = self.steps
         return step.arrival
 

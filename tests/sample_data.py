@@ -20,7 +20,7 @@ INSERT INTO orders VALUES (1, 'NO', 42.5), (2, 'NO', 7), (3, 'SE', 1);
 
 
 class SampleDataSources:
-    """Implementation of `DataSources` and `Sources` with one data source, without access checks."""
+    """Lookup of data sources that knows one, an SQLite database, without access checks, and connections by it."""
 
     def __init__(self, folder: Path) -> None:
         self.connections = DataSourceConnections(self, ConnectionPolicy(files=folder))

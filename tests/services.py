@@ -57,7 +57,7 @@ class ServerNotStartedError(Exception):
 
 
 class TestedServer(ABC):
-    """A server that tests may stop, kill and restart, unless the environment named it (then they skip)."""
+    """Server that tests may stop, kill and restart, unless the environment named it: then they are skipped."""
 
     STOP: ClassVar[signal.Signals] = signal.SIGTERM
     KILL: ClassVar[signal.Signals] = signal.SIGKILL
@@ -92,9 +92,11 @@ class TestedServer(ABC):
         return self._own_folder()
 
     @abstractmethod
-    def is_ready(self) -> bool: ...
+    def is_ready(self) -> bool:
+        """Return whether the server accepts connections now."""
 
     def start(self) -> None:
+        """Start the server and wait until it is ready; raises `ServerNotStartedError` with its log."""
         folder = self._own_folder()
         with (folder / "log").open("ab") as log:
             process = _starter.submit(
@@ -114,15 +116,15 @@ class TestedServer(ABC):
             time.sleep(POLL_SECONDS)
 
     def stop(self) -> None:
-        """End the server in good order."""
+        """End the server in good order, and wait up to a minute for its end."""
         self._end(self.STOP)
 
     def kill(self) -> None:
-        """End the server as a crash would."""
+        """End the server as a crash would, and wait for its end."""
         self._end(self.KILL)
 
     def restart(self) -> None:
-        """Start the server on the same port and data, after stopping it if it still runs."""
+        """Start the server on the same port and data, after stopping it if it still runs; wait until it is ready."""
         self.stop()
         self.start()
 
@@ -163,7 +165,7 @@ class PostgresServer(TestedServer):
 
 
 class RedisServer(TestedServer):
-    """Appends each write to a file before it answers, so that a restart finds it."""
+    """Redis that appends each write to a file before it answers, so that a restart finds it."""
 
     def is_ready(self) -> bool:
         try:
@@ -215,7 +217,7 @@ class RabbitmqServer(TestedServer):
 
 
 class PgBouncer(TestedServer):
-    """Pools by transaction: two statements of one connection may meet two sessions of the server."""
+    """PgBouncer in transaction mode: two statements of one connection may reach two sessions of the server."""
 
     STOP = (
         signal.SIGKILL
@@ -229,7 +231,7 @@ class PgBouncer(TestedServer):
         return True
 
     def through(self, database_url: str) -> str:
-        """Return the URL that leads to a database of the PostgreSQL behind."""
+        """Return the URL by which a database of the PostgreSQL behind is reached through the pooler."""
         host, port = self._address
         return make_url(database_url).set(host=host, port=port).render_as_string(hide_password=False)
 
@@ -238,7 +240,10 @@ class PgBouncer(TestedServer):
 def run_postgres(
     durability: Mapping[str, str] = NEVER_SYNCED, environment: Mapping[str, str] | None = None
 ) -> Iterator[PostgresServer]:
-    """Start a PostgreSQL; `environment` is added to that of its processes."""
+    """Start a PostgreSQL for the block, or yield the one that the environment names.
+
+    `environment` is added to that of its processes. Without another `durability`, it never syncs.
+    """
     if named := os.environ.get("TEST_DATABASE_URL"):
         yield PostgresServer(make_url(named).set(drivername="postgresql+asyncpg"))
         return
@@ -272,6 +277,7 @@ def run_postgres(
 
 @contextmanager
 def run_redis() -> Iterator[RedisServer]:
+    """Start a Redis for the block, or yield the one that the environment names."""
     if named := os.environ.get("TEST_REDIS_URL"):
         yield RedisServer(make_url(named))
         return
@@ -285,7 +291,10 @@ def run_redis() -> Iterator[RedisServer]:
 
 @contextmanager
 def run_mysql() -> Iterator[MysqlServer | None]:
-    """Start a MariaDB with a database `test`; yield None if the program isn't on PATH."""
+    """Start a MariaDB with a database `test` for the block, or yield the server that the environment names.
+
+    Yields None if the program isn't on PATH.
+    """
     if named := os.environ.get("TEST_MYSQL_URL"):
         yield MysqlServer(make_url(named))
         return
@@ -308,7 +317,9 @@ def run_mysql() -> Iterator[MysqlServer | None]:
 
 @contextmanager
 def run_rabbitmq() -> Iterator[RabbitmqServer | None]:
-    """Start a RabbitMQ; yield None if its program doesn't exist."""
+    """Start a RabbitMQ for the block, or yield the one that the environment names;
+    None if its program doesn't exist.
+    """
     if named := os.environ.get("TEST_RABBITMQ_URL"):
         yield RabbitmqServer(make_url(named))
         return
@@ -350,7 +361,10 @@ def run_rabbitmq() -> Iterator[RabbitmqServer | None]:
 
 @contextmanager
 def run_pgbouncer(postgres: PostgresServer, mode: str = "transaction") -> Iterator[PgBouncer | None]:
-    """Start a PgBouncer in front of the given server; yield None if the program isn't on PATH."""
+    """Start a PgBouncer in front of a server for the block; yield None if the program isn't on PATH.
+
+    `mode` is its `pool_mode`.
+    """
     program = _find_on_path("pgbouncer")
     if program is None:
         yield None
@@ -389,7 +403,7 @@ def _run_server(server: AnyServer) -> Iterator[AnyServer]:
 
 
 def find_memory(room_bytes: int) -> Path | None:
-    """Return the folder whose files are in memory; None if that has less room, or there is none."""
+    """Return the folder with files in memory, `/dev/shm`; None if it is missing or has less free space."""
     memory = Path("/dev/shm")
     is_usable = memory.is_dir() and os.access(memory, os.W_OK)
     return memory if is_usable and shutil.disk_usage(memory).free > room_bytes else None
@@ -412,7 +426,7 @@ def _unprivileged_options() -> list[str]:
 
 
 def reserve_port() -> int:
-    """Return a port that neither another test nor an outgoing connection gets while its server is down."""
+    """Return a free port that no other test gets, nor an outgoing connection while its server is down."""
     while True:
         port = random.choice(PORTS)
         if port % _SHARES != _SHARE or port in _given_ports:

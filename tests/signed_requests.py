@@ -55,7 +55,7 @@ class SendGrid:
         return b64encode(public.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)).decode()
 
     def mail(self, number: int, content_bytes: int = 0) -> SignedRequest:
-        """Return a mail in a form of about the requested length."""
+        """Return the request of SendGrid with a mail, signed now; its content has about so many bytes."""
         envelope = json.dumps({"from": "ada@example.org", "to": ["desk@in.example.test"]})
         form = {"envelope": envelope, "email": build_raw_mail(number, content_bytes), "spam_score": "0.1"}
         body = encode_multipart(form)
@@ -67,7 +67,7 @@ class SendGrid:
 
 
 def sign_mailgun(number: int) -> SignedRequest:
-    """Return a mail that a route of Mailgun forwards, signed with `SECRET`; each time by a token of its own."""
+    """Return the request of Mailgun with a mail, signed now with `SECRET` and a token that it has never used."""
     moment, token = str(int(time.time())), sha256(f"{number} {time.time_ns()}".encode()).hexdigest()[:50]
     fields = {
         "recipient": "desk@in.example.test",
@@ -85,7 +85,9 @@ def sign_mailgun(number: int) -> SignedRequest:
 
 
 def sign_ses(number: int) -> SignedRequest:
-    """Return a mail of SES, delivered by SNS. Tests can't sign as SNS, so the request needs a token."""
+    """Return the notification of SNS about a mail of SES, with an invalid signature:
+    the address needs a trigger token.
+    """
     source, recipient = "ada@example.org", "desk@in.example.test"
     told = {
         "notificationType": "Received",
@@ -116,7 +118,7 @@ def sign_ses(number: int) -> SignedRequest:
 
 
 def sign_github(number: int, payload: Mapping[str, Json] | None = None) -> SignedRequest:
-    """Return a push notification of GitHub, signed with `SECRET`."""
+    """Return a push notification of GitHub, signed with `SECRET`; `payload` adds fields."""
     body = json.dumps({"ref": "refs/heads/main", "number": number, **(payload or {})}).encode()
     headers = {
         "Content-Type": "application/json",
@@ -144,13 +146,13 @@ def build_cloud_event(number: int) -> SignedRequest:
 
 
 def build_native_event(number: int) -> SignedRequest:
-    """Return an event in the form of the API."""
+    """Return an event in the form of the API, which needs an API key."""
     told = {"event_type": EVENT_TYPE, "event_data": {"number": number}}
     return SignedRequest({"Content-Type": "application/json"}, json.dumps(told).encode())
 
 
 def build_message(number: int) -> SignedRequest:
-    """Return a message for a queue, which its producer names."""
+    """Return a message for a queue trigger, with a deduplication id by its number."""
     body = {"message": {"number": number}, "deduplicationId": f"message-{number}"}
     return SignedRequest({"Content-Type": "application/json"}, json.dumps(body).encode())
 
@@ -164,7 +166,7 @@ def sign_parts(*parts: bytes) -> str:
 
 
 def build_raw_mail(number: int, content_bytes: int = 0) -> str:
-    """Return a mail in plain text."""
+    """Return a mail in plain text (RFC 5322) with a content of at least so many bytes."""
     line = "The quick brown fox jumps over the lazy dog, and over it again.\r\n"
     return (
         f"From: Ada <ada@example.org>\r\nTo: desk@in.example.test\r\nSubject: Number {number}\r\n"
@@ -174,7 +176,7 @@ def build_raw_mail(number: int, content_bytes: int = 0) -> str:
 
 
 def encode_multipart(fields: Mapping[str, str]) -> bytes:
-    """Return a form."""
+    """Return fields as the body of a multipart form with `BOUNDARY`."""
     parts = "".join(
         f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{value}\r\n'
         for name, value in fields.items()

@@ -45,6 +45,7 @@ class FakeMailServer:
     def authenticate(
         self, _server: object, session: Session, _envelope: object, _mechanism: str, data: object
     ) -> AuthResult:
+        """Record a login, and accept it if it has the right name and password; aiosmtpd calls it."""
         assert isinstance(data, LoginPassword)
         username, password = data.login.decode(), data.password.decode()
         self.logins.append((username, password, session.ssl is not None))
@@ -55,12 +56,14 @@ class FakeMailServer:
     async def handle_RCPT(  # noqa: N802 - the library's own name
         self, _server: SMTP, _session: Session, envelope: Envelope, address: str, _options: list[str]
     ) -> str:
+        """Answer a recipient as configured, and keep it if it is accepted."""
         answer = self.answers.get(address, "250 OK")
         if answer.startswith("250"):
             envelope.rcpt_tos.append(address)
         return answer
 
     async def handle_DATA(self, server: SMTP, session: Session, envelope: Envelope) -> str:  # noqa: N802 - as above
+        """Answer a mail as configured, store it if it is accepted, and break the connection if asked to."""
         answer = self.answers.get("DATA", "250 OK")
         content = envelope.content
         assert isinstance(content, bytes)
@@ -89,7 +92,10 @@ class FakeMailServer:
 async def serve_smtp(
     certificate: Path | None = None, *, tls: str = "starttls"
 ) -> AsyncIterator[FakeMailServer]:
-    """Run a server on a free port of the loopback; `tls` has the values of data sources."""
+    """Serve a mail server on a free port of the loopback during the block.
+
+    `tls` has the values of data sources: `starttls`, `tls` or another for none; it needs a certificate.
+    """
     mail_server = FakeMailServer()
     context = _tls_context(certificate) if certificate else None
 

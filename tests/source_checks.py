@@ -52,12 +52,12 @@ class SourceDocstring:
 
     @property
     def leans(self) -> bool:
-        """Whether it contains a pronoun that stands for a noun."""
+        """Whether the text contains a pronoun that stands for a noun."""
         return _LEANING.search(self.text) is not None
 
     @property
     def opens(self) -> bool:
-        """Whether it begins with such a pronoun, or with How or Where."""
+        """Whether the text begins with such a pronoun, or with How or Where."""
         return _OPENING.match(self.text) is not None
 
     def __str__(self) -> str:
@@ -65,7 +65,7 @@ class SourceDocstring:
 
 
 def read_sources() -> Sources:
-    """Parse each Python file of the project, without those of hidden folders such as `.venv`."""
+    """Return each Python file of the project, parsed, by its path; hidden folders such as `.venv` are left out."""
     paths = [
         path for folder in ROOT.iterdir() if not folder.name.startswith(".") for path in folder.rglob("*.py")
     ]
@@ -83,7 +83,9 @@ def list_docstrings(sources: Sources) -> Iterator[SourceDocstring]:
 
 
 def find_wordy_docstrings(docstrings: Sequence[SourceDocstring]) -> Iterator[str]:
-    """Yield a complaint for each docstring that begins with a pronoun, and for too many that lean on one."""
+    """Yield a complaint for each docstring that begins with a pronoun,
+    and all that contain one if those are too many.
+    """
     for docstring in docstrings:
         if docstring.opens:
             yield f"begins with a pronoun: {docstring}"
@@ -179,6 +181,7 @@ def _module_name(path: str) -> str:
 
 
 def _imported_modules(tree: ast.Module, modules: Collection[str]) -> set[str]:
+    """Return the modules of the project that a file imports, at its top or in functions, also for types alone."""
     imported: set[str] = set()
     stack: list[ast.AST] = [tree]
     while stack:

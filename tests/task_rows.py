@@ -9,7 +9,7 @@ from models.task import Task
 
 
 def make_task_row(task_id: str, run: Any, node_id: str, **fields: Any) -> dict[str, Any]:  # noqa: ANN401 - a row, and values of columns
-    """Return the columns of a task of a run."""
+    """Return the columns of a ready task of a run, with `fields` replaced."""
     now = datetime.now(UTC)
     given: dict[str, Any] = {
         "id": task_id,
@@ -44,7 +44,7 @@ def make_task_row(task_id: str, run: Any, node_id: str, **fields: Any) -> dict[s
 
 
 def held_by(worker_id: str, lease: str) -> dict[str, Any]:
-    """Return the columns of a task that a worker holds for a day."""
+    """Return the columns that make a task leased by a worker for a day."""
     later = datetime.now(UTC) + timedelta(days=1)
     return {
         "state": "leased",
