@@ -41,7 +41,7 @@ HOLD_SECONDS: Final = 60
 
 
 def bridge_settings(gateway: FakeGateway) -> dict[str, Any]:
-    """Return the settings that every bridge to a gateway shares."""
+    """Return the settings that every bridge to a fake gateway shares, by field."""
     return {
         "url": gateway.url,
         "api_key": gateway.key,
@@ -52,7 +52,7 @@ def bridge_settings(gateway: FakeGateway) -> dict[str, Any]:
 
 
 class BridgeQueue(ABC):
-    """A queue somewhere."""
+    """External queue that a bridge reads, as its producers and operators see it."""
 
     name: str
 
@@ -61,26 +61,28 @@ class BridgeQueue(ABC):
 
     @abstractmethod
     async def send(self, *messages: Any) -> None:  # noqa: ANN401 - any JSON value
-        """Put messages into it."""
+        """Put messages into the queue, as JSON."""
 
     @abstractmethod
     def open(self, **changes: Any) -> MessageSource:  # noqa: ANN401 - settings
-        """Return the message source of a new bridge process."""
+        """Return the message source of a new bridge process for this queue, with settings changed."""
 
     @abstractmethod
     async def left(self) -> int:
-        """Count the unacknowledged messages."""
+        """Return the number of messages that are not acknowledged yet."""
 
     @abstractmethod
     async def dead(self) -> list[Any]:
-        """Return the dead letters."""
+        """Return the messages that were moved to the dead letters."""
 
     @abstractmethod
     async def break_off(self) -> None:
         """Break the bridge's connection, or lose the answer to its next call."""
 
     def time_passes(self) -> None:  # noqa: B027 - most give the messages of the dead to others at once
-        """Let the time pass after which messages of dead consumers are delivered to others."""
+        """Let the time pass after which messages of consumers that died are delivered to others;
+        do nothing where none must.
+        """
 
 
 class RedisBridgeQueue(BridgeQueue):
@@ -114,7 +116,7 @@ class RedisBridgeQueue(BridgeQueue):
         self._between.cut()
 
     async def make_idle(self, consumer: str) -> None:
-        """Assign all entries to a consumer, idle for so long that others may claim them."""
+        """Assign all entries to a consumer, idle for the hold time, so that others may claim them."""
         found: Any = await self.client.xrange(self.name)
         ids = [entry_id for entry_id, _ in found]
         idle = HOLD_SECONDS * 1_000
@@ -241,7 +243,7 @@ async def open_rabbitmq_queue(
 
 
 class BridgeRunner:
-    """A process of the bridge, but for the process."""
+    """Bridge from a source to a fake gateway that runs in this process."""
 
     def __init__(
         self,
@@ -265,7 +267,7 @@ class BridgeRunner:
         )
 
     async def run(self) -> None:
-        """Run to the end, however it ends."""
+        """Move messages until the transfer ends or raises, at most a minute, and close the source."""
         try:
             async with asyncio.timeout(PATIENCE_SECONDS):
                 await self.transfer.run()
@@ -274,7 +276,7 @@ class BridgeRunner:
             await self._gateway.close()
 
     async def run_until_gone(self, place: BridgeQueue, condition: Callable[[], bool]) -> None:
-        """Run until the condition holds and no message is left, and then stop as a process does on SIGTERM."""
+        """Run until the condition holds and the queue has no unacknowledged message, and then stop as on SIGTERM."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self.run())
             await wait_until(condition)
@@ -292,7 +294,7 @@ class BridgeRunner:
 
 
 async def wait_until(condition: Callable[[], bool]) -> None:
-    """Wait until the condition holds."""
+    """Wait until the condition holds, asked every 10 ms; raises TimeoutError after a minute."""
     async with asyncio.timeout(PATIENCE_SECONDS):
         while not condition():  # noqa: ASYNC110 - nothing signals the change
             await asyncio.sleep(POLL_SECONDS)

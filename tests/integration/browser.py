@@ -41,7 +41,7 @@ class ScriptError(Exception):
 
 
 class BrowserPage:
-    """A page of a browser, driven by the Chrome DevTools Protocol."""
+    """Page of a browser, driven by the Chrome DevTools Protocol."""
 
     def __init__(self, socket: aiohttp.ClientWebSocketResponse) -> None:
         self._socket = socket
@@ -52,7 +52,7 @@ class BrowserPage:
         """URLs of all requests."""
 
     async def call(self, method: str, **parameters: Any) -> dict[str, Any]:  # noqa: ANN401 - any JSON value
-        """Call a method of the protocol; notes the events that arrive before its result.
+        """Call a method of the protocol and return its result; events that arrive before are recorded.
 
         Raises `DocumentGoneError` if a script was evaluated while the browser left its page.
         """
@@ -83,10 +83,10 @@ class BrowserPage:
         return found["result"].get("value")
 
     async def wait_for(self, expression: str) -> Any:  # noqa: ANN401 - any JSON value
-        """Return the value of an expression as soon as it is true.
+        """Return the value of an expression as soon as it is true; fails after 30 seconds.
 
-        An exception counts as false, such as one about an element that is not there yet. If the browser leaves
-        the page, the next one is asked.
+        An exception counts as false, such as one about an element that is not there yet. If the browser leaves the
+        page, the next one is asked.
         """
         deadline = time.monotonic() + WAIT_SECONDS
         while True:
@@ -102,20 +102,20 @@ class BrowserPage:
             await asyncio.sleep(0.02)
 
     async def text(self, selector: str) -> str:
-        """Return the text of an element as soon as the page is loaded and has it."""
+        """Return the text of the first matching element as soon as the page is loaded and has it."""
         return str(await self._of_element(selector, "element.textContent"))
 
     async def value(self, selector: str) -> str:
-        """Return the value of a field as soon as the page is loaded and has it."""
+        """Return the value of the first matching field as soon as the page is loaded and has it."""
         return str(await self._of_element(selector, "element.value"))
 
     async def count(self, selector: str) -> int:
-        """Return the number of elements as soon as the page is loaded."""
+        """Return the number of matching elements as soon as the page is loaded."""
         (found,) = await self.wait_for(f"{LOADED} && [document.querySelectorAll({selector!r}).length]")
         return int(found)
 
     async def fill(self, selector: str, text: str) -> None:
-        """Type a text into a field, also one that React controls."""
+        """Replace the text of a field as if it were typed, also of one that React controls."""
         await self._of_element(
             selector,
             "(Object.getOwnPropertyDescriptor(Object.getPrototypeOf(element), 'value')"
@@ -123,21 +123,21 @@ class BrowserPage:
         )
 
     async def click(self, selector: str) -> None:
-        """Click an element as soon as the page is loaded, so that its scripts see the click, and has it."""
+        """Click the first matching element as soon as the page is loaded and has it; returns at once."""
         await self._of_element(selector, "element.click()")
 
     async def follow(self, selector: str) -> None:
-        """Click an element that leads to another page, until that page is loaded.
+        """Click an element that leads to another page, and wait until that page is loaded.
 
-        The page before often satisfies the condition that a test would wait for, so that the next question
-        would be answered by either page.
+        The page before often satisfies the condition that a test would wait for, so that the next question would be
+        answered by either page.
         """
         await self.evaluate(LEAVE)
         await self.click(selector)
         await self.wait_for(ARRIVED)
 
     async def open(self, url: str, ready: str = "true") -> None:
-        """Open a page, until it is loaded and an expression about it is true."""
+        """Open a page, and wait until it is loaded and the expression `ready` is true in it."""
         await self.evaluate(LEAVE)
         answer = await self.call("Page.navigate", url=url)
         if "loaderId" in answer:  # absent if the fragment alone has changed: the page stays
@@ -153,6 +153,7 @@ class BrowserPage:
         return value
 
     def _note(self, event: dict[str, Any]) -> None:
+        """Record a problem or a request that an event of the browser reports."""
         parameters = event["params"]
         match event["method"]:
             case "Runtime.exceptionThrown" | "Log.entryAdded":
@@ -165,7 +166,7 @@ class BrowserPage:
 
 @asynccontextmanager
 async def open_page(folder: Path) -> AsyncIterator[BrowserPage]:
-    """Start a browser with a profile of its own, and open a page in it."""
+    """Start a browser with its profile in a folder, yield its page, and kill it after the block."""
     process = await asyncio.create_subprocess_exec(
         str(CHROMIUM),
         *("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"),
@@ -195,7 +196,7 @@ async def open_page(folder: Path) -> AsyncIterator[BrowserPage]:
 
 @asynccontextmanager
 async def serve_gateway(harness: GatewayHarness) -> AsyncIterator[str]:
-    """Serve a gateway on a port of its own, and return its URL."""
+    """Serve the gateway of a harness on a free port during the block, and yield its URL."""
     server = uvicorn.Server(
         uvicorn.Config(harness.app, host="127.0.0.1", port=0, log_config=None, lifespan="off")
     )

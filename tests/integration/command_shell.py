@@ -19,24 +19,25 @@ KEY = "sk-of-the-settings-0123"
 
 @dataclass(frozen=True)
 class CommandShell:
-    """Shell for commands, with a running server."""
+    """Folder and environment in which commands of `pilotflame` reach a running server."""
 
     given: dict[str, str]
     folder: Path
 
     def run(self, *arguments: str, **variables: str) -> CompletedProcess[str]:
-        """Run a command to its end, with further variables."""
+        """Run a command to its end, with further variables, and return its exit code and outputs."""
         return command_runs.run(*arguments, given={**self.given, **variables})
 
     def output(self, *arguments: str) -> str:
+        """Return the output of a command, which must succeed."""
         return command_runs.run_output(*arguments, given=self.given)
 
     def json(self, *arguments: str) -> Any:  # noqa: ANN401 - any JSON
-        """Return the JSON that a command prints."""
+        """Return the JSON that a command prints, which must succeed."""
         return json.loads(self.output(*arguments))
 
     def file(self, name: str, content: str) -> str:
-        """Write a file, in one step for those who watch it, and return its name."""
+        """Write a file in the folder, in one step for readers that watch it, and return its path."""
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f".{path.name}.part")
@@ -45,18 +46,20 @@ class CommandShell:
         return str(path)
 
     def apply(self, definition: dict[str, Any]) -> str:
-        """Store a workflow and return its id."""
+        """Create or update a workflow by the command `apply`, and return its id."""
         return self.output("apply", self.file(f"{definition['name']}.json", json.dumps(definition)))
 
     def api(self, path: str, key: str = KEY) -> httpx2.Response:
-        """Send a request to the server itself."""
+        """Send a GET request to the server itself, and return the answer of any status."""
         url = self.given["PILOTFLAME_URL"] + path
         return httpx2.get(url, headers={"X-API-Key": key}, trust_env=False)
 
 
 @contextmanager
 def open_shell(folder: Path, **variables: str) -> Iterator[CommandShell]:
-    """Run a server, with further variables, and yield a shell that reaches it."""
+    """Run `pilotflame dev` with further variables during the block, and yield a shell that reaches it;
+    it must stop with 0.
+    """
     data = folder / "data"
     asyncio.run(databases.create_data_folder(data))
     given = command_environment(data, BOOTSTRAP_API_KEY=KEY, METRICS_PORT="0", METRICS_WORKFLOWS="1000")

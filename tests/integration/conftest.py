@@ -14,34 +14,39 @@ from tests.services import PgBouncer, PostgresServer
 async def harness(
     request: pytest.FixtureRequest, postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[GatewayHarness]:
-    """Yield a gateway on each kind of database, that of one file of tests."""
+    """Yield a gateway on each kind of database, shared by the tests of a file."""
     async with create_gateway(request.param, postgres, tmp_path_factory.mktemp("gateway")) as harness:
         yield harness
 
 
 @pytest.fixture
 async def people(harness: GatewayHarness) -> OrganizationUsers:
+    """Return users that no other test uses."""
     return await harness.people()
 
 
 @pytest.fixture(scope="session")
 def on_sqlite(tmp_path_factory: pytest.TempPathFactory) -> MigratedDatabase:
+    """Return an SQLite database with all tables, shared by all tests."""
     folder = tmp_path_factory.mktemp("sqlite")
     return MigratedDatabase(asyncio.run(databases.create_sqlite_database(folder / "pilotflame.db")))
 
 
 @pytest.fixture(scope="session")
 def on_postgres(postgres: PostgresServer) -> MigratedDatabase:
+    """Return a PostgreSQL database with all tables, shared by all tests."""
     return MigratedDatabase(asyncio.run(databases.create_database(postgres, "runs")))
 
 
 @pytest.fixture(scope="session")
 def behind_pgbouncer(on_postgres: MigratedDatabase, pgbouncer: PgBouncer) -> MigratedDatabase:
+    """Return the database of `on_postgres`, which stores reach through PgBouncer."""
     return MigratedDatabase(pgbouncer.through(on_postgres.url), on_postgres.url)
 
 
 @pytest.fixture(scope="session")
 def on_serializable_postgres(postgres: PostgresServer) -> MigratedDatabase:
+    """Return a PostgreSQL database with serializable transactions by default, shared by all tests."""
     return MigratedDatabase(
         asyncio.run(_make_serializable(asyncio.run(databases.create_database(postgres, "runs_serializable"))))
     )

@@ -138,11 +138,12 @@ class DashboardVisit:
     execution_id: str
 
     async def require_still(self) -> None:
-        """Fail if the layout of the page has shifted visibly; the message names what has moved."""
+        """Fail if the layout of the page has shifted visibly since it was opened; the message names the moved parts."""
         shifts = json.loads(await self.page.evaluate("JSON.stringify(globalThis.shifts)"))
         assert sum(value for value, *_ in shifts) < MAX_SHIFT, shifts
 
     async def show(self, path: str) -> None:
+        """Open a page, by a path with names of ids such as `{execution_id}`, and wait until it has a heading."""
         names = {
             "workflow_id": self.workflow_id,
             "orders_id": self.orders_id,
@@ -156,7 +157,7 @@ class DashboardVisit:
         await look(self.page, width, scheme)
 
     async def find_violations(self) -> list[str]:
-        """Return the violations of accessibility on the shown page, as the function of this name."""
+        """Return the violations of accessibility on the shown page, as `find_violations` of this module does."""
         return await find_violations(self.page)
 
     async def find_unfocusable(self) -> list[str]:
@@ -166,7 +167,7 @@ class DashboardVisit:
         return list(await self.page.evaluate(FIND_UNFOCUSABLE))
 
     def take_problems(self) -> list[str]:
-        """Return the problems that the browser has logged since the last call, without answers 403 and 404."""
+        """Return the problems that the browser has logged since the last call; answers 403 and 404 are left out."""
         problems = [
             one for one in self.page.problems if "404 (Not Found)" not in one and "403 (Forbidden)" not in one
         ]
@@ -174,7 +175,7 @@ class DashboardVisit:
         return problems
 
     async def set_offline(self, is_offline: bool) -> None:  # noqa: FBT001 - a condition
-        """Cut the browser off from the server, or connect it again; event streams end at once."""
+        """Cut the browser off from the server, or connect it again; open event streams of the gateway end at once."""
         await self.page.call(
             "Network.emulateNetworkConditions",
             offline=is_offline,
@@ -200,6 +201,7 @@ class DashboardVisit:
         assert status == 201
 
     async def press(self, *keys: str) -> None:
+        """Press and release these keys, one after the other."""
         for key in keys:
             await self.page.call(
                 "Input.dispatchKeyEvent", type="keyDown", key=key, text=key if len(key) == 1 else ""
@@ -216,11 +218,11 @@ async def look(page: BrowserPage, width: int, scheme: str) -> None:
 
 
 async def find_violations(page: BrowserPage) -> list[str]:
-    """Return the violations of accessibility on the shown page, and the windows that are too narrow for it.
+    """Return the violations of accessibility on the shown page, and the widths of windows that are too narrow for it.
 
-    A thorough run looks in both color schemes, on a wide and a narrow window. An ordinary run measures both
-    windows, and applies the rules to one look that the address chooses: the pages share their colors and layouts, so
-    that all of them together have each look with each rule several times.
+    A thorough run looks in both color schemes, on a wide and a narrow window. An ordinary run measures both windows,
+    and applies the rules to one look that the address chooses: the pages share their colors and layouts, so that all of
+    them together have each look with each rule several times.
     """
     await page.evaluate(f"{AXE}; 0")
     if EXTENT.is_thorough:
@@ -246,7 +248,9 @@ async def find_violations(page: BrowserPage) -> list[str]:
 async def run_to_its_end(
     harness: GatewayHarness, folder: Path, people: OrganizationUsers, workflow_id: str
 ) -> str:
-    """Run the order of 12 lines, whose last request fails, and return its id."""
+    """Run the workflow on an order of 12 lines until its last request fails, by a worker of its own;
+    return the run's id.
+    """
     gateway = harness.gateway
     shared = gateway.settings.model_dump(include={"database_url", "secret_key"})
     settings = WorkerSettings(**shared, data_dir=folder)
@@ -263,7 +267,7 @@ async def run_to_its_end(
 
 @asynccontextmanager
 async def open_visit(postgres: PostgresServer, folder: Path) -> AsyncIterator[DashboardVisit]:
-    """Open a browser that is signed in as a member with some runs, one of which has failed."""
+    """Open a browser that is signed in as a member with some runs, one of which has failed, at the list of runs."""
     async with (
         create_gateway("sqlite", postgres, folder) as harness,
         serve_gateway(harness) as url,

@@ -32,7 +32,9 @@ async def deploy_with_pod(
     workflow_id: str,
     **changes: Any,  # noqa: ANN401 - any column
 ) -> Deployment:
-    """Deploy a workflow with one running pod, idle for an hour."""
+    """Insert the row of a deployment with one running pod, idle for an hour,
+    with `changes` of its columns; return it.
+    """
     now = datetime.now(UTC)
     deployment = Deployment(
         **{
@@ -61,7 +63,7 @@ async def deploy_with_pod(
 
 
 async def mark_running(harness: GatewayHarness, workflow_id: str) -> None:
-    """Record the desired state of a deployment as observed, in place of a deployer."""
+    """Record the desired state of a deployment as observed and running, in place of a deployer."""
     seen = {
         "observed": ObservedState.RUNNING,
         "observed_generation": col(Deployment.generation),
@@ -74,7 +76,7 @@ async def mark_running(harness: GatewayHarness, workflow_id: str) -> None:
 
 
 def answer_for_pods(harness: GatewayHarness) -> None:
-    """Report empty pod logs, in place of a deployer."""
+    """Answer requests for pod logs with no lines from now on, in place of a deployer."""
     broker = harness.gateway.broker
 
     def answer(message: DeployerMessage) -> None:
@@ -88,7 +90,9 @@ def answer_for_pods(harness: GatewayHarness) -> None:
 
 @asynccontextmanager
 async def serve_as_pods(harness: GatewayHarness) -> AsyncIterator[None]:
-    """Claim all pending work, in place of pods."""
+    """Claim all pending runs of deployments during the block, in place of pods, and notify gateways;
+    no run is executed.
+    """
 
     async def take() -> None:
         while True:
@@ -117,7 +121,7 @@ async def serve_as_pods(harness: GatewayHarness) -> AsyncIterator[None]:
 
 
 async def run(harness: GatewayHarness, person: UserClient, workflow_id: str, **columns: Any) -> str:  # noqa: ANN401 - any column
-    """Insert a run of a workflow for its pods, with these columns."""
+    """Start a run of a workflow through the API, set columns of its row, by default for its pods, and return its id."""
     response = await person.api.post(f"/api/v1/workflows/{workflow_id}/execute", json={})
     execution_id: str = response.json()["executionId"]
     values = {"target": workflow_id, **columns}

@@ -37,7 +37,7 @@ async def run_test_deployer(
     command: Sequence[str] = POD,
     **settings: Any,  # noqa: ANN401 - any setting
 ) -> AsyncIterator[Deployer]:
-    """Run a deployer on a gateway's database and broker."""
+    """Run a deployer on a gateway's database and broker during the block; its pods end with it."""
     gateway = harness.gateway
     async with run_deployer(
         deployer_settings(**settings),
@@ -58,7 +58,7 @@ def build_deployer(
     command: Sequence[str] = POD,
     **settings: Any,  # noqa: ANN401 - any setting
 ) -> Deployer:
-    """Return a deployer that reconciles on request only."""
+    """Return a deployer that isn't started: it reconciles only when a test calls it."""
     gateway = harness.gateway
     return Deployer(
         deployer_settings(**settings),
@@ -71,6 +71,7 @@ def build_deployer(
 
 
 def deployer_settings(**settings: Any) -> DeployerSettings:  # noqa: ANN401 - any setting
+    """Return settings of a deployer for tests, with these changed."""
     given = {"cluster": "local", "deployer_sweep_seconds": 0.5, "runner_gateway_url": "http://127.0.0.1:1"}
     return DeployerSettings(secret_key=SecretStr(SECRET), **{**given, **settings})
 
@@ -83,20 +84,20 @@ async def run_local_deployer(
     command: Sequence[str] = POD,
     **settings: Any,  # noqa: ANN401 - any setting
 ) -> AsyncIterator[Deployer]:
-    """Run a deployer together with its pods."""
+    """Run a deployer with pods as processes of this machine, without isolation, during the block."""
     open_driver = partial(local_driver.open_local, folder, runs_without_isolation=True)
     async with run_test_deployer(harness, open_driver, command=command, **settings) as found:
         yield found
 
 
 async def forget_deployments(harness: GatewayHarness) -> None:
-    """Remove all deployments that a test has left."""
+    """Mark all deployments in the database as undeployed and absent."""
     gone = update(Deployment).values(is_deployed=False, observed=ObservedState.ABSENT)
     await harness.gateway.database.transaction(lambda connection: connection.execute(gone))
 
 
 async def read_deployment(harness: GatewayHarness, workflow_id: str) -> Deployment:
-    """Return a deployment's row."""
+    """Return a deployment's row; fails if there is none."""
     async with harness.gateway.database.read() as connection:
         found = await desired_state.find_deployment(connection, workflow_id)
     assert found is not None
@@ -104,7 +105,7 @@ async def read_deployment(harness: GatewayHarness, workflow_id: str) -> Deployme
 
 
 async def read_deployments(harness: GatewayHarness, workflow_ids: Sequence[str]) -> list[Deployment]:
-    """Return the rows of deployments in one snapshot: separate reads would mix several states."""
+    """Return the rows of these deployments in one snapshot: separate reads would mix several states."""
     statement = select(Deployment).where(col(Deployment.workflow_id).in_(workflow_ids))
     async with harness.gateway.database.read() as connection:
         return [Deployment(**row) for row in (await connection.execute(statement)).mappings()]
@@ -113,7 +114,10 @@ async def read_deployments(harness: GatewayHarness, workflow_ids: Sequence[str])
 async def wait_for_deployments(
     harness: GatewayHarness, workflow_ids: Sequence[str], holds: Callable[[list[Deployment]], bool]
 ) -> list[Deployment]:
-    """Wait until something holds of the rows of deployments as of one moment."""
+    """Wait until `holds` is true of the rows of these deployments in one snapshot; return them.
+
+    Fails after a minute.
+    """
     found = await read_deployments(harness, workflow_ids)
     try:
         async with asyncio.timeout(PATIENCE_SECONDS):
@@ -128,7 +132,7 @@ async def wait_for_deployments(
 async def wait_for_deployment(
     harness: GatewayHarness, workflow_id: str, holds: Callable[[Deployment], bool]
 ) -> Deployment:
-    """Wait until something holds of a deployment's row."""
+    """Wait until `holds` is true of a deployment's row; return it. Fails after a minute."""
     found = await read_deployment(harness, workflow_id)
     try:
         async with asyncio.timeout(PATIENCE_SECONDS):
@@ -147,7 +151,7 @@ async def request_lifecycle(
     status: int,
     **body: Any,  # noqa: ANN401 - any JSON value
 ) -> dict[str, Any]:
-    """Send a lifecycle request for a deployment, and return the answer."""
+    """Post a lifecycle request (`start`, `deploy`, ...) for a deployment, check the status, and return the answer."""
     response = await person.api.post(f"/api/v1/workflows/{workflow_id}/{verb}", json=body)
     assert response.status_code == status, response.text
     answer: dict[str, Any] = response.json()

@@ -32,7 +32,9 @@ from workers.webhook_delivery import WebhookSender
 
 
 def execute_runs(url: str, folder: Path, model_url: str, last_commit: int) -> None:
-    """Execute runs; die before commit N with `last_commit` `-N`, and after it with `N`; with 0 never."""
+    """Execute runs; die by SIGKILL before commit N if `last_commit` is `-N`,
+    and after it if it is `N`; with 0 never.
+    """
     asyncio.run(_execute_runs(url, folder, model_url, last_commit))
 
 

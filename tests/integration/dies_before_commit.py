@@ -21,7 +21,7 @@ from workers.settings import WorkerSettings
 
 
 def execute_runs(url: str, folder: Path) -> None:
-    """Execute runs until an output is in the blob storage."""
+    """Execute runs, and die by SIGKILL before the first commit that names an output in the blob storage."""
     asyncio.run(_execute_runs(url, folder))
 
 

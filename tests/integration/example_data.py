@@ -56,7 +56,9 @@ WAIT_CONNECTION = {"source": "start", "target": "wait"}
 
 
 async def create_examples(harness: GatewayHarness, people: OrganizationUsers) -> dict[str, str]:
-    """Create the objects of the examples for the admin; return the actual id for each example id."""
+    """Create the objects that the examples of the API's document name, for the admin;
+    return the actual id for each example id.
+    """
     admin = people.admin
     workflow_id = await admin.create(nodes=NODES, connections=CONNECTIONS)
     template_id = await admin.create(name="A template")
@@ -168,7 +170,7 @@ async def create_examples(harness: GatewayHarness, people: OrganizationUsers) ->
 
 
 async def _fail(harness: GatewayHarness, execution_id: str) -> None:
-    """End a run with an error of its first node."""
+    """Mark a run as failed by an error of its first node."""
     failed = update(Execution).where(col(Execution.id) == execution_id)
     error = {"code": "node-error", "message": "No", "nodeId": "start", "attempt": 1}
     await harness.gateway.database.transaction(
@@ -186,7 +188,7 @@ async def _create_operation(harness: GatewayHarness, user: User) -> str:
 
 
 async def _create_task(harness: GatewayHarness, execution_id: str) -> str:
-    """Create the task of the examples, which a worker holds; return its id."""
+    """Insert the task of the examples, which a worker holds; return its id."""
     task_id = ids.new_id("task")
 
     async def create(connection: AsyncConnection) -> None:
@@ -199,6 +201,7 @@ async def _create_task(harness: GatewayHarness, execution_id: str) -> str:
 
 
 async def _send(people: OrganizationUsers, method: str, path: str, body: Any) -> dict[str, Any]:  # noqa: ANN401 - any JSON value
+    """Send a request as the admin, and return its answer; an error fails the test."""
     response = await people.admin.api.request(method, f"/api/v1/{path}", json=body)
     assert response.is_success, f"{method} {path}: {response.text}"
     answer: dict[str, Any] = response.json()
@@ -206,7 +209,7 @@ async def _send(people: OrganizationUsers, method: str, path: str, body: Any) ->
 
 
 def replace_example_ids(value: Json, ids: Mapping[str, str]) -> Json:
-    """Return JSON with actual ids in place of those of the examples."""
+    """Return JSON, also keys and texts in it, with actual ids in place of those of the examples."""
     placed: Any = value
     match value:
         case dict():

@@ -41,21 +41,21 @@ Made: TypeAlias = tuple[User, str]
 
 @dataclass(frozen=True)
 class UserClient:
-    """A user, and a client with a key of theirs."""
+    """User with an HTTP client that sends a key of theirs."""
 
     user: User
     api: httpx2.AsyncClient
     key: str
 
     async def create(self, **fields: Any) -> str:  # noqa: ANN401 - any JSON value
-        """Create a workflow and return its id."""
+        """Create a workflow through the API, with these fields, and return its id."""
         response = await self.api.post("/api/v1/workflows", json={"name": "A workflow", **fields})
         assert response.status_code == 201, response.text
         workflow_id: str = response.json()["workflowId"]
         return workflow_id
 
     async def workflow(self, workflow_id: str) -> dict[str, Any]:
-        """Return a workflow as this person sees it."""
+        """Return a workflow as the API shows it to this user."""
         response = await self.api.get(f"/api/v1/workflows/{workflow_id}")
         assert response.status_code == 200, response.text
         shown: dict[str, Any] = response.json()
@@ -73,7 +73,7 @@ class OrganizationUsers:
 
 
 class GatewayHarness:
-    """Gateway with its database and users."""
+    """Gateway in this process, with its database, and clients that are closed with it."""
 
     def __init__(self, app: Starlette, gateway: GatewayState, clients: AsyncExitStack) -> None:
         self.app = app
@@ -81,7 +81,7 @@ class GatewayHarness:
         self._clients = clients
 
     async def people(self) -> OrganizationUsers:
-        """Create users that no other test uses."""
+        """Create two organizations with users that no other test has."""
         now = datetime.now(UTC)
 
         async def make(connection: AsyncConnection) -> list[Made]:
@@ -100,6 +100,7 @@ class GatewayHarness:
         return OrganizationUsers(*[UserClient(user, await self.client(key), key) for user, key in made])
 
     async def organization(self) -> Organization:
+        """Create an organization without users."""
         return await self.gateway.database.transaction(
             lambda connection: access_store.create_organization(
                 connection, name="An organisation", now=datetime.now(UTC)
@@ -112,20 +113,21 @@ class GatewayHarness:
         role: UserRole = UserRole.MEMBER,
         scopes: Collection[KeyScope] = ALL_KEY_SCOPES,
     ) -> UserClient:
+        """Create a user of an organization with a key; return the user's client."""
         user, key = await self.gateway.database.transaction(
             lambda connection: _make_person(connection, organization, role, scopes)
         )
         return UserClient(user, await self.client(key), key)
 
     async def with_settings(self, **changes: Any) -> GatewayHarness:  # noqa: ANN401 - values of settings
-        """Return the same database behind a gateway with other settings, which are not checked."""
+        """Return a harness of another gateway on the same database, with settings changed, which are not checked."""
         changed = replace(self.gateway, settings=self.gateway.settings.model_copy(update=changes))
         app = create_app(lambda: nullcontext(changed))
         await self._clients.enter_async_context(app.router.lifespan_context(app))
         return GatewayHarness(app, changed, self._clients)
 
     async def client(self, key: str | None = None, *, address: str = "10.0.0.1") -> httpx2.AsyncClient:
-        """Return a client that sends `key`, from `address`."""
+        """Return an HTTP client of the gateway that sends `key`, None for no key, from the IP address `address`."""
         transport = httpx2.ASGITransport(self.app, client=(address, 1234))
         headers = {} if key is None else {"X-API-Key": key}
         client = httpx2.AsyncClient(transport=transport, base_url="http://gateway", headers=headers)
@@ -163,13 +165,13 @@ async def _make_person(
 
 
 async def wait_until_after(moment: str) -> None:
-    """Wait until the times in answers, which are exact to a millisecond, are later than one of them."""
+    """Wait until the time, to a millisecond as in answers, is later than `moment`."""
     while format_timestamp(datetime.now(UTC)) <= moment:  # noqa: ASYNC110 - a clock sends no events
         await asyncio.sleep(0.001)
 
 
 def assert_refused(response: httpx2.Response, status: int, code: str) -> None:
-    """Check that an answer is a refusal of the standard shape."""
+    """Check that an answer is a refusal of the standard shape, with this status and code."""
     assert response.status_code == status, response.text
     assert response.headers["X-Content-Type-Options"] == "nosniff"
     assert response.headers["Cache-Control"] == "no-store"
@@ -193,7 +195,7 @@ async def create_gateway(
     *,
     settle_seconds: float = 0,  # mostly there is no deployer to wait for
 ) -> AsyncIterator[GatewayHarness]:
-    """Run a gateway on an empty database of a kind: `sqlite` or `postgresql`."""
+    """Run a gateway on a new database of a kind, `sqlite` or `postgresql`, during the block."""
     if kind == "postgresql":
         url = await databases.create_database(postgres, f"gateway_{uuid4().hex}")
     else:
@@ -204,7 +206,7 @@ async def create_gateway(
 
 @asynccontextmanager
 async def run_gateway(url: str, folder: Path, *, settle_seconds: float = 0) -> AsyncIterator[GatewayHarness]:
-    """Run a gateway on a database that is there."""
+    """Run a gateway on an existing, migrated database during the block."""
     settings = GatewaySettings(
         data_dir=folder,
         database_url=url,

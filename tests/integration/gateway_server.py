@@ -24,7 +24,7 @@ Address = tuple[str, int]
 
 @asynccontextmanager
 async def serve_gateway(folder: Path, **settings: Any) -> AsyncIterator[Address]:  # noqa: ANN401 - values of settings
-    """Run a gateway on SQLite and yield where it listens."""
+    """Run a gateway on a new SQLite database behind its real server, and yield the address that it listens on."""
     read = GatewaySettings(
         data_dir=folder, secret_key=SecretStr(SECRET), bootstrap_api_key=SecretStr(KEY), **settings
     )
@@ -35,7 +35,7 @@ async def serve_gateway(folder: Path, **settings: Any) -> AsyncIterator[Address]
 
 @asynccontextmanager
 async def listen(app: ASGIApp, settings: GatewaySettings) -> AsyncIterator[Address]:
-    """Run an application behind the gateway's server."""
+    """Serve an application by the gateway's server on a free port, and yield the address."""
     server = main.build_server(app, settings)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         serving = asyncio.create_task(server.serve(sockets=[listener]))
@@ -58,7 +58,7 @@ class RawConnection:
         return cls(*await asyncio.open_connection(*address, local_addr=(source, 0)))
 
     async def send(self, head: str, body: bytes = b"") -> None:
-        """Send a request's head, and a part of its body."""
+        """Send a request's head, given without its last empty line, and a part of its body."""
         self.writer.write(head.replace("\n", "\r\n").encode() + b"\r\n\r\n" + body)
         await self.writer.drain()
 
@@ -70,14 +70,14 @@ class RawConnection:
         return int(first.split()[1]), dict(headers)
 
     async def ask(self, path: str) -> int:
-        """Send a GET request, read the body, and return the status."""
+        """Send a GET request with the first key, read the whole answer, and return its status."""
         await self.send(f"GET {path} HTTP/1.1\nHost: x\nX-API-Key: {KEY}")
         status, headers = await self.answer()
         await self.reader.readexactly(int(headers["content-length"]))
         return status
 
     async def until_closed(self) -> None:
-        """Return when the server has closed the connection."""
+        """Read until the server has closed the connection; raises TimeoutError after a minute without a byte."""
         try:
             while await asyncio.wait_for(self.reader.read(65_536), 60):
                 pass

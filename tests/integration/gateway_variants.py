@@ -21,7 +21,9 @@ async def run_with_settings(
     broker: Broker | None = None,
     **settings: Any,  # noqa: ANN401 - any setting
 ) -> AsyncIterator[GatewayHarness]:
-    """Run it on the same database."""
+    """Run another gateway on the database of a harness, with settings changed
+    and a broker of its own, during the block.
+    """
     here = harness.gateway
     broker = broker or await connect_broker(None)
     told = here.settings.model_copy(update=settings)
@@ -35,6 +37,6 @@ async def run_with_settings(
 async def execute_workflow(
     harness: GatewayHarness, person: UserClient, workflow_id: str, headers: Mapping[str, str] | None = None
 ) -> httpx2.Response:
-    """Execute a workflow by this gateway."""
+    """Execute a workflow by the gateway of this harness as a user; return the answer of any status."""
     client = await harness.client(person.key)
     return await client.post(f"/api/v1/workflows/{workflow_id}/execute", headers=dict(headers or {}))

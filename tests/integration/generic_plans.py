@@ -36,7 +36,7 @@ SentStatement = tuple[str, tuple[Any, ...]]
 async def collect_statements(
     run_database: RunDatabase, owned_workflow: OwnedWorkflow
 ) -> dict[str, SentStatement]:
-    """Take 50 runs along the run path, and return its statements with their arguments, by name."""
+    """Take 50 new runs along the run path, and return its statements with their arguments, by name."""
     sent: list[SentStatement] = []
     fetch = asyncpg.Pool.fetch
 
@@ -91,7 +91,10 @@ def _run(owned_workflow: OwnedWorkflow, number: int) -> RunAcceptance:
 
 
 async def multiply_rows(run_database: RunDatabase, times: int, organizations: int) -> None:
-    """Copy one row of each table of the run path `times` times, as runs that have ended and as runs that wait."""
+    """Copy one row of each table of the run path `times` times: half as runs that have ended, half as pending ones.
+
+    The copies are spread over so many organizations.
+    """
     organization = "'organization_id', 'org_' || n % CAST(:organizations AS integer)"
     changes = {
         "workflow": "'id', 'wf_x' || n",
@@ -125,7 +128,7 @@ async def multiply_rows(run_database: RunDatabase, times: int, organizations: in
 async def measure_rows_read(
     run_database: RunDatabase, url: str, rows: int, organizations: int, statistics: str
 ) -> dict[str, dict[str, float]]:
-    """Return how many rows of each table each statement reads for 50 runs, beside so many other rows.
+    """Return the number of rows that each statement reads for 50 runs, by table, beside so many other rows.
 
     `statistics` are `missing`, `stale` (of empty tables), or `fresh`; plans are made when they are gathered.
     """
@@ -156,14 +159,14 @@ class GenericPlans:
         self._names: dict[str, str] = {}
 
     async def prepare(self, sent: dict[str, SentStatement]) -> None:
-        """Prepare statements and make their plans."""
+        """Prepare statements under their names, and let the server make their plans, which it keeps."""
         for number, (name, (statement, arguments)) in enumerate(sent.items()):
             self._names[name] = f"statement_{number}"
             await self._connection.execute(f"PREPARE statement_{number} AS {statement}")
             await self._explain(name, arguments, "FORMAT JSON")
 
     async def rows_read(self, name: str, arguments: Sequence[Any]) -> dict[str, float]:
-        """Execute a statement without effect, and return how many rows it reads from each table."""
+        """Execute a prepared statement, roll it back, and return the number of rows that it read, by table."""
         transaction = self._connection.transaction()
         await transaction.start()
         try:
@@ -196,13 +199,13 @@ class GenericPlans:
 
 
 def plan_nodes(plan: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return all nodes of a plan."""
+    """Return all nodes of a plan of PostgreSQL, the root first."""
     return [plan, *(node for inner in plan.get("Plans", []) for node in plan_nodes(inner))]
 
 
 @asynccontextmanager
 async def open_generic_plans(url: str) -> AsyncIterator[GenericPlans]:
-    """Connect as the run path does."""
+    """Open a connection with the settings of the run path, for prepared statements, during the block."""
     connection = await asyncpg.connect(url.replace("+asyncpg", ""), server_settings=SESSION_SETTINGS)
     try:
         yield GenericPlans(connection)
@@ -211,7 +214,7 @@ async def open_generic_plans(url: str) -> AsyncIterator[GenericPlans]:
 
 
 async def vacuum(url: str) -> None:
-    """Gather statistics of all tables, as autovacuum does now and then."""
+    """Have PostgreSQL gather statistics of all tables, as autovacuum does now and then."""
     connection = await asyncpg.connect(url.replace("+asyncpg", ""))
     try:
         await connection.execute("VACUUM (ANALYZE)")

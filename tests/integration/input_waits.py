@@ -51,7 +51,10 @@ async def wait_for_input(
     expires_in: timedelta | None = HOUR,
     status: ExecutionStatus = ExecutionStatus.WAITING,
 ) -> None:
-    """Record that a node of an execution waits for an answer, as a worker would."""
+    """Record that a node of an execution waits for an answer, as a worker would, and set the status of the execution.
+
+    `request` and `kind` are of the question; `expires_in` None lets it wait without end.
+    """
     now = datetime.now(UTC)
     awaits = msgspec.json.encode({"kind": kind, "request": request, "expired": None}).decode()
 

@@ -13,7 +13,7 @@ from nodes.catalog import NodeCatalog
 
 @dataclass(frozen=True)
 class LargeOutputCatalog(NodeCatalog):
-    """The library, and nodes made up for a test."""
+    """Node catalog of the library, with node types made up for a test."""
 
     runs: dict[str, RunNode] = field(default_factory=dict)
 
@@ -22,12 +22,12 @@ class LargeOutputCatalog(NodeCatalog):
 
 
 def emit_different_text(_call: NodeCall) -> Json:
-    """Return a large text that differs in every attempt."""
+    """Return a text of a million characters that differs in every attempt."""
     return {"text": os.urandom(500_000).hex()}
 
 
 def emit_length(call: NodeCall) -> Json:
-    """Output the length of the input text."""
+    """Return the length of the text in the input; None without one."""
     data = call.data
     text = data.get("text") if isinstance(data, dict) else None
     return {"length": len(text) if isinstance(text, str) else None}
@@ -38,7 +38,9 @@ def make_node_type(name: str, effect: NodeEffect = NodeEffect.PURE) -> NodeType:
 
 
 def build_catalog(**runs: RunNode) -> NodeCatalog:
-    """Return the library with the nodes `unlike`, `length`, and others; all are pure except `effect`."""
+    """Return the catalog of the library with the nodes `unlike` and `length`, and those of `runs`;
+    all but `effect` are pure.
+    """
     runs = {"unlike": emit_different_text, "length": emit_length, **runs}
     types = {
         name: make_node_type(name, NodeEffect.WRITE if name == "effect" else NodeEffect.PURE) for name in runs

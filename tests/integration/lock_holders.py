@@ -24,7 +24,7 @@ released.
 
 @asynccontextmanager
 async def hold_transaction_open(url: URL, statement: str, *arguments: object) -> AsyncIterator[None]:
-    """Open a transaction, like an operator or a process that then hangs, and end it after the block."""
+    """Execute a statement in a transaction that stays open during the block, like one of a process that hangs."""
     connection = await asyncpg.connect(sessions.driver_address(url))
     try:
         async with connection.transaction():
@@ -46,5 +46,6 @@ async def open_impatient_database(url: URL, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 async def require_prompt(call: Awaitable[Answer]) -> Answer:
+    """Return the result of a call; raises TimeoutError unless it ends within ten seconds."""
     async with asyncio.timeout(PROMPT_SECONDS):
         return await call

@@ -47,7 +47,7 @@ PER_CONNECTION: Final = frozenset({b"host", b"connection", b"content-length", b"
 
 @dataclass
 class FakeSns:
-    """Fake SNS: contents of its addresses, and a record of requests for them."""
+    """Fake SNS: answers requests for certificates and confirmations, and records their addresses."""
 
     asked: list[str] = field(default_factory=list)
     statuses: list[int] = field(default_factory=list)
@@ -71,12 +71,12 @@ class FakeSns:
         return OutboundResponse(200, {}, body, url)
 
     async def close(self) -> None:
-        """Nothing to close."""
+        """Do nothing: there are no connections."""
 
 
 @dataclass
 class MailHarness:
-    """Gateway, and the services that it calls."""
+    """Gateway that accepts mail, its clock, and the fake services that it calls."""
 
     harness: GatewayHarness
     sns: FakeSns
@@ -92,7 +92,7 @@ class MailHarness:
     # ── workflows ─────────────────────────────────────────────────────────────────────────────────────────
 
     async def workflow(self, person: UserClient, **config: Any) -> str:  # noqa: ANN401 - any JSON value
-        """Create an active workflow with an email trigger."""
+        """Create an active workflow with an e-mail trigger of this config, and return its id."""
         trigger = {"id": "start", "nodeId": "email-trigger", "label": "Start", "config": config}
         settings = config.pop("settings", {})
         workflow_id = await person.create(nodes=[trigger, STEP], connections=[EDGE], settings=settings)
@@ -104,7 +104,9 @@ class MailHarness:
         assert answer.status_code == 200, answer.text
 
     async def whole_config(self, person: UserClient) -> dict[str, Any]:
-        """Return a config that accepts every service of the recorded requests."""
+        """Return the config of an e-mail trigger that accepts every service of the recorded requests;
+        creates its data sources.
+        """
         return {
             "sendgrid": {"publicKey": CONFIG["sendgrid"]["public_key"]},
             "mailgun": {
@@ -144,7 +146,9 @@ class MailHarness:
     async def post(
         self, workflow_id: str, step: ProviderStep, key: str | None = None, *, token: str = ""
     ) -> httpx2.Response:
-        """Send a recorded request, byte for byte but for its address and its key."""
+        """Post a recorded request, byte for byte but for its address and its key, at its recorded time;
+        return the answer.
+        """
         self.now[0] = step.at
         headers = [pair for pair in step.headers if pair[0].lower() not in PER_CONNECTION]
         if key is not None:
@@ -158,7 +162,7 @@ class MailHarness:
     async def post_form(
         self, workflow_id: str, person: UserClient, fields: Mapping[str, str | bytes]
     ) -> httpx2.Response:
-        """Hand in a form with a key, which needs no signature."""
+        """Post fields as a multipart form with a user's key, which needs no signature; return the answer."""
         boundary = b"a-boundary-of-the-tests"
         body = b""
         for name, value in fields.items():
@@ -175,7 +179,7 @@ class MailHarness:
         )
 
     async def mail(self, workflow_id: str, person: UserClient, raw: str | bytes) -> str:
-        """Hand in a raw mail; returns the id of its execution."""
+        """Post a raw mail with a user's key; return the id of its execution."""
         envelope = json.dumps({"from": "a@example.org", "to": ["b@example.org"]})
         answer = await self.post_form(workflow_id, person, {"envelope": envelope, "email": raw})
         assert answer.status_code == 201, answer.text
@@ -185,6 +189,7 @@ class MailHarness:
     # ── rows ──────────────────────────────────────────────────────────────────────────────────────────────
 
     async def rows(self, table: type[SQLModel], **equal: Any) -> list[Any]:  # noqa: ANN401 - rows of any table
+        """Return the rows of a table with these values."""
         conditions = [getattr(table, name) == value for name, value in equal.items()]
         async with self.gateway.database.read() as connection:
             return list((await connection.execute(select(table).where(*conditions))).all())
@@ -194,6 +199,7 @@ class MailHarness:
         return row
 
     async def given(self, execution_id: str) -> Any:  # noqa: ANN401 - any JSON value
+        """Return the input of the trigger that is stored for a run."""
         (data,) = await self.rows(ExecutionData, execution_id=execution_id)
         return json.loads(data.trigger)
 
@@ -208,7 +214,7 @@ class MailHarness:
 
     @asynccontextmanager
     async def reading(self, **settings: Any) -> AsyncIterator[MailParser]:  # noqa: ANN401 - a field of WorkerSettings
-        """Run a worker that parses pending mails during the context."""
+        """Parse pending mails during the block, as a worker does."""
         gateway = self.gateway
         shared = gateway.settings.model_dump(include={"data_dir", "database_url", "secret_key"})
         told = WorkerSettings(**shared, **{"lease_seconds": 5, "sweep_seconds": 0.02, **settings})
@@ -236,7 +242,7 @@ class MailHarness:
             await connections.close()
 
     async def read(self, *execution_ids: str) -> None:
-        """Parse these mails, whatever the outcome."""
+        """Parse mails until these runs have their input or have ended."""
 
         async def are_left() -> bool:
             runs = [await self.run(one) for one in execution_ids]
@@ -256,7 +262,7 @@ async def wait_until(condition: Callable[[], Awaitable[bool]]) -> None:
 
 @asynccontextmanager
 async def run_mail_harness(harness: GatewayHarness) -> AsyncIterator[MailHarness]:
-    """Run it on the database of a harness."""
+    """Run a gateway that accepts mail on the database of a harness, with fake services, during the block."""
     here, sns, now = harness.gateway, FakeSns(), [datetime.now(UTC)]
     broker = await connect_broker(None)
 

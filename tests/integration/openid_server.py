@@ -59,7 +59,7 @@ class OpenIdServer:
         self.published = [self.key]
 
     def rotate(self) -> None:
-        """Sign with a new key and publish it alone."""
+        """Replace the signing key by a new one, which alone is published from now on."""
         self.key = RSAKey.generate_key(2048, {"kid": "second", "use": "sig"})
         self.published = [self.key]
 
@@ -96,7 +96,9 @@ class OpenIdServer:
         return JSONResponse({"keys": [*keys, {**shared.as_dict(), "kid": "shared", "alg": "HS256"}]})
 
     async def authorize(self, request: Request) -> RedirectResponse | JSONResponse:
-        """Sign the person in at once, and lead back with a code."""
+        """Sign the person in at once, and redirect to the client with a code;
+        wrong parameters are recorded as problems.
+        """
         query = dict(request.query_params)
         wanted = {"response_type": "code", "client_id": CLIENT_ID, "code_challenge_method": "S256"}
         for name, value in wanted.items():
@@ -113,6 +115,7 @@ class OpenIdServer:
         return RedirectResponse(f"{query['redirect_uri']}?{urlencode(answer)}", 302)
 
     async def token(self, request: Request) -> JSONResponse:
+        """Return tokens for a code, once; violations of the protocol by the client are recorded as problems."""
         form = dict(parse_qsl((await request.body()).decode(), keep_blank_values=True))
         scheme, _, pair = request.headers.get("authorization", "").partition(" ")
         name, _, secret = b64decode(pair).decode().partition(":")
@@ -135,6 +138,7 @@ class OpenIdServer:
         return JSONResponse(self.person)
 
     def require(self, holds: bool, problem: str) -> None:  # noqa: FBT001 - a condition
+        """Record a problem unless the condition holds."""
         if not holds:
             self.problems.append(problem)
 
@@ -173,7 +177,10 @@ def _encode(part: bytes) -> str:
 
 @asynccontextmanager
 async def serve_openid() -> AsyncIterator[OpenIdServer]:
-    """Serve a provider with an issuer of its own: ports are used again, and identities stay in the database."""
+    """Serve a provider on a free port during the block, with an issuer of its own.
+
+    Ports are used again, and identities stay in the database.
+    """
     openid, realm = OpenIdServer(), f"/{secrets.token_hex(8)}"
     config = uvicorn.Config(
         Starlette(routes=[Mount(realm, openid.app())]),
@@ -195,6 +202,6 @@ async def serve_openid() -> AsyncIterator[OpenIdServer]:
 
 
 def path_of(url: str) -> str:
-    """Return path and query of an address."""
+    """Return path and query of a URL."""
     parts = urlsplit(url)
     return parts.path + (f"?{parts.query}" if parts.query else "")

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 async def explain_statement(database: Database, statement: Statement) -> str:
-    """Return the plan of a statement, as it would be for tables too large to be read from end to end."""
+    """Return the query plan of a statement as text, made as for tables too large to be read from end to end."""
     async with database.read() as connection:
         compiled = statement.compile(dialect=connection.dialect, compile_kwargs={"literal_binds": True})
         explain = "EXPLAIN QUERY PLAN"

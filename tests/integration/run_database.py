@@ -78,14 +78,14 @@ LEASE_SECONDS = 30.0
 
 @dataclass(frozen=True)
 class OwnedWorkflow:
-    """Workflow and its organization."""
+    """Workflow with the organization and the user that own it."""
 
     organization: Organization
     workflow_id: str
     user_id: str
 
     def run(self, **changes: Any) -> RunAcceptance:  # noqa: ANN401 - any field of an Acceptance
-        """Return a run of this workflow, to be accepted."""
+        """Return a new run of this workflow for `store.accept`, with fields changed."""
         definition = changes.get("definition", DEFINITION)
         fields: dict[str, Any] = {
             "execution_id": ids.new_id("exec"),
@@ -106,7 +106,7 @@ class OwnedWorkflow:
         return RunAcceptance(**fields | changes)
 
     def inbound(self, *runs: RunAcceptance, **changes: Any) -> InboundRequest:  # noqa: ANN401 - any field of the request
-        """Return an inbound request that starts runs."""
+        """Return an accepted inbound request with these runs for `store.ingest`, with fields changed."""
         fields: dict[str, Any] = {
             "delivery_id": ids.new_id("dlv"),
             "shard": self.organization.shard,
@@ -125,7 +125,7 @@ class OwnedWorkflow:
 
 
 class RunDatabase:
-    """One database, and a store on it."""
+    """Database with a store on it, for tests that look at its rows."""
 
     def __init__(self, url: URL, database: Database, store: JournalStore) -> None:
         self.url = url
@@ -134,13 +134,13 @@ class RunDatabase:
         self._others = AsyncExitStack()
 
     async def another_store(self) -> JournalStore:
-        """Open a store as another process would."""
+        """Open another store on the database, as another process would; `clear` closes it."""
         store = await open_store(self.url)
         self._others.push_async_callback(store.close)
         return store
 
     async def clear(self) -> None:
-        """Close other stores and remove all rows."""
+        """Close other stores, and delete all rows of the database."""
         await self._others.aclose()
 
         async def work(connection: AsyncConnection) -> None:
@@ -152,7 +152,7 @@ class RunDatabase:
     # ── stored state ────────────────────────────────────────────────────────────────────────────────────────
 
     async def query(self, statement: str, **parameters: Any) -> list[dict[str, Any]]:  # noqa: ANN401 - any JSON value
-        """Run a statement of the test's own."""
+        """Execute a statement in a transaction of its own; return its rows, empty if it returns none."""
 
         async def work(connection: AsyncConnection) -> list[dict[str, Any]]:
             result = await connection.execute(text(statement), parameters)
@@ -166,7 +166,7 @@ class RunDatabase:
         return row
 
     async def count(self, table: str) -> int:
-        """Return how many rows a table has."""
+        """Return the number of rows of a table."""
         (row,) = await self.query(f"SELECT count(*) AS count FROM {table}")
         count: int = row["count"]
         return count
@@ -182,7 +182,7 @@ class RunDatabase:
     async def workflow(
         self, organization: Organization | None = None, *, turn: int | None = None
     ) -> OwnedWorkflow:
-        """Create a workflow, by default in a new organization, and optionally with a given turn."""
+        """Create a workflow, by default in a new organization, and with this queue turn if one is given."""
         owner = organization or await self.organization()
         workflow_id = ids.new_id("wf")
         while turn is not None and ids.turn_of_workflow(workflow_id) != turn:
@@ -217,7 +217,7 @@ class RunDatabase:
         return await self.database.transaction(make)
 
     async def accept(self, place: OwnedWorkflow, **changes: Any) -> ExecutionKey:  # noqa: ANN401 - any field of an Acceptance
-        """Accept a run, which must be new."""
+        """Accept a new run of a workflow, with fields changed; return its key."""
         run = place.run(**changes)
         assert await self.store.accept([run]) == [
             AcceptanceResult(AcceptanceVerdict.ACCEPTED, run.execution_id)
@@ -227,10 +227,11 @@ class RunDatabase:
     async def claim(
         self, limit: int = 100, owner: str = "worker", lease_seconds: float = LEASE_SECONDS
     ) -> Sequence[ClaimedRun]:
+        """Claim up to `limit` pending runs as a worker with this name."""
         return await self.store.claim(ClaimQuery(owner, lease_seconds, limit))
 
     async def claimed(self, place: OwnedWorkflow | None = None, **changes: Any) -> ClaimedRun:  # noqa: ANN401 - any JSON value
-        """Accept a run and claim it."""
+        """Accept a run, claim it, and return the claim; no other run may be pending."""
         key = await self.accept(place or await self.workflow(), **changes)
         (one,) = await self.claim()
         assert one.execution_id == key.execution_id
@@ -241,14 +242,14 @@ class RunDatabase:
         max_isolation_losses: int = MAX_ISOLATION_LOSSES,
         **changes: Any,  # noqa: ANN401 - any field of a claim
     ) -> Sequence[ClaimedRun]:
-        """Claim a suspect."""
+        """Claim a suspect for a trial, if there is one."""
         claim = ClaimQuery(
             "worker", LEASE_SECONDS, 1, is_trial=True, max_isolation_losses=max_isolation_losses
         )
         return await self.store.claim(replace(claim, **changes))
 
     async def begun(self, place: OwnedWorkflow | None = None, **changes: Any) -> ExecutionKey:  # noqa: ANN401 - any field of an Acceptance
-        """Accept a run with a recorded trigger and without an owner."""
+        """Accept a run, record its trigger as a worker would, and release it; return its key."""
         one = await self.claimed(place, **changes)
         now = datetime.now(UTC)
         trigger = NodeSpan(
@@ -258,7 +259,7 @@ class RunDatabase:
         return key_of(one)
 
     async def suspect(self, place: OwnedWorkflow | None = None, **changes: Any) -> ExecutionKey:  # noqa: ANN401 - any field of an Acceptance
-        """Accept a run, and let workers die on it until it is a suspect."""
+        """Accept a run, and let workers lose it until it is a suspect; return its key."""
         key = await self.begun(place, **changes)
         (one,) = await self.claim()
         assert one.execution_id == key.execution_id
@@ -270,7 +271,7 @@ class RunDatabase:
         return key_of(one)
 
     async def expire(self, *runs: ClaimedRun) -> None:
-        """Let leases expire."""
+        """Make the leases of these runs expire."""
         for run in runs:
             await self.query("UPDATE execution SET lease_until = 1 WHERE id = :id", id=run.execution_id)
 
@@ -296,7 +297,7 @@ def microseconds_from_now(seconds: float) -> int:
 
 @dataclass(frozen=True)
 class MigratedDatabase:
-    """A migrated database: how stores reach it, and how tests look at its rows, if by another way."""
+    """Migrated database: the URL for stores, and the one by which tests look at its rows, if that differs."""
 
     url: str
     direct_url: str | None = None
@@ -304,7 +305,7 @@ class MigratedDatabase:
 
 @asynccontextmanager
 async def open_run_database(migrated_database: MigratedDatabase) -> AsyncIterator[RunDatabase]:
-    """Open a database and a store on it."""
+    """Open a migrated database and a store on it during the block; all its rows are deleted before and after."""
     database = Database(parse_url(migrated_database.direct_url or migrated_database.url))
     url = parse_url(migrated_database.url)
     async with AsyncExitStack() as stack:

@@ -140,6 +140,7 @@ PICTURES: Final = (
 
 
 async def main() -> None:
+    """Take the screenshots of all pages, and write them to `docs/images`."""
     with tempfile.TemporaryDirectory() as root:
         folder = Path(root)
         url = await databases.create_sqlite_database(folder / "pilotflame.db")
@@ -180,7 +181,7 @@ async def _name_people(harness: GatewayHarness, people: OrganizationUsers) -> No
 
 
 async def _create_samples(harness: GatewayHarness, user: UserClient) -> Mapping[str, str]:
-    """Create workflows, runs in several states and a deployment; return their ids by the names in addresses."""
+    """Create workflows, runs in several states and a deployment; return their ids by the names that addresses use."""
     orders = await user.create(
         name="Order intake", status="active", nodes=NODES, connections=EDGES, tags=["shop"]
     )
@@ -273,7 +274,7 @@ async def _create_models(harness: GatewayHarness, user: UserClient) -> str:
 
 
 async def _fill_day(harness: GatewayHarness) -> None:
-    """Count the runs of this hour as the scheduler does, and repeat their counts for the hours of a day."""
+    """Count the runs of this hour as the scheduler does, and repeat the counts for the 23 hours before."""
     database = harness.gateway.database
     await RunHourCounter(database).count_runs()
 
@@ -301,7 +302,7 @@ async def _fill_day(harness: GatewayHarness) -> None:
 
 
 async def _deploy_sample(harness: GatewayHarness, user: UserClient) -> str:
-    """Deploy a workflow that was awake in its window on each day of a week."""
+    """Deploy a workflow with decisions to start and stop it in its window on each of six days; return its id."""
     nodes = [{"id": "start", "nodeId": "manual", "label": "Shelf"}, {**NODES[-1], "label": "Count"}]
     edges = [{"source": "start", "target": "mail"}]
     workflow_id = await user.create(name="Stock check", status="active", nodes=nodes, connections=edges)
@@ -365,6 +366,7 @@ async def _sign_in(page: BrowserPage, address: str, key: str) -> None:
 
 
 async def _take(page: BrowserPage, address: str, picture: Picture, names: Mapping[str, str]) -> None:
+    """Open a page in a window of the picture's size, and write the picture to `docs/images`."""
     size = {"width": WIDTH, "height": picture.height, "deviceScaleFactor": 1, "mobile": False}
     await page.call("Emulation.setDeviceMetricsOverride", **size)
     media = [{"name": "prefers-color-scheme", "value": picture.scheme}]

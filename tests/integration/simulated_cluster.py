@@ -35,7 +35,7 @@ TURN_SECONDS = 0.02
 
 
 class InProcessGatewayServer(gateways.GatewayServer):
-    """A gateway's, in the process of the tests: signals are theirs."""
+    """Server of a gateway within the process of the tests, which leaves signals to them."""
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -73,22 +73,26 @@ class SimulatedCluster:
     pods: dict[str, AsyncExitStack] = field(default_factory=dict)
 
     async def run(self) -> None:
+        """Follow the rows of deployments, fifty times a second, until canceled."""
         while True:
             await asyncio.sleep(TURN_SECONDS)
             if not self.is_held.is_set():
                 await self._turn()
 
     async def close(self) -> None:
+        """Stop all pods."""
         for stack in self.pods.values():
             await stack.aclose()
 
     async def _turn(self) -> None:
+        """Bring the pods of each deployment to its desired state, and record the observed one, once."""
         async with self.database.read() as connection:
             rows = (await connection.execute(select(Deployment))).mappings().all()
         for row in rows:
             await self._see_to(Deployment(**row))
 
     async def _see_to(self, deployment: Deployment) -> None:
+        """Start or stop the pod of a deployment as its row desires, and record the observed state."""
         workflow_id = deployment.workflow_id
         is_wanted = deployment.is_deployed and deployment.replicas > 0 and deployment.drain_until is None
         if is_wanted and workflow_id in self.broken:
@@ -111,6 +115,7 @@ class SimulatedCluster:
             )
 
     async def _started(self, deployment: Deployment) -> AsyncExitStack:
+        """Start a pod of a deployment within this process; return the stack that stops it."""
         stack = AsyncExitStack()
         token = await self.database.transaction(
             lambda connection: deployment_token.ensure_token(
@@ -138,6 +143,7 @@ class SimulatedCluster:
         return stack
 
     async def _saw(self, deployment: Deployment, observed: ObservedState, **columns: Any) -> None:  # noqa: ANN401 - any column
+        """Record an observed state in the row of a deployment, unless it has that already."""
         seen = {"observed": observed, "observed_generation": deployment.generation, **columns}
         if all(getattr(deployment, name) == value for name, value in seen.items()):
             return
@@ -151,7 +157,7 @@ class SimulatedCluster:
 
 @asynccontextmanager
 async def run_simulated_cluster(harness: GatewayHarness) -> AsyncIterator[SimulatedCluster]:
-    """Run a cluster for the deployments of a harness."""
+    """Run a cluster for the deployments of a harness during the block; its pods stop after it."""
     async with listen_for_pods(harness) as url:
         cluster = SimulatedCluster(harness.gateway.database, url)
         running = asyncio.create_task(cluster.run())

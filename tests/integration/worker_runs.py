@@ -18,7 +18,7 @@ from tests.integration.command_shell import CommandShell
 
 
 def put_workflow(client: Client, node_type: str, config: dict[str, Any], **fields: Any) -> str:  # noqa: ANN401 - any JSON
-    """Store a workflow with one node of a type, and return its id."""
+    """Create or update a workflow with one node `work` of a type, and return its id."""
     node = {"id": "work", "type": node_type, "config": config, **fields}
     return client.workflows.put(
         {
@@ -31,7 +31,7 @@ def put_workflow(client: Client, node_type: str, config: dict[str, Any], **field
 
 @asynccontextmanager
 async def serving(worker: Worker) -> AsyncIterator[None]:
-    """Register the types of a worker, and run it on the loop of the test."""
+    """Register the node types of a worker, and run it on this event loop during the block."""
     await asyncio.to_thread(worker.register)
     running = asyncio.create_task(worker.serve())
     try:
@@ -42,7 +42,7 @@ async def serving(worker: Worker) -> AsyncIterator[None]:
 
 
 def wait_until(holds: Callable[[], object]) -> None:
-    """Wait until a condition holds."""
+    """Wait until a condition holds; fails after a minute."""
     give_up_at = time.monotonic() + command_runs.PATIENCE_SECONDS
     while not holds():
         assert time.monotonic() < give_up_at
@@ -51,7 +51,7 @@ def wait_until(holds: Callable[[], object]) -> None:
 
 @contextmanager
 def run_worker(shell: CommandShell, file: str, **variables: str) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a worker's file in a process of its own."""
+    """Run the Python file of a worker in a process of its own during the block."""
     environment = {**shell.given, "PYTHONPATH": str(ROOT / "sdk/python"), **variables}
     process = subprocess.Popen([sys.executable, file], env=environment)
     try:

@@ -23,7 +23,7 @@ Function: TypeAlias = "ast.FunctionDef | ast.AsyncFunctionDef"
 
 @dataclass(frozen=True)
 class CodeDefinition:
-    """A function, a class or a module, by where it is defined."""
+    """Function, class or module, named by its module and the path in that."""
 
     module: str
     path: str = ""
@@ -34,7 +34,7 @@ class CodeDefinition:
 
 @dataclass
 class SourceModule:
-    """One source file: its definitions, and the meanings of its names."""
+    """Source file: its definitions, and the definitions that its names mean."""
 
     name: str
     functions: dict[str, Function] = field(default_factory=dict)
@@ -44,7 +44,7 @@ class SourceModule:
 
 
 class CallGraph:
-    """All of the gateway's source."""
+    """Static call graph of the gateway's source."""
 
     def __init__(self) -> None:
         self._called: dict[CodeDefinition, Sequence[CodeDefinition]] = {}
@@ -56,7 +56,7 @@ class CallGraph:
         return {name: _read(name) for name in names}
 
     def reached(self, start: CodeDefinition) -> set[CodeDefinition]:
-        """Return the functions that may be called when `start` is, itself among them."""
+        """Return the functions that a call of `start` may lead to, `start` among them."""
         seen: set[CodeDefinition] = set()
         waiting = [start]
         while waiting:
@@ -69,11 +69,11 @@ class CallGraph:
         return seen
 
     def codes(self, start: CodeDefinition) -> set[str]:
-        """Return the codes of the refusals that a call of `start` may lead to."""
+        """Return the codes of all refusals that a call of `start` may lead to."""
         return {code for thing in self.reached(start) for code in self.codes_of(thing)}
 
     def codes_of(self, thing: CodeDefinition) -> frozenset[str]:
-        """Return the codes that a function itself names; `module.function` for one that it computes."""
+        """Return the codes of refusals that a function itself raises; `module.function` for a code that it computes."""
         if thing not in self._named:
             self._named[thing] = frozenset(self._find_codes(thing))
         return self._named[thing]
@@ -88,13 +88,14 @@ class CallGraph:
                 yield str(code.value) if isinstance(code, ast.Constant) else str(thing)
 
     def everything(self) -> Iterator[CodeDefinition]:
-        """Return every function there is."""
+        """Yield every function of the gateway's source."""
         for module in self.modules.values():
             yield from (CodeDefinition(module.name, path) for path in module.functions)
 
     # ── types of expressions ────────────────────────────────────────────────────────────────────────────────
 
     def _mentioned(self, thing: CodeDefinition) -> Iterator[CodeDefinition]:
+        """Yield the functions that a function names or calls: methods of known types, and constructors of classes."""
         function = self.modules[thing.module].functions[thing.path]
         types = self._types(function, thing)
         for node in ast.walk(function):
@@ -110,7 +111,7 @@ class CallGraph:
                 yield meant
 
     def _types(self, function: Function, thing: CodeDefinition) -> dict[str, CodeDefinition]:
-        """Return the classes of a function's variables, where the source declares them."""
+        """Return the classes of a function's variables and parameters, by name, as far as the source declares them."""
         types: dict[str, CodeDefinition] = {}
         for node in ast.walk(function):
             if isinstance(node, ast.arg) and node.annotation is not None:
@@ -129,7 +130,7 @@ class CallGraph:
     def _type(
         self, node: ast.expr, thing: CodeDefinition, types: Mapping[str, CodeDefinition]
     ) -> CodeDefinition | None:
-        """Return the class of an expression's value."""
+        """Return the class of an expression's value; None if the source does not declare it."""
         match node:
             case ast.Await(value=value):
                 return self._type(value, thing, types)
@@ -147,7 +148,7 @@ class CallGraph:
     def _meant(
         self, node: ast.expr, thing: CodeDefinition, types: Mapping[str, CodeDefinition]
     ) -> CodeDefinition | None:
-        """Return the function, class or module that an expression names."""
+        """Return the function, class or module that an expression names; None if it is unknown."""
         match node:
             case ast.Name(id=name):
                 found = self.modules[thing.module].names.get(name)
@@ -162,7 +163,9 @@ class CallGraph:
         return None
 
     def _attribute(self, kind: CodeDefinition | None, name: str) -> CodeDefinition | None:
-        """Return the class of an attribute, from the class body or from the parameters of its `__init__`."""
+        """Return the class of an attribute or property, from the class body or its `__init__`;
+        None if it is unknown.
+        """
         if kind is None or not self._is_class(kind):
             return None
         for statement in self.modules[kind.module].classes[kind.path].body:
@@ -196,7 +199,7 @@ class CallGraph:
         return None if returns is None else self._annotated(returns, function)
 
     def _annotated(self, annotation: ast.expr, thing: CodeDefinition) -> CodeDefinition | None:
-        """Return the class that an annotation names; of a union, the first."""
+        """Return the class that an annotation names, of a union the first; None for other annotations."""
         match annotation:
             case ast.Name(id=name):
                 found = self.modules[thing.module].names.get(name)
@@ -236,6 +239,7 @@ def _assignments(node: ast.AST) -> Iterator[tuple[str, ast.expr]]:
 
 
 def _read(name: str) -> SourceModule:
+    """Return a module of the gateway, parsed: its functions and classes, and the meanings of its names."""
     module = SourceModule(name)
     path = importlib.import_module(name).__file__
     assert path is not None

@@ -100,7 +100,11 @@ def compile_drawing(
     settings: Mapping[str, Json] | None = None,
     trial: Mapping[str, Json] | None = None,
 ) -> WorkflowProgram:
-    """Compile a graph drawn as `start > look > pay1; look:error > pay2`: a node's type is its id without digits."""
+    """Compile a graph drawn as `start > look > pay1; look:error > pay2` and return the program.
+
+    The type of a node is its id without digits, and `:error` a port. `kinds` are made-up types, and `nodes` further
+    fields of nodes by id.
+    """
     paths = [[step.strip() for step in path.split(">")] for path in drawing.split(";")]
     edges = [edge for path in paths for edge in pairwise(path)]
     ids = dict.fromkeys(step.partition(":")[0] for path in paths for step in path)
@@ -150,7 +154,7 @@ def fail_node(call: NodeCall) -> Json:
 
 
 class InMemoryJournal:
-    """The journal: `rows` and `lines` are durable, the rest would be lost with the worker."""
+    """Journal in memory: `rows` and `lines` are committed, the rest would be lost with the worker."""
 
     def __init__(self, recorded: Sequence[NodeSpan] = ()) -> None:
         self.rows = {(span.node_id, span.iteration): span for span in recorded}
@@ -183,12 +187,14 @@ class InMemoryJournal:
         self.metadata.update(metadata)
 
     def advance(self, share: float) -> None:
+        """Record progress: the share of the run that one more step has done."""
         self.done.append(share + (self.done[-1] if self.done else 0.0))
 
     def holds_lease(self) -> bool:
         return self.is_held
 
     async def commit(self) -> None:
+        """Commit all records so far, once `may_commit` is set; raises `LeaseLost` without a lease, and loses them."""
         taken, self._told = self._told, []
         if not taken:
             return
@@ -211,7 +217,7 @@ class InMemoryJournal:
 
     @property
     def spans(self) -> dict[str, NodeSpan]:
-        """Those of nodes outside of loops, and of loops as a whole."""
+        """Committed spans by node id: of nodes outside of loops, and of loops as a whole."""
         return {node_id: span for (node_id, iteration), span in self.rows.items() if not iteration}
 
     def status(self, node_id: str, iteration: str = "") -> SpanStatus | None:
@@ -246,7 +252,7 @@ class SpanHistory(InMemoryJournal):
 
 
 class SimulatedWorker:
-    """One worker's stretch of work on a run, as the executor does it."""
+    """Work of one worker on a run, from its claim on, as an executor does it."""
 
     def __init__(
         self,
@@ -277,6 +283,7 @@ class SimulatedWorker:
         )
 
     async def work(self) -> RunOutcome:
+        """Execute the run to its end, or to a wait, commit the records, and return the outcome."""
         ended = await run_workflow(
             self.program, self.start, self.notebook, self.control, self.services, self.limits
         )
@@ -288,7 +295,7 @@ class SimulatedWorker:
 
 
 async def run_to_completion(worker: SimulatedWorker) -> InMemoryJournal:
-    """Work to the end, which must be a good one."""
+    """Execute a run, which must complete, and return its journal."""
     assert await worker.work() == RunOutcome(RunStatus.COMPLETED)
     return worker.notebook
 
@@ -307,12 +314,14 @@ def require_error(ended: RunOutcome) -> RunError:
 
 
 def expire_waits(notebook: InMemoryJournal) -> list[NodeSpan]:
-    """Return the recorded spans as they read after every wait has expired."""
+    """Return the committed spans with the ends of all waits moved into the past."""
     past = datetime.now(UTC) - timedelta(seconds=1)
     return [msgspec.structs.replace(span, wake_at=span.wake_at and past) for span in notebook.rows.values()]
 
 
 def wait_of(seconds: float) -> RunNode:
+    """Return a node that waits for so many seconds, and then outputs its input."""
+
     def wait(call: NodeCall) -> TimerWait:
         return TimerWait(call.now + timedelta(seconds=seconds), output=call.data)
 
@@ -324,14 +333,14 @@ def wait_of(seconds: float) -> RunNode:
 
 @dataclass(frozen=True)
 class OutsideCall:
-    """One call that reached the outside world."""
+    """Call that reached the outside world, with its idempotency key."""
 
     key: str
     body: Json
 
 
 class OutsideWorld:
-    """External systems: stores every effect, and the durable state of the run at that moment."""
+    """External systems: they record every call, and the committed state of the run at each moment."""
 
     def __init__(self) -> None:
         self.effects: list[OutsideCall] = []
@@ -339,6 +348,7 @@ class OutsideWorld:
         self.notebook = InMemoryJournal()
 
     async def write(self, call: NodeCall) -> Json:
+        """Record a call of a node that writes; the worker may die before, within and after it."""
         self.look()
         body: Json = {"config": dict(call.config), "data": call.data}
         self.effects.append(OutsideCall(call.idempotency_key, body))
@@ -348,6 +358,7 @@ class OutsideWorld:
         return {"n": len(call.idempotency_key), "seen": call.data}
 
     def look(self) -> None:
+        """Record a moment at which the worker may die: the committed spans, and the calls so far."""
         self.moments.append((list(self.notebook.rows.values()), list(self.effects)))
 
 

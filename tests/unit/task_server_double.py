@@ -44,7 +44,7 @@ class TaskServerDouble:
         self.largest_output = 1 << 30
 
     def add(self, task_id: str, node_type: str = "acme/work", **fields: Any) -> None:  # noqa: ANN401 - any JSON
-        """Make a task ready."""
+        """Add a task that workers can claim."""
         task = {"id": task_id, "lease": f"lease-{task_id}", "leaseSeconds": 30, "type": node_type}
         with self.changed:
             self.waiting.append(
@@ -53,7 +53,7 @@ class TaskServerDouble:
             self.changed.notify_all()
 
     def end(self, task_id: str) -> Mapping[str, Any]:
-        """Wait for the final report about a task and return it."""
+        """Wait for the final report about a task, and return its last one."""
         self.wait_until(lambda: task_id in self.final)
         return self.final[task_id][-1]
 
@@ -62,6 +62,7 @@ class TaskServerDouble:
             assert self.changed.wait_for(holds, PATIENCE_SECONDS)
 
     def answer(self, path: str, body: Any, headers: Mapping[str, str]) -> Any:  # noqa: ANN401 - any JSON
+        """Return the answer to a request of a worker: a claim, report, stop, node type, or large value."""
         if path == "/api/v1/tasks/claim":
             return self._claim(body)
         if path == "/api/v1/tasks/report":
@@ -81,13 +82,14 @@ class TaskServerDouble:
             return self.blobs[path]
 
     def refuses_wait(self, path: str, body: Any) -> bool:  # noqa: ANN401 - any JSON
-        """Return whether a poll is longer than this server allows."""
+        """Record the wait of a poll; return whether it is longer than this server allows."""
         if not path.endswith("/claim"):
             return False
         self.waits.append(body["wait"])
         return bool(body["wait"] > self.longest_wait)
 
     def _claim(self, body: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Wait for tasks or requests to cancel, and return them; a repeated request id gets the same tasks."""
         give_up_at = time.monotonic() + min(body["wait"], 20)
         with self.changed:
             if body["requestId"] in self.claimed:
@@ -107,6 +109,7 @@ class TaskServerDouble:
             return {"tasks": tasks, "cancel": cancel, "drain": self.is_stopped}
 
     def _report(self, body: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Record the items of a report, and return a result for each, and for lost tasks that are held."""
         results = []
         with self.changed:
             assert len(body["items"]) <= 1_000, "the server refuses larger reports"

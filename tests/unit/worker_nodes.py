@@ -20,7 +20,7 @@ class Counted:
 
 
 def count(config: Counted, task: Task) -> dict[str, Any]:
-    """Count up with progress and a checkpoint."""
+    """Count up with progress and checkpoints; return the process id, input and config."""
     for number in task.track(range(config.number), message="counting"):
         task.checkpoint = number
         task.log(f"at {number}")
@@ -38,7 +38,7 @@ def die() -> None:
 
 
 def give_odd_values(task: Task) -> None:
-    """Give values that no report can hold, and fail with the names of their errors."""
+    """Report values that no report can hold, and raise `TaskError` with the names of their errors."""
     found = []
     calls: list[Callable[[], object]] = [
         lambda: setattr(task, "checkpoint", object()),
