@@ -186,10 +186,10 @@ async def _seconds_to_recover(
     """Return the seconds from a kill to when another process is at the same node."""
     with effects.holding("charge") as held:
         run = await client.execute(workflow)
-        call = await held.notify_pods()
+        call = await held.next_call()
         killed_at = time.monotonic()
         await kill(deployment.sender(call))
-        again = await held.notify_pods()
+        again = await held.next_call()
         seconds = time.monotonic() - killed_at
         assert (again.execution_id, again.key) == (call.execution_id, call.key)
     await client.end(run, PATIENCE_SECONDS)

@@ -70,7 +70,7 @@ class FakeSqs:
     half_failures: int = 0
     """Number of next batches in which every second entry fails by a fault of the service."""
     actions: list[str] = field(default_factory=list)
-    notify_pods: asyncio.Event = field(default_factory=asyncio.Event)
+    message_sent: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def endpoint(self) -> str:
@@ -87,7 +87,7 @@ class FakeSqs:
     def send(self, body: str, **attributes: Any) -> None:  # noqa: ANN401 - as SQS has them
         """Put a message into the queue, visible at once, which ends a long poll."""
         self.messages.append(FakeSqsMessage(body, attributes))
-        self.notify_pods.set()
+        self.message_sent.set()
 
     async def answer(self, request: web.Request) -> web.Response:
         """Answer one signed call as SQS would, or by the faults that the fields ask for."""
@@ -150,9 +150,9 @@ class FakeSqs:
         if not in_range:
             raise SqsError(400, "com.amazonaws.sqs#InvalidParameterValue")
         if WaitTimeSeconds and not self._visible():
-            self.notify_pods.clear()
+            self.message_sent.clear()
             try:
-                await asyncio.wait_for(self.notify_pods.wait(), REAL_WAIT_SECONDS)
+                await asyncio.wait_for(self.message_sent.wait(), REAL_WAIT_SECONDS)
             except TimeoutError:
                 return {}
         received = []

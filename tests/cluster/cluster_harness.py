@@ -47,7 +47,7 @@ def cluster_layout(namespace: str = NAMESPACE, grace_seconds: int = GRACE_SECOND
 
 
 def desired_deployment(python: str = sys.executable, **changes: Any) -> DesiredDeployment:  # noqa: ANN401 - the fields of Wanted
-    """Return a wish for the program of these tests."""
+    """Return the desired state of a deployment that runs the program of these tests, with fields changed."""
     given: dict[str, Any] = {
         "workflow_id": ids.new_id("wf"),
         "organization_id": "org_1",
@@ -77,7 +77,7 @@ class DriverUnderTest:
     namespace: str = NAMESPACE
 
     async def set_quota(self, hard: dict[str, str] | None) -> None:
-        """Set the namespace's quota; None removes it."""
+        """Set the quota of the namespace in place of an earlier one; None removes it."""
         assert self.core is not None
         with suppress(ApiException):  # there was none before
             await self.core.delete_namespaced_resource_quota("quota", self.namespace)
@@ -86,6 +86,7 @@ class DriverUnderTest:
             await self.core.create_namespaced_resource_quota(self.namespace, body)
 
     def desired(self, **changes: Any) -> DesiredDeployment:  # noqa: ANN401 - the fields of Wanted
+        """Return a new desired deployment for this cluster, which `clean` deletes."""
         desired = desired_deployment(self.python, **{"image": self.image, **changes})
         self.used.append(desired.workflow_id)
         return desired
@@ -104,14 +105,14 @@ class DriverUnderTest:
         await self.until_true(is_gone)
 
     async def create_namespace(self) -> None:
-        """Create the namespace again."""
+        """Create the namespace, after `delete_namespace`."""
         assert self.core is not None
         await self.core.create_namespace({"metadata": {"name": self.namespace, "labels": RESTRICTED}})
 
     async def until(
         self, workflow_id: str, holds: Callable[[ObservedDeployment], bool]
     ) -> ObservedDeployment:
-        """Observe until something holds."""
+        """Observe a deployment until the condition holds, and return the observation; fails after the patience."""
         observed = await self.driver.observe(workflow_id)
         try:
             async with asyncio.timeout(self.patience_seconds):
@@ -123,26 +124,28 @@ class DriverUnderTest:
         return observed
 
     async def until_true(self, holds: Callable[[], Awaitable[bool]]) -> None:
-        """Poll until the condition holds."""
+        """Poll an asynchronous condition until it holds; raises TimeoutError after the patience."""
         async with asyncio.timeout(self.patience_seconds):
             while not await holds():  # noqa: ASYNC110 - of another process, which sets no event of ours
                 await asyncio.sleep(POLL_SECONDS)
 
     async def ready(self, workflow_id: str) -> ObservedDeployment:
-        """Wait until all that is wanted is ready."""
+        """Wait until all wanted pods of a deployment are rolled out and ready; return the observation."""
         return await self.until(
             workflow_id, lambda observed: observed.replicas > 0 and observed.is_rolled_out
         )
 
     async def start(self, **changes: Any) -> DesiredDeployment:  # noqa: ANN401 - the fields of Wanted
-        """Deploy something, and wait until it is ready."""
+        """Deploy a new desired deployment, wait until it is ready, and return it."""
         desired = self.desired(**changes)
         await self.driver.apply(desired)
         await self.ready(desired.workflow_id)
         return desired
 
     async def get(self, url: str) -> Any:  # noqa: ANN401 - JSON
-        """Send a GET request to a pod."""
+        """Return the JSON that a pod answers to a GET request; skips the test if
+        a real cluster's network can't be reached.
+        """
         try:
             async with (
                 aiohttp.ClientSession() as session,
@@ -156,13 +159,15 @@ class DriverUnderTest:
             raise
 
     async def end_drain(self, *urls: str) -> None:
-        """End pods that drain, before their grace is over; on a real cluster their network may be out of reach."""
+        """End draining pods at these URLs before their grace is over; do nothing on a real cluster,
+        whose network may be out of reach.
+        """
         if not self.is_real:
             for url in urls:
                 await self.get(f"{url}/exit?code=0")
 
     async def clean(self) -> None:
-        """Remove all deployments of tests."""
+        """Delete all deployments that `desired` has returned."""
         async with asyncio.timeout(self.patience_seconds + GRACE_SECONDS):
             for workflow_id in self.used:
                 while not await self.driver.delete(workflow_id):
@@ -170,7 +175,7 @@ class DriverUnderTest:
 
 
 async def turn_until(holds: Callable[[], bool], *, patience_seconds: float = 60.0) -> None:
-    """Let other tasks run until the condition holds."""
+    """Let other tasks of the event loop run until the condition holds; raises TimeoutError after a minute."""
     async with asyncio.timeout(patience_seconds):
         while not holds():  # noqa: ASYNC110 - nothing signals the change
             await asyncio.sleep(0)
@@ -178,6 +183,7 @@ async def turn_until(holds: Callable[[], bool], *, patience_seconds: float = 60.
 
 @asynccontextmanager
 async def open_local_cluster(folder: Path) -> AsyncIterator[DriverUnderTest]:
+    """Open the local driver with pods as processes of this machine during the block."""
     limits = LocalPodLimits(grace_seconds=GRACE_SECONDS, log_bytes=20_000)
 
     async def open_driver() -> ClusterDriver:
@@ -196,6 +202,10 @@ async def open_fake_cluster(
     folder: Path,
     **settings: Any,  # noqa: ANN401 - any setting
 ) -> AsyncIterator[tuple[DriverUnderTest, FakeApiServer]]:
+    """Open the Kubernetes driver on a fake API server during the block; yield both.
+
+    `settings` are fields of the server.
+    """
     async with serve_fake_api(**{"second": 0.05, **settings}) as api:
         api.node.runs_commands = True
         path = folder / "kubeconfig"

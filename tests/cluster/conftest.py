@@ -14,7 +14,7 @@ REAL = pytest.mark.skipif(cluster_harness.TEST_KUBECONFIG is None, reason="TEST_
 
 @pytest.fixture(params=["local", "fake", pytest.param("real", marks=REAL)])
 async def cluster(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[DriverUnderTest]:
-    """Every driver on its cluster."""
+    """Yield each driver on its cluster."""
     match request.param:
         case "local":
             async with cluster_harness.open_local_cluster(tmp_path / "pods") as found:
@@ -36,13 +36,13 @@ async def cluster(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterat
 
 @pytest.fixture
 async def fake_cluster(tmp_path: Path) -> AsyncIterator[tuple[DriverUnderTest, FakeApiServer]]:
-    """The Kubernetes driver without a watch, and the API server that it speaks to."""
+    """Yield the Kubernetes driver without a watch, and the fake API server that it uses."""
     async with cluster_harness.open_fake_cluster(tmp_path) as found:
         yield found
 
 
 @pytest.fixture
 async def local_cluster(tmp_path: Path) -> AsyncIterator[DriverUnderTest]:
-    """The local driver."""
+    """Yield the local driver."""
     async with cluster_harness.open_local_cluster(tmp_path / "pods") as found:
         yield found

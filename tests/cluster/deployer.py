@@ -11,6 +11,7 @@ from workers.cluster.driver import DesiredDeployment
 
 
 async def deploy(folder: Path, desired: DesiredDeployment) -> None:
+    """Deploy a workflow by the local driver, print "ready" once it is, and stay until this process is killed."""
     driver = await local_driver.open_local(folder, runs_without_isolation=True)
     await driver.apply(desired)
     async for workflow_id in driver.watch():

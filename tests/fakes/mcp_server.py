@@ -44,14 +44,14 @@ class McpFault(Enum):
 
 
 def build_tool(name: str = "add_note", description: str = "Adds a note.", **fields: Any) -> dict[str, Any]:  # noqa: ANN401 - any JSON value
-    """Return a tool with one text as its argument."""
+    """Return the definition of a tool with one text as its argument; `fields` are added."""
     schema = {"type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"]}
     return {"name": name, "description": description, "inputSchema": schema, **fields}
 
 
 @dataclass
 class McpServer:
-    """State of a running server."""
+    """Tool server with its state: tools, the fault to make, and records of the client's requests."""
 
     tools: list[dict[str, Any]] = field(default_factory=lambda: [build_tool()])
     versions: tuple[str, ...] = (STATELESS,)
@@ -80,7 +80,7 @@ class McpServer:
     released: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def answer(self, request: web.Request) -> web.StreamResponse:
-        """Answer a message by POST."""
+        """Answer a message that the client posts; breaches of the protocol are recorded."""
         self.headers.append({name.lower(): value for name, value in request.headers.items()})
         if request.headers.get("authorization") != f"Bearer {self.key}":
             return web.json_response({"error": "a key is missing"}, status=401)
@@ -102,17 +102,21 @@ class McpServer:
         return refusal or await self._dispatch(request, message)
 
     async def end(self, request: web.Request) -> web.Response:
-        """End a session by DELETE."""
+        """End a session that the client deletes."""
         self.methods.append("DELETE")
         known = self.sessions.pop(request.headers.get("mcp-session-id", ""), None)
         self._require(known is not None, "DELETE of an unknown session")
         return web.Response(status=200)
 
     def _require(self, is_kept: bool, rule: str) -> None:  # noqa: FBT001 - the rule is its name
+        """Record a breach of a rule by the client unless it is kept."""
         if not is_kept:
             self.violations.append(rule)
 
     def _initialize(self, request: web.Request, message: dict[str, Any]) -> web.Response:
+        """Open a session with the wanted or the first offered version, or refuse
+        it if the server has none with sessions.
+        """
         offered = [version for version in self.versions if version in HANDSHAKES]
         if not offered:
             return _refuse(
@@ -136,6 +140,7 @@ class McpServer:
     def _check_stateless(
         self, request: web.Request, message: dict[str, Any], meta: dict[str, Any]
     ) -> web.Response | None:
+        """Check the headers of a request without a session; return its refusal, None to answer it."""
         version = meta[f"{META}/protocolVersion"]
         if STATELESS not in self.versions:
             if message["method"] == "server/discover":
@@ -149,6 +154,7 @@ class McpServer:
         return None
 
     def _check_session(self, request: web.Request, message: dict[str, Any]) -> web.Response | None:
+        """Check the session of a request; return its refusal or the answer to a notification, None to answer it."""
         session_id = request.headers.get("mcp-session-id", "")
         if session_id not in self.sessions:
             return web.Response(status=404)
@@ -160,6 +166,7 @@ class McpServer:
         return None
 
     async def _dispatch(self, request: web.Request, message: dict[str, Any]) -> web.StreamResponse:
+        """Answer a checked request by its method."""
         result: dict[str, Any]
         match message["method"]:
             case "server/discover":
@@ -184,6 +191,7 @@ class McpServer:
         return page
 
     async def _call(self, request: web.Request, message: dict[str, Any]) -> web.StreamResponse:
+        """Answer a call of a tool by the fault, or record its effect and return its result."""
         refusal = await self._refuse_call(request, message)
         if refusal is not None:
             return refusal
@@ -219,7 +227,10 @@ class McpServer:
         return await self._send(request, [*before, answer])
 
     async def _refuse_call(self, request: web.Request, message: dict[str, Any]) -> web.Response | None:
-        """Return the refusal of a call by the fault; None for a call that is done."""
+        """Return the refusal of a call that the fault asks for; None for a call that is done.
+
+        Waits for `released` if slow.
+        """
         match self.fault:
             case McpFault.SLOW:
                 await self.released.wait()
@@ -244,6 +255,7 @@ class McpServer:
         return None
 
     def _build_result(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Return the result of a call as the fault changes it."""
         text: dict[str, Any] = {"type": "text", "text": f"Noted: {arguments.get('text')}"}
         match self.fault:
             case McpFault.HUGE:
@@ -299,7 +311,7 @@ def _refuse(
 
 @asynccontextmanager
 async def serve_tools(**settings: Any) -> AsyncGenerator[McpServer]:  # noqa: ANN401 - fields of the state
-    """Run a server on a free port of this machine while the context lasts."""
+    """Serve a tool server on a free port of this machine during the block; `settings` are fields of its state."""
     served = McpServer(**settings)
     app = web.Application(client_max_size=20_000_000)
     app.router.add_post("/mcp", served.answer)

@@ -20,7 +20,7 @@ LOOPBACK = (ip_network("127.0.0.1/32"),)
 
 
 class ServedModels:
-    """Models by id, each at the address of a server."""
+    """Lookup of models by id, each at the address of a scripted server."""
 
     def __init__(
         self,
@@ -49,11 +49,11 @@ class ServedModels:
         )
 
     async def block(self, caller: RunCaller, model_id: str, seconds: float) -> None:
-        """Remember nothing: each answer of a server is asked for."""
+        """Do nothing: each call is sent to the server."""
 
 
 class ChargedModels:
-    """Served models with a ledger of another kind."""
+    """Lookup of served models with another ledger."""
 
     def __init__(self, served: ServedModels, ledger: ModelLedger) -> None:
         self._served = served
@@ -63,7 +63,7 @@ class ChargedModels:
         return await self._served.find(caller, model_id)
 
     async def block(self, caller: RunCaller, model_id: str, seconds: float) -> None:
-        """Remember nothing, as the served models."""
+        """Do nothing, as the served models."""
 
 
 def open_served_models(

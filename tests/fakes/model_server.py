@@ -54,7 +54,7 @@ class ScriptedAnswer:
 
 @dataclass
 class ModelServer:
-    """State of a running server."""
+    """Scripted provider with its state: the answers to give, and records of requests, bills and effects."""
 
     script: list[ScriptedAnswer] = field(default_factory=lambda: [ScriptedAnswer()])
     url: str = ""
@@ -72,7 +72,7 @@ class ModelServer:
     on_request: Callable[[], None] = lambda: None
 
     async def answer(self, request: web.Request) -> web.StreamResponse:
-        """Answer a chat completion by the next line of the script."""
+        """Answer a chat completion by the next answer of the script, and bill it."""
         self.headers.append({name.lower(): value for name, value in request.headers.items()})
         self.requests.append(await request.json())
         if request.transport is not None:
@@ -103,7 +103,7 @@ class ModelServer:
         return response
 
     async def answer_message(self, request: web.Request) -> web.StreamResponse:
-        """Answer a request in the protocol of Anthropic by the next line of the script."""
+        """Answer a request in the protocol of Anthropic by the next answer of the script, and bill it."""
         self.headers.append({name.lower(): value for name, value in request.headers.items()})
         self.requests.append(await request.json())
         self.on_request()
@@ -120,7 +120,7 @@ class ModelServer:
         return response
 
     async def affect(self, request: web.Request) -> web.Response:
-        """Do the effect of a tool, once for each key."""
+        """Record the effect of a tool, once for each idempotency key."""
         key = request.headers["Idempotency-Key"]
         if key in self.effects:
             self.repeated += 1
@@ -129,10 +129,11 @@ class ModelServer:
         return web.json_response({"done": len(self.effects)})
 
     async def tell(self, request: web.Request) -> web.Response:
-        """Answer a tool that only reads."""
+        """Answer the request of a tool that only reads."""
         return web.json_response({"city": request.query.get("city"), "degrees": -3})
 
     async def _iterate_events(self, line: ScriptedAnswer) -> AsyncIterator[dict[str, Any]]:
+        """Yield the events of an answer in OpenAI's protocol, with its fault."""
         text = "x" * 100_000 if line.fault is ModelFault.HUGE else line.text
         half = len(text) // 2
         yield _build_chunk({"role": "assistant", "content": text[:half]})
@@ -245,7 +246,7 @@ def _build_error(
 
 @asynccontextmanager
 async def serve_models(*script: ScriptedAnswer) -> AsyncGenerator[ModelServer]:
-    """Run a server on a free port of this machine while the context lasts."""
+    """Serve a provider with this script on a free port of this machine during the block."""
     served = ModelServer(list(script) or [ScriptedAnswer()])
     app = web.Application(client_max_size=20_000_000)
     app.router.add_post("/v1/chat/completions", served.answer)

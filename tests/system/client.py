@@ -81,7 +81,9 @@ class RetryingClient:
     async def answer(
         self, method: str, path: str, body: Json = None, *, key: str | None = None
     ) -> httpx2.Response:
-        """Send a request until it is answered by anything but 503, or patience is at an end."""
+        """Send a request until it gets an answer other than 503, and return that;
+        after the patience the last answer or error.
+        """
         deadline = time.monotonic() + self.patience_seconds
         pause_seconds = self.retry_seconds
         while True:
@@ -98,7 +100,7 @@ class RetryingClient:
             pause_seconds = random.uniform(longest / 2, longest)
 
     async def create(self, workflow: Mapping[str, Json]) -> str:
-        """Create a workflow and return its id."""
+        """Create a workflow, once however often the request is repeated, and return its id."""
         response = await self.answer("POST", "/workflows", dict(workflow), key=str(uuid4()))
         assert response.status_code == httpx2.codes.CREATED, response.text
         return str(response.json()["workflowId"])
@@ -106,7 +108,7 @@ class RetryingClient:
     async def execute_once(
         self, workflow_id: str, inputs: Mapping[str, Json] | None = None, *, key: str | None = None
     ) -> httpx2.Response:
-        """Request a run and return any answer. Raises `httpx2.TransportError` if there is none."""
+        """Request a run once, and return an answer of any status. Raises `httpx2.TransportError` if there is none."""
         return await self.send(
             "POST", f"/workflows/{workflow_id}/execute", {"triggerInputs": dict(inputs or {})}, key=key
         )
@@ -114,7 +116,7 @@ class RetryingClient:
     async def execute(
         self, workflow_id: str, inputs: Mapping[str, Json] | None = None, *, key: str | None = None
     ) -> str:
-        """Have a workflow run, and return the execution's id."""
+        """Start a run of a workflow, once under its idempotency key, and return the execution's id."""
         path = f"/workflows/{workflow_id}/execute"
         response = await self.answer(
             "POST", path, {"triggerInputs": dict(inputs or {})}, key=key or str(uuid4())
@@ -123,13 +125,13 @@ class RetryingClient:
         return str(response.json()["executionId"])
 
     async def progress(self, execution_id: str, *, wait_seconds: float = 0) -> dict[str, Any]:
-        """Return where an execution is, or where it was when the wait ended."""
+        """Return the progress of an execution, at its end or after `wait_seconds` if that is earlier."""
         response = await self.answer("GET", f"/executions/{execution_id}/progress?wait={wait_seconds:g}")
         assert response.status_code == httpx2.codes.OK, response.text
         return cast("dict[str, Any]", response.json())
 
     async def end(self, execution_id: str, within: float = PATIENCE_SECONDS) -> ExecutionEnd:
-        """Follow an execution to its end; raises TimeoutError."""
+        """Wait for the end of an execution, and return the first end that this client observed; raises TimeoutError."""
         async with asyncio.timeout(within):
             progress: dict[str, Any] = {"status": "pending"}
             while progress["status"] not in TERMINAL_STATUSES:
@@ -143,5 +145,5 @@ class RetryingClient:
         return bool((await self.progress(execution_id))["status"] == status)
 
     async def ask(self, execution_id: str, request: str) -> httpx2.Response:
-        """Request `stop`, `cancel` or `resume`."""
+        """Request `stop`, `cancel` or `resume` of an execution; return the answer of any status."""
         return await self.answer("POST", f"/executions/{execution_id}/{request}")

@@ -28,6 +28,7 @@ _started: list[SystemUnderTest] = []
 async def shared_deployment(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[SystemUnderTest]:
+    """Yield a deployment of a kind that all tests share, and check at the end that its runs took the expected path."""
     is_claiming = request.param.endswith(harness.CLAIMING)
     async with _run_deployment(
         request, tmp_path_factory.mktemp(request.param), is_claiming=is_claiming
@@ -66,12 +67,14 @@ async def _run_deployment(
 
 @pytest.fixture
 async def ledger() -> AsyncIterator[EffectLedger]:
+    """Yield an empty ledger for effects of runs."""
     async with ledgers.run_ledger() as ledger:
         yield ledger
 
 
 @pytest.fixture
 async def client(shared_deployment: SystemUnderTest) -> AsyncIterator[RetryingClient]:
+    """Yield a client of the shared deployment."""
     client = RetryingClient(shared_deployment.url, other_urls=shared_deployment.other_urls)
     yield client
     await client.close()
@@ -81,7 +84,9 @@ async def client(shared_deployment: SystemUnderTest) -> AsyncIterator[RetryingCl
 async def deployment(
     shared_deployment: SystemUnderTest, client: RetryingClient
 ) -> AsyncIterator[SystemUnderTest]:
-    """Everything up before a test, and found well after it."""
+    """Yield the shared deployment with all processes at work; afterwards mend it,
+    and fail if it has errors or runs nothing.
+    """
     await shared_deployment.revive()
     yield shared_deployment
     if isinstance(shared_deployment, ManyProcesses):

@@ -38,9 +38,10 @@ async def assert_consistent(
     within: float = PATIENCE_SECONDS,
     clock_move: ClockMove | None = None,
 ) -> None:
-    """Check that executions end, once and in the expected states, and that the ledger agrees with the journal.
+    """Check that executions end, once and in the expected statuses, and that the ledger agrees with the journal.
 
-    `clock_move` is the move of the clock by which the database noted the ends and results, if there was one.
+    `expected` has the status of each execution. `clock_move` is the move of the clock by which the database noted the
+    ends and results, if there was one.
     """
     ends = await asyncio.gather(*(client.end(execution_id, within) for execution_id in expected))
     for (execution_id, status), ended in zip(expected.items(), ends, strict=True):
@@ -91,7 +92,7 @@ class ExecutionAccount:
     """Executions with a lost lease: on an overloaded machine a worker may fail to renew it in time."""
 
     def violations(self, execution_id: str) -> Iterator[str]:
-        """Yield each broken guarantee."""
+        """Yield a sentence for each guarantee that an execution has broken."""
         notes = [note for note in self.notes if note.execution_id == execution_id]
         ends = [note.status for note in notes if note.kind is NoteKind.ENDED]
         if len(ends) != 1:
@@ -109,6 +110,7 @@ class ExecutionAccount:
     def _of_node(
         self, calls: Sequence[LedgerCall], results: Mapping[str, NodeRecord], committed_at: float | None
     ) -> Iterator[str]:
+        """Yield the broken guarantees about the calls of one node to the ledger."""
         first = calls[0]
         name = f"{first.execution_id}: {first.node_id}"
         if (key := f"{first.execution_id}:{first.node_id}:0") != first.key:
@@ -134,7 +136,7 @@ class ExecutionAccount:
             yield f"{name} knew what the journal does not know in the end, of {others}"
 
     def _is_late(self, call: LedgerCall, committed_at: float) -> bool:
-        """Return whether the sender was paused just before the call, while another worker took over."""
+        """Return whether the sender was paused just before the call, while another worker took over its run."""
         return any(
             "paused" in fault.what
             and fault.began_at < committed_at
@@ -143,7 +145,7 @@ class ExecutionAccount:
         )
 
     def _unseen(self, results: Mapping[str, NodeRecord]) -> Iterator[str]:
-        """Yield results of writes that the ledger lacks."""
+        """Yield completed writes with a receipt that the ledger did not give."""
         for result in results.values():
             if result.resolved_config is None or result.status != SpanStatus.COMPLETED:
                 continue
@@ -159,5 +161,5 @@ def _changed_keys(one: Mapping[str, Json], other: Mapping[str, Json]) -> list[st
 
 
 def count_repeated(effects: Mapping[tuple[str, str], Sequence[LedgerCall]]) -> Counter[str]:
-    """Return the number of repeated effects of nodes by execution."""
+    """Return the number of repeated effects of nodes, by execution."""
     return Counter(execution_id for (execution_id, _), calls in effects.items() for _ in calls[1:])

@@ -15,7 +15,7 @@ UNTIL_IT_SLEEPS = re.compile(r"^until .*stopped", re.MULTILINE)
 
 
 def age_by_a_minute(database: Path) -> None:
-    """Move the start of deployments' idle time back, once all runs have ended."""
+    """Move the last activity of deployments and the ends of runs back by a minute, once all runs have ended."""
     connection = sqlite3.connect(database, timeout=PATIENCE_SECONDS)
     deadline = time.monotonic() + PATIENCE_SECONDS
     while connection.execute("SELECT 1 FROM execution WHERE ended_at IS NULL").fetchone():

@@ -66,7 +66,7 @@ on_all_deployments = pytest.mark.parametrize(
 
 @dataclass
 class SystemUnderTest:
-    """Everything that runs, and everything that was done to it."""
+    """Deployment with its processes, and the faults that were injected into it."""
 
     url: str
     records: JournalRecords
@@ -96,7 +96,7 @@ class SystemUnderTest:
 
     @asynccontextmanager
     async def supervised(self) -> AsyncIterator[None]:
-        """Restart every process that ends during a block."""
+        """Restart every process that ends during the block."""
         supervisor = asyncio.create_task(self._supervise())
         try:
             yield
@@ -115,7 +115,7 @@ class SystemUnderTest:
 
     @contextmanager
     def noted_fault(self, name: str) -> Iterator[None]:
-        """Note a fault of the database that lasts for a block."""
+        """Record a fault of the database that lasts for the block."""
         fault = InjectedFault(name, time.time(), float("inf"))
         self.faults.append(fault)
         try:
@@ -124,17 +124,17 @@ class SystemUnderTest:
             fault.ended_at = time.time()
 
     def worker_behind(self, port: int) -> SystemProcess | None:
-        """Return the worker with this connection, if it lives."""
+        """Return the live worker that has a connection with this local port; None without one."""
         return next((worker for worker in self.workers if worker.has_port(port)), None)
 
     def sender(self, call: LedgerCall) -> SystemProcess:
-        """Return the worker that made a call."""
+        """Return the worker that made a call to the ledger; fails if it doesn't live."""
         worker = self.worker_behind(call.port)
         assert worker is not None
         return worker
 
     def kill_processes(self) -> None:
-        """End every process; `revive` starts them again."""
+        """Kill every live process; `revive` starts them again."""
         for process in self.processes:
             if process.is_alive:
                 process.kill()
@@ -148,7 +148,7 @@ class OneProcess(SystemUnderTest):
 
     @contextmanager
     def database_locked(self) -> Iterator[None]:
-        """Lock the database against writes of the process, as a backup tool might."""
+        """Lock the database against writes during the block, as a backup tool might."""
         fault = InjectedFault("SQLite locked", time.time(), float("inf"))
         self.faults.append(fault)
         with self.records.locked():
@@ -166,7 +166,7 @@ class FaultyLinks:
     """Link of the first worker. The second worker and the scheduler connect to PostgreSQL directly."""
 
     def mend(self) -> None:
-        """Pass on all traffic, also that which a failed test has left held back."""
+        """Let all links pass traffic again, also that which is held back."""
         for link in (self.gateway_to_database, self.gateway_to_redis, self.worker_to_database):
             link.reconnect()
             link.let_go()
@@ -190,7 +190,7 @@ class ManyProcesses(SystemUnderTest):
 
     @asynccontextmanager
     async def database_down(self) -> AsyncIterator[None]:
-        """Crash PostgreSQL, and restart it after the block."""
+        """Kill PostgreSQL, and restart it after the block."""
         fault = InjectedFault("PostgreSQL killed", time.time(), float("inf"))
         self.faults.append(fault)
         async with _take_down(self.postgres):
@@ -199,9 +199,7 @@ class ManyProcesses(SystemUnderTest):
 
     @asynccontextmanager
     async def late_requests(self, marker: bytes) -> AsyncIterator[None]:
-        """Hold back, during a block, the first worker's requests to PostgreSQL, from the request with
-        `marker` on.
-        """
+        """Hold back the first worker's requests to PostgreSQL during the block, from the request with `marker` on."""
         fault = InjectedFault("worker-1 cut off", time.time(), float("inf"))
         self.faults.append(fault)
         self.ways.worker_to_database.keep_requests(marker)
@@ -212,13 +210,13 @@ class ManyProcesses(SystemUnderTest):
 
     @asynccontextmanager
     async def redis_down(self) -> AsyncIterator[None]:
-        """Crash Redis, and restart it after the block."""
+        """Kill Redis, and restart it after the block."""
         async with _take_down(self.redis):
             yield
 
     @contextmanager
     def redis_paused(self) -> Iterator[None]:
-        """Let Redis accept requests without answering."""
+        """Stop Redis during the block, so that it accepts requests without answering."""
         if self.redis.process_id is None:
             pytest.skip("the environment named this server: tests don't pause it")
         os.kill(self.redis.process_id, signal.SIGSTOP)
@@ -238,7 +236,7 @@ async def _take_down(server: services.TestedServer) -> AsyncIterator[None]:
 
 
 def _is_starting(process: SystemProcess) -> bool:
-    """Return whether a process is starting. A process that was told to end, and only now ends, is restarted."""
+    """Start a process unless it lives, and return whether it is at work."""
     process.ensure_started()
     return process.is_at_work
 
@@ -256,7 +254,10 @@ async def run_one_process(
     /,
     **settings: str,
 ) -> AsyncIterator[OneProcess]:
-    """Run the deployment; `preload` is added to its environment, and `migrate` makes its tables."""
+    """Run `pilotflame dev` on SQLite during the block.
+
+    `preload` is added to its environment, and `migrate` creates its tables.
+    """
     url, environment = _build_environment(folder, settings)
     environment |= preload or {}
     if migrate is None:
@@ -282,7 +283,10 @@ async def run_many_processes(
     /,
     **settings: str,
 ) -> AsyncIterator[ManyProcesses]:
-    """Run the deployment; `clocks` shift the wall clocks of processes, by name, and `migrate` makes the tables."""
+    """Run gateway, two workers and a scheduler on PostgreSQL and Redis, behind faulty links, during the block.
+
+    `clocks` shift the wall clocks of processes, by name, and `migrate` creates the tables.
+    """
     name = f"system_{uuid4().hex}"
     if migrate is None:
         database_url = await databases.create_database(postgres, name)
@@ -359,6 +363,7 @@ async def run_on_postgresql(
 
 @asynccontextmanager
 async def _keep_alive(deployment: SystemUnderTest) -> AsyncIterator[None]:
+    """Start the processes of a deployment for the block, and kill them after it."""
     try:
         await deployment.revive()
         yield

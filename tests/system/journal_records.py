@@ -67,7 +67,7 @@ class NodeRecord:
 
 
 class JournalRecords(ABC):
-    """The rows as the database has them, read past every process of ours."""
+    """Rows of the journal, read from the database itself, past every process under test."""
 
     @abstractmethod
     async def fetch(self, statement: str) -> list[tuple[Any, ...]]:
@@ -75,10 +75,10 @@ class JournalRecords(ABC):
 
     @abstractmethod
     async def install(self) -> None:
-        """Set the witnesses up in a database that has its tables."""
+        """Create the triggers that record ends and results, in a database that has its tables."""
 
     async def notes(self, execution_ids: Iterable[str]) -> list[WitnessNote]:
-        """Return the records of executions in their order."""
+        """Return the recorded changes of executions, in the order of their times."""
         rows = await self.fetch(
             "SELECT kind, execution_id, node_id, status, noted_at FROM witness"
             f" WHERE execution_id IN ({_quote_ids(execution_ids)}) ORDER BY noted_at"
@@ -86,7 +86,7 @@ class JournalRecords(ABC):
         return [WitnessNote(NoteKind(kind), *rest) for kind, *rest in rows]
 
     async def results(self, execution_ids: Iterable[str]) -> list[NodeRecord]:
-        """Return the nodes of executions."""
+        """Return the spans of executions."""
         rows = await self.fetch(
             "SELECT execution_id, node_id, status, output, resolved_config FROM span"
             f" WHERE execution_id IN ({_quote_ids(execution_ids)})"
@@ -104,7 +104,7 @@ def _quote_ids(execution_ids: Iterable[str]) -> str:
 
 
 class SqliteJournalRecords(JournalRecords):
-    """Those in a file."""
+    """Records of an SQLite file."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -118,7 +118,7 @@ class SqliteJournalRecords(JournalRecords):
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold SQLite's write lock."""
+        """Hold SQLite's write lock during the block."""
         connection = sqlite3.connect(self._path, timeout=PATIENCE_SECONDS, isolation_level=None)
         try:
             connection.execute("BEGIN IMMEDIATE")
@@ -151,7 +151,7 @@ class SqliteJournalRecords(JournalRecords):
 
 
 class PostgresJournalRecords(JournalRecords):
-    """Those on a server, which may be down for a while."""
+    """Records of a PostgreSQL server, which may be down for a while."""
 
     def __init__(self, url: str) -> None:
         self._url = url.replace("+asyncpg", "", 1)

@@ -52,7 +52,7 @@ class LedgerCall:
 
     @property
     def is_effect(self) -> bool:
-        """Whether it changed something here."""
+        """Whether the call changed something at the ledger: any method but GET."""
         return self.method != "GET"
 
     @property
@@ -64,14 +64,14 @@ class LedgerCall:
 
 @dataclass(slots=True)
 class HeldRequests:
-    """Requests of one node that arrived and wait for their answer."""
+    """Requests of one node that have arrived and wait for their answers."""
 
     node_id: str
     calls: asyncio.Queue[LedgerCall] = field(default_factory=asyncio.Queue)
     released: asyncio.Event = field(default_factory=asyncio.Event)
 
-    async def notify_pods(self) -> LedgerCall:
-        """Wait for the next request of the node."""
+    async def next_call(self) -> LedgerCall:
+        """Wait up to a minute for the next request of the node, and return it."""
         async with asyncio.timeout(PATIENCE_SECONDS):
             return await self.calls.get()
 
@@ -81,7 +81,7 @@ class HeldRequests:
 
 
 class EffectLedger:
-    """Effects in the order of their arrival, and controls to delay, hold back and refuse calls."""
+    """External server that records the effects of runs, and delays, holds back and refuses calls on request."""
 
     def __init__(self, url: str) -> None:
         self.calls: list[LedgerCall] = []
@@ -98,11 +98,13 @@ class EffectLedger:
     # ── nodes that call it ──────────────────────────────────────────────────────────────────────────────────
 
     def reads(self, node_id: str) -> dict[str, Json]:
-        """Return a read node that requests a number. It may be repeated, and then gets another number."""
+        """Return a node that reads a number from the ledger; a repetition gets another number."""
         return {"id": node_id, "nodeId": "http-request", "config": {"url": self._url_of(node_id)}}
 
     def writes(self, node_id: str, **more: Json) -> dict[str, Json]:
-        """Return a write node with an effect here, which sends the outputs of all nodes before it."""
+        """Return a node that writes to the ledger, and sends the outputs of all nodes before it;
+        `more` are fields of the node.
+        """
         config: dict[str, Json] = {
             "url": self._url_of(node_id),
             "method": "POST",
@@ -116,7 +118,7 @@ class EffectLedger:
     # ── recorded effects ────────────────────────────────────────────────────────────────────────────────────
 
     def effects(self) -> dict[tuple[str, str], list[LedgerCall]]:
-        """Return the effects by execution and node, each node's in the order of their arrival."""
+        """Return the effects by execution id and node id, each node's in the order of their arrival."""
         effects: dict[tuple[str, str], list[LedgerCall]] = defaultdict(list)
         for call in self.calls:
             if call.is_effect:
@@ -125,6 +127,7 @@ class EffectLedger:
         return effects
 
     def _unread_since(self, arrived_at: float) -> float:
+        """Return the time since which a call may have waited to be read, because this process stood still."""
         for began_at, ended_at in reversed(self._stalls):
             if ended_at + BACKLOG_SECONDS < arrived_at:
                 break
@@ -132,7 +135,7 @@ class EffectLedger:
         return arrived_at
 
     async def note_stalls(self) -> None:
-        """Note each time in which the event loop of this process stands still, until the task is canceled."""
+        """Record each time in which the event loop of this process stands still, until the task is canceled."""
         before = time.time()
         while True:
             await asyncio.sleep(BEAT_SECONDS)
@@ -142,11 +145,11 @@ class EffectLedger:
             before = now
 
     def of(self, node_id: str) -> list[LedgerCall]:
-        """Return the effects of one node."""
+        """Return all calls of one node, reads and effects."""
         return [call for call in self.calls if call.node_id == node_id]
 
     async def call(self, number: int) -> LedgerCall:
-        """Wait for the call that is the `number`-th of all, from 1."""
+        """Wait up to a minute for the call with this number, from 1, and return it."""
         if len(self.calls) >= number:
             return self.calls[number - 1]
         awaited = self._awaited.setdefault(number, asyncio.get_running_loop().create_future())
@@ -167,7 +170,7 @@ class EffectLedger:
 
     @contextmanager
     def refusing(self, node_id: str, status: int = 400) -> Iterator[None]:
-        """Answer requests of a node with an error."""
+        """Answer requests of a node with this status during the block."""
         self._refused[node_id] = status
         try:
             yield
@@ -176,7 +179,7 @@ class EffectLedger:
 
     @contextmanager
     def on_arrival(self, node_id: str, action: Callable[[LedgerCall], None]) -> Iterator[None]:
-        """Do something as soon as a request of a node arrives, before it is answered."""
+        """Call `action` for each request of a node during the block, before it is answered."""
         self._on_arrival[node_id] = action
         try:
             yield
@@ -184,7 +187,7 @@ class EffectLedger:
             del self._on_arrival[node_id]
 
     async def handle(self, request: web.Request) -> web.Response:
-        """Write down a request, then answer it."""
+        """Record a request, and answer it as the controls say."""
         call = await self._noted(request)
         if action := self._on_arrival.get(call.node_id):
             action(call)
@@ -217,7 +220,7 @@ class EffectLedger:
 
 @asynccontextmanager
 async def run_ledger() -> AsyncIterator[EffectLedger]:
-    """Run a ledger on a port of its own."""
+    """Run a ledger on a free port during the block."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         ledger = EffectLedger(f"http://127.0.0.1:{listening.getsockname()[1]}")
         app = web.Application()

@@ -39,7 +39,7 @@ class InjectedFault:
     ended_at: float
 
     def lies_between(self, earlier: float, later: float) -> bool:
-        """Return whether it may explain two calls at the times `earlier` and `later`."""
+        """Return whether the fault may explain a repetition: it overlaps the time from `earlier` to `later`."""
         return self.began_at <= later and earlier <= self.ended_at + UNREAD_SECONDS
 
 
@@ -75,7 +75,7 @@ class SystemProcess:
 
     @property
     def is_alive(self) -> bool:
-        """Whether it has been started and has not ended; a paused one has not."""
+        """Whether the process has been started and has not ended; also while it is paused."""
         return self._process is not None and self._process.poll() is None
 
     @property
@@ -88,7 +88,7 @@ class SystemProcess:
         return "ready" in self.log()
 
     def start(self) -> None:
-        """Start it, or start it again."""
+        """Start the process, which must not be alive; its log continues."""
         assert not self.is_alive
         self._log_start = self._log.stat().st_size
         if "LD_PRELOAD" in self.environment:
@@ -99,7 +99,7 @@ class SystemProcess:
         )
 
     def ensure_started(self) -> None:
-        """Start it unless it lives, such as after a supervisor was faster."""
+        """Start the process unless it lives."""
         if not self.is_alive:
             self.start()
 
@@ -109,7 +109,7 @@ class SystemProcess:
             return subprocess.Popen(typed, env=self.environment, stdout=sink, stderr=sink, cwd=self._folder)
 
     def kill(self) -> None:
-        """End it as a crash would: SIGKILL."""
+        """Kill the process with SIGKILL, as a crash would, and wait until it and its child are gone."""
         now = time.time()
         self._note(InjectedFault(f"{self.name} killed", now, now))
         self._end_pause()
@@ -121,7 +121,7 @@ class SystemProcess:
             pass  # a worker dies with its parent within milliseconds, during which no other fault may strike
 
     def pause(self) -> None:
-        """Pause the process unnoticed with SIGSTOP; return once it is stopped."""
+        """Stop the process with SIGSTOP, unnoticed by others; return once it is stopped."""
         self._end_pause()  # of another fault, if two strike at once
         self._pause = InjectedFault(f"{self.name} paused", time.time(), float("inf"))
         self._note(self._pause)
@@ -134,7 +134,7 @@ class SystemProcess:
             pass  # it takes microseconds, during which no other fault may strike
 
     def resume(self) -> None:
-        """Resume the process after a pause with SIGCONT."""
+        """Continue the process with SIGCONT after a pause."""
         for process in self._family():
             process.send_signal(signal.SIGCONT)
         self._end_pause()
@@ -153,7 +153,7 @@ class SystemProcess:
         self._signal(signal.SIGTERM)
 
     async def exit_code(self, within: float = SHUTDOWN_SECONDS) -> int:
-        """Wait until it has ended; raises TimeoutError."""
+        """Wait for the end of the process and return its exit code; raises TimeoutError."""
         process = self._process
         assert process is not None
         await wait_until(lambda: process.poll() is not None, within, what=f"{self.name} ends")
@@ -166,21 +166,21 @@ class SystemProcess:
         )
 
     def log(self) -> str:
-        """Return the log since its start."""
+        """Return the log of the process since its last start."""
         with self._log.open("rb") as log:
             log.seek(self._log_start)
             return log.read().decode(errors="replace")
 
     def has_logged(self, event: str, execution_id: str) -> bool:
-        """Return whether it has logged an event of an execution since its start."""
+        """Return whether a line of the log since the last start has both the event and the execution id."""
         return any(event in line and execution_id in line for line in self.log().splitlines())
 
     def abandoned(self) -> list[str]:
-        """Return the executions that it has given up, ever, since it had lost their leases."""
+        """Return the ids of executions that the process has ever given up because it had lost their leases."""
         return ABANDONED.findall(self._log.read_text(errors="replace"))
 
     def complaints(self) -> list[str]:
-        """Return the errors logged since the last call."""
+        """Return the log lines with errors since the last call."""
         with self._log.open("rb") as log:
             log.seek(self._heard_to)
             lines = log.readlines()
@@ -205,7 +205,7 @@ class SystemProcess:
         return set()
 
     def _family(self) -> list[psutil.Process]:
-        """Return the process, and of a worker the child that does the work."""
+        """Return the process, and of a worker the child that executes the runs; empty if it is gone."""
         with suppress(psutil.NoSuchProcess):
             process = psutil.Process(self.process_id)
             return [process, *process.children()[:1]] if self._arguments[0] == "worker" else [process]

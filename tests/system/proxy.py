@@ -40,17 +40,17 @@ class FaultyProxy:
         self.port = 0
 
     def keep_answers(self, marker: bytes) -> None:
-        """Hold back all answers of a connection, from the request that contains `marker` on."""
+        """Hold back all answers, from the next request that contains `marker` on, until `let_go`."""
         self._answers_marker = marker
         self._has_kept_one.clear()
 
     def keep_requests(self, marker: bytes) -> None:
-        """Hold back all requests of a connection, from the request that contains `marker` on."""
+        """Hold back all requests, from the next one that contains `marker` on, until `let_go`."""
         self._requests_marker = marker
         self._has_kept_one.clear()
 
     async def kept_one(self) -> None:
-        """Wait until traffic is held back."""
+        """Wait up to a minute until traffic is held back."""
         async with asyncio.timeout(PATIENCE_SECONDS):
             await self._has_kept_one.wait()
 
@@ -77,7 +77,7 @@ class FaultyProxy:
 
     @contextmanager
     def starting_up(self) -> Iterator[None]:
-        """Answer like a PostgreSQL that recovers from a crash and refuses connections."""
+        """Break all connections, and answer new ones during the block like a PostgreSQL that recovers from a crash."""
         self._is_starting_up = True
         self.cut()
         try:
@@ -86,13 +86,13 @@ class FaultyProxy:
             self._is_starting_up = False
 
     def in_front_of(self, url: str) -> str:
-        """Return the URL that leads through here."""
+        """Return a URL of the server with the address of this proxy."""
         parts = urlsplit(url)
         login, at, _ = parts.netloc.rpartition("@")
         return parts._replace(netloc=f"{login}{at}127.0.0.1:{self.port}").geturl()
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Pass one connection on."""
+        """Pass the traffic of one connection on, with the faults that are set, until one side closes it."""
         if self._is_starting_up:
             await _refuse(reader, writer)
             return
@@ -154,7 +154,7 @@ async def _refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) ->
 
 @asynccontextmanager
 async def run_proxy(url: str) -> AsyncIterator[FaultyProxy]:
-    """Run a proxy before the server that a URL names."""
+    """Run a proxy on a free port in front of the server of a URL during the block."""
     parts = urlsplit(url)
     assert parts.hostname is not None
     assert parts.port is not None

@@ -89,7 +89,7 @@ class StormReport:
 async def run_storm(
     storm: StormPlan, deployment: SystemUnderTest, client: RetryingClient, ledger: EffectLedger
 ) -> StormReport:
-    """Run a storm on a deployment; fails unless every guarantee was kept to every client."""
+    """Run a storm on a deployment and return its figures; fails unless every guarantee was kept to every client."""
     chance, began_at = Random(storm.seed), time.time()
     ledger.delay_seconds = 0.1
     client.patience_seconds = PATIENCE_SECONDS
@@ -164,6 +164,7 @@ async def _create_workflows(client: RetryingClient, ledger: EffectLedger) -> Seq
 async def _run_to_end(
     kind: StormWorkflow, storm: StormPlan, chance: Random, client: RetryingClient
 ) -> StormRun:
+    """Start a run at a random time, cancel it if its workflow says so, and wait for its end."""
     key = f"{chance.getrandbits(128):032x}"
     await asyncio.sleep(chance.uniform(0, storm.seconds))
     asked_at = time.monotonic()
@@ -186,6 +187,9 @@ async def _run_to_end(
 
 
 async def _strike_all(strikes: Sequence[StormStrike], storm: StormPlan, chance: Random) -> None:
+    """Perform all faults, each at a random time within its share of the storm;
+    those of one part one after the other.
+    """
     part_is_up: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     async def strike_at(moment: float, strike: StormStrike) -> None:

@@ -33,7 +33,7 @@ async def test_a_running_run_is_cancelled_in_the_middle_of_a_node(
     )
     with ledger.holding("charge") as held:
         run = await client.execute(workflow)
-        await held.notify_pods()
+        await held.next_call()
         await client.ask(run, "cancel")
         assert (await client.end(run)).status == "cancelled"
     assert (await client.ask(run, "cancel")).json()["status"] == "cancelled"
@@ -66,7 +66,7 @@ async def test_cancelling_ends_the_run_of_a_dead_worker(
     )
     with ledger.holding("charge") as held:
         run = await client.execute(workflow)
-        owner = deployment.sender(await held.notify_pods())
+        owner = deployment.sender(await held.next_call())
         # No process is left to sweep.
         with deployment.other_worker(owner).paused(), deployment.scheduler.paused():
             owner.kill()
@@ -86,7 +86,7 @@ async def test_a_run_ends_as_cancelled_if_its_worker_dies_before_the_cancel_arri
     )
     with ledger.holding("charge") as held:
         run = await client.execute(workflow)
-        owner = deployment.sender(await held.notify_pods())
+        owner = deployment.sender(await held.next_call())
         owner.pause()
         assert (await client.ask(run, "cancel")).json()["status"] == "running"
         owner.kill()
@@ -102,7 +102,7 @@ async def test_a_stopped_run_finishes_the_node_in_hand_and_begins_no_other(
     )
     with ledger.holding("charge") as held:
         run = await client.execute(workflow)
-        call = await held.notify_pods()
+        call = await held.next_call()
         await client.ask(run, "stop")
         assert (await client.progress(run))["status"] == "running"
     ended = await client.end(run)
@@ -142,7 +142,7 @@ async def test_a_replay_that_is_killed_repeats_no_write_of_the_run_that_it_repla
         response = await client.answer("POST", f"/executions/{failed}/replay", {})
         assert response.status_code == 201, response.text
         replayed = response.json()["executionId"]
-        killed = deployment.sender(await held.notify_pods())
+        killed = deployment.sender(await held.next_call())
         killed.kill()
         held.release()
         await deployment.revive()

@@ -124,7 +124,7 @@ async def run_through(
         with ledger.holding("charge") as held:
             in_hand = [await client.execute(works) for _ in range(2)]
             for _ in in_hand:
-                await held.notify_pods()
+                await held.next_call()
             begun_at = time.monotonic()
             asleep = await client.execute(sleeps)
             message: Json = {"message": {}, "delaySeconds": WAIT_SECONDS}

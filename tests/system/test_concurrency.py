@@ -18,7 +18,7 @@ async def test_a_killed_worker_s_places_are_taken_again_and_never_more_than_ther
     seen: list[int] = []
     with ledger.holding("charge") as held:
         runs = [await client.execute(workflow) for _ in range(8)]
-        worker = deployment.sender(await held.notify_pods())
+        worker = deployment.sender(await held.next_call())
         watch = asyncio.create_task(look(deployment, workflow, seen))
         worker.kill()
         await deployment.revive()

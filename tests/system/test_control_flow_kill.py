@@ -150,7 +150,7 @@ async def test_a_question_in_a_loop_outlives_every_process_and_is_answered_once(
             response = await client.answer("POST", f"/executions/{run}/input", answer, key=f"answer-{turn}")
             assert response.is_success, response.text
         async with deployment.supervised():
-            deployment.sender(await held.notify_pods()).kill()
+            deployment.sender(await held.next_call()).kill()
             held.release()
             await assert_once(deployment, client, ledger, [run], {"charge": ["0", "1"], "ship": ["0", "1"]})
     outputs = await read_outputs(deployment, run)
@@ -183,9 +183,9 @@ async def test_workflows_that_a_loop_runs_are_not_doubled(
     async with deployment.supervised():
         with ledger.holding("pay") as pay, ledger.holding("note") as note:
             run = await client.execute(parent)
-            deployment.sender(await pay.notify_pods()).kill()
+            deployment.sender(await pay.next_call()).kill()
             pay.release()
-            call = await note.notify_pods()
+            call = await note.next_call()
             await wait_until(are_all_answered)
             deployment.sender(call).kill()
             note.release()

@@ -117,7 +117,7 @@ async def test_a_repeated_commit_of_a_worker_after_a_lost_answer_changes_nothing
     )
     with deployment.workers[1].paused(), ledger.holding("charge") as held:
         run = await client.execute(workflow)
-        receipt = (await held.notify_pods()).receipt
+        receipt = (await held.next_call()).receipt
         # In the literal of an array, quotes are escaped.
         way.keep_answers(rf"\"receipt\":{receipt}".encode())
         held.release()

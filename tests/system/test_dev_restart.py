@@ -33,7 +33,7 @@ async def test_a_restarted_process_continues_runs_of_the_killed_one_at_once(
     workflow = await client.create(workflow_shapes.journey_workflow(ledger))
     with ledger.holding("ship") as held:
         run = await client.execute(workflow)
-        await held.notify_pods()
+        await held.next_call()
         dev.gateway.kill()
     await dev.revive()
     await consistency_checks.assert_consistent(dev, client, ledger, {run: "completed"})

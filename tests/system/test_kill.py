@@ -122,7 +122,7 @@ async def test_a_callback_ends_a_wait_though_every_process_was_killed_before(
     with ledger.holding("asking") as held:
         waiting, requesting = [await client.execute(workflow) for workflow in workflows]
         await wait_until(partial(client.has_status, waiting, "waiting"))
-        await held.notify_pods()
+        await held.next_call()
         # One run waits; the other one's request is received, and its wait not recorded.
         for process in deployment.processes:
             process.kill()

@@ -41,9 +41,9 @@ async def test_a_worker_that_slept_past_its_lease_changes_nothing_when_it_wakes(
     )
     with ledger.holding("charge") as held:
         run = await client.execute(workflow)
-        sleeper = deployment.sender(await held.notify_pods())
+        sleeper = deployment.sender(await held.next_call())
         with sleeper.paused():
-            again = await held.notify_pods()
+            again = await held.next_call()
             assert deployment.sender(again) is deployment.other_worker(sleeper)
             held.release()
             assert (await client.end(run)).status == "completed"
@@ -61,10 +61,10 @@ async def test_a_worker_suspended_past_its_lease_starts_its_runs_again(
     )
     with ledger.holding("charge") as held:
         run = await client.execute(workflow)
-        sleeper = deployment.sender(await held.notify_pods())
+        sleeper = deployment.sender(await held.next_call())
         while not await _pause_until_taken_back(sleeper, deployment, run):
             pass
-        await held.notify_pods()
+        await held.next_call()
     await consistency_checks.assert_consistent(
         deployment, client, ledger, {run: "completed"}, within=RECOVERY_SECONDS
     )
@@ -79,7 +79,7 @@ async def test_a_worker_that_fell_asleep_in_a_commit_begins_no_node_after_it(
     )
     with ledger.holding("look") as held:
         run = await client.execute(workflow)
-        sleeper = deployment.sender(await held.notify_pods())
+        sleeper = deployment.sender(await held.next_call())
         # The run's row is locked: the worker is still in the commit before `charge` when it is paused.
         async with deployment.records.row_locked(run) as lock:
             held.release()
@@ -104,12 +104,12 @@ async def test_a_result_that_was_on_its_way_when_the_lease_was_lost_changes_noth
     with ledger.holding("charge") as charged, ledger.holding("ship") as shipped:
         with other.paused():
             run = await client.execute(workflow)
-            late = await charged.notify_pods()
+            late = await charged.next_call()
         # In the literal of an array, quotes are escaped.
         async with deployment.late_requests(rf"\"receipt\":{late.receipt}".encode()):
             charged.release()
             # The other worker has taken over, and is in the middle of the next node, when the result arrives.
-            assert deployment.sender(await shipped.notify_pods()) is other
+            assert deployment.sender(await shipped.next_call()) is other
         await wait_until(lambda: one.has_logged("run abandoned", run))
     ended = await client.end(run)
     assert ended.outputs["charge"]["body"] != {"receipt": late.receipt}
@@ -139,7 +139,7 @@ async def test_a_run_ends_when_its_time_is_over_though_its_worker_died_meanwhile
     )
     with ledger.holding("charge") as held:
         run = await client.execute(workflow)
-        deployment.sender(await held.notify_pods()).kill()
+        deployment.sender(await held.next_call()).kill()
         await deployment.revive()
         ended = await client.end(run, within=3 + RECOVERY_SECONDS)
         assert ended.error_code == "timeout"

@@ -43,7 +43,7 @@ async def wait_until(
 
 
 async def act_after(seconds: float, action: Callable[[], object]) -> None:
-    """Run an action at a random time that no condition marks."""
+    """Call an action after so many seconds, a random time that no condition marks."""
     await asyncio.sleep(seconds)
     action()
 

@@ -15,7 +15,7 @@ START: Node = {"id": "start", "nodeId": "rest-api"}
 
 
 def set_node(node_id: str) -> Node:
-    """Return a node that only works on the data."""
+    """Return a node that only computes, without effects."""
     return {"id": node_id, "nodeId": "set", "config": {"values": {"passed": node_id}}}
 
 
@@ -25,7 +25,7 @@ def wait_node(node_id: str, seconds: float) -> Node:
 
 
 def build_workflow(nodes: list[Node], edges: str, **settings: Json) -> dict[str, Json]:
-    """Return a workflow; its edges are written as `start>one one>two if:true>three`."""
+    """Return the definition of an active workflow; its edges are written as `start>one one>two if:true>three`."""
     return {
         "name": "System test",
         "status": "active",
@@ -36,14 +36,14 @@ def build_workflow(nodes: list[Node], edges: str, **settings: Json) -> dict[str,
 
 
 def chain_workflow(*nodes: Node, **settings: Json) -> dict[str, Json]:
-    """Return a workflow with its nodes in a row."""
+    """Return the definition of an active workflow with a trigger and these nodes in a row."""
     ids = [node["id"] for node in (START, *nodes)]
     edges = " ".join(f"{source}>{target}" for source, target in pairwise(ids))
     return build_workflow([START, *nodes], edges, **settings)
 
 
 def journey_workflow(ledger: EffectLedger) -> dict[str, Json]:
-    """Return 20 pure, read and write nodes, with two parallel branches and one that is not taken."""
+    """Return a workflow of 20 pure, read and write nodes, with two parallel branches and one that is not taken."""
     check: Node = {
         "id": "check",
         "nodeId": "conditional",

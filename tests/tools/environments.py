@@ -30,7 +30,7 @@ STAMP = "complete"
 
 @dataclass(frozen=True)
 class ToolEnvironment:
-    """The environment of one folder with locks: its Python packages, and its Node packages if it locks any."""
+    """Environment of a folder with locks: its Python packages, and its Node packages if it locks any."""
 
     name: str
     parent: Path = TOOLS
@@ -46,7 +46,10 @@ class ToolEnvironment:
 
     @cached_property
     def folder(self) -> Path:
-        """The built environment; builds it where it is missing. Raises RuntimeError where that fails."""
+        """Folder of the environment, which is built if it is missing and replaces outdated ones.
+
+        Raises RuntimeError if that fails.
+        """
         is_own = self.interpreter == sys.executable
         stem = self.name if is_own else f"{self.name}_{Path(self.interpreter).name}"
         folder = ROOT / f"{stem}-{self._hash()}"
@@ -83,6 +86,7 @@ class ToolEnvironment:
         return found.hexdigest()[:16]
 
     def _build(self, folder: Path) -> None:
+        """Create a virtual environment in the folder and install the locked packages; raises RuntimeError."""
         _run([self.interpreter, "-m", "venv", "--without-pip", str(folder)])
         pip = [
             sys.executable,
@@ -131,6 +135,7 @@ def _node(folder: Path) -> Path:
 
 
 def _run(command: Sequence[str], folder: Path | None = None, max_seconds: float | None = None) -> None:
+    """Run a command to its end; raises RuntimeError with its output if it fails or takes too long."""
     try:
         done = subprocess.run(
             command, cwd=folder, capture_output=True, text=True, check=False, timeout=max_seconds
@@ -143,7 +148,7 @@ def _run(command: Sequence[str], folder: Path | None = None, max_seconds: float 
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock between processes, because tests of several processes start together."""
+    """Hold a lock between processes during the block, because tests of several processes start together."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -24,7 +24,7 @@ MAX_FILES = 3
 
 
 def run_tests(arguments: Sequence[str]) -> int:
-    """Exit code of pytest, and of the repetition if tests of only a few files failed."""
+    """Run pytest and return its exit code, or that of the repetition if tests of only a few files failed."""
     FAILURES.unlink(missing_ok=True)
     exit_code = _run_pytest(*arguments)
     failed = sorted(json.loads(FAILURES.read_text())) if FAILURES.exists() else []
@@ -39,7 +39,7 @@ def run_tests(arguments: Sequence[str]) -> int:
 
 
 def _run_pytest(*arguments: str) -> int:
-    """Exit code of pytest in a process of its own, in the folder of this one."""
+    """Run pytest in a process of its own, in the present folder, and return its exit code."""
     return subprocess.run([sys.executable, "-m", "pytest", *arguments], check=False).returncode
 
 

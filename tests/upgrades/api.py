@@ -19,19 +19,19 @@ ADMIN = "admin"
 
 @dataclass
 class Api:
-    """A client with a key for each user."""
+    """Client of the server's API, with a key for each user."""
 
     http: httpx2.AsyncClient
     keys: Mapping[str, str]
 
     async def get(self, path: str, *, user: str = ADMIN) -> dict[str, Any]:
-        """Return an object, which must be there."""
+        """Return the answer to a GET request, which must succeed."""
         return await self.send("GET", path, user=user)
 
     async def post(
         self, path: str, body: object = None, *, user: str = ADMIN, key: str | None = None
     ) -> dict[str, Any]:
-        """Post a body, which must be accepted; `key` is its idempotency key."""
+        """Post a body and return the answer, which must succeed; `key` is the idempotency key."""
         return await self.send("POST", path, body, user=user, key=key)
 
     async def send(
@@ -51,11 +51,11 @@ class Api:
         return checked(await wait_until(answered, what=f"{method} {path} is answered"))
 
     async def deliver(self, url: str, request: SignedRequest) -> dict[str, Any]:
-        """Send a signed request, which must be accepted."""
+        """Post a signed request of a sender and return the answer, which must succeed."""
         return checked(await self.http.post(url, content=request.body, headers=dict(request.headers)))
 
     async def become(self, execution_id: str, status: str, *, user: str = ADMIN) -> dict[str, Any]:
-        """Wait until a run has a status, and return its progress."""
+        """Wait until a run has a status, and return its progress; fails if it ends in another one."""
 
         async def arrived() -> dict[str, Any] | None:
             shown = await self.get(f"/executions/{execution_id}/progress", user=user)
@@ -66,7 +66,7 @@ class Api:
         return shown
 
     async def wait_until_ready(self) -> None:
-        """Wait until the server answers."""
+        """Wait until the server reports that it is ready."""
 
         async def is_ready() -> bool:
             try:

@@ -72,7 +72,7 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Fixture:
-    """A database of one revision and kind with its blobs."""
+    """Stored database of one revision and kind, with its blobs and manifest."""
 
     revision: str
     kind: str
@@ -86,7 +86,7 @@ class Fixture:
         return Manifest(**json.loads((self.folder / "manifest.json").read_text()))
 
     def write(self, dump: str, data_folder: Path, manifest: Manifest, addresses: Addresses) -> None:
-        """Store a database as the text of its statements, and the blobs of a data folder."""
+        """Store a dump of a database, the blobs of a data folder and the manifest; `addresses` become placeholders."""
         self.folder.mkdir(parents=True, exist_ok=True)
         text = _OF_OTHER_VERSIONS.sub("", dump)
         for placeholder, address in addresses.items():
@@ -96,12 +96,12 @@ class Fixture:
         (self.folder / "manifest.json").write_text(json.dumps(asdict(manifest), indent=2) + "\n")
 
     def restore_blobs(self, data_folder: Path) -> None:
-        """Put the blobs into a data folder."""
+        """Extract the blobs into a data folder."""
         with tarfile.open(self.folder / "blobs.tar.gz") as archive:
             archive.extractall(data_folder, filter="data")
 
     def statements(self, addresses: Addresses) -> str:
-        """Return the SQL statements of the database, whose runs call these addresses."""
+        """Return the SQL statements of the database, with `addresses` in place of placeholders."""
         text = gzip.decompress((self.folder / "database.sql.gz").read_bytes()).decode()
         for placeholder, address in addresses.items():
             text = text.replace(placeholder, address)
@@ -109,8 +109,8 @@ class Fixture:
 
 
 async def restore(fixture: Fixture, postgres: PostgresServer, folder: Path, addresses: Addresses) -> str:
-    """Restore the database and its blobs in a data folder, as if left a moment ago; return the URL of the
-    database.
+    """Restore the database, and its blobs in a data folder, as if they were left a moment ago;
+    return the URL of the database.
     """
     fixture.restore_blobs(folder)
     if fixture.kind == "postgresql":
@@ -166,6 +166,7 @@ def _updates(columns: list[tuple[str, str]], manifest: Manifest) -> Iterator[str
 
 
 def _packed(folder: Path) -> bytes:
+    """Return a folder as a compressed archive that has the same bytes on each machine."""
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w") as archive:
         for file in sorted(folder.rglob("*")):

@@ -47,7 +47,7 @@ ASKS: Final[dict[str, Json]] = {
 
 @dataclass
 class Maker:
-    """A server, its clients, and the ids of all that was made with them."""
+    """Server of which the API fills a database, its clients, and the ids of everything that was created."""
 
     folder: Path
     environment: Mapping[str, str]
@@ -65,6 +65,7 @@ class Maker:
         return Api(self.http, self.keys)
 
     async def make(self, redis_url: str) -> Manifest:
+        """Fill the database step by step, by the server's API, and return the manifest."""
         async with self._serving("dev"):
             await self._make_accounts()
             await self._make_data_sources()
@@ -84,6 +85,7 @@ class Maker:
     # ── steps ───────────────────────────────────────────────────────────────────────────────────────────────
 
     async def _make_accounts(self) -> None:
+        """Create a second organization and a member, each with a key; the neighbors have a completed run."""
         organization = self._command("orgs", "create", "Neighbors")
         self._command("users", "create", "neighbor@example.com", "--org", organization, "--role", "admin")
         self.keys["neighbor"] = self._command(
@@ -99,6 +101,7 @@ class Maker:
         await self.becomes("neighbors", "completed", user="neighbor")
 
     async def _make_data_sources(self) -> None:
+        """Create a signing secret, secrets of webhooks, an event token, and a data source of two users."""
         signing = await self.api.post("/auth/signing-secret", {})
         self.others["signing_secret"] = signing["secret"]
         source = await self.api.post(
@@ -276,7 +279,7 @@ class Maker:
         await self.create("charge", limited)
         with self.ledger.holding("charge") as held:
             self.runs["orphaned"] = await self.run("charge", callbackUrl=self.receiver.url())
-            self.others["interrupted_call"] = str((await held.notify_pods()).key)
+            self.others["interrupted_call"] = str((await held.next_call()).key)
             self.runs["behind"] = await self.run("charge")
             self._server.end_family()
 
@@ -296,7 +299,7 @@ class Maker:
 
     @asynccontextmanager
     async def _serving(self, role: str, **settings: str) -> AsyncIterator[None]:
-        """Run the server during a block, and kill it after."""
+        """Run the server in a role during the block, and kill it after it."""
         log = self.folder / f"{role}.log"
         given = {**self.environment, **settings}
         with command_runs.run_command(role, given=given, log=log) as self._server:
@@ -307,7 +310,7 @@ class Maker:
         return command_runs.run_output(*arguments, given=self.environment)
 
     async def create(self, name: str, workflow: Mapping[str, Json], *, user: str = ADMIN) -> None:
-        """Store a workflow under a name."""
+        """Create a workflow under a name, by which `run` finds its id."""
         made = await self.api.post("/workflows", {**workflow, "name": name, "tags": ["upgrade"]}, user=user)
         self.workflows[name] = made["workflowId"]
 
@@ -319,14 +322,14 @@ class Maker:
         user: str = ADMIN,
         **more: Json,
     ) -> str:
-        """Have a workflow run; return the execution's id."""
+        """Start a run of a workflow by its name; return the execution's id."""
         body = {"triggerInputs": dict(inputs or {}), **more}
         path = f"/workflows/{self.workflows[name]}/execute"
         ran = await self.api.post(path, body, user=user, key=f"{name}-{len(self.runs)}")
         return str(ran["executionId"])
 
     async def becomes(self, run: str, status: str, *, user: str = ADMIN) -> None:
-        """Wait until a run has a status."""
+        """Wait until the run with this name has a status."""
         await self.api.become(self.runs[run], status, user=user)
 
 

@@ -34,7 +34,7 @@ ORDER BY 1, 2, 3
 
 @dataclass(frozen=True)
 class Schema:
-    """Tables, indexes and constraints as the database describes them."""
+    """Tables, indexes and constraints of a database as it describes them, and the number of rows."""
 
     parts: Sequence[tuple[Any, ...]]
     columns: Collection[tuple[str, str, str, bool]]
@@ -43,7 +43,7 @@ class Schema:
 
 
 async def read(url: str) -> Schema:
-    """Return the schema of a database, and check that its rows conform."""
+    """Return the schema of a database; fails if its rows break foreign keys or its file is damaged (SQLite)."""
     database = Database(parse_url(url))
     try:
         async with database.read() as connection:
@@ -53,7 +53,7 @@ async def read(url: str) -> Schema:
 
 
 async def downgrade(url: str, revision: str) -> None:
-    """Undo migrations down to a revision."""
+    """Undo the migrations of a database down to a revision."""
     config = Config()
     config.set_main_option("script_location", str(Path(schema_migration.__file__).parent / "migrations"))
 

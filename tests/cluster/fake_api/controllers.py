@@ -34,7 +34,7 @@ resets the delay.
 
 @dataclass
 class ReplicaRetry:
-    """When pods of a Deployment are made again, after some could not be."""
+    """Failed creation of pods of a Deployment, with the time of the next attempt."""
 
     failures: int
     at: float
@@ -44,7 +44,7 @@ class ReplicaRetry:
 
 
 class FakeControllers:
-    """All controllers, one after the other after each change, and a kubelet for each pod."""
+    """Controllers that run one after the other after each change of the store, and a kubelet for each pod."""
 
     def __init__(self, store: ObjectStore, node: NodeBehavior, second: float) -> None:
         self._store = store
@@ -66,6 +66,7 @@ class FakeControllers:
         await asyncio.gather(*(kubelet.kill() for kubelet in self._kubelets.values()))
 
     def log_of(self, namespace: str, name: str, query: Mapping[str, str]) -> str:
+        """Return the log of a pod as the API answers it to a query; raises `KubernetesError` if there is none."""
         found = self._store.get(KINDS["pods"], namespace, name)
         kubelet = self._kubelets.get(found["metadata"]["uid"])
         if kubelet is None or not kubelet.has_started:
@@ -82,7 +83,7 @@ class FakeControllers:
     # ── faults of machines ──────────────────────────────────────────────────────────────────────────────────
 
     async def silence(self, name: str, *, is_powered: bool) -> None:
-        """Cut a machine off from the control plane; without power, its containers have ended."""
+        """Cut a machine off from the control plane; without power, its containers end too."""
         machine = self._machine(name)
         machine.silent_since = asyncio.get_running_loop().time()
         machine.is_powered = is_powered
@@ -94,7 +95,7 @@ class FakeControllers:
         self._store.touch()
 
     def mend(self, name: str) -> None:
-        """Reconnect a machine: its kubelet reports again, and containers that had ended restart."""
+        """Reconnect a machine: its kubelets report again, and containers that had ended start anew."""
         machine = self._machine(name)
         machine.silent_since = machine.lost_since = None
         machine.is_powered, machine.is_cordoned = True, False
@@ -120,6 +121,7 @@ class FakeControllers:
     # ── after each change ─────────────────────────────────────────────────────────────────────────────────
 
     async def _control(self) -> None:
+        """Run all controllers once after each change, and when a timed action is due, until canceled."""
         while True:
             changed = asyncio.create_task(self._store.changed())
             await asyncio.sleep(0)  # it waits by now: the changes below must wake it
@@ -161,6 +163,7 @@ class FakeControllers:
                     self._evict_in_time(pod, lost_seconds)
 
     def _evict_in_time(self, pod: Json, lost_seconds: float) -> None:
+        """Show a pod of a lost machine as not ready, and delete it once its toleration is over."""
         self._store.set_status(pod, machines.status_when_lost(pod.get("status") or {}))
         seconds = machines.toleration_seconds(pod)
         if "deletionTimestamp" not in pod["metadata"] and seconds is not None and lost_seconds >= seconds:
@@ -168,12 +171,14 @@ class FakeControllers:
             self._stop(pod)
 
     def _control_quota(self, quota: Json) -> None:
+        """Set the status of a quota to its limits and their present usage."""
         hard = quota["spec"].get("hard") or {}
         taken = quotas.quota_usage(hard, self._store.every("pods", quota["metadata"]["namespace"]))
         shown = {name: f"{amount:g}" for name, amount in taken.items()}
         self._store.set_status(quota, {"hard": hard, "used": shown})
 
     def _empty_namespace(self, namespace: Json) -> None:
+        """Delete the objects of a namespace that is being deleted, and the namespace once it is empty."""
         metadata = namespace["metadata"]
         if "deletionTimestamp" not in metadata:
             return
@@ -193,6 +198,7 @@ class FakeControllers:
             self._store.remove(("namespaces", "", name))
 
     def _control_pod(self, pod: Json) -> None:
+        """Schedule a pod, start its kubelet, stop it once it is deleted, and delete it if its Deployment is gone."""
         metadata = pod["metadata"]
         owners = {owner["uid"] for owner in metadata.get("ownerReferences") or ()}
         if "nodeName" not in pod["spec"] and not self._schedule(pod):
@@ -212,7 +218,7 @@ class FakeControllers:
             self._store.delete(KINDS["pods"], metadata["namespace"], metadata["name"], {})
 
     def _schedule(self, pod: Json) -> bool:
-        """Assign a pod to a machine. A pod without a machine waits, and is deleted at once when requested."""
+        """Assign a pod to a machine and return True; False if no machine has capacity, or the pod is deleted."""
         metadata = pod["metadata"]
         if "deletionTimestamp" in metadata:
             self._store.remove(("pods", metadata["namespace"], metadata["name"]))
@@ -226,6 +232,7 @@ class FakeControllers:
         return False
 
     def _control_deployment(self, deployment: Json) -> None:
+        """Create, replace and delete pods of a Deployment as it asks, and set its status."""
         metadata, spec = deployment["metadata"], deployment["spec"]
         pods = [
             pod
@@ -250,7 +257,7 @@ class FakeControllers:
         self._store.set_status(deployment, self._status(deployment, failure))
 
     def _made(self, deployment: Json, digest: str, count: int, pods: list[Json]) -> str | None:
-        """Create pods, unless that failed a moment ago; return the reason of a failure."""
+        """Create `count` pods, unless that failed a moment ago; return the reason of the failure, None for success."""
         metadata, now_seconds = deployment["metadata"], asyncio.get_running_loop().time()
         uid = metadata["uid"]
         retry = self.retries.get(uid)
@@ -271,6 +278,7 @@ class FakeControllers:
         return failure
 
     def _make(self, deployment: Json, digest: str, count: int) -> str | None:
+        """Create `count` pods of a Deployment; return the message of the first refusal, None for success."""
         metadata = deployment["metadata"]
         namespace = self._store.get(KINDS["namespaces"], "", metadata["namespace"])
         level = (namespace["metadata"].get("labels") or {}).get("pod-security.kubernetes.io/enforce")
@@ -284,7 +292,7 @@ class FakeControllers:
         return None
 
     def _refused(self, namespace: str, level: str | None, pod: Json) -> str | None:
-        """Return why admission refuses a pod."""
+        """Return the reason for which admission refuses a pod; None if it is admitted."""
         violations = object_rules.restricted_violations(pod["spec"])
         if level == "restricted" and violations:
             return f'violates PodSecurity "restricted:latest": {", ".join(violations)}'
@@ -302,7 +310,7 @@ class FakeControllers:
         self._store.delete(KINDS["pods"], pod["metadata"]["namespace"], pod["metadata"]["name"], {})
 
     def _status(self, deployment: Json, failure: str | None) -> Json:
-        """Return a status like the real one, which omits zeros."""
+        """Return the status of a Deployment in the form of the real one, which omits zeros."""
         metadata, desired = deployment["metadata"], deployment["spec"]["replicas"]
         pods = [
             pod

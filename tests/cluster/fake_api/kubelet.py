@@ -105,11 +105,11 @@ class FakeKubelet:
         return container
 
     def stop(self) -> None:
-        """End it within its grace period."""
+        """Begin to stop the pod: its container gets the grace period to end."""
         self._stop.set()
 
     async def kill(self) -> None:
-        """Kill the container at once, without reporting it."""
+        """Kill the container at once, and report nothing more."""
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
         if self._process is not None and self._process.returncode is None:
@@ -122,6 +122,7 @@ class FakeKubelet:
             self._tell(self._told)
 
     async def _live(self) -> None:
+        """Run the pod until it is stopped, show its final phase for a moment, and remove it."""
         await self._keep_up()
         await asyncio.sleep(self._node.terminate_seconds)
         # An ended pod is listed for a moment more, as one in a final phase.
@@ -135,6 +136,7 @@ class FakeKubelet:
         self._store.remove(("pods", metadata["namespace"], metadata["name"]))
 
     async def _keep_up(self) -> None:
+        """Start the container again and again until the pod is stopped, with pauses after failures."""
         with tempfile.TemporaryDirectory(prefix="pod-") as folder:
             while not self._stop.is_set():
                 try:
@@ -148,6 +150,7 @@ class FakeKubelet:
         await self._paused(self._node.pull_seconds if is_image else self._node.restart_seconds)
 
     async def _run(self, folder: str) -> None:
+        """Run the container once, to its end or to the stop of the pod; raises `_NotStarted` if it has to wait."""
         image = self._container["image"]
         if ".invalid/" in image or image in self._node.missing_images:
             first = f'failed to pull image "{image}": not found'
@@ -183,6 +186,7 @@ class FakeKubelet:
             )
 
     async def _prepare(self) -> None:
+        """Prepare the container for its start, as many at once as the node allows."""
         if self._node.start_seconds:
             self._show({"waiting": {"reason": "ContainerCreating"}})
         node, name = self._node, self._pod["metadata"]["name"]
@@ -228,6 +232,7 @@ class FakeKubelet:
             self.lines.append((at, line.decode(errors="replace").rstrip("\n")))
 
     async def _drain(self, process: asyncio.subprocess.Process) -> None:
+        """Wait for the stop of the pod, send SIGTERM to the container, and kill it after the grace period."""
         await self._stop.wait()
         with suppress(ProcessLookupError):
             process.send_signal(signal.SIGTERM)
@@ -250,7 +255,7 @@ class FakeKubelet:
                 await asyncio.sleep(self._node.probe_seconds)
 
     async def _started(self, session: aiohttp.ClientSession) -> None:
-        """Return once the startup probe has succeeded; a container that takes too long is killed."""
+        """Wait until the startup probe has succeeded; a container that takes too long is killed."""
         probe = self._container.get("startupProbe")
         if probe is None:
             return
@@ -263,6 +268,7 @@ class FakeKubelet:
             await asyncio.sleep(self._node.probe_seconds)
 
     async def _answers(self, session: aiohttp.ClientSession, probe: Json) -> bool:
+        """Return whether the container answers a probe with success."""
         ports = {port.get("name"): port["containerPort"] for port in self._container.get("ports") or ()}
         url = f"http://{self._address}:{ports.get(probe['port'], probe['port'])}{probe['path']}"
         with suppress(aiohttp.ClientError, OSError):
@@ -285,6 +291,9 @@ class FakeKubelet:
         return given
 
     def _referred(self, source: Json) -> str:
+        """Return the value of a variable that refers to a field of the pod or a Secret;
+        raises `_NotStarted` if it is missing.
+        """
         if "fieldRef" in source:
             metadata = self._pod["metadata"]
             fields = {
@@ -304,11 +313,13 @@ class FakeKubelet:
         return base64.b64decode(encoded).decode()
 
     async def _paused(self, seconds: float) -> None:
+        """Wait so many seconds, or until the pod is stopped."""
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._stop.wait()
 
     def _show(self, state: Json, *, is_ready: bool = False, phase: str | None = None) -> None:
+        """Report the state of the container and the pod, as a kubelet writes it."""
         container = {
             "name": self._container["name"],
             "image": self._container["image"],
@@ -331,6 +342,7 @@ class FakeKubelet:
         )
 
     def _tell(self, status: dict[str, Any]) -> None:
+        """Keep a status as the last report, and store it unless the machine is cut off."""
         self._told = status
         if self.machine.is_heard:
             self._store.set_status(self._pod, status)

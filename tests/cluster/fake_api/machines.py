@@ -35,7 +35,7 @@ class FakeMachine:
 
 
 def schedule_pod(pod: Json, machines: list[FakeMachine], others: list[Json]) -> FakeMachine | str:
-    """Return the machine with capacity for a pod, or the scheduler's message about the lack of one."""
+    """Return a machine with capacity for a pod beside the others, or the scheduler's message if none has it."""
     desired = _requested_cpu(pod)
     reasons: dict[str, int] = {}
     for machine in machines:
@@ -54,7 +54,7 @@ def schedule_pod(pod: Json, machines: list[FakeMachine], others: list[Json]) -> 
 
 
 def toleration_seconds(pod: Json) -> float | None:
-    """Return how long a pod stays bound to a lost machine; None for no limit."""
+    """Return the seconds for which a pod stays bound to a lost machine; None without limit, 0 without a toleration."""
     for toleration in pod["spec"].get("tolerations") or ():
         if toleration.get("key") == UNREACHABLE and toleration.get("effect") in {None, "NoExecute"}:
             seconds: float | None = toleration.get("tolerationSeconds")
@@ -63,7 +63,7 @@ def toleration_seconds(pod: Json) -> float | None:
 
 
 def default_tolerations(spec: Json) -> None:
-    """Add the tolerations that admission adds to a pod without any for a lost machine."""
+    """Add to a pod's spec the tolerations for lost machines that admission gives to pods without any."""
     tolerations = spec.setdefault("tolerations", [])
     keys = {toleration.get("key") for toleration in tolerations}
     for key in (NOT_READY, UNREACHABLE):
@@ -79,7 +79,7 @@ def default_tolerations(spec: Json) -> None:
 
 
 def status_when_lost(status: Json) -> Json:
-    """Return the status that the control plane gives a pod on a lost machine: it is not ready.
+    """Return a copy of a pod's status as the control plane changes it on a lost machine: it is not ready.
 
     The kubelet's last report about the containers stays, because there is no newer one.
     """
@@ -91,7 +91,7 @@ def status_when_lost(status: Json) -> Json:
 
 
 def status_when_evicted(status: Json) -> Json:
-    """Return the status of a pod that is deleted for the taint of its machine."""
+    """Return a copy of a pod's status with the condition of a deletion for the taint of its machine."""
     changed = copy.deepcopy(status)
     changed.setdefault("conditions", []).append(
         {

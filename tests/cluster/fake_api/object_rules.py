@@ -28,18 +28,19 @@ MAX_DATA = 1_048_576
 
 
 def parse_quantity(text: str) -> float:
+    """Return a quantity of Kubernetes, such as `500m` or `1Gi`, as a number."""
     number = re.match(r"[+-]?[0-9.]+", str(text))
     assert number is not None
     return float(number[0]) * _UNITS[str(text)[number.end() :]]
 
 
 def find_problems(kind: ObjectKind, found: Json) -> list[str]:
-    """Return all that is wrong with an object as it would be stored."""
+    """Return all violations of the server's rules by an object, as it would be stored, in the server's words."""
     return [*_metadata_problems(kind, found["metadata"]), *_kind_problems(kind, found)]
 
 
 def find_forbidden_changes(kind: ObjectKind, old: Json, new: Json) -> list[str]:
-    """Return the immutable fields that were changed."""
+    """Return the problems of changed immutable fields, in the server's words; empty without any."""
     before, after = old.get("spec", {}), new.get("spec", {})
     if kind.name == "Deployment" and before.get("selector") != after.get("selector"):
         return [f"spec.selector: Invalid value: {json.dumps(after.get('selector'))}: field is immutable"]

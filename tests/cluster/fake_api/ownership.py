@@ -50,7 +50,7 @@ def item_key(field: str, item: Any) -> str | None:  # noqa: ANN401 - any JSON va
 
 
 def managed_fields(found: Json) -> dict[Path, Any]:
-    """Return the value of each field that a manager may own."""
+    """Return the values of the fields that a manager may own, by path."""
     metadata = {key: value for key, value in found.get("metadata", {}).items() if key not in _SYSTEM}
     rest = {
         key: value for key, value in found.items() if key not in {"apiVersion", "kind", "metadata", "status"}
@@ -71,7 +71,7 @@ def _iterate_leaves(value: Json, path: Path) -> Iterator[tuple[Path, Any]]:
 
 
 def refuse_duplicates(name: str, group_version: str, kind: str, config: Json) -> None:
-    """Raise for a list in which two items have the same key."""
+    """Raise `KubernetesError` for a list in which two items have the same key."""
 
     def look(value: Any, path: str) -> None:  # noqa: ANN401 - any JSON value
         if isinstance(value, dict):
@@ -95,7 +95,7 @@ def refuse_duplicates(name: str, group_version: str, kind: str, config: Json) ->
 
 
 def update(owners: Owners, manager: FieldManager, old: Json, new: Json) -> None:
-    """Transfer the ownership of changed fields to a manager."""
+    """Transfer the ownership of changed fields to a manager, and drop that of removed ones; changes `owners`."""
     before, after = managed_fields(old), managed_fields(new)
     changed = {path for path, value in after.items() if path not in before or before[path] != value}
     gone = before.keys() - after.keys()
@@ -109,7 +109,9 @@ def update(owners: Owners, manager: FieldManager, old: Json, new: Json) -> None:
 def apply(
     owners: Owners, manager: FieldManager, live: Json, config: Json, *, is_forced: bool, group_version: str
 ) -> Json:
-    """Return the object with a configuration applied; raise 409 with the fields that other managers own."""
+    """Return the object with a configuration applied, and change `owners`;
+    raise 409 with the fields that other managers own.
+    """
     present, desired = managed_fields(live), managed_fields(config)
     conflicts: dict[FieldManager, list[Path]] = {}
     for other, owned in owners.items():
@@ -150,7 +152,7 @@ def _format_path(path: Path) -> str:
 
 
 def merge_keyed(field: str, live: list[Any], change: list[Any]) -> list[Any]:
-    """Merge two keyed lists in the order of the first."""
+    """Return two keyed lists merged, in the order of the first; items of the second change or follow it."""
     merged = list(live)
     for item in change:
         key = item_key(field, item)
@@ -170,6 +172,7 @@ def _merge_fields(live: Json, change: Json) -> Json:
 
 
 def _merge(live: Json, change: Json) -> None:
+    """Merge a change into an object in place; None changes nothing."""
     for name, item in change.items():
         present = live.get(name)
         if isinstance(item, dict) and isinstance(present, dict) and name not in _ATOMIC:
@@ -195,6 +198,7 @@ def _item_path(path: Path, kept: AbstractSet[Path]) -> Path:
 
 
 def _remove(live: Json, path: Path) -> None:
+    """Remove the field or list item at a path from an object in place; a missing one is ignored."""
     holder: Any = live
     for depth, part in enumerate(path[:-1]):
         if part.startswith("f:"):
@@ -211,7 +215,7 @@ def _remove(live: Json, path: Path) -> None:
 
 
 def format_owners(owners: Owners, group_version: str, at: str) -> list[Json]:
-    """Return the owners as objects carry them."""
+    """Return owners in the form of `managedFields`."""
     entries = []
     for manager, paths in owners.items():
         tree: Json = {}

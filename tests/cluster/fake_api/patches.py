@@ -10,6 +10,7 @@ from tests.cluster.fake_api.ownership import item_key, merge_keyed
 
 
 def merge(live: Json, patch: Json) -> Json:
+    """Return an object with a merge patch (RFC 7386) applied."""
     result = copy.deepcopy(live)
     for name, value in patch.items():
         if value is None:
@@ -23,6 +24,7 @@ def merge(live: Json, patch: Json) -> Json:
 
 
 def apply_strategic_patch(live: Json, patch: Json) -> Json:
+    """Return an object with a strategic merge patch applied: keyed lists are merged by their keys."""
     result = copy.deepcopy(live)
     for name, value in patch.items():
         present = result.get(name)
@@ -42,6 +44,7 @@ def apply_strategic_patch(live: Json, patch: Json) -> Json:
 
 
 def apply_json_patch(live: Json, patch: list[Json]) -> Json:
+    """Return an object with a JSON patch (RFC 6902) applied; raises `KubernetesError` for a failed test."""
     result = copy.deepcopy(live)
     for one in patch:
         *parents, last = one["path"].removeprefix("/").split("/")

@@ -11,7 +11,7 @@ _COUNTED = {"requests.cpu", "requests.memory", "limits.cpu", "limits.memory"}
 
 
 def quota_usage(hard: Json, pods: Iterable[Json]) -> dict[str, float]:
-    """Return the pods' usage of each resource; ended pods use nothing."""
+    """Return the usage of each limited resource by the pods; ended pods use nothing."""
     live = [pod for pod in pods if (pod.get("status") or {}).get("phase") not in {"Failed", "Succeeded"}]
     return {
         name: sum(_requested_amount(name, pod) for pod in live)
@@ -21,7 +21,7 @@ def quota_usage(hard: Json, pods: Iterable[Json]) -> dict[str, float]:
 
 
 def quota_refusal(quota: Json, pods: Iterable[Json], pod: Json) -> str | None:
-    """Return admission's message if a pod exceeds the quota together with the others."""
+    """Return admission's message if a pod exceeds the quota together with the others; None if it fits."""
     hard = quota["spec"].get("hard") or {}
     taken = quota_usage(hard, pods)
     over = [name for name in taken if taken[name] + _requested_amount(name, pod) > parse_quantity(hard[name])]

@@ -35,7 +35,7 @@ class ObjectKind:
 
     @property
     def resource(self) -> str:
-        """Its name in messages: `deployments.apps`."""
+        """Name of the resource in messages: `deployments.apps`."""
         group = self.group_version.rpartition("/")[0]
         return f"{self.plural}.{group}" if group else self.plural
 
@@ -69,14 +69,17 @@ SCALE = ObjectKind("Scale", "scales", "autoscaling/v1", "V1Scale")
 
 
 def unknown_fields(kind: ObjectKind, value: Json) -> list[str]:
+    """Return the paths of fields that a kind does not have."""
     return [path for path, problem in _walk(kind.model, value, "") if problem is None]
 
 
 def wrong_types(kind: ObjectKind, value: Json) -> list[str]:
+    """Return a message, as the server words it, for each field of a wrong type."""
     return [problem for _, problem in _walk(kind.model, value, "") if problem is not None]
 
 
 def prune_unknown(kind: ObjectKind, value: Json) -> Json:
+    """Return a copy of an object without unknown fields and nulls."""
     pruned: Json = _prune(kind.model, value)
     return pruned
 
@@ -91,6 +94,7 @@ Found = Iterator[tuple[str, str | None]]
 
 
 def _walk(type_name: str, value: object, path: str) -> Found:
+    """Yield the unknown fields and those of wrong types in a value of a type of the client's models."""
     name = path.rpartition(".")[2]
     if value is None or type_name == "object":
         return

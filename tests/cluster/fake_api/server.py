@@ -54,7 +54,7 @@ class ApiTarget:
 
 @dataclass
 class FakeApiServer:
-    """One API server; tests read and change its fields."""
+    """API server in memory; tests read and change its fields."""
 
     token: str = "fake-token"
     second: float = 1.0
@@ -89,7 +89,7 @@ class FakeApiServer:
     # ── controls for tests ──────────────────────────────────────────────────────────────────────────────────
 
     async def listen(self) -> None:
-        """Accept requests, on the same port as before."""
+        """Start to accept requests, on the same port as before if there was one."""
         application = web.Application(client_max_size=2**24)
         application.router.add_route("*", "/{path:.*}", self.answer)
         self._runner = web.AppRunner(application, access_log=None, shutdown_timeout=0.1)
@@ -106,12 +106,12 @@ class FakeApiServer:
         await self._runner.cleanup()
 
     def end_watches(self) -> None:
-        """End all streams in the normal way."""
+        """End all open watches in the normal way, as at their timeout."""
         self._ends.set()
         self._ends = asyncio.Event()
 
     def cut_watches(self) -> None:
-        """Break the connections of all streams."""
+        """Break the connections of all open watches."""
         for watch in tuple(self._watches):
             watch.cancel()
 
@@ -121,7 +121,7 @@ class FakeApiServer:
         self.cut_watches()
 
     def restart_etcd(self) -> None:
-        """Answer again, without the earlier versions."""
+        """Answer requests again after `lose_etcd`; earlier resource versions can't be watched any more."""
         self.store.forget()
         self.outage = None
 
@@ -132,6 +132,7 @@ class FakeApiServer:
     # ── requests ──────────────────────────────────────────────────────────────────────────────────────────
 
     async def answer(self, request: web.Request) -> web.StreamResponse:
+        """Answer a request as the real server would, or by the fault that the fields ask for."""
         self.requests.append(f"{request.method} {request.path_qs}")
         raw = await request.read()
         if self.is_silent:
@@ -154,6 +155,7 @@ class FakeApiServer:
             return web.json_response(refused.body, status=refused.status, headers=refused.headers)
 
     def _authorize(self, request: web.Request, target: ApiTarget) -> None:
+        """Raise `KubernetesError` for a wrong token, an anonymous request, and an impersonated user."""
         given = request.headers.get("Authorization")
         if given is not None and given != f"Bearer {self.token}":
             raise KubernetesError(401, "Unauthorized", "Unauthorized")
@@ -167,6 +169,7 @@ class FakeApiServer:
             raise KubernetesError(403, "Forbidden", message)
 
     async def _read(self, request: web.Request, target: ApiTarget) -> web.StreamResponse:
+        """Answer a GET request: an object, its scale or log, a list, or a watch."""
         if not target.name:
             if request.query.get("watch") in {"true", "1"}:
                 return await self._watch(request, target)
@@ -177,6 +180,7 @@ class FakeApiServer:
         return web.json_response(_scale(found) if target.subresource == "scale" else found)
 
     def _write(self, request: web.Request, target: ApiTarget, raw: bytes) -> tuple[int, Json]:
+        """Carry out a POST, PUT, PATCH or DELETE; return status and body of the answer."""
         query = request.query
         manager = FieldManager(query.get("fieldManager", "unknown"), "Update", target.subresource)
         is_dry = query.get("dryRun") == "All"
@@ -198,6 +202,9 @@ class FakeApiServer:
     def _decoded(
         self, target: ApiTarget, raw: bytes, query: Mapping[str, str], *, by_apply: bool = False
     ) -> Json:
+        """Return the object in a request's body; raises `KubernetesError` for wrong JSON,
+        version, types or namespace.
+        """
         kind = SCALE if target.subresource == "scale" else target.kind
         try:
             body: Json = json.loads(raw)
@@ -251,6 +258,7 @@ class FakeApiServer:
     def _patch(
         self, request: web.Request, target: ApiTarget, raw: bytes, manager: FieldManager, *, is_dry: bool
     ) -> tuple[int, Json]:
+        """Apply a patch of any kind to an object; return status and body of the answer."""
         content_type = request.content_type
         if content_type == _APPLY:
             return self._apply(request, target, raw, is_dry=is_dry)
@@ -271,6 +279,9 @@ class FakeApiServer:
     def _apply(
         self, request: web.Request, target: ApiTarget, raw: bytes, *, is_dry: bool
     ) -> tuple[int, Json]:
+        """Apply a configuration for its field manager; return 201 if that created the object,
+        else 200, and the object.
+        """
         query = request.query
         name = query.get("fieldManager")
         if not name:
@@ -291,6 +302,7 @@ class FakeApiServer:
         return 201 if is_new else 200, applied
 
     def _write_scale(self, target: ApiTarget, body: Json, manager: FieldManager) -> Json:
+        """Set the replicas of a Deployment through its scale, and return that."""
         found = self.store.get(target.kind, target.namespace, target.name)
         version = body.get("metadata", {}).get("resourceVersion")
         if version and version != found["metadata"]["resourceVersion"]:
@@ -303,6 +315,7 @@ class FakeApiServer:
         return _scale(self.store.get(target.kind, target.namespace, target.name))
 
     def _delete(self, target: ApiTarget, options: Json, query: Mapping[str, str]) -> Json:
+        """Delete an object, or all that the query selects, and return the body of the answer."""
         kind = target.kind
         options = {"propagationPolicy": query.get("propagationPolicy"), **options}
         if not target.name:
@@ -323,6 +336,7 @@ class FakeApiServer:
         return [self.store.get(target.kind, target.namespace, name) for name in names]
 
     def _list(self, query: Mapping[str, str], target: ApiTarget) -> Json:
+        """Return a list of objects, as a page if the query or the server limits it."""
         items = self._matching(query, target)
         version, start = self.store.version, ""
         if "continue" in query:
@@ -346,6 +360,9 @@ class FakeApiServer:
         }
 
     def _continued(self, token: str) -> tuple[int, str]:
+        """Return the version and the last name of a continue token; raises
+        `KubernetesError` for a wrong or expired one.
+        """
         try:
             decoded = json.loads(base64.b64decode(token, validate=True))
             version, start = int(decoded["v"]), str(decoded["start"])
@@ -359,6 +376,7 @@ class FakeApiServer:
         return version, start
 
     async def _watch(self, request: web.Request, target: ApiTarget) -> web.StreamResponse:
+        """Stream the changes of a kind until the timeout of the query, the end of watches, or the client's end."""
         query = request.query
         asked = query.get("resourceVersion", "")
         if not (asked or "0").isdigit():
@@ -394,6 +412,8 @@ class FakeApiServer:
         target: ApiTarget,
         matches: Callable[[Json], bool],
     ) -> None:
+        """Send the present objects, if asked for, and then each change that matches, until watches are ended."""
+
         async def send(change: str, found: Json) -> None:
             await response.write(json.dumps({"type": change, "object": found}).encode() + b"\n")
 
@@ -474,6 +494,7 @@ def _scale(found: Json) -> Json:
 
 
 def _label_selector(query: Mapping[str, str]) -> Callable[[Json], bool]:
+    """Return a function that tells whether an object matches the label and field selectors of a query."""
     labels = _parse_requirements(query.get("labelSelector", ""))
     desired = _parse_requirements(query.get("fieldSelector", ""))
     for name, _, _ in desired:
@@ -510,6 +531,7 @@ def _continue_token(version: int, start: str) -> str:
 
 @asynccontextmanager
 async def serve_fake_api(**settings: Any) -> AsyncIterator[FakeApiServer]:  # noqa: ANN401 - the fields of FakeApi
+    """Serve an API server with its controllers on a free port during the block; `settings` are its fields."""
     api = FakeApiServer(**settings)
     await api.listen()
     await api.controllers.start()

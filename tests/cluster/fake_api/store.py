@@ -48,7 +48,7 @@ def format_now() -> str:
 
 
 class ObjectStore:
-    """All state of the API server, without waits."""
+    """Objects of the API server with their versions and history, in memory; no method waits but `changed`."""
 
     def __init__(self) -> None:
         self.version = FIRST_VERSION
@@ -68,12 +68,13 @@ class ObjectStore:
         return self._shown(kind, found)
 
     def every(self, plural: str, namespace: str | None = None) -> Iterator[Json]:
-        """Yield the stored objects: controllers read them, and change them by `set_status` only."""
+        """Yield the stored objects of a kind, of one namespace or all; callers change them by `set_status` only."""
         for (of_plural, of_namespace, _), found in sorted(self._stored.items()):
             if of_plural == plural and namespace in {None, of_namespace}:
                 yield found.object
 
     async def changed(self) -> None:
+        """Wait for the next change of the store."""
         await self._changed.wait()
 
     def _shown(self, kind: ObjectKind, found: StoredObjectVersion) -> Json:
@@ -89,6 +90,10 @@ class ObjectStore:
     def create(
         self, kind: ObjectKind, namespace: str, body: Json, manager: FieldManager, *, is_dry: bool = False
     ) -> Json:
+        """Store a new object and return it; raises `KubernetesError` for an invalid or existing one.
+
+        With `is_dry`, store nothing.
+        """
         self._require_namespace(kind, namespace, body.get("metadata", {}).get("name", ""))
         body = copy.deepcopy(body)
         metadata = body.setdefault("metadata", {})
@@ -122,7 +127,7 @@ class ObjectStore:
         is_dry: bool = False,
         only_status: bool = False,
     ) -> Json:
-        """Replace an object. The resource version of the body, if any, must match."""
+        """Replace an object, or only its status, and return it. A resource version in the body must match."""
         key = (kind.plural, namespace, name)
         if key not in self._stored:
             raise not_found_error(kind.resource, name)
@@ -148,7 +153,7 @@ class ObjectStore:
         is_forced: bool,
         is_dry: bool = False,
     ) -> tuple[Json, bool]:
-        """Apply a configuration; return whether it created the object."""
+        """Apply a configuration; return the object, and whether it was created."""
         ownership.refuse_duplicates(name, kind.group_version, kind.name, config)
         key = (kind.plural, namespace, name)
         present = self._stored.get(key)
@@ -174,7 +179,9 @@ class ObjectStore:
         return self._exchange(kind, key, finished, owners, is_dry=is_dry), False
 
     def set_replicas(self, namespace: str, name: str, replicas: int, manager: FieldManager) -> None:
-        """Write like `/scale`, which omits zero, so that nobody owns the field at 0."""
+        """Set the replicas of a Deployment as `/scale` does, which omits zero,
+        so that no manager owns the field at 0.
+        """
         kind = KINDS["deployments"]
         key = (kind.plural, namespace, name)
         present = self._stored[key]
@@ -214,6 +221,7 @@ class ObjectStore:
         self._changed = asyncio.Event()
 
     def delete(self, kind: ObjectKind, namespace: str, name: str, options: Json) -> Json:
+        """Delete an object, or mark it as being deleted if it has finalizers or a grace period; return it."""
         key = (kind.plural, namespace, name)
         present = self._stored.get(key)
         if present is None:
@@ -242,7 +250,7 @@ class ObjectStore:
             del self._stored[key]
 
     def forget(self) -> None:
-        """Compact the history: no earlier version can be watched or listed any more."""
+        """Forget the history: no earlier version can be watched or listed any more."""
         self.version += 1
         self.forgotten = self.version
         self.events.clear()
@@ -272,8 +280,9 @@ class ObjectStore:
             )
 
     def _kept(self, kind: ObjectKind, present: Json, body: Json, *, only_status: bool) -> Json:
-        """Return the body with the parts that the write can't change: the status, or everything but the
-        status.
+        """Return the body with the parts that this write can't change taken from the present object.
+
+        These are everything but the status with `only_status`, else the status and system fields.
         """
         if only_status:
             return {**copy.deepcopy(present), "status": body.get("status", {})}
@@ -304,6 +313,7 @@ class ObjectStore:
         return kept
 
     def _finished(self, kind: ObjectKind, namespace: str, body: Json) -> Json:
+        """Return a body as it is stored: without unknown fields, with defaults."""
         finished = schema.prune_unknown(kind, body)
         finished["apiVersion"], finished["kind"] = kind.group_version, kind.name
         finished["metadata"].pop("managedFields", None)
@@ -322,6 +332,7 @@ class ObjectStore:
             raise invalid_error(kind.title, found["metadata"]["name"], problems)
 
     def _complete(self, kind: ObjectKind, created: Json) -> None:
+        """Add the fields that the server sets at the creation of an object."""
         metadata = created["metadata"]
         metadata.update(
             uid=str(uuid.uuid4()), creationTimestamp=format_now(), resourceVersion=str(self.version + 1)
@@ -342,6 +353,7 @@ class ObjectStore:
     def _exchange(
         self, kind: ObjectKind, key: Key, replaced: Json, owners: Owners, *, is_dry: bool = False
     ) -> Json:
+        """Store an object in place of the present one and return it; an unchanged one makes no event."""
         present = self._stored[key]
         self._refuse_invalid(kind, replaced, present.object)
         if kind.has_generation and replaced.get("spec") != present.object.get("spec"):
@@ -360,6 +372,7 @@ class ObjectStore:
         return self._shown(kind, self._stored[key])
 
     def _commit(self, change: str, key: Key) -> None:
+        """Give an object a new version, record the event of the change, and wake watches and controllers."""
         found = self._stored[key]
         self.version += 1
         found.object["metadata"]["resourceVersion"] = str(self.version)

@@ -24,6 +24,9 @@ TYPES: Mapping[str, tuple[TypeAdapter[Any], TypeAdapter[Any]]] = {
 
 
 def find_errors(given: Mapping[str, Mapping[str, list[Any]]]) -> Iterable[str]:
+    """Yield a sentence for each request and event that the provider's types do not accept,
+    or do not know all fields of.
+    """
     for provider, (request_type, event_type) in TYPES.items():
         for request in given[provider]["requests"]:
             try:

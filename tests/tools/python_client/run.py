@@ -31,6 +31,7 @@ UNFINISHED = ("pending", "running", "waiting")
 
 
 def main(url: str, key: str) -> None:
+    """Use the generated client against a server: create, show and execute a workflow, and read a refusal."""
     client = AuthenticatedClient(
         base_url=url, token=key, prefix="", auth_header_name="X-API-Key", raise_on_unexpected_status=True
     )

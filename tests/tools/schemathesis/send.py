@@ -15,6 +15,7 @@ from schemathesis.engine import events, from_schema
 
 
 def main() -> None:
+    """Send the requests and write the report, as the module says."""
     job = json.load(sys.stdin)
     schema = schemathesis.openapi.from_dict(
         job["document"], config=SchemathesisConfig.from_dict(job["config"])

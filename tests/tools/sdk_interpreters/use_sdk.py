@@ -123,14 +123,14 @@ def expect(kind: type[Exception]) -> Iterator[list[Exception]]:
 
 
 async def use_async_client(url: str, key: str, name: str) -> None:
-    """Run the workflow several times at once."""
+    """Run the workflow three times at once with the asynchronous client."""
     async with AsyncClient(url, key) as client:
         runs = await asyncio.gather(*(client.run(name, {"numbers": [n]}, wait=60) for n in (2, 4, 6)))
         assert [run.outputs["loop"]["total"] for run in runs] == [2, 4, 6]
 
 
 def main(url: str, key: str) -> None:
-    """Serve tasks in a thread, and use both clients meanwhile."""
+    """Run the worker in a thread, and use both clients against the server meanwhile."""
     assert run_node(count_in_process, {"a": 1}).output["count"] == 1
     worker.register()
     serving = threading.Thread(target=_serve)
