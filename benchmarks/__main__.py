@@ -102,7 +102,10 @@ def main() -> None:
 
 
 async def _measure(request: BenchmarkRequest) -> dict[str, list[dict[str, float]]]:
-    """Return the figures of each repetition, by part; each starts afresh."""
+    """Measure the requested parts; return the figures of each repetition, by part.
+
+    Each repetition starts fresh servers.
+    """
     gc.freeze()  # The generator's own garbage collections would show up in the server's latencies.
     figures: dict[str, list[dict[str, float]]] = {part: [] for part in PARTS if part in request.parts}
     with tempfile.TemporaryDirectory(prefix="pilotflame-benchmarks-") as root:
@@ -243,7 +246,7 @@ ONE_SHOT_PARTS: Mapping[str, Callable[[Path, MeasureOptions], Awaitable[dict[str
 
 
 def _compare(figures: dict[str, list[dict[str, float]]], part: str) -> None:
-    """Set a repetition against stock Dramatiq just before it, while the machine had the same speed."""
+    """Add to the newest repetition of a part its ratio to the baseline just before it, if that was measured."""
     if stock := figures.get("baseline"):
         newest = figures[part][-1]
         newest["times_stock_dramatiq"] = newest["executions_per_second"] / stock[-1]["chains_per_second"]

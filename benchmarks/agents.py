@@ -26,7 +26,7 @@ PATIENCE_SECONDS: Final = 120.0
 
 
 async def measure(folder: Path) -> dict[str, float]:
-    """Return the figures of one worker, on PostgreSQL and Redis."""
+    """Return the costs of agents in one worker, on PostgreSQL and Redis, by name of figure."""
     with services.run_postgres(services.DURABLE) as postgres, services.run_redis() as redis:
         database_url = await postgres.create_database("agents")
         async with (
@@ -142,7 +142,7 @@ async def _post(connection: KeptConnection, api: BenchmarkApi, path: str, body: 
 
 
 async def _run_agent(api: BenchmarkApi, workflow_id: str, turns: int) -> None:
-    """Run the agent to its end; raises `ValueError` if it fails, and `TimeoutError`."""
+    """Run the agent to its end; raises `ValueError` if the run fails, and `TimeoutError` after the patience."""
     connection = await KeptConnection.open(api.port)
     inputs = {"triggerInputs": {"body": {"turns": str(turns)}}}
     started = await _post(connection, api, f"/workflows/{workflow_id}/execute", inputs)
@@ -158,7 +158,7 @@ async def _run_agent(api: BenchmarkApi, workflow_id: str, turns: int) -> None:
 
 
 async def _measure_turns(server: ServerUnderTest, database_url: str, workflow_id: str) -> dict[str, float]:
-    """Return writing transactions and milliseconds of the worker for each turn of one agent."""
+    """Return the write transactions and the worker's CPU milliseconds per turn, without those of a run itself."""
     await _run_agent(server.api, workflow_id, FEW_TURNS)
     spent: dict[int, tuple[float, float]] = {}
     for turns in (FEW_TURNS, MANY_TURNS):
@@ -176,7 +176,7 @@ async def _measure_turns(server: ServerUnderTest, database_url: str, workflow_id
 async def _measure_streams(
     server: ServerUnderTest, model: _ScriptedModel, workflow_id: str
 ) -> dict[str, float]:
-    """Return the most memory of the worker while all agents stream, and the number of streams at once."""
+    """Return the worker's largest memory in MB while all agents stream, and the largest number of streams at once."""
     model.seconds = STREAM_SECONDS
     running = [asyncio.create_task(_run_agent(server.api, workflow_id, 1)) for _ in range(STREAMS)]
     most = 0.0

@@ -64,7 +64,7 @@ JsonBody = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class TimedRequest:
-    """One request."""
+    """Request to measure, with a body of JSON or none."""
 
     method: str
     path: str
@@ -72,7 +72,7 @@ class TimedRequest:
 
 
 async def measure(postgres: PostgresServer, redis: RedisServer, folder: Path) -> dict[str, float]:
-    """Return the latency of each kind of request on both databases."""
+    """Return latency percentiles in milliseconds of each kind of request, on both databases, by name of figure."""
     on_sqlite = folder / "sqlite"
     on_postgres = folder / "postgresql"
     on_sqlite.mkdir()
@@ -85,6 +85,9 @@ async def measure(postgres: PostgresServer, redis: RedisServer, folder: Path) ->
 
 
 async def _measure_database(name: str, pilotflame: ServerUnderTest, database_url: str) -> dict[str, float]:
+    """Fill the database of a server, and return the latencies of lists and edits;
+    the figures' names begin with `name`.
+    """
     callers = await _prepare(pilotflame, database_url)
     calibration_ms = machine.measure_calibration_ms()
     queries = await _measure_lists(callers)
@@ -108,7 +111,7 @@ async def _measure_database(name: str, pilotflame: ServerUnderTest, database_url
 
 
 async def _measure_lists(callers: Sequence[BenchmarkApi]) -> dict[str, LatencySample]:
-    """Return for each list the sample of the caller with the longest latency."""
+    """Return for each list the latencies of the caller with the largest p95."""
     samples: dict[str, LatencySample] = {}
     for name, query in LISTS.items():
         asked = [TimedRequest("GET", PATH + query)] * (WARM_UP + REQUESTS)
@@ -184,6 +187,7 @@ async def _create_large_workflow(api: BenchmarkApi) -> str:
 
 
 async def _measure_edits(api: BenchmarkApi, workflow: str) -> dict[str, LatencySample]:
+    """Return the latencies of each kind of edit of the large workflow."""
     kinds: Mapping[str, Callable[[int], TimedRequest]] = {
         "rename": lambda number: TimedRequest("PUT", workflow, {"name": f"Large {number}"}),
         "replace_the_graph": lambda number: TimedRequest(
@@ -218,7 +222,10 @@ async def _measure_edits(api: BenchmarkApi, workflow: str) -> dict[str, LatencyS
 
 
 async def _measure_whole_graph(api: BenchmarkApi, workflow: str) -> dict[str, LatencySample]:
-    """Measure requests about every node. The first layout moves the nodes; the others leave them in place."""
+    """Return the latencies of requests about every node.
+
+    The first layout moves the nodes; the others leave them in place.
+    """
     asked = {
         "validate": TimedRequest("POST", f"{workflow}/validate"),
         "lay_out": TimedRequest("POST", f"{workflow}/layout"),
@@ -230,7 +237,7 @@ async def _measure_whole_graph(api: BenchmarkApi, workflow: str) -> dict[str, La
 
 
 async def sample_requests(api: BenchmarkApi, several: Sequence[TimedRequest]) -> LatencySample:
-    """Send one request after the other, and return the latencies without those of the first `WARM_UP`."""
+    """Send requests one after the other, and return the latencies; those of the first `WARM_UP` are left out."""
     async with _open_client(api) as client:
         for asked in several[:WARM_UP]:
             await client.seconds(asked)
@@ -245,14 +252,14 @@ class _TimedClient:
     connection: KeptConnection
 
     async def expect(self, asked: TimedRequest) -> dict[str, Any]:
-        """Send a request and return its answer; raises `WrongAnswer` for a refusal."""
+        """Send a request and return the JSON of its answer; raises `WrongAnswer` for a refusal."""
         answer = await self.connection.send(self._encoded(asked))
         _require_success(asked, answer)
         body: dict[str, Any] = msgspec.json.decode(answer.body)
         return body
 
     async def seconds(self, asked: TimedRequest) -> float:
-        """Return the duration of a request; raises `WrongAnswer`."""
+        """Send a request and return its duration in seconds; raises `WrongAnswer` for a refusal."""
         request = self._encoded(asked)
         started_at = perf_counter()
         answer = await self.connection.send(request)

@@ -25,7 +25,9 @@ PATIENCE_SECONDS = 60
 
 
 def measure(redis_url: str, folder: Path, seconds: float) -> dict[str, float]:
-    """Return the baseline figures."""
+    """Return chains per second of stock Dramatiq, by number of its processes and at best,
+    and the speed of machine and disk.
+    """
     figures = {"calibration_ms": measure_calibration_ms(), "fdatasync_ms": measure_fdatasync_ms(folder)}
     for count in PROCESS_COUNTS:
         figures[f"chains_per_second_of_{count}"] = _measure_chains(redis_url, folder, count, seconds)
@@ -58,6 +60,7 @@ class _ChainBacklog:
 
 
 def _measure_chains(redis_url: str, folder: Path, process_count: int, seconds: float) -> float:
+    """Run Dramatiq with so many processes on a full queue, and return the chains that end per second."""
     command = [sys.executable, "-m", "dramatiq", "benchmarks.chain"]
     options = ["--processes", str(process_count), "--threads", str(THREADS)]
     variables: Mapping[str, str] = os.environ | {"CHAIN_REDIS_URL": redis_url}

@@ -54,7 +54,9 @@ SELECT number FROM series)
 
 
 async def measure(postgres: PostgresServer, folder: Path) -> dict[str, float]:
-    """Return the median milliseconds of a claim for each database, size and number of organizations, and ratios."""
+    """Return the median milliseconds of a claim for each database, size and number of organizations,
+    and the ratios of sizes.
+    """
     figures: dict[str, float] = {}
     for organizations in ORGANIZATIONS:
         async with (
@@ -71,7 +73,9 @@ async def measure(postgres: PostgresServer, folder: Path) -> dict[str, float]:
 
 
 async def _compare(name: str, few: JournalStore, many: JournalStore) -> dict[str, float]:
-    """Claim from both stores in turn, so that other load on the machine slows both down."""
+    """Return the median milliseconds of claims from both stores, in turn so that
+    other load slows both down, and their ratio.
+    """
     claimers = {FEW: _BenchmarkClaimer(few), MANY: _BenchmarkClaimer(many)}
     for claimer in claimers.values():
         await claimer.claim_ms(1)  # opens the connection

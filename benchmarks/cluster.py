@@ -23,7 +23,7 @@ PROBE_SECONDS = 1.0
 
 
 async def measure(postgres: PostgresServer, redis: RedisServer, folder: Path) -> dict[str, float]:
-    """Return milliseconds from asking for a deployment, or for a start of it, to the answer that its pod is ready."""
+    """Return milliseconds from the request to deploy, or to start, a workflow to the answer that its pod is ready."""
     database_url = await postgres.create_database("cluster")
     async with open_fake_cluster(folder, second=1.0) as (_, api):
         api.node.path = f"{Path(sys.executable).parent}:{api.node.path}"
@@ -42,7 +42,7 @@ async def measure(postgres: PostgresServer, redis: RedisServer, folder: Path) ->
 
 
 async def _measure_rounds(installed: InstalledWorkflow) -> tuple[list[float], list[float]]:
-    """Return the seconds of each deploy, and of the start that follows on a stop of it."""
+    """Return the seconds of each deploy, and of each start after a stop of the deployed workflow."""
     deploys: list[float] = []
     starts: list[float] = []
     for _ in range(ROUNDS):

@@ -131,7 +131,7 @@ async def _measure_together(part: str, request: CompareRequest) -> dict[str, lis
 async def _measure_turn(
     pure: InstalledWorkflow, process_ids: Mapping[str, int], request: CompareRequest
 ) -> dict[str, float]:
-    """Return rate, latency and CPU time of one short load; a shorter one before it is not counted."""
+    """Return rate, latency and CPU time of one short load, after a shorter one that isn't counted."""
     await load.run_closed_loop(pure, request.clients, request.options.seconds / 4)
     before = usage.cpu_seconds(process_ids)
     sample = await load.run_closed_loop(pure, request.clients, request.options.seconds)
@@ -155,6 +155,7 @@ async def _measure(
     name: str,
     request: CompareRequest,
 ) -> dict[str, float]:
+    """Start fresh servers of a checkout for a part, `dev` or `production`, and return their figures."""
     if part == "dev":
         async with processes.run_dev(folder, checkout=checkout) as pilotflame:
             return await _measure_path(pilotflame, BackingServers(), request)
@@ -169,7 +170,7 @@ async def _measure(
 async def _measure_path(
     pilotflame: ServerUnderTest, servers: BackingServers, request: CompareRequest
 ) -> dict[str, float]:
-    """Take the figures of the path of a run alone, or of chains of requests."""
+    """Return the figures of single runs, or with `--writes` those of chains of requests."""
     options = request.options
     if request.figures is WRITE_FIGURES:
         return await scenario.measure_three_writes(pilotflame, options.seconds)

@@ -84,6 +84,7 @@ async def _request(api: BenchmarkApi, request: bytes) -> bytes:
 
 
 async def _hold_mail_open(api: BenchmarkApi, workflow_id: str) -> asyncio.StreamWriter:
+    """Send all of a large mail but its last byte, as far as the server accepts it, and return the open connection."""
     writer = await _open_idle(api)
     writer.write(api.request("POST", f"/api/v1/workflows/{workflow_id}/email-trigger")[:-2])
     writer.write(f"Content-Type: message/rfc822\r\nContent-Length: {MAIL_BYTES + 1}\r\n\r\n".encode())
@@ -104,6 +105,7 @@ async def _open_idle(api: BenchmarkApi) -> asyncio.StreamWriter:
 
 
 async def _report(name: str, server: ServerUnderTest, workflow_id: str) -> None:
+    """Run a workflow repeatedly, and print the server's memory and the latency of `execute`."""
     execute = server.api.post(f"/api/v1/workflows/{workflow_id}/execute", b"{}")
     milliseconds = []
     for _ in range(RUNS):

@@ -52,7 +52,9 @@ SEEN: Final = (
 
 
 async def measure(folder: Path) -> dict[str, float]:
-    """Return paint, shift, latency of updates, load of streams, and the cost of an idle dashboard."""
+    """Return first paint, layout shift, latency of updates, load of streams,
+    and the cost of an idle dashboard, by name.
+    """
     figures = await dashboard_cost.measure(folder)
     async with (
         processes.run_dev(folder) as server,
@@ -90,7 +92,7 @@ async def _post(client: aiohttp.ClientSession, path: str, sent: object) -> dict[
 
 
 async def _run_workflow(client: aiohttp.ClientSession, count: int) -> str:
-    """Run a workflow of some nodes, each with three followers, and return the id of the ended run."""
+    """Create a workflow of `count` nodes, each followed by three, run it, and return the id of the completed run."""
     nodes: list[dict[str, Any]] = [{"id": "n0", "nodeId": "manual"}]
     nodes += [
         {"id": f"n{number}", "nodeId": "set", "label": f"Step {number}", "config": {"values": {"a": number}}}
@@ -107,6 +109,7 @@ async def _run_workflow(client: aiohttp.ClientSession, count: int) -> str:
 
 
 async def _measure_page(name: str, server: ServerUnderTest, page: BrowserPage, path: str) -> dict[str, float]:
+    """Return the p95 of a page's answers, its median first paint and readiness, and its largest layout shift."""
     sample = await sample_requests(server.api, [TimedRequest("GET", path)] * REQUESTS)
     paints, shifts, ready = [], [], []
     for _ in range(PAINTS):
@@ -126,7 +129,9 @@ async def _measure_page(name: str, server: ServerUnderTest, page: BrowserPage, p
 async def _measure_updates(
     server: ServerUnderTest, client: aiohttp.ClientSession, page: BrowserPage
 ) -> dict[str, float]:
-    """Return the time from the answer to a request that starts a run until the open list shows it."""
+    """Return p50 and p95 of the time between the answer to a request that
+    starts a run and its display in the open list.
+    """
     body = {"name": "Started often", "status": "active", "nodes": [{"id": "n0", "nodeId": "manual"}]}
     created = await _post(client, "/api/v1/workflows", body)
     await page.open(f"http://127.0.0.1:{server.api.port}/dashboard/runs", READY)
@@ -146,7 +151,9 @@ async def _measure_updates(
 
 
 async def _measure_streams(server: ServerUnderTest, client: aiohttp.ClientSession) -> dict[str, float]:
-    """Return the share of a core that idle streams of the list of runs take."""
+    """Return the percentages of a core that the server takes without streams,
+    and in addition for idle streams of runs.
+    """
     before = sum((await _read_idle_seconds(server)).values())
     connector = aiohttp.TCPConnector(limit=0)
     async with AsyncExitStack() as stack:
@@ -169,7 +176,7 @@ async def _measure_streams(server: ServerUnderTest, client: aiohttp.ClientSessio
 
 
 async def _read_idle_seconds(server: ServerUnderTest) -> dict[str, float]:
-    """Return the processor time that the processes take while nothing happens."""
+    """Wait `IDLE_SECONDS` without requests, and return the CPU seconds of each process in them."""
     before = usage.cpu_seconds(server.process_ids)
     await asyncio.sleep(IDLE_SECONDS)
     after = usage.cpu_seconds(server.process_ids)

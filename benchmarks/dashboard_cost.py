@@ -32,9 +32,9 @@ LOADING_SHARE: Final = 5
 
 
 async def measure(folder: Path) -> dict[str, float]:
-    """Return the figures of an idle and of an open dashboard as multiples of those without one.
+    """Return the figures of servers with an idle and with an open dashboard, as multiples of those of one without it.
 
-    They are medians of pairs of neighbors.
+    Each is the median of the ratios of loads that followed each other.
     """
     async with AsyncExitStack() as stack:
         servers = {}
@@ -69,7 +69,7 @@ async def measure(folder: Path) -> dict[str, float]:
 
 
 async def _measure_load(server: ServerUnderTest, workflow: load.LoadTarget) -> dict[str, float]:
-    """Return throughput, latencies and processor time of a closed loop."""
+    """Return throughput, latencies and CPU seconds per run of a closed loop."""
     before = sum(usage.cpu_seconds(server.process_ids).values())
     sample = await load.run_closed_loop(workflow, CLIENTS, SECONDS)
     spent = sum(usage.cpu_seconds(server.process_ids).values()) - before
@@ -82,7 +82,7 @@ async def _measure_load(server: ServerUnderTest, workflow: load.LoadTarget) -> d
 
 
 class PageVisit:
-    """Open page of one tab."""
+    """Page in an open tab, which loads itself again after hints."""
 
     def __init__(self) -> None:
         self.loads = 0
@@ -103,7 +103,7 @@ class PageVisit:
                 ready_at = begun_at + max(COALESCE_SECONDS, LOADING_SHARE * took)
 
     async def _load(self, session: aiohttp.ClientSession) -> float:
-        """Load the page unless it is unchanged; return the seconds that it took."""
+        """Load the page, which may be unchanged (304); return the seconds that it took."""
         begun_at = perf_counter()
         headers = {"If-None-Match": self._tag} if self._tag else {}
         async with session.get(PAGE, headers=headers) as answer:
@@ -117,7 +117,7 @@ class PageVisit:
 
 @asynccontextmanager
 async def _visit(server: ServerUnderTest, *, is_open: bool) -> AsyncIterator[PageVisit]:
-    """Keep the page open, if it is to be, while the context lasts."""
+    """Keep the page open during the block; load nothing unless `is_open`."""
     visit = PageVisit()
     if not is_open:
         yield visit

@@ -65,7 +65,7 @@ class TriggerCall:
 
 
 class TriggerCallers:
-    """Triggers of one deployed workflow, each on a connection that is free, or on a new one."""
+    """Senders of triggers to one deployed workflow, each on a free or a new connection, and the calls so far."""
 
     def __init__(self, installed: InstalledWorkflow) -> None:
         self.calls: list[TriggerCall] = []
@@ -73,7 +73,7 @@ class TriggerCallers:
         self._idle: list[KeptConnection] = []
 
     async def call(self) -> None:
-        """Trigger a run, and wait for its end."""
+        """Trigger a run, wait for its end, and add the call to `calls`, also one with a wrong answer."""
         connection = self._idle.pop() if self._idle else await KeptConnection.open(self._installed.api.port)
         x = next(_numbers)
         path = f"/api/v1/workflows/{self._installed.workflow_id}/trigger"
@@ -87,7 +87,7 @@ class TriggerCallers:
         self.calls.append(TriggerCall(seconds, IS_COLD.search(answer.head) is not None, trouble))
 
     async def call_steadily(self, seconds: float) -> None:
-        """Trigger at even intervals, independent of the duration of the answers."""
+        """Trigger at even intervals for so many seconds, independent of the answers, and wait for all of them."""
         begun_at = perf_counter()
         async with asyncio.timeout(seconds + STUCK_SECONDS), asyncio.TaskGroup() as tasks:
             for number in range(round(CALLS_PER_SECOND * seconds)):
@@ -95,7 +95,7 @@ class TriggerCallers:
                 tasks.create_task(self.call())
 
     async def call_at_once(self, callers: int) -> None:
-        """Trigger by `callers` clients at once."""
+        """Trigger by so many clients at once, and wait for all answers."""
         async with asyncio.timeout(STUCK_SECONDS), asyncio.TaskGroup() as tasks:
             for _ in range(callers):
                 tasks.create_task(self.call())
@@ -128,7 +128,7 @@ async def measure(folder: Path, seconds: float) -> dict[str, float]:
 
 
 async def _measure_pod(installed: InstalledWorkflow, deployer_id: int) -> dict[str, float]:
-    """Return how long a pod took from its process to being ready, and how large it is before its first run."""
+    """Return the time from the start of the pod's process until it was ready, and its memory before its first run."""
     await asyncio.sleep(REST_SECONDS)
     (process,) = (
         child
@@ -165,6 +165,7 @@ async def _measure_warm(installed: InstalledWorkflow) -> dict[str, float]:
 
 
 async def _measure_cold(installed: InstalledWorkflow) -> dict[str, float]:
+    """Return the latencies of triggers that each start a stopped workflow; raises `WrongAnswer` if it was running."""
     callers = TriggerCallers(installed)
     for _ in range(COLD_STARTS):
         await put_to_sleep(installed)
@@ -183,7 +184,7 @@ async def _measure_cold(installed: InstalledWorkflow) -> dict[str, float]:
 
 
 async def _measure_crowd(installed: InstalledWorkflow) -> dict[str, float]:
-    """Trigger a sleeping workflow by many clients at once."""
+    """Trigger a stopped workflow by many clients at once; return the number of its starts, and the longest latency."""
     await put_to_sleep(installed)
     before = await _count_wakes(installed)
     callers = TriggerCallers(installed)
@@ -196,7 +197,7 @@ async def _measure_crowd(installed: InstalledWorkflow) -> dict[str, float]:
 
 
 async def _measure_stops(installed: InstalledWorkflow, seconds: float) -> dict[str, float]:
-    """Stop a workflow repeatedly under load."""
+    """Stop a workflow repeatedly under load, and return the calls that were lost, failed or woke it, and latencies."""
     before, completed_before = await _count_wakes(installed), await _count_completed(installed)
     callers = TriggerCallers(installed)
     async with asyncio.TaskGroup() as tasks:
@@ -217,7 +218,9 @@ async def _measure_stops(installed: InstalledWorkflow, seconds: float) -> dict[s
 
 
 async def _measure_bursts(installed: InstalledWorkflow, data: Path) -> dict[str, float]:
-    """Send bursts of calls, with pauses that exceed the workflow's idle time."""
+    """Send bursts of calls, with pauses that exceed the workflow's idle time,
+    and return the same figures as for stops.
+    """
     await put_to_sleep(installed)
     _set_idle_seconds(data / "pilotflame.db", installed.workflow_id)
     before, completed_before = await _count_wakes(installed), await _count_completed(installed)
@@ -248,6 +251,7 @@ def _summarize_load(load_name: str, calls: Sequence[TriggerCall], completed: int
 
 
 def correct_calls(calls: Sequence[TriggerCall]) -> Sequence[TriggerCall]:
+    """Return the calls, or raise `WrongAnswer` for the first with a wrong answer."""
     for call in calls:
         if call.trouble:
             raise WrongAnswer(call.trouble)
@@ -263,14 +267,14 @@ def latency_sample(calls: Sequence[TriggerCall]) -> LatencySample:
 
 
 async def put_to_sleep(installed: InstalledWorkflow) -> None:
-    """Stop it, and wait until no pod is left."""
+    """Stop the workflow, and wait until none of its pods is left."""
     stopped = await send(installed, "POST", "stop")
     if stopped["deploymentStatus"] != "stopped":
         raise WrongAnswer(stopped)
 
 
 async def _count_wakes(installed: InstalledWorkflow) -> int:
-    """Return how often it was woken, lately."""
+    """Return the number of wakes among the workflow's last decisions."""
     history = await send(installed, "GET", f"lifecycle/history?limit={DECISIONS}")
     return sum(decision["action"] == "wake" for decision in history["decisions"])
 
@@ -284,7 +288,9 @@ async def _count_completed(installed: InstalledWorkflow) -> int:
 async def send(
     installed: InstalledWorkflow, method: str, what: str, body: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Send a request about the workflow and return the answer."""
+    """Send a request to a path below the workflow's, and return the JSON of the answer;
+    raises `WrongAnswer` for a refusal.
+    """
     path = f"/api/v1/workflows/{installed.workflow_id}/{what}"
     content = None if body is None else msgspec.json.encode(body)
     return await _request(installed, installed.api.request(method, path, content))

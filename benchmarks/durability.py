@@ -72,7 +72,7 @@ class AcknowledgedAnswer:
 
 @dataclass(slots=True)
 class PowerLossLog:
-    """A server's work on one data folder."""
+    """Record of a server's file changes in one data folder, and of the answers that clients received meanwhile."""
 
     root: Path
     log: Path
@@ -80,7 +80,7 @@ class PowerLossLog:
 
     @property
     def data(self) -> Path:
-        """Data folder. The server creates it and its parent."""
+        """Data folder, which the server creates with its parent."""
         return self.root / "server" / "data"
 
     def note(self, kind: str, identity: str, text: str = "") -> None:
@@ -88,7 +88,9 @@ class PowerLossLog:
 
 
 async def measure(folder: Path) -> dict[str, float]:
-    """Return how many states were checked, how many a server was started on, and how many answers were lost."""
+    """Return the numbers of checked disk states, of servers started on them,
+    and of acknowledged answers that were lost.
+    """
     library = preloads.compile_library(power_loss.RECORDER)
     if library is None:
         raise SystemExit("durability needs a C compiler: cc")
@@ -133,7 +135,7 @@ async def measure(folder: Path) -> dict[str, float]:
 async def _serve_until_done(
     data: Path, log: Path, given: dict[str, str], work: Callable[[str], Awaitable[None]]
 ) -> None:
-    """Run a server on a data folder for as long as some work takes; then it is killed."""
+    """Run a server on a data folder while `work`, called with its address, takes; then kill it."""
     settings = command_runs.command_environment(
         data, BOOTSTRAP_API_KEY=KEY, MAX_ROW_OUTPUT_BYTES=str(ROW_BYTES)
     )
@@ -177,7 +179,7 @@ async def _create_and_run(client: httpx2.AsyncClient, recording: PowerLossLog, n
 def _iterate_cut_points(
     recording: PowerLossLog, operations: Sequence[FileOperation], answered: Sequence[int]
 ) -> Iterator[tuple[int, SimulatedDisk]]:
-    """Yield points of the record with the disk at each: right after answers, and some in between."""
+    """Yield points of the record in ascending order with the disk at each: right after answers, and some in between."""
     between = [operation.ends_at for operation in operations if operation.ends_at > min(answered)]
     points = sorted({*answered, *_spread_points(between, CHECKED_POINTS // 2)})
     disk, done = SimulatedDisk(recording.root), 0
@@ -257,7 +259,9 @@ def _is_intact(path: Path) -> bool:
 
 
 async def _find_lost_after_start(data: Path, told: Sequence[AcknowledgedAnswer], log: Path) -> list[str]:
-    """Start a server on the remaining files; return the acknowledged runs that it lost or doesn't complete."""
+    """Start a server on the remaining files; return the acknowledged workflows
+    and runs that it lost or doesn't complete.
+    """
     lost: list[str] = []
 
     async def ask(url: str) -> None:
@@ -288,7 +292,7 @@ async def _runs_to_completion(client: httpx2.AsyncClient, answer: AcknowledgedAn
 
 
 async def _gives_content(client: httpx2.AsyncClient, answer: AcknowledgedAnswer, outputs: object) -> bool:
-    """Return whether the API still serves the large output of a run."""
+    """Return whether the API still serves the large output of a run, given the run's outputs."""
     hashes = set(re.findall(r'"sha256": ?"([0-9a-f]{64})"', json.dumps(outputs)))
     contents = [await client.get(f"/executions/{answer.id}/blobs/{one}") for one in sorted(hashes)]
     return any(content.is_success and answer.text in content.text for content in contents)

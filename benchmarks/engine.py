@@ -74,7 +74,7 @@ async def measure() -> dict[str, float]:
 
 
 async def measure_run_ms(workflow: BenchmarkWorkflow) -> float:
-    """Return the milliseconds of one run of a workflow that adds to `x`: the median of many."""
+    """Return the median milliseconds of one run of a workflow that takes a number `x`, without database and HTTP."""
     program = _compile(_build_graph([*map(dict, workflow.nodes)], [*map(dict, workflow.connections)]))
     times: list[float] = []
     for x in range(RUNS_PER_ROUND):
@@ -94,19 +94,19 @@ class DiscardingJournal:
         self.spans += 1
 
     def log(self, line: LogLine) -> None:
-        """Forget a line."""
+        """Discard a line."""
 
     def record_attempt(self, attempt: AttemptSpan) -> None:
-        """Forget an attempt."""
+        """Discard an attempt."""
 
     def record_step(self, step: AgentStep) -> None:
-        """Forget a step."""
+        """Discard a step."""
 
     def set_metadata(self, metadata: Mapping[str, str]) -> None:
-        """Forget metadata."""
+        """Discard metadata."""
 
     def advance(self, share: float) -> None:
-        """Forget how far the run is."""
+        """Discard the progress of the run."""
 
     async def commit(self) -> None:
         """Do nothing."""
@@ -134,7 +134,7 @@ def _measure_expressions() -> dict[str, float]:
 
 
 def _measure_nanoseconds(work: Callable[[], object]) -> float:
-    """Return the minimum of several rounds, because disturbances only ever add time."""
+    """Return the nanoseconds of `work`: the least of several rounds, because disturbances only ever add time."""
     rounds: list[float] = []
     for _ in range(ROUNDS):
         since = perf_counter_ns()
@@ -189,7 +189,7 @@ def _compile(graph: ParsedGraph) -> WorkflowProgram:
 
 
 async def _run(program: WorkflowProgram, trigger: Json) -> int:
-    """Run once; returns how many spans that left."""
+    """Run a program once, to its completion, and return the number of spans that it recorded."""
     now = datetime.now(UTC)
     start = RunStart(
         caller=CALLER,
@@ -205,7 +205,7 @@ async def _run(program: WorkflowProgram, trigger: Json) -> int:
 
 
 async def _measure_run(nodes: Nodes, *, trigger: Json = None, runs: int = RUNS_PER_ROUND) -> float:
-    """Return the microseconds of one run."""
+    """Return the microseconds of one run of these nodes, connected in a row."""
     program = _compile(_build_graph(nodes))
     given: Json = {"body": {"x": 1}} if trigger is None else trigger
 
@@ -297,7 +297,7 @@ def _build_diamonds() -> ParsedGraph:
 
 
 async def _measure_longest_pause(work: Awaitable[object]) -> float:
-    """Return the longest time, in milliseconds, that another task on the loop waited for its turn meanwhile."""
+    """Return the longest time in milliseconds for which `work` kept another task of the event loop waiting."""
     pauses: list[int] = []
 
     async def beat() -> None:

@@ -64,7 +64,7 @@ def main() -> int:
 
 
 def fuzz_target(request: FuzzRequest, seconds: int, target: str) -> FuzzResult:
-    """Fuzz one target for some seconds in a process of its own."""
+    """Fuzz one target for some seconds in a process of its own, and print and return the result."""
     (packages,) = ENVIRONMENT.folder.glob("lib/python*/site-packages")
     with tempfile.TemporaryDirectory(prefix="pilotflame-fuzz-") as scratch:
         corpus = Path(scratch) if request.corpus is None else request.corpus / target
@@ -92,7 +92,7 @@ def fuzz_target(request: FuzzRequest, seconds: int, target: str) -> FuzzResult:
 
 
 def read_result(target: str, exit_code: int, output: str) -> FuzzResult:
-    """Return the result in the output of a fuzzing process."""
+    """Return the result from the output of a fuzzing process; an exit code other than 0 is a finding."""
     progress = _PROGRESS.findall(output)
     inputs, coverage = map(int, progress[-1]) if progress else (0, 0)
     return FuzzResult(target, inputs, coverage, output[-4_000:] if exit_code else None)

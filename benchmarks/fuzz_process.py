@@ -19,7 +19,7 @@ with atheris.instrument_imports(include=PACKAGES):
 
 
 def main() -> None:
-    """Write the seeds into the folder and fuzz the target from them."""
+    """Write the seeds into the folder, and fuzz the target until the limits of its options; this ends the process."""
     name, folder, *options = sys.argv[1:]
     target = fuzz_targets.TARGETS[name]
     for number, seed in enumerate(target.seeds()):

@@ -104,17 +104,19 @@ class KeptConnection(asyncio.Protocol):
 
     @classmethod
     async def open(cls, port: int) -> KeptConnection:
-        """Connect. Raises OSError while no server listens."""
+        """Connect to a port of this machine. Raises OSError while no server listens."""
         _, connection = await asyncio.get_running_loop().create_connection(cls, "127.0.0.1", port)
         return connection
 
     @property
     def is_open(self) -> bool:
-        """Whether neither side has closed it; a server closes a connection that is idle for long."""
+        """Whether the connection is open; a server closes one that is idle for long."""
         return self._transport is not None and not self._transport.is_closing()
 
     async def send(self, request: bytes) -> HttpAnswer:
-        """Send a request and wait for its answer; raises `ConnectionLost`."""
+        """Send a request and wait for its answer of any status; raises `ConnectionLost`
+        if the connection ends first.
+        """
         if self._transport is None or self._transport.is_closing():
             raise ConnectionLost("The connection was closed")
         self._answer = self._loop.create_future()

@@ -43,7 +43,7 @@ _numbers = count(1)
 
 @dataclass(slots=True)
 class IngestLoad:
-    """One kind of request, and its target."""
+    """Requests of one kind to one workflow, and the number of accepted ones."""
 
     api: BenchmarkApi
     workflow_id: str
@@ -55,9 +55,7 @@ class IngestLoad:
     sent: int = field(default=0, init=False)
 
     async def run(self, connection: KeptConnection) -> float:
-        """Send one request and return the seconds until its answer. Raises `WrongAnswer` unless it was
-        accepted.
-        """
+        """Send one request and return the seconds until its answer. Raises `WrongAnswer` unless it was accepted."""
         made = self.make(next(_numbers))
         request = _encode_request(self.api, self.path, made, with_key=self.with_key)
         started_at = perf_counter()
@@ -72,7 +70,7 @@ class IngestLoad:
 async def measure(
     postgres: PostgresServer, redis: RedisServer, folder: Path, seconds: float
 ) -> dict[str, float]:
-    """Return requests a second, CPU and latency of each kind, on PostgreSQL with Redis and in `dev`."""
+    """Return requests per second, CPU time and latency of each kind, on PostgreSQL with Redis and in `dev`, by name."""
     on_sqlite, on_postgres = folder / "dev", folder / "production"
     on_sqlite.mkdir(parents=True)
     on_postgres.mkdir(parents=True)
@@ -87,6 +85,7 @@ async def measure(
 async def _measure_mode(
     mode: str, pilotflame: ServerUnderTest, gateway: str, seconds: float
 ) -> dict[str, float]:
+    """Return the figures of each kind of request to one server; their names begin with `mode`."""
     figures = {f"{mode}_calibration_ms": machine.measure_calibration_ms()}
     sendings = await _create_loads(pilotflame.api)
     process_id = pilotflame.process_ids[gateway]
@@ -115,7 +114,7 @@ async def _measure_mode(
 
 
 async def _wait_until_run(sending: IngestLoad) -> None:
-    """Wait until no run is left, and check that each accepted request has run once."""
+    """Wait until all runs have ended, and check that each accepted request has completed its runs, once."""
     deadline = perf_counter() + DRAIN_SECONDS
     async with _open_connection(sending.api) as connection:
         while await _count_executions(connection, sending, *UNFINISHED):
@@ -143,7 +142,7 @@ async def _count_executions(connection: KeptConnection, sending: IngestLoad, *st
 
 
 async def _create_loads(api: BenchmarkApi) -> Mapping[str, IngestLoad]:
-    """Create the workflows, and return the load for each."""
+    """Create the workflows, and return the requests to each by their name."""
     send_grid = SendGrid()
     filling: dict[str, Any] = {
         "commits": [{"id": "0" * 40, "message": "x" * 80} for _ in range(PUSH_BYTES // 150)]
@@ -212,7 +211,7 @@ def _encode_request(api: BenchmarkApi, path: str, made: SignedRequest, *, with_k
 async def _create_workflow(
     connection: KeptConnection, api: BenchmarkApi, trigger: str, config: Mapping[str, Any]
 ) -> str:
-    """Create an active workflow that begins with a trigger, and does as little as there is to do."""
+    """Create an active workflow of this trigger and one node without effects; return its id."""
     nodes: Sequence[Mapping[str, Any]] = [
         {"id": "start", "type": trigger, "config": config},
         {"id": "note", "type": "set", "config": {"values": {"seen": True}}},

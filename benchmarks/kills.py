@@ -62,7 +62,7 @@ def main() -> None:
 
 
 async def _kill_dev(request: KillRequest) -> None:
-    """Kill it at random moments of its life, each time as soon as it serves and a while more."""
+    """Kill `pilotflame dev` at random times after each start while clients run a workflow; every run must complete."""
     chance = Random(request.seed)
     async with _run_one_process() as (deployment, client, effects):
         effects.delay_seconds = NODE_SECONDS
@@ -92,7 +92,7 @@ async def _kill_dev(request: KillRequest) -> None:
 
 
 async def _run_poison(_request: KillRequest) -> None:
-    """Let one run kill the process whenever its node starts."""
+    """Kill the process whenever a node of one run starts: that run must end as crashed, and all others complete."""
     async with _run_one_process() as (deployment, client, effects):
         effects.delay_seconds = NODE_SECONDS
         poison = await client.create(
@@ -144,7 +144,7 @@ async def _run_one_process() -> AsyncIterator[tuple[SystemUnderTest, RetryingCli
 
 
 async def _measure_recovery(request: KillRequest) -> None:
-    """Kill the process that executes a run, and wait until the run continues."""
+    """Kill the process that executes a run, in several ways, and print the time until the run continues."""
     ways: Sequence[tuple[str, Callable[[SystemProcess], Awaitable[None]], float]] = (
         ("child killed, parent lives", _kill_child, 5.0),
         ("both killed, started again", _kill_and_start, 5.0),
@@ -183,7 +183,7 @@ async def _seconds_to_recover(
     workflow: str,
     kill: Callable[[SystemProcess], Awaitable[None]],
 ) -> float:
-    """Return the seconds from a kill to when another process is at the same node."""
+    """Return the seconds from a kill of the executing process until another one repeats the same call."""
     with effects.holding("charge") as held:
         run = await client.execute(workflow)
         call = await held.next_call()

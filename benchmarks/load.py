@@ -68,31 +68,34 @@ class LatencySample:
         return self.ended_in_window / self.window_seconds
 
     def milliseconds(self, percent: float) -> float:
-        """Return the latency that `percent` of the runs did not exceed."""
+        """Return the latency in milliseconds that `percent` of the runs did not exceed."""
         rank = math.ceil(percent / 100 * self.count)
         return self.sorted_latencies_seconds[max(rank, 1) - 1] * 1000
 
 
 class LoadTarget(Protocol):
-    """Repeatable action of a load."""
+    """Action that a load repeats."""
 
     @property
     def api(self) -> BenchmarkApi: ...
 
     async def run(self, connection: KeptConnection) -> float:
-        """Do it once, and return the seconds that it took."""
+        """Perform the action once, and return the seconds that it took."""
 
 
 @dataclass(frozen=True, slots=True)
 class InstalledWorkflow:
-    """Workflow that was created on a server."""
+    """Workflow on a server, with its id there."""
 
     api: BenchmarkApi
     workflow: BenchmarkWorkflow
     workflow_id: str
 
     async def run(self, connection: KeptConnection) -> float:
-        """Run once, check the result, and return the duration in seconds. Raises `WrongAnswer`."""
+        """Run the workflow once with a new number, and return the seconds until its result.
+
+        Raises `WrongAnswer` for a wrong one.
+        """
         x = next(_numbers)
         started_at = perf_counter()
         path = f"/api/v1/workflows/{self.workflow_id}/execute"
@@ -114,7 +117,7 @@ class InstalledWorkflow:
 
 
 async def install_workflow(api: BenchmarkApi, workflow: BenchmarkWorkflow) -> InstalledWorkflow:
-    """Create a workflow on a server."""
+    """Create a workflow on a server; raises `WrongAnswer` if it is refused."""
     fields: Mapping[str, Any] = {
         "name": workflow.name,
         "nodes": workflow.nodes,
@@ -126,7 +129,7 @@ async def install_workflow(api: BenchmarkApi, workflow: BenchmarkWorkflow) -> In
 
 
 async def run_sequentially(installed: InstalledWorkflow, times: int) -> LatencySample:
-    """Run `times` times, each after the one before."""
+    """Run the workflow so many times, each after the one before, and return the latencies."""
     async with _open_connections(installed.api, 1) as (connection,):
         begun_at = perf_counter()
         latencies = [await installed.run(connection) for _ in range(times)]
@@ -134,7 +137,7 @@ async def run_sequentially(installed: InstalledWorkflow, times: int) -> LatencyS
 
 
 async def run_closed_loop(installed: LoadTarget, clients: int, seconds: float) -> LatencySample:
-    """Run for `seconds` with `clients` clients, each of which waits for its result before its next request."""
+    """Let so many clients repeat the action for `seconds`, each after its last result, and return the latencies."""
     latencies: list[float] = []
     ended_in_window = 0
 
@@ -156,7 +159,7 @@ async def run_closed_loop(installed: LoadTarget, clients: int, seconds: float) -
 
 
 async def run_open_loop(installed: LoadTarget, per_second: float, seconds: float) -> LatencySample:
-    """Run it at moments that don't depend on one another or on the server: a Poisson process."""
+    """Perform the action at random times, independent of the server (a Poisson process), and return the latencies."""
     latencies: list[float] = []
 
     async with _open_connections(installed.api, 1) as connections:

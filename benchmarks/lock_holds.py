@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> None:
 
 
 def _measure(text: bytes) -> list[float]:
-    """Return the longest hold of each step that the text reaches."""
+    """Return the longest hold of the GIL in seconds by each step, up to the one that refuses the text."""
     found: list[Any] = []
     held = [_measure_longest(lambda: found.append(_decode_each(text)))]
     if found[0] is not None:

@@ -38,7 +38,7 @@ POLL_SECONDS = 1.0
 
 
 async def measure(postgres: PostgresServer, redis: RedisServer, folder: Path) -> dict[str, float]:
-    """Return figures of workflows that start at once on a slow node, and of many at rest."""
+    """Return the figures of many workflows that start at once on a slow node, and of many without load, by name."""
     (folder / "starts").mkdir()
     (folder / "rest").mkdir()
     return {
@@ -97,7 +97,7 @@ async def _measure_rest(postgres: PostgresServer, redis: RedisServer, folder: Pa
 async def run_deploying(
     postgres: PostgresServer, redis: RedisServer, folder: Path, **settings: str
 ) -> AsyncIterator[tuple[FakeApiServer, ServerUnderTest]]:
-    """Run all processes on an empty database, beside an API server with one large node."""
+    """Run all processes on an empty database, with a fake API server of one large node, during the block."""
     database_url = await postgres.create_database(f"mass_starts_{folder.name}")
     async with open_fake_cluster(folder, second=1.0) as (_, api):
         api.node.runs_commands = False
@@ -122,14 +122,14 @@ async def _wait_until_all(installed: list[InstalledWorkflow], status: str) -> No
 
 
 async def _sent(installed: InstalledWorkflow, method: str, what: str) -> dict[str, Any]:
-    """Return an answer about a workflow, although the gateway closes idle connections."""
+    """Send a request about a workflow, again if the gateway closes the connection, and return the answer."""
     while True:
         with suppress(ConnectionLost):
             return await deployed.send(installed, method, what)
 
 
 async def _count_requests(api: FakeApiServer, seconds: float) -> float:
-    """Return requests per minute at rest."""
+    """Wait, and return the requests per minute that the API server got meanwhile."""
     seen = len(api.requests)
     await asyncio.sleep(seconds)
     return (len(api.requests) - seen) * 60 / seconds

@@ -71,7 +71,7 @@ def _measure_instruments() -> dict[str, float]:
 
 
 def _make_counts() -> Callable[[], None]:
-    """Return a function that counts everything that the processes count for one pure run."""
+    """Return a function that updates all metrics that the processes update for one pure run."""
     now = datetime.now(UTC)
     execution_id = ids.new_id("exec")
     run: Any = SimpleNamespace(
@@ -103,7 +103,7 @@ def _make_counts() -> Callable[[], None]:
 
 
 def _measure_least(action: Callable[[], None]) -> float:
-    """Return the least time of an action in many rounds, in microseconds."""
+    """Return the least microseconds of one call of the action, over many rounds."""
     least = float("inf")
     for _ in range(ROUNDS):
         began_at = time.perf_counter()
@@ -117,7 +117,7 @@ def _measure_least(action: Callable[[], None]) -> float:
 
 
 async def _compare(pure: InstalledWorkflow, process_id: int) -> dict[str, float]:
-    """Let both states take turns, each first in half of the pairs; a pair of neighbors gives one ratio."""
+    """Return ratios of CPU time with to that without metrics, of loads that alternate on one server."""
     counting: list[float] = []
     silent: list[float] = []
     for pair in range(PAIRS):
@@ -134,7 +134,7 @@ async def _compare(pure: InstalledWorkflow, process_id: int) -> dict[str, float]
 
 
 async def _measure_load(pure: InstalledWorkflow, process_id: int, number: int, seconds: float) -> float:
-    """Return the CPU time of the server per run, in microseconds, in the state that a signal puts it in."""
+    """Switch the server's metrics on or off by a signal, and return its CPU microseconds per run in a load."""
     os.kill(process_id, number)
     before = _cpu_seconds(process_id)
     sample = await load.run_closed_loop(pure, scenario.CLIENTS, seconds)
@@ -142,7 +142,7 @@ async def _measure_load(pure: InstalledWorkflow, process_id: int, number: int, s
 
 
 async def _measure_scrapes(process_id: int, port: int) -> dict[str, float]:
-    """Return the CPU time of one scrape, and its share of a core at the usual interval."""
+    """Return the CPU milliseconds of one scrape, and its percentage of a core at the usual interval."""
 
     def scrape() -> None:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:

@@ -12,12 +12,12 @@ from telemetry import instruments
 
 
 def start_counting() -> None:
-    """Count metrics from now on."""
+    """Update metrics from now on."""
     instruments.expose()
 
 
 def stop_counting() -> None:
-    """Count no metrics from now on."""
+    """Update no metrics from now on."""
     instruments.is_exposed = False
     for lookup in (instruments.counter, instruments.gauge, instruments.histogram):
         lookup.cache_clear()

@@ -37,7 +37,7 @@ LARGE_TABLES: Final = (
 
 
 async def measure(postgres: PostgresServer, redis: RedisServer, folder: Path) -> dict[str, float]:
-    """Return the latency of each read on both databases, in milliseconds."""
+    """Return latency and CPU milliseconds of each read on both databases, and the scans of large tables, by name."""
     figures: dict[str, float] = {}
     addresses = {
         "sqlite": f"sqlite:///{folder}/million.db",
@@ -57,7 +57,7 @@ async def measure(postgres: PostgresServer, redis: RedisServer, folder: Path) ->
 
 
 async def _fill(url: URL) -> None:
-    """Insert the runs and the other objects, and let PostgreSQL count them, as autovacuum would."""
+    """Insert the runs and the other objects, and update PostgreSQL's statistics, as autovacuum would."""
     owner = await _read_owner(url)
     await many_runs.fill(url, owner, RUNS)
     database = Database(url)
@@ -69,7 +69,7 @@ async def _fill(url: URL) -> None:
 
 
 async def _read_owner(url: URL) -> RunOwner:
-    """Return the user that the bootstrap key belongs to."""
+    """Return the only user of the database, which the bootstrap key belongs to."""
     database = Database(url)
     try:
         async with database.read() as connection:
@@ -84,6 +84,7 @@ async def _read_owner(url: URL) -> RunOwner:
 async def _measure_reads(
     name: str, api: BenchmarkApi, url: URL, process_ids: Mapping[str, int]
 ) -> dict[str, float]:
+    """Return the figures of each read of one server; their names begin with `name`."""
     figures = {f"{name}_calibration_ms": machine.measure_calibration_ms()}
     begun_with = 0 if is_sqlite(url) else await _count_sequential_scans(url)
     plan = await replay_plans.store_failed_run(api, url)
@@ -117,7 +118,7 @@ async def _measure_reads(
 async def _name_scanning_reads(
     name: str, api: BenchmarkApi, url: URL, requests: Mapping[str, TimedRequest]
 ) -> dict[str, float]:
-    """Return the number of scans of whole large tables by one request of each read that makes any."""
+    """Send each request once; return the number of scans of whole large tables by those that make any, by name."""
     figures: dict[str, float] = {}
     scans = await _count_sequential_scans(url)
     for read, asked in requests.items():
@@ -129,7 +130,7 @@ async def _name_scanning_reads(
 
 
 async def _count_sequential_scans(url: URL) -> int:
-    """Return the number of scans of whole large tables so far; SQLite does not count them."""
+    """Return PostgreSQL's number of scans of whole large tables so far."""
     database = Database(url)
     statement = text("SELECT sum(seq_scan) FROM pg_stat_user_tables WHERE relname = ANY(:tables)")
     try:

@@ -21,7 +21,9 @@ POLL_SECONDS = 0.2
 
 
 async def measure(postgres: PostgresServer, redis: RedisServer, folder: Path) -> dict[str, float]:
-    """Return the seconds from the loss of a node until the workflow is not running, and until it runs again."""
+    """Return the seconds from the loss of a node until the workflow's status shows it,
+    and until the workflow runs again.
+    """
     async with mass_starts.run_deploying(postgres, redis, folder) as (api, pilotflame):
         api.node.start_seconds = PREPARE_SECONDS
         api.node.machines.append(FakeMachine("node-2"))

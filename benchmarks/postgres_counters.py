@@ -19,7 +19,7 @@ class NotDurable(Exception):
 
 @dataclass(frozen=True, slots=True)
 class PostgresCounters:
-    """Totals since the server began; commits lag by up to a second."""
+    """Totals of a PostgreSQL server since its start; commits lag by up to a second."""
 
     commits: int
     wal_bytes: int
@@ -27,7 +27,7 @@ class PostgresCounters:
     """Assigned to writing transactions only."""
 
     def per_run(self, before: PostgresCounters, runs: int) -> dict[str, float]:
-        """Return the increase since `before` per run."""
+        """Return the increase since `before`, divided by the number of runs."""
         return {
             "commits_per_run": (self.commits - before.commits) / runs,
             "wal_bytes_per_run": (self.wal_bytes - before.wal_bytes) / runs,
@@ -58,5 +58,5 @@ async def require_durable(database_url: str) -> None:
 
 
 def asyncpg_dsn(database_url: str) -> str:
-    """Return the address as asyncpg reads it."""
+    """Return the database URL in the form that asyncpg accepts."""
     return database_url.replace("+asyncpg", "", 1)

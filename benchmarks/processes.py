@@ -32,7 +32,7 @@ class ProcessEnded(Exception):
 
 @dataclass(frozen=True, slots=True)
 class ServerUnderTest:
-    """Server that answers requests, and its processes."""
+    """Server that answers requests, and the ids of its processes by name."""
 
     api: BenchmarkApi
     process_ids: Mapping[str, int]
@@ -51,7 +51,10 @@ async def run_dev(
     checkout: Path = PROJECT,
     program: Sequence[str] = ("pilotflame",),
 ) -> AsyncIterator[ServerUnderTest]:
-    """Run `pilotflame dev` on SQLite in `folder`; settings are named without `PILOTFLAME_`."""
+    """Run `pilotflame dev` on SQLite in `folder` during the block, and yield it once it is ready.
+
+    Settings are named without `PILOTFLAME_`. Raises `ProcessEnded` if it isn't ready in time.
+    """
     port = find_free_port()
     api = BenchmarkApi(port, f"sk-{secrets.token_urlsafe(32)}")
     commands = {"dev": [*program, "dev", "--port", str(port)]}
@@ -73,9 +76,11 @@ async def run_production(
     names: Sequence[str] = PROCESSES,
     checkout: Path = PROJECT,
 ) -> AsyncIterator[ServerUnderTest]:
-    """Run processes of the Procfile on a database, which is migrated first, and a Redis if there is one.
+    """Run processes of the Procfile on a database, which is migrated first,
+    and a Redis if there is one, during the block.
 
-    `names` selects the processes. Settings are named without `PILOTFLAME_`.
+    `names` selects the processes. Settings are named without `PILOTFLAME_`. Raises `ProcessEnded` if they aren't ready
+    in time.
     """
     api = BenchmarkApi(find_free_port(), f"sk-{secrets.token_urlsafe(32)}")
     variables = build_environment(api, folder, checkout, settings) | {
@@ -93,7 +98,7 @@ async def run_production(
 
 
 def read_procfile() -> dict[str, Sequence[str]]:
-    """Return the commands of the Procfile, by the names of the processes that they start."""
+    """Return the commands of the Procfile, by the name of the process that each starts."""
     commands = [
         shlex.split(line.partition(":")[2]) for line in (PROJECT / "Procfile").read_text().splitlines()
     ]
@@ -106,7 +111,7 @@ def build_environment(
     checkout: Path = PROJECT,
     settings: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
-    """Return the variables that any of the processes needs; the user's own settings are left out."""
+    """Return the environment variables of all processes, without the user's own settings."""
     programs = Path(sys.executable).parent if checkout == PROJECT else checkout / ".venv/bin"
     return environment_as_installed() | {
         "PATH": os.pathsep.join([str(programs), os.environ.get("PATH", os.defpath)]),
@@ -144,7 +149,9 @@ def run_commands(
     folder: Path,
     checkout: Path = PROJECT,
 ) -> Iterator[RunningProcesses]:
-    """Run commands as long as the context lasts, each with a log of its own; they end with this process too."""
+    """Run commands during the block, each with its own log; they are stopped after it,
+    and killed if this process dies.
+    """
     processes: dict[str, subprocess.Popen[bytes]] = {}
     try:
         for name, command in commands.items():
@@ -172,7 +179,7 @@ def log_file(name: str, folder: Path) -> Path:
 
 
 def require_running(processes: RunningProcesses, folder: Path) -> None:
-    """Raise `ProcessEnded` unless all of them run."""
+    """Raise `ProcessEnded`, with the end of its log, for a process that has ended."""
     for name, process in processes.items():
         if process.poll() is not None:
             said = log_file(name, folder).read_text(errors="replace")
@@ -195,6 +202,9 @@ async def _wait_until_answering(
     folder: Path,
     checkout: Path,
 ) -> AsyncIterator[ServerUnderTest]:
+    """Run commands during the block, and yield the server once it is ready;
+    raises `ProcessEnded` if it isn't in time.
+    """
     started_at = perf_counter()
     with run_commands(commands, variables, folder, checkout) as processes:
         while not await is_ready(api):
@@ -208,7 +218,7 @@ async def _wait_until_answering(
 
 
 async def is_ready(api: BenchmarkApi) -> bool:
-    """Tell whether the gateway answers `/readyz` with 200."""
+    """Return whether the gateway answers `/readyz` with 200; False also if none listens."""
     try:
         connection = await KeptConnection.open(api.port)
     except OSError:

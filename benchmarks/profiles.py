@@ -26,7 +26,9 @@ class ProcessProfiler:
     folder: Path
 
     async def record(self, process_id: int, seconds: float) -> list[Path]:
-        """Sample for `seconds`, half for the flame graph and half for the list; return all files."""
+        """Sample a process for `seconds`, half for a flame graph and half for a list of functions;
+        return both files.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         graph, stacks, functions = (
             self.folder / f"{self.process}.{kind}" for kind in ("svg", "stacks", "txt")
@@ -53,7 +55,7 @@ async def _record(process_id: int, file: Path, kind: str, seconds: int) -> None:
 
 
 def summarize_stacks(stacks: Iterable[str]) -> str:
-    """Return the functions that were found most often, from lines of `outer;inner;innermost count`."""
+    """Return a text with the functions that were sampled most often, from lines of `outer;inner;innermost count`."""
     alone: Counter[str] = Counter()
     with_callees: Counter[str] = Counter()
     callees: defaultdict[str, set[str]] = defaultdict(set)

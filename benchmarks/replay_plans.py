@@ -32,7 +32,9 @@ CHANGED: Final = 50
 
 
 async def store_failed_run(api: BenchmarkApi, url: URL) -> str:
-    """Store a failed run of a chain of nodes, change one of its nodes, and return the path of its replay."""
+    """Store a failed run of a chain of nodes, then change one node of the workflow;
+    return the path of the run's replay.
+    """
     connection = await KeptConnection.open(api.port)
     workflow = {"name": "Replayed", **_graph("a")}
     workflow_id = (await _post(api, connection, "/api/v1/workflows", workflow))["workflowId"]

@@ -15,7 +15,7 @@ NAME_WIDTH = 44
 
 
 def format_table(repetitions: Repetitions) -> Iterator[str]:
-    """Yield a line for each figure: its median, and its range if it was repeated."""
+    """Yield the lines of a table: for each figure its median, and all its values if it was repeated."""
     for measured, several in repetitions.items():
         yield ""
         yield f"{measured}, {len(several)} repetitions" if len(several) > 1 else measured
@@ -26,7 +26,7 @@ def format_table(repetitions: Repetitions) -> Iterator[str]:
 def save_report(
     path: Path, machine: Mapping[str, str | int], repetitions: Repetitions, outcomes: Iterable[TargetOutcome]
 ) -> None:
-    """Write everything as one JSON object."""
+    """Write the machine, all figures and the outcomes of targets into a file, as one JSON object."""
     contents = {
         "machine": machine,
         "figures": repetitions,

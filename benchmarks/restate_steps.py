@@ -30,7 +30,10 @@ INGRESS_PORT: Final = 8_080
 
 
 def send(port: int, method: str, path: str, body: object = None) -> Any:  # noqa: ANN401 - JSON
-    """Send a request to this machine, and return the JSON of the answer; raises `OSError` and `ValueError`."""
+    """Send a request to a port of this machine, and return the JSON of the answer, None if it is empty.
+
+    Raises `OSError` while no server listens, and `ValueError` for a refusal.
+    """
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE_SECONDS)
     sent = None if body is None else json.dumps(body)
     connection.request(method, path, sent, {"Content-Type": "application/json"})
@@ -86,7 +89,7 @@ def serve() -> None:
 
 @contextmanager
 def run_program(*command: str) -> Iterator[None]:
-    """Run a program as long as the context lasts."""
+    """Run a program during the block."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         yield
@@ -96,7 +99,7 @@ def run_program(*command: str) -> Iterator[None]:
 
 
 def wait_until(condition: Callable[[], object]) -> None:
-    """Wait until a condition holds; errors of a server that starts count as not yet. Raises `TimeoutError`."""
+    """Poll a condition until it holds, or raise `TimeoutError`; `OSError` and `ValueError` count as not yet."""
     give_up_at = time.monotonic() + PATIENCE_SECONDS
     while time.monotonic() < give_up_at:
         try:

@@ -24,7 +24,7 @@ COMMITS_OF_A_RUN = 2
 
 @dataclass(frozen=True, slots=True)
 class MeasureOptions:
-    """Duration of the measurement, and whether to profile meanwhile."""
+    """Durations in seconds of each load and of the rest before memory is read, and a profiler if one is wanted."""
 
     seconds: float
     idle_seconds: float
@@ -42,7 +42,10 @@ class BackingServers:
 async def measure(
     pilotflame: ServerUnderTest, servers: BackingServers, options: MeasureOptions
 ) -> dict[str, float]:
-    """Take every figure once. Raises `WrongAnswer` as soon as one run has a wrong result."""
+    """Return every figure of a started server once, by name.
+
+    Raises `WrongAnswer` as soon as a run has a wrong result.
+    """
     pure = await load.install_workflow(pilotflame.api, workflows.pure_workflow())
     await load.run_sequentially(pure, 1)
     figures = {
@@ -65,7 +68,7 @@ async def measure_saturated(
     database_url: str | None,
     options: MeasureOptions,
 ) -> dict[str, float]:
-    """Measure rate, latency and CPU time with clients that never pause."""
+    """Return rate, latency and CPU time with clients that never pause."""
     await load.run_closed_loop(installed, CLIENTS, WARM_UP_SECONDS)
     calibration_ms = machine.measure_calibration_ms()
     before = await _measure_spent(process_ids, database_url)
@@ -94,13 +97,13 @@ async def measure_saturated(
 
 
 async def measure_at_leisure(installed: InstalledWorkflow, seconds: float) -> dict[str, float]:
-    """Measure latency at ten runs per second."""
+    """Return latencies at ten runs per second."""
     sample = await load.run_open_loop(installed, RUNS_PER_SECOND, seconds)
     return {f"at_10_per_second_p{percent}_ms": sample.milliseconds(percent) for percent in (50, 95, 99)}
 
 
 async def measure_forty_nodes(pilotflame: ServerUnderTest) -> dict[str, float]:
-    """Measure one long run at a time."""
+    """Return the median milliseconds of a run of forty nodes, one at a time."""
     installed = await load.install_workflow(pilotflame.api, workflows.light_chain_workflow())
     await load.run_sequentially(installed, 1)
     sample = await load.run_sequentially(installed, SINGLE_RUNS)

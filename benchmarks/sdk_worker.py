@@ -19,7 +19,7 @@ class Step:
 
 
 def build_worker(slots: int) -> Worker:
-    """Return a worker with one node type; its server is that of the environment."""
+    """Return a worker with one node type; the environment names its server and key."""
     worker = Worker("bench", slots=slots, grace=5)
 
     @worker.node("bench/step", "1.0.0")

@@ -32,7 +32,7 @@ _encode = msgspec.json.Encoder().encode
 
 @asynccontextmanager
 async def run_sink() -> AsyncIterator[HttpSink]:
-    """Listen on a free port of this machine as long as the context lasts."""
+    """Serve the sink on a free port of this machine during the block."""
     sink = HttpSink()
     server = await asyncio.get_running_loop().create_server(lambda: _SinkProtocol(sink), "127.0.0.1", 0)
     sink.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"

@@ -72,7 +72,7 @@ class SoakRequest:
 
 
 class FindingAfterLoad(Exception):
-    """The doctor found something, or could not look; the text is its report."""
+    """The doctor reported a finding, or could not check something; the text is its report."""
 
 
 def main() -> None:
@@ -86,7 +86,7 @@ def main() -> None:
 
 
 async def _soak(request: SoakRequest) -> None:
-    """Run the deployments one after another; stop at the first broken guarantee."""
+    """Run storms on each deployment in turn, for its share of the time; a broken guarantee raises."""
     soak = asyncio.current_task()
     assert soak is not None
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, soak.cancel)  # ends all that was started
@@ -99,7 +99,10 @@ async def _soak(request: SoakRequest) -> None:
 
 
 async def _soak_stage(request: SoakRequest, stage: Stage, began_at: float, share: float) -> list[StormReport]:
-    """Run one storm after another on the same deployment, until a share of the time since `began_at` is over."""
+    """Run storms on one deployment until this share of the whole time since `began_at` is over; at least one.
+
+    Raises `FindingAfterLoad` if the doctor reports a finding after a storm.
+    """
     until = began_at + 60 * request.minutes * share
     reports: list[StormReport] = []
     async with AsyncExitStack() as stack:
@@ -140,18 +143,18 @@ def list_faults(system: FaultySystem, stage: Stage, chance: Random) -> list[Stor
 
 
 def _part(cell: FaultCell, stage: Stage) -> str:
-    """Return the part that no other fault may strike meanwhile."""
+    """Return the name of the part that the fault strikes, which no other fault may strike at the same time."""
     return "PostgreSQL" if cell.place == SLOW_DISK and stage is Stage.MANY else cell.row
 
 
 def deal_endlessly(faults: Sequence[StormStrike], chance: Random) -> Iterator[StormStrike]:
-    """Yield all faults in random order, then all in another, and so on."""
+    """Yield all faults in random order, then again in another order, without end."""
     while True:
         yield from chance.sample(faults, k=len(faults))
 
 
 def _describe(report: StormReport, heading: str) -> str:
-    """Return the line of one storm."""
+    """Return the printed line about one storm."""
     return "; ".join(
         [
             heading,
@@ -166,7 +169,7 @@ def _describe(report: StormReport, heading: str) -> str:
 
 
 def _summarize(reports: Sequence[StormReport], minutes: float) -> str:
-    """Return the last line: the figures of all storms."""
+    """Return the last printed line, with the figures of all storms."""
     strikes = _count_strikes(reports)
     return "; ".join(
         [
@@ -188,7 +191,7 @@ def _format_counts(counts: Counter[str]) -> str:
 
 
 def _show_logs(deployment: SystemUnderTest, failure: type[BaseException] | None, *_: object) -> None:
-    """Print the ends of the logs of all processes after a failure, before their folder is deleted."""
+    """Print the ends of all processes' logs if the block failed, before their folder is deleted."""
     if failure is None:
         return
     for process in deployment.processes:
@@ -199,7 +202,7 @@ def _show_logs(deployment: SystemUnderTest, failure: type[BaseException] | None,
 async def _run_storm(
     request: SoakRequest, seed: int, system: FaultySystem, faults: Sequence[StormStrike]
 ) -> StormReport:
-    """Run a storm with these faults."""
+    """Run a storm with these faults, and return its report."""
     plan = StormPlan(
         runs=request.runs_per_second * STORM_SECONDS, seconds=STORM_SECONDS, seed=seed, strikes=faults
     )
@@ -216,7 +219,7 @@ async def _run_storm(
 
 
 async def _require_no_finding(deployment: SystemUnderTest) -> None:
-    """Raise `FindingAfterLoad` if `GET /admin/drift` finds anything, or could not look."""
+    """Raise `FindingAfterLoad` if `GET /admin/drift` reports a finding, or could not check something."""
     client = RetryingClient(deployment.url, key=API_KEY)
     try:
         report = (await client.answer("GET", "/admin/drift")).json()

@@ -43,7 +43,10 @@ POLL_SECONDS = 0.005
 
 
 async def measure(postgres: PostgresServer, redis: RedisServer, folder: Path) -> dict[str, float]:
-    """Return the figures of each process; import times are also given as multiples of `python -c pass`."""
+    """Return CPU time of imports, time until ready, and memory of each process, by name.
+
+    Import times are also given as multiples of `python -c pass`.
+    """
     return {
         **_measure_imports(),
         **await _measure_processes(await postgres.create_database("starts"), redis.url, folder),
@@ -52,7 +55,7 @@ async def measure(postgres: PostgresServer, redis: RedisServer, folder: Path) ->
 
 
 def _measure_imports() -> dict[str, float]:
-    """Measure all imports in turn, so that they meet the same speed of the machine; the least counts."""
+    """Return the least CPU time of each import; they alternate, so that all run at the same speed of the machine."""
     programs = {"python": "pass"} | {
         name: f"{TUNING}import pilotflame.command, pilotflame.log_lines, {', '.join(modules)}"
         for name, modules in IMPORTS.items()
@@ -92,7 +95,7 @@ async def _measure_processes(database_url: str, redis_url: str, folder: Path) ->
 async def _measure_children(
     api: BenchmarkApi, variables: Mapping[str, str], folder: Path
 ) -> dict[str, float]:
-    """Measure the memory of each child of `pilotflame server` after a rest."""
+    """Return the memory in MB of each child of `pilotflame server`, after a rest."""
     processes.log_file("server", folder).unlink(missing_ok=True)
     with processes.run_commands({"server": ["pilotflame", "server"]}, variables, folder) as running:
         await _wait_until_ready("server", api, running, folder)
@@ -103,7 +106,7 @@ async def _measure_children(
 
 
 async def _measure_dev(folder: Path) -> dict[str, float]:
-    """Measure starts of `dev` in a folder with a database."""
+    """Return the figures of starts of `dev` in a folder that already has a database."""
     folder = folder / "dev"
     folder.mkdir()
     api = BenchmarkApi(processes.find_free_port(), f"sk-{secrets.token_urlsafe(32)}")
@@ -116,6 +119,7 @@ async def _measure_dev(folder: Path) -> dict[str, float]:
 async def _measure_starts(
     names: Sequence[str], api: BenchmarkApi, variables: Mapping[str, str], folder: Path
 ) -> dict[str, float]:
+    """Return median seconds until ready of each process, and its memory in MB after a rest."""
     figures = {}
     for name in names:
         ready_seconds = []
@@ -135,7 +139,7 @@ async def _measure_starts(
 async def _wait_until_ready(
     name: str, api: BenchmarkApi, running: processes.RunningProcesses, folder: Path
 ) -> None:
-    """Wait for the log line of a process, or for `/readyz`. Raises `ProcessEnded` if it ends before."""
+    """Wait for the log line of a process, or for `/readyz`. Raises `ProcessEnded` if it ends or is late."""
     deadline = perf_counter() + processes.READY_SECONDS
     log = processes.log_file(name, folder)
     while not (

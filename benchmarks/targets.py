@@ -12,14 +12,14 @@ Repetitions = Mapping[str, Sequence[Mapping[str, float]]]
 
 
 class TargetSide(StrEnum):
-    """Side of the target on which a figure must be."""
+    """Comparison of a figure with the limit of its target."""
 
     AT_LEAST = ">="
     BELOW = "<"
 
 
 class TargetJudgment(StrEnum):
-    """Which of several repetitions decides."""
+    """Value of several repetitions that is compared."""
 
     EVERY = "in every repetition"
     MEDIAN = "in the median"
@@ -27,7 +27,7 @@ class TargetJudgment(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class FigureTarget:
-    """A figure and where it should be."""
+    """Target of a figure, `figure`, of a part, `measured`."""
 
     measured: str
     figure: str
@@ -151,7 +151,7 @@ TARGETS = (
 
 
 def judge_targets(repetitions: Repetitions) -> Iterator[TargetOutcome]:
-    """Yield an outcome for each target with a figure."""
+    """Yield the outcome of each target with a measured figure."""
     for target in TARGETS:
         values = [
             figures[target.figure]

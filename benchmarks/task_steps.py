@@ -31,7 +31,7 @@ PATIENCE_SECONDS: Final = 300.0
 
 @contextmanager
 def run_workers(api: BenchmarkApi, workers: int, slots: int) -> Iterator[None]:
-    """Run workers of the SDK in a process of their own."""
+    """Run so many workers of the SDK in one process of their own during the block."""
     environment = os.environ | {
         "PILOTFLAME_URL": f"http://127.0.0.1:{api.port}",
         "PILOTFLAME_API_KEY": api.key,
@@ -46,7 +46,7 @@ def run_workers(api: BenchmarkApi, workers: int, slots: int) -> Iterator[None]:
 
 
 async def measure_tasks(api: BenchmarkApi, database_url: str, workers: int, slots: int) -> float:
-    """Return tasks per second of tasks that wait already, from the first claim to the last report."""
+    """Let workers perform all waiting tasks; return tasks per second from the first claim to the last report."""
     connection = await asyncpg.connect(asyncpg_dsn(database_url))
     try:
         first = await connection.fetchval("SELECT max(id) FROM task WHERE state = 'completed'") or ""
@@ -62,7 +62,7 @@ async def measure_tasks(api: BenchmarkApi, database_url: str, workers: int, slot
 
 
 async def measure_runs(api: BenchmarkApi, database_url: str, workflow_id: str) -> float:
-    """Return steps per second of runs with three steps each, from the first start to the last end."""
+    """Return steps per second of runs with three steps each, from the first request to the last end."""
     connection = await asyncpg.connect(asyncpg_dsn(database_url))
     left = RUNS
 
@@ -92,7 +92,7 @@ async def measure_runs(api: BenchmarkApi, database_url: str, workflow_id: str) -
 
 
 def chain_of_steps() -> dict[str, Any]:
-    """Return a workflow of three steps."""
+    """Return the definition of a workflow with three steps in a row."""
     steps = [{"id": f"step{n}", "nodeId": "bench/step", "config": {"n": n}} for n in range(STEPS)]
     names = ["start", *(str(step["id"]) for step in steps)]
     return {

@@ -36,7 +36,7 @@ TYPE: Final = "bench/step"
 
 
 async def measure(folder: Path) -> dict[str, float]:
-    """Return the figures of one gateway with workers, on PostgreSQL and Redis."""
+    """Return the figures of one gateway with workers, on PostgreSQL and Redis, by name."""
     with services.run_postgres(services.DURABLE) as postgres, services.run_redis() as redis:
         database_url = await postgres.create_database("tasks")
         async with processes.run_production(
@@ -77,7 +77,7 @@ async def _post(connection: KeptConnection, api: BenchmarkApi, path: str, body: 
 
 
 async def _prepare(api: BenchmarkApi) -> str:
-    """Add a node type and a workflow with one task; return the workflow's id."""
+    """Create a node type and a workflow with one task; return the workflow's id."""
     work = {"id": "work", "nodeId": TYPE, "config": {"n": 1}}
     document = {
         "type": TYPE,
@@ -106,7 +106,7 @@ def _poll(worker: str, limit: int, wait: float) -> dict[str, Any]:
 
 
 async def _measure_batches(api: BenchmarkApi, workflow_id: str, batch: int, workers: int) -> dict[str, float]:
-    """Return tasks per second, with tasks that wait already, through claims and reports of this size."""
+    """Return tasks per second of waiting tasks that clients claim and report, `batch` at a time."""
     await _start_runs(api, workflow_id, TASKS)
     done, ended_at = 0, 0.0
 
@@ -133,7 +133,7 @@ async def _measure_batches(api: BenchmarkApi, workflow_id: str, batch: int, work
 
 
 async def _start_runs(api: BenchmarkApi, workflow_id: str, count: int) -> None:
-    """Start runs, and wait until each has its task."""
+    """Start so many runs, and wait until the task of each is ready."""
     left = count
 
     async def start() -> None:
@@ -157,7 +157,7 @@ async def _wait_for_ready(connection: KeptConnection, api: BenchmarkApi, count: 
 
 
 async def _measure_begin(api: BenchmarkApi, workflow_id: str) -> dict[str, float]:
-    """Return the time from the commit of a task to its claim by an open poll, at a low rate."""
+    """Return p50 and p99 of the time between the commit of a task and its claim by an open poll, at a low rate."""
     started: list[str] = []
     worker = f"w_{uuid4().hex}"
 
@@ -198,8 +198,9 @@ def _seconds(moment: str) -> float:
 
 
 async def _measure_idle(server: ServerUnderTest) -> dict[str, float]:
-    """Return the share of a core and the memory that the gateway takes for open polls without a task, in addition to
-    those without polls.
+    """Return the CPU share and the memory that the gateway takes for open polls without a task.
+
+    The figures without polls are subtracted.
     """
     gateway = {"gateway": server.process_ids["gateway"]}
     at_rest = await _measure_cores(gateway)
@@ -224,15 +225,16 @@ async def _measure_idle(server: ServerUnderTest) -> dict[str, float]:
 
 
 async def _measure_cores(process_ids: Mapping[str, int]) -> float:
-    """Return the cores that processes use on average for `IDLE_SECONDS`."""
+    """Wait `IDLE_SECONDS`, and return the average number of cores that the processes used meanwhile."""
     before, began = sum(usage.cpu_seconds(process_ids).values()), perf_counter()
     await asyncio.sleep(IDLE_SECONDS)
     return (sum(usage.cpu_seconds(process_ids).values()) - before) / (perf_counter() - began)
 
 
 async def _repeat_poll(api: BenchmarkApi, number: int) -> None:
-    """Repeat a poll as a worker of the SDK does; the first one is shorter, so that they end at different times, as
-    polls of workers that were started at different times do.
+    """Repeat a poll as a worker of the SDK does, until canceled.
+
+    The first one is shorter by a random time, so that polls end at different times.
     """
     wait = random.uniform(1, POLL_SECONDS)
     async with _connection(api) as connection:

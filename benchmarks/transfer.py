@@ -47,7 +47,9 @@ Rows: TypeAlias = Sequence[tuple[int, str, float]]
 
 
 async def measure(postgres: PostgresServer, folder: Path) -> dict[str, float]:
-    """Return rows per second of both ways, and the ratio of their durations."""
+    """Return rows per second of a transfer by hand, by COPY and by a workflow,
+    and ratios of the workflow's duration.
+    """
     address = asyncpg_dsn(await postgres.create_database("transfer"))
     connection = await asyncpg.connect(address)
     await connection.execute(_TABLES)
@@ -101,7 +103,7 @@ async def _time_by_workflow(api: BenchmarkApi, client: KeptConnection, workflow_
 
 
 async def _check_and_empty(connection: Any) -> None:  # noqa: ANN401 - the driver's own type needs a record type
-    """Check that all rows have arrived, and delete them."""
+    """Check that all rows have arrived in the target, and delete them there."""
     count, gross = await connection.fetchrow("SELECT count(*), sum(gross) FROM target")
     assert (count, gross) == (ROWS, sum(number / 4 * 1.25 for number in range(1, ROWS + 1)))
     await connection.execute("TRUNCATE target")

@@ -12,19 +12,19 @@ import psutil
 
 
 def cpu_seconds(process_ids: Mapping[str, int]) -> dict[str, float]:
-    """Return the CPU time that each process has used; a child that has ended counts with its parent."""
+    """Return the CPU seconds that each process and its children have used so far, by name."""
     return {
         name: sum(map(_cpu_seconds, _process_tree(process_id))) for name, process_id in process_ids.items()
     }
 
 
 def memory_megabytes(process_ids: Mapping[str, int]) -> dict[str, float]:
-    """Return each process's PSS: its private memory and its share of shared memory."""
+    """Return the PSS of each process and its children in MB, by name: private memory and the share of shared memory."""
     return {name: sum(map(_megabytes, _process_tree(process_id))) for name, process_id in process_ids.items()}
 
 
 def started_at(process_id: int) -> float:
-    """Return when a process began, by the wall clock; psutil knows that to the second only."""
+    """Return the Unix time at which a process began; psutil knows that to the second only."""
     # After the name, which may contain spaces, it is the 20th field (proc(5) counts it as the 22nd).
     fields = Path(f"/proc/{process_id}/stat").read_text().rpartition(") ")[2].split()
     since_boot = int(fields[19]) / os.sysconf("SC_CLK_TCK")

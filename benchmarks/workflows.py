@@ -12,7 +12,7 @@ LIGHT_NODES = 40
 
 @dataclass(frozen=True, slots=True)
 class BenchmarkWorkflow:
-    """A graph and the result that it owes."""
+    """Graph of a workflow, and the check of its result."""
 
     name: str
     nodes: Sequence[Mapping[str, Any]]
@@ -22,7 +22,7 @@ class BenchmarkWorkflow:
 
 
 def pure_workflow() -> BenchmarkWorkflow:
-    """Add one, and branch on whether the sum is even: three nodes run, and the branch not taken is skipped."""
+    """Return a workflow that adds one and branches on whether the sum is even: three nodes run, one is skipped."""
 
     def is_right(x: int, outputs: Mapping[str, Any]) -> bool:
         taken, skipped = ("odd", "even") if x % 2 == 0 else ("even", "odd")
@@ -50,7 +50,7 @@ def pure_workflow() -> BenchmarkWorkflow:
 
 
 def light_chain_workflow() -> BenchmarkWorkflow:
-    """Add one, forty times over, one node after another."""
+    """Return a workflow that adds one forty times, in nodes one after another."""
 
     def is_right(x: int, outputs: Mapping[str, Any]) -> bool:
         return bool(outputs[f"add-{LIGHT_NODES}"]["sum"] == x + LIGHT_NODES)
@@ -64,7 +64,7 @@ def light_chain_workflow() -> BenchmarkWorkflow:
 
 
 def three_writes_workflow(url: str) -> BenchmarkWorkflow:
-    """Call another system three times, each time with its last answer."""
+    """Return a workflow that posts to `url` three times, each time the number of the last answer."""
 
     def is_right(x: int, outputs: Mapping[str, Any]) -> bool:
         return bool(outputs["third"]["body"] == {"number": x + 3})

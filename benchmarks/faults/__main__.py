@@ -45,7 +45,7 @@ class FaultRequest:
 
 
 def main() -> None:
-    """Run the matrix and exit."""
+    """Run the matrix, report it, and exit with the code that the module describes."""
     request = _parse_request()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(2))  # as for Ctrl-C: everything that was started ends
     run = request.run
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def report(request: FaultRequest, results: Sequence[CellResult], conditions: RunConditions) -> None:
-    """Write the files that were asked for, and print the matrix and each broken promise."""
+    """Write the requested files, and print the matrix and each broken promise."""
     markdown = matrix_view.build_markdown(results, conditions)
     if request.markdown is not None:
         request.markdown.write_text(markdown + "\n")

@@ -56,7 +56,9 @@ def _scheduler(system: FaultySystem) -> SystemProcess:
 
 
 async def _wait_for_work(system: FaultySystem, process: SystemProcess) -> None:
-    """Wait until a worker has an execution in hand: a node of it calls the ledger. Others may take them all."""
+    """Wait until a node of a worker's execution calls the ledger, or some seconds if none does;
+    then set `struck_at`.
+    """
     ledger = system.ledger
     if ledger is None or process not in system.deployment.workers:
         return
@@ -195,7 +197,7 @@ async def _restart_redis(system: FaultySystem) -> None:
 
 
 async def _restore_old_redis(system: FaultySystem) -> None:
-    """Start Redis again on the files that it had three seconds before."""
+    """Restart Redis on the files that it had some seconds before, so that it loses the changes since."""
     folder = system.redis_folder
     assert folder is not None
     kept = folder.with_name(f"{folder.name}-kept")
@@ -222,7 +224,7 @@ async def _kill_postgres(system: FaultySystem) -> None:
 
 @contextmanager
 def _stopped(process_id: int | None) -> Iterator[None]:
-    """Stop a server and its children."""
+    """Stop a server and its children by SIGSTOP during the block."""
     assert process_id is not None
     server = psutil.Process(process_id)
     family = [server, *server.children(recursive=True)]
@@ -246,7 +248,7 @@ async def _freeze_postgres(system: FaultySystem) -> None:
 
 
 async def _fill_postgres(system: FaultySystem) -> None:
-    """Let every write of PostgreSQL fail; it gives up, and is started again when there is room."""
+    """Let every write of PostgreSQL fail, so that it ends, and start it again once the disk has room."""
     server = system.many.postgres
     with _database_fault(system, "PostgreSQL full"):
         with system.disk.full():
@@ -256,7 +258,7 @@ async def _fill_postgres(system: FaultySystem) -> None:
 
 
 def _start_again(system: FaultySystem) -> None:
-    """Start PostgreSQL, which has given up or is about to."""
+    """Start PostgreSQL, after killing it if it still lives."""
     server = system.many.postgres
     if server.is_alive:
         server.kill()
@@ -311,7 +313,7 @@ async def _upgrade(system: FaultySystem) -> None:
 
 
 async def _roll_back(system: FaultySystem) -> None:
-    """Restart one process after another with the previous version, on the newer tables."""
+    """Restart one process after another with the previous version, on the tables of this one."""
     await _restart_all(system, system.previous)
 
 
@@ -331,7 +333,7 @@ PROCESS_NAMES: Final = ("gateway", "worker-1", "worker-2", "scheduler")
 
 
 def list_cells() -> Sequence[FaultCell]:
-    """Return every cell that can be struck, row by row."""
+    """Return every fault of the matrix, row by row."""
     lost = LOSS_SECONDS
     return [
         FaultCell("gateway", "killed", _kill(_gateway, 1.0), is_quick=True),

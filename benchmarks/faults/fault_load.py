@@ -29,7 +29,7 @@ MAX_WAITING: Final = 60
 
 @dataclass(frozen=True, slots=True)
 class LoadWorkflow:
-    """Workflow of the load with the end that its runs must have."""
+    """Workflow of the load, with the expected end of its runs and its share of the requests."""
 
     workflow_id: str
     expected: str
@@ -39,7 +39,7 @@ class LoadWorkflow:
 
 @dataclass(slots=True)
 class LoadRun:
-    """Run that a client was told to be accepted."""
+    """Run that was accepted by an answer to a client, and the end that the client observed."""
 
     execution_id: str
     expected: str
@@ -53,7 +53,7 @@ class LoadRun:
 
 @dataclass
 class FaultLoad:
-    """Load of one cell."""
+    """Requests to a deployment during one fault, and their outcome for the clients."""
 
     client: RetryingClient
     workflows: Sequence[LoadWorkflow]
@@ -71,7 +71,7 @@ class FaultLoad:
     _followers: set[asyncio.Task[None]] = field(default_factory=set)
 
     async def run(self) -> None:
-        """Send requests at random times until `stop`."""
+        """Send requests at random times until `stop`; then return, without waiting for answers."""
         while not self._is_over.is_set():
             if len(self._tasks) >= MAX_WAITING:
                 await asyncio.sleep(RETRY_SECONDS)
@@ -82,11 +82,13 @@ class FaultLoad:
             await asyncio.sleep(self.chance.expovariate(self.per_second))
 
     def stop(self) -> None:
-        """Send no further requests."""
+        """End `run`: no further request is sent."""
         self._is_over.set()
 
     async def drain(self, seconds: float) -> None:
-        """Wait for answers and ends; runs without an end after `seconds` are stuck."""
+        """Wait for answers and ends for up to `seconds`; then give up the others,
+        and runs without an end count as stuck.
+        """
         until = time.monotonic() + seconds
         for tasks in (self._tasks, self._followers):
             while tasks and (left := until - time.monotonic()) > 0:
@@ -97,6 +99,7 @@ class FaultLoad:
         await asyncio.gather(*left_over, return_exceptions=True)
 
     async def _request(self) -> None:
+        """Request one run, sometimes twice at once under its key, and follow the accepted ones to their end."""
         workflow = self.chance.choices(self.workflows, [one.weight for one in self.workflows])[0]
         key = f"{self.chance.getrandbits(128):032x}"
         count = 2 if self.chance.random() < TWICE_SHARE else 1
@@ -113,6 +116,7 @@ class FaultLoad:
             task.add_done_callback(self._followers.discard)
 
     async def _accepted(self, workflow: LoadWorkflow, key: str) -> str | None:
+        """Return the id of the run that the server accepted; None, and a count of the answer, if there is none."""
         path = f"/workflows/{workflow.workflow_id}/{'enqueue' if workflow.is_queue else 'execute'}"
         body: dict[str, Any] = {"message": {"a": 1}} if workflow.is_queue else {"triggerInputs": {"a": 1}}
         try:
@@ -159,17 +163,17 @@ async def create_workflows(client: RetryingClient, ledger: EffectLedger) -> Sequ
 
 
 def open_client(url: str) -> RetryingClient:
-    """Return a client with patience for every fault."""
+    """Return a client that repeats requests for as long as any fault may last."""
     client = RetryingClient(url, PATIENCE_SECONDS, API_KEY)
     client.retry_seconds = client.longest_retry_seconds = RETRY_SECONDS
     return client
 
 
 def in_flight(runs: Sequence[LoadRun], moment: float) -> list[LoadRun]:
-    """Return the runs that were accepted before a moment, and ended after it or never."""
+    """Return the runs that were requested before a Unix time, and ended after it or not at all."""
     return [run for run in runs if run.asked_at < moment and (run.ended_at is None or run.ended_at > moment)]
 
 
 def count_by_status(runs: Sequence[LoadRun]) -> Mapping[str, int]:
-    """Return the number of runs by the end that their clients saw."""
+    """Return the number of runs by the status that their clients observed at the end; `no end` without any."""
     return Counter(run.status or "no end" for run in runs)

@@ -42,12 +42,12 @@ SETTINGS: Final = {"LEASE_SECONDS": f"{LEASE_SECONDS:g}", "SWEEP_SECONDS": f"{SW
 
 
 class CompilerMissing(Exception):
-    """Clocks and disks that fail need a C compiler: `apt-get install gcc libc6-dev`."""
+    """The library for shifted clocks and faulty disks needs a C compiler: `apt-get install gcc libc6-dev`."""
 
 
 @dataclass(frozen=True, slots=True)
 class DamagedClock(ShiftedClock):
-    """Clock of a process, with the damage that its code gets."""
+    """Clock of a process that may run without one mechanism, or with the code of another version."""
 
     without: str | None = None
     code: Path | None = None
@@ -55,7 +55,7 @@ class DamagedClock(ShiftedClock):
 
     @property
     def environment(self) -> dict[str, str]:
-        """Environment variables of the process."""
+        """Environment variables with which the process has this clock, damage and code."""
         shifted = ShiftedClock(self.library, self.file).environment
         if self.code is not None:
             return {**shifted, **upgrades.code_environment(self.code)}
@@ -67,7 +67,7 @@ class DamagedClock(ShiftedClock):
 
 @dataclass(frozen=True, slots=True)
 class FaultRun:
-    """Run of the matrix."""
+    """Faults of a run and the load during each; `without` names a mechanism that is removed from the server."""
 
     cells: Sequence[FaultCell]
     seed: int
@@ -98,7 +98,7 @@ def _require_tools(cells: Sequence[FaultCell]) -> None:
 
 
 class _RunningMatrix:
-    """Cells that are not struck yet, and the results of the others."""
+    """Faults that are still to be performed, and the results of the others."""
 
     def __init__(self, run: FaultRun, view: MatrixView, folder: Path) -> None:
         self.results: list[CellResult] = []
@@ -111,9 +111,9 @@ class _RunningMatrix:
         """Held while a deployment starts: Alembic migrates one database of a process at a time."""
 
     async def run_line(self, stages: Sequence[Stage]) -> None:
-        """Strike the pending cells of one deployment after another.
+        """Start the deployment of each stage in turn, and perform the pending faults on it.
 
-        A second deployment of a stage is started only for several cells.
+        A second deployment of a stage is started only if several of its faults are pending.
         """
         for stage in stages:
             cells = self._pending[stage]
@@ -136,7 +136,7 @@ class _RunningMatrix:
 
 
 async def strike_cell(cell: FaultCell, system: FaultySystem, chance: Random, per_second: float) -> CellResult:
-    """Perform one fault under load, and judge the promises after it."""
+    """Perform one fault under load, and return the verdicts on the promises after it."""
     began_at = time.time()
     result = CellResult(cell.row, cell.column)
     system.deployment.faults.clear()
@@ -164,7 +164,10 @@ async def strike_cell(cell: FaultCell, system: FaultySystem, chance: Random, per
 async def _strike_under_load(
     cell: FaultCell, system: FaultySystem, load: FaultLoad, result: CellResult
 ) -> float:
-    """Send the load, perform the fault and wait for all ends; return the Unix time at which the fault was over."""
+    """Send the load, perform the fault, and wait for all ends; return the Unix time of the end of the fault.
+
+    A process that is not at work in time afterwards breaks promise P5.
+    """
     sending = asyncio.create_task(load.run())
     try:
         await asyncio.sleep(WARM_UP_SECONDS)
@@ -184,7 +187,7 @@ async def _strike_under_load(
 
 
 async def is_lively(client: RetryingClient) -> bool:
-    """Return whether a fresh execution completes."""
+    """Return whether a new execution completes within `LIVELY_SECONDS`."""
     workflow = await client.create(workflow_shapes.chain_workflow(workflow_shapes.set_node("done")))
     try:
         return (await client.end(await client.execute(workflow), LIVELY_SECONDS)).status == "completed"
@@ -194,7 +197,7 @@ async def is_lively(client: RetryingClient) -> bool:
 
 @asynccontextmanager
 async def open_many(folder: Path, without: str | None = None, **settings: str) -> AsyncIterator[FaultySystem]:
-    """Run gateway, two workers and a scheduler on PostgreSQL and Redis of their own.
+    """Run gateway, two workers and a scheduler on PostgreSQL and Redis of their own during the block.
 
     Raises `CompilerMissing`.
     """
@@ -213,7 +216,7 @@ async def open_many(folder: Path, without: str | None = None, **settings: str) -
 
 @asynccontextmanager
 async def open_dev(folder: Path, without: str | None = None, **settings: str) -> AsyncIterator[FaultySystem]:
-    """Run `pilotflame dev` on SQLite. Raises `CompilerMissing`."""
+    """Run `pilotflame dev` on SQLite during the block. Raises `CompilerMissing`."""
     disk = _open_disk(folder / "dev-disk")
     clock = _open_clock(folder / "dev.clock", without)
     libraries = f"{clock.environment['LD_PRELOAD']}:{disk.environment['LD_PRELOAD']}"
@@ -224,7 +227,7 @@ async def open_dev(folder: Path, without: str | None = None, **settings: str) ->
 
 @asynccontextmanager
 async def open_many_upgraded(folder: Path, _without: str | None) -> AsyncIterator[FaultySystem]:
-    """Run the previous version of all processes, on its own tables."""
+    """Run the previous version of all processes, on tables of that version, during the block."""
     code = upgrades.extract(upgrades.find_previous(), folder)
     clocks = {name: DamagedClock(_compile(SHIFTED_CLOCK), folder / name, code=code) for name in PROCESS_NAMES}
     for clock in clocks.values():
@@ -238,7 +241,7 @@ async def open_many_upgraded(folder: Path, _without: str | None) -> AsyncIterato
 
 @asynccontextmanager
 async def open_dev_upgraded(folder: Path, _without: str | None) -> AsyncIterator[FaultySystem]:
-    """Run the previous version of `pilotflame dev`, on its own tables."""
+    """Run the previous version of `pilotflame dev`, on tables of that version, during the block."""
     code = upgrades.extract(upgrades.find_previous(), folder)
     clock = DamagedClock(_compile(SHIFTED_CLOCK), folder / "clock", code=code)
     clock.set(0)
@@ -273,7 +276,7 @@ def _open_disk(file: Path) -> FaultyDisk:
 
 
 def _share_with_postgres(file: Path) -> None:
-    """Let the user of PostgreSQL read a file."""
+    """Let the operating system's user of PostgreSQL read a file."""
     file.chmod(0o644)
     for folder in list(file.parents)[:2]:
         folder.chmod(0o755)

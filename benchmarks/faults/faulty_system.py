@@ -24,7 +24,7 @@ COLUMNS: Final = ("killed", "frozen", "cut off", "slow", "full", "restarted", "m
 
 @dataclass
 class FaultySystem:
-    """Deployment with the parts of it that can fail."""
+    """Deployment, and its parts that can fail."""
 
     deployment: SystemUnderTest
     clocks: Mapping[str, ShiftedClock]
@@ -40,13 +40,13 @@ class FaultySystem:
 
     @property
     def many(self) -> ManyProcesses:
-        """The deployment of several processes."""
+        """The deployment, which must be the one of several processes."""
         assert isinstance(self.deployment, ManyProcesses)
         return self.deployment
 
     @property
     def one(self) -> OneProcess:
-        """`pilotflame dev`."""
+        """The deployment, which must be `pilotflame dev`."""
         assert isinstance(self.deployment, OneProcess)
         return self.deployment
 
@@ -80,7 +80,7 @@ STAGES: Final = {
 
 @dataclass(frozen=True, slots=True)
 class FaultCell:
-    """One fault."""
+    """Fault of the matrix."""
 
     row: str
     column: str
@@ -100,5 +100,5 @@ class FaultCell:
 
     @property
     def stage(self) -> Stage:
-        """Deployment that it strikes."""
+        """Deployment on which the fault is performed."""
         return STAGES.get(self.row, Stage.MANY)

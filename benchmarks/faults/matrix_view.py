@@ -49,7 +49,7 @@ class MatrixView:
 
     @contextmanager
     def shown(self) -> Iterator[None]:
-        """Show the matrix during a block."""
+        """Show the matrix during the block, if the output is a terminal."""
         if not self._console.is_terminal:
             yield
             return
@@ -57,12 +57,12 @@ class MatrixView:
             yield
 
     def begin(self, cell: FaultCell) -> None:
-        """Show that a cell is being struck."""
+        """Show that a fault is in progress."""
         self._running.add(cell.place)
         self._refresh()
 
     def add(self, result: CellResult) -> None:
-        """Show the result of a cell."""
+        """Show the result of a fault."""
         self._results.append(result)
         self._running.discard(result.place)
         self._progress.advance(self._task)
@@ -74,7 +74,7 @@ class MatrixView:
             )
 
     def describe_left(self) -> str:
-        """Return the expected time until the end of the run, by the cells so far."""
+        """Return the expected time until the end of the run, from the average of the faults so far."""
         passed, done = time.monotonic() - self._began_at, len(self._results)
         share = (passed + TYPICAL_SECONDS) / (done + 1)
         left = round(share * (len(self._cells) - done))
@@ -113,7 +113,7 @@ class MatrixView:
 
 
 def describe(result: CellResult) -> str:
-    """Return one line about a cell, and a line for each of the first breaches."""
+    """Return a line about the result of a fault, and a line for each of the first breaches."""
     recovery = "" if result.recovery_p50 is None else f", recovery {_recovery(result)}"
     line = (
         f"{result.row:10} {result.column:10} {result.verdict:8} {result.accepted} accepted, {result.lost} lost,"
@@ -141,7 +141,7 @@ class RunConditions:
     day: date = field(default_factory=lambda: datetime.now(UTC).date())
 
     def describe(self) -> str:
-        """Return one sentence."""
+        """Return these conditions as one sentence."""
         removed = f" without the {self.without}" if self.without else ""
         return (
             f"It took {self.seconds / 60:.1f} minutes on {self.day}, on {self.processors} processors with a load of"
@@ -183,7 +183,7 @@ def _recovery(result: CellResult) -> str:
 
 
 def build_json(results: Sequence[CellResult], conditions: RunConditions) -> dict[str, Any]:
-    """Return the results for other programs."""
+    """Return the conditions and all results as JSON."""
     return {
         "seed": conditions.seed,
         "requestsPerSecond": conditions.per_second,

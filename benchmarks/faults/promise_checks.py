@@ -47,7 +47,7 @@ class PromiseVerdict(StrEnum):
 
 @dataclass
 class CellResult:
-    """Figures and verdicts of one cell."""
+    """Figures of one fault, and the observations that break promises."""
 
     row: str
     column: str
@@ -100,9 +100,9 @@ async def judge(
     measured_from: float,
     cell: FaultCell,
 ) -> None:
-    """Fill in the figures and verdicts of a cell.
+    """Fill in the figures and verdicts of `result`.
 
-    `began_at` is the Unix time at which it began, `measured_from` the one from which recovery counts.
+    `began_at` is the Unix time at which the load began, and recovery is measured from `measured_from`.
     """
     runs = load.runs
     ids = [run.execution_id for run in runs]
@@ -132,7 +132,7 @@ async def judge(
 
 
 def require_executions(result: CellResult, runs: Sequence[LoadRun]) -> None:
-    """Judge a cell without executions as broken: it shows nothing about the other promises."""
+    """Record a breach of P5 if no execution was accepted, because that shows nothing about the other promises."""
     if not runs:
         result.breaches["P5"].append("no execution was accepted")
 
@@ -140,7 +140,10 @@ def require_executions(result: CellResult, runs: Sequence[LoadRun]) -> None:
 def judge_ends(
     result: CellResult, runs: Sequence[LoadRun], stored: Mapping[str, str], notes: Sequence[WitnessNote]
 ) -> None:
-    """Judge the end of each execution, by the database, its witnesses and the client."""
+    """Record runs that are lost, stuck, ended twice, or ended otherwise than their client was answered.
+
+    `stored` has the present status by execution id.
+    """
     ends: dict[str, list[str]] = defaultdict(list)
     for note in notes:
         if note.kind is NoteKind.ENDED:
@@ -160,7 +163,9 @@ def judge_ends(
 
 
 def _judge_answers(result: CellResult, run: LoadRun, noted: Sequence[str]) -> None:
-    """Judge the end that the client was told."""
+    """Record a run whose client was answered another end than the first recorded one,
+    a crashed one, or an unexpected one.
+    """
     if run.status is None:
         return
     if noted and run.status != noted[0]:
@@ -172,7 +177,7 @@ def _judge_answers(result: CellResult, run: LoadRun, noted: Sequence[str]) -> No
 
 
 def _judge_requests(result: CellResult, load: FaultLoad) -> None:
-    """Judge keys and answers of requests."""
+    """Record keys under which two runs were accepted, and answers that no client may get."""
     for key in load.doubled_keys:
         result.doubled += 1
         result.breaches["P8"].append(f"two executions under the key {key}")
@@ -187,7 +192,9 @@ def _judge_recovery(
     measured_from: float,
     bound: float | None,
 ) -> None:
-    """Measure the time until each execution in flight called the ledger again or ended."""
+    """Measure the time until each execution in flight called the ledger again or ended,
+    and judge P4 if there is a bound.
+    """
     calls: dict[str, list[float]] = defaultdict(list)
     for call in ledger.calls:
         calls[call.execution_id].append(call.arrived_at)

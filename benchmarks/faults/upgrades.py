@@ -29,7 +29,7 @@ class NoPreviousVersion(Exception):
 
 
 def find_previous() -> str:
-    """Return the commit of the previous version; raises `NoPreviousVersion`."""
+    """Return the tag or commit of the previous version; raises `NoPreviousVersion`."""
     tag = _git("describe", "--tags", "--abbrev=0", "--match", "v*", "HEAD^")
     if tag:
         return tag
@@ -42,7 +42,7 @@ def find_previous() -> str:
 
 
 def _oldest_revision() -> str:
-    """Return the newest revision that forbids older code the use of its tables."""
+    """Return the newest revision that older code can't use; raises `NoPreviousVersion` if there is none."""
     found = [path.name[:4] for path in sorted(MIGRATIONS.glob("*.py")) if OLDEST.search(path.read_text())]
     if not found:
         raise NoPreviousVersion(NoPreviousVersion.__doc__)
@@ -55,7 +55,7 @@ def _git(*arguments: str) -> str:
 
 
 def extract(reference: str, folder: Path) -> Path:
-    """Extract the code of a commit; return its folder."""
+    """Extract the code of a tag or commit into a new folder `previous` in `folder`, and return that."""
     code = folder / "previous"
     code.mkdir()
     archive = subprocess.run(
@@ -71,12 +71,12 @@ def code_environment(code: Path) -> dict[str, str]:
 
 
 async def migrate_with(code: Path, environment: Mapping[str, str]) -> None:
-    """Make the tables of a new database with the code of a folder."""
+    """Create the tables of a new database by the code of a folder; raises RuntimeError if that fails."""
     await migrate({**environment, **code_environment(code)})
 
 
 async def migrate(environment: Mapping[str, str]) -> None:
-    """Run `pilotflame migrate` as a process with this environment."""
+    """Run `pilotflame migrate` as a process with this environment; raises RuntimeError if that fails."""
     process = await asyncio.create_subprocess_exec(
         str(COMMAND),
         "migrate",
@@ -90,14 +90,14 @@ async def migrate(environment: Mapping[str, str]) -> None:
 
 
 def with_own_code(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return an environment with which a process runs the code of this checkout."""
+    """Return the environment changed so that a process runs the code of this checkout."""
     kept = {name: value for name, value in environment.items() if name != "PYTHONPATH"}
     inherited = os.environ.get("PYTHONPATH")
     return {**kept, "PYTHONPATH": inherited} if inherited else kept
 
 
 async def restart_with(process: SystemProcess, code: Path | None) -> None:
-    """Restart a process in order with the code of a folder; None: this checkout's."""
+    """Stop a process by SIGTERM and start it with the code of a folder, or with this checkout's for None."""
     own = with_own_code(process.environment)
     process.environment = own if code is None else {**own, **code_environment(code)}
     process.terminate()

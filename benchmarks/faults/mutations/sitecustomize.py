@@ -19,7 +19,7 @@ RECORDER = "journal.recorder"
 
 
 def remove_fence(module: Any) -> None:  # noqa: ANN401 - a module of the server
-    """Let writes with an outdated fencing token, and of executions that have ended, change rows."""
+    """Let workers without the lease of an execution, and those of ended executions, write results."""
     if module.__name__ == RECORDER:
         module.RunLease.is_held = lambda _: True
         module.LeaseKeeper._renew = _renew_nothing  # noqa: SLF001 - the very method to damage
@@ -36,7 +36,7 @@ async def _renew_nothing(*_arguments: object) -> list[object]:
 
 
 def remove_sweep(module: Any) -> None:  # noqa: ANN401 - a module of the server
-    """Look for no execution without an owner."""
+    """Let the sweep find no execution whose worker is gone."""
 
     async def sweep(_store: object, _limit: int) -> object:
         return module.SweepResult(requeued=0, ended={}, due=0, has_pending=False)
@@ -45,7 +45,7 @@ def remove_sweep(module: Any) -> None:  # noqa: ANN401 - a module of the server
 
 
 def remove_journal(module: Any) -> None:  # noqa: ANN401 - a module of the server
-    """Forget the committed results of nodes when an execution is taken over."""
+    """Return no committed results of nodes to a worker that takes over an execution."""
 
     async def spans(_store: object, keys: Sequence[Any]) -> dict[str, list[object]]:
         return {key.execution_id: [] for key in keys}
@@ -61,7 +61,7 @@ DAMAGE: dict[str, dict[str, Callable[[Any], None]]] = {
 
 
 class DamagingFinder(MetaPathFinder):
-    """Finder that damages modules as soon as they are loaded."""
+    """Finder that replaces parts of modules right after they are executed."""
 
     def __init__(self, damage: dict[str, Callable[[Any], None]]) -> None:
         self._damage = damage
