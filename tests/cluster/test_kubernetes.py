@@ -216,7 +216,7 @@ async def test_foreign_objects_in_the_namespace_are_left_alone(fake_cluster: Fak
     assert list_objects(api) == [("Service", "theirs")]
 
 
-async def test_objects_whose_deployment_was_deleted_by_hand_are_listed_and_deleted(
+async def test_objects_left_after_a_deployment_was_deleted_by_hand_are_listed_and_deleted(
     fake_cluster: Fake,
 ) -> None:
     cluster, api = fake_cluster

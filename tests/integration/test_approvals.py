@@ -170,7 +170,7 @@ async def inbox(person: UserClient, run: str, query: str = "?others=true") -> di
     return shown
 
 
-async def test_an_inbox_says_to_whom_each_question_is_assigned_and_who_has_answered(
+async def test_an_inbox_shows_the_assignment_and_the_votes_of_each_question(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     colleague, admin = people.colleague, people.admin
@@ -314,7 +314,7 @@ async def assign(person: UserClient, execution_id: str, *assignees: str) -> http
     return await person.api.post(f"{EXECUTIONS}/{execution_id}/reassign-input", json=body)
 
 
-async def test_a_question_is_passed_on_by_those_who_may_answer_it_and_by_admins(
+async def test_a_question_is_passed_on_by_its_assignees_and_by_admins(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     nobody = await harness.client()
@@ -342,7 +342,7 @@ async def test_a_question_is_passed_on_by_those_who_may_answer_it_and_by_admins(
     assert trail[0]["beforeHash"] == trail[1]["afterHash"]
 
 
-async def test_an_answer_is_not_taken_from_a_person_whose_question_is_passed_on_meanwhile(
+async def test_an_answer_is_refused_if_the_question_is_passed_on_meanwhile(
     harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The question is passed on between the check of its people and the answer."""

@@ -259,7 +259,7 @@ async def test_a_gateway_that_has_lost_its_lease_changes_nothing(
     assert (shown["status"], shown["done"]) == ("running", 1)
 
 
-async def test_dead_letters_are_purged_by_those_who_may_and_executions_canceled_and_retried(
+async def test_bulk_operations_purge_dead_letters_and_cancel_and_retry_executions(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id, _ = await create_dead_letters(harness, people.owner, 2)

@@ -282,7 +282,7 @@ async def test_use_of_a_data_source_tells_since_when_it_counts_and_no_message_of
     assert (failure["executionId"], failure["nodeId"], failure["message"]) == (None, "step", "")
 
 
-async def test_tools_of_a_server_show_what_has_changed_since_their_acceptance(
+async def test_tools_of_a_server_show_their_changes_since_acceptance(
     harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The hash that a button accepts is that of the shown definition; texts of the server are shown as text."""
@@ -657,7 +657,7 @@ async def test_hostile_parameters_of_the_pages_of_runs_are_refused_or_shown_as_t
             assert "<script>" not in page.text
 
 
-async def test_the_page_of_a_plan_leaves_a_write_out_and_says_what_follows(
+async def test_the_page_of_a_plan_leaves_a_write_out_and_shows_the_consequences(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     pay = {
@@ -882,7 +882,7 @@ async def test_findings_of_drift_wait_for_a_second_observation_once(
     assert len(waits) == 2, "organizations have observations of their own"
 
 
-async def test_the_overview_says_what_needs_a_person_and_groups_failures(
+async def test_the_overview_lists_problems_for_a_person_and_groups_failures(
     harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     queue = [{"id": "start", "nodeId": "queue-trigger", "label": "Message"}, GRAPH["nodes"][-1]]

@@ -267,7 +267,7 @@ async def create_question(person: UserClient, model: str) -> str:
     )
 
 
-async def test_a_run_is_refused_whose_user_may_not_use_its_models(people: OrganizationUsers) -> None:
+async def test_a_run_is_refused_if_its_user_may_not_use_its_models(people: OrganizationUsers) -> None:
     """Runs of `execute` have the rights of their caller, those of a queue the rights of the workflow's owner."""
     owner, colleague = people.owner, people.colleague
     model_id = await create_model(owner, await create_provider(owner))
@@ -524,7 +524,7 @@ async def test_names_are_unique_and_creation_is_idempotent(people: OrganizationU
     assert_refused(await people.owner.api.post(MODELS, json=body), 409, "model-name-taken")
 
 
-async def test_a_test_stores_what_a_model_can_do_until_it_becomes_another(
+async def test_a_test_stores_the_capabilities_of_a_model_until_its_vendor_model_changes(
     harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     allow_loopback(harness, monkeypatch)

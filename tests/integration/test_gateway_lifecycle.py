@@ -470,7 +470,7 @@ def test_windows_of_whole_days_are_one_a_day_wherever_they_begin() -> None:
         assert len(windows) == (15 if end < start else 14)
 
 
-async def test_a_calendar_plans_what_its_policy_starts_next(
+async def test_a_calendar_shows_the_next_start_by_its_policy(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(**GRAPH)

@@ -844,7 +844,7 @@ async def test_an_agent_is_replayed_by_its_recorded_answers(harness_of: ReplayHa
     assert [step["name"] for step in steps[:3]] == ["echo", "look", "look"]
 
 
-async def test_an_agent_whose_contents_are_not_recorded_is_asked_again(harness_of: ReplayHarness) -> None:
+async def test_an_agent_without_recorded_contents_is_asked_again(harness_of: ReplayHarness) -> None:
     here = harness_of
     here.model.turns = [AGENT_TURNS[0], AGENT_TURNS[2]]
     _, failed = await fail_agent(here, draw_agent(recordContent=False), 2)

@@ -74,7 +74,7 @@ async def read_text(reader: AnswerReader, characters: int) -> str:
     return text
 
 
-async def test_texts_are_sent_over_every_broker_so_that_nobody_else_reads_or_forges_them(
+async def test_texts_are_sent_over_every_broker_safe_from_readers_and_forgers(
     worker_broker: Broker, other_broker: Broker
 ) -> None:
     passed: list[Notification] = []
@@ -215,7 +215,7 @@ async def test_a_stream_of_hints_with_texts_ends_with_the_access_of_its_client(
         await asyncio.wait_for(stream.ended, PATIENCE_SECONDS)
 
 
-async def test_a_node_whose_contents_are_not_recorded_shows_no_text(
+async def test_a_node_without_recorded_contents_shows_no_text(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     async with (

@@ -79,7 +79,7 @@ async def test_hints_name_changed_runs_and_lists(harness: GatewayHarness, people
         changing.cancel()
 
 
-async def test_a_new_stream_begins_with_what_has_just_changed(
+async def test_a_new_stream_begins_with_the_latest_changes(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     """A page may be older than a change that precedes its stream."""

@@ -96,7 +96,7 @@ async def test_an_accepted_tool_is_called_and_its_list_is_remembered() -> None:
     assert served.violations == []
 
 
-async def test_only_what_was_accepted_is_called() -> None:
+async def test_only_accepted_definitions_are_called() -> None:
     async with serve_tools(tools=[build_tool(), build_tool("find")]) as served:
         async with connect(served) as connections:
             assert (await refuse(connections, "other")).code == "tool-not-accepted"
@@ -219,7 +219,7 @@ async def test_a_call_that_was_lost_with_its_worker_is_not_repeated() -> None:
 
 
 @pytest.mark.parametrize("fault", [McpFault.CUT, McpFault.WRONG_ID])
-async def test_a_call_whose_answer_is_lost_is_not_repeated(fault: McpFault) -> None:
+async def test_a_call_with_a_lost_answer_is_not_repeated(fault: McpFault) -> None:
     async with serve_tools(fault=fault) as served, connect(served) as connections:
         world = make_world(connections, {"maxAttempts": 3})
         assert await world.work() == RunOutcome(RunStatus.COMPLETED)
@@ -227,7 +227,7 @@ async def test_a_call_whose_answer_is_lost_is_not_repeated(fault: McpFault) -> N
         assert "may have been done" in json.loads(read_told(world))["hint"]
 
 
-async def test_a_call_whose_answer_is_lost_is_repeated_if_its_author_says_so() -> None:
+async def test_a_call_with_a_lost_answer_is_repeated_if_its_author_allows_it() -> None:
     async with serve_tools(fault=McpFault.CUT) as served, connect(served) as connections:
         world = make_world(connections, {"maxAttempts": 2, "onUnknown": "retry"})
         assert await world.work() == RunOutcome(RunStatus.COMPLETED)

@@ -217,7 +217,7 @@ async def test_a_provider_that_was_never_reached_bills_nothing() -> None:
     assert (failure.code, failure.retryable, failure.may_be_billed) == ("model-unavailable", True, False)
 
 
-async def test_a_call_whose_connection_breaks_is_not_repeated_here() -> None:
+async def test_a_call_on_a_broken_connection_is_not_repeated_here() -> None:
     """The provider may have read and billed it, so that only the retry of the node repeats it, visibly."""
     async with serve_models() as served, open_model_client() as client:
         model = model_at(served.url)

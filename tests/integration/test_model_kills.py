@@ -303,7 +303,7 @@ READS = [(("look", "Oslo"), ("look", "Rome")), (("look", "Bonn"),)]
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("kills", [[4, -5], [-3, 5]])
-async def test_an_agent_whose_contents_are_not_recorded_begins_again_and_pays_for_what_is_recorded(
+async def test_an_agent_without_recorded_contents_begins_again_and_pays_for_its_recorded_calls(
     run_database: RunDatabase, migrated_database: MigratedDatabase, tmp_path: Path, kills: list[int]
 ) -> None:
     definition = json.loads(build_agent("URL"))
@@ -420,7 +420,7 @@ async def lose_worker(
 
 
 @pytest.mark.timeout(300)
-async def test_a_person_decides_about_a_call_whose_worker_was_killed(
+async def test_a_person_decides_about_a_call_after_its_worker_was_killed(
     run_database: RunDatabase,
     migrated_database: MigratedDatabase,
     owned_workflow: OwnedWorkflow,

@@ -632,7 +632,7 @@ async def test_runs_that_failed_the_same_way_are_listed_with_one_of_them(
     assert [one in listed.text for one in ids] == [True, True, True, False, False]
 
 
-async def test_a_private_run_is_no_same_failure_for_those_who_may_not_see_it(
+async def test_a_private_run_is_no_same_failure_for_a_user_without_access(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await create_active_workflow(people.owner)

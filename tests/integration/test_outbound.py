@@ -904,7 +904,7 @@ async def test_a_connection_that_is_over_a_minute_old_is_not_used_again(
 
 
 @pytest.mark.anyio
-async def test_a_connection_is_used_again_behind_a_large_response_that_nobody_has_read(
+async def test_a_connection_is_used_again_after_a_large_unread_response(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(outbound_http, "KEEP_ALIVE_SECONDS", 60.0)

@@ -284,7 +284,7 @@ async def test_the_worst_workflows_come_first(harness: GatewayHarness, people: O
 
 
 @pytest.mark.every_database
-async def test_a_workflow_whose_first_run_is_counted_meanwhile_is_listed(
+async def test_a_workflow_is_listed_if_its_first_run_is_counted_meanwhile(
     harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     present = hour_of(harness.gateway.clock())
@@ -491,7 +491,7 @@ async def test_all_failures_of_a_day_are_grouped_by_cause(
     assert_refused(refused, 400, "invalid-query")
 
 
-async def test_failures_are_grouped_for_those_who_may_read_the_workflow(
+async def test_failures_are_grouped_for_users_that_may_read_the_workflow(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     now = harness.gateway.clock()

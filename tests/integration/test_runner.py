@@ -991,7 +991,7 @@ async def test_an_agent_in_a_pod_waits_for_the_workflow_of_an_agent_that_is_its_
     assert {row["status"] for row in rows} == {"completed"}
 
 
-async def test_a_callback_ends_the_wait_of_a_node_whose_pod_was_killed_in_its_request(
+async def test_a_callback_ends_the_wait_of_a_node_after_its_pod_was_killed_in_its_request(
     pods: DeployedPods, receiver: HttpReceiver
 ) -> None:
     secret = await create_signing_secret(pods)

@@ -217,7 +217,7 @@ async def test_a_repeated_signal_with_its_idempotency_key_is_stored_once(
 
 
 @pytest.mark.parametrize("headers", [{}, {"Idempotency-Key": "order-8"}])
-async def test_a_signal_whose_commit_was_not_confirmed_is_stored_once(
+async def test_a_signal_without_a_confirmed_commit_is_stored_once(
     harness: GatewayHarness,
     people: OrganizationUsers,
     monkeypatch: pytest.MonkeyPatch,

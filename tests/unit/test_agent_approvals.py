@@ -227,7 +227,7 @@ async def test_a_changed_tool_needs_another_approval() -> None:
     assert "https://c.example/x" in world.outside.urls
 
 
-async def test_a_call_that_nobody_approves_in_time_is_refused() -> None:
+async def test_a_call_without_approval_in_time_is_refused() -> None:
     world = build_world(turn(("send", "Oslo")), approvers={"expiresInSeconds": 3600})
     await world.work()
     (question,) = list_questions(world)
@@ -325,7 +325,7 @@ def test_the_results_of_an_earlier_agent_are_texts_of_outsiders() -> None:
     assert [node.id for node in agent_exposure.list_private(writer, graph)] == ["table"]
 
 
-async def test_arguments_that_nobody_could_read_are_not_asked_about() -> None:
+async def test_arguments_too_long_to_read_are_refused_without_a_question() -> None:
     world = build_world(turn(("send", "x" * 20_000)))
     assert await world.work() == RunOutcome(RunStatus.COMPLETED)
     assert world.outside.effects == []

@@ -50,7 +50,7 @@ def read_told(world: World) -> str:
     return world.model.requests[-1].messages[-1].content
 
 
-async def test_a_person_is_asked_about_a_write_whose_worker_was_lost() -> None:
+async def test_a_person_is_asked_about_a_write_after_its_worker_was_lost() -> None:
     world = build_world()
     request = read_request(await lose_the_write(world))
     assert request["title"] == "Has agent called send?"
@@ -94,7 +94,7 @@ async def test_a_call_that_is_made_again_has_its_key_and_another_loss_is_another
     assert len(world.outside.effects) == 1, "all of them have the same key"
 
 
-async def test_an_unknown_outcome_that_nobody_decides_about_goes_to_the_model() -> None:
+async def test_an_unknown_outcome_without_a_decision_goes_to_the_model() -> None:
     world = build_world()
     asked = await lose_the_write(world)
     assert asked.wake_at is not None
@@ -129,7 +129,7 @@ async def test_an_approved_call_that_is_lost_is_asked_about_and_not_approved_aga
     assert len(world.outside.effects) == 1
 
 
-async def test_a_death_at_any_commit_makes_no_call_that_nobody_has_asked_for() -> None:
+async def test_a_death_at_any_commit_makes_no_call_without_an_answer() -> None:
     for last in range(1, 7):
         for kill in (-last, last):
             world = build_world()

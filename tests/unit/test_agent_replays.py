@@ -151,7 +151,7 @@ async def test_a_conversation_without_effects_is_left_at_the_first_other_request
     assert not list_steps(replay, StepReuse.REUSED)
 
 
-async def test_a_question_that_nobody_has_answered_is_asked_again() -> None:
+async def test_an_unanswered_question_is_asked_again() -> None:
     first = build_asking_world()
     outcome = await first.work()
     assert outcome is not None

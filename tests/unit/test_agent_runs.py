@@ -540,7 +540,7 @@ async def test_a_write_with_an_unknown_outcome_gets_no_further_attempt_if_it_mus
     assert "may have been done" in told["hint"]
 
 
-async def test_a_write_whose_answer_is_refused_may_have_been_done() -> None:
+async def test_a_write_with_a_refused_answer_may_have_been_done() -> None:
     def refuse() -> None:
         if "b.example" in world.outside.urls[-1]:
             raise OutboundRefused(OutboundRefusalCode.RESPONSE_TOO_LARGE, "more than 10 MB")

@@ -22,7 +22,7 @@ def firing(processes: ProcessFacts, queue: QueueFacts) -> set[str]:
     return {alert.notice.name for alert in evaluate(processes, queue) if alert.state is AlertState.FIRING}
 
 
-def test_a_healthy_server_fires_nothing_and_admits_what_it_cannot_know() -> None:
+def test_a_healthy_server_fires_nothing_and_shows_alerts_without_data_as_unknown() -> None:
     alerts = evaluate(PROCESSES, QUEUE)
     assert {alert.state for alert in alerts} == {AlertState.QUIET, AlertState.UNKNOWN}
     assert {alert.notice.name for alert in alerts} == {*NOTICES}

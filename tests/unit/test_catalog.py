@@ -79,7 +79,7 @@ def test_a_config_is_described_by_a_strict_schema(node_type: NodeType) -> None:
 
 
 @check_each(CATALOG.node_types.items())
-def test_the_refusal_of_a_text_says_what_to_write(node_type: NodeType) -> None:
+def test_the_refusal_of_a_text_describes_the_expected_one(node_type: NodeType) -> None:
     patterns = re.findall(r'"pattern":("(?:[^"\\]|\\.)*")', encode_json(node_type.config_schema).decode())
     conditions = {TEMPLATE_SCHEMA["pattern"], "^hmac-"}
     assert {decode_json(pattern.encode()) for pattern in patterns} <= PATTERN_DESCRIPTIONS.keys() | conditions

@@ -46,7 +46,7 @@ def test_only_the_innermost_phase_has_failed_and_is_the_last(phase: ConnectionPh
     assert list_phases(recorder) == [*((one, True) for one in begun), (phase, False)]
 
 
-def test_another_attempt_replaces_what_followed_the_earlier_connection() -> None:
+def test_another_attempt_replaces_the_phases_of_the_earlier_connection() -> None:
     with record_phases() as recorder:
         with note_phase(DNS):
             pass

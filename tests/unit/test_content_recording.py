@@ -371,7 +371,7 @@ def find_messages(graph: ParsedGraph) -> list[str]:
     return [finding.message for finding in found.errors]
 
 
-def test_an_agent_whose_contents_are_not_recorded_may_not_write_ask_or_wait() -> None:
+def test_an_agent_without_recorded_contents_may_not_write_ask_or_wait() -> None:
     assert find_messages(build_agent({**UNRECORDED, "approval": "writes"})) == []
     (message,) = find_messages(build_agent({**UNRECORDED, "effects": ["read", "write"]}))
     assert "would repeat its writes" in message

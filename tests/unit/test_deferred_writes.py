@@ -46,7 +46,7 @@ async def test_a_write_that_is_refused_holds_up_no_other() -> None:
     assert stored == [0, 2]
 
 
-async def test_the_end_of_a_process_stores_what_waits() -> None:
+async def test_the_end_of_a_process_stores_waiting_writes() -> None:
     batches = list[int]()
 
     async def store(batch: Sequence[int]) -> None:

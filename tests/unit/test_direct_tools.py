@@ -127,7 +127,7 @@ def test_an_agent_a_workflow_and_a_tool_of_a_server_take_only_their_input() -> N
         ({**node("agent", model="first"), "id": "helper"}, []),
     ],
 )
-def test_validation_accepts_what_can_be_called(each: Mapping[str, Any], found: list[FindingType]) -> None:
+def test_validation_accepts_only_callable_targets(each: Mapping[str, Any], found: list[FindingType]) -> None:
     result = validate_graph(build_graph(each), CATALOG)
     findings = [*result.errors, *result.warnings]
     assert [one.type for one in findings if one.type is not FindingType.MULTIPLE_TRIGGERS] == found, findings

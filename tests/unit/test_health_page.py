@@ -14,7 +14,7 @@ EARLIER, LATER = "2026-01-01T10:00:00.000Z", "2026-01-01T10:00:05.000Z"
     ("answered_at", "failed_at", "fails"),
     [(EARLIER, LATER, True), (LATER, EARLIER, False), (None, EARLIER, True), (EARLIER, None, False)],
 )
-def test_a_cluster_fails_whose_last_request_has_failed(
+def test_a_cluster_fails_if_its_last_request_has_failed(
     answered_at: str | None, failed_at: str | None, *, fails: bool
 ) -> None:
     failure = None if failed_at is None else {"at": failed_at}

@@ -103,7 +103,7 @@ async def connected() -> AsyncIterator[Connected]:
     await found.live.close()
 
 
-async def test_nothing_is_sent_while_nobody_follows_and_a_late_client_sees_the_whole_text(
+async def test_nothing_is_sent_without_followers_and_a_late_client_sees_the_whole_text(
     connected: Connected,
 ) -> None:
     with connected.live.open(origin()) as answer:
@@ -129,7 +129,7 @@ async def test_nothing_is_sent_while_nobody_follows_and_a_late_client_sees_the_w
     assert connected.sent[0][0].model_id == "model_1"
 
 
-async def test_a_client_that_reads_late_gets_all_texts_together_and_delays_nobody(
+async def test_a_client_that_reads_late_gets_all_texts_together_and_delays_no_other(
     connected: Connected,
 ) -> None:
     with (

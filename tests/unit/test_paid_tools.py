@@ -110,7 +110,7 @@ async def test_the_answers_of_a_tool_that_fails_are_paid_too() -> None:
     assert world.output["usage"]["inputTokens"] == 100 * len(world.model.billed)
 
 
-async def test_a_tool_may_spend_what_is_left_to_its_agent_less_a_last_answer() -> None:
+async def test_a_tool_may_spend_the_rest_of_its_agents_budget_less_a_last_answer() -> None:
     world = build_world({"maxCost": "0.0001", "maxTokens": 50_000})
     assert await world.work() == RunOutcome(RunStatus.COMPLETED)
     assert isinstance(world.model, ReadingModel)

@@ -64,7 +64,7 @@ async def test_a_connection_is_closed_after_all_written_data() -> None:
     await asyncio.sleep(0)
 
 
-async def test_the_system_ends_a_connection_whose_client_is_silent() -> None:
+async def test_the_system_ends_a_connection_with_a_silent_client() -> None:
     loop = asyncio.get_running_loop()
     with socket.create_server(("127.0.0.1", 0)) as listener:
         transport, _ = await loop.create_connection(asyncio.Protocol, *listener.getsockname())

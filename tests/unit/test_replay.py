@@ -323,7 +323,7 @@ def test_an_edit_reruns_exactly_the_nodes_with_changed_keys(
 
 @settings(max_examples=60, deadline=None)
 @given(graph=graphs(), trigger=st.integers(0, 3), data=st.data())
-def test_a_write_that_is_left_out_never_runs_and_the_plan_says_what_follows(
+def test_a_write_that_is_left_out_never_runs_and_the_plan_predicts_the_rest(
     graph: tuple[str, dict[str, dict[str, Json]]], trigger: int, data: st.DataObject
 ) -> None:
     drawing, options = graph

@@ -72,7 +72,7 @@ def test_nodes_that_ask_models_have_a_place_for_their_texts() -> None:
     assert paid == run_node.MODEL_TYPES
 
 
-def test_an_agent_says_which_step_it_is_at_and_what_it_has_spent_of_its_budget() -> None:
+def test_an_agent_shows_its_step_and_its_spending_of_its_budget() -> None:
     usage = {"calls": 2, "inputTokens": 900, "outputTokens": 100, "cost": "0.012"}
     model = {"number": 4, "kind": "model", "name": "model_1", "status": "started"}
     calls = [{**model, "kind": "tool", "name": name, "status": "started"} for name in ("find", "read")]

@@ -150,7 +150,7 @@ def test_every_interleaving_ends_in_one_answer_at_most(
 @given(
     st.lists(st.sampled_from(["renew", 5, 15, 40, 130, "fail", "release"]), max_size=30), st.integers(1, 3)
 )
-def test_a_task_whose_workers_never_complete_it_ends(steps: list[str | int], max_attempts: int) -> None:
+def test_a_task_ends_if_its_workers_never_complete_it(steps: list[str | int], max_attempts: int) -> None:
     """Releases alone cost nothing; every other way to lose an attempt is counted."""
     simulation = TaskSimulation(make_task(max_attempts=max_attempts))
     cycle = [step for step in steps if step != "release"] or [40]

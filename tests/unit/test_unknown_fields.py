@@ -91,7 +91,7 @@ def test_no_part_of_a_body_ignores_unknown_fields(body: type[msgspec.Struct]) ->
 
 
 @check_each(BODIES)
-def test_the_refusal_of_a_text_says_what_to_write(body: type[msgspec.Struct]) -> None:
+def test_the_refusal_of_a_text_describes_the_expected_one(body: type[msgspec.Struct]) -> None:
     fields = [field for part in iterate_structs(body) for field in msgspec.structs.fields(part)]
     assert not [field.name for field in fields for one in iterate_patterns(field.type) if not one.description]
 
