@@ -79,7 +79,7 @@ def update_source(
     secret_env: SecretOption = None,
     secrets_stdin: StdinOption = False,
 ) -> None:
-    """Change a data source; what is not given stays."""
+    """Change a data source; options that are not given change nothing."""
     secrets = _read_secrets(secret_env, is_stdin=secrets_stdin)
     connect().datasources.update(
         find_source(source),
@@ -121,7 +121,7 @@ def share_source(
 def unshare_source(
     source: SourceArgument, user: Annotated[str, Argument(metavar="USER", help="Id of the user.")]
 ) -> None:
-    """Take the permission back."""
+    """Stop sharing a data source with a user."""
     connect().datasources.unshare(find_source(source), user)
 
 

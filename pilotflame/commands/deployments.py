@@ -84,7 +84,7 @@ def keep_awake(
     ends: Annotated[bool, Option("--end", help="Keep it awake no longer.")] = False,
     output: FormatOption = OutputFormat.JSON,
 ) -> None:
-    """Keep a deployment awake for a time, whatever its lifecycle policy says."""
+    """Keep a deployment awake for a time, regardless of its lifecycle policy."""
     client = connect().deployments
     workflow_id = connect().workflows.find(workflow)
     if ends:

@@ -160,7 +160,7 @@ def restore(
     workflow: WorkflowArgument,
     version: Annotated[str, Argument(metavar="VERSION", help="Number of the version.")],
 ) -> None:
-    """Make a workflow again what it was in a version."""
+    """Restore the graph, settings, name and description of a version."""
     client = connect()
     client.workflows.restore_version(client.workflows.find(workflow), version)
 
@@ -240,6 +240,6 @@ def share(workflow: WorkflowArgument, user: UserArgument) -> None:
 
 @app.command("unshare")
 def unshare(workflow: WorkflowArgument, user: UserArgument) -> None:
-    """Take the permission back."""
+    """Stop sharing a workflow with a user."""
     client = connect()
     client.workflows.unshare(client.workflows.find(workflow), user)
