@@ -145,18 +145,24 @@ def new_key() -> str:
 
 
 def hash_key(key: str, secret: bytes) -> str:
-    """Return the stored hash of a key, useless without the server's secret (keyed BLAKE2b: RFC 7693, 2.9)."""
+    """Return the keyed hash under which an API key is stored, 64 hexadecimal digits; without `secret`, the server's,
+    nobody can compute it (keyed BLAKE2b: RFC 7693, 2.9).
+    """
     return blake2b(key.encode(), key=_derive_hashing_key(secret), digest_size=32).hexdigest()
 
 
 @cache
 def _derive_hashing_key(secret: bytes) -> bytes:
-    """Return a key of 64 bytes, the most that BLAKE2b accepts, for hashes of API keys alone; cached."""
+    """Return a key of 64 bytes, the most that BLAKE2b accepts, derived from the server secret for hashes of API keys
+    alone; cached.
+    """
     return blake2b(secret, digest_size=64, person=b"api keys").digest()
 
 
 def hash_address(address: str, secret: bytes) -> str:
-    """Return a keyed hash of a client's address in 12 hexadecimal digits: equal addresses can be told, none be read."""
+    """Return a keyed hash of a client's address, 12 hexadecimal digits: equal for equal addresses, which it doesn't
+    reveal.
+    """
     key = blake2b(secret, digest_size=64, person=b"addresses").digest()
     return blake2b(address.encode(), key=key, digest_size=6).hexdigest()
 

@@ -97,7 +97,7 @@ async def _read_keys(database: Database, condition: ColumnElement[bool]) -> list
 
 
 def _key_of_row(row: Row[*tuple[Any, ...]]) -> FoundKey:
-    """Return a key from its row; its caller has those of its scopes that the user's role allows."""
+    """Return a key from its row; its caller has the stored scopes that the user's role still allows."""
     role = UserRole(row.role)
     caller = ApiCaller(
         key_id=row.id,
@@ -122,7 +122,10 @@ class KeyUse:
 
 
 async def record_use(database: Database, key_id: str, use: KeyUse, *, every: timedelta) -> None:
-    """Store the use of a key, unless one within `every` before it is stored; raises `DatabaseUnavailable`."""
+    """Store a use of an API key, unless its stored last use is less than `every` older; a missing key is ignored.
+
+    Raises `DatabaseUnavailable`.
+    """
     is_due = or_(col(ApiKey.last_used_at).is_(None), col(ApiKey.last_used_at) < use.at - every)
     statement = (
         update(ApiKey)
@@ -137,10 +140,10 @@ async def record_use(database: Database, key_id: str, use: KeyUse, *, every: tim
 
 
 async def rehash_key(database: Database, key: str, *, earlier: str, secret: bytes) -> None:
-    """Replace the hash of a key under an earlier server secret by one under the current secret.
+    """Replace the stored hash `earlier` of an API key, whose text is `key`, by its hash under the current server
+    secret.
 
-    `key` is its text, `earlier` the stored hash; nothing happens if that is gone. Raises
-    `DatabaseUnavailable`.
+    Changes nothing if `earlier` is not stored any more. Raises `DatabaseUnavailable`.
     """
     statement = (
         update(ApiKey)
@@ -158,7 +161,7 @@ async def rehash_key(database: Database, key: str, *, earlier: str, secret: byte
 
 
 async def has_organization(connection: AsyncConnection) -> bool:
-    """Return whether the database has any organization; a new one has none, and gets a first key."""
+    """Return whether the database has any organization; a new database has none."""
     return (await connection.execute(select(col(Organization.id)).limit(1))).first() is not None
 
 
@@ -254,12 +257,12 @@ _OLDEST_ORGANIZATION: Final = (
 
 
 async def is_operator_organization(connection: AsyncConnection, organization_id: str) -> bool:
-    """Return whether an organization is the operator's: the oldest, which the first start has made."""
+    """Return whether an organization is the operator's: the oldest of the database, which the first start creates."""
     return await connection.scalar(_OLDEST_ORGANIZATION) == organization_id
 
 
 async def find_operator_key(connection: AsyncConnection, now: datetime) -> ApiKey | None:
-    """Return the oldest valid key of an admin of the oldest organization; None without one."""
+    """Return the oldest valid key of an admin of the oldest organization; None if there is none."""
     oldest = _OLDEST_ORGANIZATION.scalar_subquery()
     statement = (
         select(ApiKey)
@@ -288,10 +291,9 @@ async def find_key(connection: AsyncConnection, key_id: str) -> FoundKey | None:
 
 
 async def find_organization_by_prefix(connection: AsyncConnection, prefix: str) -> Organization | None:
-    """Return the only organization whose keys begin with a prefix; if no key does, the only organization of
-    the server.
+    """Return the organization with keys that begin with `prefix`; if no key does, the only organization of the server.
 
-    None where several organizations come into question.
+    None if several organizations are possible, or none exists.
     """
     with_prefix = select(col(ApiKey.organization_id)).where(col(ApiKey.prefix) == prefix)
     statement = select(Organization).where(col(Organization.id).in_(with_prefix)).limit(2)
@@ -312,10 +314,11 @@ async def create_key(  # noqa: PLR0913 - one for each column that its caller dec
     key: str | None = None,
     node_types: Collection[str] | None = None,
 ) -> CreatedKey:
-    """Create an API key of a user, with a new text unless `key` is given, and return both; only its hash is stored.
+    """Insert an API key of a user, with a new text unless `key` is given, and return text and row; only the hash is
+    stored.
 
-    None for `expires_at` means never, for `node_types` all types of tasks. `secret` is the server's, which
-    the hash depends on.
+    Without `expires_at` it never expires; without `node_types` it may perform tasks of all types. `secret` is the
+    server's, on which the hash depends.
     """
     text = key or new_key()
     row = ApiKey(
@@ -341,7 +344,7 @@ async def list_keys(
 ) -> tuple[int, list[ApiKey]]:
     """Return the number of keys of an organization, and at most `limit` after `offset`, newest first.
 
-    With `user_id`, those of that user; None means all. Revoked and expired ones are included.
+    With `user_id`, only keys of that user. Revoked and expired keys are included.
     """
     conditions = [col(ApiKey.organization_id) == organization_id]
     if user_id is not None:
@@ -357,7 +360,7 @@ async def revoke_key(
 ) -> RevokedKey | None:
     """Revoke a key of an organization, with `user_id` only one of that user; return its row before and after.
 
-    Both are the same if it was revoked before. None for an unknown key.
+    Both are equal if it was revoked already. None if there is no such key.
     """
     conditions = [col(ApiKey.organization_id) == organization_id, col(ApiKey.id) == key_id]
     if user_id is not None:

@@ -81,16 +81,19 @@ class AiSettings(SQLModel, table=True):
 
 
 def is_readable_by(caller: ApiCaller) -> ColumnElement[bool]:
-    """Return the SQL condition under which a caller may see and use a model: as admin, owner or guest.
+    """Return the SQL condition for models that a caller may see and use: own or shared; for an admin, all of the
+    organization.
 
-    Guests are users it is shared with; with `is_shared` it is open to the whole organization.
+    Models are shared with single users, or by `is_shared` with the whole organization.
     """
     own = true() if caller.is_admin else _is_open_to(caller.user_id)
     return and_(col(AiModel.organization_id) == caller.organization_id, own)
 
 
 def is_usable_by(organization_id: str, user_id: str) -> ColumnElement[bool]:
-    """Return the SQL condition under which the user of a run may use a model, by the user's present role."""
+    """Return the SQL condition for models that the user of a run may use: own or shared; all, if the user is an admin
+    at that time.
+    """
     is_admin = (
         select(col(User.id))
         .where(

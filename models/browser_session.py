@@ -55,10 +55,10 @@ class BrowserSession(SQLModel, table=True):
     last_seen_at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))
 
     def ends_at(self, key_expires_at: datetime | None) -> datetime:
-        """Return the time at which the session ends without another request: 12 hours idle, 7 days old, or
-        with its key.
+        """Return the time at which the session ends without another request: after 12 idle hours, 7 days, or with its
+        key.
 
-        `key_expires_at` is the expiry of the key, None for none.
+        `key_expires_at` is the expiry of the key; None for a key that never expires.
         """
         ends = min(self.last_seen_at + IDLE_LIFETIME, self.created_at + LIFETIME)
         return ends if key_expires_at is None else min(ends, key_expires_at)
@@ -122,10 +122,10 @@ async def list_sessions(
 async def create_session(
     connection: AsyncConnection, caller: ApiCaller, *, user_agent: str, now: datetime, replaces: str | None
 ) -> tuple[BrowserSession, str]:
-    """Create a session for the key of a caller, and return its row and its secret, which is stored only as a hash.
+    """Insert a session for the key of a caller; return its row and its secret, of which only the hash is stored.
 
-    Deletes the session with the hash `replaces`, so that a sign-in changes the secret, and all sessions that
-    are idle for too long. The user agent is cut to 200 characters.
+    Deletes the session with the hash `replaces`, so that a sign-in changes the secret, and all idle sessions that have
+    ended, of any user. The user agent is cut to 200 characters.
     """
     is_over = or_(
         col(BrowserSession.last_seen_at) < now - IDLE_LIFETIME, col(BrowserSession.hash) == (replaces or "")
@@ -148,12 +148,12 @@ async def create_session(
 
 
 async def delete_session(connection: AsyncConnection, session_id: str) -> None:
-    """Delete a browser session by its id; nothing happens if it is missing."""
+    """Delete a session by its id; changes nothing if it is missing."""
     await connection.execute(delete(BrowserSession).where(col(BrowserSession.id) == session_id))
 
 
 async def record_use(database: Database, session_id: str, now: datetime) -> None:
-    """Store `now` as the time when a browser session was last used; raises `DatabaseUnavailable`."""
+    """Store `now` as the time of the last use of a session; raises `DatabaseUnavailable`."""
     statement = update(BrowserSession).where(col(BrowserSession.id) == session_id).values(last_seen_at=now)
 
     async def record(connection: AsyncConnection) -> None:
@@ -165,7 +165,7 @@ async def record_use(database: Database, session_id: str, now: datetime) -> None
 async def _select_sessions(
     connection: AsyncConnection, *conditions: ColumnElement[bool]
 ) -> list[FoundSession]:
-    """Return the sessions that match, valid or not, newest first, with their callers and the validity of
+    """Return the sessions that meet all conditions, valid or not, newest first, with their callers and the validity of
     their keys.
     """
     statement = (

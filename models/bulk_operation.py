@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class BulkAction(StrEnum):
-    """Act on each selected object."""
+    """Action on each selected object."""
 
     REDRIVE_DEAD_LETTERS = "redrive-dead-letters"
     REPLAY_DEAD_LETTERS = "replay-dead-letters"
@@ -131,7 +131,7 @@ async def count_open(connection: AsyncConnection, organization_id: str) -> int:
 async def find_operation(
     connection: AsyncConnection, caller: ApiCaller, operation_id: str
 ) -> BulkOperation | None:
-    """Return an operation that the caller may see: an own one, and any of the organization for an admin."""
+    """Return an operation by its id; None if it is missing, or the caller may not see it."""
     statement = select(BulkOperation).where(
         col(BulkOperation.id) == operation_id, *visible_conditions(caller)
     )
@@ -140,7 +140,9 @@ async def find_operation(
 
 
 def visible_conditions(caller: ApiCaller) -> Sequence[ColumnElement[bool]]:
-    """Return the SQL conditions for operations that a caller may see and stop."""
+    """Return the SQL conditions, all to be met, for operations that a caller may see and stop: the caller's own; for an
+    admin, all of the organization.
+    """
     of_organization = col(BulkOperation.organization_id) == caller.organization_id
     own = () if caller.is_admin else (col(BulkOperation.user_id) == caller.user_id,)
     return (of_organization, *own)
@@ -149,7 +151,9 @@ def visible_conditions(caller: ApiCaller) -> Sequence[ColumnElement[bool]]:
 async def change_open(
     connection: AsyncConnection, caller: ApiCaller, operation_id: str, values: Mapping[str, Any]
 ) -> None:
-    """Change an operation that the caller may stop and that has not ended."""
+    """Store `values`, by column name, in an operation; changes nothing if it has ended or the caller may
+    not stop it.
+    """
     await connection.execute(
         update(BulkOperation)
         .where(col(BulkOperation.id) == operation_id, *visible_conditions(caller), IS_OPEN)
@@ -161,7 +165,9 @@ async def change_open(
 
 
 def due_statement(limit: int) -> Select[str]:
-    """Return the statement that finds open operations without a lease, those that wait longest first."""
+    """Return the statement for the ids of at most `limit` open operations whose lease has ended, the longest ended
+    first.
+    """
     return (
         select(col(BulkOperation.id))
         .where(IS_OPEN, col(BulkOperation.leased_until) <= DatabaseTime())
@@ -173,7 +179,9 @@ def due_statement(limit: int) -> Select[str]:
 async def claim_operations(
     connection: AsyncConnection, limit: int, lease_seconds: float
 ) -> Sequence[BulkOperation]:
-    """Lease up to `limit` operations that no gateway performs, and return them."""
+    """Lease at most `limit` open operations whose lease has ended, and return them; operations locked by another
+    transaction are skipped.
+    """
     due = due_statement(limit).with_for_update(skip_locked=True).cte("due")
     statement = (
         update(BulkOperation)
@@ -187,9 +195,10 @@ async def claim_operations(
 async def store_progress(
     connection: AsyncConnection, operation: BulkOperation, values: Mapping[str, Any], lease_seconds: float
 ) -> BulkOperation | None:
-    """Change an operation under its lease, and lengthen this; return the new row.
+    """Store `values`, by column name, in an operation and renew its lease; return the new row.
 
-    None if another gateway has the lease: the caller must go no further.
+    None, without a change, if the operation has ended, or its lease has changed since it was read: then another gateway
+    performs it.
     """
     statement = (
         update(BulkOperation)
@@ -204,7 +213,9 @@ async def store_progress(
 async def store_end(
     connection: AsyncConnection, operation: BulkOperation, status: BulkStatus, reason: str | None
 ) -> bool:
-    """End an operation under its lease; return whether this process had the lease."""
+    """Store status, reason and time of the end of an operation; return False, without a change, if its
+    lease was lost.
+    """
     statement = (
         update(BulkOperation)
         .where(*_is_leased(operation))
@@ -214,7 +225,9 @@ async def store_end(
 
 
 async def release(connection: AsyncConnection, operation: BulkOperation) -> None:
-    """Give up the lease of an operation, so that another gateway may perform it at once."""
+    """End the lease of an operation, so that another gateway may perform it at once; changes nothing if the lease was
+    lost.
+    """
     await connection.execute(
         update(BulkOperation).where(*_is_leased(operation)).values(leased_until=DatabaseTime())
     )
@@ -230,9 +243,9 @@ def _is_leased(operation: BulkOperation) -> Sequence[ColumnElement[bool]]:
 
 
 def _lease_end(seconds: float) -> ColumnElement[int]:
-    """Return the SQL expression for the end of a lease that is later than the one before.
+    """Return the SQL expression for the end of a new lease, always later than the stored one.
 
-    Two renewals within one microsecond would otherwise have the same end, by which a lease is known.
+    Two renewals within one microsecond would otherwise have the same end, by which a lease is identified.
     """
     end = DatabaseTime() + int(seconds * MICROSECONDS)
     following = type_coerce(col(BulkOperation.leased_until), BigInteger) + 1

@@ -44,9 +44,9 @@ class CircuitBreaker:
     """Circuit breaker for the calls of one event loop to one server."""
 
     def __init__(self, probe: Callable[[], Awaitable[object]], terminate: Callable[[], None]) -> None:
-        """Create a breaker.
+        """Create a closed breaker.
 
-        `probe` returns after any answer of the server; `terminate` breaks all connections.
+        `probe` returns after any answer of the server, and raises without one; `terminate` breaks all connections.
         """
         self._probe = probe
         self._terminate = terminate
@@ -60,27 +60,28 @@ class CircuitBreaker:
         self._probing: asyncio.Task[None] | None = None
 
     def guard(self) -> GuardedCall:
-        """Return the context for a call to the server; entering and leaving it raises `DatabaseUnavailable`
-        during an outage.
+        """Return the context manager for one call to the server, in the task that enters it.
+
+        It raises `DatabaseUnavailable` on entry during an outage, and on exit if an outage has interrupted the call.
         """
         return GuardedCall(self)
 
     def begin(self, call: GuardedCall) -> None:
-        """Register a call, and look later whether it takes too long; raises `DatabaseUnavailable` during an outage."""
+        """Register a call, which is watched until `end`; raises `DatabaseUnavailable` during an outage."""
         self._last_call_at = monotonic()
         if self._is_open:
             raise DatabaseUnavailable(OUTAGE_MESSAGE)
         self._calls[call] = None
         if self._check is None:
-            self._check = asyncio.get_running_loop().call_later(CHECK_SECONDS, self._look)
+            self._check = asyncio.get_running_loop().call_later(CHECK_SECONDS, self._check_oldest_call)
 
     def end(self, call: GuardedCall) -> None:
-        """Remove a call that has ended from those that the breaker watches."""
+        """Unregister a call; does nothing if it is not registered."""
         self._calls.pop(call, None)
 
-    def _look(self) -> None:
-        """Start a probe of the server if the oldest call takes over 0.75 seconds; look again while calls are
-        in progress.
+    def _check_oldest_call(self) -> None:
+        """Start a probe of the server if the oldest call takes over 0.75 seconds; repeat the check while calls are in
+        progress.
         """
         self._check = None
         if not self._calls:
@@ -89,12 +90,12 @@ class CircuitBreaker:
         oldest = next(iter(self._calls))
         if self._probing is None and now >= max(oldest.begun_at + LATE_SECONDS, self._next_probe_at):
             self._probing = asyncio.create_task(self._probe_once())
-        self._check = asyncio.get_running_loop().call_later(CHECK_SECONDS, self._look)
+        self._check = asyncio.get_running_loop().call_later(CHECK_SECONDS, self._check_oldest_call)
 
     async def _probe_once(self) -> None:
-        """Probe the server; if it does not answer, fail all calls until it does."""
+        """Probe the server; without an answer, interrupt all calls and refuse new ones until it answers."""
         try:
-            if not await self._is_answered():
+            if not await self._probe_in_time():
                 await self._open()
         finally:
             self._is_open = False
@@ -102,9 +103,9 @@ class CircuitBreaker:
             self._probing = None
 
     async def _open(self) -> None:
-        """Fail all calls, terminate the connections, and probe every half second until the server answers.
+        """Interrupt all calls, terminate the connections, and probe every half second until the server answers.
 
-        It ends too if no new call was made for a minute.
+        Returns too if no new call was made for a minute. The caller lets calls pass again.
         """
         log.warning("database does not answer", calls=len(self._calls))
         self._is_open = True
@@ -114,12 +115,14 @@ class CircuitBreaker:
             call.give_up()
         while monotonic() < self._last_call_at + INTEREST_SECONDS:
             await asyncio.sleep(PAUSE_SECONDS)
-            if await self._is_answered():
+            if await self._probe_in_time():
                 log.info("database answers again")
                 return
 
-    async def _is_answered(self) -> bool:
-        """Return whether the probe ends without an error within about 1.5 seconds of a loop that is not busy."""
+    async def _probe_in_time(self) -> bool:
+        """Probe the server; return whether it answers without an error within 1.5 seconds, not counting time in which
+        the event loop was busy.
+        """
         probe = asyncio.ensure_future(self._probe())
         now = begun_at = monotonic()
         steps = 0
@@ -162,8 +165,9 @@ class GuardedCall:
                 raise DatabaseUnavailable(OUTAGE_MESSAGE) from error
 
     def give_up(self) -> None:
-        """Cancel the task that waits in the context, once, because the database is known to be away; leaving
-        it then raises that.
+        """Cancel the task in the context because of an outage; then leaving the context raises `DatabaseUnavailable`.
+
+        Later calls do nothing.
         """
         if self._task is not None and not self._is_given_up:
             self._is_given_up = True

@@ -33,10 +33,11 @@ def column_values(row: SQLModel, *, exclude: Collection[str] = ()) -> dict[str, 
 
 
 def build_row(table: type[Row], columns: Mapping[Any, Any]) -> Row:
-    """Return the object of a row that was read, as `table(**columns)` does in forty times the time.
+    """Return the object for a row of `table` that was read, without validation, in a fortieth of the time of
+    `table(**columns)`.
 
-    The constructors of tables set each value through SQLModel, Pydantic and SQLAlchemy.
-    Columns that are missing get their defaults, and those that the table doesn't have are left out.
+    Missing columns get their defaults, and columns of other tables are ignored. The constructors of tables set each
+    value through SQLModel, Pydantic and SQLAlchemy.
     """
     values = dict(columns)
     if values.keys() != table.model_fields.keys():
@@ -50,7 +51,9 @@ def build_row(table: type[Row], columns: Mapping[Any, Any]) -> Row:
 
 @lru_cache(MOST_SELECTIONS)
 def _list_defaults(table: type[SQLModel], given: frozenset[str]) -> Sequence[tuple[str, Callable[[], Any]]]:
-    """Return the columns that are not given and have a default, each with a function that returns it."""
+    """Return the names of the columns that are not in `given` and have a default, each with a function that
+    returns it.
+    """
     return [
         (name, partial(field.get_default, call_default_factory=True, validated_data={}))
         for name, field in table.model_fields.items()

@@ -117,18 +117,16 @@ def fingerprint_secrets(vault: SecretVault, source: DataSource) -> str | None:
 
 
 def is_readable_by(caller: ApiCaller) -> ColumnElement[bool]:
-    """Return the SQL condition under which a caller may see, test and use a data source: as admin, owner or guest.
-
-    Guests are users it is shared with; public ones are open to the whole organization.
+    """Return the SQL condition for data sources that a caller may see, test and use: own, shared or public; for an
+    admin, all of the organization.
     """
     everybody = col(DataSource.organization_id) == caller.organization_id
     return and_(everybody, true() if caller.is_admin else _is_open_to(caller.user_id))
 
 
 def is_usable_by(organization_id: str, user_id: str) -> ColumnElement[bool]:
-    """Return the SQL condition under which the user of a run may use a data source, by the user's present role.
-
-    That is as admin, owner, or guest, or if it is public.
+    """Return the SQL condition for data sources that the user of a run may use: own, shared or public; all, if the user
+    is an admin at that time.
     """
     is_admin = (
         select(col(User.id))
@@ -148,6 +146,8 @@ def _is_open_to(user_id: str) -> ColumnElement[bool]:
 
 
 def is_writable_by(caller: ApiCaller) -> ColumnElement[bool]:
-    """Return the SQL condition under which a caller may change, share and delete a data source: as owner or admin."""
+    """Return the SQL condition for data sources that a caller may change, share and delete: the caller's own; for an
+    admin, all of the organization.
+    """
     own = true() if caller.is_admin else col(DataSource.owner_id) == caller.user_id
     return and_(col(DataSource.organization_id) == caller.organization_id, own)

@@ -312,7 +312,8 @@ DATA_SOURCE_TYPES: Final[Mapping[DataSourceType, DataSourceTypeFields]] = {
 
 
 def describe_fields(part: str) -> str:
-    """Return a text with the names of the fields in `settings` or `secrets` of each type.
+    """Return one text with the names of the fields of each data source type in `part`, which is `settings` or
+    `secrets`.
 
     A `?` marks an optional field.
     """
@@ -325,6 +326,6 @@ def describe_fields(part: str) -> str:
 
 
 def to_stored(fields: DataSourceFields) -> dict[str, object]:
-    """Return checked fields as they are stored: with defaults, without absent values."""
+    """Return settings or secrets as they are stored: by wire name, with defaults, without None values."""
     values: dict[str, object] = msgspec.to_builtins(fields)
     return {name: value for name, value in values.items() if value is not None}

@@ -70,9 +70,9 @@ class InvalidDatabaseUrl(ValueError):
 
 
 def parse_url(url: str) -> URL:
-    """Return a database URL with the asynchronous driver of its kind, SQLite or PostgreSQL.
+    """Return a database URL with the asynchronous driver for SQLite or PostgreSQL.
 
-    Raises `InvalidDatabaseUrl` for a malformed URL, another kind and SQLite in memory.
+    Raises `InvalidDatabaseUrl` for a malformed URL, another kind of database and SQLite in memory.
     """
     try:
         parsed = make_url(url)
@@ -113,9 +113,9 @@ class Database:
     async def read(self) -> AsyncIterator[AsyncConnection]:
         """Yield a connection for reads until the block ends.
 
-        Each statement sees what was committed before it. In PostgreSQL each is a transaction of its own, which
-        saves two round trips; see `share_transaction`. Raises `DatabaseUnavailable` for failures in the block
-        too.
+        Each statement sees all transactions that were committed before it. In PostgreSQL each is a transaction of its
+        own, which saves two round trips; see `share_transaction`. Raises `DatabaseUnavailable`, also for such failures
+        in the block.
         """
         options = {} if self._writes is not None else {"isolation_level": AUTOCOMMIT}
         try:
@@ -139,7 +139,8 @@ class Database:
             yield connection
 
     async def statement(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
-        """Run `work`, which executes a single statement, as `transaction` does.
+        """Run `work`, which executes exactly one statement, and return its result; retries and errors are those of
+        `transaction`.
 
         PostgreSQL commits a single statement by itself, which saves two round trips.
         """
@@ -150,11 +151,11 @@ class Database:
     ) -> T:
         """Run `work` in one transaction, commit it, and return its result.
 
-        `work` is called again after failures that pass, up to five times, so it must change nothing but the
-        database. A canceled caller leaves the transaction to end by itself: SQLite's driver, interrupted
-        inside it, would keep the file locked. Transactions of this process with the same row in `locks` run
-        one after another. An exception of `work` rolls the transaction back and propagates. Raises
-        `DatabaseUnavailable`, and `LockWaitTimeout` if another transaction keeps a row or key locked.
+        After transient failures `work` is called again, up to five times in all, so it must change nothing but the
+        database. If the caller is canceled, the transaction still ends by itself: SQLite's driver, interrupted inside
+        it, would keep the file locked. Transactions of this process with equal `locks`, a name for a row, run one after
+        another. An exception of `work` rolls the transaction back and propagates. Raises `DatabaseUnavailable`, and
+        `LockWaitTimeout` if another transaction keeps a row or key locked.
         """
         return await self._shield(
             self._transact(work) if locks is None else self._transact_in_turn(work, locks)
@@ -206,8 +207,7 @@ class Database:
                     self._writes.end(connection)
 
     async def learn_time(self) -> None:
-        """Read the time of the database and set the process's clock by it; with SQLite, the clock follows
-        this machine.
+        """Set the process's clock by the time of the database; with SQLite, to that of this machine.
 
         Raises `DatabaseUnavailable`.
         """
@@ -224,7 +224,7 @@ class Database:
             await connection.execute(text("SELECT 1"))
 
     async def close(self) -> None:
-        """Close all connections after the transactions in progress."""
+        """Wait for the transactions in progress, then close all connections."""
         await asyncio.gather(*self._under_way, return_exceptions=True)
         await self.engine.dispose()
 
@@ -235,9 +235,10 @@ class Database:
 
 
 async def share_transaction(connection: AsyncConnection) -> None:
-    """Let the further statements on a connection of `Database.read` share one transaction, with its settings and locks.
+    """Run further statements on a connection of `Database.read` in one transaction, so that they share its settings and
+    locks.
 
-    It changes nothing inside a transaction or snapshot, and for SQLite.
+    Changes nothing inside a transaction or snapshot, and for SQLite.
     """
     if connection.sync_connection is not None and (
         connection.sync_connection.get_execution_options().get("isolation_level") == AUTOCOMMIT
@@ -247,7 +248,9 @@ async def share_transaction(connection: AsyncConnection) -> None:
 
 
 def _translate_failure(error: Exception) -> DatabaseFailure | None:
-    """Return the kind of a failure that may pass; None for a fault of a statement or value."""
+    """Return the kind of a transient failure of the database; None for the fault of a statement or value, which a retry
+    repeats.
+    """
     if isinstance(error, PoolTimeout):
         return DatabaseFailure.UNAVAILABLE
     if not isinstance(error, DBAPIError):
@@ -276,17 +279,17 @@ class _SqliteWriteTransactions:
         self._under_way: set[object] = set()
 
     def begin(self, connection: Any) -> None:  # noqa: ANN401 - the driver's own connection
-        """Begin a write transaction at once, unless the connection only reads.
+        """Begin a write transaction at once, unless the connection is marked by `reads_only`.
 
-        Otherwise it could fail at its first write because another transaction was faster. Raises
-        `DatabaseUnavailable` while another process keeps the file locked.
+        A transaction that begins by reading could fail at its first write, because another transaction was faster.
+        Raises `DatabaseUnavailable` while another process keeps the file locked.
         """
         if not connection.get_execution_options().get("reads_only"):
             self._breaker.begin(connection.exec_driver_sql, busy_seconds=SQLITE_BUSY_SECONDS)
             self._under_way.add(connection)
 
     def end(self, connection: AsyncConnection) -> None:
-        """Report the end of a connection's write transaction, if it had one."""
+        """Record the end of a connection's write transaction, if it had one."""
         if connection.sync_connection in self._under_way:
             self._under_way.remove(connection.sync_connection)
             self._breaker.end()
@@ -334,9 +337,10 @@ def _create_postgresql_engine(url: URL) -> tuple[AsyncEngine, GuardConnection]:
 
 
 def _ping_rested_connections(engine: AsyncEngine) -> None:
-    """Let the pool ping connections only after a rest: a ping takes three round trips, as long as a short transaction.
+    """Make the pool ping only connections that were unused for over a second: a ping takes as long as a short
+    transaction.
 
-    The driver knows of a connection that the server has ended.
+    The driver itself detects a connection that the server has ended.
     """
     dialect = engine.sync_engine.dialect
     ping, used_at = dialect.do_ping, WeakKeyDictionary[Any, float]()
@@ -371,11 +375,11 @@ class WriteLockBreaker:
     def begin(self, execute: Callable[[str], object], *, busy_seconds: float) -> None:
         """Begin a write transaction on a connection, and wait for the lock of the file.
 
-        `execute` runs a statement; `busy_seconds` is the connection's own wait for a lock, and is restored.
-        It waits up to 30 seconds while writers of this process hold the lock. After a timeout by another
-        process, calls fail at once while that keeps the lock. Raises `DatabaseUnavailable`.
+        `execute` runs a statement on it; `busy_seconds` is the connection's own wait for a lock, and is restored. The
+        wait takes up to 30 seconds while writers of this process hold the lock. After a timeout because of another
+        process, calls fail at once for as long as that keeps the lock. Raises `DatabaseUnavailable`.
         """
-        if not self._is_open or not self._is_free(execute, busy_seconds):
+        if not self._is_open or not self._try_begin_at_once(execute, busy_seconds):
             self._wait(execute)
         with self._lock:
             self._is_open = False
@@ -383,15 +387,13 @@ class WriteLockBreaker:
             self._changes += 1
 
     def end(self) -> None:
-        """Report the end of a transaction that was begun here."""
+        """Record the end of a transaction that `begin` has begun."""
         with self._lock:
             self._under_way -= 1
             self._changes += 1
 
     def _wait(self, execute: Callable[[str], object]) -> None:
-        """Begin a transaction, trying again while writers of this process hold the lock; raises
-        `DatabaseUnavailable`.
-        """
+        """Begin a transaction, and retry while writers of this process hold the lock; raises `DatabaseUnavailable`."""
         give_up_at = monotonic() + OWN_WRITES_SECONDS
         while True:
             before = self._changes
@@ -404,11 +406,10 @@ class WriteLockBreaker:
                     self._is_open = True
                     raise _lock_error() from error
 
-    def _is_free(self, execute: Callable[[str], object], busy_seconds: float) -> bool:
-        """Try to begin a transaction without a wait; return whether it has begun.
+    def _try_begin_at_once(self, execute: Callable[[str], object], busy_seconds: float) -> bool:
+        """Try to begin a transaction without waiting; return whether it has begun.
 
-        False means that a writer of this process was faster. Raises `DatabaseUnavailable` while another
-        process holds the lock.
+        False if another writer of this process holds the lock. Raises `DatabaseUnavailable` while another process does.
         """
         execute("PRAGMA busy_timeout = 0")
         try:
@@ -453,10 +454,10 @@ class TransactionTurns:
 
     @asynccontextmanager
     async def take(self, key: str) -> AsyncIterator[None]:
-        """Wait for the turn among transactions of this process with this key, and hold it for the block.
+        """Hold the turn of `key` for the block, after all earlier callers of this process with the same key.
 
-        So they don't wait for each other's locks in the database. Raises `LockWaitTimeout` if one before it
-        has waited in vain for a lock.
+        So their transactions don't wait for each other's locks in the database. Raises `LockWaitTimeout` if the block
+        of an earlier caller has raised it meanwhile.
         """
         queue = self._queues.setdefault(key, _TurnQueue())
         queue.users += 1

@@ -34,7 +34,9 @@ class DeadLetterMute(SQLModel, table=True):
 
 
 async def put_mute(connection: AsyncConnection, mute: DeadLetterMute) -> None:
-    """Insert a mute in place of an earlier one of its group, and delete those of the organization that have ended."""
+    """Insert a mute, or replace that of its group; delete the mutes of the organization that have ended by
+    `muted_at`.
+    """
     of_organization = col(DeadLetterMute.organization_id) == mute.organization_id
     is_over = (col(DeadLetterMute.ends_at) <= mute.muted_at) & (col(DeadLetterMute.group_id) != mute.group_id)
     await connection.execute(delete(DeadLetterMute).where(of_organization, is_over))
@@ -47,7 +49,7 @@ async def put_mute(connection: AsyncConnection, mute: DeadLetterMute) -> None:
 
 
 async def end_mute(connection: AsyncConnection, organization_id: str, group_id: str) -> bool:
-    """Delete the mute of a group; return whether there was one."""
+    """Delete the mute of a group of dead letters; return whether it existed, ended or not."""
     statement = delete(DeadLetterMute).where(
         col(DeadLetterMute.organization_id) == organization_id, col(DeadLetterMute.group_id) == group_id
     )

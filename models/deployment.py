@@ -198,8 +198,8 @@ class DeploymentState(Protocol):
 
 
 def status_of(deployment: DeploymentState | None) -> DeploymentStatus:
-    """Return the status of a deployment, as the API shows it, from its desired and observed state; None is
-    not deployed.
+    """Return the status of a deployment, as the API shows it, from its desired and observed state; `not-deployed` for
+    None.
     """
     if deployment is None:
         return DeploymentStatus.NOT_DEPLOYED
@@ -225,9 +225,9 @@ def status_of(deployment: DeploymentState | None) -> DeploymentStatus:
 
 
 def is_serving(deployment: Deployment) -> bool:
-    """Return whether a pod claims runs, as last observed.
+    """Return whether a deployment has a pod that claims runs, as last observed.
 
-    A deployment that can't be observed now counts as serving if it had ready pods before.
+    While it can't be observed, it counts as serving if it had ready pods before.
     """
     if deployment.observed == ObservedState.UNKNOWN:
         return deployment.ready_replicas > 0
@@ -235,7 +235,7 @@ def is_serving(deployment: Deployment) -> bool:
 
 
 def is_desired(deployment: Deployment) -> bool:
-    """Return whether pods that take new runs are desired: their desired number is positive, and none drains."""
+    """Return whether the deployment should have pods that take new runs: it is neither stopped nor draining."""
     return deployment.replicas > 0 and deployment.drain_until is None
 
 
@@ -245,7 +245,7 @@ def is_ready(deployment: Deployment) -> bool:
 
 
 def has_failed_to_start(deployment: Deployment) -> bool:
-    """Return whether a deployment has no pods and failed to start any since its desired state last changed."""
+    """Return whether the status of a deployment is `failed` and none of its pods claims runs, as last observed."""
     return status_of(deployment) is DeploymentStatus.FAILED and deployment.observed not in SERVING_STATES
 
 
@@ -274,8 +274,8 @@ def build_situation(
 ) -> DeploymentSituation:
     """Return the facts about a deployment and its runs on which lifecycle rules depend.
 
-    `has_due` means runs that could start now, `has_running` runs in progress, `last_ended_at` the end of the
-    last run (None for none).
+    `has_due` tells whether runs could start now, `has_running` whether runs are in progress; `last_ended_at` is the end
+    of the last run, None if none has ended.
     """
     happened = [moment for moment in (deployment.last_activity_at, last_ended_at) if moment is not None]
     return DeploymentSituation(

@@ -50,11 +50,12 @@ class TokenBearer:
 async def ensure_token(
     connection: AsyncConnection, bearer: TokenBearer, *, secret: bytes, token_id: str, now: datetime
 ) -> str:
-    """Return the current token of a deployment's pods; issue one with the new id `token_id` if none is valid.
+    """Return the text of the current token of a deployment's pods; if none is valid, issue a token with the id
+    `token_id`.
 
-    A token that was derived from another secret of the server is replaced.
+    A token that was derived from another secret of the server counts as invalid, and is not revoked.
     """
-    found = (await connection.execute(_is_valid(bearer.workflow_id).limit(1))).first()
+    found = (await connection.execute(_select_valid(bearer.workflow_id).limit(1))).first()
     if found is not None:
         token = pod_identity.derive_token(found.id, secret)
         # Under another secret of the server the derived token differs: then issue a new one.
@@ -66,9 +67,10 @@ async def ensure_token(
 async def issue_token(
     connection: AsyncConnection, bearer: TokenBearer, *, secret: bytes, token_id: str, now: datetime
 ) -> str:
-    """Issue a new current token of a deployment's pods and return its text; only its hash is stored.
+    """Store a new token of a deployment's pods, as a hash, and return its text, which can be derived again from id and
+    secret.
 
-    The text can be derived again from id and secret. Earlier tokens stay valid until they are revoked.
+    It is the current token from now on. Earlier tokens stay valid until they are revoked.
     """
     token = pod_identity.derive_token(token_id, secret)
     await connection.execute(
@@ -85,7 +87,7 @@ async def issue_token(
 
 
 async def revoke_tokens(connection: AsyncConnection, workflow_id: str, *, now: datetime) -> int:
-    """Revoke all tokens of a deployment; return their number.
+    """Revoke all valid tokens of a deployment; return their number.
 
     Gateways refuse them within two seconds.
     """
@@ -100,11 +102,11 @@ async def revoke_tokens(connection: AsyncConnection, workflow_id: str, *, now: d
 async def revoke_superseded_tokens(
     connection: AsyncConnection, workflow_id: str, *, before: datetime, now: datetime
 ) -> int:
-    """Revoke all tokens of a deployment but the current one; return the number of revoked tokens.
+    """Revoke all valid tokens of a deployment except the newest; return their number.
 
-    Nothing is revoked unless the current token is older than `before`, so that all pods have it.
+    Changes nothing unless the newest was issued earlier than `before`, so that all pods have it.
     """
-    newest = (await connection.execute(_is_valid(workflow_id).limit(1))).first()
+    newest = (await connection.execute(_select_valid(workflow_id).limit(1))).first()
     if newest is None:
         return 0
     made_before = select(col(DeploymentToken.id)).where(
@@ -123,8 +125,8 @@ async def revoke_superseded_tokens(
     return (await connection.execute(statement)).rowcount
 
 
-async def list_superseded(connection: AsyncConnection) -> Sequence[str]:
-    """Return the ids of workflows with more than one valid token."""
+async def list_workflows_with_superseded_tokens(connection: AsyncConnection) -> Sequence[str]:
+    """Return the ids of all workflows that have more than one valid token."""
     workflow_id = col(DeploymentToken.workflow_id)
     statement = (
         select(workflow_id)
@@ -153,8 +155,8 @@ async def find_bearers(database: Database, tokens: Sequence[str]) -> list[TokenB
 
 
 async def wakeup_keys(connection: AsyncConnection, workflow_id: str) -> Sequence[str]:
-    """Return the keys under which pods of a deployment get wakeups, that of the newest token first."""
-    rows = await connection.execute(_is_valid(workflow_id))
+    """Return the keys that authenticate wakeups of a deployment's pods, one for each valid token, newest first."""
+    rows = await connection.execute(_select_valid(workflow_id))
     return [pod_identity.wakeup_key(row.hash) for row in rows]
 
 
@@ -163,7 +165,7 @@ def new_token_id() -> str:
     return ids.new_id("token")
 
 
-def _is_valid(workflow_id: str) -> Select[str, str]:
+def _select_valid(workflow_id: str) -> Select[str, str]:
     return (
         select(col(DeploymentToken.id), col(DeploymentToken.hash))
         .where(col(DeploymentToken.workflow_id) == workflow_id, col(DeploymentToken.revoked_at).is_(None))

@@ -12,7 +12,10 @@ limit.
 
 
 def raise_descriptor_limit() -> int:
-    """Raise this process's soft limit of open files to the hard one, at most 65,536; return the new limit."""
+    """Raise this process's soft limit of open files to the hard one, at most 65,536; return the limit that holds then.
+
+    A limit that is higher already is not lowered.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
     if soft == resource.RLIM_INFINITY or soft >= wanted:

@@ -10,10 +10,10 @@ PRIVATE_MODE = 0o700
 
 
 def make_folder(folder: Path, mode: int = PRIVATE_MODE) -> None:
-    """Create a folder with `mode` and its missing parents durably; an existing folder is kept as it is.
+    """Create a folder and its missing parents durably, all with `mode`; an existing folder is not changed.
 
-    The parent folder is always synced, if it is readable: another process may have died between creating and
-    syncing. Raises `OSError`.
+    The parent folder is always synced, if it is readable: another process may have died between creating and syncing.
+    Raises `OSError`.
     """
     if not folder.parent.is_dir():
         make_folder(folder.parent, mode)

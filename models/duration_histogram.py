@@ -22,21 +22,21 @@ _BOUNDS: Final = [round(1_000 * 2 ** (number / BUCKETS_PER_DOUBLING)) for number
 
 
 def bucket_of(microseconds: str) -> ColumnElement[int]:
-    """Return the SQL expression of a duration's bucket: a binary search of seven comparisons.
+    """Return the SQL expression for the bucket of a duration: a binary search of seven comparisons.
 
-    `microseconds` is SQL too: the duration. The search is one text, as an expression of its 128 conditions takes
-    milliseconds to build and to look up in the cache of compiled statements.
+    `microseconds` is the SQL text of the duration. The expression is a single text, since an expression of 128
+    conditions would take milliseconds to build and to look up in the cache of compiled statements.
     """
     return literal_column(_search(microseconds, 0, len(_BOUNDS)), Integer)
 
 
 def find_bucket(milliseconds: int) -> int:
-    """Return the bucket of a duration, as `bucket_of` computes it in the database."""
+    """Return the bucket of a duration, the same number as `bucket_of` in the database."""
     return bisect_left(_BOUNDS, milliseconds * 1_000)
 
 
 def _search(microseconds: str, first: int, last: int) -> str:
-    """Return the SQL of a duration's bucket, which is one of `first` to `last`."""
+    """Return the SQL text of a duration's bucket, which is one of the numbers `first` to `last`."""
     if first == last:
         return str(first)
     middle = (first + last) // 2
@@ -45,7 +45,7 @@ def _search(microseconds: str, first: int, last: int) -> str:
 
 
 def merge_histograms(histograms: Iterable[Histogram]) -> dict[str, int]:
-    """Return the sum of histograms."""
+    """Return the counts of all histograms, added by bucket."""
     total: dict[str, int] = {}
     for one in histograms:
         for bucket, count in one.items():

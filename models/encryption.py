@@ -51,13 +51,16 @@ class SecretVault:
     """Encryption with the current server secret, and decryption with this one and earlier ones."""
 
     def __init__(self, secret: bytes, previous: Sequence[bytes] = (), *, purpose: bytes = _PURPOSE) -> None:
-        """Derive keys for one purpose; texts encrypted for another one can't be decrypted."""
+        """Derive keys for one purpose; texts that were encrypted for another purpose can't be decrypted.
+
+        `previous` are earlier server secrets, with which texts can still be decrypted.
+        """
         self.secret_id = identify_secret(secret)
         self._keys = {identify_secret(one): _DerivedKey(one, purpose) for one in (secret, *previous)}
 
     def encrypt(self, text: bytes, *, organization_id: str, object_id: str) -> EncryptedText:
-        """Encrypt a text with the current secret (AES-256-GCM), so that only this object of this organization
-        can decrypt it.
+        """Encrypt a text with the current secret (AES-256-GCM), so that only the same organization and object can
+        decrypt it.
         """
         nonce = os.urandom(NONCE_BYTES)
         key = self._keys[self.secret_id].cipher
@@ -67,9 +70,10 @@ class SecretVault:
         )
 
     def decrypt(self, encrypted: EncryptedText, *, organization_id: str, object_id: str) -> bytes:
-        """Decrypt a text of one object, with the current or an earlier server secret.
+        """Decrypt a text of an object, with the current or an earlier server secret.
 
-        Raises `UnknownSecret` for another secret, and `SecretCorrupted` for changed text or another object.
+        Raises `UnknownSecret` if it needs another secret, and `SecretCorrupted` if it was changed or belongs to another
+        object.
         """
         from cryptography.exceptions import InvalidTag  # noqa: PLC0415 - see _DerivedKey
 
@@ -87,7 +91,7 @@ class SecretVault:
     def fingerprint(self, text: bytes, *, organization_id: str, object_id: str) -> str:
         """Return a keyed hash of a secret text of one object, 12 hexadecimal digits that reveal nothing of it.
 
-        Another object has another fingerprint of the same text, and so has another current server secret.
+        The same text has another fingerprint for another object, and after a change of the server secret.
         """
         key = self._keys[self.secret_id].fingerprint_key
         bound = _build_associated_data(organization_id, object_id) + b"\n" + text

@@ -40,8 +40,8 @@ class IdClock(Protocol):
 
 
 def use_clock(clock: IdClock) -> None:
-    """Set the clock for new ids of this process, so that they sort together with ids from other hosts with
-    the same clock.
+    """Set the clock for new ids of this process, so that they sort together with ids of other hosts that use the same
+    clock.
     """
     global _clock, _last_millisecond
     with _lock:
@@ -61,7 +61,7 @@ def earliest_id(prefix: str, moment: datetime) -> str:
 def time_of(text: str) -> datetime | None:
     """Return the time at which an id was made, to the millisecond; None for a text of another form.
 
-    Ids that are derived from others have the time of their origin.
+    An id of `derive_id` has the time of its origin.
     """
     encoded = text.rpartition("_")[2]
     if not _ENCODED.match(encoded):
@@ -71,7 +71,9 @@ def time_of(text: str) -> datetime | None:
 
 
 def new_ids(prefix: str, count: int) -> list[str]:
-    """Return new ids that differ in their last characters; cheaper than one by one, up to 1,024 at a time."""
+    """Return `count` new ids that differ in their last characters, up to 1,024 from one UUID; cheaper than `new_id` for
+    each.
+    """
     made: list[str] = []
     while len(made) < count:
         head = f"{prefix}_{encode_base32(_generate_uuid7())[:-2]}"
@@ -115,7 +117,8 @@ def encode_base32(number: int) -> str:
 
 
 def derive_id(prefix: str, origin: str, *parts: str) -> str:
-    """Return the id of `parts` below the id `origin`; the same arguments give the same id, others another one.
+    """Return an id that depends on `origin`, an id, and `parts` alone: equal arguments give the same id, others a
+    different id.
 
     It has the time of `origin`, so that their rows are adjacent.
     """
@@ -130,7 +133,7 @@ def derive_id(prefix: str, origin: str, *parts: str) -> str:
 
 
 def _set_version(number: int) -> int:
-    """Set the version and variant bits of a UUIDv7 (RFC 9562, 5.7)."""
+    """Return a number of 128 bits with the version and variant bits of a UUIDv7 (RFC 9562, 5.7)."""
     version, variant = 0xF << 76, 0x3 << 62
     return number & ~version & ~variant | 0x7 << 76 | 0x2 << 62
 
@@ -146,8 +149,8 @@ def shard_of(organization_id: str) -> int:
 
 
 def turn_of_workflow(workflow_id: str) -> int:
-    """Return the queue turn for new runs of a workflow, 0 to 1,023: a hash of its id, by which workflows take
-    turns.
+    """Return the queue turn for new runs of a workflow, 0 to 1,023: a hash of its id, which orders the workflows of an
+    organization in its queue.
     """
     return _hash(workflow_id) % TURNS
 

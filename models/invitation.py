@@ -67,10 +67,9 @@ async def create_invitation(
     now: datetime,
     lifetime: timedelta,
 ) -> CreatedInvitation:
-    """Insert an invitation to the caller's organization, and return it with its secret code, which is stored
-    as a hash.
+    """Insert an invitation to the caller's organization, valid for `lifetime`; return it with its secret code.
 
-    The address is stored in lower case; it is valid for `lifetime`.
+    The mail address is stored in lower case, the code as a hash.
     """
     code = browser_session.new_secret()
     row = Invitation(
@@ -99,12 +98,14 @@ async def list_invitations(
 
 
 async def find_by_code(connection: AsyncConnection, code: str) -> Invitation | None:
-    """Return the invitation with a code, open or not; None for an unknown code."""
+    """Return the invitation with a code, even if it can't be accepted any more; None for an unknown code."""
     return await _find(connection, col(Invitation.hash) == browser_session.hash_secret(code))
 
 
-async def take_invitation(connection: AsyncConnection, one: Invitation, now: datetime) -> bool:
-    """Mark an open invitation as accepted; return False if it is not open any more, or another request was first."""
+async def accept_invitation(connection: AsyncConnection, one: Invitation, now: datetime) -> bool:
+    """Mark an invitation as accepted at `now`; return False, without a change, if it is accepted, revoked or expired
+    already.
+    """
     statement = (
         update(Invitation)
         .where(
@@ -119,16 +120,17 @@ async def take_invitation(connection: AsyncConnection, one: Invitation, now: dat
 
 
 async def record_user(connection: AsyncConnection, one: Invitation, user_id: str) -> None:
-    """Store the id of the user that was created by an invitation."""
+    """Store in an invitation the id of the user that it has created."""
     await connection.execute(update(Invitation).where(col(Invitation.id) == one.id).values(user_id=user_id))
 
 
 async def revoke_invitation(
     connection: AsyncConnection, organization_id: str, invitation_id: str, now: datetime
 ) -> Invitation | None:
-    """Revoke an invitation, and return it as it was before; None for an unknown one.
+    """Revoke an invitation of an organization, and return its row as it was before; None if the organization has none
+    with the id.
 
-    One that was accepted or revoked earlier does not change.
+    An accepted or revoked invitation is returned without a change.
     """
     conditions = (col(Invitation.organization_id) == organization_id, col(Invitation.id) == invitation_id)
     found = await _find(connection, *conditions)
@@ -142,6 +144,6 @@ async def revoke_invitation(
 
 
 async def _find(connection: AsyncConnection, *conditions: ColumnElement[bool]) -> Invitation | None:
-    """Return the invitation that matches; None without one."""
+    """Return an invitation that meets all conditions; None if there is none."""
     row = (await connection.execute(select(Invitation).where(*conditions))).mappings().first()
     return None if row is None else build_row(Invitation, row)

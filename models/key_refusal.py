@@ -46,17 +46,21 @@ class RefusedScope:
 
 
 def begin_of_day(now: datetime) -> datetime:
-    """Return the begin of a time's day in UTC."""
+    """Return the midnight before `now`, which must be in UTC."""
     return now.replace(hour=0, minute=0, second=0, microsecond=0)
 
 
 def first_day(now: datetime) -> datetime:
-    """Return the begin of the earliest day that is counted."""
+    """Return the begin, in UTC, of the first of the seven days, today among them, whose refusals are counted."""
     return begin_of_day(now) - timedelta(days=KEPT_DAYS - 1)
 
 
 async def add_counts(connection: AsyncConnection, rows: Sequence[KeyRefusal]) -> None:
-    """Add counts to those of the same day, key and scope, in one statement; at least one row, at most 5,000."""
+    """Add the counts of `rows` to the stored counts of the same day, key and scope, and replace their last time and
+    route.
+
+    Needs 1 to 5,000 rows, since it executes one statement.
+    """
     dialect: Any = postgresql if connection.dialect.name == "postgresql" else sqlite
     # Same order in every gateway: concurrent writers wait for one another without a deadlock.
     ordered = sorted((row.model_dump() for row in rows), key=lambda row: (row["key_id"], row["scope"]))
@@ -76,8 +80,8 @@ async def delete_earlier(connection: AsyncConnection, first: datetime) -> None:
 async def list_by_key(
     connection: AsyncConnection, key_ids: Collection[str], now: datetime
 ) -> dict[str, list[RefusedScope]]:
-    """Return the refusals of keys in the last seven days by key id, the most frequent scope first; keys without
-    any are omitted.
+    """Return the refusals of API keys in the last seven days by key id, the most frequent scope first; keys without
+    refusals are omitted.
     """
     if not key_ids:
         return {}

@@ -49,7 +49,7 @@ class PolicyReplay:
         return sum((end - start for start, end in self.up_times), timedelta())
 
     def sum_pod_time(self, since: datetime, until: datetime) -> timedelta:
-        """Return for how long one pod would have been up between two times."""
+        """Return the total time for which one pod would have been up between two times."""
         return sum(
             (
                 min(end, until) - max(start, since)
@@ -85,9 +85,9 @@ def policy_clock_changes(policy: DeploymentPolicy, now: datetime) -> Sequence[Zo
 def replay_runs(
     policy: DeploymentPolicy, runs: Sequence[PastRun], since: datetime, until: datetime
 ) -> PolicyReplay:
-    """Return the pod time, cold starts and waits that a policy would have had for these runs between two times.
+    """Return the pod time, cold starts and waits that `policy` would have caused for past runs between two times.
 
-    `runs` are sorted by acceptance; a cold start counts as a wait of ten seconds.
+    `runs` must be sorted by acceptance. A cold start counts as a wait of ten seconds.
     """
     match policy:
         case AlwaysOnPolicy():
@@ -101,7 +101,7 @@ def replay_runs(
 
 
 def _replay_on_demand(runs: Sequence[PastRun], keep: timedelta, until: datetime) -> PolicyReplay:
-    """Return times up and cold starts with pods that start for a run and stay up for `keep` after the last one."""
+    """Return the result for pods that start for a run and stop once no run has been in progress for `keep`."""
     up_times: list[tuple[datetime, datetime]] = []
     for run in runs:
         end = run.ended_at + keep
@@ -118,7 +118,9 @@ def _replay_on_demand(runs: Sequence[PastRun], keep: timedelta, until: datetime)
 def _replay_schedule(
     schedule: WindowSchedule, runs: Sequence[PastRun], since: datetime, until: datetime
 ) -> PolicyReplay:
-    """Return times up and waits with pods that are up while a schedule is open; earlier runs wait for its opening."""
+    """Return the result for pods that are up while a schedule is open; runs outside of its windows wait for the next
+    opening.
+    """
     spans = [*_open_spans(schedule, since, until)]
     up_times = [(opens_at, min(closes_at, until)) for opens_at, closes_at in spans if opens_at < until]
     waits: list[timedelta] = []

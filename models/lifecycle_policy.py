@@ -198,10 +198,10 @@ def effective_policy(stored: Mapping[str, Any] | None) -> Mapping[str, Any]:
 
 
 def parse_policy(stored: Mapping[str, Any]) -> DeploymentPolicy:
-    """Parse a stored policy, which is valid.
+    """Parse a stored policy, which must be valid.
 
-    Its shape is `type`, and `idleTimeoutMinutes` or `schedule` with `timezone` and `windows` of `days`,
-    `startTime` and `endTime`.
+    It has `type`, and `idleTimeoutMinutes` or `schedule` with `timezone` and `windows` of `days`, `startTime` and
+    `endTime`.
     """
     match PolicyType(stored["type"]):
         case PolicyType.ALWAYS_ON:
@@ -223,7 +223,8 @@ def parse_policy(stored: Mapping[str, Any]) -> DeploymentPolicy:
 
 
 def decide(policy: DeploymentPolicy, situation: DeploymentSituation, now: datetime) -> LifecycleVerdict:
-    """Return the decision of a policy about a deployment: the action, its reason, and the time to decide again.
+    """Return the decision of a policy about a deployment at `now`: the action, its reason, and the time to decide
+    again.
 
     It depends on its arguments alone. Raises `ZoneInfoNotFoundError` for an unknown time zone.
     """
@@ -245,9 +246,9 @@ def retry_time(start_failures: int) -> timedelta:
 def start_refusal(
     policy: DeploymentPolicy, situation: DeploymentSituation, now: datetime
 ) -> StartRefusal | None:
-    """Return why a deployment can't serve a run now; None if it is up, or may be started for the run.
+    """Return the reason why a deployment can't serve a run now; None if it is up, or may be started for the run.
 
-    A closed window comes with its next opening. Raises `ZoneInfoNotFoundError` for an unknown time zone.
+    For a closed window, the refusal has its next opening. Raises `ZoneInfoNotFoundError` for an unknown time zone.
     """
     if not situation.is_deployed or situation.stopped_reason is StoppedReason.ARCHIVED:
         return StartRefusal(StartRefusalCode.NOT_DEPLOYED)
@@ -267,10 +268,9 @@ def start_refusal(
 def stop_decision(
     situation: DeploymentSituation, reason: LifecycleReason, stopped_reason: StoppedReason
 ) -> LifecycleVerdict:
-    """Return the verdict that stops a deployment: a drain if it is up with runs in progress, which get time to
-    finish, else a stop at once.
+    """Return the verdict that stops a deployment: a drain if it is up with runs in progress, else a stop at once.
 
-    `reason` is recorded with the decision; `stopped_reason` is stored as the state of the deployment.
+    `reason` explains the decision; `stopped_reason` is stored in the deployment.
     """
     action = LifecycleAction.DRAIN if situation.is_up and situation.has_running else LifecycleAction.STOP
     return LifecycleVerdict(action, reason, stopped_reason)
@@ -279,7 +279,7 @@ def stop_decision(
 def next_transition(
     policy: DeploymentPolicy, situation: DeploymentSituation, now: datetime
 ) -> LifecycleTransition | None:
-    """Return the next start or stop of a deployment by the clock alone, without further events.
+    """Return the next start or stop of a deployment if nothing but the clock changes; a due transition is at `now`.
 
     None if there is none. Raises `ZoneInfoNotFoundError` for an unknown time zone.
     """
@@ -329,7 +329,9 @@ def _is_kept_awake(situation: DeploymentSituation, now: datetime) -> bool:
 
 
 def _keep_awake(verdict: LifecycleVerdict, situation: DeploymentSituation, now: datetime) -> LifecycleVerdict:
-    """Return a verdict about a deployment that is up; if a user keeps it awake, no stop before the end of that time."""
+    """Return `verdict`; or no action, if it would stop a deployment before the end of the time for which a user keeps
+    it awake.
+    """
     until = situation.kept_awake_until
     if until is None or until <= now:
         return verdict
@@ -342,7 +344,9 @@ def _keep_awake(verdict: LifecycleVerdict, situation: DeploymentSituation, now: 
 def _stop_unless_in_use(
     stop: LifecycleVerdict, situation: DeploymentSituation, timeout: timedelta, now: datetime
 ) -> LifecycleVerdict:
-    """Return `stop` once a deployment was idle for `timeout`; otherwise no action, with the reason why not."""
+    """Return `stop` once a deployment has been idle for `timeout`; before, no action, with the reason and the time to
+    check again.
+    """
     if situation.has_due or situation.has_running or situation.is_waking:
         return LifecycleVerdict(LifecycleAction.NONE, LifecycleReason.IN_USE)
     idle_at = (situation.last_activity_at or now) + timeout
@@ -356,9 +360,9 @@ def _stop_unless_in_use(
 def _stop_unless_open(
     schedule: WindowSchedule, situation: DeploymentSituation, now: datetime
 ) -> LifecycleVerdict:
-    """Return a stop while the schedule is closed, but not before its first closing after a start by a user.
+    """Return a stop while the schedule is closed, though not before its first closing after a start by a user.
 
-    Otherwise no action, with the time of the next closing.
+    Before, no action, with the time of the next closing.
     """
     if weekly_windows.is_open(schedule, now):
         closes_at = weekly_windows.next_closing(schedule, now)
@@ -374,8 +378,8 @@ def _stop_unless_open(
 def _decide_while_draining(
     policy: DeploymentPolicy, situation: DeploymentSituation, until: datetime, now: datetime
 ) -> LifecycleVerdict:
-    """Return the decision about a draining deployment: up again, stopped when its runs or the time are over,
-    or none yet.
+    """Return the decision about a draining deployment: start it again, stop it once its runs or the time have ended, or
+    wait.
     """
     again = _decide_while_down(policy, situation, now)
     if again.action is not LifecycleAction.NONE:
@@ -392,6 +396,12 @@ def _decide_while_draining(
 def _decide_while_down(
     policy: DeploymentPolicy, situation: DeploymentSituation, now: datetime
 ) -> LifecycleVerdict:
+    """Return the decision about a deployment that is down or drains: start it for its policy, wake it for a due run, or
+    neither.
+
+    After failed starts, nothing before the next retry. No action has the next opening of the windows as the time to
+    check.
+    """
     if situation.stopped_reason is StoppedReason.ARCHIVED:
         return LifecycleVerdict(LifecycleAction.NONE, LifecycleReason.NOT_DEPLOYED)
     if situation.stopped_reason is StoppedReason.FAILED:
@@ -416,7 +426,7 @@ def _decide_while_down(
 def _start_reason(
     policy: DeploymentPolicy, situation: DeploymentSituation, now: datetime
 ) -> LifecycleReason | None:
-    """Return the reason why a policy wants a deployment up without a due run; None if it doesn't."""
+    """Return the reason why a deployment should be up now, even without a due run; None if there is none."""
     if _is_kept_awake(situation, now):
         return LifecycleReason.KEPT_AWAKE
     is_by_hand = situation.stopped_reason is StoppedReason.MANUAL

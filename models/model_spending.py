@@ -73,8 +73,9 @@ class ModelCost(SQLModel, table=True):
 
 
 def month_sums_statement(organization_id: str, month: int) -> Select[*tuple[Any, ...]]:
-    """Return the statement for the spent and reserved amounts of an organization in a month: one row of four sums.
+    """Return the statement for the spent and reserved amounts of an organization in a month, such as 202611.
 
+    Its row has `spent_cost` and `reserved_cost` in nano-dollars, `spent_tokens` and `reserved_tokens`; 0 without calls.
     A single statement sees a call either reserved or settled, never as both or as neither.
     """
     costs = (col(ModelCost.organization_id) == organization_id, col(ModelCost.month) == month)

@@ -16,7 +16,7 @@ _ROOT = Path("/")
 
 
 def count_kills(root: Path = _ROOT) -> int | None:
-    """Return the number of processes killed for lack of memory in this cgroup or system; None if it is not
+    """Return the total number of processes killed for lack of memory in this cgroup or system; None if it is not
     reported.
 
     `root` is the root of the file system, another one in tests.
@@ -42,19 +42,19 @@ class OomKillWatch:
         self._earlier = self._latest = count_kills()
         self._look_at = time.monotonic() + LOOK_SECONDS
 
-    def look(self) -> None:
-        """Update the counts at most every two seconds, to forget earlier kills of other processes; call it
-        again and again.
+    def refresh(self) -> None:
+        """Read the kernel's count, at most every two seconds, so that earlier kills of other processes are forgotten.
+
+        Call it periodically.
         """
         if time.monotonic() >= self._look_at:
             self._earlier, self._latest = self._latest, count_kills()
             self._look_at = time.monotonic() + LOOK_SECONDS
 
     def explains(self, exit_code: int | None) -> bool:
-        """Return whether a child that has just died with this exit code was killed for lack of memory.
+        """Return whether a child that has just ended with `exit_code` was killed for lack of memory.
 
-        That is SIGKILL, and a count that has grown since the look before the last. False if kills are not
-        reported.
+        True for SIGKILL, if the kernel's count has grown since the second last reading. False if it is not reported.
         """
         if exit_code != -signal.SIGKILL or self._earlier is None:
             return False

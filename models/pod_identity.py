@@ -115,7 +115,9 @@ def lease_owner_prefix(workflow_id: str) -> str:
 
 
 def derive_token(token_id: str, secret: bytes) -> str:
-    """Derive a pod's token from its id and the server's secret: `rt-`, a routing code of two characters, 260 bits."""
+    """Return the token of a pod: derived from the id of its row and the server secret, `rt-`, a routing code of two
+    characters, and 260 bits.
+    """
     key = blake2b(secret, digest_size=64, person=b"runner tokens").digest()
     number = int.from_bytes(blake2b(token_id.encode(), key=key, digest_size=33).digest(), "big")
     digits = "".join(ids.ALPHABET[number >> 5 * place & 31] for place in range(_TOKEN_CHARACTERS))
@@ -128,5 +130,5 @@ def hash_token(token: str) -> str:
 
 
 def wakeup_key(hashed: str) -> str:
-    """Derive the key that authenticates wakeups of a pod, from the hash of its token."""
+    """Return the key that authenticates wakeups of a pod, derived from the stored hash of its token."""
     return blake2b(hashed.encode(), digest_size=32, person=b"runner wakeups").hexdigest()

@@ -67,10 +67,10 @@ def driver_address(url: URL) -> str:
 
 
 async def open_session(address: str, *, settings: Mapping[str, str], **options: Any) -> Any:  # noqa: ANN401 - asyncpg's own
-    """Open a session with these settings of PostgreSQL and our timeouts.
+    """Open a session with these settings of PostgreSQL and our timeouts; `guard_server` terminates it in an outage.
 
-    Behind a pooler that refuses settings, it has neither. Takes the options of `asyncpg.connect`, and raises
-    its exceptions.
+    Behind a pooler that refuses settings, it has neither. Takes the options of `asyncpg.connect`, and raises its
+    exceptions.
     """
     connection = await _open_session(address, settings, options)
     of_loop = _connections.setdefault(asyncio.get_running_loop(), {})
@@ -79,7 +79,9 @@ async def open_session(address: str, *, settings: Mapping[str, str], **options: 
 
 
 async def open_checked_session(address: str, **options: Any) -> Any:  # noqa: ANN401 - asyncpg's own
-    """Open a session as `open_session` does, and note whether a pooler has silently dropped the timeouts."""
+    """Open a session as `open_session` does; if a pooler has silently dropped the timeouts, `has_timeouts` is False for
+    it.
+    """
     connection = await open_session(address, settings={}, **options)
     try:
         found = await connection.fetchval("SELECT setting FROM pg_settings WHERE name = 'lock_timeout'")
@@ -106,9 +108,10 @@ def has_timeouts(connection: object) -> bool:
 
 
 def guard_server(address: str) -> GuardedCall:
-    """Return the context of a call to a server.
+    """Return the context manager for one call to the server at `address`, which raises `DatabaseUnavailable` during an
+    outage.
 
-    The context raises `DatabaseUnavailable` during an outage of the server.
+    All calls of an event loop to a server share one circuit breaker.
     """
     of_loop = _breakers.setdefault(asyncio.get_running_loop(), {})
     breaker = of_loop.get(address)
@@ -120,9 +123,10 @@ def guard_server(address: str) -> GuardedCall:
 
 
 async def _open_session(address: str, settings: Mapping[str, str], options: dict[str, Any]) -> Any:  # noqa: ANN401 - asyncpg's own
-    """Open a session with settings and timeouts; if a pooler refuses settings, without them, which is noted.
+    """Open a session with settings and timeouts; without either, as `has_timeouts` tells then, if a pooler refuses
+    settings.
 
-    A canceled caller leaves the session to be terminated as soon as it is open.
+    If the caller is canceled, the session is terminated as soon as it is open.
     """
     return await open_shielded(_log_in(address, settings, options), lambda opened: opened.terminate())
 
@@ -160,14 +164,14 @@ async def _probe_server(address: str) -> None:
 
 
 def _terminate_connections(address: str) -> None:
-    """Terminate all connections to a server, so that each statement in progress fails at once."""
+    """Terminate all connections of this event loop to a server, so that each statement in progress fails at once."""
     for connection in list(_connections.get(asyncio.get_running_loop(), {}).get(address, ())):
         connection.terminate()
 
 
 def _enable_keep_alive(found: socket.socket | None) -> None:
-    """Let the system probe an idle TCP connection, so that a silent loss of the server is noticed; others are
-    left alone.
+    """Enable keep-alive probes of an idle TCP connection, so that a silent loss of the server is detected; other
+    sockets are not changed.
     """
     if found is None or found.family not in {socket.AF_INET, socket.AF_INET6}:
         return

@@ -104,14 +104,19 @@ class ScheduleTimetable:
         return sha256(msgspec.json.encode(timing)).hexdigest()
 
     def start_delay(self, workflow_id: str) -> timedelta:
-        """Return the constant delay of a workflow's runs after their instants: from 0 to less than the jitter."""
+        """Return the delay of all runs of a workflow after their instants: constant, at least 0, and less than the
+        jitter.
+        """
         digest = blake2b(workflow_id.encode(), digest_size=4).digest()
         return timedelta(
             milliseconds=self.jitter_seconds * 1_000 * int.from_bytes(digest, "big") // 256 ** len(digest)
         )
 
     def first_after(self, moment: datetime, anchor: datetime) -> datetime | None:
-        """Return the first instant after a time, in UTC; None if there is none. Intervals count from `anchor`."""
+        """Return the first instant after a time, in UTC; None if there is none.
+
+        Intervals count from `anchor`.
+        """
         return next(self.instants_after(moment, anchor), None)
 
     def instants_after(self, moment: datetime, anchor: datetime) -> Iterator[datetime]:
@@ -135,7 +140,7 @@ class ScheduleTimetable:
         ]
 
     def last_instants(self, count: int, first: datetime, last: datetime, anchor: datetime) -> list[datetime]:
-        """Return at most `count` instants, the last ones from `first` to `last`, earliest first.
+        """Return the last instants from `first` to `last`, both included, at most `count`, earliest first.
 
         It doesn't compute all instants of a long time.
         """
@@ -188,10 +193,10 @@ class ScheduleDecision:
 
 
 def parse_timetable(config: Mapping[str, Any]) -> ScheduleTimetable:
-    """Parse the stored config of a schedule trigger; the config of a draft may be anything.
+    """Parse the stored config of a schedule trigger, which need not be valid.
 
-    A cron expression wins over an interval. Raises `InvalidTimetable` for a config that can't be followed,
-    such as an unknown time zone.
+    A cron expression wins over an interval. Raises `InvalidTimetable` for a config that can't be followed, such as an
+    unknown time zone.
     """
     try:
         parsed = msgspec.convert(
@@ -223,8 +228,8 @@ def _to_whole_number(value: object) -> object:
 
 @lru_cache(maxsize=4_096)
 def is_cron_expression(cron: str) -> bool:
-    """Return whether a text is a cron expression of five fields with at least one instant, of at most 200
-    characters.
+    """Return whether a text is a cron expression of five fields, at most 200 characters, that matches at least one
+    time.
     """
     if len(cron) > CRON_CHARACTERS or len(cron.split(" ")) != CRON_FIELDS or cron != " ".join(cron.split()):
         return False
@@ -236,10 +241,11 @@ def is_cron_expression(cron: str) -> bool:
 
 
 def decide_instants(timetable: ScheduleTimetable, state: ScheduleState, now: datetime) -> ScheduleDecision:
-    """Return which due instants from `state.next_run_at` on get a run; none of them is due again.
+    """Return the decision about all instants due since `state.next_run_at`: which of them get a run, and the next
+    instant.
 
-    The result also has the next instant, and the reason and time of the last skipped one. At most 1,000 runs
-    wait, and under the overlap policy `skip` one runs at a time.
+    It also has the reason and the time of the last skipped instant. At most 1,000 runs wait, and under the overlap
+    policy `skip` at most one instant gets a run, none while a run is in progress.
     """
     due_until = now - timetable.start_delay(state.workflow_id)
     if state.next_run_at > due_until:
@@ -257,8 +263,8 @@ def decide_instants(timetable: ScheduleTimetable, state: ScheduleState, now: dat
 def _instants_to_run(
     timetable: ScheduleTimetable, state: ScheduleState, due_until: datetime
 ) -> tuple[list[datetime], SkipReason | None, datetime | None]:
-    """Return the due instants to run, the reason for skipped ones, and the last skipped one; None for both
-    without any.
+    """Return the due instants to run, the reason for skipped instants, and the last skipped instant; the latter two are
+    None if none is skipped.
 
     If the first instant is at most a minute late, all run; otherwise the misfire policy chooses.
     """
@@ -287,11 +293,10 @@ def recompute_next_instant(
     last_run_at: datetime | None,
     now: datetime,
 ) -> datetime | None:
-    """Return the next instant of a schedule after the clock that computed it was found to be ahead; None
-    without any.
+    """Return the corrected next instant of a schedule after its clock was found to be ahead; None if there is none.
 
-    Instants that ran early are not run again, unless the clock was over an hour ahead, after which nothing
-    would run for long.
+    Instants that ran early are not run again, unless the clock was over an hour ahead, after which nothing would run
+    for long.
     """
     since = now - timetable.start_delay(workflow_id)
     if last_run_at is not None and since < last_run_at <= since + MAX_AHEAD:
@@ -302,7 +307,7 @@ def recompute_next_instant(
 def last_paused_instant(
     timetable: ScheduleTimetable, workflow_id: str, planned_at: datetime, anchor: datetime, now: datetime
 ) -> datetime | None:
-    """Return the last instant that a paused schedule has skipped; None if it has skipped none.
+    """Return the last instant before `now` that a paused schedule has skipped; None if it has skipped none.
 
     `planned_at` is the time of its last decision: instants after it had no run.
     """

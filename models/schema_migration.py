@@ -42,7 +42,7 @@ class NewerDatabase(Exception):
 async def migrate(url: URL) -> None:
     """Run every migration that the database lacks; safe to repeat, and to run from several processes at once.
 
-    A newer database that this code can use is left alone. Raises `DatabaseUnavailable`, `NewerDatabase`, and
+    Changes nothing in a newer database that this code can use. Raises `DatabaseUnavailable`, `NewerDatabase`, and
     `LockWaitTimeout` if tables stay locked for a minute.
     """
     database = Database(url)
@@ -92,11 +92,11 @@ def _require_support(connection: Connection, found: str) -> None:
 
 @asynccontextmanager
 async def _migrate_exclusively(database: Database) -> AsyncIterator[None]:
-    """Serialize concurrent migrations: later ones find nothing to do.
+    """Hold the lock of migrations for the block, so that concurrent migrations wait, without a limit, and find nothing
+    to do.
 
-    A transaction of its own holds the lock, since the migrating transaction must see the tables as they are
-    after the wait. It stays idle meanwhile, for longer than other transactions may. SQLite serializes
-    transactions by itself.
+    A transaction of its own holds the lock, since the migrating transaction must see the tables as they are after the
+    wait. It stays idle meanwhile, for longer than other transactions may. SQLite serializes transactions by itself.
     """
     if is_sqlite(database.url):
         yield
@@ -130,8 +130,9 @@ async def _upgrade_when_unlocked(database: Database) -> None:
 
 
 def _upgrade(connection: Connection) -> None:
-    """Run the missing migrations on a connection; nothing for a newer revision that this code can use, else
-    `NewerDatabase`.
+    """Run the missing migrations on a connection; changes nothing for a newer revision that this code can use.
+
+    Raises `NewerDatabase` for a revision that it can't use.
     """
     found = _read_revision(connection)
     if found is not None and found > HEAD_REVISION:

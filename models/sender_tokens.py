@@ -71,9 +71,10 @@ def visible_suffix(token: str) -> str:
 async def find_tokens(
     database: Database, hashes: Collection[str], now: datetime
 ) -> dict[str, FoundSenderToken]:
-    """Return the valid tokens with these hashes, by hash; unknown, revoked and expired ones are missing.
+    """Return the valid tokens with these hashes, by hash; unknown, revoked and expired tokens, and tokens of deleted
+    workflows, are omitted.
 
-    So are tokens of deleted workflows. Raises `DatabaseUnavailable`.
+    Raises `DatabaseUnavailable`.
     """
     statement = (
         select(SenderToken, col(User.role), col(Workflow.owner_id))
@@ -111,7 +112,7 @@ def _token_of_row(row: Row[*tuple[Any, ...]]) -> FoundSenderToken:
 
 
 async def record_use(database: Database, token_id: str, *, now: datetime, every: timedelta) -> None:
-    """Store the time of a token's use, unless a use within the last `every` is stored already.
+    """Store `now` as the time of a token's last use, unless the stored time is less than `every` older.
 
     Raises `DatabaseUnavailable`.
     """

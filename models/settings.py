@@ -27,7 +27,7 @@ class InvalidSettings(ValueError):
 
 
 def split_list(value: object) -> object:
-    """Split a text at commas into a tuple without empty parts, or parse it as a JSON list if it begins with `[`.
+    """Split a text at commas into a tuple without empty parts, or parse it as JSON if it begins with `[`.
 
     Other values than texts are returned unchanged. Raises `ValueError` for malformed JSON.
     """
@@ -202,13 +202,13 @@ class ServerSettings(TraceSettings):
         return tuple(text.encode() for text in texts)
 
     def check_for_production(self) -> None:
-        """Check server secrets and broker, which only `pilotflame dev` can do without; raises `InvalidSettings`."""
+        """Check server secrets and broker, without which only `pilotflame dev` runs; raises `InvalidSettings`."""
         _ = self.secret, self.previous_secrets
         self.require_broker()
 
     @property
     def broker_url(self) -> str | None:
-        """URL of the Redis or PostgreSQL by which processes wake one another; Redis goes first.
+        """URL of Redis, or else of PostgreSQL, by which processes wake one another.
 
         None for SQLite without Redis, which allows one process only.
         """

@@ -52,9 +52,9 @@ class SigningSecret(SQLModel, table=True):
 
 
 def valid_secrets_statement(organization_id: str) -> Select[Any]:
-    """Return the statement that finds the valid signing secrets of an organization, at most 4, the newest first.
+    """Return the statement for the valid signing secrets of an organization, at most 4, the newest first.
 
-    The newest is the current one; earlier ones are valid for 24 hours after a rotation.
+    The newest is the current secret; earlier secrets are valid for 24 hours after their replacement.
     """
     is_valid = or_(col(SigningSecret.expires_at).is_(None), col(SigningSecret.expires_at) > DatabaseTime())
     return (
@@ -81,7 +81,7 @@ def encrypt_secret(vault: SecretVault, secret: str, *, organization_id: str, obj
 
 
 def decrypt_secret(vault: SecretVault, row: SigningSecret) -> str:
-    """Decrypt the signing secret of a row; raises `VaultError` if no server secret fits or the row was
+    """Return the decrypted signing secret of a row; raises `VaultError` if no server secret fits or the row was
     tampered with.
     """
     stored = EncryptedText(row.secret_id, row.encrypted)
@@ -89,10 +89,10 @@ def decrypt_secret(vault: SecretVault, row: SigningSecret) -> str:
 
 
 def sign_message(keys: Iterable[str], message_id: str, timestamp: int, body: bytes) -> str:
-    """Return the header `webhook-signature` of a message: `v1,` and an HMAC-SHA-256 in base64 for each secret.
+    """Return the header `webhook-signature` of a message: for each signing secret in `keys`, `v1,` and an HMAC-SHA-256
+    in Base64.
 
-    Signatures are in the order of the secrets, separated by spaces. `timestamp` is in seconds since the
-    epoch.
+    Signatures are in the order of the secrets, separated by spaces. `timestamp` is in seconds since the epoch.
     """
     signed = b"%s.%d.%s" % (message_id.encode(), timestamp, body)
     return " ".join(f"v1,{_sign(key, signed)}" for key in keys)

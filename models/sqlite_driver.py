@@ -27,10 +27,10 @@ ROWS_PER_FETCH = 64
 
 
 async def open_connection(path: str, *, busy_seconds: float) -> aiosqlite.Connection:
-    """Open an SQLite file, with a thread of its own for the connection.
+    """Open an SQLite file, in a new thread that serves this connection.
 
-    A statement waits up to `busy_seconds` while other programs lock the file. If the caller is canceled, the
-    connection is closed as soon as it is open. Raises `sqlite3.Error` if the file can't be opened.
+    A statement waits up to `busy_seconds` while other programs lock the file. If the caller is canceled, the connection
+    is closed as soon as it is open. Raises `sqlite3.Error` if the file can't be opened.
     """
     connection = aiosqlite.Connection(partial(_connect, path, busy_seconds), ROWS_PER_FETCH)
     connection._thread.daemon = True  # noqa: SLF001 - as SQLAlchemy does for connections that it opens
@@ -52,7 +52,9 @@ def _connect(path: str, busy_seconds: float) -> sqlite3.Connection:
 
 @cache
 def build_driver() -> object:
-    """Return the driver, for the parameter `module` of an engine whose connections `open_connection` opens."""
+    """Return the driver, for the parameter `module` of an engine that connects by `open_connection`; the same object
+    each time.
+    """
     return _SqliteDriver(aiosqlite, sqlite3)
 
 

@@ -39,10 +39,10 @@ def watch_key(organization_id: str) -> str:
 
 
 def workers_key(organization_id: str) -> str:
-    """Return the key that stands for the workers of an organization that stop or are asked to."""
+    """Return the key by which processes watch for workers of an organization that stop, or are asked to."""
     return f"{WORKERS_PREFIX}{organization_id}"
 
 
 def organization_of_key(key: str, prefix: str = WATCH_PREFIX) -> str | None:
-    """Return the organization of a key with a prefix; None for any other key."""
+    """Return the id of the organization in a key of `watch_key`, or with another prefix; None for any other key."""
     return key.removeprefix(prefix) if key.startswith(prefix) else None

@@ -34,7 +34,7 @@ def from_microseconds(count: int) -> datetime:
 
 
 def hour_of(moment: datetime) -> datetime:
-    """Return the begin of the hour of a time in UTC."""
+    """Return the begin of the hour of a time, which must be in UTC."""
     return moment.replace(minute=0, second=0, microsecond=0)
 
 
@@ -44,7 +44,7 @@ def format_timestamp(moment: datetime) -> str:
 
 
 def format_optional(moment: datetime | None) -> str | None:
-    """Format a time as `format_timestamp` does, or return None."""
+    """Format a time as `format_timestamp` does; return None for None."""
     return None if moment is None else format_timestamp(moment)
 
 
@@ -64,9 +64,8 @@ class DatabaseClock:
         self._learned_at = time.monotonic()
 
     def now(self) -> datetime:
-        """Return the present time by the database's clock in UTC, estimated without a query.
-
-        `learn` and `follow_host` set what it knows of that clock.
+        """Return the present time by the database's clock in UTC, estimated without a query from the last call of
+        `learn` or `follow_host`.
         """
         # Called several times per node: a float of this size is exact to a quarter of a microsecond.
         return datetime.fromtimestamp((self._offset + time.monotonic_ns() // 1_000) / _SECOND, UTC)
@@ -80,7 +79,7 @@ class DatabaseClock:
         return (to_microseconds(moment) - self._offset) / _SECOND
 
     def seconds_until(self, moment: datetime) -> float:
-        """Return the seconds until a time has certainly passed for the database too; 0 if it has.
+        """Return the seconds until a time has certainly passed for the database too; 0 if it has passed.
 
         The possible error of the estimate is added.
         """
@@ -91,18 +90,17 @@ class DatabaseClock:
         return max(seconds + (error if isfinite(error) else 0.0), 0.0)
 
     def follow_host(self) -> None:
-        """Take over the time of this host, without error: a database on SQLite has the same."""
+        """Set the clock to the time of this host, which a database on SQLite shares, so that it has no error."""
         with self._lock:
             self._learned_at, self._error = time.monotonic(), 0.0
             self._offset = HOST_TIME.microseconds() - round(self._learned_at * _SECOND)
 
     def learn(self, moment: datetime | None, asked_at: float, answered_at: float | None = None) -> None:
-        """Learn the database's time from its answer to a query.
+        """Set the clock by the database's answer `moment` to a query for its time; None is ignored.
 
-        `asked_at` and `answered_at` (None: now) are values of `time.monotonic`, in seconds. An answer without
-        `moment` is ignored. The database read its clock in between, at the middle give or take half the round
-        trip. A less exact answer replaces a more exact one only if they contradict each other: then the
-        database's clock was set.
+        `asked_at` and `answered_at` (None: now) are values of `time.monotonic`, in seconds. The database read its clock
+        in between, at the middle give or take half the round trip. A less exact answer replaces a more exact one only
+        if they contradict each other: then the database's clock was set.
         """
         if moment is None:
             return
@@ -125,26 +123,28 @@ class HostTime:
         self.restart()
 
     def restart(self) -> None:
-        """Read the wall clock again, in a process that another one has forked, perhaps long after its own start."""
+        """Read the wall clock again; call it in a forked process, since its parent may have read it long before."""
         self._offset, self.moved = _wall_microseconds() - _counter_microseconds(), 0
 
     def microseconds(self) -> int:
-        """Return this host's time in microseconds since 1970, which follows no change of the wall clock by itself."""
+        """Return this host's time in microseconds since 1970; changes of the wall clock affect it only
+        through `move`.
+        """
         return self._offset + _counter_microseconds()
 
     def seconds(self) -> float:
-        """Return this host's time in seconds since 1970, which follows no change of the wall clock by itself."""
+        """Return this host's time in seconds since 1970; changes of the wall clock affect it only through `move`."""
         return self.microseconds() / 1_000_000
 
     def step(self) -> int:
-        """Return by how many microseconds the wall clock is ahead of this time, negative if it is behind.
+        """Return the microseconds by which the wall clock is ahead of this time, negative if it is behind.
 
-        A large step means that the wall clock was set.
+        A large number means that the wall clock was set.
         """
         return _wall_microseconds() - self.microseconds()
 
     def move(self, step: int) -> None:
-        """Move this time by a step in microseconds, to follow a wall clock that was set."""
+        """Add `step`, in microseconds, to this time, to follow a wall clock that was set."""
         self._offset += step
         self.moved += step
 

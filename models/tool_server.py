@@ -48,7 +48,7 @@ class ListedTools(msgspec.Struct, frozen=True, rename="camel"):
 
 
 def read_tools(stored: Mapping[str, Any] | None) -> ListedTools:
-    """Return the tools in the column of a data source."""
+    """Return the tools in the column `tools` of a data source; none for None."""
     return ListedTools() if stored is None else msgspec.convert(stored, ListedTools)
 
 

@@ -37,7 +37,7 @@ class UserIdentity(SQLModel, table=True):
 
 
 async def find_identity(connection: AsyncConnection, issuer: str, subject: str) -> UserIdentity | None:
-    """Return the identity with this issuer and subject, which are compared as they are; None without one."""
+    """Return the identity with this issuer and subject, compared exactly; None if there is none."""
     statement = select(UserIdentity).where(
         col(UserIdentity.issuer) == issuer, col(UserIdentity.subject) == subject
     )
@@ -69,7 +69,7 @@ async def add_identity(
 
 
 async def set_key(connection: AsyncConnection, identity: UserIdentity, key_id: str) -> None:
-    """Store which API key new sessions of an identity stand for, in the open transaction."""
+    """Store the API key that new sessions of an identity stand for; ignored if the identity is missing."""
     await connection.execute(
         update(UserIdentity)
         .where(col(UserIdentity.issuer) == identity.issuer, col(UserIdentity.subject) == identity.subject)

@@ -168,7 +168,7 @@ def _day_of_week(day: date) -> int:
 
 @lru_cache(maxsize=1_024)
 def _week_minutes(windows: Sequence[WeeklyWindow]) -> tuple[int, ...]:
-    """Return the minutes since Sunday's midnight at which a week alternately opens and closes.
+    """Return the minutes since Sunday's midnight at which windows alternately open and close.
 
     Windows that overlap or touch are united.
     """
@@ -191,10 +191,9 @@ def _week_minutes(windows: Sequence[WeeklyWindow]) -> tuple[int, ...]:
 def _edge_moments(
     week: Sequence[int], zone: ZoneInfo, since: datetime, until: datetime
 ) -> Iterator[datetime]:
-    """Yield the times after `since` and up to `until` at which local time passes one of these minutes of the week.
+    """Yield the times after `since` and up to `until` at which the local time passes one of the minutes in `week`.
 
-    A repeated local time is passed twice. A skipped one is passed at the clock change, which is not among
-    these times.
+    A repeated local time is passed twice. A skipped time is passed at the clock change, which is not among these times.
     """
     # Local dates between two times differ by less than a day from those in UTC.
     day = since.date() - timedelta(days=1)
@@ -216,7 +215,7 @@ def _utc_offset(zone: ZoneInfo, at: datetime) -> timedelta:
 
 
 def _find_jump(zone: ZoneInfo, start: datetime, end: datetime) -> datetime:
-    """Return the time between two times at which a zone's UTC offset changes, to the second."""
+    """Return the second between two times at which a zone's UTC offset changes."""
     before = _utc_offset(zone, start)
     while end - start > _SECOND:
         middle = start + (end - start) // 2

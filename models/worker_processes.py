@@ -16,7 +16,7 @@ ALL_IN_ONE_OWNER: Final = "dev"
 
 
 def new_lease_owner(name: str) -> str:
-    """Return a new, unique lease owner name for a worker process that starts now; runs are claimed under it."""
+    """Return a new, unique lease owner name, under which a worker process that starts now claims runs."""
     return f"{lease_owner_prefix(name)}{uuid4().hex}"
 
 

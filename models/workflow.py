@@ -197,7 +197,7 @@ def is_readable_by(caller: ApiCaller) -> ColumnElement[bool]:
 
 
 def is_listed_for(caller: ApiCaller) -> ColumnElement[bool]:
-    """Return the SQL condition under which a list shows a workflow to a caller: readable, and not a template.
+    """Return the SQL condition for workflows that lists show to a caller: readable workflows that are no templates.
 
     Without the `or` for templates, indexes that leave them out can be used.
     """
@@ -210,9 +210,10 @@ def _is_present(caller: ApiCaller) -> Iterable[ColumnElement[bool]]:
 
 
 def is_open_to(caller: ApiCaller) -> ColumnElement[bool]:
-    """Return the SQL condition under which a present workflow of the organization that is no template is readable.
+    """Return the SQL condition under which a workflow is open to a caller: public, own or shared; any for an admin.
 
-    The columns of the indexes of lists decide it.
+    It applies to workflows of the caller's organization that are neither deleted nor templates, and uses only columns
+    of the indexes of lists.
     """
     if caller.is_admin:
         return true()
@@ -223,5 +224,7 @@ def is_open_to(caller: ApiCaller) -> ColumnElement[bool]:
 
 
 def is_writable_by(caller: ApiCaller) -> ColumnElement[bool]:
-    """Return the SQL condition under which a caller may change, share and delete a workflow: as owner or admin."""
+    """Return the SQL condition for workflows that a caller may change, share and delete: the caller's own; for an
+    admin, all of the organization.
+    """
     return and_(*_is_present(caller), true() if caller.is_admin else col(Workflow.owner_id) == caller.user_id)

@@ -60,7 +60,7 @@ class WorkflowTriggerMatch(SQLModel, table=True):
 
 
 def parse_patterns(config: Mapping[str, Any]) -> Sequence[str]:
-    """Return the event types and prefixes (`a.*`) of an event trigger, without duplicates, at most 100.
+    """Return the event types and prefixes (`a.*`) in the config of an event trigger, without duplicates, at most 100.
 
     Invalid patterns, which a draft may have, are left out.
     """

@@ -94,7 +94,7 @@ def _wait_for_child(child: int, watch: OomKillWatch) -> int:
         # A bug of CPython: after the process was stopped for longer than the timeout, `sigtimedwait` returns an invalid
         # signal.
         if arrived is None or arrived.si_signo not in AWAITED:
-            watch.look()
+            watch.refresh()
         elif arrived.si_signo != signal.SIGCHLD:
             os.kill(child, arrived.si_signo)  # The child is not reaped yet, so its id can't have been reused.
         elif (status := _reap_child(child)) is not None:

@@ -118,7 +118,7 @@ class InvitationAcceptor:
         The audit trail gets four entries. Raises a 401 error if the invitation is not open any more, and
         `EmailTaken`.
         """
-        if not await invitation.take_invitation(connection, one, now):
+        if not await invitation.accept_invitation(connection, one, now):
             raise refuse_invitation()
         role = UserRole(one.role)
         user = await access_store.create_user(

@@ -177,7 +177,7 @@ class OpenIdSignIn:
         if one is None:
             raise NoAccount
         organization = await access_store.find_organization(connection, one.organization_id)
-        if organization is None or not await invitation.take_invitation(connection, one, now):
+        if organization is None or not await invitation.accept_invitation(connection, one, now):
             raise NoAccount
         user = await access_store.create_user(
             connection,

@@ -265,7 +265,7 @@ class LocalPod:
                 if misses >= PROBE_FAILURES:
                     self._set_ready(is_ready=False)
             self._rotate_log()
-            self._oom_kills.look()
+            self._oom_kills.refresh()
             await asyncio.sleep(PROBE_SECONDS if self.is_ready else STARTING_PROBE_SECONDS)
 
     async def _is_answering(self) -> bool:

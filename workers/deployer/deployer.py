@@ -214,7 +214,7 @@ class Deployer:
             if observed.workflow_id not in known:
                 self._queue.add(observed.workflow_id)
         async with self._database.read() as connection:
-            superseded = await deployment_token.list_superseded(connection)
+            superseded = await deployment_token.list_workflows_with_superseded_tokens(connection)
         for workflow_id in superseded:
             await self.reconciler.revoke_superseded(driver, workflow_id)
 
