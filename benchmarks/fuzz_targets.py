@@ -135,11 +135,11 @@ def parse_frames(data: bytes) -> None:
 
 
 def parse_sql(data: bytes) -> None:
-    """Parse a statement of each dialect; it has at most as many values as question marks."""
+    """Parse a statement of each dialect; it has at most as many placeholders as question marks."""
     text = _to_text(data)
     for dialect in SqlDialect:
         with suppress(StatementRefused):
-            assert parse_statement(text, dialect).values <= text.count("?")
+            assert parse_statement(text, dialect).placeholder_count <= text.count("?")
 
 
 def parse_sender_event(data: bytes) -> None:

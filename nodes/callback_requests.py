@@ -21,14 +21,17 @@ LONGEST_SECONDS: Final = 31_536_000
 
 
 def add_url(body: Json, url: str) -> Json:
-    """Return a body with the callback URL in its field `callbackUrl`; a text or list stays, the header has the URL."""
+    """Return a JSON body with `url` as `callbackUrl`, unless it has the field; an object for null, a text or list
+    unchanged.
+    """
     if body is None:
         return {FIELD: url}
     return {FIELD: url, **body} if isinstance(body, dict) else body
 
 
 async def sign(call: NodeCall, body: bytes | None) -> Mapping[str, str]:
-    """Return the headers that sign a request by Standard Webhooks, with the same id in every attempt.
+    """Return the headers that sign a request with `body` by Standard Webhooks, with the same message id in every
+    attempt.
 
     Raises `NodeError`.
     """
@@ -38,7 +41,11 @@ async def sign(call: NodeCall, body: bytes | None) -> Mapping[str, str]:
 
 
 def wait(call: NodeCall, method: str, url: str) -> AnswerWait:
-    """Return the wait for the callback of a request that was accepted; raises `NodeError` for a wrong timeout."""
+    """Return the wait of a node for its callback, until `callbackTimeoutSeconds` of the config have passed since
+    `call.now`.
+
+    `method` and `url`, redacted, describe the request that was sent. Raises `NodeError` for a wrong timeout.
+    """
     seconds = config_fields.read_number(
         call.config, "callbackTimeoutSeconds", minimum=1, maximum=LONGEST_SECONDS
     )
@@ -50,7 +57,7 @@ def wait(call: NodeCall, method: str, url: str) -> AnswerWait:
 
 
 def require_write(method: str, *, is_read: bool) -> None:
-    """Raise `NodeError` for a method whose requests are not recorded before they are sent."""
+    """Raise `NodeError` if `is_read`: requests of methods that only read are not recorded before they are sent."""
     if is_read:
         message = f"`waitForCallback` needs the method POST, PUT, PATCH or DELETE, not {method}"
         raise NodeError(message, code="invalid-config")

@@ -134,7 +134,7 @@ class NodeCatalog:
     _digests: dict[str, bytes] = field(default_factory=dict, init=False, repr=False)
 
     def get(self, type: str, version: str | None = None) -> NodeType:  # noqa: A002 - the field's own word
-        """Return a node type, in `version` if it is given, else its newest one.
+        """Return a node type in `version`, or if that is None, in its newest version.
 
         Raises `UnknownNodeType` with similar names or the known versions.
         """
@@ -208,7 +208,7 @@ class NodeCatalog:
         return found
 
     def implementation(self, type: str) -> RunNode:  # noqa: A002 - the field's own word
-        """Import the module of a node type and return its function, which runs nodes.
+        """Import the module of a node type and return its function `run`, which executes a node.
 
         Only processes that execute nodes need it. Raises `UnknownNodeType`.
         """
@@ -341,6 +341,10 @@ class _CatalogEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def _read_entry(path: Path) -> NodeType:
+    """Return the node type that a `.toml` describes, with its earlier versions.
+
+    Raises `InvalidCatalogEntry`, also if the file has not the name of its type.
+    """
     try:
         entry = msgspec.convert(tomllib.loads(path.read_text(encoding="utf-8")), _CatalogEntry)
     except (tomllib.TOMLDecodeError, msgspec.ValidationError) as error:
@@ -366,10 +370,7 @@ def _read_entry(path: Path) -> NodeType:
 
 
 def _merge_schemas(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the schema `below` with `above` merged into it at each level.
-
-    Where both have a value, that of `above` counts.
-    """
+    """Return a copy of the schema `below` with `above` merged into it at each level; values of `above` win."""
     laid = dict(below)
     for key, value in above.items():
         own = laid.get(key)
@@ -424,7 +425,9 @@ def _build_output(written: _OutputTable) -> OutputDescription:
 def _add_condition_schemas(
     schema: Mapping[str, Json], compiled: Mapping[str, FieldCompilation]
 ) -> Mapping[str, Json]:
-    """Add the schema of conditions to each field that holds one; keywords of the file take precedence."""
+    """Return `schema` with the schema of conditions added to each field that holds one; keywords of the file take
+    precedence.
+    """
     schema = {"properties": {}, **schema}
     for place, kind in compiled.items():
         if kind is FieldCompilation.CONDITION:

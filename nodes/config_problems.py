@@ -86,9 +86,10 @@ class ConfigProblem:
 
 
 def build_validator(node_type: NodeType) -> Draft202012Validator:
-    """Return the validator for stored configs of a node type: texts with `{{` fit any field, conditions any object.
+    """Return the validator for stored configs of a node type: texts with `{{` fit any field, and any object is a
+    condition.
 
-    Patterns in schemas of custom types take linear time.
+    Patterns in schemas of custom types must match in linear time; ValueError for others.
     """
     from jsonschema_rs import Draft202012Validator  # noqa: PLC0415 - 4 MB that some processes never need
 
@@ -110,7 +111,7 @@ def format_checks() -> dict[str, Callable[[str], bool]]:
 
 
 def linear_patterns() -> RegexOptions:
-    """Return options of a validator with which patterns take linear time and little memory; others are refused."""
+    """Return options for a validator that refuses patterns which need backtracking, or over 256 KiB of memory."""
     from jsonschema_rs import RegexOptions  # noqa: PLC0415 - as above
 
     return RegexOptions(size_limit=MAX_PATTERN_BYTES, dfa_size_limit=MAX_PATTERN_BYTES)
@@ -182,10 +183,10 @@ def _allow_template(schema: Json) -> Json:
 def find_problems(
     checker: Draft202012Validator, config: Mapping[str, Json], schema: JsonSchema
 ) -> list[ConfigProblem]:
-    """Return up to 50 problems of a config, without its values, which may be secrets; an empty list for a
-    valid one.
+    """Return up to 50 problems of a config, without its values, which may be secrets; an empty list for a valid one.
 
-    An invalid config with over 10,000 values has one problem without a location.
+    `schema` is that of `checker` before templates were accepted; it has the names of fields for messages. An invalid
+    config with over 10,000 values has one problem without a location.
     """
     if checker.is_valid(config):
         return []
@@ -200,6 +201,7 @@ def find_problems(
 
 
 def _has_many_values(config: Mapping[str, Json]) -> bool:
+    """Return whether a config has more than 10,000 values, counted at all levels."""
     count = 0
     level: list[Json] = list(config.values())
     while level:
@@ -214,13 +216,16 @@ def _has_many_values(config: Mapping[str, Json]) -> bool:
 
 
 def _collect_problems(error: ValidationError, schema: JsonSchema) -> Iterator[ConfigProblem]:
+    """Yield the problems in one error of a validator: one for each unknown field, otherwise a single one."""
     facts: dict[str, Any] = error.kind.as_dict()
     path, keyword = list(error.instance_path), error.kind.name
     match keyword:
         case "required":
-            yield _missing_names([[*path, facts["property"]]])
+            yield _missing_field_problem([[*path, facts["property"]]])
         case "anyOf" | "oneOf" if all(_is_missing_only(form) for form in facts["context"]):
-            yield _missing_names([[*path, form[0].kind.as_dict()["property"]] for form in facts["context"]])
+            yield _missing_field_problem(
+                [[*path, form[0].kind.as_dict()["property"]] for form in facts["context"]]
+            )
         case "additionalProperties":
             known = _field_names(schema, path)
             for name in facts["unexpected"][:MAXIMUM_PROBLEMS]:
@@ -239,7 +244,10 @@ def _is_missing_only(form: Sequence[ValidationError]) -> bool:
     return bool(form) and all(error.kind.name == "required" for error in form)
 
 
-def _missing_names(alternatives: Sequence[SchemaPath]) -> ConfigProblem:
+def _missing_field_problem(alternatives: Sequence[SchemaPath]) -> ConfigProblem:
+    """Return the problem of a missing required field; with several `alternatives`, one of these fields has
+    to be given.
+    """
     names = [_format_path(path) for path in alternatives]
     message = f"{' or '.join(names)} is required"
     return ConfigProblem(names[0], message, "required", tuple(alternatives[0]))
@@ -248,6 +256,10 @@ def _missing_names(alternatives: Sequence[SchemaPath]) -> ConfigProblem:
 def _unknown_field_problem(
     path: SchemaPath, known: Sequence[str], beside: Mapping[str, Json]
 ) -> ConfigProblem:
+    """Return the problem of the unknown field at `path`, with similar names in `known`.
+
+    A single similar name is taken as the intended name, unless `beside`, the object around the field, has it already.
+    """
     meant = name_suggestions.suggest_names(str(path[-1]), known)
     message = "there is no such field"
     if meant:
@@ -296,9 +308,8 @@ def _describe_violation(error: ValidationError, facts: Mapping[str, Any]) -> str
 
 
 def _field_names(schema: JsonSchema, path: SchemaPath) -> Sequence[str]:
-    """Return the names of the fields that the schema defines for the object at `path`.
-
-    An empty list for unknown paths.
+    """Return the names of the fields that the schema defines for the object at `path`; an empty list for
+    unknown paths.
     """
     at: Any = schema
     for step in path:

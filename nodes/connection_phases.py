@@ -53,7 +53,7 @@ class PhaseRecorder:
     def measure(self, phase: ConnectionPhase) -> Iterator[None]:
         """Record the block as a phase, without the time of phases within it; times of several blocks add up.
 
-        An exception makes it fail, unless it comes from a phase within, which has failed then.
+        An exception makes the phase fail, unless an inner phase has failed with it.
         """
         if phase is ConnectionPhase.TCP:
             # Another attempt: what followed the earlier connection is void.
@@ -80,7 +80,7 @@ _recorder: Final[ContextVar[PhaseRecorder | None]] = ContextVar("connection_phas
 
 @contextmanager
 def record_phases() -> Iterator[PhaseRecorder]:
-    """Record the phases of the connections that the block opens, also in its tasks."""
+    """Yield the record of the phases of all connections that the block opens, also in tasks that it starts."""
     recorder = PhaseRecorder()
     token = _recorder.set(recorder)
     try:
@@ -90,13 +90,13 @@ def record_phases() -> Iterator[PhaseRecorder]:
 
 
 def is_recording() -> bool:
-    """Return whether the phases of connections are recorded here."""
+    """Return whether phases of connections are recorded in the present context."""
     return _recorder.get() is not None
 
 
 @contextmanager
 def note_phase(phase: ConnectionPhase) -> Iterator[None]:
-    """Record the block as a phase of a connection, if phases are recorded."""
+    """Record the block as a phase of a connection if `is_recording`; otherwise only run it."""
     recorder = _recorder.get()
     if recorder is None:
         yield

@@ -163,14 +163,15 @@ class InvalidDocument(ValueError):
 
 
 def encode_document(document: NodeTypeDocument) -> bytes:
-    """Return the canonical JSON of a document: equal contents have equal texts, whether defaults are written
-    or not.
+    """Return the canonical JSON of a document: equal contents give equal bytes, whether defaults are written out or
+    not.
     """
     return encode_canonical(cast("Json", msgspec.to_builtins(_without_defaults(document))))
 
 
 def _without_defaults(value: object) -> object:
-    """Return a struct as a dict without the optional fields that have their defaults; other values unchanged.
+    """Return a struct as a dict, by wire name, without the optional fields that have their defaults; other values
+    unchanged.
 
     A field that is a struct is treated likewise; structs in lists are left as they are.
     """
@@ -194,12 +195,12 @@ def hash_document(text: bytes) -> str:
 
 
 def checked_document(document: NodeTypeDocument) -> NodeTypeDocument:
-    """Return the document of a custom type with the local references of its schemas expanded.
+    """Validate the document of a custom type, and return it with the local references of its schemas expanded.
 
-    Raises `InvalidDocument` with the problems of names, ports and references; without those, with the first
-    of the config's type, a schema, or the deciding field of the effect.
+    Raises `InvalidDocument`: with all problems of names, ports, task rules and references, or else with the first of
+    the config's type, a schema, or the deciding field of the effect.
     """
-    problems = [*_name_problems(document), *_port_problems(document)]
+    problems = [*_name_problems(document), *_port_and_task_problems(document)]
     schemas: dict[str, dict[str, Any]] = {}
     for path, schema in (("config", document.config), ("output.schema", document.output.schema)):
         try:
@@ -241,7 +242,7 @@ def _name_problems(document: NodeTypeDocument) -> Iterator[SchemaProblem]:
         yield SchemaProblem("version", "version must be three numbers, such as 1.2.0")
 
 
-def _port_problems(document: NodeTypeDocument) -> Iterator[SchemaProblem]:
+def _port_and_task_problems(document: NodeTypeDocument) -> Iterator[SchemaProblem]:
     for side, ports in (("inputs", document.ports.inputs), ("outputs", document.ports.outputs)):
         if len(set(ports)) < len(ports):
             yield SchemaProblem(f"ports.{side}", f"ports.{side} has a name twice")
@@ -290,9 +291,10 @@ class _SchemaExpander:
         self._left = MAX_EXPANDED_BYTES // 8
 
     def expand(self, schema: object, path: str, inside: tuple[str, ...]) -> object:
-        """Return a schema with its local references replaced by what they refer to, `inside` being those under way.
+        """Return a schema with its local references replaced by the referenced schemas.
 
-        Problems are collected with their paths; a part with a problem becomes an empty schema.
+        `inside` has the names of the definitions around it, which it must not refer to. Problems are collected with
+        their paths; a part with a problem becomes an empty schema.
         """
         self._left -= 1
         if isinstance(schema, bool):
@@ -325,6 +327,10 @@ class _SchemaExpander:
         return expanded
 
     def _resolve(self, schema: Mapping[str, object], path: str, inside: tuple[str, ...]) -> object:
+        """Return the expanded definition to which `$ref` of a schema refers, with the keywords beside `$ref` added.
+
+        A reference that can't be resolved is a problem, and becomes an empty schema.
+        """
         target = schema["$ref"]
         if not isinstance(target, str) or not target.startswith(_DEFINITIONS):
             self._add(path, f"{path}.$ref must lead to {_DEFINITIONS}: a schema has no references outside")
@@ -348,7 +354,7 @@ class _SchemaExpander:
 def build_strict_validator(schema: Mapping[str, Json]) -> Draft202012Validator:
     """Return a validator of rendered values, for which a text with `{{` is a plain text; patterns can't backtrack.
 
-    Raises ValueError for an invalid schema.
+    Raises ValueError for an invalid schema, also one that refers to other documents.
     """
     from jsonschema_rs import Draft202012Validator  # noqa: PLC0415 - 4 MB that some processes never need
 
@@ -373,7 +379,7 @@ def decode_node_type(text: bytes | str, content_hash: str, *, is_deprecated: boo
 def build_node_type(
     document: NodeTypeDocument, content_hash: str, *, is_deprecated: bool = False
 ) -> NodeType:
-    """Return the node type that a document describes, without checking it again."""
+    """Return the node type that a document describes, without validation."""
     effect, task = document.effect, document.task
     return NodeType(
         type=document.type,
@@ -434,7 +440,7 @@ class OrganizationCatalog(NodeCatalog):
         return self.documents.get((node_type.type, node_type.version))
 
     def implementation_digest(self, node_type: NodeType) -> bytes:
-        """Return 16 bytes that identify what a node type does: of a custom type's content hash, or of the
+        """Return 16 bytes that identify the behavior of a node type: of a custom type's content hash, or of the
         library's file.
         """
         if node_type.task is None:
@@ -455,7 +461,9 @@ class OrganizationCatalog(NodeCatalog):
         return config_problems.find_problems(checker, config, node_type.config_schema)
 
     def output_problems(self, node_type: NodeType, output: Json) -> Sequence[ConfigProblem]:
-        """Return the problems of the output of a custom type by its schema; none without a schema."""
+        """Return the problems of the output of a custom type by its schema, with paths that begin with `output`; none
+        without a schema.
+        """
         schema = node_type.output.schema
         if not schema:
             return ()
@@ -487,7 +495,7 @@ def build_catalog(
     node_types: Sequence[NodeType],
     default_model_id: str | None = None,
 ) -> OrganizationCatalog:
-    """Return the catalog of an organization: that of the library with these versions of custom types.
+    """Return the catalog of an organization: the library, and custom types in the versions `node_types`.
 
     `documents` has the JSON of each by type and version; `default_model_id` is its default language model.
     """

@@ -32,10 +32,10 @@ class ItemKey:
 
     @classmethod
     def from_config(cls, name: str, call: NodeCall, source: Json) -> Self:
-        """Return the key in a config; an expression without `item` or `index` is rendered once, to the name
-        of a field.
+        """Return the key for `source`, an entry of the config field `name`, which may be an expression.
 
-        Raises `ExpressionError`, and `NodeError` for a name that is no text.
+        An expression without `item` or `index` is rendered once, to the name of a field. Raises `ExpressionError`, and
+        `NodeError` for a name that is no text.
         """
         template = compile_value(source)
         if any(path.root in ITEM_ROOTS for path in template.paths):
@@ -49,22 +49,25 @@ class ItemKey:
         return cls(call, value)
 
     def value_of(self, item: Json, index: int) -> Json:
-        """Return the key of an item: its field, or the template rendered for it; null for a missing field.
+        """Return the key of an item: its field, or the template rendered for it; null for a missing field, which is
+        counted.
 
-        Missing paths are counted. A field raises `NodeError` for an item that is no object. A template takes
-        any item, and raises `ExpressionError`, or `NodeError` if its keys become too large in total.
+        A field raises `NodeError` for an item that is no object. A template takes any item, and raises
+        `ExpressionError`, or `NodeError` if its keys become too large in total.
         """
         if isinstance(self.source, str):
             return self._field(self.source, item, index)
         unresolved: list[str] = []
         value = self.source.render(self.call.scope_of(item, index), unresolved)
         for path in set(unresolved):
-            self._note(path)
+            self._count_missing(path)
         self.size.add(value)
         return value
 
     def missing_paths(self, item_count: int) -> list[str]:
-        """Return the paths that were missing in all of `item_count` items, so that they are probably misspelled."""
+        """Return the paths that were missing in all of the `item_count` items passed to `value_of`, and are probably
+        misspelled.
+        """
         if isinstance(self.source, str):
             needed = [f"item.{self.source}"]
         else:
@@ -74,11 +77,13 @@ class ItemKey:
     def _field(self, name: str, item: Json, index: int) -> Json:
         found, is_found = look_up_field(name, item, index)
         if not is_found:
-            self._note(f"item.{name}")
+            self._count_missing(f"item.{name}")
         return found
 
-    def _note(self, path: str) -> None:
-        """Count a missing path; the first time it is noted as unresolved."""
+    def _count_missing(self, path: str) -> None:
+        """Count an item that lacks a path, and at the first such item add the path to the unresolved paths
+        of the call.
+        """
         if path not in self.lacking:
             self.call.unresolved.append(path)
         self.lacking[path] += 1
@@ -92,8 +97,8 @@ class ItemKeys:
 
     @classmethod
     def from_config(cls, call: NodeCall, name: str) -> Self:
-        """Return the keys that the compiled config field `name` lists, or that its expression gives; raises
-        `NodeError` for none or over 20.
+        """Return the keys that the config field `name` lists, or that its expression gives; raises `NodeError` for none
+        or over 20.
         """
         template = call.values[name]
         if isinstance(template.source, list):
@@ -116,7 +121,7 @@ def require_key_count(name: str, count: int) -> None:
 def look_up_field(name: str, item: Json, index: int) -> tuple[Json, bool]:
     """Return the value of an item's field by its name or dotted path, and True; null and False if it is missing.
 
-    A field with the whole name comes first. Raises `NodeError` if the item is no object.
+    A field with the whole name wins over the path. Raises `NodeError` if the item is no object.
     """
     own = require_item_fields(item, index, f"it has no field `{name}`")
     if name in own:
@@ -130,9 +135,7 @@ def look_up_field(name: str, item: Json, index: int) -> tuple[Json, bool]:
 
 
 def require_item_fields(item: Json, index: int, consequence: str) -> dict[str, Json]:
-    """Return an item that is an object; raises `NodeError`, with its index, type and `consequence`, for other
-    items.
-    """
+    """Return an item if it is an object; otherwise raise `NodeError` with its index, type and `consequence`."""
     if isinstance(item, dict):
         return item
     raise NodeError(

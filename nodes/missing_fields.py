@@ -25,7 +25,7 @@ class MissingFieldAction(StrEnum):
 
 
 def require_fields(call: NodeCall, paths: Sequence[str], item_count: int) -> None:
-    """Raise `NodeError` for `paths` that all of at least two items lack; with fewer items, log a warning instead.
+    """Raise `NodeError` for `paths`, which all items lack, if there are at least two items; with fewer, log a warning.
 
     Does nothing without paths, without strict mappings, or if the config has `missing: "null"`.
     """

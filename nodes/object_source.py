@@ -27,8 +27,8 @@ async def read_from_bucket(call: NodeCall) -> Json:
 
 
 async def read_objects(call: NodeCall, bucket: ObjectBucket) -> Json:
-    """Return the configured object of a bucket or folder, parsed or as a blob, with its size; or a listing
-    without `key`.
+    """Return the object with the configured `key`, parsed or as a blob, with its size; without `key`, a listing of
+    objects.
 
     Raises `NodeError` for a missing or too large object, invalid content, and if the storage fails.
     """

@@ -102,7 +102,7 @@ class OutboundConnection(asyncio.Protocol):
     async def open_stream(self, head: bytes, body: bytes) -> StreamedResponse:
         """Send a request and return the final response once its headers have arrived, with its body as a stream.
 
-        The stream raises what `exchange` does. Call `end_stream` behind it, also after a failure.
+        The stream raises the same errors as `exchange`. Call `end_stream` afterwards, also after a failure.
         """
         transport, response = self._begin_exchange(is_head=False)
         stream = self._stream = StreamedResponse(transport)
@@ -112,7 +112,9 @@ class OutboundConnection(asyncio.Protocol):
         return stream
 
     def end_stream(self) -> None:
-        """Make the connection ready for the next exchange, or close it if its response has not arrived whole."""
+        """End the exchange of `open_stream`: keep the connection for the next one if the response has arrived whole,
+        else close it.
+        """
         if not self.is_reusable:
             self.abort()
         if self._stream is not None:
@@ -121,7 +123,7 @@ class OutboundConnection(asyncio.Protocol):
         self._response = self._parser = self._stream = None
 
     def _begin_exchange(self, *, is_head: bool) -> tuple[asyncio.Transport, asyncio.Future[RawResponse]]:
-        """Prepare the parser for a response, and return the transport and the future of the response.
+        """Prepare the parser for a response, and return the transport and a future with the whole response.
 
         Raises `ConnectionBroken` if the connection is closed.
         """
@@ -319,7 +321,7 @@ class OutboundConnection(asyncio.Protocol):
         self._response.set_result(RawResponse(self._status, self._headers, bytes(self._body)))
 
     def _fail(self, error: Exception) -> None:
-        """Let the exchange fail with an error; the connection can't be used again."""
+        """End the exchange with an error, unless it has ended; the connection can't be used again."""
         if self._response is not None and not self._response.done():
             self._response.set_exception(error)
         self.is_reusable = False

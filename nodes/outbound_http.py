@@ -162,6 +162,7 @@ class OutboundCall:
 
 
 def parse_target(url: str, base: str = "") -> UrlTarget:
+    """Parse a URL as `url_targets.parse_target` does; raises `OutboundRefused` for an invalid URL."""
     try:
         return url_targets.parse_target(url, base)
     except ValueError as error:
@@ -169,8 +170,8 @@ def parse_target(url: str, base: str = "") -> UrlTarget:
 
 
 def require_allowed_address(policy: OutboundPolicy, target: UrlTarget, address: IpAddress) -> None:
-    """Raise `OutboundRefused` for an address that is not public, or a privileged port, unless its network or host
-    is allowed.
+    """Raise `OutboundRefused` for an address that is not public, or a privileged port, unless the policy allows its
+    network or host.
 
     The error doesn't contain the address: users must not be able to resolve names of the internal network.
     """
@@ -187,8 +188,8 @@ def require_allowed_address(policy: OutboundPolicy, target: UrlTarget, address: 
 
 
 def require_valid_request(method: str, headers: Mapping[str, str]) -> None:
-    """Raise `OutboundRefused` for a method or header that a request may not have, such as `Host`, or a login
-    by NTLM.
+    """Raise `OutboundRefused` for an unknown method, a header that users can't set, such as `Host`, and a login by
+    NTLM.
     """
     if method not in ALLOWED_METHODS:
         raise OutboundRefused(OutboundRefusalCode.INVALID_REQUEST, f"the method {method!r} is not supported")
@@ -204,11 +205,11 @@ def require_valid_request(method: str, headers: Mapping[str, str]) -> None:
             raise OutboundRefused(OutboundRefusalCode.INVALID_REQUEST, "NTLM and Negotiate are not supported")
 
 
-def follow_redirect(call: OutboundCall, response: OutboundResponse) -> OutboundCall | None:
-    """Return the request that a redirect leads to; None for other responses.
+def build_redirected_call(call: OutboundCall, response: OutboundResponse) -> OutboundCall | None:
+    """Return the next request if a response is a redirect, without sending it; None for other responses.
 
-    Only harmless headers go to another origin. A POST becomes a GET by 301 and 302, any method but HEAD by
-    303. Raises `OutboundRefused` from https to http, ValueError for an invalid URL.
+    Only harmless headers go to another origin. A POST becomes a GET by 301 and 302, any method but HEAD by 303. Raises
+    `OutboundRefused` for an invalid URL, and from https to http.
     """
     location = response.headers.get("location")
     if response.status not in REDIRECTS or not location:
@@ -248,7 +249,10 @@ class StreamTimeLimits:
 
     @contextmanager
     def enforce(self, target: UrlTarget) -> Iterator[float]:
-        """Yield the time of the loop at which a wait ends, and convert failures in the block to `OutboundError`s."""
+        """Yield the deadline of one wait, in time of the event loop; failures in the block become `OutboundError`s.
+
+        The block itself has to keep the deadline.
+        """
         now = asyncio.get_running_loop().time()
         until = min(now + self._idle_seconds, self._ends_at)
         is_last = until == self._ends_at
@@ -308,11 +312,11 @@ class OutboundClient:
         timeout_seconds: float | None = None,
         follow_redirects: bool = True,
     ) -> OutboundResponse:
-        """Send a request and return the response, of any final status; the timeout spans resolution,
-        connections, redirects and body.
+        """Send a request and return the response, of any final status; the timeout spans resolution, connections,
+        redirects and body.
 
-        Raises `OutboundRefused` if it is not permitted or invalid, `OutboundUnavailable` if it may succeed
-        later, and ValueError for an invalid URL.
+        Raises `OutboundRefused` if it is not permitted or invalid, also for an invalid URL, and `OutboundUnavailable`
+        if it may succeed later.
         """
         require_valid_request(method.upper(), headers)
         call = OutboundCall(method.upper(), parse_target(url), headers, body)
@@ -337,11 +341,10 @@ class OutboundClient:
     ) -> AsyncIterator[OutboundStream]:
         """Send a request over an idle connection or a new one, and yield its response while the body arrives.
 
-        Redirects are not followed. `idle_seconds` is the time until the headers, and that of each pause in the body;
-        `total_seconds` ends a response that never pauses for so long, and never ends.
-        At the end of the block the connection is closed unless the response is complete. With `is_alone`, the request
-        has a connection of its own, which is closed in any case. Raises
-        `OutboundError`, and so does the stream. A request on an idle connection that breaks is not repeated.
+        Redirects are not followed, and a request on an idle connection that breaks is not repeated. `idle_seconds`
+        limits the time until the headers, and each pause in the body; `total_seconds` limits the whole response. At the
+        end of the block the connection is closed unless the response is complete. With `is_alone`, the request has a
+        connection of its own, which is closed in any case. Raises `OutboundError`, and so does the stream.
         """
         require_valid_request(method.upper(), headers)
         call = OutboundCall(method.upper(), parse_target(url), headers, body)
@@ -361,7 +364,7 @@ class OutboundClient:
                 if is_alone:
                     self._discard(connection)
                 else:
-                    self._return(connection, call.target)
+                    self._release(connection, call.target)
 
     async def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -375,7 +378,7 @@ class OutboundClient:
         """
         for _ in range(self._policy.max_redirects + 1):
             response = await self._send(call)
-            following = follow_redirect(call, response)
+            following = build_redirected_call(call, response)
             if following is None:
                 return response
             call = following
@@ -410,7 +413,7 @@ class OutboundClient:
         Raises `OutboundError`.
         """
         failure = OutboundUnavailable(OutboundOutageCode.NAME_NOT_RESOLVED, f"{target.host} has no address")
-        addresses = await self._checked_addresses(target)
+        addresses = await self._resolve_checked_addresses(target)
         await self._take_place()
         try:
             for address in addresses:
@@ -428,7 +431,9 @@ class OutboundClient:
         raise failure
 
     async def _take_place(self) -> None:
-        """Wait until a connection may be opened; if all places are taken, an idle connection is closed."""
+        """Wait until a connection may be opened, and count it; if all 256 places are taken, close an idle
+        connection.
+        """
         if self._places.locked() and self._idle:
             self._discard(next(iter(self._idle)))
         self._waiting += 1
@@ -487,8 +492,9 @@ class OutboundClient:
     # ── kept connections ────────────────────────────────────────────────────────────────────────────────────────
 
     def _take_kept(self, target: UrlTarget) -> OutboundConnection | None:
-        """Return an open idle connection to the target's origin, whose address was checked when it was made;
-        None without one.
+        """Take and return an open idle connection to the target's origin; None if there is none.
+
+        Its address was checked when it was made.
         """
         kept = self._by_origin.get(_get_origin(target))
         while kept:
@@ -499,15 +505,15 @@ class OutboundClient:
             self._discard(connection)
         return None
 
-    def _return(self, connection: OutboundConnection, target: UrlTarget) -> None:
-        """Keep a connection behind an exchange if it can be used again, else close it."""
+    def _release(self, connection: OutboundConnection, target: UrlTarget) -> None:
+        """Keep a connection as idle after an exchange if it can be used again, else close it."""
         if connection.is_reusable:
             self._keep(connection, target)
         else:
             self._discard(connection)
 
     def _keep(self, connection: OutboundConnection, target: UrlTarget) -> None:
-        """Keep a connection for four seconds; it is closed if others wait for a place, or if it is over a
+        """Keep a connection as idle for four seconds; close it at once if others wait for a place, or if it is over a
         minute old.
         """
         loop = asyncio.get_running_loop()
@@ -540,8 +546,10 @@ class OutboundClient:
 
     # ── names ───────────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def _checked_addresses(self, target: UrlTarget) -> list[IpAddress]:
-        """Return up to 16 addresses of the target; raises `OutboundRefused` if one of them is not permitted."""
+    async def _resolve_checked_addresses(self, target: UrlTarget) -> list[IpAddress]:
+        """Resolve the target's host and return up to 16 addresses; raises `OutboundRefused` if one of them is not
+        permitted.
+        """
         with note_phase(ConnectionPhase.DNS):
             if target.address is not None:
                 found = [target.address]
@@ -571,7 +579,8 @@ class OutboundClient:
         return await asyncio.get_running_loop().run_in_executor(self._threads, ask)
 
     async def _exchange(self, call: OutboundCall, connection: OutboundConnection) -> OutboundResponse:
-        """Send a call over a connection and return the response; the connection is kept if it can be, else closed.
+        """Send a call over a connection and return the response; the connection is kept as idle if it can be used
+        again.
 
         Raises `OutboundRefused` for an invalid or too large response, and `ConnectionBroken`.
         """
@@ -584,7 +593,7 @@ class OutboundClient:
         except (ResponseInvalid, ResponseTooLarge) as error:
             raise _build_refusal(target, error) from error
         finally:
-            self._return(connection, target)
+            self._release(connection, target)
         return OutboundResponse(response.status, response.headers, response.body, target.url)
 
 
@@ -622,9 +631,7 @@ def _build_interruption(target: UrlTarget) -> OutboundUnavailable:
 
 
 def _request_head(call: OutboundCall) -> bytes:
-    """Return the request line and the headers as bytes, with default headers added; every part was validated
-    before.
-    """
+    """Return request line and headers of a validated call as bytes, with default headers added."""
     target = call.target
     path = f"{target.path}?{target.query}" if target.query else target.path
     given = {name.lower() for name in call.headers}

@@ -52,7 +52,9 @@ class PieceRedactor:
         self._held = ""
 
     def feed(self, piece: str) -> str:
-        """Return the redacted text that is known not to end within a secret; empty if all is held back."""
+        """Add a piece of the text, and return the next redacted part of it, without an end that may begin a secret;
+        possibly empty.
+        """
         if not self._secrets:
             return piece
         text = self._held + piece
@@ -61,10 +63,10 @@ class PieceRedactor:
         return redact_text(text[:shown], self._secrets)
 
     def _find_held(self, text: str) -> int:
-        """Return the position from which the end of a text is held back.
+        """Return the position from which the end of a text is held back, since it may begin a secret.
 
-        A complete secret may end with its own beginning: it is redacted as a whole, and only the text behind it
-        may begin another one.
+        A complete secret may end with its own beginning: it is redacted as a whole, and only the text behind it may
+        begin another one.
         """
         held = self._find_beginning(text, 0)
         for match in re.finditer("|".join(map(re.escape, self._long)), text) if self._long else ():
@@ -75,17 +77,19 @@ class PieceRedactor:
         return held
 
     def _find_beginning(self, text: str, start: int) -> int:
-        """Return the first position from `start` at which the rest of a text begins a secret; its end for none."""
+        """Return the first position from `start` at which the rest of a text may begin a secret; the length of the text
+        for none.
+        """
         return len(text) - max(_count_held(text[start:], secret) for secret in self._secrets)
 
     def finish(self) -> str:
-        """Return the redacted rest of the text, which has ended."""
+        """Return the redacted rest of the text, which was held back; the text has ended."""
         rest, self._held = self._held, ""
         return redact_text(rest, self._secrets)
 
 
 def _count_held(text: str, secret: str) -> int:
-    """Return the length of the longest end of a text with which a secret begins.
+    """Return the length of the longest end of a text that is also the beginning of a secret; 0 for none.
 
     A short secret is held back as a whole, since the next character decides whether it is a word.
     """
@@ -98,7 +102,7 @@ def _count_held(text: str, secret: str) -> int:
 def redact_excerpt(text: str, secrets: Iterable[str]) -> str:
     """Return a text that may be truncated, such as a quoted error, with the secrets replaced by `[hidden]`.
 
-    So is the beginning of a secret at its end, if it has four characters or more.
+    At its end, the first four or more characters of a secret are replaced, too.
     """
     found = list(secrets)
     text = redact_text(text, found)
@@ -156,5 +160,7 @@ def redact_body(body: bytes, secrets: Iterable[str]) -> bytes:
 
 
 def _sort_longest_first(secrets: Iterable[str]) -> list[str]:
-    """Return each secret once, the longest first, so that a secret that contains another is redacted as a whole."""
+    """Return each secret once, without empty ones, the longest first, so that a secret that contains another is
+    redacted as a whole.
+    """
     return sorted({secret for secret in secrets if secret}, key=len, reverse=True)

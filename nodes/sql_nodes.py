@@ -28,8 +28,7 @@ LIST_FIELDS = ("rows", "items", "groups")
 
 
 async def run_query(call: NodeCall, dialect: SqlDialect) -> Json:
-    """Run the query of a source node with its parameters, and return its rows as objects, the columns and the
-    number of rows.
+    """Run the query of a source node with its parameters; return `rows`, objects by column name, `columns` and `count`.
 
     Raises `NodeError`, also for columns with the same name and for more rows than `maxRows`.
     """
@@ -41,7 +40,7 @@ async def run_query(call: NodeCall, dialect: SqlDialect) -> Json:
     found = await database.query(
         statement, parameters, max_rows=max_rows, max_bytes=MAXIMUM_BYTES, timeout_seconds=timeout_seconds
     )
-    _check_names(found.columns)
+    _require_unique_names(found.columns)
     turn = LoopShare()
     rows: list[Json] = []
     for start in range(0, len(found.rows), ROWS_AT_ONCE):
@@ -53,8 +52,8 @@ async def run_query(call: NodeCall, dialect: SqlDialect) -> Json:
 
 
 async def run_write(call: NodeCall, dialect: SqlDialect) -> Json:
-    """Write the rows of a destination node, or run its `statement`; return the number of written or changed
-    rows as `written`.
+    """Write the rows of a destination node to its table, or run its `statement`; return the number of changed rows as
+    `written`.
 
     Raises `NodeError`, also for a config with both table and statement.
     """
@@ -103,7 +102,7 @@ def _read_parameters(config: Mapping[str, Json]) -> list[Json]:
     return parameters
 
 
-def _check_names(columns: Sequence[str]) -> None:
+def _require_unique_names(columns: Sequence[str]) -> None:
     for name in columns:
         if columns.count(name) > 1:
             message = f"Two columns of the result have the name {name[:100]!r}: rename one with AS"
@@ -114,10 +113,11 @@ def _check_names(columns: Sequence[str]) -> None:
 
 
 async def _build_table(call: NodeCall) -> tuple[list[str], list[list[Json]]]:
-    """Return all columns of the rows to write in order of appearance, and each row's values, null for missing ones.
+    """Return the columns of all rows to write, in order of appearance, and the values of each row, null for missing
+    ones.
 
-    The rows are `rows` of the config, else the node's data or the list in it; `columns` of the config maps each
-    row first. Raises `NodeError` for a row that is no object, and for over 100,000 rows.
+    The rows are `rows` of the config, else the node's data or the list in it; `columns` of the config maps each row
+    first. Raises `NodeError` for a row that is no object, and for over 100,000 rows.
     """
     template = call.values.get("columns")
     turn = LoopShare()

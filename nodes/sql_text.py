@@ -46,29 +46,29 @@ class SqlStatement:
     verb: str
 
     @property
-    def values(self) -> int:
+    def placeholder_count(self) -> int:
         return len(self.parts) - 1
 
     def with_places(self, places: Sequence[str]) -> str:
-        """Return the text of the statement with a driver's placeholders in place of its own, one for each value."""
+        """Return the text of the statement with `places`, placeholders of a driver, in place of its own, one for each
+        value.
+        """
         pieces = [piece for pair in zip(self.parts, places, strict=False) for piece in pair]
         return "".join([*pieces, self.parts[-1]])
 
 
 def parse_reading(text: str, dialect: SqlDialect, values: int) -> SqlStatement:
-    """Return a parsed statement that reads, by its first word.
+    """Return a parsed statement whose first word is that of a statement that reads.
 
-    Raises `StatementRefused` for another or an invalid statement, and if it doesn't have exactly `values`
-    placeholders.
+    Raises `StatementRefused` for another or an invalid statement, and unless it has exactly `values` placeholders.
     """
     return _require_statement(parse_statement(text, dialect), READING_VERBS, "a statement that reads", values)
 
 
 def parse_writing(text: str, dialect: SqlDialect, values: int) -> SqlStatement:
-    """Return a parsed statement that writes, by its first word.
+    """Return a parsed statement whose first word is that of a statement that writes.
 
-    Raises `StatementRefused` for another or an invalid statement, and if it doesn't have exactly `values`
-    placeholders.
+    Raises `StatementRefused` for another or an invalid statement, and unless it has exactly `values` placeholders.
     """
     return _require_statement(
         parse_statement(text, dialect), WRITING_VERBS, "a statement that writes", values
@@ -81,17 +81,17 @@ def _require_statement(
     if statement.verb not in verbs:
         shown = ", ".join(sorted(verbs))
         raise StatementRefused(f"{statement.verb[:20]} is not {wanted}: it must begin with one of {shown}")
-    if statement.values != values:
+    if statement.placeholder_count != values:
         raise StatementRefused(
-            f"The statement has {statement.values} placeholders (`?`), but `parameters` has {values} values"
+            f"The statement has {statement.placeholder_count} placeholders (`?`), but `parameters` has {values} values"
         )
     return statement
 
 
 def quote_name(name: str, dialect: SqlDialect) -> str:
-    """Return a column name, or a part of a table name, in quotes of the dialect.
+    """Return a column name, or a part of a table name, quoted for a dialect.
 
-    Raises `StatementRefused` for an empty one, over 64 bytes, and with NUL.
+    Raises `StatementRefused` for an empty name, over 64 bytes, and NUL.
     """
     if not name or "\0" in name or len(name.encode()) > MAX_NAME_BYTES:
         raise StatementRefused(
@@ -179,7 +179,7 @@ def parse_statement(text: str, dialect: SqlDialect) -> SqlStatement:
 
 
 def _first_verb(words: str) -> str:
-    """Return the first word of the only statement, in upper case; `words` contains no comments and no texts.
+    """Return the first word of the only statement in upper case; in `words`, comments and texts have been replaced.
 
     Raises `StatementRefused` for no statement, several, and `INTO` a file of the server.
     """

@@ -29,14 +29,16 @@ class StreamedResponse:
         self.headers: dict[str, str] = {}
 
     async def wait_for_headers(self) -> None:
-        """Wait until status and headers have arrived; raises the error that ended the exchange before."""
+        """Wait until status and headers have arrived; raises the error of an exchange that has failed before."""
         await self._wait_until(lambda: self.status > 0)
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> bytes:
-        """Return the next piece; raises the error of the exchange after the pieces before it."""
+        """Wait for the next piece of the body and return it; after the last piece, raises the error of an exchange that
+        has failed.
+        """
         await self._wait_until(lambda: bool(self._pieces))
         if not self._pieces:
             raise StopAsyncIteration
@@ -49,7 +51,7 @@ class StreamedResponse:
     # ── called by the connection ────────────────────────────────────────────────────────────────────────────────
 
     def begin(self, status: int, headers: dict[str, str]) -> None:
-        """Set status and headers."""
+        """Set status and headers, for which readers may wait."""
         self.status, self.headers = status, headers
         self._changed.set()
 
@@ -68,14 +70,14 @@ class StreamedResponse:
         self._changed.set()
 
     def resume_reading(self) -> None:
-        """Let the connection read again if it has stopped."""
+        """Make the connection read again if `add` has stopped it."""
         if self._is_paused:
             self._is_paused = False
             if not self._transport.is_closing():
                 self._transport.resume_reading()
 
     async def _wait_until(self, is_reached: Callable[[], bool]) -> None:
-        """Wait for a condition or the end of the exchange; raises its error if the condition doesn't hold then."""
+        """Wait for a condition or the end of the exchange; raises its error if the condition is not met by then."""
         while not is_reached() and not self._has_ended:
             self._changed.clear()
             await self._changed.wait()

@@ -71,8 +71,8 @@ class UrlTarget:
 
 
 def not_public_refusal(host: str) -> str:
-    """Return the text that refuses a host which is not public, with the setting by which an operator allows
-    its network.
+    """Return the message that refuses a host which is not public, with the setting by which an operator allows its
+    network.
 
     It never contains the address of a name: names of the internal network must not be resolvable by users.
     """
@@ -81,7 +81,7 @@ def not_public_refusal(host: str) -> str:
 
 
 def port_refusal(port: int) -> str:
-    """Return the text that refuses a port below 1024, with the setting by which an operator allows its network."""
+    """Return the message that refuses a port below 1024, with the setting by which an operator allows its network."""
     setting = run_limits.setting_name("outbound_allowed_networks")
     return f"Port {port} is not allowed; an operator allows the network of its host with {setting}"
 
@@ -115,11 +115,10 @@ def _redact_field(text: str) -> str:
 
 @lru_cache(maxsize=128)
 def parse_target(url: str, base: str = "") -> UrlTarget:
-    """Parse an http or https URL, or a reference relative to `base`; raises ValueError with a message that
-    users may see.
+    """Parse an http or https URL, or a reference relative to `base`; raises ValueError with a message that users may
+    see.
 
-    A user name in it, control characters, white space and over 8,000 characters are refused. The path is
-    percent-encoded.
+    URLs with a user, control characters, white space or over 8,000 characters are refused. The path is percent-encoded.
     """
     if len(url) > MAX_URL_CHARACTERS:
         raise ValueError("the URL is too long")
@@ -141,8 +140,8 @@ def parse_target(url: str, base: str = "") -> UrlTarget:
 
 
 def canonicalize_host(text: str) -> str:
-    """Return a host name in canonical form (IDNA, lower case, without a final dot), or an IP address; raises
-    ValueError.
+    """Return a host name in canonical form (IDNA, lower case, without a final dot), or an IP address; raises ValueError
+    for an invalid host.
     """
     if text.startswith("["):
         return str(IPv6Address(text[1:-1]))
@@ -170,8 +169,10 @@ def _parse_address(host: str) -> IpAddress | None:
 
 @lru_cache(maxsize=1_024)
 def unmap_ipv4(text: str) -> IpAddress:
-    """Return an IP address from its text, an IPv4-mapped IPv6 one as IPv4: it is connected as IPv4, so it
-    must be checked so.
+    """Return an IP address from its text; an IPv4-mapped IPv6 address as IPv4, since it is connected, and so checked,
+    as such.
+
+    Raises ValueError for other texts.
     """
     address = ip_address(text)
     return (address.ipv4_mapped or address) if isinstance(address, IPv6Address) else address

@@ -61,10 +61,10 @@ class WebhookResponse:
 
 
 def build_response(config: Mapping[str, Json]) -> WebhookResponse:
-    """Build the response of a webhook from the rendered config of a node.
+    """Return the response to a webhook that the rendered config of a node describes.
 
-    Raises `NodeError` for an invalid status, header or body, and for a body over a million bytes. Some
-    statuses have no body.
+    Statuses without a body, such as 204, get none. Raises `NodeError` for an invalid status, header or body, and for a
+    body over a million bytes.
     """
     status = config_fields.read_number(config, "status", minimum=LOWEST_STATUS, maximum=HIGHEST_STATUS)
     if status != int(status):
@@ -81,6 +81,10 @@ def build_response(config: Mapping[str, Json]) -> WebhookResponse:
 
 
 def _check_headers(given: Mapping[str, Json]) -> dict[str, str]:
+    """Return the headers of a config as texts, by names in lower case, without null values.
+
+    Raises `NodeError` for a header that is not permitted, given twice, or no short line of Latin-1, and for over 50.
+    """
     headers: dict[str, str] = {}
     for name, value in given.items():
         if value is None:

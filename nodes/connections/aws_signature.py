@@ -46,8 +46,8 @@ class AwsSigner:
         body: bytes,
         now: datetime,
     ) -> dict[str, str]:
-        """Return the given headers with those of AWS Signature 4: date, digest of the body, session token if
-        any, and signature.
+        """Return the headers of a signed request: `given`, and the headers of AWS Signature 4 (date, digest of the
+        body, session token if any, and signature).
 
         `path` and `query` are not encoded yet. `host` is signed but not returned: the client adds it.
         """

@@ -84,7 +84,7 @@ class DataSourceConnections:
     async def tool_server(self, caller: RunCaller, source_id: str) -> ToolServerConnection:
         """Return the tool server of a data source, without connecting.
 
-        Raises `NodeError` if the caller may not use it.
+        Raises `NodeError` if the caller may not use it, or it is of another type.
         """
         from nodes.mcp import tool_servers  # noqa: PLC0415 - see the class
 
@@ -96,11 +96,11 @@ class DataSourceConnections:
         return tool_servers.ToolServerConnection(self._tool_servers, source)
 
     async def headers(self, caller: RunCaller, source_id: str, url: str) -> Mapping[str, str]:
-        """Return the secret headers of a data source for a request to `url`: a bearer token, a basic login or
-        an API key.
+        """Return the secret headers of a data source for a request to `url`: a bearer token, a basic login or an API
+        key.
 
-        Raises `NodeError` if the caller may not use it, or it lists hosts and the URL's host is not among
-        them.
+        Raises `NodeError` if the caller may not use it, it is of another type, or it lists hosts and the URL's host is
+        not among them.
         """
         source = await self._find(caller, source_id, BEARER, BASIC, API_KEY)
         _check_host(source, url)
@@ -118,8 +118,8 @@ class DataSourceConnections:
                 }
 
     async def close(self) -> None:
-        """Close idle connections, wait until those that are being reset or closed are gone, and end the
-        processes for SQLite.
+        """Close idle connections, wait until connections in use are reset or closed, and end the processes
+        for SQLite.
         """
         for _, pool in self._pools.values():
             await pool.close()
@@ -133,8 +133,8 @@ class DataSourceConnections:
         self._names.close()
 
     async def _find(self, caller: RunCaller, source_id: str, *types: str) -> ConnectionSource:
-        """Return a data source of one of the types, and note its use for the node's key; raises `NodeError`
-        for another type.
+        """Return a data source of one of the types, and add it to the sources of the node's key; raises `NodeError` for
+        another type.
         """
         source = await self._sources.find(caller, source_id)
         note_source_use(source.id, source.revision)
@@ -146,10 +146,9 @@ class DataSourceConnections:
         return source
 
     def _pool_of(self, source: ConnectionSource) -> SessionPool:
-        """Return the pool of connections of a data source, made at first use and for each new revision.
+        """Return the pool of connections of a data source, a new one at first use and for each new revision.
 
-        A pool of an earlier revision is closed in the background; other pools without connections are
-        dropped.
+        A pool of an earlier revision is closed in the background; other pools without connections are dropped.
         """
         key = (source.organization_id, source.id)
         revision, pool = self._pools.get(key, (None, None))
@@ -161,14 +160,14 @@ class DataSourceConnections:
             kept: each for kept, each in self._pools.items() if kept != key and not each[1].is_unused
         }
         made = SessionPool(
-            self._opening(source),
+            self._choose_opener(source),
             max_connections=self._policy.max_connections_per_source,
             idle_seconds=self._policy.idle_seconds,
         )
         self._pools[key] = (source.revision, made)
         return made
 
-    def _opening(self, source: ConnectionSource) -> Callable[[], Awaitable[DatabaseSession]]:
+    def _choose_opener(self, source: ConnectionSource) -> Callable[[], Awaitable[DatabaseSession]]:
         """Return the function that opens a connection to a data source, by its type."""
         match source.type:
             case SqlDialect.SQLITE:
@@ -230,7 +229,7 @@ class PooledSqlDatabase:
             read = sql_text.parse_reading(statement, self._dialect, len(parameters))
         except StatementRefused as error:
             raise _build_refusal(error) from error
-        return await self._within(
+        return await self._run_in_time(
             timeout_seconds,
             lambda lent: lent.query(
                 read, parameters, max_rows=max_rows, max_bytes=max_bytes, timeout_seconds=timeout_seconds
@@ -247,11 +246,11 @@ class PooledSqlDatabase:
         batch_rows: int,
         timeout_seconds: float,
     ) -> int:
-        """Insert rows in batches, or update those with the same key by `upsert`, all or none; return the
-        number of written rows.
+        """Insert rows into a table, or with `upsert` update rows with the same key, in batches, all or none; return
+        their number.
 
-        Without rows or columns it does nothing. Raises `NodeError` for invalid names, a key that is no
-        column, the time limit, and failures of the server.
+        Without rows or columns it does nothing. Raises `NodeError` for invalid names, a key that is no column, the time
+        limit, and failures of the server.
         """
         missing = [name for name in upsert.key if name not in columns]
         if missing:
@@ -266,7 +265,7 @@ class PooledSqlDatabase:
                 sql_text.quote_name(name, self._dialect)
         except StatementRefused as error:
             raise _build_refusal(error) from error
-        return await self._within(
+        return await self._run_in_time(
             timeout_seconds,
             lambda lent: lent.write(
                 table, columns, rows, upsert=upsert, batch_rows=batch_rows, timeout_seconds=timeout_seconds
@@ -282,18 +281,18 @@ class PooledSqlDatabase:
             read = sql_text.parse_writing(statement, self._dialect, len(parameters))
         except StatementRefused as error:
             raise _build_refusal(error) from error
-        return await self._within(
+        return await self._run_in_time(
             timeout_seconds, lambda lent: lent.execute(read, parameters, timeout_seconds=timeout_seconds)
         )
 
-    async def _within(
+    async def _run_in_time(
         self, timeout_seconds: float, work: Callable[[DatabaseSession], Awaitable[Outcome]]
     ) -> Outcome:
-        """Do `work` with a connection of the pool within the time limit, which includes waiting for one;
-        return its result.
+        """Run `work` with a connection of the pool, and return its result; the time limit includes the wait for a
+        connection.
 
-        Raises `NodeError` with the code `timeout` after it, else errors of `work` with the source's secrets
-        redacted. After any failure the connection is closed, since its state is unknown.
+        Raises `NodeError` with the code `timeout` after it, else errors of `work` with the source's secrets redacted.
+        After any failure the connection is closed, since its state is unknown.
         """
         try:
             async with asyncio.timeout(timeout_seconds):
@@ -317,7 +316,7 @@ def _build_refusal(error: StatementRefused) -> NodeError:
 def _check_host(source: ConnectionSource, url: str) -> None:
     """Raise `NodeError` if the data source lists hosts and the URL's host is not among them.
 
-    Its secret headers go to no other host. Invalid URLs are refused in the same way.
+    Its secret headers are sent to no other host. Invalid URLs are refused in the same way.
     """
     hosts = source.settings.get("hosts")
     if not hosts:

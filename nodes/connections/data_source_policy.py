@@ -85,10 +85,10 @@ async def resolve_allowed(
     database: str,
     privileged_ports: Container[int] = PRIVILEGED_PORTS,
 ) -> Sequence[IpAddress]:
-    """Return the addresses of a server's host, if connections to all of them are permitted.
+    """Return the addresses of a server's host, up to 16, if connections to all of them are permitted.
 
-    Raises `NodeError` for unresolvable hosts, private addresses that the operator has not allowed, privileged
-    ports and the server's own database.
+    Raises `NodeError` for unresolvable hosts, private addresses that the operator has not allowed, privileged ports
+    other than `privileged_ports`, and the server's own database.
     """
     with note_phase(ConnectionPhase.DNS):
         found = await _resolve(host, resolve)
@@ -105,10 +105,10 @@ async def resolve_allowed(
 def _require_allowed(
     policy: ConnectionPolicy, host: str, address: IpAddress, port: int, privileged_ports: Container[int]
 ) -> None:
-    """Raise `NodeError` for an address that is not public, or a privileged port.
+    """Raise `NodeError` for an address that is not public, and for a port below 1024 that is not in `privileged_ports`.
 
-    Networks that the operator allows are exempt. The error doesn't contain the address: users must not be
-    able to resolve names of the internal network.
+    Networks that the operator allows are exempt. The error doesn't contain the address: users must not be able to
+    resolve names of the internal network.
     """
     if any(address in network for network in policy.allowed_networks):
         return
@@ -119,7 +119,9 @@ def _require_allowed(
 
 
 async def _resolve(host: str, resolve: ResolveHost) -> Sequence[IpAddress]:
-    """Return up to 16 addresses of a host; raises `NodeError` if it can't be resolved in five seconds."""
+    """Return up to 16 addresses of a host; raises `NodeError`, retryable if it can't be resolved within
+    five seconds.
+    """
     try:
         name = url_targets.canonicalize_host(f"[{host}]" if ":" in host else host)
     except ValueError as error:
@@ -139,10 +141,10 @@ async def _resolve(host: str, resolve: ResolveHost) -> Sequence[IpAddress]:
 
 
 async def _is_server_database(own: ServerDatabase, found: Sequence[IpAddress], resolve: ResolveHost) -> bool:
-    """Return whether one of the addresses leads to the machine of the server's own database.
+    """Return whether one of the addresses belongs to the machine of the server's own database.
 
-    False for an SQLite file. Raises `NodeError` if its host can't be resolved: it may lead there again a
-    moment later.
+    False for an SQLite file. Raises `NodeError` if the host of that database can't be resolved: it may lead there again
+    a moment later.
     """
     if own.file is not None:
         return False
@@ -165,9 +167,7 @@ async def _server_addresses(host: str, resolve: ResolveHost) -> Sequence[IpAddre
 
 
 def is_local_address(address: IpAddress) -> bool:
-    """Return whether an IP address belongs to this machine: loopback, unspecified, or of an interface to
-    which it can bind.
-    """
+    """Return whether an IP address belongs to this machine: loopback, unspecified, or of a network interface."""
     if address.is_loopback or address.is_unspecified:
         return True
     family = socket.AF_INET if isinstance(address, IPv4Address) else socket.AF_INET6

@@ -53,8 +53,8 @@ class DatabaseSession(Protocol):
     ) -> int: ...
 
     async def reset(self) -> bool:
-        """Discard the state of the session, such as settings and temporary tables; return False if it can't
-        be reused.
+        """Discard the state of the session, such as settings and temporary tables; return False if it failed and the
+        session can't be reused.
         """
 
     async def is_alive(self) -> bool:

@@ -43,12 +43,13 @@ class _MeteredProtocol(asyncio.BaseProtocol):
         """Set if received data is implausible."""
 
     def limit(self, max_bytes: int) -> None:
-        """Let the server send this number of bytes from now on, plus a megabyte for other messages; more ends
-        the connection.
+        """Allow the server to send `max_bytes` from now on, plus a megabyte for other messages; more ends the
+        connection.
         """
         self._left_bytes = max_bytes + BYTES_BESIDE
 
-    def _is_allowed(self, size_bytes: int) -> bool:
+    def _accept_bytes(self, size_bytes: int) -> bool:
+        """Count received bytes; return False, after ending the connection, if they exceed the limit."""
         self._left_bytes -= size_bytes
         if self._left_bytes < 0:
             self.is_exceeded = True
@@ -103,9 +104,9 @@ class MessageWire(_MeteredProtocol, asyncio.Protocol):
     ) -> None:
         """Limit the rows that the server may send from now on to `max_rows` plus 2,000; more ends the connection.
 
-        The counts in rows (of items, for example) are checked before the driver allocates memory by them. `columns`
-        are the type ids of the row's columns; the check is skipped if none of them is a container (such as an array)
-        in `types`, which has no ordinary types. Without `columns`, every row is checked.
+        Counts within rows, such as of array items, are checked before the driver allocates memory by them. `columns`
+        are the type ids of the rows' columns; the check is skipped if none of them is a container (such as an array) in
+        `types`. Without `columns`, every row is checked.
         """
         self._left_rows = max_rows + ROWS_BESIDE
         self._left_bytes_beside = BYTES_BESIDE
@@ -114,7 +115,7 @@ class MessageWire(_MeteredProtocol, asyncio.Protocol):
         self._are_checked = columns is None or any(self._types.container(oid) for oid in columns)
 
     def data_received(self, data: bytes) -> None:
-        if not self._is_allowed(len(data)):
+        if not self._accept_bytes(len(data)):
             return
         if not self._has_messages:
             self.inner.data_received(data)
@@ -122,7 +123,7 @@ class MessageWire(_MeteredProtocol, asyncio.Protocol):
         self._held += data
         if len(self._held) < self._needed:
             return
-        end = self._end_of_messages()
+        end = self._check_messages()
         if end is None:
             self._transport.abort()
         elif end:
@@ -131,9 +132,10 @@ class MessageWire(_MeteredProtocol, asyncio.Protocol):
             self._needed = max(0, self._needed - end)
             self.inner.data_received(whole)
 
-    def _end_of_messages(self) -> int | None:
-        """Return the position after the last complete message in the buffer; None if a message is malformed
-        or exceeds a limit.
+    def _check_messages(self) -> int | None:
+        """Check the complete messages in the buffer, and return the position after the last one.
+
+        None if a message is malformed or exceeds a limit.
         """
         position = 0
         while position + MESSAGE_HEADER.size <= len(self._held):
@@ -149,13 +151,16 @@ class MessageWire(_MeteredProtocol, asyncio.Protocol):
                 return position
             if kind != DATA_ROW_TAG:
                 self._left_bytes_beside -= length
-            elif not self._is_row_allowed(position + MESSAGE_HEADER.size, end):
+            elif not self._accept_row(position + MESSAGE_HEADER.size, end):
                 return None
             position = end
         self._needed = 0
         return position
 
-    def _is_row_allowed(self, begin: int, end: int) -> bool:
+    def _accept_row(self, begin: int, end: int) -> bool:
+        """Count a row, at these positions of the buffer; return False for too many, or if a count within it is
+        implausible.
+        """
         self._left_rows -= 1
         if self._left_rows < 0:
             self.is_exceeded = True
@@ -181,7 +186,7 @@ class BufferedWire(_MeteredProtocol, asyncio.BufferedProtocol):
         return buffer
 
     def buffer_updated(self, nbytes: int) -> None:
-        if self._is_allowed(nbytes):
+        if self._accept_bytes(nbytes):
             self.inner.buffer_updated(nbytes)
 
 

@@ -79,10 +79,9 @@ DUPLICATES = re.compile(rb"Duplicates: (\d+)")
 async def open_session(
     endpoint: DatabaseEndpoint, address: str, context: ssl.SSLContext | None
 ) -> MysqlSession:
-    """Connect to MySQL or MariaDB and log in; raises `OSError` if the connection is refused, and `NodeError`
-    for a refused login.
+    """Connect to MySQL or MariaDB at a checked address and log in; without a TLS context, the connection is plain.
 
-    Without a TLS context the connection is plain.
+    Raises `OSError` if the connection is refused, and `NodeError` for a refused login.
     """
     make: Any = Connection  # The class has no types.
     connection = make(
@@ -134,8 +133,9 @@ class MysqlSession:
         self._is_mariadb = "MariaDB" in connection.get_server_info()
 
     async def prepare(self) -> None:
-        """Set the session's variables, such as the time zone, after connecting and after each reset. Raises
-        `NodeError`.
+        """Set the session's variables, such as the time zone; needed after connecting and after each reset.
+
+        Raises `NodeError`.
         """
         with _translate_errors():
             await self._connection.query(SESSION_STATEMENT)
@@ -149,16 +149,20 @@ class MysqlSession:
         max_bytes: int,
         timeout_seconds: float,
     ) -> QueryRows:
-        with self._at_work(timeout_seconds, max_bytes):
+        with self._mark_busy(timeout_seconds, max_bytes):
             await self._limit_time(timeout_seconds)
             await self._connection.query("START TRANSACTION READ ONLY")
-            rows = await self._read(statement, parameters, max_rows, max_bytes)
+            rows = await self._read_rows(statement, parameters, max_rows, max_bytes)
             await self._connection.rollback()
             return rows
 
-    async def _read(
+    async def _read_rows(
         self, statement: SqlStatement, parameters: Sequence[Json], max_rows: int, max_bytes: int
     ) -> QueryRows:
+        """Run a reading statement with its parameters, and return its columns and rows within the limits.
+
+        Raises the errors of the driver, and `NodeError` beyond the limits.
+        """
         # The driver binds values on the server or streams rows, never both. So the text and the values are bound to
         # variables, and the server prepares the statement from them; it accepts only one.
         names = ["@query", *(f"@value{number}" for number in range(len(parameters)))]
@@ -199,10 +203,10 @@ class MysqlSession:
     ) -> int:
         name = sql_text.quote_table(table, SqlDialect.MYSQL)
         names = [sql_text.quote_name(column, SqlDialect.MYSQL) for column in columns]
-        with self._at_work(timeout_seconds):
+        with self._mark_busy(timeout_seconds):
             await self._limit_time(timeout_seconds)
             await self._check_key(table, upsert)
-            bind = await self._binders(name, names)
+            bind = await self._read_binders(name, names)
             written = 0
             await self._connection.query("START TRANSACTION")
             for batch in database_session.split_batches(
@@ -219,7 +223,7 @@ class MysqlSession:
     async def execute(
         self, statement: SqlStatement, parameters: Sequence[Json], *, timeout_seconds: float
     ) -> int:
-        with self._at_work(timeout_seconds):
+        with self._mark_busy(timeout_seconds):
             await self._limit_time(timeout_seconds)
             result = await self._execute(_build_text(statement), parameters)
             return int(result.affected_rows)
@@ -256,11 +260,11 @@ class MysqlSession:
         self._transport.abort()
 
     @contextmanager
-    def _at_work(self, timeout_seconds: float, max_bytes: int = MAXIMUM_BYTES) -> Iterator[None]:
-        """Translate failures of the block to `NodeError`; one by more received bytes than allowed is about
-        `max_bytes`.
+    def _mark_busy(self, timeout_seconds: float, max_bytes: int = MAXIMUM_BYTES) -> Iterator[None]:
+        """Mark the session as busy for the block, and translate its failures to `NodeError`; after a failure it stays
+        busy.
 
-        Only after success does the session count as idle, that is, as usable by others.
+        `max_bytes` is the limit that an error about too many received bytes names.
         """
         self._is_idle = False
         self._wire.limit(0)
@@ -285,9 +289,8 @@ class MysqlSession:
         )
 
     async def _execute(self, text: str, values: Sequence[Json]) -> Any:  # noqa: ANN401 - a result of the driver
-        """Prepare a statement at the server, run it with these values, and return the driver's result.
-
-        Errors are those of the driver.
+        """Prepare a statement at the server, run it with these values, and return the driver's result; raises its
+        errors.
         """
         self._wire.limit(RETURNED_BYTES + PLACEHOLDER_BYTES * len(values))
         prepared = await self._connection.prepare(text)
@@ -296,10 +299,10 @@ class MysqlSession:
         return result
 
     async def _check_key(self, table: str, upsert: UpsertRule) -> None:
-        """Raise `NodeError` for an upsert key without a unique index of exactly its columns, upper and lower
-        case being equal.
+        """Raise `NodeError` unless the table has a unique index of exactly the columns of the upsert key, ignoring
+        case.
 
-        The server would insert rows instead of updating them. Without a key nothing is checked.
+        Without such an index the server would insert rows instead of updating them. Without a key nothing is checked.
         """
         if not upsert.key:
             return
@@ -314,8 +317,10 @@ class MysqlSession:
                 f"The table {table[:100]} has no unique key of exactly {key[:200]}", code="sql-error"
             )
 
-    async def _binders(self, table: str, names: Sequence[str]) -> Sequence[Convert]:
-        """Return a function for each column that converts a value for its type; the types are asked of the server."""
+    async def _read_binders(self, table: str, names: Sequence[str]) -> Sequence[Convert]:
+        """Ask the server for the types of columns, and return for each a function that converts a value for
+        its type.
+        """
         cursor: Any = self._connection.cursor()
         await cursor.execute(f"SELECT {', '.join(names)} FROM {table} LIMIT 0")  # noqa: S608 - names are quoted
         fields = cursor._result.fields  # noqa: SLF001 - where the driver says which columns hold bytes
@@ -326,7 +331,7 @@ class MysqlSession:
 
 
 def _build_text(statement: SqlStatement) -> str:
-    return statement.with_places("?" * statement.values)
+    return statement.with_places("?" * statement.placeholder_count)
 
 
 def _bind_value(value: Json | bytes) -> str | int | float | bytes | None:
@@ -347,8 +352,8 @@ def _column_binder(type_code: int, charset: int) -> Convert:
 
 
 def _to_utc_text(value: Json) -> Json:
-    """Return an ISO time with an offset as UTC without one, since not every server understands offsets; other
-    values unchanged.
+    """Return an ISO time with an offset as UTC without an offset, which not every server understands; other values
+    unchanged.
     """
     if not isinstance(value, str):
         return value
@@ -405,8 +410,8 @@ def _on_duplicate_sql(columns: Sequence[str], upsert: UpsertRule) -> str:
 
 
 def _count_written(result: Any) -> int:  # noqa: ANN401 - a result of the driver
-    """Return the number of inserted or changed rows of a batch, from the driver's result; the server counts
-    changed ones twice.
+    """Return the number of inserted or changed rows of a batch, from the driver's result, which counts changed rows
+    twice.
     """
     duplicates = DUPLICATES.search(result.message or b"")
     if duplicates is not None:
@@ -419,6 +424,7 @@ def _count_written(result: Any) -> int:  # noqa: ANN401 - a result of the driver
 
 @contextmanager
 def _translate_errors(timeout_seconds: float = 0) -> Iterator[None]:
+    """Translate failures of the block, such as errors of the driver, to `NodeError`; `TimeoutError` passes."""
     try:
         yield
     except errors.MySQLError as error:

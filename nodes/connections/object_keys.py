@@ -11,10 +11,10 @@ UNUSABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 
 
 def require_object_key(key: str) -> str:
-    """Return a valid key of an object unchanged.
+    """Return an object key unchanged if it is valid.
 
-    Raises `NodeError` for an empty one, over 1,024 bytes, a slash at the start, `.` or `..` between slashes,
-    and control characters.
+    Raises `NodeError` for an empty one, over 1,024 bytes, a slash at the start, `.` or `..` between slashes, and
+    control characters.
     """
     if not key or len(require_key_prefix(key).encode()) > MAX_KEY_BYTES:
         raise NodeError(f"A key must have 1 to {MAX_KEY_BYTES:,} bytes", code="invalid-key")
@@ -25,7 +25,7 @@ def require_object_key(key: str) -> str:
 
 
 def require_key_prefix(text: str) -> str:
-    """Return a key, or the beginning of one, unchanged; raises `NodeError` for control characters."""
+    """Return a key, or the beginning of one, unchanged; raises `NodeError` if it has control characters."""
     if UNUSABLE.search(text):
         raise NodeError("A key can't have control characters", code="invalid-key")
     return text

@@ -97,7 +97,11 @@ class OrganizationFolder:
         return found
 
     async def _in_time(self, seconds: float, work: Callable[[], T]) -> T:
-        """Do blocking work in a thread within a time limit; raises `NodeError` for its failures and the limit."""
+        """Run blocking work in a thread and return its result; raises `NodeError` for its failures, and at the time
+        limit.
+
+        The thread finishes the work all the same.
+        """
         try:
             async with asyncio.timeout(seconds):
                 return await asyncio.get_running_loop().run_in_executor(self._threads, work)
@@ -115,7 +119,7 @@ class OrganizationFolder:
     # ── work in threads ───────────────────────────────────────────────────────────────────────────
 
     def _get(self, folders: Sequence[str], name: str, max_bytes: int) -> bytes:
-        with self._opened(folders) as folder:
+        with self._open_folder(folders) as folder:
             descriptor = os.open(name, OPEN_READ_FLAGS, dir_fd=folder)
         with os.fdopen(descriptor, "rb") as file:
             status = os.fstat(descriptor)
@@ -128,9 +132,10 @@ class OrganizationFolder:
         return content
 
     def _put(self, folders: Sequence[str], name: str, content: bytes) -> str:
+        """Write a file atomically and durably, creating missing folders, and return its tag."""
         self._require_capacity(len(content))
         unfinished = f".{secrets.token_hex(16)}"
-        with self._opened(folders, makes=True) as folder:
+        with self._open_folder(folders, makes=True) as folder:
             try:
                 with os.fdopen(os.open(unfinished, CREATE_FLAGS, 0o600, dir_fd=folder), "wb") as file:
                     file.write(content)
@@ -150,7 +155,7 @@ class OrganizationFolder:
             StoredObject(
                 key, status.st_size, _entity_tag(status), datetime.fromtimestamp(status.st_mtime, UTC)
             )
-            for key, status in self._files()
+            for key, status in self._iterate_files()
             if key.startswith(prefix)
         ]
         return sorted(found, key=lambda one: one.key)
@@ -159,7 +164,7 @@ class OrganizationFolder:
         """Raise `NodeError` if the folder has as many files, or with the new one as many bytes, as the limits
         allow.
         """
-        sizes = [status.st_size for _, status in self._files()]
+        sizes = [status.st_size for _, status in self._iterate_files()]
         if len(sizes) >= MAX_FILES:
             message = f"The folder has {MAX_FILES:,} files, which is the limit"
             raise NodeError(message, code="folder-full")
@@ -167,10 +172,14 @@ class OrganizationFolder:
             message = f"The folder would have more than {MAX_FOLDER_BYTES:,} bytes"
             raise NodeError(message, code="folder-full")
 
-    def _files(self) -> Iterator[tuple[str, os.stat_result]]:
-        """Yield the key and the stat result of each complete file; hidden ones are left out. None without a folder."""
+    def _iterate_files(self) -> Iterator[tuple[str, os.stat_result]]:
+        """Yield the key and the stat result of each file; files with a leading dot, such as incomplete files, are left
+        out.
+
+        Yields nothing if the folder doesn't exist.
+        """
         try:
-            with self._opened(()) as folder:
+            with self._open_folder(()) as folder:
                 for path, _, names, descriptor in os.fwalk(".", dir_fd=folder):
                     for name in names:
                         with suppress(FileNotFoundError):
@@ -181,12 +190,12 @@ class OrganizationFolder:
             return
 
     @contextmanager
-    def _opened(self, folders: Sequence[str], *, makes: bool = False) -> Iterator[int]:
-        """Yield the descriptor of a folder in the organization's folder, opened step by step without
-        following links.
+    def _open_folder(self, folders: Sequence[str], *, makes: bool = False) -> Iterator[int]:
+        """Yield the descriptor of a folder below the organization's folder, opened step by step without following
+        links.
 
-        With `makes`, missing folders are created durably; without, `FileNotFoundError` is raised for them.
-        The descriptor is closed with the block.
+        With `makes`, missing folders are created durably; without, `FileNotFoundError` is raised for them. The
+        descriptor is closed with the block.
         """
         if makes:
             durable_folders.make_folder(self._root)

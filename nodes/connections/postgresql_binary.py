@@ -55,7 +55,7 @@ class LearnedTypes:
     def learn(self, types: Iterable[Mapping[str, Any]]) -> None:
         """Record container types and domains from rows of asyncpg's query for types.
 
-        Only the first description of a type counts, as in asyncpg.
+        A type that is recorded already keeps its description, as in asyncpg.
         """
         for each in types:
             oid = int(each["oid"])
@@ -73,8 +73,8 @@ class LearnedTypes:
                 self._containers[oid] = ContainerType(name, (int(each["range_subtype"] or 0),))
 
     def container(self, oid: int) -> ContainerType | None:
-        """Return the description of a container type (array, composite, range), also of a domain over one;
-        None for others.
+        """Return the description of a container type (array, composite, range) by its id, also for a domain over one;
+        None for other types.
         """
         for _ in range(MAX_DEPTH):
             if oid not in self._bases:
@@ -102,10 +102,9 @@ def iterate_fields(row: bytes) -> Iterator[bytes]:
 
 
 def is_credible(types: LearnedTypes, oid: int, value: bytes) -> bool:
-    """Return whether all counts within a value from the server are plausible, and its nesting is not too deep.
+    """Return whether all counts within a value of the type `oid` are plausible, and its nesting is not too deep.
 
-    The driver allocates memory by these counts. It detects wrong lengths itself, so these end the check as
-    plausible.
+    The driver allocates memory by these counts. It detects wrong lengths itself, so these end the check as plausible.
     """
     visits = 0
     levels: list[Iterator[tuple[int, bytes]]] = [iter([(oid, value)])]
@@ -154,7 +153,7 @@ def _has_plausible_ranges(value: bytes) -> bool:
 def _iterate_contained_values(
     types: LearnedTypes, container: ContainerType, value: bytes
 ) -> Iterator[tuple[int, bytes]]:
-    """Yield the type and bytes of each value in a container, as far as these may be containers again."""
+    """Yield type id and bytes of each value in a container; none for an array of values that are no containers."""
     match container.kind:
         case "array":
             if types.container(container.parts[0]) is not None and len(value) >= ARRAY_HEADER.size:

@@ -82,10 +82,9 @@ class TypeLearningConnection(asyncpg.Connection):
 async def open_session(
     endpoint: DatabaseEndpoint, address: str, context: ssl.SSLContext | None
 ) -> PostgresqlSession:
-    """Connect to PostgreSQL and log in; raises `OSError` if the connection is refused, and `NodeError` for a
-    refused login.
+    """Connect to PostgreSQL at a checked address and log in; without a TLS context, the connection is plain.
 
-    Without a TLS context the connection is plain.
+    Raises `OSError` if the connection is refused, and `NodeError` for a refused login.
     """
     loop: Any = MeteredLoop(MessageWire)
     try:
@@ -134,7 +133,9 @@ class PostgresqlSession:
         self._wire = wire
 
     async def prepare(self) -> None:
-        """Set codecs, the formats of values and the encoding, once after connecting. Raises `NodeError`."""
+        """Set codecs, formats of values and the encoding; needed after connecting and after each reset. Raises
+        `NodeError`.
+        """
         with _translate_errors():
             for name in TEXT_CODEC_TYPES:
                 await self._connection.set_type_codec(
@@ -154,9 +155,9 @@ class PostgresqlSession:
         timeout_seconds: float,
     ) -> QueryRows:
         with self._limited(max_bytes, timeout_seconds):
-            return await self._read(statement, parameters, max_rows, max_bytes, timeout_seconds)
+            return await self._read_rows(statement, parameters, max_rows, max_bytes, timeout_seconds)
 
-    async def _read(
+    async def _read_rows(
         self,
         statement: SqlStatement,
         parameters: Sequence[Json],
@@ -164,12 +165,16 @@ class PostgresqlSession:
         max_bytes: int,
         timeout_seconds: float,
     ) -> QueryRows:
+        """Run a reading statement in a read-only transaction, and return its columns and rows within the limits.
+
+        Raises the errors of the driver, and `NodeError` beyond the limits.
+        """
         transaction = self._connection.transaction(readonly=True)
         await transaction.start()
         await self._limit_time(timeout_seconds)
-        prepared, values = await self._prepared(statement, parameters)
+        prepared, values = await self._prepare_statement(statement, parameters)
         attributes = prepared.get_attributes()
-        self._expect(max_bytes, max_rows, [each.type.oid for each in attributes])
+        self._allow_data(max_bytes, max_rows, [each.type.oid for each in attributes])
         gathering = RowCollector([each.name for each in attributes], max_rows=max_rows, max_bytes=max_bytes)
         converted = [
             (position, _column_converter(each.type.name))
@@ -220,9 +225,9 @@ class PostgresqlSession:
         with self._limited(MAXIMUM_BYTES, timeout_seconds):
             async with self._connection.transaction():
                 await self._limit_time(timeout_seconds)
-                prepared, values = await self._prepared(statement, parameters)
+                prepared, values = await self._prepare_statement(statement, parameters)
                 columns = [each.type.oid for each in prepared.get_attributes()]
-                self._expect(MAXIMUM_BYTES, MAX_RETURNED_ROWS, columns)
+                self._allow_data(MAXIMUM_BYTES, MAX_RETURNED_ROWS, columns)
                 await prepared.fetch(*values)
                 return _parse_count(prepared.get_statusmsg())
 
@@ -247,8 +252,8 @@ class PostgresqlSession:
     def abort(self) -> None:
         self._connection.terminate()
 
-    def _expect(self, max_bytes: int, max_rows: int, columns: Sequence[int] | None = None) -> None:
-        """Let the server send this much data from now on, in bytes of JSON and in rows, plus an allowance.
+    def _allow_data(self, max_bytes: int, max_rows: int, columns: Sequence[int] | None = None) -> None:
+        """Allow the server to send this much data from now on, in bytes of JSON and in rows, plus an allowance.
 
         `columns` are the type ids of the rows, if known.
         """
@@ -259,9 +264,9 @@ class PostgresqlSession:
     def _limited(self, max_bytes: int, timeout_seconds: float) -> Iterator[None]:
         """Translate failures of the block to `NodeError`: timeouts, too much or unreadable data from the server.
 
-        Until `_expect` allows rows, little data may be received.
+        Until `_allow_data` allows rows, little data may be received.
         """
-        self._expect(0, 0)
+        self._allow_data(0, 0)
         try:
             with _translate_errors(timeout_seconds):
                 yield
@@ -276,13 +281,13 @@ class PostgresqlSession:
         milliseconds = max(1, int(timeout_seconds * 1000))
         await self._connection.execute(f"SET LOCAL statement_timeout = {milliseconds}")
 
-    async def _prepared(
+    async def _prepare_statement(
         self, statement: SqlStatement, parameters: Sequence[Json]
     ) -> tuple[Prepared, list[str | None]]:
-        """Prepare a statement with casts to the types of its parameters; return it with the values as texts,
+        """Prepare a statement with casts of its placeholders to their types; return it, and the parameters as texts,
         None for null.
         """
-        places = [f"${number}" for number in range(1, statement.values + 1)]
+        places = [f"${number}" for number in range(1, statement.placeholder_count + 1)]
         prepared = await self._connection.prepare(statement.with_places(places))
         if not places:
             return prepared, []
@@ -372,7 +377,7 @@ CONVERTERS: dict[str, Convert] = {
 
 
 def _insert_statement(table: str, columns: Sequence[str], types: dict[str, str], upsert: UpsertRule) -> str:
-    """Return the INSERT statement for a batch: its one parameter is a JSON list of rows, cast to the column types.
+    """Return the INSERT statement for a batch: its single parameter is a JSON list of rows, cast to the column types.
 
     `types` are the column types by name. Raises `NodeError` for a column that the table doesn't have.
     """
@@ -422,9 +427,9 @@ def _encode_recordset(columns: Sequence[str], rows: Sequence[Sequence[Json]], nu
 def _deduplicate_rows(
     columns: Sequence[str], rows: Sequence[Sequence[Json]], upsert: UpsertRule
 ) -> Sequence[Sequence[Json]]:
-    """Return the rows with only the last one of each key, since a single statement can't update a row twice.
+    """Return the rows with only the last one of each upsert key, since a single statement can't update a row twice.
 
-    Without an updating upsert, all rows.
+    Unless `upsert` updates, all rows are returned.
     """
     if not upsert.key or not upsert.update:
         return rows
@@ -443,6 +448,7 @@ def _parse_count(status: str | None) -> int:
 
 @contextmanager
 def _translate_errors(timeout_seconds: float = 0) -> Iterator[None]:
+    """Translate failures of the block, such as errors of the driver, to `NodeError`; `TimeoutError` passes."""
     try:
         yield
     except asyncpg.PostgresError as error:

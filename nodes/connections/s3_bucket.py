@@ -85,7 +85,7 @@ class S3Location:
     def from_settings(cls, settings: Mapping[str, Json]) -> S3Location:
         """Return the location in the settings of an S3 data source.
 
-        The bucket is part of the path for `pathStyle`, dots in its name and IP addresses, else of the host.
+        The bucket is part of the path with `pathStyle`, for a name with dots and an IP address; otherwise of the host.
         Raises `NodeError` for an unusable bucket, region, prefix or endpoint.
         """
         bucket, region = _text_setting(settings, "bucket"), _text_setting(settings, "region") or "us-east-1"
@@ -128,9 +128,9 @@ class S3Bucket:
         self._open_client = open_client
 
     async def get(self, key: str, *, max_bytes: int, timeout_seconds: float) -> bytes:
-        """Return the content of an object; bytes beyond `max_bytes` are neither sent nor stored.
+        """Return the content of an object, at most `max_bytes`.
 
-        Raises `NodeError` for a missing or larger object, if S3 fails, and at the time limit.
+        Raises `NodeError` for a missing or larger object, of which no more is sent, if S3 fails, and at the time limit.
         """
         # One more byte is requested, to detect an object that is too large.
         headers = {"range": f"bytes=0-{max_bytes}"}
@@ -138,7 +138,7 @@ class S3Bucket:
             response = await self._send(
                 client,
                 "GET",
-                self._full(key),
+                self._full_key(key),
                 headers=headers,
                 about=f"the object {key!r}",
                 accepted=frozenset({NOT_SATISFIABLE}),
@@ -153,7 +153,7 @@ class S3Bucket:
         return response.body
 
     async def put(self, key: str, content: bytes, *, media_type: str, timeout_seconds: float) -> str:
-        """Write an object atomically and return its tag.
+        """Write an object atomically, replacing an existing object, and return its tag.
 
         Raises `NodeError` for content over 50 MB, if S3 fails or refuses it, and at the time limit.
         """
@@ -162,7 +162,7 @@ class S3Bucket:
             raise NodeError(message, code="object-too-large")
         headers = {"content-type": media_type}
         async with self._client(timeout_seconds) as client:
-            response = await self._send(client, "PUT", self._full(key), headers=headers, body=content)
+            response = await self._send(client, "PUT", self._full_key(key), headers=headers, body=content)
         return response.headers.get("etag", "").strip('"')
 
     async def list(self, prefix: str, *, max_objects: int, timeout_seconds: float) -> Sequence[StoredObject]:
@@ -174,7 +174,7 @@ class S3Bucket:
         token: str | None = ""
         async with self._client(timeout_seconds) as client:
             while token is not None:
-                page = await self._page(client, prefix, token, found=len(found), max_objects=max_objects)
+                page = await self._read_page(client, prefix, token, found=len(found), max_objects=max_objects)
                 found += page.objects
                 token = page.token
         return found
@@ -191,7 +191,7 @@ class S3Bucket:
         finally:
             await client.close()
 
-    async def _page(
+    async def _read_page(
         self, client: OutboundClient, prefix: str, token: str, *, found: int, max_objects: int
     ) -> ListingReader:
         """Return one page of a listing, at most 1,000 objects, and at most one more than `max_objects` in all.
@@ -213,7 +213,7 @@ class S3Bucket:
             raise _unreadable_answer()
         return listing
 
-    def _full(self, key: str) -> str:
+    def _full_key(self, key: str) -> str:
         return self._place.prefix + object_keys.require_object_key(key)
 
     async def _send(
@@ -283,12 +283,12 @@ class ListingReader:
             case "NextContinuationToken":
                 self.token = text
             case "Contents":
-                self.objects.append(self._object())
+                self.objects.append(self._build_object())
                 if self._found + len(self.objects) > self._max_objects:
                     message = f"More than {self._max_objects:,} objects are there: take a longer prefix"
                     raise NodeError(message, code="too-many-objects")
 
-    def _object(self) -> StoredObject:
+    def _build_object(self) -> StoredObject:
         try:
             return StoredObject(
                 key=unquote(self._fields["Key"], errors="strict").removeprefix(self._root),
@@ -301,8 +301,7 @@ class ListingReader:
 
 
 def _require_success(response: OutboundResponse, what: str) -> None:
-    """Raise `NodeError` for a redirect or an error response, with a code of our own such as `access-denied`;
-    else do nothing.
+    """Raise `NodeError` for a redirect or an error response, with a code of our own such as `access-denied`.
 
     `what` names the object or bucket. The message may name S3's error code, but never quotes S3's message.
     """

@@ -41,7 +41,7 @@ class SessionPool:
     async def acquire(self) -> DatabaseSession:
         """Return a session for exclusive use, a living idle one or a new one; wait while all are in use.
 
-        Raises the errors of opening one. Give it back by `release` or `discard`.
+        The caller must pass it to `release` or `discard`. Raises the errors of opening a session.
         """
         await self._slots.acquire()
         self._lent += 1
@@ -49,7 +49,7 @@ class SessionPool:
             while self._idle:
                 session, expiry = self._idle.popitem()
                 expiry.cancel()
-                if await self._is_alive(session):
+                if await self._check_alive(session):
                     return session
             return await self._open_within_limit()
         except BaseException:
@@ -57,7 +57,7 @@ class SessionPool:
             raise
 
     async def _open_within_limit(self) -> DatabaseSession:
-        """Open a session; a caller that is canceled meanwhile leaves its closing to the background."""
+        """Open a session; if the caller is canceled meanwhile, it is closed in the background."""
         opening = asyncio.ensure_future(self._open_session())
         try:
             return await asyncio.shield(opening)
@@ -75,7 +75,7 @@ class SessionPool:
         await _close_session(session)
 
     def release(self, session: DatabaseSession) -> None:
-        """Return a session to the pool after successful work; its state is reset in the background before its
+        """Return a session to the pool after successful work, at once; its state is reset in the background before its
         next use.
         """
         self._in_background(self._reset(session))
@@ -85,7 +85,7 @@ class SessionPool:
         self._in_background(self._end(session))
 
     async def close(self) -> None:
-        """Close idle sessions, and wait for those that are being reset or closed; borrowed ones are closed at
+        """Close idle sessions, and wait for sessions that are being reset or closed; borrowed sessions are closed at
         their release.
         """
         self._is_retired = True
@@ -96,7 +96,8 @@ class SessionPool:
         while self._endings:
             await asyncio.wait(self._endings)
 
-    async def _is_alive(self, session: DatabaseSession) -> bool:
+    async def _check_alive(self, session: DatabaseSession) -> bool:
+        """Return whether the connection of an idle session is open; close the session if not."""
         try:
             if await session.is_alive():
                 return True

@@ -71,8 +71,8 @@ class SmtpEndpoint:
         )
 
     def login_secrets(self) -> Sequence[str]:
-        """Return the password in each form in which a server may repeat it: plain, and Base64 as in the
-        login; empty without one.
+        """Return the password in each form in which a server may repeat it: plain, and in Base64 as the login sends it;
+        empty without a password.
         """
         if not self.password:
             return []
@@ -98,8 +98,7 @@ class SmtpMailServer:
     async def send(
         self, sender: str, recipients: Sequence[str], message: bytes, *, timeout_seconds: float
     ) -> None:
-        """Send one mail to all recipients over SMTP; the first refused recipient ends it before its content
-        is sent.
+        """Send one mail to all recipients over SMTP; if a recipient is refused, nobody gets it.
 
         Raises `NodeError` if the server refuses anything, and at the time limit.
         """
@@ -134,10 +133,10 @@ class SmtpMailServer:
         try:
             with redaction.redact_errors(self._place.login_secrets()), _translate_errors(timeout_seconds):
                 async with asyncio.timeout(timeout_seconds):
-                    client = await self._connected()
+                    client = await self._connect()
                     if self._place.tls is MailTls.STARTTLS:
                         with note_phase(ConnectionPhase.TLS):
-                            await self._protect(client)
+                            await self._start_tls(client)
                     with note_phase(ConnectionPhase.AUTH):
                         await self._log_in(client)
                     yield client
@@ -146,7 +145,7 @@ class SmtpMailServer:
             if client is not None:
                 client.close()
 
-    async def _connected(self) -> aiosmtplib.SMTP:
+    async def _connect(self) -> aiosmtplib.SMTP:
         """Connect to the first permitted address that accepts a connection, and return it after the server's
         greeting.
 
@@ -181,8 +180,8 @@ class SmtpMailServer:
             await client.connect()
         return client
 
-    async def _protect(self, client: aiosmtplib.SMTP) -> None:
-        """Begin TLS by STARTTLS; raises `NodeError` unless the server offers it."""
+    async def _start_tls(self, client: aiosmtplib.SMTP) -> None:
+        """Begin TLS by STARTTLS; raises `NodeError` if the server doesn't offer it or fails."""
         with _translate_refusal("connection-failed", "EHLO"):
             await client.ehlo()
         if not client.supports_extension("starttls"):
@@ -232,7 +231,7 @@ def _check_size(client: aiosmtplib.SMTP, size: int) -> None:
 
 
 def _stuff_dots(message: bytes) -> bytes:
-    """Return a mail ready to be sent: line ends normalized, leading dots doubled, and the final dot (RFC
+    """Return a mail as SMTP sends it: line ends normalized, leading dots doubled, and the final dot (RFC
     5321, 4.5.2).
     """
     if not message.count(b"\r\n") == message.count(b"\r") == message.count(b"\n"):
@@ -243,10 +242,9 @@ def _stuff_dots(message: bytes) -> bytes:
 
 
 async def _send_content(client: aiosmtplib.SMTP, written: bytes) -> None:
-    """Send a mail in pieces with flow control, and wait for the server's confirmation.
+    """Send a mail of `_stuff_dots` in pieces with flow control, and wait for the server's confirmation.
 
-    Raises `NodeError`: with the retryable code `delivery-unknown` if the connection is lost before the
-    confirmation.
+    Raises `NodeError`: with the retryable code `delivery-unknown` if the connection is lost before the confirmation.
     """
     with _translate_refusal("mail-refused", "the mail"):
         _require_code(await client.execute_command(b"DATA"), 354)
@@ -299,6 +297,7 @@ def _translate_refusal(code: str, what: str) -> Iterator[None]:
 
 @contextmanager
 def _translate_errors(timeout_seconds: float) -> Iterator[None]:
+    """Translate failures of the block other than negative replies to `NodeError`, also its timeout."""
     try:
         yield
     except ssl.SSLError as error:

@@ -47,7 +47,7 @@ def bytes_to_json(value: bytes) -> Json:
 
 
 def json_column_to_json(text: str | bytes) -> Json:
-    """Return the value of a JSON column; its text unparsed if it exceeds this server's limits for JSON."""
+    """Return the parsed value of a JSON column; its text if it exceeds this server's limits for JSON."""
     raw = text.encode() if isinstance(text, str) else text
     try:
         return decode_json(raw, max_depth=MAX_DEPTH - ROWS_DEPTH)

@@ -62,6 +62,9 @@ def load() -> PerformJob:
 
 
 def confine(parent: int) -> None:
+    """Restrict this process to the files of organizations, without network and further processes; it ends with
+    `parent`.
+    """
     confinement.limit_process(
         memory_bytes=MEMORY_BYTES, open_files=OPEN_FILES, cpu_seconds=CPU_SECONDS, file_bytes=None
     )
@@ -114,8 +117,7 @@ def _run_query(connection: sqlite3.Connection, job: SqliteJob) -> Json:
 def _fetch_pieces(cursor: sqlite3.Cursor, max_bytes: int) -> Iterator[list[list[Json]]]:
     """Yield lists of rows, at most 500 or about a megabyte at once.
 
-    Raises `NodeError` if texts and blobs exceed `max_bytes` in total. A single row may fill the heap of
-    SQLite.
+    Raises `NodeError` if the texts and blobs of one list exceed `max_bytes`. A single row may fill the heap of SQLite.
     """
     rows: list[list[Json]] = []
     size = 0
@@ -170,10 +172,10 @@ class SqliteJobFile:
         return time.monotonic() >= self._ends_at
 
     def open(self) -> sqlite3.Connection:
-        """Return a connection to the file whose statements end at the time limit.
+        """Open the file, and return a connection whose statements are interrupted at the time limit of the job.
 
-        If a writer has died, its transaction is rolled back first. Raises `NodeError` for an unusable file,
-        and `sqlite3.Error`.
+        If a writer has died, its transaction is rolled back first. Raises `NodeError` for an unusable file, and
+        `sqlite3.Error`.
         """
         mode = self._mode
         if mode == "rw":
@@ -188,6 +190,7 @@ class SqliteJobFile:
         return connection
 
     def _connect(self, mode: str) -> sqlite3.Connection:
+        """Return a connection with limits of memory, values and file size; `mode` is `ro` (only reads) or `rw`."""
         connection = sqlite3.connect(
             f"file:{quote(str(self._file.absolute()))}?mode={mode}",
             uri=True,
@@ -211,7 +214,7 @@ class SqliteJobFile:
     def _check_file(self, mode: str) -> None:
         """Create the file if `mode` is `rw` and it is missing.
 
-        Raises `NodeError` for a missing file otherwise, and for a path that is no regular file of the
+        Raises `NodeError` for a file that is missing otherwise, and for a path that is no regular file of the
         organization alone: a link, or one of the server's own files.
         """
         flags = os.O_RDWR | os.O_CREAT if mode == "rw" else os.O_RDONLY
@@ -251,8 +254,8 @@ def _to_json(value: Any) -> Json:  # noqa: ANN401 - one of the five types of SQL
 
 @contextmanager
 def _allow_actions(connection: sqlite3.Connection, actions: Collection[int]) -> Iterator[None]:
-    """Allow statements in the block only these SQLite actions; others are denied, and so are functions such
-    as `load_extension`.
+    """Restrict the statements of the block to these SQLite actions; functions such as `load_extension` are
+    denied, too.
     """
 
     def authorize(action: int, first: str | None, second: str | None, *_: str | None) -> int:
@@ -271,7 +274,7 @@ def _allow_actions(connection: sqlite3.Connection, actions: Collection[int]) -> 
 
 @contextmanager
 def _open_transaction(connection: sqlite3.Connection, actions: Collection[int]) -> Iterator[None]:
-    """Run the block in a transaction that begins as a writer, and commit it, or roll it back after an error."""
+    """Run the block in a write transaction, restricted to `actions`, and commit it, or roll it back after an error."""
     connection.execute("BEGIN IMMEDIATE")
     try:
         with _allow_actions(connection, actions):

@@ -32,10 +32,9 @@ COMPANION_SUFFIXES = ("-journal", "-wal", "-shm")
 
 
 def find_file(source: ConnectionSource, policy: ConnectionPolicy) -> Path:
-    """Return the path of a data source's SQLite file in the organization's folder, which need not exist.
+    """Return the path of a data source's SQLite file in the organization's folder; the file need not exist.
 
-    Raises `NodeError` for a name that is no plain file name, a folder that is a link, and in a process
-    without files.
+    Raises `NodeError` for a name that is no plain file name, a folder that is a link, and in a process without files.
     """
     if policy.files is None:
         raise NodeError("Files are not available in this process", code="not-available")
@@ -60,8 +59,8 @@ def _is_file_name(text: str) -> bool:
 
 
 def open_processes(policy: ConnectionPolicy) -> ProcessPool:
-    """Return the pool of child processes that run statements of SQLite, confined to the folder of files;
-    started on demand.
+    """Return a pool of child processes that run statements of SQLite, confined to the folder of files; they start on
+    demand.
     """
     files = "" if policy.files is None else str(policy.files.absolute())
     return ProcessPool(
@@ -159,8 +158,9 @@ class SqliteSession:
         max_bytes: int = 0,
         batch_rows: int = 1,
     ) -> Json:
-        """Run an action on the file in a child process, which is killed at the time limit; return its result.
-        Raises `NodeError`.
+        """Run a statement on the file in a child process, which is killed at the time limit; return its result.
+
+        `values` are its parameters, for a write the rows. Raises `NodeError`.
         """
         if self._policy.files is not None and not self._policy.files.is_dir():
             durable_folders.make_folder(
@@ -204,7 +204,7 @@ def _ignore_line(_level: str, _message: str) -> None:
 
 
 def _build_text(statement: SqlStatement) -> str:
-    return statement.with_places("?" * statement.values)
+    return statement.with_places("?" * statement.placeholder_count)
 
 
 def _insert_statement(table: str, columns: Sequence[str], upsert: UpsertRule) -> str:
