@@ -31,8 +31,8 @@ class StepBudget:
         self._left = MAXIMUM_STEPS
 
     def take(self, count: int) -> None:
-        """Subtract `count` from the remaining steps; raises `NodeError` when they are used up (five million
-        for one call).
+        """Subtract `count` from the remaining steps; raises `NodeError` when none are left (of five million for one
+        call of a node).
         """
         self._left -= count
         if self._left < 0:
@@ -56,13 +56,13 @@ class CssSelector:
     cost: int
     """Maximum number of tests per element."""
 
-    async def first(
+    async def find_first(
         self, count: int, elements: Sequence[HtmlElement], steps: StepBudget, turn: LoopShare
     ) -> list[HtmlElement]:
-        """Return the first `count` elements of a list that match; relations to elements outside of the list
-        don't count.
+        """Return the first `count` elements of a list that match; relations to elements outside of the list don't
+        count.
 
-        It gives other tasks a turn. Raises `NodeError` when the steps are used up.
+        It lets other tasks run. Raises `NodeError` when the steps are used up.
         """
         passes = [ChainMatcher(chain) for chain in self.chains]
         found: list[HtmlElement] = []
@@ -88,7 +88,9 @@ class ChainMatcher:
         self._reached = {kind: [0] * levels for kind in (">", " ", "~", "+")}
 
     def matches(self, element: HtmlElement) -> bool:
-        """Return whether an element matches the whole chain; it must be called for each element in document order."""
+        """Return whether an element matches the whole chain; it must be called once for each element, in document
+        order.
+        """
         depth, reached = element.depth, self._reached
         matched = 0
         for number, part in enumerate(self._chain):

@@ -48,6 +48,10 @@ class RaggedRowAction(StrEnum):
 
 
 async def parse_csv(call: NodeCall) -> Json:
+    """Return the `rows` of the CSV in the config as objects by column name, with `columns` and `count`.
+
+    Raises `NodeError` for invalid CSV, rows of another width unless they are padded, and exceeded limits.
+    """
     config = call.config
     text = config_fields.read_text(config, "text").removeprefix(BYTE_ORDER_MARK)
     columns, records = _read_columns(config, _read_records(text, _choose_delimiter(config, text)))
@@ -59,7 +63,7 @@ async def parse_csv(call: NodeCall) -> Json:
     for line, record in records:
         await turn.yield_if_due()
         _check_size(len(rows) + 1, len(columns), maximum_rows)
-        _fit_width(line, record, columns, pads=pads)
+        _require_width(line, record, columns, pads=pads)
         values = map(_infer_value, record) if infers else record
         padding = [None] * (len(columns) - len(record))
         rows.append(dict(zip(columns, [*values, *padding], strict=True)))
@@ -67,7 +71,7 @@ async def parse_csv(call: NodeCall) -> Json:
 
 
 def _choose_delimiter(config: Mapping[str, Json], text: str) -> str:
-    """Return the delimiter of a config; for `auto`, that of four which divides the first filled line most.
+    """Return the delimiter of a config; for `auto`, the one of four that splits the first line into the most fields.
 
     Raises `NodeError` for more than one character, a quote and a line end.
     """
@@ -83,7 +87,7 @@ def _choose_delimiter(config: Mapping[str, Json], text: str) -> str:
 
 
 def _count_fields(text: str, delimiter: str) -> int:
-    """Return the number of fields in the first line of CSV that isn't blank; 0 without one."""
+    """Return the number of fields in the first line of CSV that isn't blank; 0 if all are."""
     records = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
     return len(next(filter(None, records), []))
 
@@ -103,7 +107,7 @@ def _read_columns(
 ) -> tuple[Sequence[str], Iterator[CsvRecord]]:
     """Return the names of the columns, from the config or the header, and the remaining records.
 
-    Without both, they are numbered. Raises `NodeError` for repeated or too many names, and if the config has
+    Without both, the columns are numbered. Raises `NodeError` for repeated or too many names, and if the config has
     another number of names than the header.
     """
     given = [
@@ -146,7 +150,8 @@ def _check_size(rows: int, columns: int, maximum_rows: float) -> None:
         raise NodeError(message, code="too-many-rows")
 
 
-def _fit_width(line: int, record: Sequence[str], columns: Sequence[str], *, pads: bool) -> None:
+def _require_width(line: int, record: Sequence[str], columns: Sequence[str], *, pads: bool) -> None:
+    """Raise `NodeError` for a record with more fields than columns, or with fewer unless it is padded."""
     if len(record) == len(columns) or (pads and len(record) < len(columns)):
         return
     hint = "; `onRaggedRow: pad` fills it up" if len(record) < len(columns) else ""

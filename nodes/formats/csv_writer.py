@@ -69,8 +69,8 @@ class CsvDialect:
         return (written or '""') + self.line_end
 
     def _field(self, value: Json) -> str:
-        """Return a field of CSV, quoted if needed; a text that may be a formula gets an apostrophe if the
-        config wants it.
+        """Return a value as a field of CSV, quoted if needed; with `guards`, a text that may be a formula gets an
+        apostrophe.
         """
         text = value_as_text(value)
         if self.guards and isinstance(value, str) and _may_be_formula(text):
@@ -82,9 +82,9 @@ class CsvDialect:
 
 
 async def format_csv(call: NodeCall) -> Json:
-    """Return the items as CSV text by the config of the node, with its columns and the number of items.
+    """Return the items of the config as CSV `text`, with `columns` and `count`, the number of items.
 
-    Without `columns`, all fields are columns. Raises `NodeError` for invalid columns, items that are no
+    Without `columns` in the config, all fields are columns. Raises `NodeError` for invalid columns, items that are no
     objects, and over ten million characters.
     """
     items = item_lists.read_items(call.config)

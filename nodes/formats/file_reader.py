@@ -100,8 +100,8 @@ def guess_format(content: bytes, *, name: str, media_type: str = "") -> FileForm
 
 
 async def parse_content(call: NodeCall, content: bytes, wanted: FileFormat) -> dict[str, Json]:
-    """Parse a file in a known format by the options `encoding`, `csv`, `excel` and `xml` of the config;
-    return the parser's output.
+    """Parse a file of this format by the options `encoding`, `csv`, `excel` and `xml` of the config; return the
+    parser's output.
 
     Formats without a parser give their `text`. Raises `NodeError` for invalid content.
     """

@@ -93,8 +93,8 @@ class HtmlDocument:
 async def read_document(html: str, turn: LoopShare) -> HtmlDocument:
     """Parse a page, repairing malformed HTML.
 
-    It gives other tasks a turn. Raises `NodeError` for over three million characters, too many elements or
-    attributes, and nesting over 200 deep.
+    It lets other tasks run. Raises `NodeError` for over three million characters, too many elements or attributes, and
+    nesting over 200 deep.
     """
     if len(html) > MAXIMUM_CHARACTERS:
         message = f"`html` has {len(html):,} characters; at most {MAXIMUM_CHARACTERS:,} are read"
@@ -120,7 +120,7 @@ class DocumentBuilder:
         self._silent = 0
 
     def start(self, tag: str, attributes: Mapping[str, str]) -> None:
-        """Add an element to the document, as the parser meets its start tag.
+        """Add an element to the document; the parser calls it for each start tag.
 
         Raises `NodeError` beyond the limits of elements, attributes and depth.
         """
@@ -128,7 +128,7 @@ class DocumentBuilder:
         position = len(document.elements)
         self._attributes += len(attributes)
         _check_size(position + 1, self._attributes, len(self._open) + 1)
-        self._part_words(tag)
+        self._separate_words(tag)
         parent = self._open[-1] if self._open else None
         if parent is None:
             self._tops += 1
@@ -159,7 +159,7 @@ class DocumentBuilder:
         element.end = len(self.document.elements)
         element.text_end = len(self.document.texts)
         self._silent -= element.tag in SILENT_TAGS
-        self._part_words(tag)
+        self._separate_words(tag)
 
     def data(self, text: str) -> None:
         if not self._silent:
@@ -169,7 +169,7 @@ class DocumentBuilder:
         while self._open:
             self.end(self._open[-1].tag)
 
-    def _part_words(self, tag: str) -> None:
+    def _separate_words(self, tag: str) -> None:
         if tag not in INLINE_TAGS:
             self.document.texts.append(" ")
 

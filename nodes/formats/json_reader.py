@@ -26,6 +26,10 @@ class JsonFormat(StrEnum):
 
 
 async def parse_json(call: NodeCall) -> Json:
+    """Return the JSON text of the config as `value`, or a list of the values of its lines.
+
+    Raises `NodeError` for invalid JSON, over ten million bytes, and over a million objects and lists.
+    """
     text = config_fields.read_text(call.config, "text").removeprefix(BYTE_ORDER_MARK)
     # Invalid characters are passed on to the decoder, which explains them.
     raw = text.encode(errors="surrogatepass")

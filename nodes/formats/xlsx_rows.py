@@ -25,13 +25,18 @@ SHOWN_SHEETS = 10
 
 
 async def parse_xlsx(call: NodeCall) -> Json:
+    """Return the `rows` of a sheet of the workbook in the config as objects by column name, with `columns`, `count`,
+    `sheet` and `sheets`.
+
+    Raises `NodeError` for an invalid workbook, an unknown sheet and exceeded limits.
+    """
     config = call.config
     turn = LoopShare()
     workbook = XlsxWorkbook(ZipArchive(_read_file(config), turn))
     await workbook.open()
     sheet = _choose_sheet(config, workbook.sheets)
     first = config_fields.read_number(config, "startRow", minimum=1, maximum=MAXIMUM_SHEET_ROWS)
-    found = [row for row in await workbook.rows(sheet) if row.number >= first]
+    found = [row for row in await workbook.read_rows(sheet) if row.number >= first]
     has_header = config_fields.read_flag(config, "hasHeader")
     columns = _name_columns(found, has_header=has_header)
     body = found[1:] if has_header else found
@@ -75,8 +80,8 @@ def _choose_sheet(config: Mapping[str, Json], sheets: Sequence[str]) -> str:
 
 
 def _name_columns(rows: Sequence[SheetRow], *, has_header: bool) -> dict[int, str]:
-    """Return the names of the columns with any cell, by their number in the sheet: from the first row, else
-    by their letters.
+    """Return the names of the columns with any cell, by their number in the sheet: from the header, or else `column`
+    and the number.
 
     Raises `NodeError` for two columns with the same name.
     """

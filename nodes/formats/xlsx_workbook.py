@@ -97,10 +97,17 @@ class XlsxWorkbook:
 
         Raises `NodeError` for a file that is no workbook, or too large unpacked.
         """
-        main = next((part for kind, part in (await self._parts("")).values() if kind == "officeDocument"), "")
+        main = next(
+            (
+                part
+                for kind, part in (await self._read_relationships("")).values()
+                if kind == "officeDocument"
+            ),
+            "",
+        )
         if not self._archive.has(main):
             raise _invalid_workbook("it has no `officeDocument`")
-        parts = await self._parts(main)
+        parts = await self._read_relationships(main)
         contents = WorkbookContents()
         await self._archive.read_part(main, contents)
         self._counts_from_1904 = contents.counts_from_1904
@@ -118,7 +125,7 @@ class XlsxWorkbook:
                 await self._archive.read_part(part, styles)
                 self._styles = styles.shows
 
-    async def rows(self, sheet: str) -> Sequence[SheetRow]:
+    async def read_rows(self, sheet: str) -> Sequence[SheetRow]:
         """Return the rows of a sheet that have cells, in order.
 
         Raises `NodeError` for invalid XML and exceeded limits, `KeyError` for an unknown sheet.
@@ -127,9 +134,9 @@ class XlsxWorkbook:
         await self._archive.read_part(self._sheets[sheet], reader)
         return reader.rows
 
-    async def _parts(self, of: str) -> dict[str, tuple[str, str]]:
-        """Return the relationships of a part of the workbook: kind and name of each target, by identifier;
-        empty if it has none.
+    async def _read_relationships(self, of: str) -> dict[str, tuple[str, str]]:
+        """Return the relationships of a part of the workbook: kind and name of each related part, by identifier; empty
+        if it has none.
         """
         folder, name = posixpath.split(of)
         related = posixpath.join(folder, "_rels", f"{name}.rels")
@@ -164,16 +171,18 @@ class ZipArchive:
         return name in self._names
 
     async def read_part(self, name: str, part: WorkbookPart) -> None:
-        """Unpack a part of the archive and parse its XML with `part`.
+        """Unpack a file of the archive and parse its XML with `part`.
 
-        The limit of elements counts for all parts together. Raises `NodeError` for invalid XML and exceeded
-        limits.
+        The limit of elements counts for all parts together. Raises `NodeError` for invalid XML and exceeded limits.
         """
         part.elements_left = self._elements_left
-        await xml_reader.read_xml(await self._unpacked(name), part, self._turn)
+        await xml_reader.read_xml(await self._unpack(name), part, self._turn)
         self._elements_left = part.elements_left
 
-    async def _unpacked(self, name: str) -> bytes:
+    async def _unpack(self, name: str) -> bytes:
+        """Return the unpacked content of a file of the archive; raises `NodeError` for a damaged file, and beyond 50 MB
+        in total.
+        """
         entry = self._zip.getinfo(name)
         if entry.flag_bits & 1 or entry.compress_type not in {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}:
             raise _invalid_workbook(f"{name[:100]} is encrypted or packed in an unusual way")
@@ -369,7 +378,7 @@ class SheetCells(WorkbookPart):
         self._pieces = []
 
     def _end_cell(self) -> None:
-        value = self._value("".join(self._pieces))
+        value = self._convert_value("".join(self._pieces))
         self._characters += len(value) if isinstance(value, str) else 0
         if self._characters > output_sizes.MAXIMUM_BYTES:
             message = f"The texts of the sheet have more than {output_sizes.MAXIMUM_BYTES:,} characters"
@@ -377,8 +386,8 @@ class SheetCells(WorkbookPart):
         if value is not None:
             self._row.cells[self._column] = value
 
-    def _value(self, written: str) -> Json:
-        """Return the value of a cell from its text: formulas by their last result, errors as Excel shows
+    def _convert_value(self, written: str) -> Json:
+        """Return the value of the cell that ends from its text: formulas by their last result, errors as Excel shows
         them, dates as ISO texts.
 
         Raises `NodeError` for a reference to a missing text and an invalid number.
@@ -394,9 +403,9 @@ class SheetCells(WorkbookPart):
             case "inlineStr" | "str" | "e" | "d":
                 return _unescape(written)
             case _:
-                return self._number(written.strip())
+                return self._convert_number(written.strip())
 
-    def _number(self, written: str) -> Json:
+    def _convert_number(self, written: str) -> Json:
         if not written:
             return None
         number = float(written) if NUMBER_PATTERN.fullmatch(written) else math.nan
@@ -426,9 +435,7 @@ def _simplify_number(number: float) -> int | float:
 
 
 def _unescape(text: str) -> str:
-    """Return a text with escapes such as `_x000D_` replaced by their characters; those that JSON can't
-    contain stay.
-    """
+    """Return a text with escapes such as `_x000D_` replaced by their characters, unless JSON can't contain these."""
     return ESCAPE_PATTERN.sub(_unescape_character, text) if "_x" in text else text
 
 

@@ -25,10 +25,10 @@ class XmlHandler(Protocol):
 
 
 async def read_xml(raw: bytes, reader: XmlHandler, turn: LoopShare, *, encoding: str | None = None) -> None:
-    """Parse a whole document with a handler, in `encoding` or (None) the one that the document declares.
+    """Parse a whole document, calling a handler, in `encoding` or (None) the one that the document declares.
 
-    It gives other tasks a turn. Raises `NodeError` for invalid XML, document types, unknown encodings and
-    very long tokens, and the errors of the handler.
+    It lets other tasks run. Raises `NodeError` for invalid XML, document types, unknown encodings and very long tokens,
+    and the errors of the handler.
     """
     parser = expat.ParserCreate(encoding)
     parser.buffer_text = True

@@ -31,6 +31,10 @@ class PrefixMode(StrEnum):
 
 
 async def parse_xml(call: NodeCall) -> Json:
+    """Return the XML text of the config as JSON: the name of its `root`, and the root's `value`.
+
+    Raises `NodeError` for invalid XML, and over five million bytes, 300,000 elements and attributes, or 30 levels.
+    """
     text = config_fields.read_text(call.config, "text").strip()
     _check_size(len(text))
     raw = text.encode()

@@ -46,7 +46,10 @@ async def run(call: NodeCall) -> Json | StepPause | StepWait:
 
 
 def _list_models(config: Mapping[str, Json], model: Mapping[str, Json]) -> list[str]:
-    """Return the ids of the models to ask in turn: those of the node at the port `ai`, or of the config."""
+    """Return the ids of the models to ask in turn: of the node at the port `ai`, or else of the config, fallbacks last.
+
+    Raises `NodeError` if neither names a model.
+    """
     named = model if model.get("model") else config
     if not named.get("model"):
         message = "The agent needs a model: connect an `llm` to its port `ai`, or set `model`"
@@ -111,8 +114,8 @@ def _build_task(
 def _require_repeatable(config: Mapping[str, Json], tools: Sequence[CallableTool]) -> None:
     """Raise `NodeError` for an agent without recorded contents that may write, or ask people about its calls.
 
-    Its conversation may begin again, and then it would repeat writes, and could not read the answers. Validation finds
-    that too, except in values of expressions.
+    Its conversation may begin again; then it would repeat writes, and could not read the answers of people. Validation
+    finds that too, except in values of expressions.
     """
     field = content_recording.FIELD
     if NodeEffect.WRITE.value in config_fields.read_sequence(config, "effects"):
@@ -131,7 +134,10 @@ def _read_answer(text: str, schema: Mapping[str, Any]) -> tuple[Json, Sequence[s
 def _select_tools(
     call: NodeCall, config: Mapping[str, Json], connected: Sequence[CallableTool]
 ) -> dict[str, AgentTool]:
-    """Return the enabled tools with allowed effects."""
+    """Return the enabled tools with allowed effects, by name.
+
+    Before the first step, logs a warning for each tool with an effect that is not allowed.
+    """
     allowed = {NodeEffect.PURE.value, *map(str, config_fields.read_sequence(config, "effects"))}
     enabled = config.get("enabledTools")
     for tool in connected if not call.steps.recorded else ():
@@ -156,7 +162,7 @@ def _select_tools(
 
 
 def _build_checker(parameters: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], Sequence[str]]:
-    """Return the function that finds the problems of a tool's arguments."""
+    """Return a function that returns the problems of a call's arguments by the JSON Schema `parameters`."""
     return lambda arguments: structured_answers.find_problems(dict(arguments), parameters)
 
 
@@ -178,7 +184,7 @@ def _read_limits(config: Mapping[str, Json]) -> AgentLimits:
 
 
 def _read_dollars(given: Json) -> int:
-    """Return a decimal text in dollars as nano-dollars; raises `NodeError`."""
+    """Return a decimal text in dollars as nano-dollars; raises `NodeError` for another value."""
     try:
         return int(Decimal(str(given)) * NANOS_PER_DOLLAR)
     except (InvalidOperation, ValueError, OverflowError):

@@ -66,7 +66,8 @@ class AggregateItem:
     """Fields that some item has."""
 
     def at(self, name: str) -> Json:
-        """Return the value of a field by its name or dotted path; null for a missing field, which is noted.
+        """Return the value of a field by its name or dotted path, null if it is missing, and record in `found` or
+        `missing` which.
 
         Raises `NodeError` if the item is no object.
         """
@@ -137,7 +138,9 @@ class ItemGroup:
     tallies: Sequence[AggregateTally]
 
     def row(self, group_by: Sequence[str]) -> dict[str, Json]:
-        """Return the fields of `groupBy` with the values of the group, and the results of its aggregations."""
+        """Return the output of the group: the fields of `groupBy` with its values, and the results of its aggregations
+        by name.
+        """
         results = {tally.aggregation.name: tally.result() for tally in self.tallies}
         return {**dict(zip(group_by, self.keys, strict=True)), **results}
 

@@ -43,7 +43,7 @@ async def run(call: NodeCall) -> Json:
     name, media_type = label.get("name", ""), label.get("type", "")
     wanted = config_fields.read_choice(call.config, "as", AttachmentForm)
     if wanted is AttachmentForm.AUTO:
-        wanted = _convert_by_type(content, name, media_type)
+        wanted = _choose_form(content, name, media_type)
     return {
         "format": wanted.value,
         "filename": name,
@@ -54,7 +54,8 @@ async def run(call: NodeCall) -> Json:
 
 
 def _find_reference(config: Mapping[str, Json]) -> dict[str, Json]:
-    """Return the blob reference in the config: a reference alone, or that in the description of an attachment.
+    """Return the blob reference in the config: `attachment` itself, or its `blob` if it is the description of an
+    attachment.
 
     Raises `NodeError` for other values, and for an attachment that is still at the URL of a mail service.
     """
@@ -68,10 +69,8 @@ def _find_reference(config: Mapping[str, Json]) -> dict[str, Json]:
     raise config_fields.invalid_field("attachment", "an attachment, or its `blob`", given)
 
 
-def _convert_by_type(content: bytes, name: str, media_type: str) -> AttachmentForm:
-    """Return the form into which a file is converted by default: CSV, JSON or text; Base64 for Excel and
-    unknown files.
-    """
+def _choose_form(content: bytes, name: str, media_type: str) -> AttachmentForm:
+    """Return the default form for the content of a file: CSV, JSON or text; Base64 for Excel and unknown files."""
     match file_reader.guess_format(content, name=name, media_type=media_type):
         case FileFormat.CSV:
             return AttachmentForm.CSV
@@ -88,6 +87,10 @@ def _convert_by_type(content: bytes, name: str, media_type: str) -> AttachmentFo
 async def _convert_content(
     call: NodeCall, content: bytes, wanted: AttachmentForm, media_type: str
 ) -> Mapping[str, Json]:
+    """Return the content as fields of the output: `base64`, `text`, or the output of the parser for CSV or JSON.
+
+    Raises `NodeError` for content that can't be parsed.
+    """
     if wanted is AttachmentForm.BASE64:
         return {"base64": (await offload.run_in_thread(b64encode, content)).decode()}
     charset = config_fields.read_text(call.config, "encoding")

@@ -29,7 +29,7 @@ async def run(call: NodeCall) -> Json:
     is_multiple = config_fields.read_flag(config, "multi")
     request = ChatRequest(
         (
-            ChatMessage(MessageRole.SYSTEM, _instruct(labels, is_multiple=is_multiple)),
+            ChatMessage(MessageRole.SYSTEM, _build_instruction(labels, is_multiple=is_multiple)),
             ChatMessage(MessageRole.USER, value_as_text(config.get("input"))),
         ),
         MAX_TOKENS,
@@ -62,7 +62,7 @@ def _read_labels(config: Mapping[str, Json]) -> dict[str, str]:
     return labels
 
 
-def _instruct(labels: Mapping[str, str], *, is_multiple: bool) -> str:
+def _build_instruction(labels: Mapping[str, str], *, is_multiple: bool) -> str:
     wanted = "all labels that apply, possibly none" if is_multiple else "the one label that fits best"
     listed = "\n".join(f"- {name}: {text}" if text else f"- {name}" for name, text in labels.items())
     return (

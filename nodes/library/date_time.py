@@ -91,10 +91,11 @@ def run(call: NodeCall) -> Json:
 
 
 def _read_date(call: NodeCall, name: str, zone: ZoneInfo) -> datetime:
-    """Return the date in a config field, in UTC: ISO 8601 or seconds since 1970; that of the call if it is missing.
+    """Return the date in a config field, in UTC: ISO 8601 or seconds since 1970; that of the call if the field is
+    missing.
 
-    A text has the format `inputForm` of the config, if set; `zone` applies to a text without an offset.
-    Raises `NodeError` for other values, also for null.
+    A text has the format `inputForm` of the config, if set; `zone` applies to a text without an offset. Raises
+    `NodeError` for other values, also for null.
     """
     if name not in call.config:
         return call.now.astimezone(UTC)
@@ -108,6 +109,11 @@ def _read_date(call: NodeCall, name: str, zone: ZoneInfo) -> datetime:
 
 
 def _parse_date(name: str, written: str, form: str, zone: ZoneInfo) -> datetime:
+    """Return the date in the text `written` by the format `form`, in UTC; `zone` applies without an offset.
+
+    `name` is the config field in errors. Raises `NodeError` for a text of another form, and for a format with unknown
+    codes or with a day but no year.
+    """
     codes = set(re.findall(r"%(.?)", form, re.DOTALL))
     unknown = codes - INPUT_CODES
     if "d" in codes and not codes & YEAR_CODES:
@@ -181,6 +187,9 @@ def _count_whole_months(start: datetime, end: datetime, each: int) -> int:
 
 
 def _start_of_unit(date: datetime, unit: DateUnit, zone: ZoneInfo) -> datetime:
+    """Return the first moment of the unit that contains `date`, by the local time of the zone; weeks begin
+    on Monday.
+    """
     local = date.astimezone(zone).replace(microsecond=0)
     match unit:
         case DateUnit.SECONDS:
@@ -203,8 +212,8 @@ def _start_of_unit(date: datetime, unit: DateUnit, zone: ZoneInfo) -> datetime:
 
 
 def _end_of_unit(date: datetime, unit: DateUnit, zone: ZoneInfo) -> datetime:
-    """Return the last microsecond of the unit that contains `date`, in UTC; units begin by the local time of
-    the zone.
+    """Return the last microsecond of the unit that contains `date`, in UTC; units begin by the local time
+    of the zone.
     """
     start = _start_of_unit(date, unit, zone).astimezone(UTC)
     return _start_of_unit(_add_units(start, 1, unit, zone), unit, zone).astimezone(UTC) - MICROSECOND

@@ -145,6 +145,10 @@ def _read_body(config: Mapping[str, Json], name: str) -> str:
 
 
 async def _read_attachments(call: NodeCall) -> Sequence[EnclosedFile]:
+    """Return the attachments in the config with their contents.
+
+    Raises `NodeError` for over 50, over 15 million bytes in total, and values that are no attachments.
+    """
     given = config_fields.read_sequence(call.config, "attachments")
     if len(given) > MAXIMUM_ATTACHMENTS:
         message_ = f"The mail has {len(given):,} attachments; at most {MAXIMUM_ATTACHMENTS} are allowed"
@@ -164,6 +168,10 @@ async def _read_attachments(call: NodeCall) -> Sequence[EnclosedFile]:
 
 
 async def _read_content(call: NodeCall, given: dict[str, Json]) -> bytes:
+    """Return the content of an attachment: of its blob, its `text` in UTF-8, or its decoded `base64`.
+
+    Raises `NodeError` for none of them, invalid Base64, and `text` beside another.
+    """
     reference, written, text = _find_reference(given), given.get("base64"), given.get(TEXT_KEY)
     if text is not None and (reference is not None or written is not None):
         message_ = "An attachment takes one of `text`, `base64` and `blob`, not two"
@@ -188,7 +196,7 @@ def _find_reference(given: dict[str, Json]) -> dict[str, Json] | None:
 
 
 def _attachment_label(given: dict[str, Json]) -> AttachmentLabel:
-    """Return file name, type and content id of an attachment, cleaned, with those of its blob reference as
+    """Return file name, type and content id of an attachment, cleaned, with the values of its blob reference as
     defaults.
 
     An attachment given as `text` has a text type by the suffix of its name.

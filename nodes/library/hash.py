@@ -70,6 +70,7 @@ def _compute_digest(algorithm: HashAlgorithmName, value: bytes, config: Mapping[
 
 
 def _encode_value(config: Mapping[str, Json]) -> bytes:
+    """Return the bytes to hash: of a text in its encoding, of another value as canonical JSON; raises `NodeError`."""
     given = config["value"]
     encoding = config_fields.read_choice(config, "valueEncoding", KeyEncoding)
     if isinstance(given, str):

@@ -58,7 +58,7 @@ async def run(call: NodeCall) -> Json:
     selector = css_selectors.compile_selector("items", item_selector) if item_selector else None
     page = await html_document.read_document(config_fields.read_text(call.config, "html"), LoopShare())
     extraction = PageExtractor(page, taken)
-    items = await extraction.items(selector)
+    items = await extraction.extract_items(selector)
     call.unresolved.extend(f"item.{name}" for name in sorted(extraction.missing))
     return {"items": items, "count": len(items)}
 
@@ -76,31 +76,37 @@ class PageExtractor:
         self._values = 0
         self._characters = 0
 
-    async def items(self, selector: CssSelector | None) -> list[Json]:
-        """Return the extracted items: one for each element that the selector matches, or (None) one for the
+    async def extract_items(self, selector: CssSelector | None) -> list[Json]:
+        """Return the extracted items: one for each element that the selector matches; without a selector, one for the
         whole page.
+
+        Raises `NodeError` beyond the limits of steps, values and characters.
         """
         elements = self._page.elements
         if selector is None:
-            return [await self._item(elements[0] if elements else None, elements)]
-        found = await selector.first(len(elements), elements, self._steps, self._turn)
-        return [await self._item(element, self._page.inside(element)) for element in found]
+            return [await self._extract_item(elements[0] if elements else None, elements)]
+        found = await selector.find_first(len(elements), elements, self._steps, self._turn)
+        return [await self._extract_item(element, self._page.inside(element)) for element in found]
 
-    async def _item(self, element: HtmlElement | None, elements: Sequence[HtmlElement]) -> Json:
-        return {each.name: await self._field(each, element, elements) for each in self._fields}
+    async def _extract_item(self, element: HtmlElement | None, elements: Sequence[HtmlElement]) -> Json:
+        return {each.name: await self._extract_field(each, element, elements) for each in self._fields}
 
-    async def _field(
+    async def _extract_field(
         self, each: ExtractedField, element: HtmlElement | None, elements: Sequence[HtmlElement]
     ) -> Json:
+        """Return the value of a field in an element: of all matches as a list, or of the first match.
+
+        Without a match, null for the latter, and the field is added to `missing`.
+        """
         self._count(1, 0)
         found = [element] if element else []
         if each.selector is not None:
             most = len(elements) if each.takes_all else 1
-            found = await each.selector.first(most, elements, self._steps, self._turn)
+            found = await each.selector.find_first(most, elements, self._steps, self._turn)
         values: list[Json] = []
         for one in found:
             await self._turn.yield_if_due()
-            values.append(self._value(each, one))
+            values.append(self._extract_value(each, one))
         if each.takes_all:
             return values
         value = values[0] if values else None
@@ -108,7 +114,7 @@ class PageExtractor:
             self.missing.add(each.name)
         return value
 
-    def _value(self, each: ExtractedField, element: HtmlElement) -> Json:
+    def _extract_value(self, each: ExtractedField, element: HtmlElement) -> Json:
         value = element.attributes.get(each.attribute) if each.attribute else self._page.text(element)
         self._count(1, len(value or ""))
         if value is None or each.attribute:

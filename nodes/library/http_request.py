@@ -87,10 +87,11 @@ async def run(call: NodeCall) -> Json | AnswerWait:
 async def _send_request(
     call: NodeCall, method: HttpMethod, url: str, secrets: Mapping[str, str], *, waits: bool
 ) -> HttpResponse:
-    """Send the configured request with secret headers, and return the response with these secrets redacted.
+    """Send the configured request with `secrets`, headers of the data source, and return the response with all secrets
+    redacted.
 
-    Writes get an idempotency key, traces their headers, and placeholders of approval links become links.
-    Raises `NodeError`, `OutboundError` and ValueError.
+    Writes get an idempotency key, requests of traced runs the headers of traces, and placeholders of approval links
+    become links. With `waits`, a signed callback URL is added. Raises `NodeError`, `OutboundError` and ValueError.
     """
     config = call.config
     headers = _read_headers(config)
@@ -134,8 +135,8 @@ async def _send_request(
 async def _create_approval_links(
     call: NodeCall, url: str, body: bytes | None, headers: Mapping[str, str]
 ) -> Mapping[approval_links.Place, str]:
-    """Create the approval links whose placeholders a request contains; return their URLs by place, empty
-    without any.
+    """Create the approval links whose placeholders a request contains; return their URLs by place, empty without
+    placeholders.
 
     Raises `NodeError`.
     """
@@ -169,11 +170,11 @@ def _read_headers(config: Mapping[str, Json]) -> dict[str, str]:
 
 
 async def _read_secret_headers(call: NodeCall, url: str) -> Mapping[str, str]:
-    """Return the secret headers that the data source of the config adds to a request to `url`; they are never
-    recorded.
+    """Return the secret headers that the data source of the config adds to a request to `url`; empty without a data
+    source.
 
-    Empty without a data source. Raises `NodeError` for a data source that the run may not use, and for hosts
-    that it doesn't list.
+    They are never recorded. Raises `NodeError` for a data source that the run may not use, and for hosts that it
+    doesn't list.
     """
     if call.config.get("dataSource") is None:
         return {}
@@ -183,15 +184,15 @@ async def _read_secret_headers(call: NodeCall, url: str) -> Mapping[str, str]:
 
 
 def _replace_headers(headers: Mapping[str, str], others: Mapping[str, str]) -> dict[str, str]:
-    """Return `headers` with `others` added, which replace those of the same name in any case."""
+    """Return `headers` with `others` added; these replace headers of the same name, in upper or lower case."""
     names = {name.lower() for name in others}
     return {**{name: value for name, value in headers.items() if name.lower() not in names}, **others}
 
 
 def _encode_body(body: Json) -> tuple[bytes | None, str | None]:
-    """Return the request body and its content type: texts as they are, other values as JSON.
+    """Return the request body and its content type: a text as it is, another value as JSON.
 
-    None twice without a body.
+    Both are None without a body.
     """
     if body is None:
         return None, None
@@ -209,8 +210,7 @@ def _set_default_header(headers: dict[str, str], name: str, value: str) -> None:
 
 
 def _redact_response(response: HttpResponse, secrets: Sequence[str]) -> HttpResponse:
-    """Return a response in which the secrets of the request are redacted, in each form in which a server may
-    repeat them.
+    """Return a response with the secrets of the request redacted, in each form in which a server may repeat them.
 
     Its readers may not be permitted to use the data source, or to answer a question by its link.
     """
@@ -226,7 +226,7 @@ def _redact_response(response: HttpResponse, secrets: Sequence[str]) -> HttpResp
 
 
 def _secret_forms(value: str) -> Iterator[str]:
-    """Yield the forms in which a header's value may be repeated: whole, its credentials alone, a login
+    """Yield the forms in which a server may repeat the secret value of a header: whole, its credentials alone, a login
     decoded; each also escaped.
     """
     scheme, _, credentials = value.partition(" ")

@@ -30,7 +30,7 @@ async def run(call: NodeCall) -> NodeResult:
     threshold = config.get("threshold")
     request = ChatRequest(
         (
-            ChatMessage(MessageRole.SYSTEM, _instruct(routes)),
+            ChatMessage(MessageRole.SYSTEM, _build_instruction(routes)),
             ChatMessage(MessageRole.USER, value_as_text(config.get("prompt"))),
         ),
         MAX_TOKENS,
@@ -52,7 +52,7 @@ async def run(call: NodeCall) -> NodeResult:
 
 
 async def _choose(call: NodeCall, model_id: str, request: ChatRequest) -> Mapping[str, Any]:
-    """Return the choice of a model; that of the default port for an answer that is no choice.
+    """Return the choice of a model; for an answer without a valid choice, the default port, with a warning in the log.
 
     Raises `NodeError` if the model doesn't answer.
     """
@@ -69,7 +69,10 @@ async def _choose(call: NodeCall, model_id: str, request: ChatRequest) -> Mappin
 
 
 def _read_routes(config: Mapping[str, Json]) -> dict[str, str]:
-    """Return the descriptions of the branches by port, in their order; raises `NodeError` for other objects."""
+    """Return the descriptions of the branches by port, in their order.
+
+    Raises `NodeError` for none, and unless each has a port of its own.
+    """
     given = config_fields.read_sequence(config, "routes")
     routes = {
         str(each["port"]): str(each.get("description") or "")
@@ -81,7 +84,7 @@ def _read_routes(config: Mapping[str, Json]) -> dict[str, str]:
     return routes
 
 
-def _instruct(routes: Mapping[str, str]) -> str:
+def _build_instruction(routes: Mapping[str, str]) -> str:
     listed = "\n".join(f"- {port}: {text}" if text else f"- {port}" for port, text in routes.items())
     return (
         "Choose the one port that fits best for the text of the user, or `default` if none fits, and give the reason"

@@ -53,31 +53,30 @@ class LookupJoin:
             config_fields.read_text(config, "as") if needs_name else None,
         )
 
-    def joined(self, item: Json, index: int, rows: list[Json]) -> Iterator[Json]:
-        """Yield an item joined with its matching rows: with the first, each of them, or all as a list, by
-        `matches`.
+    def join_item(self, item: Json, index: int, rows: list[Json]) -> Iterator[Json]:
+        """Yield an item joined with its matching rows: with the first, each of them, or all as a list, by `matches`.
 
-        Without rows it yields nothing or the item alone, or raises `NodeError`, by `on_missing`. It is lazy,
-        since a single item can exceed the limit of the output.
+        Without rows it yields nothing or the item alone, or raises `NodeError`, by `on_missing`. It is lazy, since a
+        single item can exceed the limit of the output.
         """
         if not rows:
-            yield from self._missed(item, index)
+            yield from self._handle_missing(item, index)
         elif self.matches is LookupMatches.LIST:
-            yield self._with(item, index, rows)
+            yield self._add_matches(item, index, rows)
         else:
             found = rows if self.matches is LookupMatches.EACH else rows[:1]
-            yield from (self._with(item, index, row) for row in found)
+            yield from (self._add_matches(item, index, row) for row in found)
 
-    def _missed(self, item: Json, index: int) -> list[Json]:
+    def _handle_missing(self, item: Json, index: int) -> list[Json]:
         if self.on_missing is LookupMissAction.ERROR:
             message = f"The table has no row for item {index}; `onMissing` can keep or drop such items"
             raise NodeError(message, code="no-match")
         if self.on_missing is LookupMissAction.DROP:
             return []
         nothing: Json = [] if self.matches is LookupMatches.LIST else None
-        return [item if self.name is None else self._with(item, index, nothing)]
+        return [item if self.name is None else self._add_matches(item, index, nothing)]
 
-    def _with(self, item: Json, index: int, found: Json) -> Json:
+    def _add_matches(self, item: Json, index: int, found: Json) -> Json:
         own = item_keys.require_item_fields(item, index, "no fields can be added to it")
         if self.name is not None:
             return {**own, self.name: found}
@@ -101,7 +100,7 @@ async def run(call: NodeCall) -> Json:
         await turn.yield_if_due()
         rows = table.get(_join_key(by.values_of(item, index)), [])
         unmatched += not rows
-        for made in join.joined(item, index, rows):
+        for made in join.join_item(item, index, rows):
             await turn.yield_if_due()
             size.add(made)
             joined.append(made)
@@ -114,7 +113,8 @@ async def run(call: NodeCall) -> Json:
 
 
 async def _build_table(call: NodeCall, by: ItemKeys, turn: LoopShare) -> LookupTable:
-    """Return the rows of the lookup table by their key; rows with a null in their key are left out.
+    """Return the rows of the lookup table by their key `tableBy`, or else `by`; rows with a null in their key are left
+    out.
 
     Raises `NodeError` if `tableBy` has another number of parts than `by`.
     """

@@ -81,6 +81,9 @@ def run(call: NodeCall) -> Json:
 
 
 def _compile_pattern(config: Mapping[str, Json]) -> RegexPattern:
+    """Return the compiled `pattern` of the config with its flags; raises `NodeError` for an invalid pattern, and for
+    over 100 groups.
+    """
     written = config_fields.read_text(config, "pattern")
     if not 1 <= len(written) <= MAXIMUM_PATTERN_CHARACTERS:
         message = f"`pattern` must have 1 to {MAXIMUM_PATTERN_CHARACTERS:,} characters, not {len(written):,}"
@@ -148,7 +151,7 @@ def _describe_matches(pattern: RegexPattern, matches: Iterator[RegexMatch]) -> J
 
 
 def _require_small_groups(match: RegexMatch, pattern: RegexPattern) -> None:
-    """Raise `NodeError` for a match whose groups are too large together."""
+    """Raise `NodeError` for a match whose groups have more than ten million characters together."""
     characters = sum(match.end(group) - match.start(group) for group in range(pattern.groups + 1))
     if characters > output_sizes.MAXIMUM_BYTES:
         message = f"The groups of one match have more than {output_sizes.MAXIMUM_BYTES:,} characters"
@@ -180,10 +183,10 @@ def _replace_matches(pattern: RegexPattern, text: str, maximum: int, replacement
 
 
 def _replacement_writer(pattern: RegexPattern, replacement: str) -> Callable[[RegexMatch], str]:
-    """Return a function that returns the replacement of a match: `$1` and `${name}` are filled in, `$$`
-    becomes `$`.
+    """Return a function that returns the text which replaces a match: with `$1` and `${name}` filled in, and `$` for
+    `$$`.
 
-    A group that took no part is empty. Raises `NodeError` for a group that the pattern doesn't have.
+    A group that took no part in the match is empty. Raises `NodeError` for a group that the pattern doesn't have.
     """
     parts: list[str] = []
     groups: list[int | str] = []

@@ -58,7 +58,7 @@ class SortCriterion:
     def from_config(cls, call: NodeCall, source: Json) -> Self:
         """Return the criterion of an entry of `by`: a key, or an object with key and settings.
 
-        The key is compiled as written, settings are rendered. Raises `NodeError` for invalid ones.
+        The key is compiled as written, settings are rendered. Raises `NodeError` for invalid keys or settings.
         """
         if not isinstance(source, dict):
             return cls._of({}, ItemKey.from_config("by", call, source))
@@ -134,7 +134,9 @@ async def run(call: NodeCall) -> Json:
 async def _sort_places(
     places: list[int], ranks: list[SortRank], turn: LoopShare, *, descends: bool
 ) -> list[int]:
-    """Return indexes sorted by the rank at each index, stably, in batches between which other tasks run."""
+    """Return `places`, indexes of `ranks`, sorted stably by the rank at each, in batches between which
+    other tasks run.
+    """
     parts: list[list[int]] = []
     for begin in range(0, len(places), SORT_BATCH):
         await turn.yield_if_due()

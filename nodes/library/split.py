@@ -56,11 +56,10 @@ def _split_batches(config: Mapping[str, Json]) -> list[Json]:
 
 
 async def _split_elements(call: NodeCall) -> list[Json]:
-    """Return an item for each element of the list in the field `field` of each item; with the other fields if
+    """Return an item for each element of the list in the field `field` of each item; with the item's other fields if
     `keepFields`.
 
-    Raises `NodeError` for an item that is no object, a field that is no list, and too many or too large
-    items.
+    Raises `NodeError` for an item that is no object, a field that is no list, and too many or too large items.
     """
     name = config_fields.read_text(call.config, "field")
     keeps_fields = config_fields.read_flag(call.config, "keepFields")
@@ -83,7 +82,8 @@ async def _split_elements(call: NodeCall) -> list[Json]:
 
 
 def _read_list(own: Mapping[str, Json], index: int, name: str, unresolved: list[str]) -> list[Json]:
-    """Return the list in a field of an item; empty for null, and for a missing field, which is noted as unresolved.
+    """Return the list in a field of an item; empty for null, and for a missing field, whose path is added to
+    `unresolved`.
 
     Raises `NodeError` for other types.
     """

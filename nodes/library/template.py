@@ -25,7 +25,7 @@ class TextParts:
         self._characters = 0
 
     def add(self, value: Json) -> None:
-        """Append a rendered value as text; raises `NodeError` if the whole text exceeds ten million characters."""
+        """Append a rendered value as text; raises `NodeError` if all parts together exceed ten million characters."""
         text = value_as_text(value)
         self._texts.append(text)
         self._characters += len(text) + len(self._separator)

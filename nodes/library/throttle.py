@@ -35,10 +35,9 @@ async def run(call: NodeCall) -> Json | TimerWait:
 
 
 def _throttle_key(call: NodeCall) -> str:
-    """Return the key of the rate limit: that in the config, shared by workflows, else the node of this workflow.
+    """Return the key of the rate limit: that in the config, which workflows share, or else a key of this node alone.
 
-    Prefixes keep both kinds apart. Raises `NodeError` for a key that is empty, over 200 characters, or has a
-    NUL.
+    Prefixes keep both kinds apart. Raises `NodeError` for a key that is empty, over 200 characters, or has a NUL.
     """
     if "key" not in call.config:
         return f"node:{call.caller.workflow_id}:{call.node_id}"

@@ -28,6 +28,10 @@ def run(call: NodeCall) -> Json | TimerWait:
 
 
 def _wake_time(call: NodeCall) -> datetime:
+    """Return the time at which the wait ends: `seconds` after the time of the call, or the time `until`.
+
+    Raises `NodeError` for an invalid time, also without a time zone.
+    """
     if "seconds" in call.config:
         seconds = config_fields.read_number(
             call.config, "seconds", minimum=0, maximum=LONGEST_WAIT.total_seconds()

@@ -39,6 +39,9 @@ async def run(call: NodeCall) -> AnswerWait:
 
 
 def _build_request(call: NodeCall) -> EventWaitRequest:
+    """Return the request for the event that the config describes; raises `NodeError` for an invalid type, filter or
+    time.
+    """
     event_type = config_fields.read_text(call.config, "event_type")
     if not _PATTERN.fullmatch(event_type):
         message = "`event_type` must be a type such as order.paid or order.*, without spaces"
@@ -61,8 +64,8 @@ def _build_request(call: NodeCall) -> EventWaitRequest:
 
 
 def _bind_filter(call: NodeCall) -> tuple[str | None, str]:
-    """Return the filter on events as JSON (None without one), and as JSON the list of the run's values that
-    it refers to.
+    """Return the filter on events, and a list of the run's values that it refers to, both as JSON; None and `[]`
+    without a filter.
 
     Raises `NodeError` if both together have more than 64 KiB.
     """
