@@ -38,9 +38,11 @@ DENIED_HINT = "Do not call it again in the same way: answer without it, or ask f
 async def run_agent(
     call: NodeCall, task: AgentTask, model_ids: Sequence[str]
 ) -> Finish | StepPause | StepWait:
-    """Do the actions of an agent from its recorded steps on, until it ends, waits or the run is interrupted.
+    """Continue an agent after its recorded steps until it ends, and return its end; or a pause or wait, after which it
+    is called again.
 
-    Raises `NodeError` if it fails, and if no model answers.
+    It pauses if the run is interrupted, and waits for people or for results of tools. Raises `NodeError` if it fails,
+    and if no model answers.
     """
     begun_here: set[int] = set()
     call.steps.close_lost_steps()
@@ -75,9 +77,11 @@ async def run_agent(
 async def _answer_request(
     call: NodeCall, task: AgentTask, model_ids: Sequence[str], action: CallModel
 ) -> set[int]:
-    """Take the answer to a request from the replayed run, or ask the models; return the numbers of new tool calls.
+    """Record the answer to a request: that of the replayed run if its request was the same, else a new answer of the
+    models.
 
-    Raises `NodeError` if another request was recorded, and this one must not be made.
+    Returns the step numbers of the tool calls of a new answer that may begin now. Raises `NodeError` if another request
+    was recorded, and this one must not be made.
     """
     candidates = call.steps.candidates
     if action.number in candidates:
@@ -89,7 +93,8 @@ async def _answer_request(
 
 
 async def _reuse_turn(call: NodeCall, task: AgentTask, turn: Sequence[AgentStep]) -> None:
-    """Take over an answer of the replayed run with its tool calls and their results, whose costs stay there.
+    """Record an answer of the replayed run with its tool calls and their results, without their costs, which that run
+    has paid.
 
     Calls without a result are continued under their recorded keys; those that wait for people ask again.
     """
@@ -107,7 +112,8 @@ async def _reuse_turn(call: NodeCall, task: AgentTask, turn: Sequence[AgentStep]
 async def _ask_model(
     call: NodeCall, task: AgentTask, model_ids: Sequence[str], action: CallModel
 ) -> set[int]:
-    """Ask the models, and commit the answer with its tool calls; return the numbers of these.
+    """Ask the models, and commit the answer with its tool calls; return the step numbers of the calls that need no
+    approval.
 
     Raises the failure of the last model, which is recorded, so that another attempt of the node asks again.
     """
@@ -129,7 +135,7 @@ async def _ask_model(
     key = f"{own_key}:{number}:{action.attempt}"
     try:
         with conversation.open_live_answer(call, number, action.attempt) as live:
-            answer, record = await conversation.ask_first(
+            answer, record = await conversation.ask_in_turn(
                 call, model_ids, action.request, key=key, note_failure=failures.append, live=live
             )
     except NodeError:
@@ -174,7 +180,8 @@ def _record_call(call: NodeCall, task: AgentTask, step: AgentStep) -> None:
 
 
 def _review_calls(call: NodeCall, task: AgentTask) -> None:
-    """Let recorded calls wait for another approval if theirs was for another call.
+    """Check recorded tool calls without a result against the present tools; calls that were approved as another call,
+    or need an approval now, wait for it.
 
     A resumed run may have another definition, in which the tool does something else or needs an approval now.
     """
@@ -197,10 +204,11 @@ def _review_calls(call: NodeCall, task: AgentTask) -> None:
 
 
 async def _apply_decisions(call: NodeCall, task: AgentTask, *, may_expire: bool) -> set[int]:
-    """Record the decisions about waiting calls, and return the numbers of the approved ones, which may begin.
+    """Record the decisions of people about waiting tool calls; return the step numbers of the approved calls, which may
+    begin.
 
-    Calls that were denied, or not made, go back to the model as errors, and so do those without a decision at their
-    time if `may_expire`: then the decisions were read after it. Those that were made have the result of the person.
+    Calls that were denied, or not made, become errors for the model; so do, with `may_expire`, calls without a decision
+    in time. A call that a person has found to be made gets the result that the person has given.
     """
     approved: set[int] = set()
     waiting = [
@@ -237,19 +245,19 @@ async def _apply_decisions(call: NodeCall, task: AgentTask, *, may_expire: bool)
 
 
 def _wait_for_decisions(call: NodeCall, task: AgentTask, steps: Sequence[AgentStep]) -> StepWait:
-    """Return the wait for the decisions about calls, which ends with the first one that expires."""
+    """Return the wait for the decisions about tool calls, which ends when the first of them expires."""
     places = frozenset(call.steps.place_of(step) for step in steps)
     return StepWait(places, min(step.started_at for step in steps) + timedelta(seconds=task.approval_seconds))
 
 
 def _earlier_calls(call: NodeCall, number: int) -> Sequence[ModelCallRecord]:
-    """Return the calls of earlier attempts at a step, which stay part of its cost."""
+    """Return the model calls of earlier attempts at a step, which stay part of its cost; none for a new step."""
     recorded = call.steps.recorded
     return recorded[number].model_calls if number < len(recorded) else ()
 
 
 def _join_waits(outcomes: Sequence[StepWait | StepPause]) -> StepWait:
-    """Return the wait for the first of several answers."""
+    """Return one wait that ends with the first of several; pauses among them are ignored."""
     waits = [each for each in outcomes if isinstance(each, StepWait)]
     times = [wait.until for wait in waits if wait.until is not None]
     return StepWait(
@@ -262,9 +270,11 @@ def _join_waits(outcomes: Sequence[StepWait | StepPause]) -> StepWait:
 async def _perform_tools(
     call: NodeCall, task: AgentTask, steps: Sequence[AgentStep], begun_here: set[int]
 ) -> Sequence[StepWait | StepPause]:
-    """Do tool calls at the same time, and record their results; that of a write or paid call is committed at once.
+    """Make tool calls at the same time, and record their results; return the waits or pauses of calls without a result
+    yet.
 
-    Return the waits, or the pause, of those whose results are not there yet.
+    The result of a single write or paid call is committed at once. A write that an earlier process has begun, not in
+    `begun_here`, is not repeated unless its tool allows it: it fails, or people are asked about its outcome.
     """
     if len(steps) > 1:
         async with asyncio.TaskGroup() as group:
@@ -286,11 +296,12 @@ async def _perform_tools(
 
 
 async def _perform_tool(call: NodeCall, task: AgentTask, step: AgentStep) -> StepWait | StepPause | None:
-    """Do one tool call, and record its result; an error is a result for the model.
+    """Make one tool call, and record its result or its error for the model; return its wait or pause if it has neither
+    yet.
 
-    Return the wait for its result, or the pause, if that is not there yet. Raises a `NodeError` of the agent that does
-    it if another attempt may succeed, which continues its steps, and if its replay has diverged, which no answer mends.
-    A resumed run may have lost a tool, or the permission for it, since the call was recorded.
+    Raises a `NodeError` of an agent that is the tool if another attempt may succeed, which continues its steps, and if
+    its replay has diverged, which no answer mends. A resumed run may have lost a tool, or the permission for it, since
+    the call was recorded.
     """
     if step.name not in task.tools:
         error = f"There is no tool {step.name!r} any more"

@@ -29,9 +29,10 @@ _MAX_DEPTH: Final = 32
 
 
 def close_objects(schema: Mapping[str, Any], *, keeps_bounds: bool = True) -> dict[str, Any] | None:
-    """Return a copy of a schema that closes objects with named fields against others.
+    """Return a copy of a schema in which objects with named fields allow no others; None for a schema of over 32
+    levels.
 
-    Without `keeps_bounds`, limits of texts, numbers and lists are left out. None for a schema of over 32 levels.
+    Without `keeps_bounds`, limits of texts, numbers and lists are left out.
     """
     try:
         return _close(schema, 0, keeps_bounds=keeps_bounds)
@@ -50,6 +51,7 @@ def is_enforced(schema: Mapping[str, Any], *, needs_all_fields: bool) -> bool:
 
 
 def _close(schema: Mapping[str, Any], depth: int, *, keeps_bounds: bool) -> dict[str, Any]:
+    """Return the closed copy of the part of a schema at this depth; raises `RecursionError` beyond 32 levels."""
     if depth > _MAX_DEPTH:
         raise RecursionError("The schema is nested too deeply")
     closed: dict[str, Any] = {}

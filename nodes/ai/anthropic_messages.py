@@ -46,13 +46,13 @@ _PLAIN_BLOCKS: Final = frozenset({"text", "tool_use"})
 
 
 def build_key_headers(model: ModelConnection) -> dict[str, str]:
-    """Return the headers that authenticate a request, and name the version of the protocol."""
+    """Return the headers with the key of the provider, if any, and the version of the protocol."""
     key = {model.key_header or KEY_HEADER: model.key} if model.key else {}
     return {"anthropic-version": VERSION, **key}
 
 
 def build_body(model: ModelConnection, request: ChatRequest) -> dict[str, Any]:
-    """Return the body of a request; a schema is passed on only to models that are known to follow it.
+    """Return the body of a request; a schema is sent only to models that are known to follow it.
 
     The protocol has no temperature any more.
     """
@@ -96,7 +96,9 @@ def build_image_question(text: str, image: str) -> Sequence[Mapping[str, Any]]:
 
 
 def accepts_schema(schema: Mapping[str, Any]) -> bool:
-    """Return whether an answer by a schema may be asked for: the provider refuses one that it doesn't enforce."""
+    """Return whether the provider accepts a schema of an answer; it refuses a schema that it doesn't enforce as a
+    whole.
+    """
     return _narrow_schema(schema) is not None
 
 
@@ -226,7 +228,7 @@ class ChatAnswerParser:
             self._finish_reason = _FINISH_REASONS.get(reason, FinishReason.OTHER)
 
     def _take_usage(self, usage: object) -> None:
-        """Take the counts of an event, which are totals; those that it leaves out or sets to null stay."""
+        """Update the token counts by the totals in an event; counts that are missing or null in it stay."""
         if isinstance(usage, dict):
             self._usage |= {name: value for name, value in usage.items() if value is not None}
 
@@ -237,6 +239,9 @@ class ChatAnswerParser:
         return read_text(block.get("text")) if block.get("type") == "text" else ""
 
     def _take_delta(self, index: object, delta: object) -> str:
+        """Add a piece to the block with this index, and return the text that it adds to the answer; unknown pieces add
+        nothing.
+        """
         draft = self._drafts.get(index)
         if draft is None or not isinstance(delta, dict):
             return ""
@@ -256,6 +261,9 @@ class ChatAnswerParser:
         return [read_text(block.get("text")) for block in blocks if block.get("type") == "text"]
 
     def _list_calls(self) -> list[RequestedToolCall]:
+        """Return the tool calls of the answer, each with a unique id, and with its arguments or the problem
+        with them.
+        """
         calls: list[RequestedToolCall] = []
         ids: set[str] = set()
         for draft in self._drafts.values():
@@ -283,7 +291,9 @@ class ChatAnswerParser:
         return ProviderContent(self._model_id, tuple(parts))
 
     def _read_usage(self, text: str) -> TokenUsage:
-        """Return the usage; the provider counts tokens of its cache apart from other input."""
+        """Return the token usage with tokens of the provider's cache as input; an estimate if the provider gives no
+        counts.
+        """
         read = read_count(self._usage, "cache_read_input_tokens")
         written = read_count(self._usage, "cache_creation_input_tokens")
         plain = read_count(self._usage, "input_tokens")

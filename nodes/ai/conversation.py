@@ -85,7 +85,7 @@ async def ask_models(
             key = f"{call.idempotency_key}:{len(call.model_calls.recorded)}:{call.attempt}"
             number = sum(each.text is not None for each in call.model_calls.recorded)
             with open_live_answer(call, number, call.attempt) as live:
-                answered, new = await ask_first(
+                answered, new = await ask_in_turn(
                     *(call, model_ids, request),
                     key=key,
                     note_failure=call.model_calls.add,
@@ -116,15 +116,15 @@ async def ask_models(
 
 
 def _note_answer(call: NodeCall, turn: _Turn) -> None:
-    """Add the last answer to the record of the node, without its text, which the output has."""
+    """Add the last answer, unless it is recorded, to the calls of the node, without its text, which the output has."""
     if not turn.is_recorded:
         call.model_calls.add(turn.record)
 
 
 def open_live_answer(call: NodeCall, number: int, attempt: int) -> AbstractContextManager[LiveAnswer]:
-    """Return the answer that clients of the run see while it is written, for an attempt at a step of a node.
+    """Return a context with the live text of an answer, which clients of the run see while it is written.
 
-    Nobody sees it if the contents of the node are not recorded.
+    `number` and `attempt` are those of the step. Clients see nothing if the contents of the node are not recorded.
     """
     answers = call.services.live_answers if may_show_contents(call) else HIDDEN_ANSWERS
     iteration = call.iteration if call.model_calls.iteration is None else call.model_calls.iteration
@@ -136,7 +136,7 @@ def may_show_contents(call: NodeCall) -> bool:
     return call.records_content
 
 
-async def ask_first(
+async def ask_in_turn(
     call: NodeCall,
     model_ids: Sequence[str],
     request: ChatRequest,
@@ -146,12 +146,13 @@ async def ask_first(
     budget: ModelBudget | None = None,
     live: LiveAnswer = HIDDEN_ANSWERS,
 ) -> tuple[ChatAnswer, ModelCallRecord]:
-    """Return the answer of the first model that answers, with its record; raises the failure of the last one.
+    """Ask the models in turn until one answers, and return its answer with its record; raises the last failure if none
+    does.
 
-    Another model is asked only if it may do better: not after a refusal of the request itself. If no model answers,
-    the node waits for the first of those whose providers have named a time. `key` is the idempotency key of the first
-    call; those of others add their number. The calls of the node with a `budget` never cost more. `live` gets the text
-    while it is written.
+    Another model is asked only if it may do better: not after a refusal of the request itself. `note_failure` gets the
+    record of each failed call. If no model answers, the node waits for the first of those whose providers have named a
+    time. `key` is the idempotency key of the first call; those of others add their number. The calls of the node with a
+    `budget` never cost more. `live` gets the text while it is written.
     """
     failures: list[ModelCallFailed] = []
     spending = NodeSpending(f"{call.node_id}:{call.iteration}", budget)
@@ -213,7 +214,7 @@ def _read_budget(call: NodeCall) -> ModelBudget | None:
 
 
 def _choose_failure(failures: Sequence[ModelCallFailed]) -> ModelCallFailed:
-    """Return the failure of a node: that with the shortest wait, or else the last.
+    """Return the failure that a node reports: that with the shortest wait, or else the last.
 
     After a refusal of the request itself, no wait helps.
     """
@@ -228,7 +229,7 @@ def _choose_failure(failures: Sequence[ModelCallFailed]) -> ModelCallFailed:
 
 
 def _ask_for_correction(request: ChatRequest, text: str, problems: Sequence[str]) -> ChatRequest:
-    """Return a request that shows a model its answer with the problems in it."""
+    """Return the request with the model's answer and the problems in it added, so that the model corrects it."""
     wrong = (
         "Your answer doesn't fit the JSON Schema. Answer again with the whole corrected JSON value alone.\n"
     )

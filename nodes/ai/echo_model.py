@@ -30,7 +30,10 @@ MAX_TEXT: Final = 2_000
 
 
 def answer_request(request: ChatRequest) -> ChatAnswer:
-    """Return the answer to a request: the last message of the user, cut to the maximum length."""
+    """Return the answer to a request: the last result of a tool or message of the user, cut to the maximum length.
+
+    Instead, a tool that the question names is called once, and a request with a schema gets a sample value of it.
+    """
     asked = [message.content for message in request.messages if message.role is MessageRole.USER]
     question = asked[0] if asked and request.output_schema is not None else asked[-1] if asked else ""
     if (call := _choose_tool(request, question)) is not None:

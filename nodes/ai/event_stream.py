@@ -24,7 +24,7 @@ class EventStreamParser:
         self._data_bytes = 0
 
     def feed(self, piece: bytes) -> list[bytes]:
-        """Take the next piece of the stream, and return the data of the events that end in it; empty if none does.
+        """Add the next piece of the stream, and return the data of the events that end in it; empty if none does.
 
         Lines may be split between pieces. Raises `EventTooLarge` for an event or a line of over 4 MB.
         """
@@ -39,7 +39,7 @@ class EventStreamParser:
         return [data for line in lines if (data := self._take_line(line)) is not None]
 
     def finish(self) -> list[bytes]:
-        """Return the data of a last event without an empty line behind it, which some servers leave out."""
+        """Return the data of a last event that no empty line ends, as some servers send it; empty if there is none."""
         found = self.feed(b"\n\n") if self._rest or self._data else []
         self._rest.clear()
         return found

@@ -36,9 +36,10 @@ _ANY_OBJECT: Final[Mapping[str, Any]] = {"type": "object"}
 
 
 def is_needed(model: ModelConnection, request: ChatRequest) -> bool:
-    """Return whether a model has to answer a request with JSON: it has tools or their results, and can't call them.
+    """Return whether a request has to be translated for a model: it has tools or their results, and the model can't
+    call tools.
 
-    Without a mode in the request, the model's test decides; one that was never tested calls tools itself.
+    Without a mode in the request, the model's test decides; a model that was never tested calls tools itself.
     """
     if request.tool_mode is ToolMode.NATIVE or (
         request.tool_mode is ToolMode.AUTO and not model.ignores_tools
@@ -68,8 +69,8 @@ def translate_request(request: ChatRequest) -> ChatRequest:
 def translate_answer(answer: ChatAnswer, request: ChatRequest) -> ChatAnswer:
     """Return an answer to a translated request with the tool call, or the final text, that its JSON has.
 
-    `request` is the one before its translation. A text that is no JSON is the final answer, as is the value itself
-    from a model that leaves out the field around it.
+    `request` is the original request. A text that is no JSON is the final answer, as is the value itself from a model
+    that leaves out the field around it.
     """
     if request.output_schema is not None:
         return answer
@@ -106,7 +107,7 @@ def _read_call(name: str, arguments: Json) -> RequestedToolCall:
 
 
 def _build_schema(request: ChatRequest) -> dict[str, Any]:
-    """Return the schema of one call of one tool, or of the final answer."""
+    """Return the schema of an answer: either one call of one tool, or the final answer."""
     final = _build_object({FINAL: request.final_schema or {"type": "string"}})
     calls = [
         _build_object({TOOL: {"type": "string", "enum": [tool.name]}, ARGUMENTS: _embed(tool.parameters)})
@@ -125,7 +126,8 @@ def _build_object(properties: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _embed(parameters: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a schema that may be part of another: references, which name places of a whole document, may not.
+    """Return the schema of a tool's arguments as part of another; with references, which name places of a whole
+    document, any object.
 
     The arguments are validated by the parameters in any case.
     """
@@ -160,7 +162,7 @@ def _write_rules(request: ChatRequest) -> str:
 
 
 def _add_rules(messages: Sequence[ChatMessage], rules: str) -> Sequence[ChatMessage]:
-    """Return messages with rules at the end of the system prompt, or as one."""
+    """Return messages with rules at the end of the system prompt, or as a new system prompt."""
     if messages and messages[0].role is MessageRole.SYSTEM:
         first = ChatMessage(MessageRole.SYSTEM, f"{messages[0].content}\n\n{rules}")
         return (first, *messages[1:])

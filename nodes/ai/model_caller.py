@@ -61,13 +61,11 @@ class ModelCaller:
     ) -> ModelReply:
         """Ask a model once, and return its answer with its cost, which is None without a price.
 
-        The most that it may cost is reserved before. The reservation becomes the real cost with the answer, it ends
-        if the provider refuses the call, and it stays if nobody knows whether the provider bills the call. A model is
-        not called before the time that its provider has named after an earlier call, and not beyond its limits.
-        `on_text` gets the text while it is written, but not the JSON in which a model without tool calls calls tools.
-
-        Raises `ModelCallFailed`, and `NodeError` for a model that the caller may not use and a budget that doesn't
-        suffice.
+        The highest possible cost is reserved before. It becomes the real cost with the answer, is released if the
+        provider refuses the call, and stays if the provider may bill the call. A model is not called before the time
+        that its provider has named after an earlier call, and not beyond its limits. `on_text` gets the text while it
+        is written, but not the JSON in which a model without tool calls calls tools. Raises `ModelCallFailed`, and
+        `NodeError` for a model that the caller may not use and a budget that doesn't suffice.
         """
         if model_id == ECHO_MODEL_ID:
             answer = await self._client.complete(
@@ -105,7 +103,12 @@ class ModelCaller:
         admitted: AdmittedCall,
         on_text: Callable[[str], None] | None,
     ) -> ModelReply:
-        """Make an admitted call of a model, between its reservation and its settlement."""
+        """Reserve the cost of an admitted call, make it, and settle the cost; release it if the failed call is not
+        billed.
+
+        A failure is counted, and after a rate limit with a time, the model is blocked until then. Raises
+        `ModelCallFailed`, and `NodeError` for a budget that doesn't suffice.
+        """
         ledger, charge_key = self._connections.ledger, reservation.key
         is_reserved = await _reserve(ledger, caller, reservation)
         began = monotonic()
@@ -135,7 +138,10 @@ class ModelCaller:
 
 
 async def _reserve(ledger: ModelLedger, caller: RunCaller, reservation: ModelReservation) -> bool:
-    """Reserve the most that a call may cost; raises `ModelCallFailed` if the run has to wait for the next month."""
+    """Reserve the highest possible cost of a call; return whether a budget counts the call.
+
+    Raises `NodeError` if a budget doesn't suffice, `ModelCallFailed` if the run has to wait for the next month.
+    """
     try:
         return await ledger.reserve(caller, reservation)
     except NodeError as error:
@@ -151,7 +157,7 @@ async def _reserve(ledger: ModelLedger, caller: RunCaller, reservation: ModelRes
 
 
 def _require_unblocked(model: ModelConnection) -> None:
-    """Raise the failure of a rate limit if the provider accepts no calls yet."""
+    """Raise `ModelCallFailed`, as for a rate limit, if the provider accepts no calls yet."""
     if model.blocked_seconds > 0:
         raise ModelCallFailed(
             f"The provider accepts calls again in {ceil(model.blocked_seconds):,} s",
@@ -165,7 +171,7 @@ def _require_unblocked(model: ModelConnection) -> None:
 def _build_reservation(
     model: ModelConnection, request: ChatRequest, key: str, spending: NodeSpending
 ) -> ModelReservation:
-    """Return the most that a call may cost: all of its input, none of it from a cache, and the longest answer."""
+    """Return the reservation of the highest possible cost of a call: no input from a cache, and the longest answer."""
     input_tokens = estimate_input_tokens(request) + OVERHEAD_TOKENS
     price = model.price
     cost = None if price is None else compute_most_cost(input_tokens, request.max_tokens, price)

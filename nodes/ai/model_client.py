@@ -162,7 +162,7 @@ class ModelClient:
         idempotency_key: str,
         written: _WrittenText,
     ) -> ChatAnswer:
-        """Send a body and return the answer; a field that the server refuses by its name is removed, and the
+        """Send a body and return the answer; a field that the server refuses by name is removed or renamed, and the
         rest sent again.
 
         Raises `ModelCallFailed` for any other failure.
@@ -186,6 +186,9 @@ class ModelClient:
         idempotency_key: str,
         written: _WrittenText,
     ) -> ChatAnswer:
+        """Send a body once and return the answer, whose text goes to `written` while it arrives; raises
+        `ModelCallFailed`.
+        """
         protocol = PROTOCOLS[model.provider]
         url = f"{model.base_url.rstrip('/')}/{protocol.PATH}"
         headers = {**build_headers(model), "Idempotency-Key": idempotency_key, "Accept": "text/event-stream"}
@@ -282,8 +285,8 @@ def build_headers(model: ModelConnection) -> dict[str, str]:
 
 
 def _adapt_to_abilities(model: ModelConnection, request: ChatRequest) -> ChatRequest:
-    """Return a request for a value in the way that the model knows: by its schema, else in words, with the JSON mode
-    of the provider, else by a tool, else in words alone.
+    """Return a request for a value of a schema in the best form that the model supports: the schema itself; else words,
+    with the JSON mode of the provider; else a tool; else words alone.
     """
     schema = request.output_schema
     if schema is None or _follows_schema(model, schema):
@@ -297,7 +300,9 @@ def _adapt_to_abilities(model: ModelConnection, request: ChatRequest) -> ChatReq
 
 
 def _follows_schema(model: ModelConnection, schema: Mapping[str, Any]) -> bool:
-    """Return whether the provider of a model gets the schema of an answer as such."""
+    """Return whether the schema of an answer is sent to the provider as a schema, because model and
+    provider follow it.
+    """
     return model.follows_schemas and PROTOCOLS[model.provider].accepts_schema(schema)
 
 
@@ -318,7 +323,9 @@ def _uses_json_mode(model: ModelConnection, request: ChatRequest) -> bool:
 
 
 def _take_answer_from_tool(answer: ChatAnswer) -> ChatAnswer:
-    """Return the arguments of the tool for answers as the text; unchanged if the model hasn't called it."""
+    """Return an answer with the arguments of the tool `ANSWER_TOOL` as its text; unchanged if the model hasn't called
+    that.
+    """
     called = next((call for call in answer.tool_calls if call.name == ANSWER_TOOL), None)
     if called is None:
         return answer
@@ -355,7 +362,7 @@ class _WrittenText:
             self._pass_on(self._redactor.feed(text))
 
     def finish(self) -> None:
-        """Pass on the end of the text."""
+        """Pass on the end of the text that was held back; the answer has ended."""
         if self._on_text is not None:
             self._pass_on(self._redactor.finish())
 
@@ -397,7 +404,7 @@ RATE_LIMITED: Final = "model-rate-limited"
 
 
 async def _read_error(stream: OutboundStream) -> bytes:
-    """Return the start of an error's body."""
+    """Return the start of the body of an error response, about 64 KiB."""
     found = bytearray()
     async for piece in stream:
         found += piece
@@ -407,7 +414,7 @@ async def _read_error(stream: OutboundStream) -> bytes:
 
 
 def build_status_failure(status: int, headers: Mapping[str, str], body: bytes) -> ModelCallFailed:
-    """Return the failure of a status that is no success, with the provider's message if it is JSON."""
+    """Return the failure for an error status, with the provider's message if the body is JSON."""
     said, error_code = provider_json.read_error(body)
     answered = f"The provider answered {status} {reasons.get(status, '')}".rstrip()
     message = f"{answered}: {said}" if said else answered

@@ -43,7 +43,11 @@ class RateWindow:
         self._added = 0
 
     def count_wait_seconds(self, now: float, weight: float, limit: float) -> float:
-        """Return the time until an entry of a weight fits; 0 if it does, as any entry in an empty window does."""
+        """Return the seconds until an entry of this weight fits under the limit; 0 if it does, as any entry in an empty
+        window.
+
+        Entries that have left the window are removed.
+        """
         self.forget(now)
         left = self._total
         if not self._entries or left + weight <= limit:
@@ -55,7 +59,7 @@ class RateWindow:
         return max(entry[0] for entry in self._entries) - now
 
     def add(self, now: float, weight: float, limit: float) -> list[float]:
-        """Add an entry, and return its weight for `change`."""
+        """Add an entry, even over the limit, and return its handle for `change`: a list with its weight."""
         heft = [weight]
         self._added += 1
         heappush(self._entries, (now + WINDOW_SECONDS * max(weight / limit, 1.0), self._added, heft))
@@ -63,7 +67,7 @@ class RateWindow:
         return heft
 
     def change(self, heft: list[float], weight: float) -> None:
-        """Give an entry another weight; one that has left the window counts no more."""
+        """Replace the weight of the entry with the handle `heft`; ignored if the entry has left the window."""
         if any(entry[2] is heft for entry in self._entries):
             self._total += weight - heft[0]
             heft[0] = weight
@@ -111,7 +115,7 @@ class _ModelPace:
         return not self.calls and self.requests.is_empty and self.tokens.is_empty
 
     def count_wait_seconds(self, share: ModelLimitShare, tokens: int, now: float) -> float:
-        """Return the time until the rates admit a call."""
+        """Return the seconds until the rate limits admit a call of so many tokens; 0 if they do."""
         waits = [0.0]
         if share.requests_per_minute is not None:
             waits.append(self.requests.count_wait_seconds(now, 1, share.requests_per_minute))
@@ -120,20 +124,24 @@ class _ModelPace:
         return max(waits)
 
     def end_call(self, seconds: float) -> None:
-        """Count the end of a call after some seconds, and let the calls that wait in this process look again."""
+        """Record the end of a call that took so many seconds, and wake the calls that wait in this process."""
         self.calls -= 1
         mean = seconds if self.call_seconds is None else self.call_seconds
         self.call_seconds = mean + (seconds - mean) / AVERAGED_CALLS
         self.ended.set()
         self.ended = asyncio.Event()
 
-    def find_return(self, now: float, wait: float) -> float:
-        """Return the wait of a run that comes back, behind those that were told to before."""
+    def compute_return(self, now: float, wait: float) -> float:
+        """Return the seconds after which a refused run should come back: `wait`, or more if earlier runs have booked
+        that time.
+        """
         return min(max(wait, self.booked_until - now), LONGEST_WAIT)
 
     def book(self, share: ModelLimitShare, tokens: int, now: float, wait: float) -> float:
-        """Return the wait of a run that comes back, at a time that no other run is told."""
-        wait = self.find_return(now, wait)
+        """Book the time at which a refused run comes back, and return the seconds until then; runs booked later come
+        back later.
+        """
+        wait = self.compute_return(now, wait)
         steps = [0.0]
         if share.requests_per_minute is not None:
             steps.append(WINDOW_SECONDS / share.requests_per_minute)
@@ -159,10 +167,10 @@ class ModelPacer:
 
     @asynccontextmanager
     async def admit(self, model: ModelConnection, tokens: int) -> AsyncIterator[AdmittedCall]:
-        """Wait until the limits of a model admit a call of at most so many tokens, for up to five seconds.
+        """Wait until the limits of a model admit a call of at most so many tokens, and count it while the block runs.
 
-        The call counts as one of those at the same time while the context lasts. Raises `ModelCallFailed` with the time
-        after which it may be admitted.
+        Raises `ModelCallFailed` if that takes over five seconds, with the time after which the call may be admitted. A
+        model without limits admits every call.
         """
         share = model.limits
         if share is None:
@@ -207,12 +215,13 @@ class ModelPacer:
     def _build_failure(
         self, pace: _ModelPace, share: ModelLimitShare, tokens: int, wait: float
     ) -> ModelCallFailed:
-        """Return the failure of a call that isn't admitted, whose run may book its return.
+        """Return the failure of a call that isn't admitted; its `book_return` books the time at which the run comes
+        back.
 
         A run that gets its answer from another model books nothing: times that nobody uses would add up.
         """
         refused_at = self._clock()
-        seconds = pace.find_return(refused_at, wait)
+        seconds = pace.compute_return(refused_at, wait)
 
         def book_return() -> float:
             now = self._clock()

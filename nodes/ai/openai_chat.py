@@ -51,14 +51,14 @@ _FINISH_REASONS: Final[Mapping[str, FinishReason]] = {
 
 
 def build_key_headers(model: ModelConnection) -> dict[str, str]:
-    """Return the headers that authenticate a request."""
+    """Return the header with the key of the provider; empty without a key."""
     if not model.key:
         return {}
     return {model.key_header: model.key} if model.key_header else {"Authorization": f"Bearer {model.key}"}
 
 
 def build_body(model: ModelConnection, request: ChatRequest) -> dict[str, Any]:
-    """Return the body of a request; a schema is passed on only to models that are known to follow it."""
+    """Return the body of a request; a schema is sent only to models that are known to follow it."""
     body: dict[str, Any] = {
         "model": model.vendor_model_id,
         "messages": [
@@ -86,7 +86,9 @@ def build_image_question(text: str, image: str) -> Sequence[Mapping[str, Any]]:
 
 
 def accepts_schema(schema: Mapping[str, Any]) -> bool:  # noqa: ARG001 - the protocol's parameter
-    """Return whether an answer by a schema may be asked for, as by any: one that isn't enforced is a wish."""
+    """Return True: the provider accepts any schema of an answer, and treats a schema that it doesn't
+    enforce as a wish.
+    """
     return True
 
 
@@ -101,10 +103,11 @@ def _build_schema(schema: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def adapt_body(body: Mapping[str, Any], refusal: str) -> dict[str, Any] | None:
-    """Return a body without the field that a server has refused by name; None if it named none.
+    """Return a body without the field that a server has refused by name, or with another name for it; None if it named
+    none.
 
-    Newer models of OpenAI call `max_tokens` otherwise, those that reason know no `temperature`, and older servers
-    no `stream_options`. Such a refusal costs nothing.
+    Newer models of OpenAI call `max_tokens` otherwise, those that reason know no `temperature`, and older servers no
+    `stream_options`. Such a refusal costs nothing.
     """
     if "max_completion_tokens" in refusal and "max_tokens" in body:
         rest = {name: value for name, value in body.items() if name != "max_tokens"}
@@ -219,6 +222,7 @@ class ChatAnswerParser:
         return ProviderContent(self._model_id, (message,))
 
     def _take_choice(self, choice: object) -> str:
+        """Add a choice in an event to the answer, and return its text; choices other than the first are ignored."""
         if not isinstance(choice, dict) or choice.get("index", 0) not in {0, None}:
             return ""
         # Servers that ignore `stream` answer with a whole message.
@@ -273,7 +277,7 @@ class ChatAnswerParser:
 
 
 def _complete_tool_calls(drafts: list[_ToolCallDraft]) -> tuple[RequestedToolCall, ...]:
-    """Return the tool calls of an answer, each with an id of its own.
+    """Return the tool calls of an answer, each with a unique id, and with its arguments or the problem with them.
 
     Made ids have nine letters and digits, since templates of Mistral's models accept no others.
     """

@@ -58,7 +58,7 @@ def read_event(data: bytes) -> dict[str, Any]:
 def read_tool_arguments(text: str, value: object = None) -> tuple[dict[str, Any] | None, str]:
     """Return the arguments of a tool call and an empty text; or None and the problem, if they are no JSON object.
 
-    `value` has them where `text` is empty. Null and an empty text count as no arguments.
+    They are the JSON `text`, or `value` if that is blank. Null and a blank text count as no arguments.
     """
     if text.strip():
         try:
@@ -109,7 +109,7 @@ def read_error(body: bytes) -> tuple[str, str]:
 
 
 def build_interruption(error: object) -> ModelCallFailed:
-    """Return the failure of an error that arrives in the middle of an answer."""
+    """Return the failure for an error, which it quotes, that arrives in the middle of an answer."""
     said = quote_error(error)
     message = (
         f"The provider ended the answer with an error: {said}" if said else "The provider ended the answer"
@@ -128,7 +128,7 @@ def build_broken_answer() -> ModelCallFailed:
 
 
 def build_invalid_answer(what: str) -> ModelCallFailed:
-    """Return the failure of an answer that can't be read."""
+    """Return the failure of an answer that can't be read; `what` completes the message "The provider sent …"."""
     return ModelCallFailed(
         f"The provider sent {what}",
         code="model-invalid-answer",

@@ -28,7 +28,7 @@ class StructuredAnswer:
 
 
 def read_answer(text: str, schema: Mapping[str, Any]) -> StructuredAnswer:
-    """Return the value in an answer: the whole text, or its only fenced block.
+    """Return the JSON value in an answer, the whole text or its only fenced block, and its problems by the schema.
 
     Raises `NodeError` for a schema that can't be used.
     """

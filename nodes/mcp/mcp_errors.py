@@ -22,14 +22,14 @@ TOOL_NOT_ACCEPTED: Final = "tool-not-accepted"
 
 
 def build_invalid_answer(what: str) -> NodeError:
-    """Return the failure of an answer that can't be read."""
+    """Return the failure of an answer that can't be read; `what` completes the message "The tool server sent …"."""
     return NodeError(f"The tool server sent {what}", code=INVALID_ANSWER)
 
 
 def build_transport_failure(error: OutboundError) -> NodeError:
     """Return the failure of a request without a complete response.
 
-    Its code says whether the request may have arrived: `interrupted` and `timed-out`.
+    Its code says whether the request may have arrived: only with `interrupted` and `timed-out`.
     """
     match error:
         case OutboundUnavailable():

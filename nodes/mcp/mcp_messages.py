@@ -94,7 +94,9 @@ def build_reply(request: Mapping[str, Json]) -> bytes:
 
 
 def build_headers(version: str | None, session_id: str | None, method: str, name: str) -> dict[str, str]:
-    """Return the headers of a request; `version` is None before it is negotiated, `name` that of a called tool."""
+    """Return the headers of a request; `version` is None before it is negotiated, `name` is empty unless a tool is
+    called.
+    """
     headers = {"Content-Type": "application/json", "Accept": "application/json, text/event-stream"}
     if version is not None:
         headers["MCP-Protocol-Version"] = version
@@ -154,7 +156,7 @@ def read_messages(body: bytes) -> Sequence[Mapping[str, Json]]:
 
 
 def read_answer(message: Mapping[str, Json], number: int) -> Mapping[str, Json] | None:
-    """Return the result in the answer to a request; None for other messages.
+    """Return the result in a message if it answers request `number`; None for other messages.
 
     Raises `ServerRefusal` for an error, and `NodeError` for an answer without a result.
     """

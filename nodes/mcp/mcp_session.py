@@ -118,10 +118,10 @@ class McpSession:
 
     async def negotiate(self, version: str | None) -> None:
         """Agree on a version: that of an earlier session, else the newest one that both know; raises `NodeError`."""
-        if version == STATELESS_VERSION or (version is None and await self._has_stateless_version()):
+        if version == STATELESS_VERSION or (version is None and await self._ask_for_stateless_version()):
             self.version = STATELESS_VERSION
         else:
-            await self._begin()
+            await self._begin_session()
 
     async def list_tools(self) -> Sequence[ToolDefinition]:
         """Return the tools of the server, from all pages; raises `NodeError`, also for too many or ambiguous ones."""
@@ -135,7 +135,7 @@ class McpSession:
             if not isinstance(listed, list) or not all(isinstance(tool, dict) for tool in listed):
                 raise mcp_errors.build_invalid_answer("a list of tools that is none")
             found += [self._read_definition(tool) for tool in listed if isinstance(tool, dict)]
-            _require_few(found)
+            _require_valid_list(found)
             following = page.get("nextCursor")
             if not isinstance(following, str):
                 return found
@@ -165,7 +165,7 @@ class McpSession:
     ) -> Mapping[str, Json]:
         """Call a tool once, and return its result as the server sends it; raises `NodeError`.
 
-        The key is for servers that recognize a repeated call by it.
+        `idempotency_key` is for servers that recognize a repeated call by it.
         """
         headers = {"Idempotency-Key": idempotency_key}
         if self.version == STATELESS_VERSION:
@@ -197,8 +197,9 @@ class McpSession:
 
     # ── versions ────────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def _has_stateless_version(self) -> bool:
-        """Return whether the server answers without sessions; a refusal of the question is a no.
+    async def _ask_for_stateless_version(self) -> bool:
+        """Ask the server for its versions; return whether it answers without sessions, False if it refuses the
+        question.
 
         Raises `NodeError` for a server that can't be reached, refuses the key, or has only unknown versions.
         """
@@ -220,7 +221,7 @@ class McpSession:
             self.version = None
         return STATELESS_VERSION in mcp_messages.read_supported_versions(dict(found), "supportedVersions")
 
-    async def _begin(self) -> None:
+    async def _begin_session(self) -> None:
         """Begin a session by a handshake; raises `NodeError`, also for an unknown version."""
         self.version = self._session_id = None
         self._number += 1
@@ -258,7 +259,7 @@ class McpSession:
                 if is_repeated:
                     message = "The tool server ends its sessions at once"
                     raise NodeError(message, code=mcp_errors.REFUSED) from error
-                await self._begin()
+                await self._begin_session()
         raise AssertionError("the loop returns or raises")
 
     async def _exchange(
@@ -310,7 +311,7 @@ class McpSession:
             raise NodeError("The tool server refuses its own session", code=mcp_errors.REFUSED) from error
 
     async def _find_answer(self, stream: OutboundStream, number: int) -> Mapping[str, Json]:
-        """Return the result for a request, in one document or in a stream of events; raises `NodeError`.
+        """Return the result for request `number` from one document or a stream of events; raises `NodeError`.
 
         Messages with other ids are ignored, and requests of the server are answered.
         """
@@ -372,8 +373,8 @@ def _redact_key(address: ToolServerAddress) -> Iterator[None]:
         ) from None
 
 
-def _require_few(found: Sequence[ToolDefinition]) -> None:
-    """Raise `NodeError` for more tools than a server may list, for too large ones, and for two with one name."""
+def _require_valid_list(found: Sequence[ToolDefinition]) -> None:
+    """Raise `NodeError` for a list of over 256 tools or a megabyte, and for two tools with one name."""
     if len(found) > MAX_TOOLS:
         raise mcp_errors.build_invalid_answer(f"more than {MAX_TOOLS} tools")
     if len(msgspec.json.encode(found)) > MAX_LISTED_BYTES:
@@ -427,7 +428,7 @@ async def _read_documents(stream: OutboundStream) -> AsyncIterator[bytes]:
 
 
 async def _read_start(stream: OutboundStream) -> bytes:
-    """Return the start of an error's body."""
+    """Return the start of the body of an error response, about 64 KiB."""
     found = bytearray()
     async for piece in stream:
         found += piece
@@ -448,7 +449,7 @@ def _find_refusal(body: bytes) -> ServerRefusal | None:
 
 
 def _add_reason(answered: str, body: bytes) -> str:
-    """Return a message with the reason in a body of JSON; other bodies may be internal pages."""
+    """Return a message with the reason in a JSON body added; other bodies, which may be internal pages, add nothing."""
     said, _ = provider_json.read_error(body)
     return f"{answered}: {said}" if said else answered
 

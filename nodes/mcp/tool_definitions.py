@@ -45,7 +45,7 @@ class ToolDefinition(msgspec.Struct, frozen=True, rename="camel"):
 
 
 def read_definition(listed: Mapping[str, Json]) -> ToolDefinition:
-    """Return the definition of a listed tool; one that can't be used has a `problem`, and no hash."""
+    """Return the definition of a listed tool, cleaned; a tool that can't be used has a `problem` and no hash."""
     name = _read_text(listed.get("name"))
     described = _read_text(listed.get("description"))
     schema = listed.get("inputSchema")
@@ -67,7 +67,9 @@ def read_definition(listed: Mapping[str, Json]) -> ToolDefinition:
 
 
 def _hash_definition(name: str, description: str, schema: Json) -> str:
-    """Return the SHA-256 of a definition, in hexadecimal; empty for one that can't be stored, nor ever be used."""
+    """Return the SHA-256 of a definition, in hexadecimal; empty for a definition that can't be stored, and so not be
+    used.
+    """
     try:
         return values.fingerprint([name, description, schema])
     except (values.InvalidJson, RecursionError):
@@ -99,7 +101,7 @@ def _read_hints(annotations: Json) -> Mapping[str, bool]:
 
 
 def _find_problem(name: str, schema: Json) -> str:
-    """Return why a tool with this name and schema of its arguments can't be used; empty if it can.
+    """Return the reason why a tool with this name and schema of its arguments can't be used; empty if it can.
 
     References to other servers and patterns that could take unbounded time are refused by the validator.
     """

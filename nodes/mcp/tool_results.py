@@ -47,7 +47,9 @@ def read_result(result: Mapping[str, Json]) -> dict[str, Json]:
 
 
 def _read_block(block: Json) -> str:
-    """Return the text of a part of a result, or a note in place of another content."""
+    """Return the text of a part of a result, or a note in place of other content; raises `NodeError` if it is no
+    object.
+    """
     if not isinstance(block, dict):
         raise build_invalid_answer("a part of a result that is no object")
     match block.get("type"):

@@ -48,7 +48,8 @@ class ToolServers:
     async def call(self, source: ConnectionSource, request: ToolCallRequest) -> Json:
         """Call a tool once, and return its result with the key of the server redacted.
 
-        Raises `NodeError`: `tool-not-accepted` and `tool-changed` before anything is called, and those of the server.
+        Raises `NodeError`: `tool-not-accepted` and `tool-changed` before the tool is called, and the errors of the
+        server.
         """
         pin = _require_accepted(source, request)
         key = (source.organization_id, source.id)
@@ -58,7 +59,7 @@ class ToolServers:
             async with mcp_session.open_session(
                 self._outbound, address, version=None if listed is None else listed.version
             ) as session:
-                listed = listed or await self._list(source, session)
+                listed = listed or await self._list_tools(source, session)
                 tool = _require_unchanged(listed.tools.get(request.tool), request.tool, pin)
                 result = await session.call_tool(
                     tool, request.arguments, idempotency_key=request.idempotency_key
@@ -81,7 +82,7 @@ class ToolServers:
         is_valid = listed is not None and listed.revision == source.revision and listed.until > monotonic()
         return listed if is_valid else None
 
-    async def _list(self, source: ConnectionSource, session: McpSession) -> ListedServer:
+    async def _list_tools(self, source: ConnectionSource, session: McpSession) -> ListedServer:
         """Return the tools that a server lists now, and remember them; raises `NodeError`."""
         until = monotonic() + LISTED_SECONDS
         tools = {tool.name: tool for tool in await session.list_tools()}
@@ -107,7 +108,9 @@ class ToolServerConnection:
 
 
 def _require_accepted(source: ConnectionSource, request: ToolCallRequest) -> ToolPin:
-    """Return the acceptance of a tool; raises `NodeError` if the workflow names another definition or effect."""
+    """Return the accepted definition of a tool; raises `NodeError` if it has none, or the workflow names another
+    definition or effect.
+    """
     pin = source.tools.get(request.tool)
     if pin is None:
         message = f"The tool {request.tool!r} is not accepted: accept its definition at its tool server"
@@ -122,7 +125,9 @@ def _require_accepted(source: ConnectionSource, request: ToolCallRequest) -> Too
 
 
 def _require_unchanged(found: ToolDefinition | None, name: str, pin: ToolPin) -> ToolDefinition:
-    """Return the definition of a tool; raises `NodeError` for one that is not the accepted one any more."""
+    """Return the listed definition `found` of a tool; raises `NodeError` if it is missing, or differs from the accepted
+    definition.
+    """
     if found is None:
         message = f"The tool server doesn't list the tool {name!r} any more"
         raise NodeError(message, code=mcp_errors.TOOL_CHANGED)

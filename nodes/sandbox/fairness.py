@@ -28,7 +28,7 @@ class FairSlots:
 
     @asynccontextmanager
     async def hold(self, organization_id: str) -> AsyncIterator[None]:
-        """Hold a slot during the block, waiting for one; organizations take turns.
+        """Wait for a slot, and hold it during the block; waiting organizations get slots in turn.
 
         Raises `NodeError` (retryable) if 1,000 jobs of the organization wait.
         """

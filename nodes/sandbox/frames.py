@@ -190,7 +190,7 @@ class ValueAssembler:
         self._open: list[dict[str, Json] | list[Json]] = [self._root]
 
     def add(self, tag: FrameTag, body: bytes) -> None:
-        """Add the next frame to the value; raises `InvalidFrame` for one that has no place in it."""
+        """Add the next frame of a value; raises `InvalidFrame` for a frame that has no place in it."""
         match tag:
             case FrameTag.PART:
                 self._extend(decode_frame(decode_value, body))

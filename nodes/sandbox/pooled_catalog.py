@@ -31,8 +31,8 @@ class PooledCatalog(NodeCatalog):
     processes: ProcessPool
 
     def implementation(self, type: str) -> RunNode:  # noqa: A002 - the field's own word
-        """Return the function that runs a node type: in a child process if it computes for long, or if its
-        call is large.
+        """Return the function that runs a node type: in a child process if it always computes for long, or, for some
+        types, if its config is large.
 
         Raises `UnknownNodeType`.
         """

@@ -137,7 +137,7 @@ class ProcessPool:
         return outcome
 
     async def close(self) -> None:
-        """End every idle child process, and wait for all that are ending."""
+        """End every idle child process, and wait for all that are ending; running jobs are not awaited."""
         while self._idle:
             self._end(self._idle[-1])
         if self._ends:
@@ -154,6 +154,7 @@ class ProcessPool:
         return await self._start()
 
     async def _start(self) -> ChildProcess:
+        """Start a child process and return it once it can accept a job; raises a retryable `NodeError` if it fails."""
         try:
             child = await ChildProcess.start(self._kind, self._environment)
         except OSError as error:
@@ -170,7 +171,9 @@ class ProcessPool:
         return child
 
     def _release(self, child: ChildProcess) -> None:
-        """Keep a child for a minute of idleness; end it at once after a script of Python or long work."""
+        """Keep a child until it has been idle for a minute; end it at once if it runs Python scripts, or has worked for
+        long.
+        """
         if self._kind is ProcessKind.PYTHON or child.busy_seconds > BUSY_SECONDS:
             self._end(child)
             return
@@ -228,7 +231,7 @@ class ChildProcess:
             return False
 
     def keep_alive(self) -> None:
-        """Cancel the timer that ends the child when it is idle, because it gets work."""
+        """Cancel the timer that ends the child when it is idle."""
         if self.rest is not None:
             self.rest.cancel()
             self.rest = None
@@ -237,7 +240,7 @@ class ChildProcess:
         """Wait until the child can accept a job, without a time limit; raises `InvalidFrame` or `EOFError` if
         it fails before.
         """
-        tag, _ = await self._frame()
+        tag, _ = await self._read_frame()
         if tag is not FrameTag.READY:
             raise InvalidFrame("it isn't ready")
 
@@ -253,7 +256,7 @@ class ChildProcess:
         turn = LoopShare()
         received_bytes = lines = 0
         while True:
-            tag, body = await self._frame()
+            tag, body = await self._read_frame()
             received_bytes += len(body) + FRAME_BYTES
             if received_bytes > MAX_ANSWER_BYTES:
                 raise InvalidFrame("its answer is too long")
@@ -282,7 +285,7 @@ class ChildProcess:
                 os.killpg(self._process.pid, signal.SIGKILL)
 
     async def wait_ended(self) -> None:
-        """Wait for the end of a killed child, and close its pipes."""
+        """Wait for the end of a killed child, without a time limit, and close its pipes."""
         self._in.close()
         with suppress(OSError):
             # Unread output must be drained from the pipe, or its end would never be seen.
@@ -296,7 +299,7 @@ class ChildProcess:
             self._in.write(view[begin : begin + SENT_BYTES])
             await self._in.drain()
 
-    async def _frame(self) -> tuple[FrameTag, bytes]:
+    async def _read_frame(self) -> tuple[FrameTag, bytes]:
         length, tag = parse_header(await self._out.readexactly(HEADER.size))
         if length > MAX_ANSWER_BYTES:
             raise InvalidFrame("a frame is too long")
@@ -304,5 +307,5 @@ class ChildProcess:
 
 
 def _import_paths() -> Sequence[str]:
-    """Return the import path for children as absolute paths: they skip `site`, which is slow."""
+    """Return the import path of this process as absolute paths, for children, which skip the slow module `site`."""
     return [str(Path(entry).absolute()) for entry in sys.path]

@@ -50,7 +50,9 @@ class JobModule(Protocol):
     """Module for one kind of job."""
 
     def load(self) -> PerformJob:
-        """Load everything that jobs need; afterwards files are out of reach."""
+        """Load everything that jobs need, since files are out of reach afterwards, and return the function that
+        performs jobs.
+        """
 
     def confine(self, parent: int) -> None:
         """Drop every privilege that jobs don't need; `parent` is the worker's process id."""
@@ -59,7 +61,8 @@ class JobModule(Protocol):
 def main(kind: str, parent: int) -> None:
     """Perform jobs of a kind in this child process and reply to each, until the parent closes its end of the pipe.
 
-    `parent` is the parent's process id; the child first gives up all privileges that its jobs don't need.
+    `parent` is the parent's process id; before the first job, the child gives up all privileges that its jobs don't
+    need.
     """
     work = cast("JobModule", import_module(JOB_MODULES[kind]))
     perform = work.load()
@@ -79,6 +82,7 @@ def _close_log() -> None:
 
 
 def _perform_and_reply(perform: PerformJob, job: bytes, reporter: JobReporter) -> None:
+    """Perform a job, and write its result or its failure to the pipe; no exception of a job ends the process."""
     try:
         outcome = perform(job, reporter)
         port = outcome.port if isinstance(outcome, NodeResult) else OUTPUT

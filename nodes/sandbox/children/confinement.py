@@ -31,8 +31,8 @@ CPU_SECONDS = 400
 
 
 def missing_protections() -> list[str]:
-    """Return which of Landlock and seccomp, by name, the kernel lacks or this container may not use; empty if
-    all work.
+    """Return the names of protections (Landlock, seccomp) that the kernel lacks or this container may not use; empty if
+    both work.
     """
     walls = {"Landlock": landlock.landlock_version() > 0, "seccomp": system_calls.is_seccomp_available()}
     return [name for name, is_there in walls.items() if not is_there]
@@ -86,8 +86,8 @@ def limit_cpu(more_seconds: float) -> None:
 
 
 def give_up_rights() -> None:
-    """Forbid this process and its children new privileges, such as setuid programs, for good; hide it from
-    others of its user.
+    """Forbid this process and its children new privileges, such as by setuid programs, for good; hide it from other
+    processes of its user.
     """
     _call_prctl(SET_NO_NEW_PRIVILEGES, 1)
     hide_process()
@@ -99,7 +99,9 @@ def hide_process() -> None:
 
 
 def switch_user() -> bool:
-    """Switch to a user id that only this process has, if the process is root; return whether it has one then."""
+    """Switch to a user id that only this process has, if the process is root; return whether it has that id
+    afterwards.
+    """
     user = FIRST_USER + os.getpid() % USERS
     if os.geteuid() == 0:
         with suppress(OSError):
@@ -117,7 +119,7 @@ def leave_network() -> None:
 
 
 def die_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when its parent ends, and exit if that has ended already.
+    """Make the kernel kill this process when its parent ends; exit at once if the parent has ended already.
 
     `parent` is the expected process id. Call it last, since a change of user resets it.
     """
@@ -127,7 +129,7 @@ def die_with_parent(parent: int) -> None:
 
 
 def die_with_pipe() -> None:
-    """Start a thread that kills this process and its whole group when the pipe from the parent closes.
+    """Start a thread that kills this process and its whole group when the pipe from the parent closes; returns at once.
 
     It is for a process with children, which the kernel would not kill with it.
     """

@@ -41,9 +41,10 @@ def confine(parent: int) -> None:
 
 
 def _check_form(raw: bytes, _reporter: JobReporter) -> Json:
-    """Return the violations of a schema in an answer to a form, each with its path, keyword and message.
+    """Return the violations of a schema by the answer to a form, each with its path, keyword and message; empty for
+    none.
 
-    `raw` is the encoded job. Raises `NodeError` for a schema that can't be used.
+    `raw` is the encoded `FormJob`. Raises `NodeError` for a schema that can't be used.
     """
     job = _decode(raw)
     return _find_violations(decoding.decode(job.schema), decoding.decode(job.data))

@@ -61,9 +61,9 @@ def landlock_version() -> int:
 def restrict_files(allowed: Mapping[str, int]) -> bool:
     """Drop all access to files except these rights below these paths, all TCP, and signals to other processes.
 
-    What the kernel's version of Landlock can't restrict stays. Returns False without Landlock, and raises
-    `OSError` if it refuses: no job may run behind a barrier that only seems to exist. Missing paths are left
-    out; open files stay open.
+    Access that the kernel's version of Landlock can't restrict stays. Returns False without Landlock, and raises
+    `OSError` if it refuses: no job may run behind a barrier that only seems to exist. Missing paths are left out; open
+    files stay open.
     """
     abi = landlock_version()
     if abi == 0:
@@ -89,7 +89,7 @@ def restrict_files(allowed: Mapping[str, int]) -> bool:
 
 
 def _allow_path(ruleset: int, path: str, rights: int) -> None:
-    """Allow rights below a path, as far as they fit a file; a missing path is skipped."""
+    """Add rights below a path, or to a single file, to a ruleset; a missing path is skipped."""
     try:
         descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
     except (FileNotFoundError, NotADirectoryError):

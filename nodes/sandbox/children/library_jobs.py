@@ -84,8 +84,8 @@ def _build_call(config: Mapping[str, Json], reporter: JobReporter) -> NodeCall:
 
 
 def _run_coroutine(outcome: Any) -> NodeOutcome:  # noqa: ANN401 - the outcome of a node, or a coroutine of it
-    """Run a coroutine without an event loop and return its result; it may only give up its turn. Other values
-    are returned unchanged.
+    """Run a coroutine without an event loop and return its result; it may wait for nothing except its next turn. Other
+    values are returned unchanged.
     """
     if not iscoroutine(outcome):
         return cast("NodeOutcome", outcome)

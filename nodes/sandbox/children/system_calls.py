@@ -220,17 +220,18 @@ class _FilterProgram(ctypes.Structure):
 
 
 def _install_filter(calls: CallNumbers, *, named: int, others: int, read_only: bool = False) -> bool:
-    """Install a filter of system calls: `named` is the verdict for `calls`, `others` for the rest; return
-    whether it is active.
+    """Install a filter of system calls: `named` is the verdict for `calls`, `others` for the rest; return whether it is
+    active.
 
-    With `read_only`, opening a file for a change is refused too.
+    With `read_only`, opening a file for a change is refused too. Raises `OSError` if the system supports filters and
+    refuses this filter.
     """
     machine = MACHINES.get(os.uname().machine)
     if sys.platform != "linux" or machine is None:
         return False
     column, mark = machine
     numbers = [each[column] for each in calls.values()]
-    checks = _open_checks(column) if read_only else []
+    checks = _build_open_checks(column) if read_only else []
     code = _build_filter(mark, [number for number in numbers if number is not None], named, others, checks)
     program = _FilterProgram(len(code), b"".join(code))
     libc = ctypes.CDLL(None, use_errno=True)
@@ -242,9 +243,8 @@ def _install_filter(calls: CallNumbers, *, named: int, others: int, read_only: b
     return False
 
 
-def _open_checks(column: int) -> list[bytes]:
-    """Return the instructions that refuse to open a file for change; after them the number of the call is
-    loaded again.
+def _build_open_checks(column: int) -> list[bytes]:
+    """Return the instructions that refuse to open a file for change, and allow to open it otherwise.
 
     `column` is that of the architecture in the table of numbers.
     """
@@ -266,10 +266,10 @@ def _open_checks(column: int) -> list[bytes]:
 def _build_filter(
     mark: int, numbers: Sequence[int], named: int, others: int, checks: Sequence[bytes]
 ) -> list[bytes]:
-    """Return the filter program: a call of another architecture kills the process, others get the verdict
-    `named` or `others`.
+    """Return the filter program: a call of another architecture kills the process, those in `numbers` get the verdict
+    `named`, and the rest `others`.
 
-    `checks` come first.
+    `mark` is the audit constant of the architecture. `checks` are instructions that come before these verdicts.
     """
     jumps = [
         _build_instruction(JUMP_IF_EQUAL, number, if_so=len(numbers) - place)

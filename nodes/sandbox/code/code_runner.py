@@ -67,9 +67,10 @@ class CodeRunner:
         max_memory_bytes: int,
         print_line: PrintLine,
     ) -> Json:
-        """Run a script in a child process that no other organization shares at the time; return its result.
+        """Run a script in a child process that is not shared with other organizations, and return its result.
 
-        Raises `NodeError` for a failing script and for its limits.
+        `inputs` are its global variables; `print_line` gets its printed lines. Raises `NodeError` for a failing script
+        and at its limits.
         """
         written = msgspec.Raw(await offload.run(encode_json, inputs))
         job = CodeJob(caller.organization_id, source, written, timeout_seconds, max_memory_bytes)
@@ -82,5 +83,5 @@ class CodeRunner:
         return result.output
 
     async def close(self) -> None:
-        """End the child processes and wait for their end; no script may be running."""
+        """End the idle child processes and wait for their end; no script may be running."""
         await self._processes.close()

@@ -103,8 +103,9 @@ class MontyInterpreter:
         self._has_forbidden_processes = False
 
     def perform(self, raw: bytes, reporter: JobReporter) -> Json:
-        """Run the script of an encoded job and return its result as JSON; printed lines go to the reporter.
-        Raises `NodeError`.
+        """Run the script of an encoded `CodeJob` and return its result as JSON; printed lines go to the reporter.
+
+        Raises `NodeError` for a failing script and at its limits.
         """
         job = _decode(raw)
         printed = PrintedLines(reporter)
@@ -150,10 +151,10 @@ class MontyInterpreter:
 
 
 def _forbid_processes() -> None:
-    """Forbid the interpreter to start more processes and threads than it has.
+    """Forbid the interpreter, a child of this process, to start more processes and threads than it has.
 
-    Its id is read from the descriptor with which its parent waits for it. The limit counts all processes of
-    its user, which may be any number: so it is zero, and not a few more than exist. A failure is ignored.
+    Its id is read from the descriptor with which its parent waits for it. The limit counts all processes of its user,
+    which may be any number: so it is zero, and not a few more than exist. A failure is ignored.
     """
     with suppress(OSError):
         for entry in os.listdir(FDINFO):  # noqa: PTH208 - only names are needed
@@ -165,7 +166,7 @@ def _forbid_processes() -> None:
 def _translate_error(error: MontyError, job: CodeJob) -> NodeError:
     """Return the `NodeError` for an exception of the code or its parser, with its type, message and line.
 
-    Timeouts and lack of memory have errors of their own.
+    Timeouts and lack of memory have codes of their own.
     """
     raised = error.exception()
     message = str(raised)

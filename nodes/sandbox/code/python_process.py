@@ -113,6 +113,10 @@ def confine(parent: int) -> None:
 
 
 def perform(raw: bytes, reporter: JobReporter) -> Json:
+    """Run the script of an encoded `CodeJob` and return its result as JSON; printed lines go to the reporter.
+
+    It restricts this process for good, which performs no other job. Raises `NodeError`.
+    """
     job = _decode(raw)
     names = decoding.decode(job.inputs)
     printed = PrintedLines(reporter)

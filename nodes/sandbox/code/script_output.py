@@ -31,6 +31,7 @@ class PrintedLines:
         self._characters = 0
 
     def write(self, stream: str, text: str) -> None:
+        """Log the lines that end in `text`, printed to a stream of `LOG_LEVELS`; the rest is kept for its line end."""
         remaining = MAX_PRINTED_CHARACTERS - self._characters
         self._characters += len(text)
         *lines, begun = (self._begun[stream] + text[:remaining]).split("\n")
@@ -41,7 +42,7 @@ class PrintedLines:
             self._give_up()
 
     def end(self) -> None:
-        """Log what each stream has printed since its last line end: the script has ended."""
+        """Log the unterminated line of each stream; the script has ended."""
         for stream, begun in self._begun.items():
             if begun:
                 self._line(stream, begun)
@@ -62,10 +63,10 @@ class PrintedLines:
 
 
 def encode_result(value: object) -> Json:
-    """Convert the result of a script to JSON; raises `NodeError` for one that can't be.
+    """Convert the result of a script to JSON; raises `NodeError` for a result that can't be converted.
 
-    Tuples and sets become lists, dates and times texts in ISO 8601, decimals and UUIDs texts, and bytes
-    base64; keys become texts.
+    Tuples and sets become lists, dates and times texts in ISO 8601, decimals and UUIDs texts, and bytes base64; keys
+    become texts.
     """
     try:
         return _tuples_to_lists(msgspec.to_builtins(value, str_keys=True))
