@@ -117,10 +117,10 @@ class RunAcceptor:
         self._stored: TTLCache[DefinitionKey, bool] = TTLCache(STORED_SECONDS, MAX_STORED)
 
     async def accept(self, acceptance: RunAcceptance) -> AcceptanceResult:
-        """Store a run with others in one transaction, and return the outcome after its commit.
+        """Store a run with others in one transaction, and return its outcome after the commit, such as `REPEATED`,
+        `STALE` or `FULL`.
 
-        Runs that must not wait for a concurrency slot are stored separately. Raises a 503 error while 2,000
-        runs wait.
+        A run that must not wait for a concurrency slot is stored separately. Raises a 503 error while 2,000 runs wait.
         """
         group = self._group if acceptance.may_wait else self._separate
         if group.depth >= limits.ACCEPTANCES_WAITING:
@@ -143,9 +143,9 @@ class RunAcceptor:
         return self._broker.channel
 
     def is_stored(self, definition: DefinitionKey) -> bool:
-        """Return whether the database is known to have a definition, so that its text need not be sent again.
+        """Return whether the database surely has a definition, so that its text need not be sent again.
 
-        False may be wrong after an hour; the text is then stored again.
+        False may be wrong, also an hour after the definition was stored here; the text is then stored again.
         """
         return self._stored.get(definition) is not None
 
@@ -264,9 +264,9 @@ class RunAcceptor:
         task.add_done_callback(self._admissions.discard)
 
     async def _admit(self, key: str) -> None:
-        """Give free concurrency slots to waiting runs of a key, and notify workers and pods.
+        """Give free concurrency slots to waiting runs of a key, and notify workers and pods if a run got one.
 
-        If the database fails, it is only logged: the scheduler repeats it.
+        An unavailable database is only logged: the scheduler makes up for it.
         """
         try:
             if await concurrency_limits.admit_waiting_runs(self._database, key):
@@ -499,7 +499,7 @@ class WorkflowRunAcceptor:
         return accepted
 
     async def _plan_run(self, caller: ApiCaller, plan: RunPlanner, workflow: LoadedWorkflow) -> RunRequest:
-        """Return the run that `plan` makes of the workflow; if it refuses, of the workflow as it is stored now.
+        """Return the run that `plan` makes of the workflow; if it refuses, the run of the workflow as it is stored now.
 
         So no request is refused because of the cache. Raises the errors of `plan`, and 403 for a language model that
         the caller may not use.

@@ -54,7 +54,9 @@ async def list_steps(
 async def read_steps(
     connection: AsyncConnection, key: ExecutionKey, node_id: str, iteration: str, at_most: int
 ) -> Sequence[AgentStep]:
-    """Return the first `at_most` steps of one agent in the order of their numbers."""
+    """Return the first `at_most` steps of the agent `node_id` in an iteration, "" outside of loops, in the
+    order of their numbers.
+    """
     statement = (
         select_steps()
         .where(*_build_conditions(key, StepFilter(node_id, iteration)))

@@ -235,8 +235,8 @@ async def _store_answer(
 
 
 async def _find_question(request: GatewayRequest) -> ApprovalQuestion | None:
-    """Return the question of the link with the token of the path, with run and workflow; None for an
-    unknown token.
+    """Return the question of the link with the token of the path, with its run and workflow; None for an unknown token
+    and a deleted run.
 
     A question that was answered or has expired has None as its waiting node.
     """

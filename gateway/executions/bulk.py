@@ -158,10 +158,10 @@ def _audit_subject(body: BulkRequest, caller: ApiCaller) -> str:
 
 
 def _count_results(chosen: ChosenExecutions, done: Sequence[str] | None) -> dict[str, Any]:
-    """Return the fields of a bulk result, with at most 100 ids.
+    """Return the fields of a bulk result as keyword arguments, with at most 100 ids.
 
-    `done` holds the ids of changed executions, None for a dry run. `remaining` counts matching executions
-    beyond the limit.
+    `done` holds the ids of changed executions, None for a dry run. `remaining` counts matching executions beyond the
+    limit.
     """
     listed = chosen.execution_ids if done is None else done
     return {

@@ -116,7 +116,11 @@ def _build_repeatable_condition(caller: ApiCaller, has_ended: ColumnElement[bool
 
 
 def deletable(caller: ApiCaller) -> ColumnElement[bool]:
-    """Return the SQL condition for deletable executions of workflows that the caller owns, or of all for an admin."""
+    """Return the SQL condition for executions that may be deleted and belong to workflows of the caller, or of anyone
+    for an admin.
+
+    They have ended, and no callback, other completion action or parent run needs them.
+    """
     if caller.is_admin:
         return and_(visibility_condition(caller), IS_DELETABLE)
     own = exists().where(
@@ -158,10 +162,10 @@ async def begin_retry(
     *,
     action: AuditAction = AuditAction.EXECUTIONS_RETRIED,
 ) -> ChosenExecutions:
-    """Record a retry or replay in the audit trail, and return its selection of executions.
+    """Record a retry or replay of the selection `found` in the audit trail, and return the selection to act on.
 
-    With an idempotency key, the selection is that of the first request with it, and only that is recorded.
-    Raises a 422 error if that request had another body.
+    With an idempotency key, that is the selection of the first request with it, and only that is recorded. Raises a 422
+    error if that request had another body.
     """
     text, now = _encode(found).decode(), database.clock.now()
 

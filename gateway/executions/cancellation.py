@@ -14,9 +14,10 @@ if TYPE_CHECKING:
 async def request_end_of_run(
     store: JournalStore, broker: Broker, key: ExecutionKey, action: str
 ) -> EndRequestOutcome | None:
-    """Request that an execution ends by `stop` or `cancel`, and notify its worker; return its state.
+    """Store the request that an execution ends by the action `stop` or `cancel`, notify its worker, and return its
+    state.
 
-    None if it does not exist; an ended one does not change. Raises `LockWaitTimeout` if another transaction
+    Return None if it does not exist; an ended one does not change. Raises `LockWaitTimeout` if another transaction
     locks it.
     """
     requested = await store.request_end(key, action)

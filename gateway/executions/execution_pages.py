@@ -40,10 +40,10 @@ _COLUMNS: Final = tuple(Execution.__table__.columns)  # type: ignore[attr-define
 async def list_page(
     connection: AsyncConnection, caller: ApiCaller, wanted: ExecutionFilter, bounds: KeysetBounds
 ) -> ListPage[Execution]:
-    """Return a page of the executions that the caller may see and that match, by a cursor.
+    """Return a page of the executions behind the cursor of `bounds` that the caller may see and that match.
 
-    A page examines at most 10,000 rows of each index, so it may be short or empty although `next_cursor` names
-    another one. Its count is at most 10,000 and may be a lower bound.
+    A page examines at most 10,000 rows of each index, so it may be short or empty although `next_cursor` names another
+    one. Its count is at most 10,000 and may be a lower bound.
     """
     await keyset.follow_indexes(connection)
     found: list[tuple[datetime, Execution]] = []
@@ -149,7 +149,7 @@ def _of_status(
     status: ExecutionStatus,
     index: Sequence[ExecutionStatus],
 ) -> RowSource:
-    """Return the source for runs of one status that an index lists."""
+    """Return the source for runs of one status; `index` are all statuses of the partial index that has them."""
     # Literals, not bound parameters: databases use a partial index only for a condition that they can read.
     is_indexed = col(Execution.status).in_([literal_column(f"'{one}'") for one in index])
     created_at = col(Execution.created_at)
@@ -211,8 +211,8 @@ def _get_table() -> FromClause:
 
 
 def _build_visibility(caller: ApiCaller) -> Sequence[ColumnElement[bool]]:
-    """Return the SQL conditions that hide executions from the caller; none for admins, who see all of their
-    organization.
+    """Return the SQL conditions that restrict executions to those that the caller may see; none for admins,
+    who see all of their organization.
     """
     return () if caller.is_admin else (visibility_condition(caller),)
 

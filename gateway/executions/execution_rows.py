@@ -141,9 +141,8 @@ async def list_executions(
     part: PageBounds,
     order: ColumnElement[Any],
 ) -> ListPage[Execution]:
-    """Return the rows of the page `part` in `order` of the executions that the caller may see and that match.
-
-    The page has the exact number of all that match.
+    """Return the page `part`, in `order`, of the executions that the caller may see and that match, with the
+    exact number of all.
     """
     conditions = [visibility_condition(caller), *_build_conditions(wanted)]
     if not wanted.labels:
@@ -479,8 +478,8 @@ async def list_spans(
     node_id: str | None,
     statuses: Sequence[ShownSpanStatus],
 ) -> tuple[int, Sequence[Recorded]]:
-    """Return the number of spans (node executions) and attempts of a run, and the page `part` of them, by
-    their last change.
+    """Return the number of spans (node executions) and attempts of a run, and the page `part` of them, in the order of
+    their last changes.
 
     With a `node_id` or `statuses`, only matching ones; None or empty means all.
     """

@@ -284,9 +284,9 @@ async def index(request: GatewayRequest) -> JsonResponse:
 async def _add_reason(
     connection: AsyncConnection, wanted: ExecutionFilter, codes: Sequence[BlockerCode]
 ) -> ExecutionFilter:
-    """Return a filter restricted to runs that wait for one of some reasons, which are found among live runs.
+    """Return a filter restricted to unfinished runs that wait for one of these reasons now.
 
-    Ended runs wait for nothing, so that none of them is examined, also if the filter is for their statuses.
+    Ended runs wait for nothing: a filter for their statuses matches no run then, and none is examined.
     """
     # Loaded with the first such list: other starts of a gateway do without it.
     from journal.explanations import reason_conditions  # noqa: PLC0415 - see above

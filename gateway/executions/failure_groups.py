@@ -242,7 +242,7 @@ def groups_statement(
 ) -> Select[*tuple[Any, ...]]:
     """Return the statement of the groups that a caller may see over some hours, those with the last failure first.
 
-    It has one group more than are listed; `total` is the number of failed runs of all.
+    It reads one group more than `limit`; `total` of each row is the number of failed runs of all groups.
     """
     last_at = func.max(col(FailureHour.last_at))
     return (

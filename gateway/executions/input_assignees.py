@@ -118,8 +118,10 @@ async def assign(request: GatewayRequest) -> JsonResponse:
 async def _read_users(
     connection: AsyncConnection, caller: ApiCaller, names: Sequence[str]
 ) -> Mapping[str, User]:
-    """Return the members and admins of the caller's organization among `names`, by their ids and by their mail
-    addresses in lower case.
+    """Return the users among `names` (ids or mail addresses) that may answer, members and admins of the caller's
+    organization.
+
+    Each is returned by its id and by its mail address in lower case; unknown names are left out.
     """
     addresses = [one.casefold() for one in names if "@" in one]
     statement = select(User).where(
@@ -134,7 +136,11 @@ async def _read_users(
 def _resolve_assignees(
     names: Sequence[str], users: Mapping[str, User], present: Sequence[str]
 ) -> Sequence[str]:
-    """Return assignees without repetition, users by their ids; raises a 422 error that names each unknown one."""
+    """Return the assignees that `names` mean, users by their ids, without repetition; raises a 422 error that lists
+    each unknown name.
+
+    Addresses without a user are known if they are among the `present` assignees.
+    """
     kept = {approvals.ADMIN_ROLE, *(approvals.fold_assignee(one) for one in present if "@" in one)}
     folded = [approvals.fold_assignee(one) for one in names]
     problems = [

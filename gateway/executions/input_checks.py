@@ -104,8 +104,9 @@ async def require_valid_value(
 async def _find_violations(
     forms: FormChecker, organization_id: str, schema: Mapping[str, Json], data: Json, name: str = FORM_ROOT
 ) -> Sequence[FormViolation]:
-    """Return up to 100 violations of a schema by an answer; raises a 422 error of the field `name` for an invalid
-    schema, 503 for the time limit.
+    """Return up to 100 violations of a schema by the answer `data`.
+
+    Raises a 422 error of the field `name` for an invalid schema, and 503 if the check takes too long.
     """
     try:
         found = await forms.check(organization_id, schema, data)

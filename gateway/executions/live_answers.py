@@ -169,7 +169,10 @@ class AnswerReader:
         return events
 
     def _take_text(self, place: AnswerPlace, text: OpenText) -> Iterator[tuple[str, TokenShape | RetryShape]]:
-        """Yield the events of one text: the end of an unrecorded text before it, and its new part."""
+        """Yield the events for the client about one changed text: its new part, or that it is dropped.
+
+        Before them, an event drops the text before at the same place if that was not recorded.
+        """
         position = self._positions.get(place)
         if position is None or position.serial != text.serial:
             if position is not None and position.sent and text.number <= position.number:
@@ -275,11 +278,13 @@ class LiveAnswerHub:
                 self._runs.pop(execution_id, None)
 
     async def follow(self, execution_id: str, owner: str) -> None:
-        """Ask the process that holds a run for its answers, unless it was asked in the last five seconds.
+        """Ask the process that holds a run for its answers, unless it was asked in the last five seconds and nothing
+        was lost since.
 
-        `owner` is its name in the lease. If it is another one than before, the texts of that are dropped, and it has to
-        send its own from their beginning: gateways may have passed them on before. An empty one changes nothing, since
-        the last texts of a run that has just left its process may still arrive.
+        Nothing happens without readers. `owner` is its name in the lease. If it is another one than before, the texts
+        of the earlier one are dropped, and the new one is asked for its own from their beginning: gateways may have
+        passed them on before. An empty name changes nothing, since the last texts of a run that has just left its
+        process may still arrive.
         """
         run = self._runs.get(execution_id)
         if run is None or not owner:
@@ -347,7 +352,9 @@ class LiveAnswerHub:
         run.note(piece.place, text)
 
     def _make_room(self, run: FollowedRun) -> None:
-        """End the oldest text of a run with a thousand open ones: a pod may begin any number of them."""
+        """Mark the oldest text of a run with a thousand open ones as complete, and forget it: a pod may begin
+        any number of them.
+        """
         if len(run.texts) < MAX_POSITIONS:
             return
         place, text = next(iter(run.texts.items()))
@@ -356,7 +363,7 @@ class LiveAnswerHub:
         run.note(place, text)
 
     def _drop_texts(self, run: FollowedRun) -> None:
-        """Drop all open texts of a run that has left its process."""
+        """Make the readers of a run that has left its process drop all of its open texts, and forget the texts."""
         for place, text in run.texts.items():
             text.is_dropped, text.reason = True, WORKER_LOST
             run.note(place, text)

@@ -280,7 +280,9 @@ class RunEventStream:
     async def _follow_with_answers(
         self, wanted: StepFilter, scope: Scope, receive: Receive, send: Send
     ) -> None:
-        """Send the events of the run, and beside them the texts that models are writing."""
+        """Send the events of the run until it ends or the client leaves, and beside them the texts that
+        models are writing.
+        """
         with self._live.answers.reader(self._key.execution_id, wanted) as reader:
             self._texts = CheckedTexts(reader)
             sending = asyncio.create_task(self._send_answers(self._texts, send))

@@ -220,7 +220,7 @@ class LiveHints:
                 following.cancel()
 
     async def check(self, scope: Scope) -> None:
-        """Raise the 401 error that a new request of the same client would get."""
+        """Raise a 401 error if the client's key or session is no longer valid."""
         await self._live_events.authenticate(scope)
 
     # ── single runs ─────────────────────────────────────────────────────────────────────────────────────────
@@ -319,7 +319,9 @@ class LiveHints:
     async def _read_version(
         self, statements: Sequence[Select[*tuple[Any, ...]]]
     ) -> tuple[str, datetime | None]:
-        """Return the version of a list, and the time of its newest change; None for an empty list."""
+        """Return a hash of the rows of these statements, the version of a list, and the time of its newest
+        change, None for an empty list.
+        """
         async with self._live_events.database.read() as connection:
             rows = [tuple(row) for one in statements for row in (await connection.execute(one)).all()]
         version = blake2b(repr(rows).encode(), digest_size=12).hexdigest()

@@ -91,12 +91,14 @@ class ExecutionPollHub:
         self._is_released = False
 
     async def start(self) -> None:
-        """Subscribe to notifications of changed executions, or continue without them while Redis is away."""
+        """Subscribe to notifications of changed executions, and start to wake waiters once a second; without
+        Redis, the second suffices.
+        """
         await self._broker.listen(self._handle_notification, subject=CHANGED_EXECUTIONS)
         self._looking = asyncio.create_task(self._look_again())
 
     def release(self) -> None:
-        """End all waits with the current state, before the process stops."""
+        """End all waits with the current state, also those that begin later, since the process is about to stop."""
         self._is_released = True
         for waiters in self._waiters.values():
             for waiter in waiters:
@@ -288,7 +290,8 @@ class ExecutionAccess:
         self._visible: TTLCache[tuple[str, str, UserRole], bool] = TTLCache(VISIBLE_SECONDS, MAX_VISIBLE)
 
     async def key(self, execution_id: str, caller: ApiCaller) -> ExecutionKey:
-        """Return the database key of an execution (id and shard); raises a 404 error unless the caller may see it.
+        """Return the database key (id and shard) of an execution; raises a 404 error unless it exists and the caller
+        may see it.
 
         Visibility is cached for five seconds.
         """

@@ -44,7 +44,9 @@ def show_usage(texts: Iterable[str]) -> ModelUsageShape:
 
 
 def sum_records(records: Sequence[ModelCallRecord]) -> ModelUsageShape:
-    """Return the total tokens and cost of calls of language models."""
+    """Return the total tokens and cost of calls of language models; the cost is None if the price of a called
+    model is unknown.
+    """
     total = sum_usage(records)
     return ModelUsageShape(
         calls=sum(record.usage is not None for record in records),

@@ -251,7 +251,9 @@ def _find_expiry_action(node: WaitingNode) -> ExpiryAction | None:
 
 
 def find_assignment(assignees: Sequence[str], approver: Approver) -> QuestionAssignment:
-    """Return the way in which a question with these assignees is assigned, as a person sees it."""
+    """Return the way in which a question with these assignees is assigned from the view of a person; the
+    person's own id or address comes first.
+    """
     if not assignees:
         return QuestionAssignment.ANYONE
     if {approver.user_id, approver.email.casefold()} & {approvals.fold_assignee(one) for one in assignees}:

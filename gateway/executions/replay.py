@@ -274,7 +274,7 @@ def show_plan(planned: PlannedReplay) -> ReplayPlanShape:
 
 
 def _show_node(node: NodeReplay, writes: Collection[str]) -> NodeReplayShape:
-    """Return the decision about a node as the API shows it; `writes` may be left out."""
+    """Return the decision about a node as the API shows it; `writes` are the nodes that a replay may leave out."""
     return NodeReplayShape(
         node_id=node.node_id,
         decision=node.decision,

@@ -480,10 +480,11 @@ class _Planning:
             raise errors.invalid(problems)
 
     def complete(self, plan: ReplayPlan) -> PlannedReplay:
-        """Return the planned replay with its hash, concurrency limit and content; call `make` before.
+        """Return the planned replay with its hash, concurrency limit and content; raises RuntimeError before `make` was
+        called.
 
-        The hash changes with the choices, the definition and the decisions, so that a client can confirm
-        exactly this plan.
+        The hash changes with the choices, the definition and the decisions, so that a client can confirm exactly this
+        plan.
         """
         program, original = self._program, self._original
         if program is None or original is None:
@@ -530,7 +531,8 @@ class _Planning:
         )
 
     def _describe_left_out(self, plan: ReplayPlan, program: WorkflowProgram) -> dict[str, SkippedNode]:
-        """Return the nodes that the replay begins with as skipped, by their ids.
+        """Return the nodes that the replay begins with as skipped, by their ids, each with the recorded parts that it
+        keeps.
 
         An agent and a loop are never continued later under the recorded key: their steps and iterations are not copied.
         """
@@ -551,7 +553,7 @@ class _Planning:
 
 
 def _find_skippable(program: WorkflowProgram) -> frozenset[str]:
-    """Return the nodes that a replay may leave out: writes outside of loops, and loops that write."""
+    """Return the ids of the nodes that a replay may leave out: writes outside of loops, and loops that write."""
     inside = {inner for node in program.nodes.values() for inner in node.body}
     return frozenset(
         node_id
@@ -583,7 +585,7 @@ def _require_left_out_writes(choice: ReplayChoice, program: WorkflowProgram) -> 
 
 
 def _has_outside_trigger(graph: ParsedGraph) -> bool:
-    """Return whether a node without inbound connections gives texts of outsiders."""
+    """Return whether a node of the graph without inbound connections outputs text of outsiders."""
     from engine.agents import agent_exposure  # noqa: PLC0415 - loaded with the first replay
 
     return any(
@@ -610,9 +612,9 @@ def _list_inner_agents(agent: AgentProgram | None) -> list[str]:
 
 
 def replay_copy(planned: PlannedReplay, inner: Mapping[ResultUse, Sequence[tuple[str, str]]]) -> ReplayCopy:
-    """Return the content of the new execution of a planned replay, as it is inserted.
+    """Return the content of the new execution of a planned replay, for its insertion.
 
-    `inner` holds spans of iterations that it begins with, as node id and iteration, by their use.
+    `inner` has the spans of iterations that it begins with, as node id and iteration, by their use.
     """
     spans: dict[ResultUse, list[tuple[str, str]]] = {
         use: [(node.node_id, "") for node in planned.plan.nodes if node.use is use]

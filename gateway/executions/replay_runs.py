@@ -126,9 +126,10 @@ async def _store_definition(
 async def _find_inner_spans(
     connection: AsyncConnection, source: ExecutionKey, planned: PlannedReplay
 ) -> Mapping[ResultUse, Sequence[tuple[str, str]]]:
-    """Return node id and iteration of the spans within loops that a replay begins with, by their use.
+    """Return node id and iteration of the spans within loops that a replay begins with, by their use: settled or in
+    flight.
 
-    Empty for each use if no loop is kept.
+    Both are empty if no loop is kept.
     """
     found: dict[ResultUse, list[tuple[str, str]]] = {ResultUse.SETTLED: [], ResultUse.IN_FLIGHT: []}
     if not planned.bodies:

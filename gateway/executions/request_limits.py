@@ -148,8 +148,8 @@ class RunRateLimiter:
         return (RateLimit("workflow", f"workflow:{workflow_id}", self._per_workflow),)
 
     async def spend(self, limits: Sequence[RateLimit], count: int = 1) -> None:
-        """Take `count` tokens of each limit, without headers in the answer; raises a 429 error, and then
-        takes none.
+        """Take `count` tokens of each limit, without headers in the answer; raises a 429 error if one lacks them, and
+        then takes none.
 
         Tokens are leased from Redis for half a second; without Redis each process counts alone.
         """

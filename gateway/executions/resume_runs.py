@@ -83,10 +83,10 @@ async def resume_execution(
 
 
 async def lock_ended(connection: AsyncConnection, ended: ExecutionKey, caller: ApiCaller) -> Row[Any]:
-    """Return status, trigger type, concurrency key and workflow of an execution, locked until the transaction ends.
+    """Lock an execution until the transaction ends, and return its status, trigger type, concurrency key and workflow.
 
-    The lock excludes resume, replay and deletion. It may not have ended: the caller checks. Raises a 404
-    error unless the caller may see it.
+    The lock excludes resume, replay and deletion. The caller checks whether the execution has ended. Raises a 404 error
+    unless the caller may see it.
     """
     statement: Select[*tuple[Any, ...]] = (
         select(
@@ -121,10 +121,11 @@ def require_open(found: Row[Any]) -> None:
 async def settle_dead_letter(
     connection: AsyncConnection, ended: Row[Any], source: ExecutionKey, new_id: str, now: datetime
 ) -> str | None:
-    """Use up the redrive key of a dead letter, so that a redrive that has read it starts no second run.
+    """Use up the redrive key of a dead letter for its successor `new_id`, so that a redrive that has read it starts no
+    second run.
 
-    `new_id` is its successor. Return the id of the run that a redrive has started before, None without one:
-    also for a purged dead letter, and for one whose redriven run was deleted. Other executions have no such key.
+    Return the id of the run that a redrive has started before; None without one, also for a purged dead letter, and if
+    the redriven run was deleted. Nothing happens for other executions.
     """
     if ended.status != ExecutionStatus.FAILED or ended.trigger_type not in INTAKE_KINDS:
         return None

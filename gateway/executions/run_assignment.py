@@ -69,7 +69,7 @@ class GrantingWorker:
         self.until = now + GRANT_SECONDS
 
     def assign(self, now: float) -> None:
-        """Use up one slot of the worker for a run, at a time of the event loop."""
+        """Use up one slot of the worker for a run, at `now`, a time of the event loop."""
         self.assigned, self.assigned_at, self.left = self.assigned + 1, now, self.left - 1
 
     def withdraw(self) -> None:
@@ -105,10 +105,10 @@ class RunAssigner:
         await self._returns.drain()
 
     def assign(self, batch: Sequence[RunAcceptance]) -> Sequence[RunAcceptance]:
-        """Return the runs of one commit, each with the name of a worker if one has a free slot for it; that
-        slot is used up.
+        """Assign runs of one commit to workers with free slots, and return all runs in order, the assigned ones with a
+        worker's name.
 
-        Runs without a worker are claimed later. The worker with the most free slots comes first.
+        Each uses up a slot, of the worker with the most free slots first. Runs without a worker are claimed later.
         """
         now = asyncio.get_running_loop().time()
         free = [entry for entry in self._workers.items() if entry[1].left and entry[1].until > now]
@@ -210,7 +210,7 @@ class RunAssigner:
                 self._returns.submit(ExecutionKey(run.execution_id, run.shard))
 
     async def _return(self, keys: Sequence[ExecutionKey]) -> Sequence[None]:
-        """Make runs pending that no worker has received, and wake workers.
+        """Make runs pending that no worker has received, and wake workers; return None for each.
 
         If the database fails, the scheduler does it after their leases.
         """

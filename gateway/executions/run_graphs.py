@@ -311,7 +311,7 @@ def _show_node(node: Mapping[str, Any], catalog: NodeCatalog, *, with_config: bo
 
 
 def _find_effect(node: Mapping[str, Any], catalog: NodeCatalog) -> NodeEffect | None:
-    """Return the effect of a node on the outside; None if its type is gone."""
+    """Return the effect of a node on the outside, by its type and config; None if the type is gone."""
     try:
         node_type = catalog.get(node["type"], node.get("version"))
     except LookupError:

@@ -52,8 +52,8 @@ class MetadataParameter(QueryParameter[Sequence[tuple[str, str]]]):
         return [f"{name.removeprefix(PREFIX)}={values[-1]}" for name, values in given.items()]
 
     def read(self, given: Sequence[str]) -> Sequence[tuple[str, str]]:
-        """Return the pairs of key and value; raises a 400 error for more than three keys, an invalid key or a
-        text without `=`.
+        """Return the pairs of key and value of texts `key=value`; raises a 400 error for over three keys, and
+        an invalid key or value.
         """
         if len(given) > limits.METADATA_FILTERS:
             text = f"A list is filtered by at most {limits.METADATA_FILTERS} keys of metadata"

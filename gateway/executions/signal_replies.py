@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 @contextmanager
 def reserve_wait(waiting: ExecutionPollHub, key: ExecutionKey, seconds: int) -> Iterator[None]:
-    """Reserve one of the ten waits for replies of an execution, during a block; none for a wait of 0 seconds.
+    """Reserve one of the ten waits for replies of an execution until the block ends; none for a wait of 0 seconds.
 
-    Raises 409 if all are taken.
+    Raises a 409 error if all are taken.
     """
     if seconds == 0:
         yield

@@ -123,9 +123,10 @@ async def _find_default(connection: AsyncConnection, key: ExecutionKey) -> Execu
 
 
 def _compare(gateway: GatewayState, found: SpanDetails, other: SpanDetails | None) -> SpanComparison:
-    """Return the differences between two spans of a node: definition, config, input and output.
+    """Return the differences of definition, config, input and output between two spans, of which `other` is the earlier
+    side.
 
-    A span is one execution of a node. Without the other span, all of them are None.
+    A span is one execution of a node. Without the other span, all differences are None.
     """
     span = found.span
     if other is None:

@@ -99,11 +99,11 @@ def plan_partial_run(
 def plan_node_test(
     workflow: LoadedWorkflow, node_id: str, given: NodeTestInput, catalog: NodeCatalog, now: datetime
 ) -> RunRequest:
-    """Return the run of one node behind a node that returns the given input; a loop runs with its body, a
+    """Return the private run of one node behind a node that returns the given input; a loop runs with its body, a
     trigger alone.
 
-    Outputs of other nodes are as given. Raises 404 for an unknown node, 409 if two nodes share the id, and
-    422 for unknown nodes, too much data, or a trigger's input that is no object.
+    Outputs of other nodes are as given. Raises 404 for an unknown node, 409 if two nodes share the id, and 422 for
+    unknown nodes, too much data, or a trigger's input that is no object.
     """
     nodes, connections = select_graph(workflow)
     tried = node_edits.find_node(nodes, node_id)
@@ -186,9 +186,9 @@ def _with_definition(
 
 
 def _filter_findings(found: ValidationResult, piece: GraphSelection) -> ValidationResult:
-    """Return a validation result without errors about nodes that don't run, being pinned.
+    """Return a validation result without errors about pinned nodes, which don't run.
 
-    With pinned outputs, a missing trigger is no error.
+    With pinned outputs, a missing trigger is no error. Errors about connections and unknown types stay.
     """
 
     def matters(finding: GraphFinding) -> bool:

@@ -77,7 +77,7 @@ def _blob_missing() -> ApiError:
 
 
 def _iterate_attached_blobs(trigger: Json) -> Iterator[BlobReference]:
-    """Yield the valid references to blobs in the attachments of a mail."""
+    """Yield the valid blob references in the attachments of a trigger output; none if it has no attachments."""
     attachments = trigger.get("attachments") if isinstance(trigger, dict) else None
     for attachment in attachments if isinstance(attachments, list) else ():
         if isinstance(attachment, dict) and "blob" in attachment:

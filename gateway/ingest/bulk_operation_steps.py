@@ -425,9 +425,9 @@ def _note_refusal(result: StepResult, execution_id: str, error: ApiError) -> Non
 
 
 async def _record_end(connection: AsyncConnection, operation: BulkOperation, status: BulkStatus) -> None:
-    """Insert the entry of an operation into the audit trail: its author, filter and numbers.
+    """Insert the audit entry about an ended operation, in the caller's transaction: its author, filter and numbers.
 
-    The subject is the workflow of the filter, or the organization.
+    It is about the workflow of the filter, or about the organization.
     """
     facts = {
         "operation": operation.id,

@@ -320,7 +320,9 @@ async def _change(request: GatewayRequest, values: Mapping[str, Any]) -> JsonRes
 
 
 async def _find(request: GatewayRequest) -> BulkOperation:
-    """Return the operation of the path; raises 404 unless the caller may see it."""
+    """Return the bulk operation of the path; raises a 404 error unless it exists and the caller may see it:
+    an own one, or any for an admin.
+    """
     async with request.gateway.database.read() as connection:
         found = await bulk_operation.find_operation(connection, request.caller, request.path_params["id"])
     if found is None:
@@ -335,7 +337,7 @@ def _encode_filter(selection: DeadLetterSelection | BulkFilter) -> dict[str, Any
 
 
 def _encode_options(body: DeadLetterBulkRequest | ExecutionBulkRequest, action: BulkAction) -> dict[str, Any]:
-    """Return the choices of a replay as JSON; empty for other acts."""
+    """Return the options of a replay as an operation stores them; empty for other actions."""
     from gateway.ingest import bulk_selection  # noqa: PLC0415 - loaded by the first operation
 
     if action not in bulk_selection.REPLAYS:

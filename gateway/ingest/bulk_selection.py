@@ -69,9 +69,9 @@ def decode_options(operation: BulkOperation) -> ReplayChoice:
 
 
 async def count_matching(connection: AsyncConnection, caller: ApiCaller, operation: BulkOperation) -> int:
-    """Return the number of objects that an operation selects now, up to its total.
+    """Return the number of objects that an operation would select now; counting stops at its total.
 
-    Of failed runs, the oldest 100,000 that match are examined.
+    Of failed runs, at most the oldest 100,000 are examined.
     """
     found, examined = 0, 0
     cursor: PageCursor | None = PageCursor()

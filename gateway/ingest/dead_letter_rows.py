@@ -206,7 +206,9 @@ class OpenRows(Generic[Row]):
 
 
 def describe_cause(execution: FailedRun) -> ErrorCause:
-    """Return node, code and message of the innermost error of a failed run, and its fingerprint."""
+    """Return the cause of a failed run: node, code, message and kind of its innermost error, with a
+    fingerprint that equal causes share.
+    """
     return failure_causes.describe_stored(execution.workflow_id, execution.error)
 
 

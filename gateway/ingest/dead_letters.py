@@ -80,7 +80,7 @@ class PurgeResult(WireStruct):
 
 
 async def index(request: GatewayRequest) -> JsonResponse:
-    """List the failed runs of inbound requests of a workflow that are neither redriven nor purged."""
+    """List the failed runs of inbound requests of a workflow, neither redriven nor purged, the oldest first."""
     part = request.query.page()
     async with request.gateway.database.read() as connection:
         workflow = await editing.find_readable_row(connection, request.requested_object)
@@ -92,9 +92,9 @@ async def index(request: GatewayRequest) -> JsonResponse:
 
 
 async def redrive(request: GatewayRequest) -> JsonResponse:
-    """Run the current workflow again on the input of its dead letters.
+    """Run the current workflow again on the input of its dead letters: the named ones, or the oldest.
 
-    Repeated requests run each dead letter once.
+    Repeated requests run each dead letter once. With `dryRun`, they are only counted.
     """
     body = await decode_body(request, ChooseDeadLetters)
     async with request.gateway.database.read() as connection:

@@ -80,8 +80,9 @@ def new_delivery_id() -> str:
 def repetition_delivery(
     inbound: InboundRequest, now: datetime, *, status: int, execution_id: str | None
 ) -> Delivery:
-    """Return the delivery of a repeated request, not stored yet; `execution_id` is the run of the first one,
-    None without one.
+    """Return the delivery of a repeated request with the outcome `DUPLICATE`, not stored yet.
+
+    `status` is that of its answer, `execution_id` the run of the first request, None without one.
     """
     return _build_delivery(
         inbound, now, outcome=DeliveryOutcome.DUPLICATE, status=status, execution_id=execution_id

@@ -82,7 +82,9 @@ _decode_head: Final = decoding.build_decoder(MailHead).decode
 
 
 async def find_delivery(connection: AsyncConnection, delivery_id: str, caller: ApiCaller) -> Delivery | None:
-    """Return a delivery of the caller's organization; None if it doesn't exist there."""
+    """Return a delivery of the caller's organization; None if it doesn't exist there. The workflow's
+    visibility is not checked.
+    """
     statement = select(Delivery).where(
         col(Delivery.id) == delivery_id, col(Delivery.organization_id) == caller.organization_id
     )
@@ -122,7 +124,8 @@ async def list_deliveries(
 async def list_of_organization(
     connection: AsyncConnection, caller: ApiCaller, wanted: DeliveryFilter, bounds: KeysetBounds
 ) -> ListPage[Delivery]:
-    """Return a page of the matching deliveries that the caller may see, with a count that may be a lower bound.
+    """Return a page of the matching deliveries that the caller may see, in the order of `bounds`, with a count that may
+    be a lower bound.
 
     A page examines 10,000 rows at most, so it may be short or empty although `next_cursor` names another one.
     """

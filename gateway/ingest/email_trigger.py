@@ -289,7 +289,8 @@ def _require_content(mail: SesMail) -> bytes:
 async def _find_stored_mail(
     sources: StoredDataSources, mail: VerifiedMail, place: SesStoredMail
 ) -> StoredMailObject:
-    """Return the object of a mail that SES has stored; the trigger's config must allow its bucket and prefix.
+    """Return data source and key of the object of a mail that SES has stored, if the trigger's config allows its bucket
+    and prefix.
 
     Raises a 503 error otherwise: SNS treats a 4xx as final, and the owner may correct the config meanwhile.
     """

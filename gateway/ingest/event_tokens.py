@@ -168,7 +168,7 @@ async def create(request: GatewayRequest) -> JsonResponse:
 
 
 async def index(request: GatewayRequest) -> JsonResponse:
-    """List the event tokens of the organization."""
+    """List the event tokens of the organization, the newest first, revoked ones included."""
     _require_admin(request.caller)
     part = request.query.page()
     conditions = _select_organization(request.caller)

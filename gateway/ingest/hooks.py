@@ -138,13 +138,13 @@ async def options(request: GatewayRequest) -> NoContent:
 async def _answer_request(
     request: GatewayRequest, inbound: InboundRequest, verified: VerifiedWebhookRequest, started: float
 ) -> ASGIApp:
-    """Start the run of a verified request and return the HTTP answer: at once, or the run's own if the trigger
-    waits for it.
+    """Start the run of a verified request and return the HTTP answer: at once, or the run's own if the trigger waits
+    for it.
 
-    Only recorded, without a run, and answered with 200 are a challenge that checks the address and an event that
-    the trigger does not allow. The wait ends at a deadline, counted from `started` by the event loop's clock.
-    Raises `RequestRefused` for invalid content, a 500 error for a run that failed without an answer, and the API
-    errors of limits and ingest.
+    A challenge that checks the address, and an event that the trigger does not allow, start no run: they are recorded
+    as deliveries and answered with 200. The wait ends at a deadline, counted from `started` by the event loop's clock.
+    Raises `RequestRefused` for invalid content, a 500 error for a run that failed without an answer, and the API errors
+    of limits and ingest.
     """
     hook, sent = verified.hook, verified.sent
     meaning = await offload.run(webhook_triggers.parse_request, hook, sent)

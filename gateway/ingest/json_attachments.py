@@ -81,10 +81,9 @@ def decode_attachments(attachments: Sequence[Mapping[str, Json]]) -> Sequence[Js
 
 
 def _decode_content(members: Mapping[str, Json]) -> bytes | None:
-    """Return the decoded content of an attachment, None without one; raises ValueError for invalid base64 or
-    no text.
+    """Return the decoded content of an attachment, None without one; white space in the base64 is ignored.
 
-    White space in it is ignored.
+    Raises ValueError for invalid base64, and for a content that is not a text.
     """
     value = members.get(CONTENT)
     if value is None:

@@ -206,7 +206,10 @@ class MailVerifier:
             return await self._verify(current.build_mail(content, kind, known), known, address)
 
     async def _verify(self, mail: VerifiedMail, known: RequestSender | None, address: str) -> VerifiedMail:
-        """Return a mail with the result of its verification; raises the `ApiError` in the form of its service."""
+        """Verify a mail by its signature, its credentials or its known sender, and return it with the result.
+
+        Raises `ApiError` for a refused mail, with a status that its mail service understands.
+        """
         with refuse_until_later(mail.kind), refuse_for_good(mail.kind):
             signed = await self._verify_signature(mail)
             if signed is not None:

@@ -232,7 +232,9 @@ class RunRedriver:
         )
 
     async def _read_input(self, caller: ApiCaller, execution_id: str) -> tuple[str | None, BlobOwner | None]:
-        """Return a run's input as JSON text, and the owner of its blobs; (None, None) if it is no longer kept."""
+        """Return the input of a run of the caller's organization as JSON text, and the owner of its blobs;
+        (None, None) if it is no longer kept.
+        """
         organization_id = caller.organization_id
         statement = (
             select(col(ExecutionData.trigger), col(Execution.key_id))

@@ -170,7 +170,7 @@ async def list_samples(
 
 
 async def _upsert_samples(connection: AsyncConnection, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Insert samples, each in place of an earlier one with the same route and slot."""
+    """Insert samples, at least one, each in place of an earlier one with the same route and slot."""
     dialect: Any = postgresql if connection.dialect.name == "postgresql" else sqlite
     # Same order in every gateway: concurrent writers wait for one another without a deadlock.
     statement = dialect.insert(RejectedRequestSample).values(

@@ -165,7 +165,7 @@ LISTED: Final = (LIMIT, OFFSET)
 
 
 async def index(request: GatewayRequest) -> JsonResponse:
-    """List the schedules of all workflows that the caller may read, if they are or were active."""
+    """List the schedules, active now or before, of the workflows that the caller may read, the next run first."""
     part, now = request.query.page(), request.gateway.clock()
     async with request.gateway.database.read() as connection:
         count, found = await _list_rows(connection, request.caller, part)
@@ -265,7 +265,9 @@ async def _list_rows(
 
 
 def _split_row(values: Sequence[Any]) -> _ListedRow:
-    """Return the objects of a result row with three tables, then status and acceptance of the last run."""
+    """Return schedule, workflow, trigger and last run of a result row: the columns of three tables, then
+    status and acceptance of the run.
+    """
     objects: list[Any] = []
     position = 0
     for table in (Schedule, Workflow, WorkflowTrigger):
@@ -361,7 +363,7 @@ def _show_schedule(
 def _list_upcoming(
     timetable: ScheduleTimetable, workflow_id: str, since: datetime, anchor: datetime
 ) -> Sequence[UpcomingRun]:
-    """Return the five instants of a timetable after `since`; intervals count from `anchor`."""
+    """Return the next five instants of a timetable after `since`; intervals count from `anchor`."""
     delay = timetable.start_delay(workflow_id)
     return [
         UpcomingRun(

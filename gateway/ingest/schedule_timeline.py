@@ -228,10 +228,10 @@ async def _list_rows(
 
 
 def _listed_statement(caller: ApiCaller, waiting: Collection[str]) -> Select[*tuple[Any, ...]]:
-    """Return the statement of the ids of all workflows of a timeline, with their schedules.
+    """Return the statement of the ids of all workflows of a caller's timeline, joined with their schedules.
 
-    It begins with the few tables that have them. A condition on all workflows of the organization, with `or`, would
-    be checked for each.
+    It begins with the few tables that have them. A condition on all workflows of the organization, with `or`, would be
+    checked for each.
     """
     parts = [
         select(col(Schedule.workflow_id))
@@ -253,7 +253,9 @@ def _listed_statement(caller: ApiCaller, waiting: Collection[str]) -> Select[*tu
 
 
 async def _read_lane_rows(connection: AsyncConnection, workflow_ids: Sequence[str]) -> Sequence[_LaneRow]:
-    """Return the rows of workflows by their ids, in the same order, with their schedules and deployments."""
+    """Return the rows of workflows with their schedules and deployments, in the order of the ids; missing
+    ones are left out.
+    """
     is_schedule = and_(
         col(WorkflowTrigger.workflow_id) == col(Workflow.id), col(WorkflowTrigger.kind) == SCHEDULE_KIND
     )

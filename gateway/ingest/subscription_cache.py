@@ -57,7 +57,9 @@ class SubscriptionCache:
         await self._lookups.drain()
 
     async def _look_up(self, batch: Sequence[OfType]) -> Sequence[SubscribedWorkflows]:
-        """Answer a batch of lookups in one transaction."""
+        """Return the subscribed workflows for each organization and event type of a batch, in its order, by
+        one transaction.
+        """
         async with self._database.read() as connection:
             found = {
                 one: await event_subscriptions.match_subscriptions(connection, *one)

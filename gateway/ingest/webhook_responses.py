@@ -120,7 +120,7 @@ class WorkflowAnswer:
     """Response of a workflow as an ASGI callable."""
 
     def __init__(self, answer: WebhookResponse, headers: Mapping[str, str]) -> None:
-        """Build the HTTP response from the answer of a workflow.
+        """Build the HTTP response from the answer of a workflow, not to be stored by caches.
 
         The server's `headers` override those of the workflow.
         """

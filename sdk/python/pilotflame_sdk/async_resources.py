@@ -320,7 +320,7 @@ class AsyncEventTokens(AsyncResource):
         return cast("t.NewEventToken", await self._client.request("POST", "/api/v1/auth/event-tokens", fields={"name": name, "secrets": secrets}))
 
     async def list(self, *, limit: int | None = None, offset: int | None = None) -> t.EventTokenList:
-        """List the event tokens of the organization."""
+        """List the event tokens of the organization, the newest first, revoked ones included."""
         return cast("t.EventTokenList", await self._client.request("GET", "/api/v1/auth/event-tokens", query={"limit": limit, "offset": offset}))
 
     def iterate(self) -> AsyncIterator[Any]:
@@ -620,7 +620,7 @@ class AsyncQueue(AsyncResource):
         return cast("t.DeadLetterGroups", await self._client.request("GET", "/api/v1/dead-letters/groups", query={"workflow_id": workflow_id, "trigger_type": trigger_type, "failure": failure, "since": since, "until": until, "muted": muted}))
 
     async def dead_letters(self, workflow_id: str, *, limit: int | None = None, offset: int | None = None) -> t.DeadLetterList:
-        """List the failed runs of inbound requests of a workflow that are neither redriven nor purged."""
+        """List the failed runs of inbound requests of a workflow, neither redriven nor purged, the oldest first."""
         return cast("t.DeadLetterList", await self._client.request("GET", f"/api/v1/workflows/{self._quote(workflow_id)}/dead-letters", query={"limit": limit, "offset": offset}))
 
     def iterate_dead_letters(self, workflow_id: str) -> AsyncIterator[Any]:
@@ -644,7 +644,7 @@ class AsyncQueue(AsyncResource):
         return cast("t.DeliveryRedriveResults", await self._client.request("POST", "/api/v1/dead-letters/redrive", fields={"filter": filter, "limit": limit, "dryRun": dry_run}))
 
     async def redrive_dead_letters(self, workflow_id: str, *, execution_ids: Sequence[str] | None = None, limit: int | None = None, dry_run: bool | None = None) -> t.DeliveryRedriveResults:
-        """Run the current workflow again on the input of its dead letters."""
+        """Run the current workflow again on the input of its dead letters: the named ones, or the oldest."""
         return cast("t.DeliveryRedriveResults", await self._client.request("POST", f"/api/v1/workflows/{self._quote(workflow_id)}/dead-letters/redrive", fields={"executionIds": execution_ids, "limit": limit, "dryRun": dry_run}))
 
     async def replay_all_dead_letters(self, *, filter: Any, definition: Literal['current', 'original'] | None = None, refresh: Sequence[Literal['model', 'read']] | None = None, confirm: Sequence[str] | None = None, failed_only: bool | None = None, dry_run: bool | None = None, limit: int | None = None) -> t.BulkReplayResult:
@@ -688,7 +688,7 @@ class AsyncSchedules(AsyncResource):
         return cast("t.WorkflowSchedule", await self._client.request("GET", f"/api/v1/workflows/{self._quote(workflow_id)}/schedule"))
 
     async def list(self, *, limit: int | None = None, offset: int | None = None) -> t.ScheduleList:
-        """List the schedules of all workflows that the caller may read, if they are or were active."""
+        """List the schedules, active now or before, of the workflows that the caller may read, the next run first."""
         return cast("t.ScheduleList", await self._client.request("GET", "/api/v1/schedules", query={"limit": limit, "offset": offset}))
 
     def iterate(self) -> AsyncIterator[Any]:
