@@ -77,7 +77,9 @@ def serve(settings: GatewaySettings) -> None:
 
 
 async def _serve(settings: GatewaySettings) -> None:
-    """Serve the API with its metrics, heartbeat file and tracer, on the configured or an inherited socket."""
+    """Serve the API, with metrics, heartbeat file and tracer, on the configured or an inherited socket until
+    a signal stops it.
+    """
     # Opened here, not by the application's lifespan: Uvicorn would wrap a failure to open in a traceback.
     async with (
         heartbeat.run_heartbeat(settings.heartbeat_file),
@@ -104,7 +106,9 @@ class GatewayServer(uvicorn.Server):
     _proxy_refresh: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start the server, follow the host names of proxies, and freeze loaded objects for the garbage collector."""
+        """Start the server, begin to resolve the host names of proxies, and freeze loaded objects for the
+        garbage collector.
+        """
         if self.proxies is not None and self.proxies.has_names:
             self._proxy_refresh = asyncio.create_task(self.proxies.follow())
         await super().startup(sockets)

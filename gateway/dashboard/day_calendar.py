@@ -70,9 +70,10 @@ def draw_calendar(calendar: Mapping[str, Any], clock_changes: Sequence[datetime]
 
 
 def _cut_to_days(spans: Iterable[_Span]) -> Mapping[datetime, Sequence[_Span]]:
-    """Return the parts of spans in each day in UTC by its midnight.
+    """Return the parts of spans by day, the key is its midnight in UTC; days without any are left out.
 
-    Times up in a row become one if the breaks between them are too short to be seen. Other spans have borders.
+    Times up in a row become one if the breaks between them are too short to be seen. Other spans stay separate, since
+    they have borders.
     """
     found: dict[datetime, list[_Span]] = {}
     for one in spans:
@@ -91,9 +92,10 @@ def _cut_to_days(spans: Iterable[_Span]) -> Mapping[datetime, Sequence[_Span]]:
 
 
 def _list_spans(calendar: Mapping[str, Any]) -> Iterator[_Span]:
-    """Yield windows, past times up and planned ones, those below others first.
+    """Yield the spans of windows, times up and planned times of a calendar, in the order in which they are drawn, the
+    lowest first.
 
-    A deployment is a start by a user too, but not one that keeps pods awake.
+    A time up has the tone of a start by a user if it is by hand, unless a deployment was its reason.
     """
     for one in calendar["windows"]:
         yield _Span(parse_moment(one["start"]), parse_moment(one["end"]), "window")

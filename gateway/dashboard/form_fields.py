@@ -66,9 +66,9 @@ def _build_field(name: str, schema: Any, *, is_required: bool) -> FormField:  # 
 
 
 def list_inputs(nodes: Iterable[Mapping[str, Any]]) -> Sequence[FormField]:
-    """Return a field for each input that the expressions and templates of a workflow read, at most 30.
+    """Return a field for each input of a run that the expressions and templates of these nodes read, at most 30.
 
-    Each names up to three nodes that read it. Empty if no trigger takes a body (`manual`, `webhook`).
+    Its hint names up to three nodes that read it. Empty if no trigger takes a body (`manual`, `webhook`).
     """
     found: dict[str, list[str]] = {}
     has_body = False

@@ -196,7 +196,9 @@ def is_moment(value: object) -> bool:
 
 
 def milliseconds_between(start: str | None, end: str | None) -> int | None:
-    """Return the milliseconds from one time in an API answer to another; None if one is absent."""
+    """Return the milliseconds from one time in an API answer to another, negative if it is earlier; None if
+    one is absent.
+    """
     first, last = parse_instant(start), parse_instant(end)
     return None if first is None or last is None else int((last - first).total_seconds() * SECOND_MS)
 

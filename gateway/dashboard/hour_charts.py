@@ -72,7 +72,9 @@ def draw_lines(hours: Sequence[Hour], median: str, high: str) -> QuantileLines:
 
 
 def _draw_line(values: Sequence[int | None], largest: int) -> str:
-    """Return values as a path: level within an hour, so that an hour between two gaps is seen."""
+    """Return values of hours as an SVG path, with gaps for None; it is level within an hour, so that one
+    between two gaps is seen.
+    """
     parts: list[str] = []
     for number, value in enumerate(values):
         if value is None:

@@ -95,7 +95,7 @@ class Page:
 
 
 def render(page: Page, data: PageData, frame: PageFrame) -> str:
-    """Return the HTML of a page from the API answers in `data` and its frame; it reads and changes nothing else."""
+    """Return the HTML of a page from the API answers in `data` and its frame; nothing else is read or changed."""
     topics = [topic.format(**frame.parameters) for topic in page.topics]
     values = {"crumbs": (), "topics": topics, "current": page.navigation, **page.view(data, frame)}
     return render_template(page.template, {**_frame_values(frame), **values})
@@ -110,8 +110,10 @@ def render_plain(template: str, frame: PageFrame, **values: object) -> str:
 
 
 def _frame_values(frame: PageFrame) -> dict[str, Any]:
-    """Return the values that all templates get: frame, addresses, present time, and the navigation's entries
-    for the visitor's scopes; all entries without a visitor, on a page that can't be shown.
+    """Return the values that all templates get: frame, addresses, present time, and the navigation entries for the
+    visitor's scopes.
+
+    Without a visitor, on a page that can't be shown, these are all entries.
     """
     return {
         "frame": frame,
@@ -169,7 +171,7 @@ def _render_with_tag(page: Page, data: PageData, frame: PageFrame) -> tuple[str,
 
 
 async def _load(page: Page, asking: PageRequest) -> tuple[Mapping[str, Any], PageData]:
-    """Return the visitor and the page's API answers, requested at once.
+    """Return the answer of `whoami` about the visitor and the page's API answers, which are requested at the same time.
 
     If the visitor can't be determined, loading is canceled and that error is raised, such as 401.
     """
@@ -188,7 +190,7 @@ async def _load(page: Page, asking: PageRequest) -> tuple[Mapping[str, Any], Pag
 def frame_of(
     request: GatewayRequest, asking: PageRequest, visitor: Mapping[str, Any] | None = None
 ) -> PageFrame:
-    """Return the values that every page shows: addresses, the present time, the query, and the visitor; None
+    """Return the facts that every page shows: addresses, the present time, the query, and the visitor, None
     if nobody is signed in.
     """
     settings = request.gateway.settings
@@ -235,10 +237,10 @@ async def _find_visitor(request: GatewayRequest) -> Mapping[str, Any] | None:
 
 
 async def answer_html(request: GatewayRequest, html: str, *, tag: str = "") -> ASGIApp:
-    """Return an HTML answer with status 200; from 1,000 bytes on compressed if the browser accepts gzip.
+    """Return an HTML answer with status 200, compressed from 1,000 bytes on if the browser accepts gzip, in a thread
+    from 200,000 bytes on.
 
-    Without a body and with status 304 if the browser has the page with this `tag`; an empty tag is none. From
-    200,000 bytes on it is compressed in a thread.
+    If the browser has the page with this `tag` already, it is an answer 304 without a body. An empty tag is none.
     """
     validators = [(b"etag", tag.encode())] if tag else []
     if tag and request.headers.get("if-none-match") == tag:

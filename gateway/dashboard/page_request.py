@@ -61,8 +61,8 @@ class PageRequest:
             return {}
 
     async def get(self, path: str, **query: object) -> Any:  # noqa: ANN401 - any JSON value
-        """Return the JSON answer of a public API route to GET, on behalf of the visitor; the page lists the
-        request.
+        """Return the JSON answer of a public API route to GET, on behalf of the visitor, and add the request to
+        `asked`.
 
         Parameters that are None or empty are left out. Raises error answers as `ApiError`.
         """
@@ -87,7 +87,9 @@ class PageRequest:
             return None
 
     async def get_recent(self, path: str, *, seconds: float) -> Any:  # noqa: ANN401 - any JSON value
-        """Return the answer of `get_if_present`, or an earlier one to the same visitor, at most `seconds` old."""
+        """Return the answer of `get_if_present`, or an earlier one to the same visitor, at most `seconds`
+        old; None is remembered too.
+        """
         credentials = tuple(value for name, value in self._scope["headers"] if name in _CREDENTIALS)
         key = (id(self._api), credentials, path)
         found = _recent.get(key)
@@ -116,7 +118,7 @@ class PageRequest:
         return _value_of(*await self._request(path, "", body))
 
     async def preview_if_allowed(self, path: str, **fields: object) -> Any:  # noqa: ANN401 - any JSON value
-        """Return the JSON answer to a preview; None if the status is 403, 404 or 405. Raises other errors as
+        """Return the answer as `preview` does; None if the status is 403, 404 or 405. Raises other errors as
         `ApiError`.
         """
         count = len(self.asked)
@@ -129,9 +131,8 @@ class PageRequest:
             return None
 
     async def plan_if_allowed(self, path: str, **fields: object) -> Any:  # noqa: ANN401 - any JSON value
-        """Return the JSON answer of an API route to a dry run; None if the status is 403, 404 or 405.
-
-        Raises other error answers as `ApiError`.
+        """Return the answer as `plan` does; None if the status is 403, 404 or 405. Raises other errors as
+        `ApiError`.
         """
         return await self.preview_if_allowed(path, **fields, dryRun=True)
 

@@ -58,9 +58,9 @@ class ChosenAct:
 
 
 def list_acts(filters: Mapping[str, str]) -> Sequence[tuple[str, str]]:
-    """Return names and verbs of the acts on all runs of a filter.
+    """Return name and verb of each act that is possible on all runs of a filter.
 
-    None without a filter, and for one that bulk operations lack, such as the reason of a wait.
+    Empty without a filter, and for one that bulk operations lack, such as the reason of a wait.
     """
     if not filters or not filters.keys() <= BULK_FIELDS.keys():
         return ()
@@ -68,7 +68,7 @@ def list_acts(filters: Mapping[str, str]) -> Sequence[tuple[str, str]]:
 
 
 def list_picked_acts(runs: Sequence[Mapping[str, Any]]) -> Sequence[tuple[str, str]]:
-    """Return names and verbs of the acts that at least one of the shown runs allows."""
+    """Return name and verb of each act that at least one of the shown runs allows."""
     states = {run["status"] for run in runs}
     allowed = {
         "replay": bool(states - UNFINISHED),
@@ -99,7 +99,7 @@ def read_act(query: Mapping[str, str], filters: Mapping[str, str]) -> ChosenAct 
 
 
 def select_runs(filters: Mapping[str, str]) -> Mapping[str, str]:
-    """Return the filter of a bulk operation for the filters of the list, whose times may lack a zone."""
+    """Return the filter of a bulk operation for the filters of the list; times without a zone become times in UTC."""
     return {
         BULK_FIELDS[name]: parse_moment(value).isoformat() if name in {"since", "until"} else value
         for name, value in filters.items()
@@ -150,7 +150,9 @@ def describe(
 
 
 def describe_plans(counted: Mapping[str, Any], labels: Mapping[str, str | None]) -> Mapping[str, Any]:
-    """Return the sums of the plans of a bulk replay, and the writes that need a confirmation, each with its label."""
+    """Return the sums of the plans of a bulk replay, its refusals, and the writes that need a confirmation,
+    each with its label.
+    """
     counts = counted["counts"]
     unconfirmed = dict.fromkeys(node for one in counted["refused"] for node in one["nodeIds"])
     return {

@@ -82,7 +82,8 @@ def list_waking(run: Mapping[str, Any], seconds: float) -> Iterable[Interval]:
 
 
 def build_bars(state: NodeState, axis: TimeAxis, now: datetime) -> Sequence[TimeBar]:
-    """Return the bars of a node on the time axis, then those of its failed attempts.
+    """Return the bars of a node on the time axis, then those of its failed attempts; empty for a node that has not
+    started.
 
     A node in a loop has a bar for each iteration; bars of one color that touch are joined.
     """
@@ -136,9 +137,7 @@ def find_ghost(state: NodeState, axis: TimeAxis) -> float | None:
 
 
 def list_phases(wake: Mapping[str, Any] | None) -> Sequence[WakePhase]:
-    """Return the events of the wake before a run in the order of their times, those that are recorded; empty
-    without a wake.
-    """
+    """Return the recorded events of the wake of pods before a run in the order of their times; empty without a wake."""
     events = (
         ("acceptedAt", "Accepted"),
         ("decidedAt", "Pod asked for"),

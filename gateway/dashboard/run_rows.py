@@ -132,8 +132,8 @@ def build_timeline(
     return RunTimeline(
         shown,
         run_bars.build_start_row(run, axis, now, waking_seconds, wake),
-        axis.folds(),
-        axis.ticks(),
+        axis.list_folds(),
+        axis.list_ticks(),
         Counter(row.state for row in rows),
         {row.id: row.state for row in rows},
     )
@@ -166,8 +166,8 @@ def _order_nodes(
 
 
 def _sort_by_sources(graph: _RowOrder) -> list[str]:
-    """Return the ids of the nodes of a graph, each after its sources, otherwise by their keys; it uses up
-    `graph.sources`.
+    """Return the ids of the nodes of a graph, each after its sources, otherwise in the order of their keys;
+    it empties `graph.sources`.
     """
     ready = [(key, node_id) for node_id, key in graph.keys.items() if not graph.sources[node_id]]
     heapify(ready)
@@ -220,10 +220,10 @@ def _describe(node_id: str, state: NodeState | None, node: Mapping[str, Any] | N
 
 
 def build_cells(state: NodeState) -> Sequence[IterationCell]:
-    """Return the strip of a node's iterations: a cell for each, or one for several with the worst of their states.
+    """Return the strip of cells for a node's iterations: one for each, or for several one with the worst of their
+    states.
 
-    There are about 24 cells. If not all iterations are listed, they show the share of each state, the worst
-    first.
+    There are about 24 cells. If not all iterations are listed, they show the share of each state, the worst first.
     """
     counts, iterations = state["iterationCounts"], [one["status"] for one in state["iterations"]]
     total = sum(counts.values())
@@ -239,7 +239,7 @@ def build_cells(state: NodeState) -> Sequence[IterationCell]:
 
 
 def _share(count: int, total: int) -> int:
-    """Return the number of cells for a share of all: at least one."""
+    """Return the number of cells that stand for a share of about 24: at least one."""
     return max(round(MAX_CELLS * count / total), 1)
 
 

@@ -63,7 +63,7 @@ def _list_fields(shape: type[DataSourceFields]) -> Sequence[FormField]:
 def _describe(
     name: str, schema: Mapping[str, Any], components: Mapping[str, Any], *, is_required: bool
 ) -> Mapping[str, Any]:
-    """Return the schema of one field with a title and a hint, without null, a reference or a default."""
+    """Return the schema of one field for its form: with title and hint, and without null, reference or default."""
     chosen = next((one for one in schema.get("anyOf", ()) if one.get("type") != "null"), schema)
     described = {**components[chosen["$ref"]], "description": ""} if "$ref" in chosen else dict(chosen)
     hint = described.get("description", "")

@@ -106,7 +106,7 @@ class TimeAxis:
         number = bisect_left(self.pieces, moment, key=lambda piece: piece.end)
         return self.pieces[min(number, len(self.pieces) - 1)].percent(moment)
 
-    def folds(self) -> list[FoldedWait]:
+    def list_folds(self) -> list[FoldedWait]:
         """Return the folded waits with position and width in percent, and their true duration in milliseconds."""
         return [
             FoldedWait(round(piece.x, 2), round(piece.width, 2), _to_milliseconds(piece.end - piece.start))
@@ -114,7 +114,7 @@ class TimeAxis:
             if piece.is_folded
         ]
 
-    def ticks(self) -> list[AxisTick]:
+    def list_ticks(self) -> list[AxisTick]:
         """Return ticks at round times before the first fold: position in percent and milliseconds since the start."""
         first, start = self.pieces[0], self.pieces[0].start
         length = _to_milliseconds(first.end - first.start)

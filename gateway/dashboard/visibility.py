@@ -10,10 +10,10 @@ if TYPE_CHECKING:
 
 
 def list_users(shared: Mapping[str, Any], users: Mapping[str, Any] | None, frame: PageFrame) -> Sequence[str]:
-    """Return the users besides admins that may see an object by name, its owner first; empty for a public object.
+    """Return the names of the users besides admins that may see an object, its owner first; empty for a public object.
 
-    `users` is the answer of the API about the users of the organization. Without it, and for users that it lacks,
-    ids stand for names.
+    `users` is the answer of the API about the users of the organization. Without it, and for users that it lacks, ids
+    stand for names.
     """
     if shared["isPublic"]:
         return ()

@@ -194,7 +194,7 @@ def test_starts_of_several_workflows_in_one_minute_collide_unless_they_are_dense
     collisions = schedule_list.find_collisions(lanes)
     assert collisions == {"2026-01-01T03:00": ["Nightly", "Sync"]}
     start = datetime(2026, 1, 1, tzinfo=UTC)
-    axis = schedule_list.TimeAxis(start, start, start + timedelta(hours=12))
+    axis = schedule_list.LaneAxis(start, start, start + timedelta(hours=12))
     first, second = schedule_list.build_marks(lanes[0], axis, collisions)
     assert (first.kind, second.kind) == ("clash", "tick")
     assert first.title.endswith("in the same minute as Sync")
@@ -312,6 +312,6 @@ def test_marks_lie_at_their_share_of_the_time(
     lane: dict[str, Any], marks: list[tuple[str, float, float]]
 ) -> None:
     start = datetime(2026, 1, 1, tzinfo=UTC)
-    axis = schedule_list.TimeAxis(start, start + timedelta(hours=2), start + timedelta(hours=12))
+    axis = schedule_list.LaneAxis(start, start + timedelta(hours=2), start + timedelta(hours=12))
     assert [(one.kind, one.x, one.width) for one in schedule_list.build_marks(lane, axis, {})] == marks
-    assert axis.labels(3) == [(25.0, "03"), (50.0, "06"), (75.0, "09")]
+    assert axis.list_labels(3) == [(25.0, "03"), (50.0, "06"), (75.0, "09")]

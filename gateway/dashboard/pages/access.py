@@ -122,7 +122,9 @@ def list_resources(listed: Mapping[str, Any] | None) -> Sequence[str]:
 
 
 def list_rights(scopes: Sequence[str], resources: Sequence[str]) -> Sequence[str]:
-    """Return a key's actions on each kind of objects, such as `read, write`; empty without any."""
+    """Return the actions of a key's scopes on each of the kinds of objects, in their order, such as `read,
+    write`; empty texts without any.
+    """
     rights = [scope.partition(":") for scope in scopes]
     return [", ".join(action for kind, _, action in rights if kind == resource) for resource in resources]
 
@@ -138,8 +140,8 @@ def _state_of(key: Mapping[str, Any], frame: PageFrame) -> str:
 
 
 def _describe_token(token: Mapping[str, Any], frame: PageFrame) -> Mapping[str, Any]:
-    """Return a trigger token with its state, the part of an answer that shows a new address, and whether the
-    visitor may replace it.
+    """Return a trigger token with its state, whether the visitor may replace it, and in `shows` the part of the answer
+    with a new address.
 
     The state is `replaced` until the overlap ends, `unused` for 90 days, or `valid`.
     """

@@ -95,7 +95,10 @@ class AgentStrip:
 
 
 def describe_progress(progress: Mapping[str, Any]) -> AgentStrip:
-    """Return the line about an agent by its progress as the graph of the run has it."""
+    """Return the line about the present step of an agent: its words, and cost and tokens so far.
+
+    `progress` is that of the agent in the graph of the run.
+    """
     steps = progress["openSteps"]
     waiting = [step for step in steps if step["status"] == StepStatus.WAITING]
     shown = waiting or steps
@@ -149,7 +152,9 @@ def view_agent(span: Mapping[str, Any] | None, recorded: Sequence[Step] = ()) ->
 def _view_turns(
     steps: Sequence[Step], inner: Mapping[str, Sequence[Step]], depth: int
 ) -> Sequence[AgentTurn]:
-    """Return the turns of one agent; `inner` holds the steps of those that do its calls by their iterations."""
+    """Return the turns of one agent; `inner` holds the steps of the agents that do its tool calls, by their
+    iterations.
+    """
     turns: list[AgentTurn] = []
     for step in steps:
         if step["kind"] == StepKind.MODEL:
@@ -161,7 +166,7 @@ def _view_turns(
 
 
 def _view_turn(step: Step, number: int) -> AgentTurn:
-    """Return the view of an answer; pods write them, so that a part may be of any type, and is left out then."""
+    """Return the answer of a model as turn `number`; a part of a wrong type, which pods may write, is left out."""
     answer = step["result"] if isinstance(step["result"], dict) else {}
     reason, text = answer.get("finishReason", FinishReason.STOP), answer.get("text", "")
     return AgentTurn(

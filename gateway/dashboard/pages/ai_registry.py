@@ -206,7 +206,7 @@ def _list_users(model: Mapping[str, Any], names: Mapping[str, str]) -> str:
 
 
 def _list_guests(model: Mapping[str, Any], names: Mapping[str, str]) -> Sequence[ModelGuest]:
-    """Return the users that a model may be shared with; those that it is shared with are among them, listed or not."""
+    """Return the users with whom a model is shared, then the other users of `names` with whom it may be shared."""
     shared_with = model["sharedWith"]
     others = [user_id for user_id in names if user_id != model["ownerId"] and user_id not in shared_with]
     return [
@@ -216,7 +216,7 @@ def _list_guests(model: Mapping[str, Any], names: Mapping[str, str]) -> Sequence
 
 
 def _is_blocked(model: Mapping[str, Any], now: datetime) -> bool:
-    """Return whether the provider of a model accepts no calls yet."""
+    """Return whether the provider of a model has asked for a pause that lasts beyond `now`."""
     until = model["blockedUntil"]
     return until is not None and datetime.fromisoformat(until) > now
 
@@ -240,7 +240,7 @@ def _view_tool(tool: Mapping[str, Any]) -> ToolView:
 
 
 def _list_changes(accepted: Mapping[str, Any], offered: Mapping[str, Any]) -> Sequence[ToolChange]:
-    """Return the places in which the definition of the server differs from the accepted one."""
+    """Return the places, at most 20, in which the server's definition of a tool differs from the accepted one."""
     before, after = ({name: side[name] for name in COMPARED} for side in (accepted, offered))
     return [
         ToolChange(

@@ -149,7 +149,9 @@ def question_id(question: Mapping[str, Any]) -> str:
 def question_address(
     frame: PageFrame, tab: str, question: Mapping[str, Any], after: Mapping[str, str]
 ) -> str:
-    """Return the address of the page with a question open on a tab; `after` is the parameter of its page."""
+    """Return the address of the page with a question open on a tab; `after` has the cursor of the page as a
+    parameter, or nothing.
+    """
     return list_address(frame, PATH, {"tab": tab, "question": question_id(question), **after})
 
 

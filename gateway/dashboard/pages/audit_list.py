@@ -79,7 +79,7 @@ def _read_filters(query: Mapping[str, str]) -> dict[str, str]:
 
 
 def _page_of(frame: PageFrame, object_id: str) -> str:
-    """Return the address of a workflow's or data source's page by the prefix of its id; empty for other objects."""
+    """Return the address of the page of a workflow or data source by its id; empty for other objects."""
     begin = next((begin for prefix, begin in OBJECT_PAGES.items() if object_id.startswith(prefix)), None)
     return "" if begin is None else f"{frame.root}/dashboard/{begin}{object_id}"
 

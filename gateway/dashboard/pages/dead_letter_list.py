@@ -256,7 +256,7 @@ def _is_growing(group: Mapping[str, Any], now: datetime) -> bool:
 
 
 def describe_versions(versions: Sequence[int], definitions: int) -> str:
-    """Return the versions whose runs failed in words, such as `versions 13, 14 and 1 other definition`.
+    """Return the versions that failed in words, such as `versions 13, 14 and 1 other definition`.
 
     `definitions` is the number of definitions that failed, of which some may be edits that no version has.
     """
@@ -279,9 +279,10 @@ def _open_group(groups: Sequence[Mapping[str, Any]], group_id: str | None) -> Ma
 def describe_plan(
     plan: Mapping[str, Any] | None, newest: Mapping[str, Any] | None, labels: Mapping[str, str | None]
 ) -> Mapping[str, Any] | None:
-    """Return the plan of a group's replay for the page: counts of nodes, and the nodes that run in the newest.
+    """Return the plan of a group's replay for the page: counts of nodes, and the nodes that run again in its newest
+    run.
 
-    `newest` is the plan of the newest run, None if there is none. None without a plan.
+    `newest` is the plan of that run, None if it was refused. None without a plan.
     """
     if plan is None:
         return None
@@ -310,7 +311,7 @@ def list_writes(workflow: Mapping[str, Any] | None, types: Mapping[str, Any] | N
 
 
 def _may_write(effect: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
-    """Return whether a node writes outside by the effect of its type, which may depend on a field of its config."""
+    """Return whether a node may write outside, by the effect of its type, which may depend on a field of its config."""
     chosen = config.get(effect.get("field", ""))
     cases = effect.get("cases") or {}
     found: str = (

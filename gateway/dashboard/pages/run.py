@@ -84,7 +84,7 @@ async def load(page: PageRequest) -> PageData:
 async def _load_node(
     page: PageRequest, path: str, state: Mapping[str, Any] | None, tab: str
 ) -> Mapping[str, Any]:
-    """Return the span of the selected node, and its differences from another run if that tab is shown; None
+    """Return span, recorded steps and differences of the selected node, those that the open tab shows; None
     for absent ones.
     """
     if state is None:
@@ -197,8 +197,9 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
 
 
 def find_change_address(frame: PageFrame, run: Mapping[str, Any], graph: Mapping[str, Any]) -> str:
-    """Return the address of the differences between the last completed run and this one; empty unless both sides are
-    versions, or this one has the workflow as it is now.
+    """Return the address of the differences between the definition of the last completed run and that of this one.
+
+    Empty unless the first is a version, and the second a version or the workflow as it is now.
     """
     after = run["version"] or ("current" if graph["isCurrent"] else None)
     if graph["previousVersion"] is None or after is None:
@@ -208,7 +209,7 @@ def find_change_address(frame: PageFrame, run: Mapping[str, Any], graph: Mapping
 
 
 def list_strips(states: Sequence[Mapping[str, Any]]) -> Mapping[str, AgentStrip]:
-    """Return the lines at the rows of nodes that ask models now, and of agents that have not ended, by node."""
+    """Return the lines at the rows of nodes that ask models now, and of agents that have not ended, by node id."""
     return {
         state["nodeId"]: agent_turns.describe_progress(state["agent"])
         if "agent" in state

@@ -58,9 +58,10 @@ class IterationLink:
 
 
 def choose_state(states: Sequence[State], query: Mapping[str, str]) -> State | None:
-    """Return the state of the node that the query selects, None for an unknown one.
+    """Return the state of the node that the query selects, None for one without a state.
 
-    Without a selection, that of the first failure, else of the last node; None without nodes.
+    Without a selection, that of the first node that failed, else that retries, waits or runs, else of the last one;
+    None without nodes.
     """
     wanted = query.get("node")
     if wanted:
@@ -224,7 +225,7 @@ def _link_iterations(state: State | None, address: Callable[..., str]) -> Sequen
 
 
 def list_changes(diff: Mapping[str, Any] | None) -> Sequence[ShownChange]:
-    """Return the changed values of a comparison in the order of their causes, up to 60 for each part of a node.
+    """Return the changed values of a comparison, of definition, input, config and output in this order, up to 60 each.
 
     Empty without a comparison.
     """

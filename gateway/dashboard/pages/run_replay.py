@@ -39,10 +39,11 @@ REASONS: Final = {
 
 
 async def load(page: PageRequest) -> PageData:
-    """Ask the API for the run and the plan of its replay, then for the labels of its nodes; raises `ApiError`.
+    """Ask the API for the run, its graph and the plan of its replay, then for its workflow and versions; raises
+    `ApiError`.
 
-    The plan states for each node whether its result is reused; the query chooses the run's or the present
-    definition.
+    The plan states for each node whether its result is reused; the query chooses the definition, by default that of the
+    workflow as it is now.
     """
     path = f"/api/v1/executions/{page.parameters['id']}"
     run, graph, plan = await asyncio.gather(

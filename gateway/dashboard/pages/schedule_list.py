@@ -74,7 +74,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
     hours = frame.query.get("hours", "")
     hours = hours if hours in dict(RANGES) else RANGES[0][0]
     next_page = list_address(frame, PATH, {"offset": str(shown), "hours": hours})
-    axis = TimeAxis.of(timeline)
+    axis = LaneAxis.of(timeline)
     collisions = find_collisions(timeline["workflows"])
     return {
         "title": "Schedule",
@@ -94,7 +94,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
             (axis.x(parse_moment(one["at"])), describe_clock_change(one), one["at"])
             for one in timeline["clockChanges"]
         ],
-        "labels": axis.labels(RULER_STEPS[int(hours)]),
+        "labels": axis.list_labels(RULER_STEPS[int(hours)]),
         "ranges": [
             (label, list_address(frame, PATH, {"hours": value}), value == hours) for value, label in RANGES
         ],
@@ -108,7 +108,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
 
 
 @dataclass(frozen=True, slots=True)
-class TimeAxis:
+class LaneAxis:
     """Time axis of the lanes."""
 
     since: datetime
@@ -116,7 +116,7 @@ class TimeAxis:
     until: datetime
 
     @classmethod
-    def of(cls, timeline: Mapping[str, Any]) -> TimeAxis:
+    def of(cls, timeline: Mapping[str, Any]) -> LaneAxis:
         """Return the axis with the bounds and the present time of a timeline of the API."""
         return cls(*(parse_moment(timeline[name]) for name in ("since", "now", "until")))
 
@@ -125,7 +125,7 @@ class TimeAxis:
         share = (at - self.since) / (self.until - self.since)
         return round(min(max(share, 0.0), 1.0) * 100, 2)
 
-    def labels(self, step: int) -> Sequence[tuple[float, str]]:
+    def list_labels(self, step: int) -> Sequence[tuple[float, str]]:
         """Return position in percent and text of the ruler's labels, every `step` hours: hours in UTC, or
         days for 24.
         """
@@ -151,7 +151,9 @@ def find_collisions(lanes: Sequence[Mapping[str, Any]]) -> Mapping[str, Sequence
 
 
 def list_late_duties(scheduler: Mapping[str, Any] | None, now: datetime) -> Sequence[str]:
-    """Return the names of the duties whose last tick is over three intervals and half a minute ago."""
+    """Return the names of the scheduler's duties that were last done over three intervals and half a minute
+    ago; empty for None.
+    """
     return [
         one["name"]
         for one in ([] if scheduler is None else scheduler["duties"])
@@ -161,7 +163,7 @@ def list_late_duties(scheduler: Mapping[str, Any] | None, now: datetime) -> Sequ
 
 
 def build_marks(
-    lane: Mapping[str, Any], axis: TimeAxis, collisions: Mapping[str, Sequence[str]]
+    lane: Mapping[str, Any], axis: LaneAxis, collisions: Mapping[str, Sequence[str]]
 ) -> Sequence[LaneMark]:
     """Return the shapes of a schedule's lane, those below others first: windows, times awake, waiting runs, planned
     starts, the last run.
@@ -196,8 +198,8 @@ def build_marks(
     return marks
 
 
-def _span(kind: str, span: Mapping[str, Any], title: str, axis: TimeAxis) -> LaneMark:
-    """Return the shape for a span of time, at least 0.3 percent wide."""
+def _span(kind: str, span: Mapping[str, Any], title: str, axis: LaneAxis) -> LaneMark:
+    """Return a shape of this kind for a span of time with `start` and `end`, at least 0.3 percent wide."""
     start, end = axis.x(parse_moment(span["start"])), axis.x(parse_moment(span["end"]))
     return LaneMark(kind, start, round(max(end - start, 0.3), 2), title)
 

@@ -191,7 +191,7 @@ def _build_address(frame: PageFrame, **changes: str) -> str:
 def _read_states(graph: Mapping[str, Any] | None, workflow: Mapping[str, Any]) -> Mapping[str, str] | None:
     """Return the states of the workflow's nodes in its last run by id; None if it has not run.
 
-    Nodes that were deleted since are left out.
+    Nodes that were deleted since, or that the run did not reach, are left out.
     """
     if graph is None:
         return None
@@ -215,8 +215,10 @@ def list_notes(
     warnings: Sequence[Mapping[str, Any]],
     deliveries: Mapping[str, Any] | None,
 ) -> Mapping[str, str]:
-    """Return the notes below the nodes of the map: figures, the time of the last delivery below a trigger, and a path
-    that finds nothing before all others.
+    """Return a note below each node of the map, by node id: its figures, or below a trigger the time of the last
+    delivery.
+
+    A path that finds nothing comes before all others. Nodes without a note are left out.
     """
     unresolved = {one.get("nodeId") for one in warnings if one["type"] == UNRESOLVED}
     newest = deliveries["deliveries"][0] if deliveries and deliveries["deliveries"] else None

@@ -104,10 +104,11 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
 def list_chips(
     data: PageData, frame: PageFrame, kept: Mapping[str, str]
 ) -> Sequence[tuple[str, int, str, bool]]:
-    """Return label, number, address and whether it is on for each chip: all, the states, and the statuses.
+    """Return label, number, address and whether it is chosen for each filter above the list: all, the states, and the
+    statuses.
 
-    The numbers count workflows that the visitor may see. `kept` are the filters and the order of the page. A chip
-    that is on leads to the page without its filter.
+    The numbers count workflows that the visitor may see. `kept` are the filters and the order of the page. The address
+    of a chosen filter leads to the page without it.
     """
     everything = {name: value for name, value in kept.items() if name not in {"state", "status"}}
     states, statuses = data["workflows"]["states"], data["stats"]["readable"]

@@ -157,7 +157,8 @@ def draw_difference(
 ) -> Any:  # noqa: ANN401 - drawn shapes
     """Return the map of the later graph with the removed nodes of the earlier one, each with its change as state.
 
-    States are `same`, `added`, `removed` and `changed`. A large graph is shown around a change, or at `at`.
+    States are `same`, `added`, `removed` and `changed`. A large graph is shown around the first change, or around the
+    position `at` of the overview.
     """
     removed = {node["id"] for node in diff["nodes"]["removed"]}
     states = dict.fromkeys((node["id"] for node in after["nodes"]), "same")
