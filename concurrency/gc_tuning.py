@@ -47,11 +47,12 @@ def postpone_until_loaded() -> None:
 
 
 def freeze_loaded(loop: asyncio.AbstractEventLoop) -> None:
-    """Exclude all present objects from garbage collection, and postpone full collections while large values exist.
+    """Exclude all present objects from garbage collection, and put off full collections after the heap has grown.
 
-    A body of 10 MB may be five million objects, none of them garbage. Traversing them blocks the whole
-    process for half a second, again and again while they exist. Called once after startup; the event loop, which
-    has to run already, checks every second from now on.
+    Call it once after startup. From then on, the event loop, which must run already, checks every second: a full
+    collection that is due runs once the heap has not grown much for a minute, or after ten million new objects. A body
+    of 10 MB may be five million objects, none of them garbage, and each traversal would block the process for half a
+    second.
     """
     # Without a collection before it: it would take a sixth of the CPU of a start, and free 800 of 190,000 objects.
     gc.freeze()

@@ -57,7 +57,8 @@ class _ConditionBinder:
     def bind(self, expression: Expression) -> str:
         """Return the text that replaces an expression in a condition on an event.
 
-        A path into the run becomes a path to its value, which is added to `given`; paths into the event stay.
+        A path into the run becomes a path to its value, which is added to `given`: null if it is unresolved, which is
+        noted. Paths into the event stay.
         """
         return (
             self._bind_path(expression)

@@ -345,7 +345,9 @@ def estimate_tokens(text: str) -> int:
 
 
 def measure_calls(message: ChatMessage) -> int:
-    """Return the bytes of a message beside its text: tool calls, or content in the form of a provider."""
+    """Return the bytes of a message beside its text, as JSON: the larger of its tool calls and provider
+    content, or 0.
+    """
     parts = [part for part in (message.tool_calls, message.provider_content) if part]
     return max((len(msgspec.json.encode(part)) for part in parts), default=0)
 

@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 
 def prune_graph(graph: ParsedGraph, catalog: NodeTypeLookup) -> ParsedGraph:
-    """Return the part of a graph that is run: nodes needed for its `up_to`, without those hidden behind
-    pinned nodes.
+    """Return the part of a graph that is run: nodes needed for its `up_to`, without those hidden behind pinned nodes.
 
-    Without both it is the graph itself. Raises `InvalidDefinition` for an unknown node to pin or to end with.
+    Without `up_to` and pinned nodes it is the graph itself. Raises `InvalidDefinition` for an unknown node to pin or to
+    end with.
     """
     if graph.up_to is None and not graph.pinned:
         return graph
@@ -83,8 +83,9 @@ class _NeededNodes:
         return self._found
 
     def _last_nodes(self) -> Mapping[str | None, list[str]]:
-        """Return the nodes without successors outside of their own body, by their innermost loop (None
-        outside of loops).
+        """Return the ids of the last nodes by their innermost loop, None outside of loops.
+
+        No edge leaves such a node, other than from a loop to its own body.
         """
         last: dict[str | None, list[str]] = {None: []}
         for node in self._graph.nodes:

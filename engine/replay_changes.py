@@ -47,7 +47,9 @@ def static_changes(facts: ReplayFacts, node_id: str, key: NodeKey) -> list[Repla
 
 
 def _static_key(program: NodeProgram) -> dict[str, bytes]:
-    """Return the digests of a compiled node by name, those that need no values of a run."""
+    """Return the digests of a compiled node that need no values of a run: type, config, mappings, implementation, and
+    ports, by these names.
+    """
     static, end = program.static_hashes, program.key_end
     return {
         "type": static[:32],

@@ -501,7 +501,9 @@ class _MissingService:
 
 
 def _missing_service(name: str) -> Callable[[], Any]:
-    """Return a function that raises `NodeError`, in place of a service that the process doesn't provide."""
+    """Return a factory of a placeholder for a service that the process doesn't provide; each use of one raises
+    `NodeError`.
+    """
     return lambda: _MissingService(name)
 
 

@@ -576,7 +576,8 @@ def _show_outcome(outcome: NodeOutcome, max_bytes: int) -> str:
 
 
 def cut_text(text: str, max_bytes: int) -> str:
-    """Return a text; of one over `max_bytes` in UTF-8, only as many bytes from its ends, around a note on the rest.
+    """Return a text of up to `max_bytes` in UTF-8 as it is; of a longer one as many bytes, half of them from its end,
+    with a note on the rest between the halves.
 
     NUL, which databases don't store, is replaced by U+FFFD.
     """
