@@ -95,6 +95,6 @@ def build_fingerprint(workflow_id: str, node_id: str | None, code: str, message:
 
 @lru_cache(FINGERPRINTS)
 def _build_fingerprint(workflow_id: str, node_id: str | None, code: str, message: str) -> str:
-    """Return the fingerprint of an error; most of thousands of runs have failed with the same few errors."""
+    """Return the fingerprint of an error; it is cached, since thousands of runs fail with the same few errors."""
     cause = msgspec.json.encode([workflow_id, node_id, code, _VARIABLE.sub("…", message)])
     return sha256(cause).hexdigest()[:FINGERPRINT_LENGTH]

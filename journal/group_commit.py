@@ -107,7 +107,9 @@ class GroupCommit(Generic[Item, Answer]):
         return batch
 
     async def _settle(self, batch: list[tuple[Item, asyncio.Future[Answer]]]) -> None:
-        """Commit a batch, and give each item its answer or the error."""
+        """Commit a batch, and give each item its answer or the error; after an error that one item may have caused,
+        each is committed alone.
+        """
         try:
             answers = await self._commit([item for item, _ in batch])
         except LockWaitTimeout as error:

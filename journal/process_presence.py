@@ -52,7 +52,7 @@ async def store_process(
     loop_lag_ms: int = 0,
     activity: Mapping[str, Any] | None = None,
 ) -> None:
-    """Insert or renew the row of a living process."""
+    """Insert the row of a living process, named by `owner`, or set the time, event loop lag and activity of its row."""
     dialect: Any = postgresql if connection.dialect.name == "postgresql" else sqlite
     statement = dialect.insert(ProcessPresence).values(
         owner=owner,

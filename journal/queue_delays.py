@@ -75,7 +75,7 @@ async def count_pending(connection: AsyncConnection) -> Sequence[tuple[str, int,
 
 
 async def read_schedule_lag(connection: AsyncConnection) -> float:
-    """Return for how many seconds the schedule is due that is longest due; 0 if none is."""
+    """Return the seconds since the due time of the schedule that has been due longest; 0 if none is due."""
     due_at = type_coerce(func.min(col(Schedule.due_at)), BigInteger)
     return await _read_seconds(
         connection, select(DatabaseTime() - due_at).where(col(Schedule.due_at) <= DatabaseTime())
@@ -83,7 +83,7 @@ async def read_schedule_lag(connection: AsyncConnection) -> float:
 
 
 async def read_deferred_delay(connection: AsyncConnection) -> float:
-    """Return since how many seconds the waiting run is due that is longest due; 0 if none is."""
+    """Return the seconds since the due time of the waiting run that has been due longest; 0 if none is due."""
     is_waiting = col(Execution.status) == literal_column(f"'{ExecutionStatus.WAITING}'")
     due_at = type_coerce(func.min(col(Execution.due_at)), BigInteger)
     return await _read_seconds(
@@ -93,5 +93,5 @@ async def read_deferred_delay(connection: AsyncConnection) -> float:
 
 
 async def _read_seconds(connection: AsyncConnection, microseconds: Select[int]) -> float:
-    """Return the seconds of a statement for microseconds; 0 for NULL and for a time ahead."""
+    """Return the result of a statement, which is in microseconds, in seconds; 0 for NULL and for a negative one."""
     return max(await connection.scalar(microseconds) or 0, 0) / MILLION

@@ -300,7 +300,7 @@ class RunJournal:
         """Add a completed share (0 to 1) to the progress of the run."""
         self._done += share
 
-    def count_answers(self, wait_answer_count: int) -> None:
+    def set_answer_count(self, wait_answer_count: int) -> None:
         """Set the number of wait answers that the run has seen, which the write of a wait compares with the
         stored number.
         """
@@ -403,7 +403,7 @@ class RunJournal:
             self._cancel_task(self._write, earlier)
 
     def _cancel_task(self, write: RunWrite, span: NodeSpan) -> None:
-        """Cancel the task that a node waits for, if it waits for one."""
+        """Add the cancellation of the task that a node waits for, if it waits for one, to a write."""
         if span.awaits is not None and _decode_awaits(span.awaits).kind == AnswerSource.TASK:
             write.cancelled_tasks.append((span.node_id, span.iteration))
             write.organization_id = self.organization_id
@@ -630,8 +630,8 @@ class LeaseKeeper:
         return [lease for lease in list(self._leases.values()) if lease.until < until]
 
     async def _renew_unlocked(self, store: RunStore, leases: list[RunLease], seconds: float) -> None:
-        """Renew leases, and retry those with locked rows until shortly before the next round, in `seconds`;
-        then log them.
+        """Renew leases, and retry those with locked rows until shortly before the next round, in `seconds`; then log
+        how many are left.
 
         Raises `DatabaseUnavailable`.
         """

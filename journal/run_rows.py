@@ -175,7 +175,7 @@ def span_rows(batch: Sequence[RunWrite]) -> list[DatabaseRow]:
 
 
 def attempt_rows(batch: Sequence[RunWrite]) -> list[DatabaseRow]:
-    """Return one row per attempt of each node, its last recorded state."""
+    """Return one row per attempt of each node, its last recorded state, with the values of `ATTEMPT_COLUMNS`."""
     newest = [
         (write, one)
         for write in batch
@@ -251,7 +251,7 @@ def decode_step(row: Sequence[Any]) -> AgentStep:
 
 
 def log_rows(batch: Sequence[RunWrite]) -> list[DatabaseRow]:
-    """Return one row per log line of the writes, each with a new id."""
+    """Return one row per log line of the writes, with a new id and the values of `LOG_COLUMNS`."""
     lines = [(write, line) for write in batch for line in write.logs]
     return [
         (

@@ -27,11 +27,11 @@ _IS_WAKING: Final = col(BlockedInterval.code) == literal_column(f"'{BlockerCode.
 
 
 async def read_wake_times(connection: AsyncConnection, now: datetime) -> Mapping[str, Sequence[float]]:
-    """Return the seconds of each phase of the last 200 wakes of a day, sorted, by the name of the phase.
+    """Return the seconds of each phase of the last 200 wakes in the day before `now`, sorted, by the name of the phase.
 
-    `decide` lasts from the acceptance of a run to the decision to start pods, `start` to the start of the
-    pod's process, `claim` to the claim of the run, and `total` from the first to the last. A run that was
-    accepted while its pod was starting has no `decide`.
+    `decide` lasts from the acceptance of a run to the decision to start pods, `start` to the start of the pod's
+    process, `claim` to the claim of the run, and `total` from the first to the last. A run that was accepted while its
+    pod was starting has no `decide`.
     """
     started = (
         select(func.max(col(LifecycleDecision.at)))

@@ -60,7 +60,7 @@ class FolderBlobStorage:
         Raises `BlobLost` if it is missing or its label (media type and name) unreadable, and
         `BlobsUnavailable`.
         """
-        file, label, size = await self._in_thread(lambda: _open_labeled(self._of(owner) / sha256))
+        file, label, size = await self._in_thread(lambda: _open_labeled(self._folder_of(owner) / sha256))
         try:
             yield OpenBlob(label, size, self._chunks(file))
         finally:
@@ -71,7 +71,7 @@ class FolderBlobStorage:
 
         Raises `BlobsUnavailable`.
         """
-        await self._in_thread(lambda: _remove_folder(self._of(owner)))
+        await self._in_thread(lambda: _remove_folder(self._folder_of(owner)))
 
     async def idle_owners(self, age: timedelta) -> AsyncIterator[Sequence[BlobOwner]]:
         """Yield batches of at most 500 owners whose folders have not changed for `age`, by the time of the
@@ -101,13 +101,13 @@ class FolderBlobStorage:
 
     # ── in a thread ───────────────────────────────────────────────────────────────────────────────
 
-    def _of(self, owner: BlobOwner) -> Path:
+    def _folder_of(self, owner: BlobOwner) -> Path:
         """Return the folder of an owner's blobs."""
         return self._root / owner.organization_id / owner.key_id
 
     def _put(self, owner: BlobOwner, sha256: str, content: bytes, label: BlobLabel) -> None:
         """Write a blob to its file, as `put` describes; blocks the thread, and raises `OSError`."""
-        folder = self._of(owner)
+        folder = self._folder_of(owner)
         if not _is_whole(folder / sha256, sha256):
             if not self._is_made:
                 durable_folders.make_folder(self._root)

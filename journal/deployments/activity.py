@@ -128,10 +128,10 @@ class DeploymentActivity:
 
 
 def activity_statement() -> Select[*tuple[Any, ...]]:
-    """Return the statement that reads deployments with their policy, whether runs are due or running, the
-    last end, and the time.
+    """Return the statement that reads deployments with the lifecycle policy of their workflow and their activity;
+    callers add conditions.
 
-    Callers add conditions.
+    Columns besides those of the row: `lifecycle`, `has_due` and `has_running` (runs), `last_ended_at` and `now`.
     """
     return select(
         Deployment,

@@ -130,11 +130,10 @@ def decide_lifecycle(seen: DeploymentActivity) -> LifecycleVerdict:
 
 
 def decide_for_run(seen: DeploymentActivity) -> LifecycleVerdict:
-    """Wake a deployment for a new run unless its pods are desired and have not failed; a `decide` for
+    """Decide to wake a deployment for a new run, unless its pods are desired and have not failed; a `decide` for
     `decide_and_apply`.
 
-    Raises `StartRefused` if the policy allows no start now, and `ZoneInfoNotFoundError` for an unknown time
-    zone.
+    Raises `StartRefused` if the policy allows no start now, and `ZoneInfoNotFoundError` for an unknown time zone.
     """
     refusal = lifecycle_policy.start_refusal(seen.policy, seen.situation, seen.now)
     if refusal is not None:

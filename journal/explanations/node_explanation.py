@@ -75,8 +75,8 @@ def explain_node(
 ) -> Explanation:
     """Explain why a node of a run has not ended; without blockers, it has ended or starts at once.
 
-    `settled` are the ended nodes, `triggers` the ids that may start a run, and `eager` those that start after
-    their first branch.
+    `settled` are the ended nodes, `triggers` the ids of nodes that may start a run, and `eager` the ids of those that
+    start after their first branch.
     """
     blockers = _find_blockers(facts, graph, settled, node_id, triggers, eager)
     since = blockers[0].since if blockers else facts.run.updated_at

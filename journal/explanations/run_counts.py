@@ -170,7 +170,7 @@ def _count_bounded(label: Any, *conditions: ColumnElement[bool]) -> Select[Any]:
     ).select_from(some)
 
 
-def _select_organization(organization_id: str | None) -> Sequence[ColumnElement[bool]]:
+def _organization_conditions(organization_id: str | None) -> Sequence[ColumnElement[bool]]:
     """Return the SQL conditions of an organization's runs that count for everybody in it; none for None."""
     if organization_id is None:
         return ()
@@ -226,7 +226,7 @@ async def _count_pending(
                 target,
                 wakes.IS_PENDING,
                 col(Execution.target) == target,
-                *_select_organization(organization_id),
+                *_organization_conditions(organization_id),
             )
             for target in targets
         )
@@ -260,7 +260,7 @@ async def _count_deferred(
     They are held by a paused workflow, delayed to a time, or deferred by one of the deployments `pods`.
     """
     of_delayed = (wakes.IS_DEFERRED, col(Execution.target) == DELAYED_TARGET)
-    of_organization = _select_organization(organization_id)
+    of_organization = _organization_conditions(organization_id)
     statement = union_all(
         _count_bounded(BlockerCode.WORKFLOW_PAUSED.value, *of_delayed, IS_HELD, *of_organization),
         _count_bounded(BlockerCode.TIMER.value, *of_delayed, ~IS_HELD, *of_organization),
@@ -311,7 +311,7 @@ async def _count_running(
     """
     some = (
         select(RUNNING_CODE.label("label"), col(Execution.updated_at).label("at"))
-        .where(IS_RUNNING, *_select_organization(organization_id))
+        .where(IS_RUNNING, *_organization_conditions(organization_id))
         .limit(MAX_COUNTED)
         .subquery()
     )

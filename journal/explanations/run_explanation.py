@@ -87,10 +87,9 @@ def explain_run(facts: RunFacts) -> Explanation:
 
 
 def _pending_blockers(facts: RunFacts) -> Iterator[Blocker]:
-    """Yield the blocker of a pending run, one at most: the concurrency limit, its deployment, the workers, or
-    Redis.
+    """Yield the blocker of a pending run, at most one: the concurrency limit, its deployment, the workers, or Redis.
 
-    None if the next claim takes the run.
+    Nothing is yielded if the next claim takes the run.
     """
     run = facts.run
     if run.target == LIMITED_TARGET:
@@ -278,8 +277,8 @@ def workflow_paused(workflow_id: str, *, since: datetime | None) -> Blocker:
 
 
 def node_blocker(facts: RunFacts, node: UnsettledNode) -> Blocker:
-    """Return the blocker that an unsettled node is for its run: a timer, retry, person, event, task or child
-    run; or its own work.
+    """Return the blocker that says why an unsettled node has not ended: it waits for a time, person, event, task or
+    child run, or is at work.
     """
     where: Mapping[str, Json] = {
         "node": node.node_id,
@@ -392,7 +391,9 @@ def _task_blocker(node: UnsettledNode) -> Blocker:
 
 
 def _report_text(task: TaskFact) -> str:
-    """Return when the worker of a held task has last reported, and when another one may have the task instead."""
+    """Return a text that says when the worker of a held task has last reported, and when another worker may have the
+    task.
+    """
     if task.reported_seconds is None:
         reported = "which has not confirmed the claim yet"
     elif task.is_silent:
@@ -442,7 +443,7 @@ def _running_blocker(facts: RunFacts, node: UnsettledNode) -> Blocker:
 
 
 def _describe_steps(steps: Sequence[OpenStep]) -> str:
-    """Return for which step an agent waits: the answer of a model, or the results of tools."""
+    """Return a text that says for which open steps an agent waits: the answer of a model, or the results of tools."""
     if steps[0].kind is StepKind.MODEL:
         return f"waits for the answer of the model {steps[0].name}"
     names = sorted({step.name for step in steps})

@@ -130,7 +130,7 @@ class PostgresqlInserts:
     async def _read_earlier_keys(
         self, asked: Sequence[tuple[int, IdempotencyKey | None]]
     ) -> dict[tuple[Any, ...], tuple[str, str]]:
-        """Return fingerprint and resource id of those keys that exist, by shard, scope and key."""
+        """Return fingerprint and resource id of those keys that exist and have not expired, by shard, scope and key."""
         keys = [(shard, key.scope, key.key) for shard, key in asked if key]
         found = await self._fetch(_EARLIER_KEYS, *transpose_rows(keys, 3)) if keys else []
         return {tuple(row)[:3]: (row[3], row[4]) for row in found}
@@ -549,7 +549,9 @@ def _execution_key(item: RunAcceptance) -> ExecutionKey:
 def _acceptance_refusal(
     item: RunAcceptance, earlier: dict[tuple[Any, ...], tuple[str, str]], own: set[str]
 ) -> AcceptanceResult:
-    """Return why a run was not inserted: it was accepted before (`own`), repeats a key, or is stale."""
+    """Return the answer for a run that was not inserted: accepted if an earlier attempt inserted it (`own`), else
+    repeated, mismatched or stale.
+    """
     if item.execution_id in own:
         return AcceptanceResult(AcceptanceVerdict.ACCEPTED, item.execution_id)
     key = item.idempotency
@@ -566,7 +568,9 @@ def _acceptance_refusal(
 def _ingest_refusal(
     one: InboundRequest, bound: dict[tuple[Any, ...], tuple[str, str]], own: set[str]
 ) -> IngestResult:
-    """Return why a delivery was not inserted: it was stored before (`own`), repeats a key, or is stale."""
+    """Return the answer for a delivery that was not inserted: accepted if an earlier attempt stored it (`own`), else
+    repeated, mismatched or stale.
+    """
     if one.delivery_id in own:
         # Stored by an attempt whose answer was lost.
         return IngestResult(AcceptanceVerdict.ACCEPTED, one.delivery_id)

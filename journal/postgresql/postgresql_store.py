@@ -479,7 +479,10 @@ def _next_turn_sql(least: str) -> str:
 
 
 def _claim_update_sql(also: str = "") -> str:
-    """Return the end of a claim: it updates the runs of `chosen` and returns them by `place`."""
+    """Return the SQL that ends a claim statement: it updates the runs of `chosen`, and returns them by `place`.
+
+    `also` has further assignments.
+    """
     return f"""
 ), taken AS (
     UPDATE execution SET status = 'running', token = token + 1, attempt = attempt + 1, is_fresh = false,
@@ -859,8 +862,8 @@ LEFT JOIN LATERAL (
 
 
 def _skip_locked_sql(condition: str, limit: str = "") -> str:
-    """Return the SQL condition that selects up to `limit` rows with a condition and locks them; locked rows
-    are skipped.
+    """Return the SQL condition that selects rows with a condition, up to the LIMIT clause `limit`, and locks them;
+    locked rows are skipped.
     """
     # An array is evaluated once; a subquery may run again for each row, and select other rows each time.
     return (

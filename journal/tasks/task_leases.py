@@ -38,7 +38,7 @@ class TakenTasks(msgspec.Struct, frozen=True):
 
 
 async def take(connection: AsyncConnection, queue: str, after: int, places: Sequence[TaskPoll]) -> TakenTasks:
-    """Lease the next tasks of a queue, one for each place, from the workflow with the turn `after` on.
+    """Lease the next tasks of a queue, one for each place; workflows take turns, beginning at the queue turn `after`.
 
     A poll may have many places; its tasks share one lease. Polls of workers that leave get none.
     """

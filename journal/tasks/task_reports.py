@@ -42,9 +42,11 @@ class TaskReports:
     async def report(
         self, batch: Sequence[WorkerReport], check: OutputCheck
     ) -> tuple[list[list[ItemResult]], TaskEffects]:
-        """Apply reports of workers in one transaction; returns the results of their items, in order.
+        """Apply reports of workers in one transaction; return the results of the items of each report, in order, and
+        the effects to announce.
 
-        Ids among `held` that the worker has lost are added to its results.
+        An output for which `check` returns a problem is refused. Ids among `held` that the worker has lost are added to
+        its results. Raises `DatabaseUnavailable`.
         """
         item_ids = sorted({item.id for report in batch for item in report.items})
         facts = await self._known.find(item_ids)

@@ -117,8 +117,8 @@ class TaskTransaction:
             self.runs[row[0]] = LockedRun(*row)
 
     async def lock_tasks(self, task_ids: Sequence[str], *, skips_locked: bool = False) -> None:
-        """Lock tasks and read them, with the time of the transaction; `skips_locked` leaves out those locked
-        by others.
+        """Lock tasks and add them to `tasks`; missing ones, and with `skips_locked` those that others have locked, are
+        left out.
         """
         if task_ids:
             statement = _LOCK_FREE_TASKS if skips_locked else _LOCK_TASKS
@@ -153,7 +153,10 @@ class TaskTransaction:
         return self.runs.get(task.execution_id)
 
     def answer(self, task: TaskRow, payload: bytes) -> None:
-        """Give the node of a task its stored answer, unless the run has ended or was not locked; `store` writes it."""
+        """Give the node of a task the answer `payload`, unless its run has ended or was not locked.
+
+        `store` writes it.
+        """
         run = self.run_of(task)
         if run is None or run.is_ended:
             return

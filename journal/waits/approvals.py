@@ -103,7 +103,7 @@ def assignees_of(request: Mapping[str, Json]) -> Sequence[str]:
 
 
 def read_assignees(assignees: Json) -> Sequence[str]:
-    """Return the assignees in the value of a request, as `assignees_of` does."""
+    """Return the assignees in the value of a request's field `assignees`; empty for any value but a list."""
     return [str(one) for one in assignees] if isinstance(assignees, list) else []
 
 

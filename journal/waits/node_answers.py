@@ -327,11 +327,11 @@ async def list_organization_waits(
     at_most: int,
     examined: int,
 ) -> list[OrganizationWait]:
-    """Return up to `at_most` nodes that wait for input of a person and match, in runs of an organization that
-    satisfy a condition, newest runs first.
+    """Return up to `at_most` nodes that wait for input of a person and match, in runs of an organization that satisfy
+    `visible`, newest first.
 
-    They are read in pages, so that questions which do not match hide no older ones. No page is read once
-    `examined` nodes are.
+    They are read in pages, so that questions which do not match hide no older ones. No page is read once `examined`
+    nodes are.
     """
     found: list[OrganizationWait] = []
     behind: WaitPosition | None = None
