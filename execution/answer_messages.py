@@ -47,7 +47,7 @@ class BrokerAnswers:
         self._seal = seal
 
     async def start(self) -> None:
-        """Listen to gateways that ask for answers."""
+        """Begin to listen for messages in which gateways ask for the open answers of runs."""
         await self._broker.listen(self._receive, subject=FOLLOW)
 
     def open(self, origin: AnswerOrigin) -> AbstractContextManager[LiveAnswer]:

@@ -75,7 +75,9 @@ class CallSpans:
         self._add_calls(step.model_calls, parent, conversation)
 
     def _find_agent(self, step: AgentStep) -> TraceContext:
-        """Return the span of the agent of a step: a node, or the call of a tool, which this process has begun."""
+        """Return the trace context of the agent of a step: a node, or the call of a tool; that of the run if this
+        process has begun neither.
+        """
         attempt = self._attempts.get((step.node_id, step.iteration))
         if attempt is not None:
             return self.run.node_context(step.node_id, step.iteration, attempt)

@@ -158,7 +158,11 @@ class EventMatcher:
         return True
 
     async def _answer(self, waits: Sequence[EventWait], data: str) -> None:
-        """Answer nodes with an event in one transaction, admit the runs that may take a slot, and wake workers."""
+        """Answer nodes with the data of an event in one transaction, admit the runs that may take a slot, and wake
+        workers.
+
+        Raises `LockWaitTimeout` if one of their runs is locked, and `DatabaseUnavailable`.
+        """
 
         async def answer(connection: AsyncConnection) -> list[AnswerResult]:
             return await event_waits.answer_waits(connection, waits, data)

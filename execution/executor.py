@@ -421,10 +421,10 @@ class RunExecutor:
     async def _recover_states(
         self, begun: Sequence[ClaimedRun], with_agents: Collection[str]
     ) -> dict[str, RecoveredState]:
-        """Return spans, last log line and wait answers of runs that earlier attempts have recorded, by
+        """Return spans, steps, last sequence number and wait answers of runs as earlier attempts have recorded them, by
         execution id.
 
-        `with_agents` are the runs that may have steps of agents.
+        `with_agents` are the runs that may have steps of agents. Raises `DatabaseUnavailable`.
         """
         if not begun:
             return {}
@@ -461,7 +461,7 @@ class RunExecutor:
             await asyncio.sleep(PAUSE_SECONDS)
             return None
         found = answers.get(run.execution_id, {})
-        journal.count_answers(len(found))
+        journal.set_answer_count(len(found))
         return found
 
     async def _fetch_answers(

@@ -121,7 +121,7 @@ class WrittenAnswer:
         return self.origin.node_id, self.origin.iteration
 
     def begin(self, model_id: str) -> None:
-        """Begin the text of the next call of a model."""
+        """Begin the text of the next call of a model, in place of that of the call before."""
         self.model_call += 1
         self.model_id = model_id
         self.texts, self.length = [], 0

@@ -41,13 +41,13 @@ class ModelHourCounts:
         self._counts: dict[ModelHourKey, Counter[str]] = {}
 
     def add_answer(self, organization_id: str, settlement: ModelSettlement, ended_at: datetime) -> None:
-        """Count an answered call."""
+        """Add an answered call to the counts of its model and hour, which `store` writes."""
         bucket = find_bucket(settlement.duration_milliseconds)
         key = ModelHourKey(organization_id, settlement.model_id, hour_of(ended_at), "", bucket)
         self._add(key, count_settlement(settlement))
 
     def add_failure(self, organization_id: str, failed: FailedModelCall, ended_at: datetime) -> None:
-        """Count a call without an answer."""
+        """Add a call without an answer to the counts of its model and hour, which `store` writes."""
         key = ModelHourKey(organization_id, failed.model_id, hour_of(ended_at), failed.error, 0)
         self._add(key, {"calls": 1})
 

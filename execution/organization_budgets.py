@@ -39,7 +39,7 @@ SPREAD_SECONDS: Final = 60.0
 async def find(
     connection: AsyncConnection, organization_id: str, *, is_locking: bool = False
 ) -> MonthBudget | None:
-    """Return the budget of an organization for a month; None without one.
+    """Return the monthly budget of an organization; None if it has none.
 
     With `is_locking`, its row in PostgreSQL stays locked until the end of the transaction.
     """

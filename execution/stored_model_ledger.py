@@ -238,7 +238,7 @@ class StoredModelLedger:
         return found
 
     async def _find_run_budgets(self, caller: RunCaller) -> RunBudgets:
-        """Return the budgets of a run and of the runs above it, by their pinned settings.
+        """Return the budgets of a run and of the runs above it, by the settings in their definition snapshots.
 
         Raises `DatabaseUnavailable`.
         """
@@ -292,7 +292,11 @@ async def _require_rest(
     budget: ModelBudget | None,
     charges: tuple[ColumnElement[bool], ...],
 ) -> None:
-    """Raise a `NodeError` unless a budget suffices for a call beside the charges, reserved and settled ones."""
+    """Raise a `NodeError` unless a budget suffices for a call beside the reserved and settled charges that satisfy
+    `charges`.
+
+    None suffices for every call. `owner` names the budget's owner in the error.
+    """
     if budget is None:
         return
     tokens = func.sum(col(ModelCharge.tokens))

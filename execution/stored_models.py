@@ -56,7 +56,7 @@ class StoredModels:
 
     @cached_property
     def ledger(self) -> StoredModelLedger:
-        """Ledger of the calls."""
+        """Ledger of the calls of models, created at its first use."""
         from execution.stored_model_ledger import StoredModelLedger  # noqa: PLC0415 - loaded with the first call of a model
 
         return StoredModelLedger(self._database, is_deferring=self._is_deferring)

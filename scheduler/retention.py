@@ -64,9 +64,7 @@ async def forget_deliveries(settings: SchedulerSettings, database: Database) -> 
 
 
 async def forget_model_hours(database: Database) -> None:
-    """Delete counts of calls of language models that are too old for metrics, in batches. Raises
-    `DatabaseUnavailable`.
-    """
+    """Delete counts of calls of language models that are over 91 days old, in batches; raises `DatabaseUnavailable`."""
     names = ("organization_id", "model_id", "starts_at", "error", "bucket")
     identity = [col(getattr(ModelHour, name)) for name in names]
     before = database.clock.now() - timedelta(days=MODEL_HOUR_DAYS)
@@ -130,7 +128,9 @@ async def _forget_batch(
     order: SQLColumnExpression[Any],
     connection: AsyncConnection,
 ) -> int:
-    """Delete up to 1,000 rows of a table that have ended, except locked ones; return their number."""
+    """Delete up to 1,000 rows of a table that satisfy `has_ended`, the first in `order`, except locked ones; return
+    their number.
+    """
     over = (
         select(*identity)
         .where(has_ended)

@@ -51,9 +51,9 @@ class RunHourCounter:
         """Hash of the rows that were written last, by hour."""
 
     async def count_runs(self) -> None:
-        """Count the hours that have changed, and store their counts; does nothing while it rests.
+        """Count the runs of the present hour and of hours that have changed, group their failures, and store both.
 
-        Raises `DatabaseUnavailable`.
+        Does nothing while it rests after an earlier turn. Raises `DatabaseUnavailable`.
         """
         begun_at = time.monotonic()
         if begun_at < self._rest_until:

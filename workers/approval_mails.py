@@ -227,11 +227,11 @@ class ApprovalMailer:
     async def _send_all(
         self, request: ClaimedRequest, question: OpenQuestion, notify: Mapping[str, Json]
     ) -> None:
-        """Send the mail of this round to each assignee without one, with an approval link of their
-        own; note each one.
+        """Send the mail of this round, with an approval link of their own, to each assignee who has not got it yet;
+        note each mail.
 
-        Used links get no mail. Raises `NodeError` for a missing setting or a failure of the mail server, and
-        `DatabaseUnavailable`.
+        Used links get no mail, and the first failure ends it. Raises `NodeError` for a missing setting or a failure of
+        the mail server, and `DatabaseUnavailable`.
         """
         if not self._public_url:
             raise NodeError("PILOTFLAME_PUBLIC_URL is not set: links need the address of the gateway")
@@ -257,7 +257,9 @@ class ApprovalMailer:
             await self._note_sent(link, request.round + 1)
 
     async def _note_sent(self, link: ApprovalLink, round_: int) -> None:
-        """Store that the mail of a round was sent with a link, so that a repetition leaves it out."""
+        """Store with a link that a mail was sent, and the number of the next round, so that a repetition leaves the
+        mail out.
+        """
         statement = update(ApprovalLink).where(col(ApprovalLink.hash) == link.hash).values(round=round_)
         await self._database.transaction(lambda connection: connection.execute(statement))
 
@@ -402,7 +404,9 @@ def _read_sender(text: str) -> headers.Mailbox:
 
 
 def _build_subject(asked: WaitingNode, notify: Mapping[str, Json], earlier: int) -> str:
-    """Return the subject of a mail to an assignee, a reminder if earlier ones were sent."""
+    """Return the subject of a mail to an assignee, by the config or the title; it is a reminder if `earlier` mails were
+    sent with the link.
+    """
     subject = str(notify.get("subject") or asked.request.get("title") or "A question for you")
     text = " ".join(subject.split())
     return f"Reminder: {text}" if earlier else text

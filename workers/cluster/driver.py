@@ -279,7 +279,10 @@ class ClusterDriver(Protocol):
         """Return up to `limit` last log lines of a workflow's pods, oldest first. Raises `ClusterError`."""
 
     async def endpoint(self, workflow_id: str) -> tuple[str, ...]:
-        """Return the base URL of each pod of a workflow that can receive requests now. Raises `ClusterError`."""
+        """Return the base URL of each pod of a workflow that can receive requests now; none for an unknown workflow.
+
+        Raises `ClusterError`.
+        """
 
     async def close(self) -> None:
         """Close the connections to the cluster; the pods keep running and are found again by the next driver."""

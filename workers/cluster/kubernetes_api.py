@@ -135,7 +135,8 @@ class KubernetesApi:
         await self._client.close()
 
     async def list(self, path: str, label: str) -> tuple[Sequence[Manifest], str]:
-        """Return all items at a path with a label, read in pages of 500, and the resource version of the list.
+        """Return all items at a path that match a label selector, read in pages of 500, and the resource version of the
+        list.
 
         A list whose version expires meanwhile is read again, three times at most. Raises `ClusterError`, and
         `ClusterUnavailable` for a path that is not served or changes too fast.
@@ -256,9 +257,9 @@ class KubernetesApi:
         body: Manifest | None,
         content_type: str,
     ) -> tuple[aiohttp.ClientResponse, bytes]:
-        """Send a request and read the answer, within a time limit and a limit of concurrent requests.
+        """Send a request, and return the response, of any status, with its body.
 
-        Raises `ClusterUnavailable`.
+        A time limit and a limit of concurrent requests apply. Raises `ClusterUnavailable`.
         """
         try:
             async with asyncio.timeout(self.request_seconds), self._request_slots:

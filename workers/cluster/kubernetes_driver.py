@@ -190,7 +190,9 @@ class KubernetesDriver:
                     self.cache.pods.put(deleted)
 
     async def _remove(self, kind: str, metadata: Mapping[str, Any]) -> None:
-        """Delete an object with this very uid; a missing or replaced one is ignored."""
+        """Delete the object with the name and uid of `metadata`; a missing one, or another one with its name, is
+        ignored.
+        """
         # An object that was created again under the same name has another uid and is not deleted.
         options = {"propagationPolicy": "Background", "preconditions": {"uid": metadata["uid"]}}
         with suppress(ObjectNotFound, ObjectConflict):

@@ -226,8 +226,8 @@ class LocalDriver:
             self._watchers.discard(changes)
 
     async def logs(self, workflow_id: str, *, limit: int) -> tuple[PodLogLine, ...]:
-        """Return up to `limit` last lines of its pods, those of one pod after the other; none for an unknown
-        deployment.
+        """Return up to `limit` last lines of a workflow's pods, those of one pod after the other; none for an unknown
+        workflow.
 
         The lines have no times.
         """

@@ -128,7 +128,7 @@ def _start_deadline(state: Stored, stalled_since: datetime | None, start_time: t
 
 
 def lost_processes(processes: Collection[PodProcess], observed: ObservedDeployment) -> Collection[PodProcess]:
-    """Return those processes of pods that have ended by the observation, so that their runs have no owner.
+    """Return those processes of pods that have ended according to the observation, so that no process owns their runs.
 
     The processes must have been read before the observation.
     """

@@ -90,7 +90,7 @@ class ReconcileQueue:
         self._is_filled = asyncio.Event()
 
     def count_queued(self) -> int:
-        """Return the number of workflows that wait for a task."""
+        """Return the number of workflows that wait to be reconciled, without those that are being reconciled."""
         return sum(entry.is_queued for entry in self._entries.values())
 
     def add(self, workflow_id: str) -> None:
@@ -357,6 +357,6 @@ class StartClock:
 
 
 def _observe_phase(phase: str, since: datetime, now: datetime) -> None:
-    """Count the time of one phase of a start."""
+    """Add the time of one phase of a start to the metrics."""
     if instruments.is_exposed:
         instruments.histogram("wake_seconds", phase).observe(max((now - since).total_seconds(), 0.0))

@@ -461,7 +461,7 @@ class Reconciler:
     async def revoke_superseded(self, driver: ClusterDriver, workflow_id: str) -> None:
         """Revoke tokens of replaced pods, once all pods are of the present deployment or none is left.
 
-        Only tokens that were replaced a start time ago: right after an apply the old pods may be the only
+        Only tokens that were replaced over `start_seconds` ago: right after an apply, the old pods may be the only
         ones. Raises `DatabaseUnavailable` and `ClusterError`.
         """
         found = await deployment_rows.find_deployment(self._database, workflow_id)
