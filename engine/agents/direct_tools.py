@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from engine.agents.agent_steps import AGENT_TYPE
 from engine.agents.tool_kinds import SUB_WORKFLOW_TYPE
-from engine.node_api import MCP_TOOL_TYPE, OF_EACH, TOOL_TYPE
+from engine.node_api import MCP_TOOL_TYPE, OF_EACH
 
 if TYPE_CHECKING:
     from engine.graph import GraphNode
@@ -29,11 +29,6 @@ OPEN_FIELDS: Final[Mapping[str, frozenset[str]]] = {
 AUTHOR_FIELDS: Final = frozenset({"budget", "dataSource", "fallbackModelIds", "headers", "model"})
 """Fields of all types that a model never fills in, such as headers, which may hold credentials and recipients."""
 _NOT_IN_NAMES: Final = re.compile(r"[^a-zA-Z0-9_-]")
-
-
-def is_direct(provider: GraphNode) -> bool:
-    """Return whether a node at the port `tools` is the tool itself, not a `tool` with a target."""
-    return provider.type != TOOL_TYPE
 
 
 def name_tool(node: GraphNode) -> str:
