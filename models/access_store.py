@@ -226,8 +226,8 @@ async def find_user(connection: AsyncConnection, organization_id: str, user_id: 
 async def read_user_names(
     connection: AsyncConnection, organization_id: str, user_ids: Collection[str]
 ) -> dict[str, str]:
-    """Return the names of users of an organization by id, or the mail addresses of those without; missing
-    users are omitted.
+    """Return the names of users of an organization by user id, a mail address in place of an empty name; missing users
+    are omitted.
     """
     if not user_ids:
         return {}

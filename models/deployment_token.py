@@ -138,8 +138,10 @@ async def list_workflows_with_superseded_tokens(connection: AsyncConnection) -> 
 
 
 async def find_bearers(database: Database, tokens: Sequence[str]) -> list[TokenBearer | None]:
-    """Return the bearer of each token in their order, None for an unknown or revoked one; raises
-    `DatabaseUnavailable`.
+    """Return the deployment that each token authenticates, in the order of `tokens`; None for an unknown or revoked
+    token.
+
+    Raises `DatabaseUnavailable`.
     """
     hashes = [pod_identity.hash_token(token) for token in tokens]
     statement = select(

@@ -90,7 +90,10 @@ async def create_invitation(
 async def list_invitations(
     connection: AsyncConnection, organization_id: str, *, limit: int, offset: int
 ) -> tuple[int, list[Invitation]]:
-    """Return the number of an organization's invitations, and at most `limit` after `offset`, the newest first."""
+    """Return the number of an organization's invitations, and at most `limit` of them after `offset`, newest first.
+
+    Accepted, revoked and expired invitations are included.
+    """
     condition = col(Invitation.organization_id) == organization_id
     count = await connection.scalar(select(func.count()).select_from(Invitation).where(condition))
     page = select(Invitation).where(condition).order_by(col(Invitation.id).desc()).limit(limit).offset(offset)

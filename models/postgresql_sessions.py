@@ -62,7 +62,7 @@ class MonitoredConnection(asyncpg.Connection):
 
 
 def driver_address(url: URL) -> str:
-    """Convert a URL of SQLAlchemy to the form that the driver reads."""
+    """Return the address for asyncpg of a database URL of SQLAlchemy, with its password."""
     return url.set(drivername="postgresql").render_as_string(hide_password=False)
 
 

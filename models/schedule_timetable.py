@@ -319,7 +319,7 @@ def last_paused_instant(
 def upcoming_instants(
     timetable: ScheduleTimetable, moment: datetime, anchor: datetime, count: int
 ) -> list[datetime]:
-    """Return at most `count` instants after a time, earliest first."""
+    """Return the first instants after a time, at most `count`, earliest first; intervals count from `anchor`."""
     return [*islice(timetable.instants_after(moment, anchor), count)]
 
 

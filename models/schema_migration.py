@@ -111,7 +111,7 @@ async def _migrate_exclusively(database: Database) -> AsyncIterator[None]:
 
 
 async def _upgrade_when_unlocked(database: Database) -> None:
-    """Migrate as soon as no other transaction has locked a table; raises `LockWaitTimeout` after `LOCKED_SECONDS`.
+    """Migrate as soon as no other transaction has locked a table; raises `LockWaitTimeout` after a minute of attempts.
 
     Each attempt is short: other users of a table wait behind a statement that is to change it.
     """

@@ -187,7 +187,7 @@ class NodeCatalog:
         node_type: NodeType,  # noqa: ARG002 - see `OrganizationCatalog`
         config: Mapping[str, Json],  # noqa: ARG002 - the same
     ) -> Sequence[ConfigProblem]:
-        """Return nothing: types of the library validate their rendered configs themselves."""
+        """Return no problems: types of the library validate their rendered configs themselves."""
         return ()
 
     def document(self, node_type: NodeType) -> str | None:  # noqa: ARG002 - see `OrganizationCatalog`

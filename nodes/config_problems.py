@@ -106,7 +106,7 @@ def build_validator(node_type: NodeType) -> Draft202012Validator:
 
 
 def format_checks() -> dict[str, Callable[[str], bool]]:
-    """Return the checks of the formats of texts, by name."""
+    """Return, by the name of each text format, a function that returns whether a text has it."""
     return {name: form.fits for name, form in TEXT_FORMATS.items()}
 
 

@@ -43,6 +43,7 @@ async def read_objects(call: NodeCall, bucket: ObjectBucket) -> Json:
 
 
 async def _list_objects(config: Mapping[str, Json], bucket: ObjectBucket, timeout_seconds: float) -> Json:
+    """Return `objects` below the prefix in the config, with their size, tag and time of change, and their `count`."""
     maximum = config_fields.read_number(config, "maxObjects", minimum=1, maximum=MAXIMUM_OBJECTS)
     prefix = config_fields.read_text(config, "prefix")
     found = await bucket.list(prefix, max_objects=int(maximum), timeout_seconds=timeout_seconds)

@@ -264,6 +264,9 @@ class OutboundConnection(asyncio.Protocol):
     # ── state ───────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _begin_message(self) -> None:
+        """Reset the state of the message that is parsed, for the first response of an exchange and after an interim
+        response.
+        """
         self._status = 0
         self._headers: dict[str, str] = {}
         self._header_count = 0
@@ -279,7 +282,7 @@ class OutboundConnection(asyncio.Protocol):
         self._pieces = 0
 
     def _decompress(self, data: bytes) -> bytes:
-        """Return decompressed data, at most one byte more than the limit of the body allows.
+        """Decompress the next piece of the body; return at most one byte more than the limit of the whole body allows.
 
         Raises `zlib.error` for invalid data.
         """

@@ -443,6 +443,7 @@ class OutboundClient:
             self._waiting -= 1
 
     async def _connect_to(self, target: UrlTarget, address: IpAddress) -> OutboundConnection:
+        """Return a new connection to an address within five seconds; raises `OutboundUnavailable`."""
         loop = asyncio.get_running_loop()
         kind = "connection"
         try:
@@ -614,7 +615,9 @@ def _build_refusal(target: UrlTarget, error: ResponseInvalid | ResponseTooLarge)
 
 @contextmanager
 def _translate_failures(target: UrlTarget, idle_seconds: float) -> Iterator[None]:
-    """Convert failures of a stream's connection in the block to `OutboundError`s."""
+    """Convert failures of a stream's connection in the block to `OutboundError`s; that of a timeout names
+    `idle_seconds`.
+    """
     try:
         yield
     except TimeoutError as error:

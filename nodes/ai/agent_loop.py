@@ -299,9 +299,9 @@ async def _perform_tool(call: NodeCall, task: AgentTask, step: AgentStep) -> Ste
     """Make one tool call, and record its result or its error for the model; return its wait or pause if it has neither
     yet.
 
-    Raises a `NodeError` of an agent that is the tool if another attempt may succeed, which continues its steps, and if
-    its replay has diverged, which no answer mends. A resumed run may have lost a tool, or the permission for it, since
-    the call was recorded.
+    If the tool is an agent, its `NodeError` is raised if another attempt may succeed, which continues its steps, or its
+    replay has diverged, which no answer mends. A resumed run may have lost a tool, or the permission for it, since the
+    call was recorded.
     """
     if step.name not in task.tools:
         error = f"There is no tool {step.name!r} any more"

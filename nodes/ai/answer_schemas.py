@@ -95,6 +95,9 @@ def _iterate_parts(schema: Mapping[str, Any]) -> Iterator[object]:
 
 
 def _is_part_enforced(part: object, *, needs_all_fields: bool) -> bool:
+    """Return whether providers enforce a part of a schema by itself: common keywords, and objects closed to other
+    fields.
+    """
     if not isinstance(part, Mapping) or not part.keys() <= _COMMON:
         return False
     reference = part.get("$ref")

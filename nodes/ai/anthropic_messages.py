@@ -110,17 +110,19 @@ def _narrow_schema(schema: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def adapt_body(body: Mapping[str, Any], refusal: str) -> dict[str, Any] | None:
-    """Return a body without `cache_control` if a server has refused it, as older ones of the protocol do; else None."""
+    """Return a body without `cache_control` if the server's message `refusal` names that field, as older servers do;
+    else None.
+    """
     if "cache_control" in refusal and "cache_control" in body:
         return {name: value for name, value in body.items() if name != "cache_control"}
     return None
 
 
 def _build_messages(messages: Sequence[ChatMessage], model_id: str) -> list[dict[str, Any]]:
-    """Return the messages except those of the system.
+    """Return the messages in the form of the protocol, without system messages, which are apart in its body.
 
-    Messages in a row with the same role are joined: all results of the tool calls of an answer have to be in the
-    next message, before any text.
+    Messages in a row with the same role are joined: all results of the tool calls of an answer have to be in the next
+    message, before any text.
     """
     built: list[dict[str, Any]] = []
     for message in messages:
@@ -136,7 +138,10 @@ def _build_messages(messages: Sequence[ChatMessage], model_id: str) -> list[dict
 
 
 def _build_blocks(message: ChatMessage, model_id: str) -> list[Any]:
-    """Return the content of a message; an empty text is left out, since the provider refuses it."""
+    """Return the content blocks of a message, as the model itself has sent them if it wrote the message.
+
+    An empty text is left out, since the provider refuses it.
+    """
     if message.role is MessageRole.TOOL:
         return [{"type": "tool_result", "tool_use_id": message.tool_call_id, "content": message.content}]
     own = message.provider_content
@@ -162,7 +167,7 @@ class _BlockDraft(msgspec.Struct):
     """JSON of the input of a tool, as far as it has arrived."""
 
     def extend(self, field: str, piece: object) -> str:
-        """Add a piece to a text of the block, and return it."""
+        """Append a piece to the text `field` of the block, and return the piece; an empty text if it is none."""
         text = read_text(piece)
         self.block[field] = read_text(self.block.get(field)) + text
         return text
@@ -278,7 +283,9 @@ class ChatAnswerParser:
         return calls
 
     def _keep_content(self, calls: Sequence[RequestedToolCall]) -> ProviderContent | None:
-        """Return the content blocks as the provider wants them back; None for plain texts and tool calls."""
+        """Return the content blocks for later requests to the same model; None if text and tool calls hold
+        everything.
+        """
         blocks = [draft.block for draft in self._drafts.values()]
         if all(block.get("type") in _PLAIN_BLOCKS for block in blocks):
             return None

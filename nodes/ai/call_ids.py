@@ -54,7 +54,9 @@ def _is_own(message: ChatMessage, model_id: str) -> bool:
 
 
 def _choose(call_id: str, number: int, taken: Collection[str]) -> str:
-    """Return an id if it is accepted and unique so far, or else one by the number of the call in the conversation."""
+    """Return `call_id` if providers accept it and it is not taken, or else a free id from `number` on, such as
+    `call00003`.
+    """
     if _ACCEPTED.fullmatch(call_id) and call_id not in taken:
         return call_id
     names = (f"call{each:05}" for each in count(number))

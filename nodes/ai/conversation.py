@@ -69,8 +69,8 @@ async def ask_models(
 ) -> NodeAnswer:
     """Return the answer of the first model that answers, corrected by it until it fits the schema of the request.
 
-    Answers in the journal are not asked for again. Raises `NodeError` if no model answers, or if the answer doesn't
-    fit after all corrections.
+    Calls are added to the recorded calls of the node, and recorded answers are not asked for again. Raises `NodeError`
+    if no model answers, or if the answer doesn't fit after all corrections.
     """
     recorded = [record for record in call.model_calls.recorded if record.text is not None]
     # A conversation without a fitting answer is over: another attempt of the node begins a new one.
@@ -203,7 +203,7 @@ async def ask_in_turn(
 
 
 def _read_budget(call: NodeCall) -> ModelBudget | None:
-    """Return `budget` of the config; raises `NodeError` for another form."""
+    """Return `budget` of the config; None without a budget. Raises `NodeError` for another form."""
     given = call.config.get("budget")
     if given is None:
         return None

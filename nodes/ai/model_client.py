@@ -372,9 +372,11 @@ class _WrittenText:
 
 
 async def _read_answer(stream: OutboundStream, answer: AnswerParser, written: _WrittenText) -> ChatAnswer:
-    """Return the answer in a stream of events, or in one JSON document of a server that doesn't stream.
+    """Read the answer from a stream of events, or one JSON document of a server that doesn't stream, and return it
+    whole.
 
-    Raises `ModelCallFailed` for an event of over 4 MB and an invalid answer.
+    Its text goes to `written` while it arrives. Raises `ModelCallFailed` for an event of over 4 MB and an invalid
+    answer.
     """
     if stream.headers.get("content-type", "").lower().startswith("application/json"):
         written.add(answer.feed(b"".join([piece async for piece in stream])))

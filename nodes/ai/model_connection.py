@@ -78,7 +78,10 @@ class ModelConnections(Protocol):
         """Ledger of the calls."""
 
     async def find(self, caller: RunCaller, model_id: str) -> ModelConnection:
-        """Return a model; raises `NodeError` `model-not-found` if it is missing or not permitted."""
+        """Return a model with the address and key of its provider.
+
+        Raises `NodeError` `model-not-found` if it is missing or the caller may not use it.
+        """
 
     async def block(self, caller: RunCaller, model_id: str, seconds: float) -> None:
-        """Note that the provider of a model accepts no calls for some seconds; failures to do so are ignored."""
+        """Record that the provider of a model accepts no calls for some seconds; failures to do so are ignored."""

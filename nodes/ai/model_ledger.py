@@ -31,7 +31,7 @@ class ModelLedger(Protocol):
         """Remove the reservation of a call that costs nothing, since the provider has refused it."""
 
     async def count_failure(self, caller: RunCaller, failed: FailedModelCall) -> None:
-        """Count a call that its provider has not answered in the metrics of the model; it may be stored later."""
+        """Count a failed call in the metrics of its model; the count may be stored later."""
 
     async def close(self) -> None:
         """Store the costs that are not stored yet."""

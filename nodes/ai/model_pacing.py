@@ -59,7 +59,10 @@ class RateWindow:
         return max(entry[0] for entry in self._entries) - now
 
     def add(self, now: float, weight: float, limit: float) -> list[float]:
-        """Add an entry, even over the limit, and return its handle for `change`: a list with its weight."""
+        """Add an entry, which counts for a minute, or longer in proportion if it exceeds the limit by itself.
+
+        Returns its handle for `change`: a list with its weight.
+        """
         heft = [weight]
         self._added += 1
         heappush(self._entries, (now + WINDOW_SECONDS * max(weight / limit, 1.0), self._added, heft))

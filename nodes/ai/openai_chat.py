@@ -93,9 +93,9 @@ def accepts_schema(schema: Mapping[str, Any]) -> bool:  # noqa: ARG001 - the pro
 
 
 def _build_schema(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a schema with its name; it is `strict` only if it is in the subset that OpenAI enforces.
+    """Return the field `json_schema` of a request; it is `strict` only if OpenAI enforces the schema as a whole.
 
-    Another strict one is refused, while the answer is validated here in any case.
+    OpenAI refuses other strict schemas, while the answer is validated here in any case.
     """
     closed = answer_schemas.close_objects(schema)
     is_strict = closed is not None and answer_schemas.is_enforced(closed, needs_all_fields=True)
@@ -211,7 +211,7 @@ class ChatAnswerParser:
         return ChatAnswer(text, reason, usage, self._model, calls, self._keep_content(text, calls))
 
     def _keep_content(self, text: str, calls: Sequence[RequestedToolCall]) -> ProviderContent | None:
-        """Return the message as the provider wants it back; None if none of its tool calls has extra content."""
+        """Return the message for later requests to the same model; None if none of its tool calls has extra content."""
         extras = [draft.extra for draft in self._drafts]
         if not any(extras):
             return None

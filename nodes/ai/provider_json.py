@@ -37,7 +37,9 @@ def replace_nul(value: Any) -> Any:  # noqa: ANN401 - any JSON value
 
 
 def read_count(value: object, name: str) -> int:
-    """Return a number of tokens of an object, up to `MAX_COUNT`; 0 for a missing, negative or other value."""
+    """Return the number of tokens in the field `name` of an object, up to `MAX_COUNT`; 0 for a missing, negative or
+    other value.
+    """
     count = value.get(name) if isinstance(value, dict) else None
     return min(max(count, 0), MAX_COUNT) if isinstance(count, int) else 0
 
@@ -79,7 +81,7 @@ def read_tool_arguments(text: str, value: object = None) -> tuple[dict[str, Any]
 
 
 def read_model_names(body: bytes) -> list[str]:
-    """Return the names in a list of models; empty for any other body."""
+    """Return the names in a provider's list of models; empty for any other body."""
     try:
         value = decoding.decode(body)
     except (ValueError, RecursionError):

@@ -46,4 +46,7 @@ class ConnectionSources(Protocol):
     """Lookup of data sources that a caller may use."""
 
     async def find(self, caller: RunCaller, source_id: str) -> ConnectionSource:
-        """Return a data source; raises `NodeError` `data-source-not-found` if it is missing or not permitted."""
+        """Return a data source with its decrypted secrets.
+
+        Raises `NodeError` `data-source-not-found` if it is missing or the caller may not use it.
+        """

@@ -230,8 +230,8 @@ class S3Bucket:
     ) -> OutboundResponse:
         """Send a signed request and return the response; redirects are not followed.
 
-        Raises `NodeError`, which mentions `about`, for a redirect or error status that is not in `accepted`,
-        and if there is no response.
+        `key` includes the prefix of the location, or is empty for the bucket. Raises `NodeError`, which mentions
+        `about`, for a redirect or error status that is not in `accepted`, and if there is no response.
         """
         place, query = self._place, query or {}
         path = f"/{place.root}{key}"

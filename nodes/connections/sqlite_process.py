@@ -103,7 +103,7 @@ def perform(raw: bytes, _reporter: JobReporter) -> Json:
 
 
 def _run_query(connection: sqlite3.Connection, job: SqliteJob) -> Json:
-    """Return the columns and rows of a reading statement, within the limits of the job."""
+    """Return `columns` and `rows` of a reading statement; raises `NodeError` beyond the limits of the job."""
     with _allow_actions(connection, READ_ACTIONS):
         cursor = connection.execute(job.statement, _decode_values(job))
         columns = [column[0] for column in cursor.description or ()]

@@ -93,7 +93,7 @@ class XlsxWorkbook:
         return list(self._sheets)
 
     async def open(self) -> None:
-        """Read everything except the cells: the sheets, shared texts and number formats.
+        """Read everything except the cells: the sheets, shared texts and number formats; needed before `read_rows`.
 
         Raises `NodeError` for a file that is no workbook, or too large unpacked.
         """

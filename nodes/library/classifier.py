@@ -50,7 +50,10 @@ async def run(call: NodeCall) -> Json:
 
 
 def _read_labels(config: Mapping[str, Json]) -> dict[str, str]:
-    """Return the descriptions of the labels by name, in their order; raises `NodeError` for fewer than two."""
+    """Return the descriptions of the labels by name, in their order.
+
+    Raises `NodeError` for fewer than two, and unless each has a name of its own.
+    """
     given = config_fields.read_sequence(config, "labels")
     labels = {
         str(each["name"]): str(each.get("description") or "")

@@ -94,9 +94,10 @@ class PageExtractor:
     async def _extract_field(
         self, each: ExtractedField, element: HtmlElement | None, elements: Sequence[HtmlElement]
     ) -> Json:
-        """Return the value of a field in an element: of all matches as a list, or of the first match.
+        """Return the value of a field in an element, without a selector that of the element itself: of all matches, or
+        the first.
 
-        Without a match, null for the latter, and the field is added to `missing`.
+        Without a match, an empty list, or null, for which the field is added to `missing`.
         """
         self._count(1, 0)
         found = [element] if element else []

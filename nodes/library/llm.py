@@ -42,7 +42,10 @@ async def run(call: NodeCall) -> Json:
 
 
 def _read_messages(config: Mapping[str, Json]) -> tuple[ChatMessage, ...]:
-    """Return the messages of the request: the system prompt, the conversation so far, and the prompt."""
+    """Return the messages of the request: the system prompt, the conversation so far, and the prompt.
+
+    Raises `NodeError` unless the last message is of the user.
+    """
     messages = []
     if system := config.get("system"):
         messages.append(ChatMessage(MessageRole.SYSTEM, str(system)))

@@ -56,7 +56,10 @@ class ServerRefusal(NodeError):
 def build_request(
     number: int, method: str, params: Mapping[str, Any], *, version: str, meta: Mapping[str, str]
 ) -> bytes:
-    """Return the body of a request; one of the version without sessions names version and client in its `_meta`."""
+    """Return the body of a JSON-RPC request with the id `number`, whose parameters have `meta` in their `_meta`.
+
+    In the version without sessions, `_meta` names version and client too.
+    """
     named: dict[str, object] = dict(meta)
     if version == STATELESS_VERSION:
         named |= {
@@ -119,6 +122,7 @@ def build_parameter_headers(schema: Mapping[str, Any], arguments: Mapping[str, A
 def _add_parameter_headers(
     schema: Mapping[str, Any], arguments: Mapping[str, Any], headers: dict[str, str], depth: int
 ) -> None:
+    """Add to `headers` those that the schema asks for, also for arguments in nested objects up to `depth` levels."""
     properties = schema.get("properties")
     if depth == 0 or not isinstance(properties, dict):
         return
@@ -185,7 +189,7 @@ def read_refusal(message: Mapping[str, Json]) -> ServerRefusal:
 
 
 def read_supported_versions(value: Json, name: str) -> Sequence[str]:
-    """Return the versions in a list of an object; empty for anything else."""
+    """Return the texts in the list `name` of an object; empty for anything else."""
     listed = value.get(name) if isinstance(value, dict) else None
     return [one for one in listed if isinstance(one, str)] if isinstance(listed, list) else []
 

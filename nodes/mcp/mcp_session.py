@@ -333,7 +333,9 @@ class McpSession:
             await self._notify(mcp_messages.build_reply(request))
 
     async def _raise_for_status(self, stream: OutboundStream) -> None:
-        """Raise `NodeError` for a status that is no success, or `_SessionExpired`."""
+        """Raise `NodeError` for the error status of a response, or `_SessionExpired` if the server has lost the
+        session.
+        """
         status = stream.status
         body = await _read_start(stream)
         answered = f"The tool server answered {status} {reasons.get(status, '')}".rstrip()

@@ -83,7 +83,7 @@ class ToolServers:
         return listed if is_valid else None
 
     async def _list_tools(self, source: ConnectionSource, session: McpSession) -> ListedServer:
-        """Return the tools that a server lists now, and remember them; raises `NodeError`."""
+        """Return the tools that a server lists now, and keep the list for a minute; raises `NodeError`."""
         until = monotonic() + LISTED_SECONDS
         tools = {tool.name: tool for tool in await session.list_tools()}
         listed = ListedServer(source.revision, session.version or "", tools, until)

@@ -39,6 +39,7 @@ class FairSlots:
             self._release(organization_id)
 
     async def _acquire(self, organization_id: str) -> None:
+        """Wait for a slot, counted for the organization; raises `NodeError` if 1,000 of its jobs wait already."""
         if self._has_free_slot(organization_id):
             self._working[organization_id] += 1
             return

@@ -171,8 +171,8 @@ class ProcessPool:
         return child
 
     def _release(self, child: ChildProcess) -> None:
-        """Keep a child until it has been idle for a minute; end it at once if it runs Python scripts, or has worked for
-        long.
+        """Keep a child until it has been idle for `idle_seconds`; end it at once if it runs Python scripts, or has
+        worked for long.
         """
         if self._kind is ProcessKind.PYTHON or child.busy_seconds > BUSY_SECONDS:
             self._end(child)

@@ -35,6 +35,9 @@ _decode = decoding.build_decoder(LibraryJob).decode
 
 
 def load() -> PerformJob:
+    """Import all node types that compute for long, and return the function that runs one on the config of a
+    `LibraryJob`.
+    """
     library = catalog.load_catalog()
     runs = {kind: library.implementation(kind) for kind, each in library.node_types.items() if each.cpu}
     for encoding in ENCODINGS:

@@ -198,8 +198,9 @@ def refuse_calls(calls: CallNumbers) -> bool:
 
 
 def refuse_changes(calls: CallNumbers) -> bool:
-    """Refuse these system calls, and all that change files, with EPERM from now on; return False if the
-    system can't filter them.
+    """Refuse these system calls, and all that change files or open them for a change, with EPERM from now on.
+
+    Returns False if the system can't filter calls.
     """
     return _install_filter({**calls, **CHANGING_FILES_CALLS}, named=REFUSE, others=ALLOW, read_only=True)
 

@@ -178,7 +178,11 @@ def _run_script(source: str, names: Mapping[str, Json]) -> object:
 
 
 def _compile_script(source: str) -> tuple[CodeType, CodeType | None]:
-    """Return the code of a script without its last expression, and that expression, None if there is none."""
+    """Return the compiled script without its last statement if that is an expression, and this expression; else all and
+    None.
+
+    Each `return` outside of functions raises `ScriptReturn`.
+    """
     tree = ast.fix_missing_locations(_ReturnTransformer().visit(ast.parse(source, CODE_FILE)))
     last = tree.body[-1] if tree.body else None
     if not isinstance(last, ast.Expr):
