@@ -86,7 +86,10 @@ class CallSpans:
     def _add_calls(
         self, calls: Sequence[ModelCallRecord], parent: TraceContext, conversation: str | None
     ) -> None:
-        """Send a span for each call of a model in this claim that has none yet."""
+        """Send a span for each call of a model in this claim that has none yet, inside of the span `parent`.
+
+        `conversation` is the id of an agent's conversation, None for other nodes.
+        """
         for record in calls:
             began_at, ended_at, called = record.began_at, record.ended_at, record.called
             if called is None or began_at is None or ended_at is None:

@@ -148,12 +148,11 @@ class ChildRunStarter:
         node_id: str,
         iteration: str,
     ) -> bool:
-        """Resume the failed run that this node started, with equal inputs, in the execution that the caller
-        replays.
+        """Resume the failed run that this node started, with equal inputs, in the execution that the caller replays.
 
-        Return False if there is none, its inputs differ, or a run of this execution exists already. A new run
-        would repeat the writes that the failed one has completed. Raises `NodeError` and
-        `DatabaseUnavailable`.
+        `answering` is the completion action that answers the node. Return False if there is no such run, its inputs
+        differ, or a run of this execution exists already. A new run would repeat the writes that the failed one has
+        completed. Raises `NodeError` and `DatabaseUnavailable`.
         """
         async with self._database.read() as connection:
             found = await _find_failed_child(connection, caller, workflow_id, node_id, iteration)

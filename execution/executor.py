@@ -344,7 +344,9 @@ class RunExecutor:
         return min(left + self._settings.concurrency, MAX_EXTRA_CLAIM), sorted(served)
 
     async def _begin_each_alone(self, claimed: Sequence[ClaimedRun], leases: Sequence[RunLease]) -> None:
-        """Begin runs one by one; a run that fails to begin is logged and keeps its lease until it ends."""
+        """Begin runs one by one; a run that fails to begin is logged, and its lease expires, which counts as an
+        attempt.
+        """
         for run, lease in zip(claimed, leases, strict=True):
             try:
                 await self._begin([run], [lease])

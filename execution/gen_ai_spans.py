@@ -187,7 +187,9 @@ def _encode_newest(messages: Sequence[Json]) -> str:
 
 
 def _encode(value: Json, cut_at: int | None = MAX_CONTENT_BYTES) -> str:
-    """Return a value as JSON without credentials and with its long texts cut, and of at most `cut_at` bytes."""
+    """Return a value as JSON without credentials and with its long texts cut; the JSON itself is cut off after `cut_at`
+    bytes, or (None) never.
+    """
     try:
         encoded = msgspec.json.encode(_cut_texts(inline_secrets.remove_secrets(value)[0]))
     except RecursionError:

@@ -85,7 +85,9 @@ def is_hash_of(chain_hash: str | None, previous: str, sequence: int, entry: Row[
 
 
 def _list_content(previous: str, sequence: int, entry: Row[*tuple[object, ...]]) -> list[object]:
-    """Return the content that every chain hash covers: place, author, action, object, hashes and time of an entry."""
+    """Return the content that every chain hash covers: sequence number, author, action, object, hashes and time of an
+    entry.
+    """
     return [
         *(previous, sequence, entry.id, entry.organization_id, entry.user_id, entry.key_id, entry.action),
         *(entry.object_id, entry.before_hash, entry.after_hash, to_microseconds(entry.created_at)),

@@ -39,7 +39,8 @@ MAX_MESSAGES: Final = 20
 async def count_failures(
     connection: AsyncConnection, organization_id: str, starts_at: datetime
 ) -> Sequence[FailureHour]:
-    """Return the groups of an organization's failed runs that were accepted within an hour, 500 at most.
+    """Return the groups of an organization's failed runs that were accepted within the hour from `starts_at` on, 500 at
+    most.
 
     Further groups, those with the fewest runs, are added up in the row of `OTHER_CAUSES`.
     """
@@ -142,7 +143,7 @@ class _FailureGroups:
 def _add_runs(
     group: FailureHour, runs: int, first_at: datetime, last_at: datetime, execution_id: str
 ) -> None:
-    """Add runs to a group, of which the last one failed at `last_at`."""
+    """Add runs to a group; `execution_id` is the last of them, which failed at `last_at`."""
     group.runs += runs
     group.first_at = min(group.first_at, first_at)
     if last_at >= group.last_at:

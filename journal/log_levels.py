@@ -35,10 +35,10 @@ READ_SECONDS: Final = 2.0
 
 @asynccontextmanager
 async def follow_log_levels(database: Database) -> AsyncIterator[Mapping[str, str]]:
-    """Yield the log levels of workflows that have one for now, by workflow id; they are read again every two
+    """Yield the log levels that are set for workflows at present, by workflow id; they are read again every two
     seconds.
 
-    The mapping changes in place until the context ends.
+    The mapping changes in place until the context ends. While the database is unavailable, it stays as it is.
     """
     levels: dict[str, str] = {}
     task = asyncio.create_task(_read_forever(database, levels))

@@ -39,7 +39,7 @@ SPECIAL_TARGETS: Final = (LIMITED_TARGET, DELAYED_TARGET, UNPARSED_TARGET, ISOLA
 
 
 async def read_oldest_pending(connection: AsyncConnection, of_target: ColumnElement[bool]) -> float:
-    """Return for how many seconds the oldest pending run of some targets could be claimed; 0 without one.
+    """Return for how many seconds the oldest pending run that satisfies `of_target` could be claimed; 0 without one.
 
     Up to 10,000 runs are looked at, and runs without a slot or with a delay left out.
     """

@@ -263,7 +263,10 @@ async def _insert_skipped(
     nodes: Mapping[str, SkippedNode],
     key_id: str,
 ) -> None:
-    """Insert spans of skipped nodes into a replay; a write that may have happened keeps its recorded request."""
+    """Insert spans of skipped nodes into a replay; a write that may have happened keeps its recorded request.
+
+    `key_id` is the execution in the write keys of spans without a recorded one.
+    """
     empty = (
         *("port", "error", "output", "output_blob", "input_node", "input", "input_blob", "started_at"),
         *("ended_at", "wake_at", "awaits", "reused_from", "model_calls", "unresolved"),
@@ -296,8 +299,8 @@ async def _insert_skipped(
 def _span_changes(use: ResultUse, source: ExecutionKey, key_id: str) -> dict[str, SQLColumnExpression[Any]]:
     """Return the columns in which the first span of a replay differs from the recorded one.
 
-    By `use`, the result is taken over as settled, is a candidate that the run may take, or its node runs
-    again with the same write key.
+    By `use`, the result is taken over as settled, is a candidate that the run may take, or its node runs again with the
+    same write key. `key_id` is the execution in that key, unless the span has recorded one.
     """
     origin = func.coalesce(col(SpanRow.reused_from), source.execution_id)
     own_key = func.coalesce(col(SpanRow.key_id), key_id)

@@ -135,7 +135,10 @@ async def _delete_records(
     run_ids: Sequence[str],
     connection: AsyncConnection,
 ) -> int:
-    """Delete up to `BATCH_ROWS` rows of these runs in one table; return their number."""
+    """Delete up to `BATCH_ROWS` rows of these runs in one table; return their number.
+
+    `identity` has the columns of the table's key, the run id first.
+    """
     some = select(*identity).where(identity[0].in_(run_ids)).limit(BATCH_ROWS)
     result = await connection.execute(delete(table).where(tuple_(*identity).in_(some)))
     return result.rowcount

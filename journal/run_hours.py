@@ -98,8 +98,10 @@ def unfinished_statement(organization_ids: Sequence[str], since: datetime) -> Se
 
 
 async def count_hour(connection: AsyncConnection, starts_at: datetime) -> Sequence[RunHour]:
-    """Return the counts of the runs that were accepted within an hour: of each workflow with runs, and the
-    sums of each organization with runs.
+    """Return the counts of the runs that were accepted within the hour from `starts_at` on: of each workflow, and the
+    sums of each organization.
+
+    Workflows and organizations without runs are left out.
     """
     if connection.dialect.name == "postgresql":
         await share_transaction(connection)

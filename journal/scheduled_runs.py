@@ -130,10 +130,10 @@ class ScheduleRunResult:
 
 
 def due_statement(now: ColumnElement[int]) -> Select[*tuple[Any, ...]]:
-    """Return the statement that lists up to 200 due schedules with workflow, revision and deployed
-    definition, longest due first.
+    """Return the statement that lists up to 200 due schedules with workflow, revision and deployed definition, longest
+    due first.
 
-    It uses one range of an index.
+    `now` is an SQL expression in microseconds since 1970. It uses one range of an index.
     """
     # Selected before any join, so that the planner can't start from another table.
     chosen = (
@@ -280,7 +280,9 @@ def _is_trigger_of_schedule() -> ColumnElement[bool]:
 def _plan_columns(
     wanted: ScheduleTimetable, workflow_id: str, next_run_at: datetime | None, now: datetime
 ) -> dict[str, Any]:
-    """Return the columns of a schedule whose next instant was computed now; None: it has no more instants."""
+    """Return the columns of a schedule whose next instant was computed now; it has no more instants if `next_run_at` is
+    None.
+    """
     return {
         "planned_at": now,
         "next_run_at": next_run_at,

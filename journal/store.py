@@ -328,7 +328,8 @@ class RunWrite(msgspec.Struct):
     """`HOST_TIME.moved` when its deadlines were computed in this process; None: they follow no clock."""
 
     def follow_clock(self, moved: int) -> None:
-        """Move the deadlines of its waits by as much as the clock was moved since they were computed.
+        """Move the deadlines of its waits by as much as the clock was moved since they were computed; `moved` is
+        `HOST_TIME.moved`.
 
         The rows of other waits were moved with the clock, in one transaction; this write was not among them.
         """

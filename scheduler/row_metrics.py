@@ -104,8 +104,8 @@ class RowMetrics:
         self._fixed = dict(fixed)
 
     def _set_deployments(self, rows: Sequence[Row[*tuple[Any, ...]]]) -> None:
-        """Set the number of deployments by desired and observed state, and count the seconds of pods since
-        the last turn.
+        """Set the metrics of deployments by desired and observed state, and add the seconds of pods since the last
+        turn.
 
         Saved seconds are those of the usual pods of stopped deployments.
         """
@@ -132,7 +132,7 @@ _OBSERVED: Final = (
 
 
 def _set_runs(counts: run_counts.RunCounts) -> None:
-    """Set the number of unfinished runs by reason, and by status."""
+    """Set the metrics of unfinished runs by reason and by status."""
     statuses = dict.fromkeys(("pending", "running", "waiting"), 0)
     for code in BlockerCode:
         found = counts.by_code.get(code)
@@ -144,7 +144,7 @@ def _set_runs(counts: run_counts.RunCounts) -> None:
 
 
 def _set_drift(findings: Sequence[DriftFinding]) -> None:
-    """Set the number of overdue rows of each class of drift; they are zero as long as sweeps work."""
+    """Set the metrics of overdue rows by class of drift; they are zero as long as sweeps work."""
     for drift_class in DriftClass:
         number = sum(finding.drift_class is drift_class for finding in findings)
         instruments.gauge("drift", drift_class.value).set(number)

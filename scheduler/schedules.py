@@ -91,7 +91,11 @@ class ScheduleRunner:
                 log.warning("schedules reset: the clock was ahead", schedules=count)
 
     async def _start(self, due: Sequence[DueSchedule]) -> ScheduleRunResult:
-        """Start the runs of a batch of due schedules, postpone those with a problem, and announce the runs."""
+        """Start the runs of a batch of due schedules, postpone those with a problem, announce the runs, and return the
+        result.
+
+        Raises `DatabaseUnavailable`.
+        """
         runnables, lost = await self._load_definitions(due)
         if lost:
             await self._database.transaction(
@@ -213,8 +217,10 @@ def _build_definitions(
     deployed: Mapping[str, str],
     catalogs: Mapping[str, NodeTypeRegistry],
 ) -> list[ScheduleDefinition]:
-    """Return the definitions to run, deployed or own ones; workflows that have changed since they were found
-    are left out.
+    """Return the definitions that schedules run, deployed or own ones; workflows that have changed since they were
+    found are left out.
+
+    `own` has graphs and `deployed` JSON texts by workflow id, and `catalogs` the node types by organization id.
     """
     found: list[ScheduleDefinition] = []
     for one in due:

@@ -264,10 +264,10 @@ class ApprovalMailer:
         await self._database.transaction(lambda connection: connection.execute(statement))
 
     async def _store_link(self, request: ClaimedRequest, assignee: str, digest: str) -> ApprovalLink | None:
-        """Store the approval link of an assignee before its mail is sent, unless it exists; return it, or
-        None if it was used.
+        """Store the approval link of an assignee before its mail is sent, unless it exists; return it, or None if it
+        was used.
 
-        Raises `DatabaseUnavailable`.
+        `digest` is the hash of its token. Raises `DatabaseUnavailable`.
         """
 
         async def store(connection: AsyncConnection) -> ApprovalLink | None:

@@ -83,8 +83,10 @@ class LargeValues:
             ) from error
 
     async def _without_large(self, span: NodeSpan, put: dict[bytes, bytes]) -> NodeSpan:
-        """Return a span with references in place of an input, an output and a rendered config that are too
-        large for a row.
+        """Return a span with references in place of an input, an output and a rendered config that are too large for a
+        row.
+
+        `put` has the texts of references to contents that are stored already, by content.
         """
         if self._is_large(span.input):
             span = msgspec.structs.replace(

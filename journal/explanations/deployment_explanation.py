@@ -119,7 +119,7 @@ def _describe(decision: LifecycleVerdict, seen: DeploymentActivity) -> str:
 
 
 def _show_time(at: datetime, now: datetime) -> str:
-    """Return a time of today in UTC such as `14:32`, another one with its date."""
+    """Return a time in UTC, such as `14:32` for a time of today, and with its date for another day."""
     shown = at.astimezone(UTC)
     is_today = shown.date() == now.astimezone(UTC).date()
     return f"{shown:%H:%M}" if is_today else f"{shown:%Y-%m-%d %H:%M}"

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 async def build_condition(
     connection: AsyncConnection, organization_id: str, codes: Sequence[BlockerCode]
 ) -> ColumnElement[bool]:
-    """Return the SQL condition of the runs that wait for one of some reasons now, without private ones.
+    """Return the SQL condition of the runs of an organization that wait for one of the reasons `codes` now, without
+    private runs.
 
     Workers and deployments are read first: the same run has another reason when a worker or a pod appears.
     """

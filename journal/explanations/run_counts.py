@@ -216,8 +216,8 @@ async def list_deployed_targets(connection: AsyncConnection, organization_id: st
 async def _count_pending(
     connection: AsyncConnection, organization_id: str | None, pods: Sequence[str]
 ) -> Sequence[tuple[str, Any]]:
-    """Return target and count of the pending runs of each target: the queues of workers, the runs without a
-    slot, and `pods`.
+    """Return each target (queues of workers, runs without a slot, `pods`) with a row that has `number` and `oldest` of
+    its pending runs.
     """
     targets = [*WORKER_QUEUES, LIMITED_TARGET, *pods]
     statement = union_all(
@@ -255,7 +255,7 @@ def find_pod_reason(seen: DeploymentActivity | None, now: datetime, *, otherwise
 async def _count_deferred(
     connection: AsyncConnection, organization_id: str | None, pods: Sequence[str]
 ) -> Sequence[tuple[str, Any]]:
-    """Return the target or code, with count and oldest time, of accepted runs that may not start yet.
+    """Return targets or codes, each with a row with `number` and `oldest`, of accepted runs that may not start yet.
 
     They are held by a paused workflow, delayed to a time, or deferred by one of the deployments `pods`.
     """
@@ -275,7 +275,8 @@ async def _count_deferred(
 async def _count_waiting(
     connection: AsyncConnection, organization_id: str | None
 ) -> Sequence[tuple[BlockerCode, Any]]:
-    """Return reasons and counts of started runs that wait, from their open blocked intervals.
+    """Return reasons, each with a row with `number` and `oldest`, of started runs that wait, from their open blocked
+    intervals.
 
     A run with two open intervals counts twice.
     """
@@ -306,8 +307,8 @@ async def _count_waiting(
 async def _count_running(
     connection: AsyncConnection, organization_id: str | None
 ) -> Sequence[tuple[BlockerCode, Any]]:
-    """Return reasons and counts of running runs: their lease has ended, they were asked to stop, or a node is
-    at work.
+    """Return reasons, each with a row with `number` and `oldest`, of running runs: a lost lease, a request to end, or a
+    node at work.
     """
     some = (
         select(RUNNING_CODE.label("label"), col(Execution.updated_at).label("at"))

@@ -126,7 +126,7 @@ def _pending_blockers(facts: RunFacts) -> Iterator[Blocker]:
 
 
 def present_workers(workers: Sequence[WorkerPresence], now: datetime) -> list[WorkerPresence]:
-    """Return the workers that have not ended and reported within the last seconds, so that they count as alive."""
+    """Return the workers that have not ended and have reported within 15 seconds, so that they count as alive."""
     earliest = now - timedelta(seconds=ABSENT_SECONDS)
     return [worker for worker in workers if worker.ended_at is None and worker.seen_at >= earliest]
 
@@ -190,7 +190,9 @@ def _estimate_slot(facts: RunFacts) -> EndEstimate | None:
 
 
 def _explain_queue(facts: RunFacts, text: str) -> Blocker:
-    """Return the blocker of a run in the queue of workers, with its place, and an estimate from recent durations."""
+    """Return the blocker of a run in the queue of workers, with the message `text`, its place, and an estimate from
+    recent durations.
+    """
     estimate = None
     present = present_workers(facts.workers, facts.now)
     places = sum(worker.concurrency for worker in present)

@@ -185,9 +185,10 @@ class PostgresqlInserts:
     async def _ingest_results(
         self, batch: Sequence[InboundRequest], rows: Sequence[Any], full: Collection[str] = ()
     ) -> dict[str, IngestResult]:
-        """Return the results of inbound requests by delivery id, from the returned ids of deliveries and runs.
+        """Return the results of inbound requests by delivery id, by `rows`: the ids of the deliveries and runs that
+        were inserted.
 
-        Runs in `full` had no free slot.
+        Runs in `full` had no free slot. Raises `DatabaseUnavailable`.
         """
         returned = {row[0]: row[1] for row in rows}
         missing = [one for one in batch if one.delivery_id not in returned]

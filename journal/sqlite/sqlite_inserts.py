@@ -229,9 +229,8 @@ def _current_workflows(
 def _claim_key(
     connection: sqlite3.Connection, item: RunAcceptance, key: IdempotencyKey, now: int, *, is_new: bool
 ) -> AcceptanceResult | None:
-    """Return the answer to an earlier request with this key; None if it is the first.
-
-    Then the key is stored if `is_new`.
+    """Return the answer to an earlier request with this key; None for the first request, whose key is stored if
+    `is_new`.
     """
     bound = _bind_key(connection, item.shard, key, item.execution_id, now, is_new=is_new)
     return None if bound is None else AcceptanceResult(*bound)
@@ -246,10 +245,10 @@ def _bind_key(
     *,
     is_new: bool,
 ) -> tuple[AcceptanceVerdict, str] | None:
-    """Return the verdict and the id of the resource for a key that is bound; None if no unexpired one is bound.
+    """Return the verdict and resource id for a key that was bound before and has not expired; otherwise None, and the
+    key is bound if `is_new`.
 
-    Then it is bound to `resource_id` if `is_new`. A key of `resource_id` itself is accepted. `now` is in
-    microseconds.
+    A key that is bound to `resource_id` itself is accepted. `now` is in microseconds.
     """
     identity = (shard, key.scope, key.key)
     found = connection.execute(

@@ -422,10 +422,10 @@ def _pending_organizations(connection: sqlite3.Connection, claim: ClaimQuery) ->
 def _organization_runs(
     connection: sqlite3.Connection, claim: ClaimQuery, organization_id: str, share: int
 ) -> list[tuple[str, bool]]:
-    """Return up to `share` next runs of an organization, its queue turns (hashes of workflows) served one
+    """Return the ids of up to `share` next runs of an organization, its queue turns (hashes of workflows) served one
     after another.
 
-    Each id has a flag: whether its turn may have more runs.
+    Each has a flag: whether its turn may have more runs.
     """
     statement = (
         "SELECT min(queue_turn) FROM execution"
@@ -622,7 +622,10 @@ def _record_tasks(connection: sqlite3.Connection, held: Sequence[RunWrite], now:
 
 
 def _build_update(write: RunWrite, owner: str, now: int) -> tuple[str, dict[str, Any]]:
-    """Return the update of a run's row for a write, with its parameters; it changes nothing without a valid token."""
+    """Return the SQL update of a run's row for a write, with its parameters; it changes no row without a valid token.
+
+    With an `owner`, only a row that it has leased is changed.
+    """
     values: dict[str, Any] = {
         "id": write.execution_id,
         "shard": write.shard,

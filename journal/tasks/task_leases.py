@@ -124,10 +124,10 @@ FROM (SELECT 1) AS always LEFT JOIN taken ON true ORDER BY taken.number
 async def _take_at_once(
     connection: AsyncConnection, values: dict[str, Any], after: int, places: Sequence[tuple[str, str, str]]
 ) -> TakenTasks:
-    """Choose and lease tasks by one statement (PostgreSQL).
+    """Choose and lease tasks by one statement (PostgreSQL), whose other parameters are `values`.
 
-    `after` is the queue turn (the place of a workflow in a queue) at which to begin; `places` have owner,
-    request and lease of each free slot.
+    `after` is the queue turn (the place of a workflow in a queue) at which to begin; `places` have owner, request and
+    lease of each free slot.
     """
     parameters = {
         **values,
@@ -157,7 +157,8 @@ _TURNS: Final = text(
 async def _choose(connection: AsyncConnection, queue: dict[str, Any], after: int, limit: int) -> list[str]:
     """Return the ids of up to `limit` next tasks of a queue: workflows take turns, from the turn `after` on.
 
-    Within a workflow, retries come first, then the order of rank and age.
+    `queue` has the parameters that name organization and queue. Within a workflow, retries come first, then the order
+    of rank and age.
     """
     turns = (await _find_turns(connection, queue, after, max(limit, TURNS_TOGETHER)))[:limit]
     if not turns:
@@ -177,8 +178,10 @@ async def _choose(connection: AsyncConnection, queue: dict[str, Any], after: int
 async def _find_turns(
     connection: AsyncConnection, queue: dict[str, Any], after: int, limit: int
 ) -> list[int]:
-    """Return up to `limit` turns (numbers of workflows) of a queue with tasks to claim, beginning at `after`,
-    then the lower ones.
+    """Return up to `limit` turns (numbers of workflows) of a queue with tasks to claim, beginning at `after`, then the
+    lower ones.
+
+    `queue` has the parameters that name organization and queue.
     """
     found = list(await connection.scalars(_TURNS, {**queue, "after": 0, "turns": limit}))
     if len(found) < limit:

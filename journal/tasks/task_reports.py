@@ -87,7 +87,10 @@ class TaskReports:
         report: WorkerReport,
         problems: Mapping[int, tuple[str, str]],
     ) -> list[ItemResult]:
-        """Apply the items of a report, renew the leases of the other held tasks, and return all results."""
+        """Apply the items of a report, renew the leases of the other held tasks, and return all results.
+
+        `problems` has code and message of the problem of an invalid output, by `id()` of its item.
+        """
         results = [
             self._apply_item(transaction, report, item, problems.get(id(item))) for item in report.items
         ]
@@ -236,7 +239,8 @@ def _beat(task: TaskRow, item: Heartbeat, now: int) -> ItemResult:
 def _return_unreceived(transaction: TaskTransaction, report: WorkerReport, named: set[str]) -> None:
     """Free the tasks of earlier claims that the worker has never received, since the answers were lost.
 
-    Those are tasks that its report doesn't name, claimed before the claim that it acknowledges.
+    They were claimed before the claim that its report acknowledges, and are neither in `held` of the report nor `named`
+    by its items.
     """
     own = [
         task

@@ -109,7 +109,7 @@ async def list_events_since(
 ) -> Sequence[EventRecord]:
     """Return up to 50 next events in the period of a wait whose type matches it, earliest first.
 
-    `after` are time and id of the last event of the batch before.
+    `after` are time and id of the last event of the batch before, None at first.
     """
     conditions: list[ColumnElement[bool]] = [
         col(EventRecord.organization_id) == wait.organization_id,
@@ -172,7 +172,7 @@ async def list_waits(
 ) -> Sequence[EventWait]:
     """Return up to 500 next waits that match an event by type and time; their conditions are not checked.
 
-    `after` is the execution id, node id and iteration of the previous batch's last wait.
+    `after` is the key of the last wait of the batch before (see `wait_key`), None at first.
     """
     conditions: list[ColumnElement[bool]] = [
         col(EventWait.organization_id) == event.organization_id,

@@ -356,10 +356,11 @@ async def read_organization_waits(
     limit: int,
     mentions: Sequence[str] = (),
 ) -> WaitsPage:
-    """Return the nodes that wait for input of a person among `limit` nodes behind a position, newest runs first.
+    """Return the nodes that wait for input of a person, in runs that satisfy `visible`, among the next `limit` nodes
+    behind a position.
 
-    With `mentions`, only nodes whose request has one of these names anywhere are examined: ids, and e-mail addresses
-    in any case of letters.
+    Newest runs are first; None is before the first one. With `mentions`, only nodes whose request has one of these
+    names anywhere are examined: ids, and e-mail addresses in any case of letters.
     """
     statement = organization_waits_statement(
         visible, organization_id, shard, behind, limit=limit, mentions=mentions

@@ -95,11 +95,12 @@ class SignalResult:
 async def store_signal(
     connection: AsyncConnection, key: ExecutionKey, sent: NewSignal, attempted: SignalResult | None = None
 ) -> SignalResult | None:
-    """Store a signal in a transaction, and give it to the node that has waited longest for its name; None if
+    """Store a signal in the caller's transaction, and give it to the node that has waited longest for its name; None if
     the run is gone.
 
-    Without such a node it stays unread, behind earlier signals. `attempted` is the result of an earlier call whose
-    commit was not confirmed: it is returned if it was committed.
+    Without such a node it stays unread, behind earlier signals. Nothing is stored if the run has ended or has 1,000
+    unread signals. `attempted` is the result of an earlier call whose commit was not confirmed: it is returned if it
+    was committed.
     """
     columns = (col(Execution.status), col(Execution.target))
     run = (await connection.execute(select(*columns).where(*_is_run(key)).with_for_update())).first()
@@ -283,10 +284,11 @@ async def read_progress(connection: AsyncConnection, key: ExecutionKey, number: 
 async def _answer_longest_wait(
     connection: AsyncConnection, key: ExecutionKey, signal: Signal
 ) -> AnswerResult:
-    """Answer the node that has waited longest for a new signal, and set the signal's node; a node that no
-    longer waits is passed over, and its wait is deleted.
+    """Answer the node that has waited longest for the name of a new signal, and set the signal's node; return the
+    result.
 
-    A wait whose end is near is passed over too: the worker that ends it may have a fast clock.
+    It is `NO_ANSWER` if no node takes the signal. The wait of a node that no longer waits is deleted. A wait whose end
+    is near is passed over: the worker that ends it may have a fast clock.
     """
     margin = node_answers.MAX_CLOCK_SKEW_MICROSECONDS
     expires_at = type_coerce(col(SignalWait.expires_at), BigInteger)

@@ -153,7 +153,11 @@ class KubernetesDriver:
             return await self._remove_all(workflow_id, attempt)
 
     async def _remove_all(self, workflow_id: str, attempt: ChangeAttempt) -> bool:
-        """Delete the objects that are left, the Deployment last; return whether none is left."""
+        """Delete the objects that are left of a workflow by requests of `attempt`, the Deployment last; return whether
+        none is left.
+
+        Raises `ClusterError`.
+        """
         label = _format_selector(manifests.workflow_labels(workflow_id))
 
         async def listed(path: str) -> Sequence[Manifest]:

@@ -136,7 +136,7 @@ class LocalDriver:
         os.close(self._lock)
 
     async def end_pods(self, patience_seconds: float) -> None:
-        """End all pods, by SIGKILL after `patience_seconds`, and close the driver.
+        """End all pods by SIGTERM, then SIGKILL after `patience_seconds`, and close the driver.
 
         Their records stay: the next driver of the folder starts them again.
         """

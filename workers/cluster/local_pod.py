@@ -135,8 +135,8 @@ class LocalPod:
             self._stop.set()
 
     async def end(self, patience_seconds: float) -> None:
-        """End the process of a pod that nobody supervises any more, by SIGKILL after `patience_seconds`; keep
-        its folder.
+        """End the process of a pod that nobody supervises any more: SIGTERM, then SIGKILL after `patience_seconds`;
+        keep its folder.
         """
         running = local_process.find_process(self.folder / WORK_FOLDER)
         if running is None or not running.is_alive:

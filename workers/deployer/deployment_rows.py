@@ -262,7 +262,9 @@ async def ensure_token(database: Database, deployment: Deployment, *, secret: by
 
 
 async def pod_resources(database: Database, deployment: Deployment) -> PodResources:
-    """Return the resources of pods in the deployed definition, or the defaults; raises `DatabaseUnavailable`."""
+    """Return the resources of pods in the deployed definition, None for each that has its default; raises
+    `DatabaseUnavailable`.
+    """
     statement = select(col(Definition.body)).where(
         col(Definition.organization_id) == deployment.organization_id,
         col(Definition.hash) == deployment.definition_hash,

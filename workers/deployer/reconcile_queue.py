@@ -142,10 +142,10 @@ class ReconcileQueue:
     def finish(
         self, workflow_id: str, retry: ScheduledRetry | None, *, generation: int | None = None
     ) -> None:
-        """End the reconciliation of a taken workflow: schedule the retry, or (None) forget it, since no
-        change is expected.
+        """End the reconciliation of a taken workflow: schedule the retry, or (None) forget it, since no change is
+        expected.
 
-        If it was added meanwhile, it is queued again at once.
+        `generation` is that of the row which was read. If the workflow was added meanwhile, it is queued again at once.
         """
         entry = self._entries[workflow_id]
         entry.is_taken = False
