@@ -191,6 +191,23 @@ async def test_a_run_has_the_number_of_its_version(
     assert (await get_json(owner, f"/{failed}/graph"))["lastChange"] is None
 
 
+async def test_a_change_before_the_last_completed_run_is_not_the_last_change(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    owner = people.owner
+    workflow_id = await owner.create(name="Orders", **GRAPH)
+    path = f"/api/v1/workflows/{workflow_id}"
+    edited = await owner.api.put(path, json={"settings": {"timeout": 60}})
+    assert edited.status_code == 200, edited.text
+    async with serve_worker(harness):
+        good = await execute_workflow(owner, workflow_id)
+        assert (await wait_until_ended(owner, good))["status"] == "completed"
+    other = await owner.api.post(f"{path}/execute", json={"definition": {"nodes": [TRIGGER]}})
+    assert other.status_code == 201, other.text
+    graph = await get_json(owner, f"/{other.json()['executionId']}/graph")
+    assert (graph["previousExecutionId"], graph["lastChange"]) == (good, None)
+
+
 @pytest.mark.every_database
 async def test_versions_of_older_releases_are_those_of_their_runs(
     harness: GatewayHarness, people: OrganizationUsers
