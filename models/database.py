@@ -174,9 +174,10 @@ class Database:
     async def _transact(
         self, work: Callable[[AsyncConnection], Awaitable[T]], *, is_statement: bool = False
     ) -> T:
-        """Run `work` in one transaction or, with `is_statement`, without one, and repeat it after transient failures.
+        """Run `work` in one transaction or, with `is_statement`, without one; repeat it after transient failures.
 
-        Raises `DatabaseUnavailable` and `LockWaitTimeout` after five attempts or two seconds.
+        Raises `LockWaitTimeout` if another transaction keeps a lock, `DatabaseUnavailable` after five attempts or two
+        seconds, and the exceptions of `work`.
         """
         begun_at = monotonic()
         for attempt in range(1, RETRIES + 1):

@@ -27,7 +27,7 @@ def bucket_of(microseconds: str) -> ColumnElement[int]:
     `microseconds` is the SQL text of the duration. The expression is a single text, since an expression of 128
     conditions would take milliseconds to build and to look up in the cache of compiled statements.
     """
-    return literal_column(_search(microseconds, 0, len(_BOUNDS)), Integer)
+    return literal_column(_build_search(microseconds, 0, len(_BOUNDS)), Integer)
 
 
 def find_bucket(milliseconds: int) -> int:
@@ -35,12 +35,14 @@ def find_bucket(milliseconds: int) -> int:
     return bisect_left(_BOUNDS, milliseconds * 1_000)
 
 
-def _search(microseconds: str, first: int, last: int) -> str:
-    """Return the SQL text of a duration's bucket, which is one of the numbers `first` to `last`."""
+def _build_search(microseconds: str, first: int, last: int) -> str:
+    """Return the SQL text that computes a duration's bucket, one of the numbers `first` to `last`, by a
+    binary search.
+    """
     if first == last:
         return str(first)
     middle = (first + last) // 2
-    lower, upper = _search(microseconds, first, middle), _search(microseconds, middle + 1, last)
+    lower, upper = _build_search(microseconds, first, middle), _build_search(microseconds, middle + 1, last)
     return f"CASE WHEN {microseconds} <= {_BOUNDS[middle]} THEN {lower} ELSE {upper} END"
 
 

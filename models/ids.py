@@ -133,7 +133,7 @@ def derive_id(prefix: str, origin: str, *parts: str) -> str:
 
 
 def _set_version(number: int) -> int:
-    """Return a number of 128 bits with the version and variant bits of a UUIDv7 (RFC 9562, 5.7)."""
+    """Return `number`, of 128 bits, with the version and variant bits of a UUIDv7 set (RFC 9562, 5.7)."""
     version, variant = 0xF << 76, 0x3 << 62
     return number & ~version & ~variant | 0x7 << 76 | 0x2 << 62
 

@@ -399,8 +399,8 @@ def _decide_while_down(
     """Return the decision about a deployment that is down or drains: start it for its policy, wake it for a due run, or
     neither.
 
-    After failed starts, nothing before the next retry. No action has the next opening of the windows as the time to
-    check.
+    After a failed start, neither before the time of the next retry. A decision for neither has that time, or the next
+    opening of the windows, as the time to check again.
     """
     if situation.stopped_reason is StoppedReason.ARCHIVED:
         return LifecycleVerdict(LifecycleAction.NONE, LifecycleReason.NOT_DEPLOYED)

@@ -371,7 +371,9 @@ def build_strict_validator(schema: Mapping[str, Json]) -> Draft202012Validator:
 
 
 def decode_node_type(text: bytes | str, content_hash: str, *, is_deprecated: bool = False) -> NodeType:
-    """Return the node type of a stored document; raises ValueError for an invalid one."""
+    """Return the node type of a stored document, whose hash is `content_hash`; raises ValueError for an invalid
+    document.
+    """
     document = _decode_document(text)
     return build_node_type(document, content_hash, is_deprecated=is_deprecated)
 

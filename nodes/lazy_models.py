@@ -50,7 +50,7 @@ class LazyModels:
         return await self._open().read_price(caller, model_id)
 
     def _open(self) -> ModelCaller:
-        """Return the caller of models, which is loaded at the first call."""
+        """Return the `ModelCaller`, which is imported and created at the first call."""
         if self._caller is None:
             from nodes.ai.model_caller import ModelCaller  # noqa: PLC0415 - see the module
 

@@ -118,8 +118,9 @@ class DataSourceConnections:
                 }
 
     async def close(self) -> None:
-        """Close idle connections, wait until connections in use are reset or closed, and end the processes
-        for SQLite.
+        """Close idle connections, wait for those that are being reset or closed, and end the processes for SQLite.
+
+        Connections in use are closed at their release.
         """
         for _, pool in self._pools.values():
             await pool.close()

@@ -176,7 +176,7 @@ def read_answer(message: Mapping[str, Json], number: int) -> Mapping[str, Json] 
 
 
 def read_refusal(message: Mapping[str, Json]) -> ServerRefusal:
-    """Return the error in a message, quoted up to 500 characters."""
+    """Return the error in a message as an exception, which quotes up to 500 characters of it, without raising it."""
     error = message.get("error")
     found = error if isinstance(error, dict) else {}
     said = provider_json.quote_error(error) or "no reason given"

@@ -124,7 +124,10 @@ class McpSession:
             await self._begin_session()
 
     async def list_tools(self) -> Sequence[ToolDefinition]:
-        """Return the tools of the server, from all pages; raises `NodeError`, also for too many or ambiguous ones."""
+        """Return the tools that the server lists on all its pages.
+
+        Raises `NodeError`, also for a list that is too long, has no end, or has two tools with one name.
+        """
         found: list[ToolDefinition] = []
         cursor: str | None = None
         cursors: set[str] = set()
@@ -325,7 +328,10 @@ class McpSession:
         raise mcp_errors.build_invalid_answer("no answer to the request")
 
     async def _answer_server(self, request: Mapping[str, Json]) -> None:
-        """Answer a request of the server, lest it wait; raises `NodeError` for too many of them."""
+        """Answer a request of the server, which may wait for it; failures to send the answer are ignored.
+
+        Raises `NodeError` after 20 requests.
+        """
         self._answered += 1
         if self._answered > MAX_SERVER_REQUESTS:
             raise mcp_errors.build_invalid_answer("too many requests of its own")
