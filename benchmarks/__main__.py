@@ -86,6 +86,7 @@ class BenchmarkRequest:
 
 
 def main() -> None:
+    """Run one of `PROGRAMS`, or measure the requested parts, print all figures, and save them if asked to."""
     if sys.argv[1:2] and sys.argv[1] in PROGRAMS:
         runpy.run_module(f"benchmarks.{sys.argv.pop(1)}", run_name="__main__", alter_sys=True)
         return

@@ -57,6 +57,9 @@ class _ScriptedModel:
         """Duration of each answer."""
 
     async def complete(self, request: web.Request) -> web.StreamResponse:
+        """Answer a chat completion by a stream: a tool call, or the last text once
+        the prompt's number of turns is reached.
+        """
         body = await request.json()
         messages: Sequence[dict[str, Any]] = body["messages"]
         wanted = next(int(each["content"]) for each in messages if each["role"] == "user")

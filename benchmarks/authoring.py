@@ -253,21 +253,21 @@ class _TimedClient:
 
     async def expect(self, asked: TimedRequest) -> dict[str, Any]:
         """Send a request and return the JSON of its answer; raises `WrongAnswer` for a refusal."""
-        answer = await self.connection.send(self._encoded(asked))
+        answer = await self.connection.send(self._encode(asked))
         _require_success(asked, answer)
         body: dict[str, Any] = msgspec.json.decode(answer.body)
         return body
 
     async def seconds(self, asked: TimedRequest) -> float:
         """Send a request and return its duration in seconds; raises `WrongAnswer` for a refusal."""
-        request = self._encoded(asked)
+        request = self._encode(asked)
         started_at = perf_counter()
         answer = await self.connection.send(request)
         seconds = perf_counter() - started_at
         _require_success(asked, answer)
         return seconds
 
-    def _encoded(self, asked: TimedRequest) -> bytes:
+    def _encode(self, asked: TimedRequest) -> bytes:
         body = None if asked.body is None else msgspec.json.encode(asked.body)
         return self.api.request(asked.method, asked.path, body)
 

@@ -139,6 +139,7 @@ def _fill_sqlite(path: Path, rows: int, organizations: int) -> None:
 async def _prepare_postgres(
     postgres: PostgresServer, rows: int, organizations: int
 ) -> AsyncIterator[JournalStore]:
+    """Yield a store on a new database with so many pending runs, dealt out to so many organizations."""
     url = parse_url(await postgres.create_database(f"claims_{rows}_of_{organizations}"))
     await schema_migration.migrate(url)
     connection = await asyncpg.connect(asyncpg_dsn(url.render_as_string(hide_password=False)))

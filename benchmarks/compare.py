@@ -66,6 +66,7 @@ def main() -> None:
 
 
 async def _compare(request: CompareRequest) -> None:
+    """Measure both checkouts in turn for each part, and print each figure and the table of ratios."""
     gc.freeze()  # The generator's own garbage collections would show up in the server's latencies.
     for part in request.parts:
         if request.is_together:

@@ -46,6 +46,7 @@ def main() -> None:
 
 
 async def _measure(descriptors: int, mails: int) -> None:
+    """Print the server's figures alone, then beside unfinished mails, then beside idle connections too."""
     with tempfile.TemporaryDirectory(prefix="pilotflame-crowds-") as folder:
         async with AsyncExitStack() as stack:
             connections = str(connections_for(descriptors))

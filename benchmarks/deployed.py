@@ -147,6 +147,7 @@ async def _measure_pod(installed: InstalledWorkflow, deployer_id: int) -> dict[s
 
 
 async def _measure_warm(installed: InstalledWorkflow) -> dict[str, float]:
+    """Return the latencies of triggers of a running pod, and the part of them that the engine alone doesn't explain."""
     callers = TriggerCallers(installed)
     for _ in range(WARM_UP_CALLS):
         await callers.call()
@@ -234,6 +235,9 @@ async def _measure_bursts(installed: InstalledWorkflow, data: Path) -> dict[str,
 
 
 def _summarize_load(load_name: str, calls: Sequence[TriggerCall], completed: int) -> dict[str, float]:
+    """Return the figures of a load by name: calls, those without a completed run,
+    those that failed or woke a pod, latencies.
+    """
     failed = [call.trouble for call in calls if call.trouble]
     if failed:
         print(f"{load_name}: {failed[0]}", flush=True)

@@ -158,6 +158,7 @@ async def _drive_server(url: str, recording: PowerLossLog) -> None:
 
 
 async def _create_and_run(client: httpx2.AsyncClient, recording: PowerLossLog, number: int) -> None:
+    """Create a workflow and run it repeatedly as one client; record each answer."""
     created = await client.post("/workflows", json={**WORKFLOW, "name": f"Power {number}"})
     workflow_id = created.raise_for_status().json()["workflowId"]
     recording.note("workflow", workflow_id)
@@ -216,6 +217,7 @@ def _find_lost(data: Path, told: Sequence[AcknowledgedAnswer], secret: bytes) ->
 def _find_lost_rows(
     connection: sqlite3.Connection, data: Path, told: Sequence[AcknowledgedAnswer]
 ) -> Iterator[str]:
+    """Yield a description of each acknowledged workflow, run and end that the database lacks."""
     try:
         (sound,) = connection.execute("PRAGMA integrity_check").fetchone()
         workflows = {row[0] for row in connection.execute("SELECT id FROM workflow")}
@@ -239,6 +241,7 @@ def _find_lost_rows(
 def _find_lost_contents(
     connection: sqlite3.Connection, data: Path, answer: AcknowledgedAnswer
 ) -> Iterator[str]:
+    """Yield a description of the file, the spans and the blob of a completed run that are missing or damaged."""
     found = [*(data / "files").glob(f"*/objects/out/{answer.id}.txt")]
     if [path.read_text() for path in found] != [answer.text]:
         yield f"the file of {answer.id}"

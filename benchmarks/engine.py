@@ -277,6 +277,7 @@ async def _measure_lifecycle(graph: ParsedGraph) -> dict[str, float]:
 
 
 def _build_diamonds() -> ParsedGraph:
+    """Return a graph of diamonds in a row: each branches into two paths that join again."""
     nodes: Nodes = [{"id": "start", "type": "manual"}]
     connections: Connections = []
     before = "start"

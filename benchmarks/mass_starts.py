@@ -48,6 +48,7 @@ async def measure(postgres: PostgresServer, redis: RedisServer, folder: Path) ->
 
 
 async def _measure_starts(postgres: PostgresServer, redis: RedisServer, folder: Path) -> dict[str, float]:
+    """Deploy many workflows at once on a slow node; return the time until all run, and the requests per deployment."""
     async with run_deploying(postgres, redis, folder) as (api, pilotflame):
         api.node.start_seconds, api.node.starts_at_once = PREPARE_SECONDS, PREPARED_AT_ONCE
         installed = [
@@ -68,6 +69,7 @@ async def _measure_starts(postgres: PostgresServer, redis: RedisServer, folder: 
 
 
 async def _measure_rest(postgres: PostgresServer, redis: RedisServer, folder: Path) -> dict[str, float]:
+    """Deploy many workflows; return the deployer's requests per minute without load, and for a stop."""
     async with run_deploying(postgres, redis, folder, **FAST) as (api, pilotflame):
         api.node.delay_seconds = CONTROLLER_SECONDS
         installed = [
@@ -78,7 +80,7 @@ async def _measure_rest(postgres: PostgresServer, redis: RedisServer, folder: Pa
 
         async def deploy(one: InstalledWorkflow) -> None:
             async with places:
-                await _sent(one, "POST", "deploy")
+                await _send(one, "POST", "deploy")
 
         await asyncio.gather(*map(deploy, installed))
         await _wait_until_all(installed, "running")
@@ -115,13 +117,13 @@ async def run_deploying(
 async def _wait_until_all(installed: list[InstalledWorkflow], status: str) -> None:
     async with asyncio.timeout(PATIENCE_SECONDS):
         for one in installed:
-            while (shown := await _sent(one, "GET", "status"))["deploymentStatus"] != status:
+            while (shown := await _send(one, "GET", "status"))["deploymentStatus"] != status:
                 if shown["deploymentStatus"] == "failed":  # unknown passes: this process may answer late
                     raise WrongAnswer(shown)
                 await asyncio.sleep(POLL_SECONDS)
 
 
-async def _sent(installed: InstalledWorkflow, method: str, what: str) -> dict[str, Any]:
+async def _send(installed: InstalledWorkflow, method: str, what: str) -> dict[str, Any]:
     """Send a request about a workflow, again if the gateway closes the connection, and return the answer."""
     while True:
         with suppress(ConnectionLost):

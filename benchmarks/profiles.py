@@ -40,6 +40,7 @@ class ProcessProfiler:
 
 
 async def _record(process_id: int, file: Path, kind: str, seconds: int) -> None:
+    """Sample a process by py-spy into a file; raises `OSError` if that fails."""
     program = str(Path(sys.executable).with_name("py-spy"))
     process = await asyncio.create_subprocess_exec(
         *(program, "record", "--pid", str(process_id), "--duration", str(seconds)),

@@ -111,6 +111,7 @@ async def measure_forty_nodes(pilotflame: ServerUnderTest) -> dict[str, float]:
 
 
 async def measure_three_writes(pilotflame: ServerUnderTest, seconds: float) -> dict[str, float]:
+    """Return rate and latencies of runs that make three requests; raises `WrongAnswer` if requests are missing."""
     async with sink.run_sink() as called:
         installed = await load.install_workflow(pilotflame.api, workflows.three_writes_workflow(called.url))
         warm_up = await load.run_closed_loop(installed, CLIENTS, WARM_UP_SECONDS / 2)

@@ -110,6 +110,7 @@ async def _check_and_empty(connection: Any) -> None:  # noqa: ANN401 - the drive
 
 
 async def _install_workflow(api: BenchmarkApi, client: KeptConnection, address: str) -> str:
+    """Create a data source and a workflow that transfers the rows; return the workflow's id."""
     url = make_url(address)
     settings = {"host": url.host, "port": url.port, "database": url.database, "user": url.username}
     secrets = {"password": url.password or "none"}

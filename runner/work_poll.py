@@ -126,8 +126,9 @@ class GatewayWorkPoll:
             del self._run_counts[next(iter(self._run_counts))]
 
     async def _wait(self, rest: float) -> WorkPollResponse:
-        """Poll the gateway once and return its answer: for `rest` seconds for requests alone,
-        or if that is over for work too.
+        """Poll the gateway once, which may take half a minute, and return its answer.
+
+        With a positive `rest` it takes so many seconds at most, and asks only for requests to end runs, not for work.
         """
         seconds = rest if rest > 0 else MAX_WAIT_SECONDS
         call = WorkPollRequest(seconds, wants_work=rest <= 0, heard=self._heard, run_counts=self._run_counts)

@@ -135,17 +135,17 @@ def _read_operation(
     resource, name = method_name(found["operationId"])
     parameters = [*found.get("parameters", ())]
     body = _json_schema(found.get("requestBody"))
-    if body is not None and _is_empty(_resolved(body, schemas)):
+    if body is not None and _is_empty(_resolve(body, schemas)):
         body = None
     fields = (
-        None if body is None else _body_fields(_with_choices(_resolved(body, schemas), schemas), unset_fields)
+        None if body is None else _body_fields(_with_choices(_resolve(body, schemas), schemas), unset_fields)
     )
     responses = found["responses"]
     # 202 is the only success of some operations, and an outcome besides 200 or 201 of others.
     successes = [status for status in responses if status in {"200", "201"}] or ["202"]
     answer = _json_schema(responses.get(successes[0]))
     is_blob = path.endswith("{sha256}")
-    list_field = None if answer is None else _list_field(_resolved(answer, schemas))
+    list_field = None if answer is None else _list_field(_resolve(answer, schemas))
     return ApiOperation(
         resource,
         name,
@@ -182,7 +182,7 @@ def _json_schema(message: Schema | None) -> Schema | None:
     return found
 
 
-def _resolved(schema: Schema, schemas: Schema) -> Schema:
+def _resolve(schema: Schema, schemas: Schema) -> Schema:
     """Return the schema that a reference leads to, or a schema without a reference itself."""
     while "$ref" in schema:
         schema = schemas[str(schema["$ref"]).rpartition("/")[2]]
@@ -200,7 +200,7 @@ def _with_choices(value: Any, schemas: Schema) -> Any:  # noqa: ANN401 - any par
         return [_with_choices(one, schemas) for one in value]
     if not isinstance(value, dict):
         return value
-    if "$ref" in value and "enum" in (found := _resolved(value, schemas)):
+    if "$ref" in value and "enum" in (found := _resolve(value, schemas)):
         return {"enum": found["enum"]}
     return {key: _with_choices(one, schemas) for key, one in value.items()}
 

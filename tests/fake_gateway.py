@@ -77,13 +77,13 @@ class FakeGateway:
         """Answer one batch of messages as the real gateway would, or by the faults that the fields ask for."""
         self.calls += 1
         try:
-            return JSONResponse(await self._answered(request), 201)
+            return JSONResponse(await self._answer_batch(request), 201)
         except BatchRefusal as refusal:
             error = {"code": refusal.code, "message": "It was refused", "details": refusal.details}
             body = {"success": False, "error": error, "requestId": "req_1"}
             return JSONResponse(body, refusal.status, dict(refusal.headers or {}))
 
-    async def _answered(self, request: Request) -> dict[str, Any]:
+    async def _answer_batch(self, request: Request) -> dict[str, Any]:
         """Accept a batch and return its answer; raises `BatchRefusal`, also after
         the acceptance if the answer is to be lost.
         """
@@ -113,14 +113,14 @@ class FakeGateway:
             raise BatchRefusal(422, "validation-failed")
         if not 1 <= len(body["messages"]) <= MAX_MESSAGES:
             raise BatchRefusal(422, "validation-failed")
-        results = [self._result(one) for one in body["messages"]]
+        results = [self._accept_message(one) for one in body["messages"]]
         return {
             "results": results,
             "accepted": sum(one["status"] == "accepted" for one in results),
             "duplicates": sum(one["status"] == "duplicate" for one in results),
         }
 
-    def _result(self, sent: object) -> dict[str, Any]:
+    def _accept_message(self, sent: object) -> dict[str, Any]:
         """Start a run, unless the message is invalid or its deduplication id is known, and return its result."""
         problem = _message_problem(sent)
         if problem is not None:

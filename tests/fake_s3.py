@@ -87,8 +87,8 @@ class FakeS3:
             if self.failures:
                 raise self.failures.pop(0)
             self._check_signature(request, body)
-            bucket, key = self._addressed(request)
-            return self._done(request, self._bucket(bucket), key, body)
+            bucket, key = self._split_address(request)
+            return self._perform(request, self._bucket(bucket), key, body)
         except S3Error as refused:
             text = f"<Error><Code>{refused.code}</Code><Message>It was refused</Message></Error>"
             return web.Response(status=refused.status, text=text, content_type="application/xml")
@@ -96,6 +96,7 @@ class FakeS3:
     # ── authentication and addressing ───────────────────────────────────────────────────────────────────────
 
     def _check_signature(self, request: web.Request, body: bytes) -> None:
+        """Raise `S3Error` unless AWS Signature Version 4 with the credentials of this server signs the request."""
         match = AUTHORIZATION.fullmatch(request.headers.get("Authorization", ""))
         if match is None:
             raise S3Error(403, "AccessDenied")
@@ -122,7 +123,7 @@ class FakeS3:
         if abs(datetime.now(UTC) - moment) > TOLERANCE or not date.startswith(day):
             raise S3Error(403, "RequestTimeTooSkewed")
 
-    def _addressed(self, request: web.Request) -> tuple[str, str]:
+    def _split_address(self, request: web.Request) -> tuple[str, str]:
         host = request.headers["Host"].partition(":")[0]
         path = unquote(request.raw_path.partition("?")[0]).removeprefix("/")
         if host.endswith(f".{self.domain}"):
@@ -137,9 +138,10 @@ class FakeS3:
 
     # ── operations ──────────────────────────────────────────────────────────────────────────────────────────
 
-    def _done(
+    def _perform(
         self, request: web.Request, objects: dict[str, FakeObject], key: str, body: bytes
     ) -> web.StreamResponse:
+        """Carry out an operation of S3 on the objects of a bucket; raises `S3Error`, 501 for other operations."""
         query = dict(_parse_pairs(request.raw_path.partition("?")[2]))
         match request.method, key:
             case "GET", "" if query.get("list-type") == "2":
@@ -162,6 +164,7 @@ class FakeS3:
         raise S3Error(501, "NotImplemented")
 
     def _list(self, objects: dict[str, FakeObject], query: Mapping[str, str]) -> web.Response:
+        """Return a page of the objects with a prefix, in the order of their keys."""
         prefix = query.get("prefix", "")
         after = query.get("continuation-token", query.get("start-after", ""))
         keys = sorted(key for key in objects if key.startswith(prefix) and key > after)
@@ -229,6 +232,7 @@ def _delete(objects: dict[str, FakeObject], body: bytes) -> web.Response:
 
 
 def _get(objects: dict[str, FakeObject], key: str, wanted: str | None) -> web.Response:
+    """Return an object, or the requested range of its bytes; raises `S3Error`."""
     if key not in objects:
         raise S3Error(404, "NoSuchKey")
     stored = objects[key]

@@ -94,13 +94,13 @@ class FakeSqs:
         text = await request.read()
         try:
             self._check_signature(request, text)
-            return _json_response(await self._answered(request, json.loads(text)))
+            return _json_response(await self._dispatch(request, json.loads(text)))
         except SqsError as refused:
             return _json_response(
                 {"__type": refused.code, "message": "It was refused"}, status=refused.status
             )
 
-    async def _answered(self, request: web.Request, call: dict[str, Any]) -> object:
+    async def _dispatch(self, request: web.Request, call: dict[str, Any]) -> object:
         """Return the answer to a call; raises `SqsError` for a wrong media type or queue,
         and the next of `failures`.
         """

@@ -107,6 +107,7 @@ def _list_waiting(runs: int) -> Sequence[str]:
 async def _insert_users(
     connection: AsyncConnection, organization: Organization, now: datetime
 ) -> Sequence[User]:
+    """Insert the users of an organization, and return them."""
     users = [
         User(
             id=f"user_many_{number:020}",

@@ -104,7 +104,7 @@ class FaultLoad:
         key = f"{self.chance.getrandbits(128):032x}"
         count = 2 if self.chance.random() < TWICE_SHARE else 1
         asked_at = time.time()
-        answers = await asyncio.gather(*(self._accepted(workflow, key) for _ in range(count)))
+        answers = await asyncio.gather(*(self._start_run(workflow, key) for _ in range(count)))
         told = {execution_id for execution_id in answers if execution_id is not None}
         if len(told) > 1:
             self.doubled_keys.append(key)
@@ -115,7 +115,7 @@ class FaultLoad:
             self._followers.add(task)
             task.add_done_callback(self._followers.discard)
 
-    async def _accepted(self, workflow: LoadWorkflow, key: str) -> str | None:
+    async def _start_run(self, workflow: LoadWorkflow, key: str) -> str | None:
         """Return the id of the run that the server accepted; None, and a count of the answer, if there is none."""
         path = f"/workflows/{workflow.workflow_id}/{'enqueue' if workflow.is_queue else 'execute'}"
         body: dict[str, Any] = {"message": {"a": 1}} if workflow.is_queue else {"triggerInputs": {"a": 1}}

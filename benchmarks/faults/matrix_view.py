@@ -103,6 +103,7 @@ class MatrixView:
         chosen: set[tuple[str, str]],
         place: tuple[str, str],
     ) -> str:
+        """Return the content of a cell: its verdict, a sign while the fault is in progress, or empty."""
         if place in self._running:
             return f"[yellow]{RUNNING}[/]"
         if place in found:

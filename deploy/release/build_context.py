@@ -51,11 +51,11 @@ def write_context(folder: Path) -> Path:
         tarfile.open(fileobj=compressed, mode="w") as archive,
     ):
         for path in list_files():
-            archive.add(path, str(path.relative_to(ROOT)), filter=_without_machine)
+            archive.add(path, str(path.relative_to(ROOT)), filter=_strip_metadata)
     return target
 
 
-def _without_machine(member: tarfile.TarInfo) -> tarfile.TarInfo:
+def _strip_metadata(member: tarfile.TarInfo) -> tarfile.TarInfo:
     """Strip owner, times and other permissions than "executable" from a member of the archive; return it."""
     member.mtime, member.uid, member.gid, member.uname, member.gname = 0, 0, 0, "", ""
     member.mode = 0o755 if member.mode & 0o100 else 0o644

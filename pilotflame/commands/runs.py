@@ -432,7 +432,7 @@ def _log_lines(
     With `follow`, wait for new ones until the execution ends.
     """
     if not follow:
-        path = f"/api/v1/executions/{_quoted(execution)}/logs"
+        path = f"/api/v1/executions/{_quote_id(execution)}/logs"
         yield from client.iterate(path, "logs", {"level": level})
         return
     for event in client.executions.stream(execution):
@@ -440,7 +440,7 @@ def _log_lines(
             yield event.data
 
 
-def _quoted(execution: str) -> str:
+def _quote_id(execution: str) -> str:
     from pilotflame_sdk.request_coding import quote_segment
 
     return quote_segment(execution)
@@ -454,7 +454,7 @@ def list_spans(
 ) -> None:
     """List the steps of an execution with their states, attempts and durations."""
     query = {"node_id": node}
-    path = f"/api/v1/executions/{_quoted(execution)}/spans"
+    path = f"/api/v1/executions/{_quote_id(execution)}/spans"
     show_list(list(connect().iterate(path, "spans", query)), output, SPANS)
 
 

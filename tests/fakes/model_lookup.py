@@ -35,6 +35,7 @@ class ServedModels:
         self.ledger = MemoryLedger()
 
     async def find(self, caller: RunCaller, model_id: str) -> ModelConnection:  # noqa: ARG002 - the protocol's parameters
+        """Return a model at the address of its server; raises `NodeError` for an unknown id."""
         if model_id not in self._urls:
             raise NodeError(f"There is no model {model_id!r} that this run may use", code="model-not-found")
         return ModelConnection(

@@ -216,6 +216,7 @@ def _build_document(line: ScriptedAnswer) -> dict[str, Any]:
 
 
 def _build_refusal(line: ScriptedAnswer, request: web.Request) -> web.Response | None:
+    """Return the refusal that the fault of an answer asks for; None without such a fault."""
     key = request.headers.get("authorization", "")
     match line.fault:
         case ModelFault.RATE_LIMITED:

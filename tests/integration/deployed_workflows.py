@@ -95,6 +95,7 @@ async def serve_as_pods(harness: GatewayHarness) -> AsyncIterator[None]:
     """
 
     async def take() -> None:
+        """Claim the pending runs again and again, and notify their gateways, until canceled."""
         while True:
             await asyncio.sleep(0.05)
             async with harness.gateway.database.read() as connection:

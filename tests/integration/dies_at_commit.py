@@ -39,6 +39,7 @@ def execute_runs(url: str, folder: Path, model_url: str, last_commit: int) -> No
 
 
 async def _execute_runs(url: str, folder: Path, model_url: str, last_commit: int) -> None:
+    """Execute runs until the process dies at the chosen commit, else forever."""
     store = await open_store(parse_url(url))
     settings = WorkerSettings(data_dir=folder, commit_seconds=0.02)
     record = store.record

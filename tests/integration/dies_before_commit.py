@@ -26,6 +26,7 @@ def execute_runs(url: str, folder: Path) -> None:
 
 
 async def _execute_runs(url: str, folder: Path) -> None:
+    """Execute runs until the process dies before a commit with a blob, else forever."""
     store = await open_store(parse_url(url))
     settings = WorkerSettings(data_dir=folder, commit_seconds=0.02)
     record = store.record

@@ -149,6 +149,7 @@ async def _make_person(
     role: UserRole,
     scopes: Collection[KeyScope] = ALL_KEY_SCOPES,
 ) -> Made:
+    """Create a user of an organization with an API key; return both."""
     now = datetime.now(UTC)
     user = await access_store.create_user(
         connection,

@@ -184,6 +184,7 @@ class GenericPlans:
         return read
 
     async def _explain(self, name: str, arguments: Sequence[Any], options: str) -> dict[str, Any]:
+        """Return the plan of a prepared statement with these arguments, by EXPLAIN with `options`."""
         types = await self._connection.fetchval(
             "SELECT parameter_types::text[] FROM pg_prepared_statements WHERE name = $1", self._names[name]
         )

@@ -143,6 +143,7 @@ class OpenIdServer:
             self.problems.append(problem)
 
     def _id_token(self, nonce: str) -> str:
+        """Return a signed ID token for the person, with the changed claims and header; None removes a claim."""
         now = int(time())
         person = self.person if self.has_email_in_token else {"sub": self.person["sub"]}
         claims = {

@@ -161,6 +161,7 @@ async def main() -> None:
 
 
 async def _name_people(harness: GatewayHarness, people: OrganizationUsers) -> None:
+    """Give the organization, its users and keys the names that the screenshots show."""
     persons = (
         (people.admin, "Mira Lang", "laptop"),
         (people.owner, "Jonas Weber", "nightly orders"),

@@ -89,32 +89,34 @@ class SimulatedCluster:
         async with self.database.read() as connection:
             rows = (await connection.execute(select(Deployment))).mappings().all()
         for row in rows:
-            await self._see_to(Deployment(**row))
+            await self._reconcile(Deployment(**row))
 
-    async def _see_to(self, deployment: Deployment) -> None:
+    async def _reconcile(self, deployment: Deployment) -> None:
         """Start or stop the pod of a deployment as its row desires, and record the observed state."""
         workflow_id = deployment.workflow_id
         is_wanted = deployment.is_deployed and deployment.replicas > 0 and deployment.drain_until is None
         if is_wanted and workflow_id in self.broken:
-            await self._saw(deployment, ObservedState.FAILED, observed_reason=self.broken[workflow_id])
+            await self._record_state(
+                deployment, ObservedState.FAILED, observed_reason=self.broken[workflow_id]
+            )
         elif is_wanted and workflow_id not in self.pods:
             self.starts[workflow_id] += 1
-            await self._saw(deployment, ObservedState.STARTING)
-            self.pods[workflow_id] = await self._started(deployment)
-            await self._saw(deployment, ObservedState.RUNNING)
+            await self._record_state(deployment, ObservedState.STARTING)
+            self.pods[workflow_id] = await self._start_pod(deployment)
+            await self._record_state(deployment, ObservedState.RUNNING)
         elif not is_wanted and workflow_id in self.pods:
             await self.pods.pop(workflow_id).aclose()
-            await self._saw(
+            await self._record_state(
                 deployment, ObservedState.STOPPED if deployment.is_deployed else ObservedState.ABSENT
             )
         elif is_wanted:
-            await self._saw(deployment, ObservedState.RUNNING)
+            await self._record_state(deployment, ObservedState.RUNNING)
         else:
-            await self._saw(
+            await self._record_state(
                 deployment, ObservedState.STOPPED if deployment.is_deployed else ObservedState.ABSENT
             )
 
-    async def _started(self, deployment: Deployment) -> AsyncExitStack:
+    async def _start_pod(self, deployment: Deployment) -> AsyncExitStack:
         """Start a pod of a deployment within this process; return the stack that stops it."""
         stack = AsyncExitStack()
         token = await self.database.transaction(
@@ -142,7 +144,7 @@ class SimulatedCluster:
         )
         return stack
 
-    async def _saw(self, deployment: Deployment, observed: ObservedState, **columns: Any) -> None:  # noqa: ANN401 - any column
+    async def _record_state(self, deployment: Deployment, observed: ObservedState, **columns: Any) -> None:  # noqa: ANN401 - any column
         """Record an observed state in the row of a deployment, unless it has that already."""
         seen = {"observed": observed, "observed_generation": deployment.generation, **columns}
         if all(getattr(deployment, name) == value for name, value in seen.items()):

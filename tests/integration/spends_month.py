@@ -25,6 +25,7 @@ def spend_month(url: str, caller: RunCaller, name: str, killed_in: int) -> None:
 
 
 async def _spend_month(url: str, caller: RunCaller, name: str, killed_in: int) -> None:
+    """Reserve and settle calls until the month's budget is exhausted; die by SIGKILL within call number `killed_in`."""
     ledger = StoredModelLedger(Database(parse_url(url)), is_deferring=True)
     number = 0
     while True:

@@ -188,7 +188,7 @@ class EffectLedger:
 
     async def handle(self, request: web.Request) -> web.Response:
         """Record a request, and answer it as the controls say."""
-        call = await self._noted(request)
+        call = await self._record(request)
         if action := self._on_arrival.get(call.node_id):
             action(call)
         if held := self._held.get(call.node_id):
@@ -199,7 +199,8 @@ class EffectLedger:
         status = self._refused.get(call.node_id, 200)
         return web.json_response({"receipt": call.receipt}, status=status)
 
-    async def _noted(self, request: web.Request) -> LedgerCall:
+    async def _record(self, request: web.Request) -> LedgerCall:
+        """Record a request as a call with a receipt, and wake the task that waits for its number."""
         arrived_at = time.time()
         assert request.transport is not None
         call = LedgerCall(

@@ -118,6 +118,9 @@ class FaultyProxy:
                 one.transport.abort()
 
     async def _pass_requests(self, reader: asyncio.StreamReader, server: asyncio.StreamWriter) -> None:
+        """Pass requests on to the server, held back or delayed as the controls say;
+        raises ConnectionResetError at their end.
+        """
         while chunk := await reader.read(CHUNK_BYTES):
             if self._answers_marker is not None and self._answers_marker in chunk:
                 self._answers_pass.clear()

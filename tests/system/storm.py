@@ -145,6 +145,7 @@ class StormRun:
 
 
 async def _create_workflows(client: RetryingClient, ledger: EffectLedger) -> Sequence[StormWorkflow]:
+    """Create the workflows of the storm: chains of writes, journeys, waits, failures, and runs to cancel."""
     order = workflow_shapes.chain_workflow(
         ledger.reads("look"), workflow_shapes.set_node("pack"), ledger.writes("charge"), ledger.writes("ship")
     )
@@ -213,6 +214,7 @@ def list_strikes(deployment: SystemUnderTest, chance: Random, pause_seconds: flo
 
 
 def _strikes_on_one_process(deployment: OneProcess, chance: Random) -> list[StormStrike]:
+    """Return the faults of `pilotflame dev`: kills, restarts, and a locked database."""
     dev = deployment.gateway
 
     async def lock_database() -> None:
@@ -230,6 +232,8 @@ def _strikes_on_one_process(deployment: OneProcess, chance: Random) -> list[Stor
 def _strikes_on_many_processes(
     deployment: ManyProcesses, chance: Random, pause_seconds: float
 ) -> list[StormStrike]:
+    """Return the faults of a deployment of several processes."""
+
     def a_worker() -> SystemProcess:
         return chance.choice(deployment.workers)
 

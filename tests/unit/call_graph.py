@@ -64,7 +64,7 @@ class CallGraph:
             if thing not in seen:
                 seen.add(thing)
                 if thing not in self._called:
-                    self._called[thing] = list(self._mentioned(thing))
+                    self._called[thing] = list(self._list_callees(thing))
                 waiting.extend(self._called[thing])
         return seen
 
@@ -82,7 +82,7 @@ class CallGraph:
         for node in ast.walk(self.modules[thing.module].functions[thing.path]):
             if not isinstance(node, ast.Call):
                 continue
-            position = _CODE_AT.get(str(self._meant(node.func, thing, {})))
+            position = _CODE_AT.get(str(self._find_definition(node.func, thing, {})))
             if position is not None and str(thing) not in _MAKERS:
                 code = node.args[position]
                 yield str(code.value) if isinstance(code, ast.Constant) else str(thing)
@@ -94,13 +94,13 @@ class CallGraph:
 
     # ── types of expressions ────────────────────────────────────────────────────────────────────────────────
 
-    def _mentioned(self, thing: CodeDefinition) -> Iterator[CodeDefinition]:
+    def _list_callees(self, thing: CodeDefinition) -> Iterator[CodeDefinition]:
         """Yield the functions that a function names or calls: methods of known types, and constructors of classes."""
         function = self.modules[thing.module].functions[thing.path]
         types = self._types(function, thing)
         for node in ast.walk(function):
             if isinstance(node, ast.Name | ast.Attribute):
-                meant = self._meant(node, thing, types)
+                meant = self._find_definition(node, thing, types)
             elif isinstance(node, ast.Subscript):
                 meant = self._method(self._type(node.value, thing, types), "__getitem__")
             else:
@@ -115,7 +115,7 @@ class CallGraph:
         types: dict[str, CodeDefinition] = {}
         for node in ast.walk(function):
             if isinstance(node, ast.arg) and node.annotation is not None:
-                kind = self._annotated(node.annotation, thing)
+                kind = self._find_annotated_type(node.annotation, thing)
                 if kind:
                     types[node.arg] = kind
         if "." in thing.path:
@@ -139,13 +139,13 @@ class CallGraph:
             case ast.Attribute(value=value, attr=name):
                 return self._attribute(self._type(value, thing, types), name)
             case ast.Call(func=func):
-                meant = self._meant(func, thing, types)
+                meant = self._find_definition(func, thing, types)
                 if meant and self._is_class(meant):
                     return meant
-                return self._returned(meant)
+                return self._find_return_type(meant)
         return None
 
-    def _meant(
+    def _find_definition(
         self, node: ast.expr, thing: CodeDefinition, types: Mapping[str, CodeDefinition]
     ) -> CodeDefinition | None:
         """Return the function, class or module that an expression names; None if it is unknown."""
@@ -157,7 +157,7 @@ class CallGraph:
                 kind = self._type(value, thing, types)
                 if kind:
                     return self._method(kind, name)
-                outer = self._meant(value, thing, types)
+                outer = self._find_definition(value, thing, types)
                 if outer and outer.path == "" and outer.module in self.modules:
                     return self.modules[outer.module].names.get(name)
         return None
@@ -171,10 +171,10 @@ class CallGraph:
         for statement in self.modules[kind.module].classes[kind.path].body:
             match statement:
                 case ast.AnnAssign(target=ast.Name(id=found), annotation=annotation) if found == name:
-                    return self._annotated(annotation, kind)
+                    return self._find_annotated_type(annotation, kind)
         method = self._method(kind, name)
         if method:
-            return self._returned(method)
+            return self._find_return_type(method)
         made = self._method(kind, "__init__")
         if made is None:
             return None
@@ -192,20 +192,20 @@ class CallGraph:
         method = CodeDefinition(kind.module, f"{kind.path}.{name}")
         return method if self._is_function(method) else None
 
-    def _returned(self, function: CodeDefinition | None) -> CodeDefinition | None:
+    def _find_return_type(self, function: CodeDefinition | None) -> CodeDefinition | None:
         if function is None or not self._is_function(function):
             return None
         returns = self.modules[function.module].functions[function.path].returns
-        return None if returns is None else self._annotated(returns, function)
+        return None if returns is None else self._find_annotated_type(returns, function)
 
-    def _annotated(self, annotation: ast.expr, thing: CodeDefinition) -> CodeDefinition | None:
+    def _find_annotated_type(self, annotation: ast.expr, thing: CodeDefinition) -> CodeDefinition | None:
         """Return the class that an annotation names, of a union the first; None for other annotations."""
         match annotation:
             case ast.Name(id=name):
                 found = self.modules[thing.module].names.get(name)
                 return found and _IMPLEMENTATIONS.get(found, found)
             case ast.BinOp(left=left):
-                return self._annotated(left, thing)
+                return self._find_annotated_type(left, thing)
         return None
 
     def _is_function(self, thing: CodeDefinition) -> bool:

@@ -92,7 +92,7 @@ class Fixture:
         for placeholder, address in addresses.items():
             text = text.replace(address, placeholder)
         (self.folder / "database.sql.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
-        (self.folder / "blobs.tar.gz").write_bytes(_packed(data_folder / "blobs"))
+        (self.folder / "blobs.tar.gz").write_bytes(_pack(data_folder / "blobs"))
         (self.folder / "manifest.json").write_text(json.dumps(asdict(manifest), indent=2) + "\n")
 
     def restore_blobs(self, data_folder: Path) -> None:
@@ -165,7 +165,7 @@ def _updates(columns: list[tuple[str, str]], manifest: Manifest) -> Iterator[str
             yield f'UPDATE "{table}" SET "{column}" = "{column}" + {passed} WHERE "{column}" IS NOT NULL'
 
 
-def _packed(folder: Path) -> bytes:
+def _pack(folder: Path) -> bytes:
     """Return a folder as a compressed archive that has the same bytes on each machine."""
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w") as archive:

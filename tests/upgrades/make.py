@@ -343,6 +343,7 @@ def _triggered(trigger: str, *nodes: workflow_shapes.Node, **config: Json) -> di
 
 
 async def _make(kind: str, database_url: str | None, redis_url: str, folder: Path) -> Manifest:
+    """Fill a new database by the API of its server, store the fixture, and return its manifest."""
     port = services.reserve_port()
     given = environment(folder, port, database_url, lease_seconds=LEASE_SECONDS)
     command_runs.run_output("migrate", given=given)

@@ -83,6 +83,7 @@ async def _transact(url: str, work: Callable[[Connection], None]) -> None:
 
 
 def _read(connection: Connection) -> Schema:
+    """Return the schema of a database; fails for damaged SQLite files."""
     is_sqlite = connection.dialect.name == "sqlite"
     parts = [tuple(row) for row in connection.execute(text(_SQLITE if is_sqlite else _POSTGRESQL))]
     if is_sqlite:

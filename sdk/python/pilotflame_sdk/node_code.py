@@ -179,15 +179,15 @@ class _NodeWriter:
             return f"Literal[{', '.join(map(repr, choices))}]" if is_literal else "Any"
         kinds = schema.get("type")
         if isinstance(kinds, list):
-            return python_code.join_union([self._typed(kind, schema, place) for kind in kinds])
+            return python_code.join_union([self._write_typed(kind, schema, place) for kind in kinds])
         if kinds is not None:
-            return self._typed(kinds, schema, place)
+            return self._write_typed(kinds, schema, place)
         for key in ("anyOf", "oneOf"):
             if key in schema:
                 return python_code.join_union([self._annotation(one, place) for one in schema[key]])
         return "Any"
 
-    def _typed(self, kind: str, schema: Mapping[str, Any], place: str) -> str:
+    def _write_typed(self, kind: str, schema: Mapping[str, Any], place: str) -> str:
         if kind == "array":
             return f"Sequence[{self._annotation(schema.get('items'), place)}]"
         if kind != "object":

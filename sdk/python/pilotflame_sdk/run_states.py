@@ -51,7 +51,7 @@ class RunState:
         )
 
     def take_outputs(self, answer: Mapping[str, Any]) -> None:
-        """Replace the outputs by those of an answer that has all of them."""
+        """Replace the outputs by those of an answer, which must have all of them."""
         self.outputs = dict(answer.get("outputs") or {})
         self.lacks_outputs = False
 

@@ -121,14 +121,14 @@ class TaskExecutor:
             task.input = self._channel.fetch_input(held)
             positional, named = _arguments(definition, config, task)
             _enter(task)
-            report = self._completed(held, definition.function(*positional, **named))
+            report = self._build_completion(held, definition.function(*positional, **named))
         except TaskCancelled:
             report = RELEASE
         except BaseException as error:  # noqa: BLE001 - also SystemExit: a function can't end its worker
             report = fail(error, task)
         self._finish(held, report)
 
-    def _completed(self, held: HeldTask, returned: object) -> Mapping[str, Any]:
+    def _build_completion(self, held: HeldTask, returned: object) -> Mapping[str, Any]:
         """Return the final report for the value that a function returned, after sending a large output.
 
         Raises `TaskError` for a value that is no JSON, and for an output that could not be sent.
@@ -165,7 +165,7 @@ class TaskExecutor:
             positional, named = _arguments(definition, config, task)
             _enter(task)
             returned = await definition.function(*positional, **named)
-            report = await asyncio.to_thread(self._completed, held, returned)
+            report = await asyncio.to_thread(self._build_completion, held, returned)
         except (TaskCancelled, asyncio.CancelledError):
             report = RELEASE
         except BaseException as error:  # noqa: BLE001 - as above
@@ -222,7 +222,11 @@ class TaskExecutor:
                 task.log(*value)
             elif name == "report":
                 output = value.get("output")
-                return value if output is None else self._completed(held, PortOutput(value["port"], output))
+                return (
+                    value
+                    if output is None
+                    else self._build_completion(held, PortOutput(value["port"], output))
+                )
 
 
 def _cancel_soon(loop: asyncio.AbstractEventLoop, running: asyncio.Task[None]) -> None:

@@ -250,13 +250,15 @@ class FakeControllers:
         current = [pod for pod in live if pod["metadata"]["labels"][HASH_LABEL] == digest]
         # Of the pods to replace, those that aren't ready go first.
         others = sorted((pod for pod in live if pod not in current), key=lambda pod: not _is_ready(pod))
-        failure = self._made(deployment, digest, spec["replicas"] - len(current), pods)
+        failure = self._create_pods_unless_refused(deployment, digest, spec["replicas"] - len(current), pods)
         replaced = sum(_is_ready(pod) for pod in current)
         for pod in current[spec["replicas"] :] + others[max(0, spec["replicas"] - replaced) :]:
             self._stop(pod)
-        self._store.set_status(deployment, self._status(deployment, failure))
+        self._store.set_status(deployment, self._build_status(deployment, failure))
 
-    def _made(self, deployment: Json, digest: str, count: int, pods: list[Json]) -> str | None:
+    def _create_pods_unless_refused(
+        self, deployment: Json, digest: str, count: int, pods: list[Json]
+    ) -> str | None:
         """Create `count` pods, unless that failed a moment ago; return the reason of the failure, None for success."""
         metadata, now_seconds = deployment["metadata"], asyncio.get_running_loop().time()
         uid = metadata["uid"]
@@ -268,7 +270,7 @@ class FakeControllers:
         seen = json.dumps([deployment["spec"], metadata.get("annotations"), versions], sort_keys=True)
         if retry is not None and now_seconds < retry.at and retry.seen == seen:
             return retry.message
-        failure = self._make(deployment, digest, count)
+        failure = self._create_pods(deployment, digest, count)
         if failure is None:
             self.retries.pop(uid, None)
             return None
@@ -277,7 +279,7 @@ class FakeControllers:
         self.retries[uid] = ReplicaRetry(failures, now_seconds + pause_seconds, seen, failure)
         return failure
 
-    def _make(self, deployment: Json, digest: str, count: int) -> str | None:
+    def _create_pods(self, deployment: Json, digest: str, count: int) -> str | None:
         """Create `count` pods of a Deployment; return the message of the first refusal, None for success."""
         metadata = deployment["metadata"]
         namespace = self._store.get(KINDS["namespaces"], "", metadata["namespace"])
@@ -285,13 +287,13 @@ class FakeControllers:
         for _ in range(count):
             name = f"{metadata['name']}-{digest}-{secrets.token_hex(3)[:5]}"[:63]
             pod = _build_pod(name, digest, deployment)
-            why = self._refused(metadata["namespace"], level, pod)
+            why = self._find_refusal(metadata["namespace"], level, pod)
             if why is not None:
                 return f'pods "{name}" is forbidden: {why}'
             self._store.create(KINDS["pods"], metadata["namespace"], pod, MANAGER)
         return None
 
-    def _refused(self, namespace: str, level: str | None, pod: Json) -> str | None:
+    def _find_refusal(self, namespace: str, level: str | None, pod: Json) -> str | None:
         """Return the reason for which admission refuses a pod; None if it is admitted."""
         violations = object_rules.restricted_violations(pod["spec"])
         if level == "restricted" and violations:
@@ -309,7 +311,7 @@ class FakeControllers:
     def _stop(self, pod: Json) -> None:
         self._store.delete(KINDS["pods"], pod["metadata"]["namespace"], pod["metadata"]["name"], {})
 
-    def _status(self, deployment: Json, failure: str | None) -> Json:
+    def _build_status(self, deployment: Json, failure: str | None) -> Json:
         """Return the status of a Deployment in the form of the real one, which omits zeros."""
         metadata, desired = deployment["metadata"], deployment["spec"]["replicas"]
         pods = [
@@ -351,6 +353,7 @@ def _template_hash(deployment: Json) -> str:
 
 
 def _build_pod(name: str, digest: str, deployment: Json) -> Json:
+    """Return a new pod of a Deployment, made from its template."""
     template, metadata = copy.deepcopy(deployment["spec"]["template"]), deployment["metadata"]
     return {
         "metadata": {

@@ -119,7 +119,7 @@ class FakeKubelet:
     def report(self) -> None:
         """Report the current state again, after the control plane was cut off for a while."""
         if self._told is not None:
-            self._tell(self._told)
+            self._store_status(self._told)
 
     async def _live(self) -> None:
         """Run the pod until it is stopped, show its final phase for a moment, and remove it."""
@@ -128,7 +128,7 @@ class FakeKubelet:
         # An ended pod is listed for a moment more, as one in a final phase.
         has_failed = not self.has_started
         ended = {"exitCode": 137 if has_failed else 0, "reason": "Completed", "finishedAt": format_now()}
-        self._show({"terminated": ended}, phase="Failed" if has_failed else "Succeeded")
+        self._report_state({"terminated": ended}, phase="Failed" if has_failed else "Succeeded")
         await asyncio.sleep(self._node.delay_seconds)
         metadata = self._pod["metadata"]
         while not self.machine.is_heard:  # noqa: ASYNC110 - machines have no event
@@ -145,17 +145,17 @@ class FakeKubelet:
                     await self._wait_for(why)
 
     async def _wait_for(self, why: _NotStarted) -> None:
-        self._show({"waiting": {"reason": why.reason, "message": str(why)}})
+        self._report_state({"waiting": {"reason": why.reason, "message": str(why)}})
         is_image = why.reason == "ImagePullBackOff"
-        await self._paused(self._node.pull_seconds if is_image else self._node.restart_seconds)
+        await self._pause(self._node.pull_seconds if is_image else self._node.restart_seconds)
 
     async def _run(self, folder: str) -> None:
         """Run the container once, to its end or to the stop of the pod; raises `_NotStarted` if it has to wait."""
         image = self._container["image"]
         if ".invalid/" in image or image in self._node.missing_images:
             first = f'failed to pull image "{image}": not found'
-            self._show({"waiting": {"reason": "ErrImagePull", "message": first}})
-            await self._paused(self._node.delay_seconds)
+            self._report_state({"waiting": {"reason": "ErrImagePull", "message": first}})
+            await self._pause(self._node.delay_seconds)
             words = f'Back-off pulling image "{image}": ErrImagePull: {first}'
             raise _NotStarted("ImagePullBackOff", words)
         environment = self._environment()
@@ -165,7 +165,7 @@ class FakeKubelet:
         self.has_started = True
         if not self._node.runs_commands:
             self._running = {"running": {"startedAt": format_now()}}
-            self._show(self._running, is_ready=True)
+            self._report_state(self._running, is_ready=True)
             await self._stop.wait()
             return
         command = [_expand_variables(part, environment) for part in self._container.get("command") or ()]
@@ -176,8 +176,8 @@ class FakeKubelet:
         ended: Json = {"terminated": {"exitCode": code, "reason": reason, "finishedAt": format_now()}}
         if self._container.get("terminationMessagePolicy") == "FallbackToLogsOnError" and code:
             ended["terminated"]["message"] = "\n".join(text for _, text in self.lines[-80:])
-        self._show(ended)
-        await self._paused(self._node.delay_seconds)
+        self._report_state(ended)
+        await self._pause(self._node.delay_seconds)
         self._last, self.earlier_lines, self.lines = ended, self.lines, []
         self._restarts += 1
         if self._restarts > 1:
@@ -188,14 +188,14 @@ class FakeKubelet:
     async def _prepare(self) -> None:
         """Prepare the container for its start, as many at once as the node allows."""
         if self._node.start_seconds:
-            self._show({"waiting": {"reason": "ContainerCreating"}})
+            self._report_state({"waiting": {"reason": "ContainerCreating"}})
         node, name = self._node, self._pod["metadata"]["name"]
         node.preparing.append(name)
         node.most_preparing = max(node.most_preparing, len(node.preparing))
         try:
             while name not in node.preparing[: node.starts_at_once] and not self._stop.is_set():
-                await self._paused(node.delay_seconds)
-            await self._paused(node.start_seconds)
+                await self._pause(node.delay_seconds)
+            await self._pause(node.start_seconds)
         finally:
             node.preparing.remove(name)
 
@@ -211,7 +211,7 @@ class FakeKubelet:
             start_new_session=True,
         )
         self._process = process
-        self._show(self._running)
+        self._report_state(self._running)
         helpers = [
             asyncio.create_task(step)
             for step in (self._read_log(process), self._probe(), self._drain(process))
@@ -242,32 +242,32 @@ class FakeKubelet:
     async def _probe(self) -> None:
         """Run the startup probe, then the readiness probe periodically."""
         async with aiohttp.ClientSession() as session:
-            await self._started(session)
+            await self._wait_for_startup(session)
             probe = (self._container.get("readinessProbe") or {}).get("httpGet")
             if probe is None:
-                self._show(self._running, is_ready=True)
+                self._report_state(self._running, is_ready=True)
                 return
             # A terminating pod is no longer probed, and stays ready.
             while not self._stop.is_set():
-                is_ready = await self._answers(session, probe)
+                is_ready = await self._answers_probe(session, probe)
                 if not self._stop.is_set():
-                    self._show(self._running, is_ready=is_ready)
+                    self._report_state(self._running, is_ready=is_ready)
                 await asyncio.sleep(self._node.probe_seconds)
 
-    async def _started(self, session: aiohttp.ClientSession) -> None:
+    async def _wait_for_startup(self, session: aiohttp.ClientSession) -> None:
         """Wait until the startup probe has succeeded; a container that takes too long is killed."""
         probe = self._container.get("startupProbe")
         if probe is None:
             return
         loop = asyncio.get_running_loop()
         ends_at = loop.time() + probe["periodSeconds"] * probe["failureThreshold"] * self._second
-        while not self._stop.is_set() and not await self._answers(session, probe["httpGet"]):
+        while not self._stop.is_set() and not await self._answers_probe(session, probe["httpGet"]):
             if loop.time() > ends_at and self._process is not None:
                 self._process.kill()
                 return
             await asyncio.sleep(self._node.probe_seconds)
 
-    async def _answers(self, session: aiohttp.ClientSession, probe: Json) -> bool:
+    async def _answers_probe(self, session: aiohttp.ClientSession, probe: Json) -> bool:
         """Return whether the container answers a probe with success."""
         ports = {port.get("name"): port["containerPort"] for port in self._container.get("ports") or ()}
         url = f"http://{self._address}:{ports.get(probe['port'], probe['port'])}{probe['path']}"
@@ -287,10 +287,10 @@ class FakeKubelet:
             if source is None:
                 given[variable["name"]] = _expand_variables(variable.get("value", ""), given)
             else:
-                given[variable["name"]] = self._referred(source)
+                given[variable["name"]] = self._read_reference(source)
         return given
 
-    def _referred(self, source: Json) -> str:
+    def _read_reference(self, source: Json) -> str:
         """Return the value of a variable that refers to a field of the pod or a Secret;
         raises `_NotStarted` if it is missing.
         """
@@ -312,13 +312,13 @@ class FakeKubelet:
             raise _NotStarted("CreateContainerConfigError", f"couldn't find key {reference['key']} in Secret")
         return base64.b64decode(encoded).decode()
 
-    async def _paused(self, seconds: float) -> None:
+    async def _pause(self, seconds: float) -> None:
         """Wait so many seconds, or until the pod is stopped."""
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._stop.wait()
 
-    def _show(self, state: Json, *, is_ready: bool = False, phase: str | None = None) -> None:
+    def _report_state(self, state: Json, *, is_ready: bool = False, phase: str | None = None) -> None:
         """Report the state of the container and the pod, as a kubelet writes it."""
         container = {
             "name": self._container["name"],
@@ -328,7 +328,7 @@ class FakeKubelet:
             "state": state,
             "lastState": self._last,
         }
-        self._tell(
+        self._store_status(
             {
                 "phase": phase or ("Running" if self.has_started else "Pending"),
                 "podIP": self._address,
@@ -341,7 +341,7 @@ class FakeKubelet:
             }
         )
 
-    def _tell(self, status: dict[str, Any]) -> None:
+    def _store_status(self, status: dict[str, Any]) -> None:
         """Keep a status as the last report, and store it unless the machine is cut off."""
         self._told = status
         if self.machine.is_heard:

@@ -51,6 +51,7 @@ def find_forbidden_changes(kind: ObjectKind, old: Json, new: Json) -> list[str]:
 
 
 def _metadata_problems(kind: ObjectKind, metadata: Json) -> Iterator[str]:
+    """Yield the violations by the name, labels and annotations of an object."""
     name = metadata["name"]
     has_label_name = kind.name in {"Service", "Namespace"}
     if kind.name == "Service" and "." in name:
@@ -102,6 +103,7 @@ def _kind_problems(kind: ObjectKind, found: Json) -> Iterator[str]:
 
 
 def _deployment_problems(spec: Json) -> Iterator[str]:
+    """Yield the violations by the fields of a Deployment."""
     template = spec.get("template") or {}
     labels = (template.get("metadata") or {}).get("labels") or {}
     desired = (spec.get("selector") or {}).get("matchLabels") or {}
@@ -132,6 +134,7 @@ def _pod_problems(path: str, spec: Json) -> Iterator[str]:
 
 
 def _container_problems(path: str, container: Json, volumes: set[str]) -> Iterator[str]:
+    """Yield the violations by the fields of a container."""
     name = container.get("name", "")
     if not _LABEL.match(name) or len(name) > 63:
         yield f'{path}.name: Invalid value: "{name}": {_NOT_A_LABEL}'
@@ -172,6 +175,7 @@ def _resource_problems(path: str, resources: Json) -> Iterator[str]:
 
 
 def _service_problems(spec: Json) -> Iterator[str]:
+    """Yield the violations by the fields of a Service."""
     ports = spec.get("ports") or ()
     if spec.get("type") == "ExternalName":
         name = spec.get("externalName", "")

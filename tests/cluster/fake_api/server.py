@@ -186,10 +186,10 @@ class FakeApiServer:
         is_dry = query.get("dryRun") == "All"
         match request.method:
             case "POST":
-                body = self._decoded(target, raw, query)
+                body = self._decode_body(target, raw, query)
                 return 201, self.store.create(target.kind, target.namespace, body, manager, is_dry=is_dry)
             case "PUT":
-                body = self._decoded(target, raw, query)
+                body = self._decode_body(target, raw, query)
                 return 200, self._put(target, body, manager, is_dry=is_dry)
             case "PATCH":
                 return self._patch(request, target, raw, manager, is_dry=is_dry)
@@ -199,7 +199,7 @@ class FakeApiServer:
             405, "MethodNotAllowed", "the server does not allow this method on the requested resource"
         )
 
-    def _decoded(
+    def _decode_body(
         self, target: ApiTarget, raw: bytes, query: Mapping[str, str], *, by_apply: bool = False
     ) -> Json:
         """Return the object in a request's body; raises `KubernetesError` for wrong JSON,
@@ -228,6 +228,7 @@ class FakeApiServer:
     def _check_types(
         self, kind: ObjectKind, body: Json, *, by_apply: bool = False, is_strict: bool = False
     ) -> None:
+        """Raise `KubernetesError` for fields of wrong types, and for unknown fields in a strict request or an apply."""
         wrong = schema.wrong_types(kind, body)
         if wrong:
             raise bad_request_error(
@@ -287,7 +288,7 @@ class FakeApiServer:
         if not name:
             problem = "fieldManager: Required value: is required for apply patch"
             raise invalid_error("PatchOptions.meta.k8s.io", "", [problem])
-        config = self._decoded(target, raw, query, by_apply=True)
+        config = self._decode_body(target, raw, query, by_apply=True)
         if "managedFields" in config.get("metadata", {}):
             raise bad_request_error("metadata.managedFields must be nil")
         applied, is_new = self.store.apply(
@@ -340,7 +341,7 @@ class FakeApiServer:
         items = self._matching(query, target)
         version, start = self.store.version, ""
         if "continue" in query:
-            version, start = self._continued(query["continue"])
+            version, start = self._read_continue_token(query["continue"])
         items = [item for item in items if item["metadata"]["name"] > start]
         metadata: Json = {"resourceVersion": str(version)}
         sizes = [size for size in (int(query.get("limit", "0")), self.page_size) if size]
@@ -359,7 +360,7 @@ class FakeApiServer:
             "items": items,
         }
 
-    def _continued(self, token: str) -> tuple[int, str]:
+    def _read_continue_token(self, token: str) -> tuple[int, str]:
         """Return the version and the last name of a continue token; raises
         `KubernetesError` for a wrong or expired one.
         """

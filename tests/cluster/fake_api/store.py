@@ -103,7 +103,7 @@ class ObjectStore:
         if metadata.get("resourceVersion"):
             raise KubernetesError(500, "", "resourceVersion should not be set on objects to be created")
         key = (kind.plural, namespace, name)
-        created = self._finished(kind, namespace, body)
+        created = self._finish(kind, namespace, body)
         self._refuse_invalid(kind, created)
         if key in self._stored:
             raise KubernetesError(409, "AlreadyExists", f'{kind.resource} "{name}" already exists')
@@ -135,8 +135,8 @@ class ObjectStore:
         version = body.get("metadata", {}).get("resourceVersion")
         if version and version != present.object["metadata"]["resourceVersion"]:
             raise conflict_error(kind.resource, name)
-        replaced = self._finished(
-            kind, namespace, self._kept(kind, present.object, body, only_status=only_status)
+        replaced = self._finish(
+            kind, namespace, self._keep_unwritable(kind, present.object, body, only_status=only_status)
         )
         owners = copy.deepcopy(present.owners)
         ownership.update(owners, manager, present.object, replaced)
@@ -173,8 +173,8 @@ class ObjectStore:
         merged = ownership.apply(
             owners, manager, present.object, config, is_forced=is_forced, group_version=kind.group_version
         )
-        finished = self._finished(
-            kind, namespace, self._kept(kind, present.object, merged, only_status=False)
+        finished = self._finish(
+            kind, namespace, self._keep_unwritable(kind, present.object, merged, only_status=False)
         )
         return self._exchange(kind, key, finished, owners, is_dry=is_dry), False
 
@@ -266,6 +266,7 @@ class ObjectStore:
                 )
 
     def _require_namespace(self, kind: ObjectKind, namespace: str, name: str) -> None:
+        """Raise `KubernetesError` if the namespace of a new object is missing or being deleted."""
         if not kind.is_namespaced:
             return
         found = self._stored.get(("namespaces", "", namespace))
@@ -279,7 +280,7 @@ class ObjectStore:
                 "because it is being terminated",
             )
 
-    def _kept(self, kind: ObjectKind, present: Json, body: Json, *, only_status: bool) -> Json:
+    def _keep_unwritable(self, kind: ObjectKind, present: Json, body: Json, *, only_status: bool) -> Json:
         """Return the body with the parts that this write can't change taken from the present object.
 
         These are everything but the status with `only_status`, else the status and system fields.
@@ -312,7 +313,7 @@ class ObjectStore:
             kept["spec"]["clusterIP"] = present["spec"]["clusterIP"]
         return kept
 
-    def _finished(self, kind: ObjectKind, namespace: str, body: Json) -> Json:
+    def _finish(self, kind: ObjectKind, namespace: str, body: Json) -> Json:
         """Return a body as it is stored: without unknown fields, with defaults."""
         finished = schema.prune_unknown(kind, body)
         finished["apiVersion"], finished["kind"] = kind.group_version, kind.name
@@ -381,6 +382,7 @@ class ObjectStore:
 
 
 def _fill_in(kind: ObjectKind, found: Json) -> None:
+    """Set the defaults of the server in a new object, in place."""
     spec: dict[str, Any] = found.get("spec") or {}
     match kind.name:
         case "Deployment":
@@ -405,6 +407,7 @@ def _fill_in(kind: ObjectKind, found: Json) -> None:
 
 
 def _fill_in_pod(spec: Json) -> None:
+    """Set the defaults of the server in the spec of a pod, in place."""
     spec.setdefault("restartPolicy", "Always")
     spec.setdefault("terminationGracePeriodSeconds", 30)
     spec.setdefault("dnsPolicy", "ClusterFirst")
