@@ -105,14 +105,14 @@ async def find_by_code(connection: AsyncConnection, code: str) -> Invitation | N
     return await _find(connection, col(Invitation.hash) == browser_session.hash_secret(code))
 
 
-async def accept_invitation(connection: AsyncConnection, one: Invitation, now: datetime) -> bool:
+async def accept_invitation(connection: AsyncConnection, invitation: Invitation, now: datetime) -> bool:
     """Mark an invitation as accepted at `now`; return False, without a change, if it is accepted, revoked or expired
     already.
     """
     statement = (
         update(Invitation)
         .where(
-            col(Invitation.id) == one.id,
+            col(Invitation.id) == invitation.id,
             col(Invitation.accepted_at).is_(None),
             col(Invitation.revoked_at).is_(None),
             col(Invitation.expires_at) > now,
@@ -122,9 +122,11 @@ async def accept_invitation(connection: AsyncConnection, one: Invitation, now: d
     return (await connection.execute(statement)).rowcount == 1
 
 
-async def record_user(connection: AsyncConnection, one: Invitation, user_id: str) -> None:
+async def record_user(connection: AsyncConnection, invitation: Invitation, user_id: str) -> None:
     """Store in an invitation the id of the user that it has created."""
-    await connection.execute(update(Invitation).where(col(Invitation.id) == one.id).values(user_id=user_id))
+    await connection.execute(
+        update(Invitation).where(col(Invitation.id) == invitation.id).values(user_id=user_id)
+    )
 
 
 async def revoke_invitation(

@@ -169,14 +169,14 @@ def _terminate_connections(address: str) -> None:
         connection.terminate()
 
 
-def _enable_keep_alive(found: socket.socket | None) -> None:
+def _enable_keep_alive(tcp_socket: socket.socket | None) -> None:
     """Enable keep-alive probes of an idle TCP connection, so that a silent loss of the server is detected; other
     sockets are not changed.
     """
-    if found is None or found.family not in {socket.AF_INET, socket.AF_INET6}:
+    if tcp_socket is None or tcp_socket.family not in {socket.AF_INET, socket.AF_INET6}:
         return
-    found.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    tcp_socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in _CLIENT_SOCKET.items():
         option = getattr(socket, name, None)
         if option is not None:
-            found.setsockopt(socket.IPPROTO_TCP, option, value)
+            tcp_socket.setsockopt(socket.IPPROTO_TCP, option, value)

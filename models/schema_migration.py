@@ -78,14 +78,14 @@ def _read_revision(connection: Connection) -> str | None:
     return None if row is None else str(row[0])
 
 
-def _require_support(connection: Connection, found: str) -> None:
+def _require_support(connection: Connection, revision: str) -> None:
     """Raise `NewerDatabase` if the tables of a newer revision lack something that this code uses."""
-    if found <= HEAD_REVISION:
+    if revision <= HEAD_REVISION:
         return
     oldest = str(connection.execute(text("SELECT oldest_revision FROM schema_support")).scalar())
     if oldest > HEAD_REVISION:
         raise NewerDatabase(
-            f"The database's tables have revision {found}, which needs a newer release of Pilotflame than this"
+            f"The database's tables have revision {revision}, which needs a newer release of Pilotflame than this"
             f" one (revision {HEAD_REVISION}): install that release"
         )
 

@@ -49,7 +49,7 @@ class SqlStatement:
     def placeholder_count(self) -> int:
         return len(self.parts) - 1
 
-    def with_places(self, places: Sequence[str]) -> str:
+    def with_placeholders(self, places: Sequence[str]) -> str:
         """Return the text of the statement with `places`, placeholders of a driver, in place of its own, one for each
         value.
         """

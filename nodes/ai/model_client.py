@@ -337,7 +337,9 @@ def _take_answer_from_tool(answer: ChatAnswer) -> ChatAnswer:
 
 
 def _ask_for_schema(request: ChatRequest, schema: Mapping[str, Any]) -> ChatRequest:
-    """Return a request that asks for an answer by its schema in words, for models without schemas."""
+    """Return a request whose system prompt asks for one JSON value of the schema, for models that don't
+    follow schemas.
+    """
     wanted = (
         "Answer with one JSON value that is valid by this JSON Schema, and with nothing else:"
         f" {msgspec.json.encode(schema).decode()}"
@@ -371,7 +373,7 @@ class _WrittenText:
             self._on_text(text)
 
 
-async def _read_answer(stream: OutboundStream, answer: AnswerParser, written: _WrittenText) -> ChatAnswer:
+async def _read_answer(stream: OutboundStream, parser: AnswerParser, written: _WrittenText) -> ChatAnswer:
     """Read the answer from a stream of events, or one JSON document of a server that doesn't stream, and return it
     whole.
 
@@ -379,22 +381,22 @@ async def _read_answer(stream: OutboundStream, answer: AnswerParser, written: _W
     answer.
     """
     if stream.headers.get("content-type", "").lower().startswith("application/json"):
-        written.add(answer.feed(b"".join([piece async for piece in stream])))
+        written.add(parser.feed(b"".join([piece async for piece in stream])))
         written.finish()
-        return answer.finish()
+        return parser.finish()
     events = EventStreamParser()
     try:
         async for piece in stream:
             for data in events.feed(piece):
-                written.add(answer.feed(data))
+                written.add(parser.feed(data))
         for data in events.finish():
-            written.add(answer.feed(data))
+            written.add(parser.feed(data))
     except EventTooLarge as error:
         message = "The provider sent an event that is too large"
         raise ModelCallFailed(
             message, code="model-invalid-answer", retryable=False, can_fall_back=True, may_be_billed=True
         ) from error
-    finished = answer.finish()
+    finished = parser.finish()
     written.finish()
     return msgspec.structs.replace(finished, is_streamed=True)
 

@@ -140,7 +140,9 @@ async def _resolve(host: str, resolve: ResolveHost) -> Sequence[IpAddress]:
     return found
 
 
-async def _is_server_database(own: ServerDatabase, found: Sequence[IpAddress], resolve: ResolveHost) -> bool:
+async def _is_server_database(
+    own: ServerDatabase, addresses: Sequence[IpAddress], resolve: ResolveHost
+) -> bool:
     """Return whether one of the addresses belongs to the machine of the server's own database.
 
     False for an SQLite file. Raises `NodeError` if the host of that database can't be resolved: it may lead there again
@@ -149,12 +151,12 @@ async def _is_server_database(own: ServerDatabase, found: Sequence[IpAddress], r
     if own.file is not None:
         return False
     if not own.host or own.host.startswith("/"):
-        return any(is_local_address(address) for address in found)
+        return any(is_local_address(address) for address in addresses)
     own_addresses = await _server_addresses(own.host, resolve)
-    if any(address in own_addresses for address in found):
+    if any(address in own_addresses for address in addresses):
         return True
     # localhost, a loopback address and the machine's address in its network are one server under three names.
-    return any(map(is_local_address, own_addresses)) and any(map(is_local_address, found))
+    return any(map(is_local_address, own_addresses)) and any(map(is_local_address, addresses))
 
 
 async def _server_addresses(host: str, resolve: ResolveHost) -> Sequence[IpAddress]:

@@ -331,7 +331,7 @@ class MysqlSession:
 
 
 def _build_text(statement: SqlStatement) -> str:
-    return statement.with_places("?" * statement.placeholder_count)
+    return statement.with_placeholders("?" * statement.placeholder_count)
 
 
 def _bind_value(value: Json | bytes) -> str | int | float | bytes | None:

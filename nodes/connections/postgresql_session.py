@@ -288,13 +288,13 @@ class PostgresqlSession:
         None for null.
         """
         places = [f"${number}" for number in range(1, statement.placeholder_count + 1)]
-        prepared = await self._connection.prepare(statement.with_places(places))
+        prepared = await self._connection.prepare(statement.with_placeholders(places))
         if not places:
             return prepared, []
         types = prepared.get_parameters()
         read = [_cast_placeholder(place, type_) for place, type_ in zip(places, types, strict=True)]
         values = [_bind_value(value, type_.name) for value, type_ in zip(parameters, types, strict=True)]
-        return await self._connection.prepare(statement.with_places(read)), values
+        return await self._connection.prepare(statement.with_placeholders(read)), values
 
 
 # ── values ──────────────────────────────────────────────────────────────────────────────────────────────────

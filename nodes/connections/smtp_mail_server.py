@@ -210,9 +210,9 @@ class SmtpMailServer:
 # ── steps ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def _open_socket(found: Sequence[IpAddress], port: int) -> socket.socket:
+async def _open_socket(addresses: Sequence[IpAddress], port: int) -> socket.socket:
     reason = "the server did not answer"
-    for address in found:
+    for address in addresses:
         try:
             async with asyncio.timeout(CONNECT_SECONDS):
                 return await connect_socket(address, port)

@@ -204,7 +204,7 @@ def _ignore_line(_level: str, _message: str) -> None:
 
 
 def _build_text(statement: SqlStatement) -> str:
-    return statement.with_places("?" * statement.placeholder_count)
+    return statement.with_placeholders("?" * statement.placeholder_count)
 
 
 def _insert_statement(table: str, columns: Sequence[str], upsert: UpsertRule) -> str:

@@ -79,7 +79,7 @@ class HtmlDocument:
     elements: list[HtmlElement] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
 
-    def inside(self, element: HtmlElement) -> list[HtmlElement]:
+    def list_descendants(self, element: HtmlElement) -> list[HtmlElement]:
         return self.elements[element.position + 1 : element.end]
 
     def text(self, element: HtmlElement) -> str:

@@ -134,11 +134,11 @@ class XlsxWorkbook:
         await self._archive.read_part(self._sheets[sheet], reader)
         return reader.rows
 
-    async def _read_relationships(self, of: str) -> dict[str, tuple[str, str]]:
+    async def _read_relationships(self, part: str) -> dict[str, tuple[str, str]]:
         """Return the relationships of a part of the workbook: kind and name of each related part, by identifier; empty
         if it has none.
         """
-        folder, name = posixpath.split(of)
+        folder, name = posixpath.split(part)
         related = posixpath.join(folder, "_rels", f"{name}.rels")
         if not self._archive.has(related):
             return {}

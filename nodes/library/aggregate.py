@@ -65,7 +65,7 @@ class AggregateItem:
     found: set[str]
     """Fields that some item has."""
 
-    def at(self, name: str) -> Json:
+    def read_field(self, name: str) -> Json:
         """Return the value of a field by its name or dotted path, null if it is missing, and record in `found` or
         `missing` which.
 
@@ -88,12 +88,12 @@ class AggregateItem:
         self.found.add(name)
         return found
 
-    def number(self, name: str) -> Number | None:
+    def read_number(self, name: str) -> Number | None:
         """Return the number in a field; None for null and a missing field.
 
         Raises `NodeError` for other types, also booleans, and if the item is no object.
         """
-        value = self.at(name)
+        value = self.read_field(name)
         if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
             return value
         hint = "; csv-parse converts texts to numbers with `types`" if isinstance(value, str) else ""
@@ -115,8 +115,8 @@ class AggregateTally:
         if name is None:
             self.count += 1
         elif self.aggregation.function is AggregateFunction.COUNT:
-            self.count += item.at(name) is not None
-        elif (number := item.number(name)) is not None:
+            self.count += item.read_field(name) is not None
+        elif (number := item.read_number(name)) is not None:
             self.numbers.append(number)
 
     def result(self) -> Number | None:
@@ -159,7 +159,7 @@ async def run(call: NodeCall) -> Json:
     for index, value in enumerate(items):
         await turn.yield_if_due()
         item = AggregateItem(value, index, missing, found)
-        keys = [item.at(name) for name in group_by]
+        keys = [item.read_field(name) for name in group_by]
         group = groups.get(identity_key(keys))
         if group is None:
             _check_size((len(groups) + 1) * len(aggregations))

@@ -86,7 +86,7 @@ class PageExtractor:
         if selector is None:
             return [await self._extract_item(elements[0] if elements else None, elements)]
         found = await selector.find_first(len(elements), elements, self._steps, self._turn)
-        return [await self._extract_item(element, self._page.inside(element)) for element in found]
+        return [await self._extract_item(element, self._page.list_descendants(element)) for element in found]
 
     async def _extract_item(self, element: HtmlElement | None, elements: Sequence[HtmlElement]) -> Json:
         return {each.name: await self._extract_field(each, element, elements) for each in self._fields}

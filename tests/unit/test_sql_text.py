@@ -10,7 +10,7 @@ POSTGRESQL, MYSQL, SQLITE = SqlDialect.POSTGRESQL, SqlDialect.MYSQL, SqlDialect.
 def mark_places(text: str, dialect: SqlDialect) -> str:
     """Return the statement with `<0>`, `<1>`, … where values belong."""
     statement = sql_text.parse_statement(text, dialect)
-    return statement.with_places([f"<{number}>" for number in range(statement.placeholder_count)])
+    return statement.with_placeholders([f"<{number}>" for number in range(statement.placeholder_count)])
 
 
 @pytest.mark.parametrize("dialect", EVERY)
