@@ -46,7 +46,7 @@ class DirectSlots:
         self._worker = worker
         self._gateways: dict[str, KnownGateway] = {}
 
-    def see(self, runs: Iterable[ClaimedRun]) -> None:
+    def remember_gateways(self, runs: Iterable[ClaimedRun]) -> None:
         """Remember the gateways that accepted these claimed runs, for 60 seconds, so that they get grants of slots."""
         now = time.monotonic()
         for channel in {run.channel for run in runs if run.channel}:

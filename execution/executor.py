@@ -304,7 +304,7 @@ class RunExecutor:
             return ()
         run_metrics.count_claims(claimed, self._broker.channel)
         if self._grants_slots:
-            self._slots.see(claimed)
+            self._slots.remember_gateways(claimed)
         if not claim.is_trial:
             self._remember_turns(claimed)
         leases = [self._leases.hold(ExecutionKey(c.execution_id, c.shard), c.token, since) for c in claimed]

@@ -81,7 +81,7 @@ class _UnansweredCall:
 
 
 class StoredModelLedger:
-    """Implements `nodes.ai.model_ledger.ModelLedger`."""
+    """Ledger of calls of language models in the database; implements `nodes.ai.model_ledger.ModelLedger`."""
 
     def __init__(self, database: Database, *, is_deferring: bool = False) -> None:
         """With `is_deferring`, costs that no budget counts are stored together about once a second."""

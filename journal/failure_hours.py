@@ -1,7 +1,7 @@
 """Hourly groups of failed runs, derived from the rows of all failed runs that were accepted within an hour.
 
 As counts of runs, they are exact at their time, and counting again corrects them: the end of a run writes nothing
-for them, in whichever of its ways it fails, and a run that is resumed or deleted leaves them with the next count.
+for them, however it fails, and a run that is resumed or deleted leaves them with the next count.
 """
 
 from __future__ import annotations

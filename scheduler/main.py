@@ -87,7 +87,7 @@ def list_duties(
     hours = RunHourCounter(database)
     return (
         PeriodicDuty("start scheduled runs", settings.schedule_seconds, schedules.start_due),
-        PeriodicDuty("reset schedules ahead", 60, schedules.set_back),
+        PeriodicDuty("reset schedules ahead", 60, schedules.reset_ahead),
         PeriodicDuty(
             "promote due executions",
             settings.schedule_seconds,

@@ -36,7 +36,7 @@ SETTLING_TIME: Final = timedelta(minutes=1)
 class RunHourCounter:
     """Counter of the runs of the last 24 hours by hour.
 
-    A turn counts the present hour, and those of whose runs some have ended since they were counted.
+    A turn counts the present hour, and hours with runs that have ended since the last count.
     """
 
     def __init__(self, database: Database) -> None:

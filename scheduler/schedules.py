@@ -77,7 +77,7 @@ class ScheduleRunner:
             if len(due) < BATCH_SCHEDULES or not started.decided:
                 return runs
 
-    async def set_back(self) -> None:
+    async def reset_ahead(self) -> None:
         """Recompute the next instants of schedules that were computed while the clock was ahead.
 
         Raises `DatabaseUnavailable`.

@@ -1,9 +1,8 @@
 """Deletion of definitions that no run and no deployment uses.
 
-The age of a definition counts from the last acceptance of a run that sent its text. A gateway that omits the
-text has sent it within the last hours. So later executions won't name a definition that is a day old and that
-none names now, except those that send its text again. These find it deleted, or renew its age under the same
-lock that deletes it.
+The age of a definition counts from the last acceptance of a run that sent its text. A gateway that omits the text has
+sent it within the last hours. So a definition that is a day old, and that no execution names now, will be named only by
+executions that send its text again. These find it deleted, or renew its age under the same lock that deletes it.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ class ClaimedRequest:
 
 @dataclass(frozen=True, slots=True)
 class OpenQuestion:
-    """Question that still waits, and the people to tell about it."""
+    """Question that still waits, and the people who get a mail about it."""
 
     asked: WaitingNode
     caller: RunCaller

@@ -209,7 +209,7 @@ def code_of_wait(status: SpanStatus, kind: str | None) -> BlockerCode:
 
 @dataclass(frozen=True, slots=True)
 class BlockerHolder:
-    """Owner of what a run waits for."""
+    """Run, worker or user that holds the thing for which a run waits."""
 
     type: str
     """`execution`, `worker` or `user`."""

@@ -39,7 +39,7 @@ MAX_CLAIM_BYTES: Final = 4_194_304
 
 
 class TaskClaims:
-    """Claims in the database of a process."""
+    """Claims of tasks by task workers, in the database of a process."""
 
     def __init__(self, database: Database, known: KnownTasks) -> None:
         self._database = database

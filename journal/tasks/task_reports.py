@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class TaskReports:
-    """Reports to the database of a process."""
+    """Reports of task workers, applied in the database of a process."""
 
     def __init__(self, database: Database, known: KnownTasks, max_log_lines: int) -> None:
         self._database = database

@@ -33,7 +33,7 @@ LIMITED_KEYS: Final = (
 
 
 class TaskUpkeep:
-    """Moves of tasks in the database of a process."""
+    """Moves of tasks that no worker reports, in the database of a process."""
 
     def __init__(self, database: Database) -> None:
         self._database = database

@@ -19,7 +19,7 @@ LEAVING_CONDITION: Final = "(is_draining OR stopped_at IS NOT NULL)"
 
 
 class TaskWorkerMarks:
-    """Marks of workers in the database of a process."""
+    """Marks of task workers that stop, or are asked to, in the database of a process."""
 
     def __init__(self, database: Database) -> None:
         self._database = database

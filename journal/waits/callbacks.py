@@ -41,7 +41,7 @@ class CallbackPlace:
 
 @dataclass(frozen=True, slots=True)
 class CallbackReception:
-    """Result of a callback, with the place of its run."""
+    """Result of a callback, with the target of its run."""
 
     answer: AnswerResult
     target: str

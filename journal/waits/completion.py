@@ -64,7 +64,7 @@ class CompletionAction(msgspec.Struct, frozen=True, rename="camel", omit_default
         return decoding.decode(text, CompletionAction)
 
     @property
-    def to_text(self) -> str | None:
+    def text(self) -> str | None:
         """JSON text of the actions as it is stored; None if no action remains."""
         return msgspec.json.encode(self).decode() if self != NO_ACTION else None
 
@@ -139,7 +139,7 @@ def requested_actions(
         parent=msgspec.convert(answering, CompletionAction).parent if answering else None,
         callback=CompletionCallback(callback_url) if callback_url else None,
         on_failure=msgspec.convert(on_failure, FailureAction) if on_failure else None,
-    ).to_text
+    ).text
 
 
 def due_statement(limit: int, *, but_of: Collection[str] = ()) -> CompoundSelect[*tuple[Any, ...]]:

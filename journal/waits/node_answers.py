@@ -272,7 +272,7 @@ class _Awaits(msgspec.Struct):
 
 
 class _Question(msgspec.Struct):
-    """Part of a request to a person that tells which."""
+    """Part of a request to a person that names the assignees."""
 
     assignees: Any = None
 

@@ -514,7 +514,7 @@ async def test_a_clock_that_was_far_ahead_keeps_nothing_from_being_run_once_it_i
     assert await tick(harness, ahead) == 1
     assert await tick(harness, second) == 0
     async with run_scheduler(harness, first + HOUR / 2) as schedules:
-        await schedules.set_back()
+        await schedules.reset_ahead()
     assert await tick(harness, second) == 1
     assert await read_instants(harness, workflow_id) == [second, ahead]
 
