@@ -23,7 +23,8 @@ log = structlog.get_logger()
 class QueueTarget(Protocol):
     """Receiver of messages; see `bridge.queue_gateway.QueueGateway`."""
 
-    async def enqueue(self, messages: Sequence[SourceMessage], *, source: str) -> Sequence[MessageResult]: ...
+    async def enqueue(self, messages: Sequence[SourceMessage], *, source: str) -> Sequence[MessageResult]:
+        """Hand over messages of the queue named `source`; return one result for each, in order."""
 
 
 class QueueTransfer:

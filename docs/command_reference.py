@@ -32,6 +32,7 @@ def _list_usages() -> Iterator[tuple[str, str]]:
 
 
 def _usage(name: str, command: object) -> str:
+    """Return a command with its arguments, optional ones in brackets."""
     arguments = [one for one in getattr(command, "params", ()) if one.param_type_name == "argument"]
     words = [_argument_text(one.metavar or one.name.upper(), is_required=one.required) for one in arguments]
     return " ".join([name, *words])
@@ -42,5 +43,6 @@ def _argument_text(name: str, *, is_required: bool) -> str:
 
 
 def _summary(command: object) -> str:
+    """Return the first paragraph of a command's help as one line, without its period."""
     text = str(getattr(command, "help", "") or "")
     return " ".join(text.partition("\n\n")[0].split()).removesuffix(".")

@@ -121,6 +121,7 @@ def _nested_rows(
 
 
 def _config_row(name: str, schema: Mapping[str, Any], kind: str, *, is_required: bool) -> str:
+    """Return the table row of a config field: name, type, default, and description."""
     default = f"`{_format_inline(schema['default'])}`" if "default" in schema else ""
     cells = [f"`{name}`", kind, "*required*" if is_required else default, schema.get("description", "")]
     escaped = [cell.replace("|", r"\|") for cell in cells]

@@ -132,7 +132,8 @@ class RunBroker(Protocol):
         other workers.
         """
 
-    async def close(self) -> None: ...
+    async def close(self) -> None:
+        """Stop receiving messages of all kinds, and close all connections; the broker can't be used afterwards."""
 
 
 class Broker(RunBroker, Protocol):
@@ -176,7 +177,8 @@ class Broker(RunBroker, Protocol):
         until `stop_mail_parser`.
         """
 
-    async def stop_mail_parser(self) -> None: ...
+    async def stop_mail_parser(self) -> None:
+        """Receive no more wakeups about unparsed mail; queued ones are left to other parsers."""
 
     async def notify_deployer(self, message: DeployerMessage) -> None:
         """Queue a message for one deployer after the commit, unless an equal one is still in the queue.
@@ -198,4 +200,5 @@ class Broker(RunBroker, Protocol):
         `BrokerUnavailable`.
         """
 
-    async def ping(self) -> None: ...
+    async def ping(self) -> None:
+        """Raise `BrokerUnavailable` unless the server of the broker answers within two seconds."""

@@ -295,6 +295,7 @@ async def _delete_blobs(stores: _OpenStores, _found: Sequence[DriftFinding]) -> 
 
 
 async def _reconcile(stores: _OpenStores, found: Sequence[DriftFinding]) -> None:
+    """Wake a deployer for the workflow of each finding."""
     for finding in found:
         await wakeups.wake_deployer(stores.broker, finding.subject.id)
 

@@ -205,6 +205,7 @@ async def run_executor(
 def _connection_policy(
     settings: RunnerSettings, contact: PodContact, clock: DatabaseClock
 ) -> ConnectionPolicy:
+    """Return the rules for connections of nodes, with the server's own database, which they may not use."""
     own = contact.own_database
     return ConnectionPolicy(
         allowed_networks=settings.outbound_allowed_networks,

@@ -88,6 +88,9 @@ class RemoteDataSources:
         return source
 
     async def _look_up(self, caller: RunCaller, source_id: str) -> ConnectionSource:
+        """Return a data source from the gateway; raises a retryable `NodeError`
+        if the gateway refuses or doesn't answer.
+        """
         path = f"/executions/{caller.execution_id}/data-sources"
         try:
             found = await self._gateway.call(path, DataSourceRequest(source_id), dict[str, Any])

@@ -168,6 +168,7 @@ def _read_operation(
 
 
 def _query_parameter(found: Schema) -> ApiParameter:
+    """Return a query parameter of the document as a parameter of a method; `metadata.key` stands for any metadata."""
     wire_name = str(found["name"])
     if wire_name == "metadata.key":
         return ApiParameter("metadata", "metadata", "Mapping[str, str]")
@@ -445,6 +446,7 @@ def _optional(annotation: str) -> str:
 
 
 def _or_absent(annotation: str) -> str:
+    """Return the annotation of a field that may also be left out of the request."""
     return annotation if annotation == "Any" else f"{annotation} | Absent"
 
 

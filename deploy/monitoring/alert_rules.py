@@ -71,10 +71,12 @@ def _rule(name: str, expression: str, lasting: str) -> AlertRule:
 
 
 def _drift(drift: DriftClass) -> str:
+    """Return the PromQL that holds while a class of drift has findings."""
     return f"max({queries.gauge('drift', **{'class': drift.value})}) > 0"
 
 
 def _outages() -> list[AlertRule]:
+    """Return the alerts for missing processes, doubled leaders, versions that differ, and blocked event loops."""
     leader = queries.gauge("leader")
     return [
         _rule("AcceptedRunsNotClaimed", _drift(DriftClass.PENDING_UNCLAIMED), "5m"),
@@ -91,6 +93,7 @@ def _outages() -> list[AlertRule]:
 
 
 def _queues() -> list[AlertRule]:
+    """Return the alerts for runs, schedules and dead letters that wait too long or pile up."""
     oldest = f"max({queries.gauge('pending_oldest_seconds')})"
     workers = f"count({queries.gauge('runs_held')}) > 0"
     return [
@@ -103,6 +106,7 @@ def _queues() -> list[AlertRule]:
 
 
 def _burn_rates() -> list[AlertRule]:
+    """Return the alerts for requests and wakes that use up their error budgets, by each pair of windows."""
     rules = []
     for factor, long, short, severity in BURN_RATES:
         bound = f"{factor * (1 - INTAKE_OBJECTIVE):g}"
@@ -136,16 +140,19 @@ def _burn_rates() -> list[AlertRule]:
 
 
 def _failed_share(window: str) -> str:
+    """Return the PromQL of the share of requests in a window that were answered with 5xx."""
     failed = queries.event_rate("http_server_request_duration_seconds", window, status_class="5xx")
     return f"{failed} / {queries.event_rate('http_server_request_duration_seconds', window)}"
 
 
 def _slow_share(window: str) -> str:
+    """Return the PromQL of the share of wakes in a window that took longer than `WAKE_SECONDS`."""
     within = queries.rate_within("wake_seconds", WAKE_SECONDS, window, phase="total")
     return f"1 - {within} / {queries.event_rate('wake_seconds', window, phase='total')}"
 
 
 def _work() -> list[AlertRule]:
+    """Return the alerts for lost leases and slow commits."""
     lost = queries.rate("leases_lost_total", "15m")
     return [
         _rule("LeasesLost", f"{lost} / {queries.rate('claims_total', '15m')} > 0.01", "5m"),
@@ -154,6 +161,7 @@ def _work() -> list[AlertRule]:
 
 
 def _sleep() -> list[AlertRule]:
+    """Return the alerts for deployments that sleep or wake against their policies."""
     return [
         _rule("AsleepAgainstWindow", _drift(DriftClass.ASLEEP_AGAINST_WINDOW), "5m"),
         _rule("AwakeAgainstPolicy", _drift(DriftClass.AWAKE_AGAINST_POLICY), "1h"),

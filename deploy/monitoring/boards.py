@@ -91,6 +91,7 @@ def _quantiles(name: str, **labels: str) -> list[tuple[str, str]]:
 
 
 def _runs() -> Board:
+    """Return the board about runs: their rate, durations, waits and failures."""
     return Board(
         "pilotflame-runs",
         "Pilotflame: runs",
@@ -146,6 +147,7 @@ def _runs() -> Board:
 
 
 def _sleep_and_wake() -> Board:
+    """Return the board about deployments that sleep and wake."""
     saved = queries.rate("pod_seconds_saved_total", "1h")
     used = queries.rate("pod_seconds_total", "1h")
     return Board(
@@ -188,6 +190,7 @@ def _sleep_and_wake() -> Board:
 
 
 def _control_plane() -> Board:
+    """Return the board about the processes of the server and their stores."""
     return Board(
         "pilotflame-control-plane",
         "Pilotflame: control plane",

@@ -69,6 +69,7 @@ def quantile(share: float, name: str, window: str, by: str = "", **labels: str) 
 
 
 def _family(name: str, kind: MetricKind) -> MetricFamily:
+    """Return the metric family with this name and kind; raises LookupError if the table has none."""
     family = FAMILIES.get(name)
     if family is None or family.kind is not kind:
         raise LookupError(f"The table of metrics has no {kind} {name}")
@@ -92,6 +93,9 @@ def _select(family: MetricFamily, suffix: str, labels: dict[str, str]) -> str:
 
 
 def _sum(family: MetricFamily, expression: str, by: str) -> str:
+    """Return the PromQL of the sum of an expression, by the label `by` if it isn't empty;
+    raises LookupError for an unknown label.
+    """
     _check_labels(family, [by] if by else [])
     return f"sum by ({by}) ({expression})" if by else f"sum({expression})"
 

@@ -264,6 +264,7 @@ def _workflow_lines(found: Mapping[str, Any]) -> list[str]:
 
 
 def _item_text(item: Mapping[str, Any]) -> str:
+    """Return a connection or a node as a text of the diff."""
     if "target" in item:
         return f"{item['source']}.{item['sourcePort']} -> {item['target']}.{item['targetPort']}"
     return f"{item['id']} ({item['type']})"
@@ -274,6 +275,7 @@ def _change_line(name: str, change: Mapping[str, Any]) -> str:
 
 
 def _value_text(change: Mapping[str, Any], side: str) -> str:
+    """Return the value of a change before or after it as JSON, truncated, or `(none)`."""
     import json
 
     if side not in change:

@@ -110,6 +110,7 @@ class _NodeWriter:
         return bool(self.node_type["ports"].get("outputsFrom"))
 
     def _ports(self) -> str:
+        """Return the annotation of the output ports of the node type."""
         ports = [*self.node_type["ports"]["outputs"], "error"]
         return "str" if self._has_free_ports() else f"Literal[{', '.join(map(repr, ports))}]"
 
@@ -154,6 +155,7 @@ class _NodeWriter:
         return f'    """{text}\n    """\n' if len(lines) > 1 else f'    """{text}"""\n'
 
     def _parameter(self, name: str, schema: Any, is_required: bool) -> str:  # noqa: ANN401, FBT001 - a JSON Schema
+        """Return annotation and default of a parameter of the function, as code."""
         annotation = self._annotation(schema, python_code.class_name(name))
         if is_required or annotation == "Any":
             return annotation if is_required else "Any = None"

@@ -89,6 +89,7 @@ def _dataclass_schema(kind: Any) -> dict[str, Any]:  # noqa: ANN401 - a dataclas
 
 
 def _struct_schema(kind: Any) -> dict[str, Any]:  # noqa: ANN401 - a msgspec struct
+    """Return the JSON Schema of a msgspec struct without references, which allows no further fields."""
     import msgspec
 
     return {"additionalProperties": False, **_write_out_all(msgspec.json.schema(kind))}

@@ -248,10 +248,12 @@ class Worker:
             executor.start(held, definition, held.task.config)
 
     def _server_parts(self) -> tuple[str, str]:
+        """Return URL and API key of the worker's server."""
         found: ServerAddress = self._find_server()
         return found.url, found.api_key
 
     def _identity(self) -> Mapping[str, str]:
+        """Return the worker as requests name it, with a new id at each call."""
         # A new id for each start of the process: leases of the one before are not its own.
         return {"id": f"w_{uuid4().hex}", "name": f"{self.name}-{os.getpid()}", "sdk": f"py/{VERSION}"}
 
