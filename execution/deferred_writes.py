@@ -26,9 +26,10 @@ class DeferredWrites(Generic[T]):
     def __init__(
         self, store: Callable[[Sequence[T]], Awaitable[None]], delay_seconds: float = DELAY_SECONDS
     ) -> None:
-        """`store` stores a batch in one transaction, and may get one again whose commit was not confirmed.
+        """Create a queue; `store` stores a batch in one transaction, and may get a batch again whose commit was not
+        confirmed.
 
-        A write that can't be stored at all is dropped, with a warning, lest the others wait for ever.
+        A write that can't be stored at all is dropped, with a warning, so that the others don't wait for ever.
         """
         self._store = store
         self._delay = delay_seconds

@@ -267,7 +267,7 @@ class ModelRequest(msgspec.Struct, frozen=True):
 
 
 class ModelBlockRequest(msgspec.Struct, frozen=True):
-    """Note that the provider of a language model accepts no calls for a time, as it has told this pod."""
+    """Note that the provider of a language model accepts no calls for a time, by its answer to this pod."""
 
     model_id: Annotated[str, msgspec.Meta(max_length=64)]
     seconds: Annotated[float, msgspec.Meta(ge=0)]

@@ -131,7 +131,7 @@ class StoredModels:
         return msgspec.structs.replace(found, blocked_seconds=max(seconds, 0.0))
 
     async def _count_workers(self) -> int:
-        """Return the number of workers that share the limits of models, at least one, known for five seconds.
+        """Return the number of workers that share the limits of models, at least one, cached for five seconds.
 
         Raises `NodeError` while the database is unavailable.
         """

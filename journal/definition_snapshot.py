@@ -188,7 +188,7 @@ def build_definition(
     """Return a graph and its settings in the form that a run stores, with defaults for settings that are not given.
 
     With a `catalog`, `nodeTypes` holds the documents of the custom types that nodes use, and the id of the default
-    model stands for `default`, so that an executor needs no lookup.
+    model replaces `default`, so that an executor needs no lookup.
     """
     definition: dict[str, Json] = {
         "nodes": list(nodes),

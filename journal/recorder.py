@@ -98,10 +98,10 @@ class RunRecorder:
     """Recorder that groups the writes of all runs of a process."""
 
     def __init__(self, store: RunStore, on_committed: OnCommitted) -> None:
-        """Create a recorder.
+        """Create a recorder; `on_committed` is called after each commit.
 
-        `on_committed` gets changed runs by id, each with its channel if the run has ended; and the outcomes of
-        those that one commit has begun and ended.
+        It gets the changed runs by id, each with its channel if the run has ended, and the outcomes of runs that ended
+        with all their records in this commit.
         """
         self._store = store
         self._on_committed = on_committed
@@ -620,10 +620,10 @@ class LeaseKeeper:
         return max(0.0, begun_at + self._round_seconds - time.monotonic())
 
     def _due_leases(self, now: float) -> list[RunLease]:
-        """Return the leases to renew in this round.
+        """Return the leases to renew in this round: those whose last renewal would be over a third of their duration
+        ago at the next round.
 
-        By the next round a third of their duration would have passed, or they have less left than that, as
-        short ones do.
+        Short leases are due when they have less time left than the others have then.
         """
         third = self._lease_seconds / RENEWALS_PER_LEASE
         until = _lease_end(now, self._lease_seconds) + self._round_seconds - third * ROUND_TOLERANCE

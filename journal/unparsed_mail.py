@@ -68,7 +68,7 @@ class ScreeningRules(msgspec.Struct, frozen=True, rename="camel", omit_defaults=
     def rejection_reason(self, received: MailReception) -> str | None:
         """Return the reason why the rules reject a mail, by the report of its mail service; None if they accept it.
 
-        A failed check that `reject_on` names comes first, then a spam score above the maximum.
+        A failed check that `reject_on` names has precedence over a spam score above the maximum.
         """
         if (check := received.failed_check(self.reject_on)) is not None:
             return f"The mail service reports that the mail failed its {check} check, which `rejectOn` names"

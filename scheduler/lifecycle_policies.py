@@ -59,7 +59,10 @@ async def forget_decisions(database: Database) -> None:
 
 
 async def _keep_policy(database: Database, broker: Broker, seen: DeploymentActivity) -> None:
-    """Apply the policy of one deployment, if it decides anything, and notify the deployer."""
+    """Apply the policy of one deployment, if it decides anything, and notify the deployer.
+
+    A locked deployment is left out, and an unknown time zone is logged. Raises `DatabaseUnavailable`.
+    """
     workflow_id = seen.deployment.workflow_id
     try:
         if wakes.decide_lifecycle(seen).action is LifecycleAction.NONE:

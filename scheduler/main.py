@@ -75,7 +75,7 @@ def list_duties(
 ) -> Sequence[PeriodicDuty]:
     """Return all periodic duties of the leading scheduler, each with its name, interval in seconds and work.
 
-    From now on the reports of this process have the retention of these settings.
+    The retention of these settings is added to the reports of this process.
     """
     ACTIVITY.retention = {
         "executions": settings.retention_days,

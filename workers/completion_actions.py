@@ -297,8 +297,8 @@ class CompletionActions:
     async def _build_answer(self, due: DueCompletion, parent: BlobOwner) -> bytes:
         """Return the stored answer to the parent's node: the output of the run, or its error.
 
-        The output of one leaf stands for itself, several are an object by node id, none is null. Outputs that
-        are lost or too large give an error. Raises `DatabaseUnavailable` and `BlobsUnavailable`.
+        The output of a single leaf is passed as it is, several are an object by node id, none is null. Outputs that are
+        lost or too large give an error. Raises `DatabaseUnavailable` and `BlobsUnavailable`.
         """
         if due.status is not ExecutionStatus.COMPLETED:
             return node_answers.encode_error_answer(*_describe_failure(due), _find_cause(due))

@@ -120,7 +120,9 @@ async def _limit_time() -> AsyncIterator[None]:
 
 
 async def _verify_chunks(opened: OpenBlob, sha256: str) -> AsyncIterator[bytes]:
-    """Yield chunks, each one late, so that a wrong hash of the whole raises `BlobLost` instead of the last chunk."""
+    """Yield each chunk once the next one is read, so that a wrong hash of the whole raises `BlobLost` instead of the
+    last chunk.
+    """
     digest = hash_of()
     held = b""
     async for chunk in opened.chunks:

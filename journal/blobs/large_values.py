@@ -177,8 +177,8 @@ def is_separate(trigger: str) -> bool:
 
 
 def split_fields(trigger: str) -> dict[str, Raw]:
-    """Return the fields of a trigger text whose body is a reference, each as JSON text; the one of `body` is
-    the reference.
+    """Return the fields of a trigger text whose body is a reference, each as JSON text; that of `body` is the
+    reference.
     """
     return decoding.decode(trigger, dict[str, Raw])
 

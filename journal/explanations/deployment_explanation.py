@@ -74,10 +74,10 @@ class DeploymentExplanation:
 def explain_deployment(
     workflow: Workflow, seen: DeploymentActivity | None, last: LastDecision | None
 ) -> DeploymentExplanation:
-    """Explain status, reason, blockers and next event of a workflow's deployment, as of the time when `seen`
-    was read.
+    """Explain status, reason, blockers and next event of a workflow's deployment, as of the time when `seen` was read.
 
-    `seen` is None for a workflow that was never deployed. Being asleep is no blocker: a trigger starts it.
+    `seen` is None for a workflow that was never deployed; `last` is the last decision about it. Being asleep is no
+    blocker: a trigger starts it.
     """
     paused = [workflow_paused(workflow.id, since=None)] if workflow.status == WorkflowStatus.PAUSED else []
     status = status_of(seen.deployment if seen is not None else None)

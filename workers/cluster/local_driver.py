@@ -71,7 +71,7 @@ class ScalePlan:
 def plan_scaling(copies: Sequence[PodCopy], *, template: str, replicas: int) -> ScalePlan:
     """Return the number of pods to start and the pods to stop, on the way to `replicas` pods of one template.
 
-    A template is a hash of all that a pod starts with. A pod of another one remains until a pod of this one
+    A template is a hash of all that a pod starts with. A pod of another template remains until a pod of this template
     is ready in its place.
     """
     ready_first = sorted(copies, key=lambda copy: not copy.is_ready)

@@ -153,9 +153,9 @@ class WatchCache:
         return bool(self._followers)
 
     async def watch(self) -> AsyncGenerator[str, None]:
-        """Yield the ids of changed workflows, at first of all cached ones.
+        """Yield the ids of all cached workflows, and then of each workflow with changed objects.
 
-        The first watch begins to follow the API server; the end of the last one closes the cache.
+        The first watch begins to follow the API server; the end of the last watch closes the cache.
         """
         changes = ChangedWorkflows()
         self._watchers.add(changes)

@@ -248,8 +248,8 @@ class RefusalBudget:
 def choose_next_start(waiting: Mapping[str, str], starting: Mapping[str, str], limit: int) -> str | None:
     """Return the workflow that may start next; None if all have to wait.
 
-    `waiting` (in the order of requests) and `starting` map workflows to their organizations. The organization
-    with the fewest starts goes first. While one has less than its share of `limit`, up to twice the limit may
+    `waiting` (in the order of requests) and `starting` map workflows to their organizations. The organization with the
+    fewest starts has precedence. While an organization has less than its share of `limit`, up to twice the limit may
     start, so that slow starts of one organization delay no other.
     """
     if not waiting:
