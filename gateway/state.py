@@ -46,7 +46,7 @@ from gateway.ingest.mail_verification import MailVerifier
 from gateway.ingest.redrive_runs import RunRedriver
 from gateway.ingest.rejected_samples import RejectedSamples
 from gateway.ingest.sns_certificates import MAX_ANSWER_BYTES, SnsCertificateCache
-from gateway.ingest.subscription_cache import SubscriptionCache
+from gateway.ingest.subscription_lookup import SubscriptionLookup
 from gateway.ingest.verification import TriggerVerifier
 from gateway.pods import pod_services
 from gateway.pods.forwarding import WakeupForwarder
@@ -190,7 +190,7 @@ async def assemble_state(
     key_refusals = KeyRefusals(database)
     deliveries = DeliveryLog(database)
     samples = RejectedSamples(database)
-    subscribers = SubscriptionCache(database)
+    subscribers = SubscriptionLookup(database)
     vault = SecretVault(settings.secret, settings.previous_secrets)
     waiting = ExecutionPollHub(store, broker)
     poll_hub = PodPollHub(database, broker, WakeupForwarder(database, broker))

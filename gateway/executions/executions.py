@@ -467,10 +467,10 @@ def _wants_events(request: GatewayRequest) -> bool:
 
 
 async def _follow(request: GatewayRequest, source: EventSource) -> ASGIApp:
-    """Return the event stream of a source of the path's execution.
+    """Return the event stream of the records of a source, such as log lines or steps, of the path's execution.
 
-    `Last-Event-ID` is the number after which it begins; `end` is answered with 204. Raises a 400 error for an
-    invalid `Last-Event-ID`, 404, and 503 if 500 streams are open.
+    `Last-Event-ID` is the number after which it begins; `end` is answered with 204. Raises a 400 error for an invalid
+    `Last-Event-ID`, 404, and 503 if 500 streams are open.
     """
     last_seen = request.headers.get("last-event-id", "0")
     key = await _find_key(request)

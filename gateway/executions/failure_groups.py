@@ -210,7 +210,7 @@ async def _find_versions_before(
 async def _read_revisions(
     connection: AsyncConnection, caller: ApiCaller, workflow_ids: Collection[str]
 ) -> Mapping[str, int]:
-    """Return the revisions of workflows that are not deleted, by id."""
+    """Return the revisions of the organization's workflows by id, without the deleted ones."""
     rows = await connection.execute(
         select(col(Workflow.id), col(Workflow.revision)).where(
             col(Workflow.id).in_(workflow_ids),

@@ -302,9 +302,10 @@ class LiveHints:
             del self._lists[topic, organization_id]
 
     async def _watch_list(self, topic: str, organization_id: str, watch: ListWatch) -> None:
-        """Read the newest rows of a list again and again, and put a hint into all queues when they have changed.
+        """Read the newest rows of a list until canceled, and put a hint into all queues when they have changed.
 
-        It looks every 0.2 seconds, less often with many lists. An unavailable database is skipped.
+        It looks every 0.2 seconds, less often with many lists. A look that finds the database unavailable is
+        skipped.
         """
         statements = _STATEMENTS[topic](organization_id)
         while True:

@@ -163,10 +163,11 @@ class ExecutionPollHub:
 
     @contextmanager
     def waiter(self, execution_id: str) -> Iterator[ExecutionWaiter]:
-        """Yield a waiter that is notified of every change of a watched execution.
+        """Yield a waiter that is notified, until the block ends, of every change of an execution for which `watch` is
+        in effect.
 
-        After its first second, it is also notified once a second, in case a notification is lost. Once the
-        process stops, it is over from the start.
+        After its first second, it is also notified once a second, in case a notification is lost. Once the process
+        stops, it is over from the start.
         """
         waiter = ExecutionWaiter(asyncio.get_running_loop().time())
         if self._is_released:

@@ -405,7 +405,9 @@ class BacklogLimits:
             await asyncio.shield(tally.counting)
 
     async def _count(self, tally: BacklogCount, find: Callable[[AsyncConnection], Awaitable[int]]) -> None:
-        """Count a backlog by `find` and store it; if the database is away, try again after a second."""
+        """Count a backlog by `find` and store the count; if the database is unavailable, keep the earlier one
+        for a second.
+        """
         began, added = monotonic(), tally.added
         try:
             async with self._database.read() as connection:

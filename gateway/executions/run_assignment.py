@@ -241,8 +241,8 @@ def _split(runs: Sequence[ClaimedRun]) -> Iterator[list[ClaimedRun]]:
 
 
 def _may_start(run: RunAcceptance) -> bool:
-    """Return whether any worker may run it at once: it needs no slot of a key, no deployment, no mail parser
-    and no delay.
+    """Return whether any worker may execute the run at once: the run needs no slot of a key, no deployment,
+    no mail parser and no delay.
 
     Runs over 16,000 characters are left to claims.
     """

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from gateway.deployments.activation import CountedDeployment, DeploymentActivator
     from gateway.deployments.deployed_definitions import DeployedDefinitions
     from gateway.ingest.ingest import IngestCapacity, RequestIngestor
-    from gateway.ingest.subscription_cache import SubscriptionCache
+    from gateway.ingest.subscription_lookup import SubscriptionLookup
     from gateway.workflows.workflow_cache import WorkflowCache
     from journal.definition_snapshot import LoadedWorkflow
     from journal.store import IdempotencyKey, InboundRequest, IngestedRun, IngestResult
@@ -145,7 +145,7 @@ class EventDispatcher:
     def __init__(
         self,
         database: Database,
-        subscribers: SubscriptionCache,
+        subscribers: SubscriptionLookup,
         workflows: WorkflowCache,
         activation: DeploymentActivator,
         deployed: DeployedDefinitions,

@@ -324,7 +324,9 @@ class RequestIngestor:
         )
 
     def wake_deployments(self, runs: Sequence[IngestedRun], answers: Sequence[AcceptanceResult]) -> None:
-        """Wake the deployments of accepted runs that may start now, in the background."""
+        """Wake the deployments of accepted runs that may start now, in the background; `answers` are the
+        outcomes of `runs` in their order.
+        """
         for assigned_deployment_id in {
             run.assigned_deployment_id
             for run, answer in zip(runs, answers, strict=True)

@@ -171,8 +171,8 @@ class MailVerifier:
     async def find_target(self, workflow_id: str, known: RequestSender | None) -> MailTarget:
         """Return the workflow that a mail is for, with its trigger's config.
 
-        For a known sender it raises a 404 error unless that may read the workflow; for others 401 when it
-        does not exist or its trigger accepts no anonymous mail.
+        Raises a 404 error when a known sender may not read the workflow. For unknown senders it raises 401
+        when the workflow does not exist or its trigger accepts no anonymous mail.
         """
         if known is not None:
             workflow = await self._workflows.load(workflow_id, known.caller)

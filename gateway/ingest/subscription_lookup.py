@@ -37,7 +37,7 @@ class SubscribedWorkflows:
     """Ids of the deployed ones."""
 
 
-class SubscriptionCache:
+class SubscriptionLookup:
     """Lookup of subscriptions for one gateway, in groups; nothing is cached beyond a query."""
 
     def __init__(self, database: Database) -> None:
