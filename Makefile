@@ -29,8 +29,9 @@ install: .venv/installed
 
 # Tests mostly wait for killed processes to be noticed. The tests of a file share their servers.
 # Files keep the order of tests/conftest.py: xdist would start those with the most tests, which are the shortest.
+# Tests of programs of others, which need their environments, run with ARGUMENTS=--toolchains, and in `make test-all`.
 test: .venv/installed-for-tests
-	$(bin)/python -m tests.tools.environments
+	$(if $(filter --toolchains --thorough,$(ARGUMENTS)),$(bin)/python -m tests.tools.environments)
 	exec $(bin)/python -m $(PYTEST) --numprocesses $(PROCESSES) --dist loadfile --no-loadscope-reorder $(ARGUMENTS)
 
 # Each test on every database, instead of one that its name chooses, and long tests in full.

@@ -99,6 +99,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="run each test on every kind of database, instead of one of them, and long tests in full",
     )
+    parser.addoption(
+        "--toolchains",
+        action="store_true",
+        help="run tests of compilers, generators and other programs of others, too; --thorough implies it",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -151,7 +156,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """
     names_tests = any("::" in argument for argument in config.args)
     if not names_tests and not config.getoption("thorough"):
-        left_out = set(ordinary_run.find_left_out(items))
+        with_toolchains = config.getoption("toolchains")
+        left_out = set(ordinary_run.find_left_out(items, with_toolchains=with_toolchains))
         items[:] = [item for item in items if item not in left_out]
         config.hook.pytest_deselected(items=list(left_out))
     ranks = {name: rank for rank, name in enumerate(SLOWEST_FILES)}

@@ -4,7 +4,8 @@ A test of several kinds of database, or of several backends of scripts, is colle
 keeps one of these variants, about half of all tests each kind, so that each part of the product meets both. A checksum
 of the test's name chooses, so that new tests never change the choice for others. Tests marked `every_database` keep all
 their variants: their subject is the statements and locks of a database, or they alone reach some statements. Tests
-marked `thorough` are left out: they take long for the little that they protect beyond others.
+marked `thorough` are left out: they take long for the little that they protect beyond others. Tests marked `toolchain`
+run programs of others for seconds, such as compilers, and are left out but with `--toolchains`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 EVERY_DATABASE: Final = "every_database"
 THOROUGH: Final = "thorough"
+TOOLCHAIN: Final = "toolchain"
 """Names of the marks."""
 
 DATABASES: Final = frozenset(
@@ -42,14 +44,15 @@ EXTENT: Final = RunExtent()
 """Extent of this run, for helpers that no fixture reaches."""
 
 
-def find_left_out(items: Iterable[pytest.Item]) -> list[pytest.Item]:
-    """Return the collected tests that the ordinary run leaves out: thorough ones,
-    and all variants of a test but one.
+def find_left_out(items: Iterable[pytest.Item], *, with_toolchains: bool = False) -> list[pytest.Item]:
+    """Return the collected tests that the ordinary run leaves out: thorough ones, those of toolchains
+    unless asked for, and all variants of a test but one.
     """
+    marks = (THOROUGH,) if with_toolchains else (THOROUGH, TOOLCHAIN)
     left_out: list[pytest.Item] = []
     variants: dict[str, list[pytest.Item]] = defaultdict(list)
     for item in items:
-        if item.get_closest_marker(THOROUGH) is not None:
+        if any(item.get_closest_marker(mark) is not None for mark in marks):
             left_out.append(item)
         elif (variant := _variant_of(item)) is not None:
             variants[item.nodeid.replace(variant, "", 1)].append(item)

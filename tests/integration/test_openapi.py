@@ -386,6 +386,7 @@ async def claim_at_once(
 
 
 @BUSY
+@pytest.mark.toolchain
 @pytest.mark.usefixtures("unlimited")
 def test_missing_oversized_and_mistyped_values_get_documented_answers(
     postgres: PostgresServer, tmp_path: Path, *, is_thorough: bool
@@ -398,6 +399,7 @@ def test_missing_oversized_and_mistyped_values_get_documented_answers(
 
 
 @BUSY
+@pytest.mark.toolchain
 @pytest.mark.usefixtures("unlimited")
 def test_generated_requests_get_documented_answers(
     postgres: PostgresServer, tmp_path: Path, *, is_thorough: bool

@@ -15,6 +15,8 @@ from docs.tables import ROOT
 from tests.command_runs import COMMAND
 from tests.integration.command_shell import CommandShell, open_shell
 
+pytestmark = pytest.mark.toolchain
+
 PAGE = (ROOT / "docs/own-nodes-tutorial.md").read_text()
 PANDAS = '''
 """As much of pandas as the tutorial uses."""

@@ -16,7 +16,7 @@ from tests.integration.test_waiting_runs import execute_workflow, wait_until_end
 from tests.services import PostgresServer
 from tests.tools.environments import REAL_MODEL
 
-pytestmark = [pytest.mark.anyio, pytest.mark.realmodel]
+pytestmark = [pytest.mark.anyio, pytest.mark.realmodel, pytest.mark.toolchain]
 
 CITIES = ["Oslo", "Rome"]
 

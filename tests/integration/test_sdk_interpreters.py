@@ -17,7 +17,7 @@ from tests.integration.command_shell import KEY, CommandShell, open_shell
 from tests.tools.environments import TOOLS, ToolEnvironment
 
 NAME = "sdk_interpreters"
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.timeout(300), pytest.mark.toolchain]
 """The environment of an interpreter is built where it is missing."""
 
 

@@ -18,7 +18,7 @@ from tests.system import harness
 from tests.system.client import API_KEY
 from tests.tools.environments import PYTHON_CLIENT, TYPESCRIPT_CLIENTS, ToolEnvironment
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.timeout(600), pytest.mark.toolchain]
 """Generators and compilers are slow on a busy machine; a test builds its environment where that is missing."""
 DOCUMENT = "openapi.json"
 

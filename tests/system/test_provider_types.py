@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import pytest
 
 from engine.model_calls import (
     ChatMessage,
@@ -63,6 +64,7 @@ def build_samples(provider: ModelProvider, folder: str) -> dict[str, list[Any]]:
     return {"requests": requests, "events": [event for event in events if event.get("type") != "ping"]}
 
 
+@pytest.mark.toolchain
 def test_requests_and_answers_have_the_published_types() -> None:
     samples = {
         "anthropic": build_samples(ModelProvider.ANTHROPIC, "anthropic"),

@@ -19,6 +19,8 @@ from docs.tables import ROOT
 from gateway.documentation import site
 from tests.command_runs import RunningCommand, command_environment
 
+pytestmark = pytest.mark.toolchain
+
 LISTED_MODULES = (
     "import json, sys; print(json.dumps([each.__file__ for each in map(__import__, sys.argv[1:])]))"
 )

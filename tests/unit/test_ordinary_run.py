@@ -37,11 +37,11 @@ class Run:
 
     args: list[str]
     is_thorough: bool = False
+    with_toolchains: bool = False
     left_out: list[CollectedTest] = field(default_factory=list)
 
     def getoption(self, name: str) -> bool:
-        assert name == "thorough"
-        return self.is_thorough
+        return {"thorough": self.is_thorough, "toolchains": self.with_toolchains}[name]
 
     @property
     def hook(self) -> SimpleNamespace:
@@ -69,6 +69,7 @@ def collect(cases: int) -> list[CollectedTest]:
         *(CollectedTest(f"test_dialects[{kind}]", {"dialect": SqlDialect(kind)}) for kind in kinds),
         *(CollectedTest(f"test_sources[{kind}]", {"source": kind}) for kind in ("sqlite", "mysql")),
         CollectedTest("test_long[sqlite]", {"harness": "sqlite"}, "thorough"),
+        CollectedTest("test_compiler", {}, "toolchain"),
     ]
 
 
@@ -101,6 +102,10 @@ def test_the_mark_enumerations_and_other_kinds_keep_all() -> None:
         *("test_dialects[sqlite]", "test_dialects[postgresql]"),
         *("test_sources[sqlite]", "test_sources[mysql]"),
     }
+
+
+def test_an_option_adds_the_tests_of_toolchains_to_the_ordinary_ones() -> None:
+    assert choose(Run(["tests"], with_toolchains=True)) == {*choose(Run(["tests"])), "test_compiler"}
 
 
 @pytest.mark.parametrize("run", [Run(["tests"], is_thorough=True), Run(["test_sample.py::test_one"])])
