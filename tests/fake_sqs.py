@@ -112,9 +112,9 @@ class FakeSqs:
         self.actions.append(action)
         if self.failures:
             raise self.failures.pop(0)
-        return await self._done(action, call)
+        return await self._perform(action, call)
 
-    async def _done(self, action: str, call: dict[str, Any]) -> object:
+    async def _perform(self, action: str, call: dict[str, Any]) -> object:
         """Carry out an action of SQS and return its answer; raises `SqsError` for an unknown action."""
         match action:
             case "ReceiveMessage":

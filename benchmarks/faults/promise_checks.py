@@ -163,9 +163,7 @@ def judge_ends(
 
 
 def _judge_answers(result: CellResult, run: LoadRun, noted: Sequence[str]) -> None:
-    """Record a run whose client was answered another end than the first recorded one,
-    a crashed one, or an unexpected one.
-    """
+    """Record an answer to a client with another end than the first recorded one, with `crashed`, or unexpected."""
     if run.status is None:
         return
     if noted and run.status != noted[0]:

@@ -175,7 +175,7 @@ class DriverUnderTest:
 
 
 async def turn_until(holds: Callable[[], bool], *, patience_seconds: float = 60.0) -> None:
-    """Let other tasks of the event loop run until the condition holds; raises TimeoutError after a minute."""
+    """Let other tasks of the event loop run until the condition holds; raises TimeoutError after the patience."""
     async with asyncio.timeout(patience_seconds):
         while not holds():  # noqa: ASYNC110 - nothing signals the change
             await asyncio.sleep(0)

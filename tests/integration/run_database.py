@@ -230,7 +230,7 @@ class RunDatabase:
         """Claim up to `limit` pending runs as a worker with this name."""
         return await self.store.claim(ClaimQuery(owner, lease_seconds, limit))
 
-    async def claimed(self, place: OwnedWorkflow | None = None, **changes: Any) -> ClaimedRun:  # noqa: ANN401 - any JSON value
+    async def accept_and_claim(self, place: OwnedWorkflow | None = None, **changes: Any) -> ClaimedRun:  # noqa: ANN401 - any JSON value
         """Accept a run, claim it, and return the claim; no other run may be pending."""
         key = await self.accept(place or await self.workflow(), **changes)
         (one,) = await self.claim()
@@ -250,7 +250,7 @@ class RunDatabase:
 
     async def begun(self, place: OwnedWorkflow | None = None, **changes: Any) -> ExecutionKey:  # noqa: ANN401 - any field of an Acceptance
         """Accept a run, record its trigger as a worker would, and release it; return its key."""
-        one = await self.claimed(place, **changes)
+        one = await self.accept_and_claim(place, **changes)
         now = datetime.now(UTC)
         trigger = NodeSpan(
             "start", "start", "manual", SpanStatus.COMPLETED, 1, now, now, port="output", output=b"{}"

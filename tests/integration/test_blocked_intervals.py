@@ -55,7 +55,7 @@ async def intervals(runs: RunDatabase, key: ExecutionKey) -> list[dict[str, Any]
 
 async def waiting(runs: RunDatabase, *, blocked_by: BlockerCode = BlockerCode.TIMER) -> ExecutionKey:
     """Return a run with a node that waits for an answer or the end of an hour."""
-    one = await runs.claimed()
+    one = await runs.accept_and_claim()
     now = datetime.now(UTC)
     span = NodeSpan(
         "ask",
@@ -92,7 +92,7 @@ async def age(runs: RunDatabase, key: ExecutionKey, **columns: int) -> None:
 
 
 async def test_a_run_that_never_waits_leaves_no_interval(runs: RunDatabase) -> None:
-    one = await runs.claimed()
+    one = await runs.accept_and_claim()
     await runs.store.record([write(one, end=RunStatus.COMPLETED)])
     assert await runs.count("blocked_interval") == 0
 
@@ -125,7 +125,7 @@ async def test_an_answer_ends_the_interval(runs: RunDatabase) -> None:
 
 
 async def test_an_answer_before_the_wait_leaves_time_in_the_queue(runs: RunDatabase) -> None:
-    one = await runs.claimed()
+    one = await runs.accept_and_claim()
     await runs.query("UPDATE execution SET wait_answer_count = 1 WHERE id = :id", id=one.execution_id)
     await runs.store.record([write(one, end=RunStatus.WAITING, blocked_by=BlockerCode.AWAITING_INPUT)])
     (row,) = await intervals(runs, key_of(one))
@@ -141,7 +141,7 @@ async def test_a_cancelled_wait_is_over(runs: RunDatabase) -> None:
 
 
 async def test_a_lost_worker_counts_from_the_end_of_its_lease(runs: RunDatabase) -> None:
-    one = await runs.claimed()
+    one = await runs.accept_and_claim()
     lost_at = microseconds_from_now(-5)
     await runs.query("UPDATE execution SET lease_until = :at WHERE id = :id", at=lost_at, id=one.execution_id)
     await runs.store.sweep(10)
@@ -157,7 +157,7 @@ async def test_a_lost_worker_counts_from_the_end_of_its_lease(runs: RunDatabase)
 async def test_a_worker_that_is_known_to_be_dead_counts_from_its_reclaim(
     runs: RunDatabase, *, out_of_memory: bool
 ) -> None:
-    one, other = await runs.claimed(), await runs.claimed()
+    one, other = await runs.accept_and_claim(), await runs.accept_and_claim()
     await runs.query("UPDATE execution SET lease_owner = 'other' WHERE id = :id", id=other.execution_id)
     for number in (1, 2):
         await runs.query("UPDATE execution SET lease_until = :at", at=microseconds_from_now(3_600))

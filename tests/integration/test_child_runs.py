@@ -111,7 +111,7 @@ async def test_a_run_is_started_once_however_often_and_wherever_that_is_asked(
     run_database: RunDatabase,
 ) -> None:
     owned_workflow = await create_runnable(run_database)
-    parent = await run_database.claimed(owned_workflow, trigger='{"body":{}}')
+    parent = await run_database.accept_and_claim(owned_workflow, trigger='{"body":{}}')
     caller = caller_of(parent, owned_workflow)
     ids = await asyncio.gather(
         *(
@@ -143,7 +143,7 @@ async def test_a_run_is_started_once_however_often_and_wherever_that_is_asked(
 async def test_a_run_that_a_private_one_starts_is_private_too(run_database: RunDatabase) -> None:
     owned_workflow = await create_runnable(run_database)
     for is_private in (True, False):
-        parent = await run_database.claimed(owned_workflow, is_private=is_private)
+        parent = await run_database.accept_and_claim(owned_workflow, is_private=is_private)
         child = await run_database.row(
             await start(make_starter(run_database), caller_of(parent, owned_workflow), owned_workflow)
         )
@@ -154,7 +154,7 @@ async def test_a_run_that_a_private_one_starts_is_private_too(run_database: RunD
 async def test_text_of_outsiders_follows_the_runs_that_it_starts(run_database: RunDatabase) -> None:
     owned_workflow = await create_runnable(run_database)
     starter = make_starter(run_database)
-    clean = caller_of(await run_database.claimed(owned_workflow), owned_workflow)
+    clean = caller_of(await run_database.accept_and_claim(owned_workflow), owned_workflow)
     tainted = structs.replace(clean, is_tainted=True)
     assert not (await run_database.row(await start(starter, clean, owned_workflow)))["is_tainted"]
     child_id = await start(starter, tainted, owned_workflow, node_id="mail")
@@ -170,7 +170,7 @@ async def test_text_of_outsiders_follows_the_runs_that_it_starts(run_database: R
     assert about["is_tainted"], "an error may quote what an outsider has sent"
 
     await run_database.query("UPDATE execution SET status = 'failed'")
-    replay = caller_of(await run_database.claimed(owned_workflow), owned_workflow)
+    replay = caller_of(await run_database.accept_and_claim(owned_workflow), owned_workflow)
     await run_database.query(
         "UPDATE execution SET replay_of = :of WHERE id = :id", of=clean.execution_id, id=replay.execution_id
     )
@@ -204,7 +204,7 @@ async def test_a_workflow_writes_if_one_that_it_calls_does(run_database: RunData
         {"id": "sub", "type": "sub-workflow", "config": {"workflowId": inner.workflow_id}},
     )
     starter = make_starter(run_database)
-    caller = structs.replace(caller_of(await run_database.claimed(outer), outer), is_read_only=True)
+    caller = structs.replace(caller_of(await run_database.accept_and_claim(outer), outer), is_read_only=True)
     assert not await starter.may_write(caller, outer.workflow_id)
     assert await starter.may_write(caller, "wf_missing")
     foreign = await create_runnable(run_database)
@@ -226,7 +226,10 @@ async def test_an_unawaited_sub_workflow_starts_once_for_a_line_of_resumed_runs(
     run_database: RunDatabase,
 ) -> None:
     owned_workflow = await create_runnable(run_database)
-    first, second = await run_database.claimed(owned_workflow), await run_database.claimed(owned_workflow)
+    first, second = (
+        await run_database.accept_and_claim(owned_workflow),
+        await run_database.accept_and_claim(owned_workflow),
+    )
     resumed = structs.replace(caller_of(second, owned_workflow), key_id=first.execution_id)
     callers = (caller_of(first, owned_workflow), resumed)
     awaited = {await start(make_starter(run_database), caller, owned_workflow) for caller in callers}
@@ -240,7 +243,7 @@ async def test_a_replay_resumes_the_failed_run_of_a_node_unless_its_inputs_have_
     run_database: RunDatabase,
 ) -> None:
     owned_workflow = await create_runnable(run_database)
-    parents = [await run_database.claimed(owned_workflow) for _ in range(3)]
+    parents = [await run_database.accept_and_claim(owned_workflow) for _ in range(3)]
     first, *replays = [caller_of(parent, owned_workflow) for parent in parents]
     failed = await start(make_starter(run_database), first, owned_workflow)
     await run_database.query(f"UPDATE execution SET status = 'failed', attempt = 0 WHERE id = '{failed}'")
@@ -268,7 +271,7 @@ async def test_the_workflow_may_change_after_its_run_was_started_and_before_it_i
     run_database: RunDatabase,
 ) -> None:
     owned_workflow = await create_runnable(run_database)
-    caller = caller_of(await run_database.claimed(owned_workflow), owned_workflow)
+    caller = caller_of(await run_database.accept_and_claim(owned_workflow), owned_workflow)
     starter = make_starter(run_database)
     child_id = await start(starter, caller, owned_workflow)
     hash_before = (await run_database.row(child_id))["definition_hash"]
@@ -286,7 +289,9 @@ async def test_the_workflow_may_change_after_its_run_was_started_and_before_it_i
 async def test_runs_start_one_another_up_to_a_depth_and_a_number_in_all(run_database: RunDatabase) -> None:
     owned_workflow = await create_runnable(run_database)
     starter = make_starter(run_database, max_run_depth=2, max_sub_runs=3)
-    root, other = [caller_of(await run_database.claimed(owned_workflow), owned_workflow) for _ in range(2)]
+    root, other = [
+        caller_of(await run_database.accept_and_claim(owned_workflow), owned_workflow) for _ in range(2)
+    ]
     child = structs.replace(root, execution_id=await start(starter, root, owned_workflow))
     grandchild = structs.replace(root, execution_id=await start(starter, child, owned_workflow))
     deepest = await start_refused(starter, grandchild, owned_workflow)
@@ -305,7 +310,7 @@ async def test_runs_start_one_another_up_to_a_depth_and_a_number_in_all(run_data
 
 async def test_unreadable_workflows_are_not_run(run_database: RunDatabase) -> None:
     owned_workflow = await create_runnable(run_database)
-    caller = caller_of(await run_database.claimed(owned_workflow), owned_workflow)
+    caller = caller_of(await run_database.accept_and_claim(owned_workflow), owned_workflow)
     starter = make_starter(run_database)
     theirs, elsewhere = (
         await create_runnable(run_database, owned_workflow),
@@ -333,7 +338,7 @@ async def test_unreadable_workflows_are_not_run(run_database: RunDatabase) -> No
 
 async def test_a_refusal_to_start_a_sub_workflow_gives_its_reason(run_database: RunDatabase) -> None:
     owned_workflow = await create_runnable(run_database)
-    caller = caller_of(await run_database.claimed(owned_workflow), owned_workflow)
+    caller = caller_of(await run_database.accept_and_claim(owned_workflow), owned_workflow)
     starter = make_starter(run_database)
     for status in ("paused", "archived"):
         workflow = await create_runnable(run_database, owned_workflow, status=status, is_public=True)
@@ -363,7 +368,7 @@ async def test_an_awaited_child_does_not_outlive_its_parent(
     run_database: RunDatabase, end: str, status: str
 ) -> None:
     owned_workflow = await create_runnable(run_database)
-    parent = await run_database.claimed(owned_workflow)
+    parent = await run_database.accept_and_claim(owned_workflow)
     caller = caller_of(parent, owned_workflow)
     starter = make_starter(run_database)
     child = await start(starter, caller, owned_workflow)
@@ -390,7 +395,7 @@ async def test_an_awaited_child_does_not_outlive_its_parent(
 
 async def test_a_failing_parent_stops_its_awaited_children(run_database: RunDatabase) -> None:
     owned_workflow = await create_runnable(run_database)
-    parent = await run_database.claimed(owned_workflow)
+    parent = await run_database.accept_and_claim(owned_workflow)
     child = await start(make_starter(run_database), caller_of(parent, owned_workflow), owned_workflow)
     await run_database.store.record([write(parent, end=RunStatus.FAILED)])
     (ended,) = await children.request_abandoned_ends(run_database.database, run_database.store)

@@ -143,7 +143,7 @@ async def test_a_process_on_sqlite_takes_the_time_of_its_host_again_and_again(
 async def test_a_wait_that_is_written_after_the_clock_was_set_keeps_its_length(
     run_database: RunDatabase, step: int, seconds_of_wait: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    claimed = await run_database.claimed()
+    claimed = await run_database.accept_and_claim()
     record, clock = run_database.store.record, run_database.store.clock
 
     async def record_after_the_step(batch: Sequence[RunWrite], *, owner: str = "") -> frozenset[str]:
@@ -165,8 +165,8 @@ async def test_a_wait_that_is_written_after_the_clock_was_set_keeps_its_length(
 async def create_runs(run_database: RunDatabase) -> None:
     """Create a running run, a run that sleeps for an hour, and an idempotency key of one of them."""
     place = await run_database.workflow()
-    await run_database.claimed(place, idempotency=IdempotencyKey("scope", "key", "fingerprint"))
-    asleep = await run_database.claimed(place)
+    await run_database.accept_and_claim(place, idempotency=IdempotencyKey("scope", "key", "fingerprint"))
+    asleep = await run_database.accept_and_claim(place)
     due_at = from_microseconds(HOST_TIME.microseconds() + 3_600_000_000)
     await run_database.store.record([write(asleep, end=RunStatus.WAITING, due_at=due_at)])
 

@@ -165,7 +165,9 @@ class CompletionHarness:
         """End a run, without performing its completion actions."""
         if definition is not None:
             fields["definition"] = definition
-        run = await self.run_database.claimed(owned_workflow, completion_action=completion_action, **fields)
+        run = await self.run_database.accept_and_claim(
+            owned_workflow, completion_action=completion_action, **fields
+        )
         done = write(run, end=status, spans=spans or [make_span("start", {"body": {}})], error=error)
         assert await self.run_database.store.record([done])
         return run
@@ -465,7 +467,7 @@ async def test_ends_that_no_worker_made_are_told_too(
     completion_harness: CompletionHarness, receiver: HttpReceiver, end: str
 ) -> None:
     run_database = completion_harness.run_database
-    run = await run_database.claimed(
+    run = await run_database.accept_and_claim(
         await completion_harness.owned_workflow(), completion_action=callback_action(receiver.url())
     )
     after = completion_harness.after_runs()
@@ -591,7 +593,7 @@ async def test_failures_alone_are_told_to_an_address_of_the_settings(
 
 async def waiting_parent(completion_harness: CompletionHarness, owned_workflow: OwnedWorkflow) -> ClaimedRun:
     """Have a run go to sleep until its node `sub` is answered."""
-    parent = await completion_harness.run_database.claimed(owned_workflow)
+    parent = await completion_harness.run_database.accept_and_claim(owned_workflow)
     awaits = b'{"kind":"run","request":null,"expired":null}'
     asleep = NodeSpan("sub", "sub", "sub-workflow", SpanStatus.WAITING, 1, NOW, None, awaits=awaits)
     assert await completion_harness.run_database.store.record(
@@ -663,7 +665,7 @@ async def test_a_parent_gets_large_results_of_a_child_with_their_files(
 ) -> None:
     owned_workflow = await completion_harness.owned_workflow()
     parent = await waiting_parent(completion_harness, owned_workflow)
-    child = await completion_harness.run_database.claimed(
+    child = await completion_harness.run_database.accept_and_claim(
         owned_workflow, completion_action=parent_action(parent)
     )
     own = BlobOwner(owned_workflow.organization.id, child.key_id)

@@ -215,7 +215,7 @@ async def test_leases_in_a_database_that_others_may_use_are_left_to_them_and_the
     on_sqlite: MigratedDatabase, tmp_path: Path
 ) -> None:
     async with open_run_database(on_sqlite) as run_database:
-        held = await run_database.claimed()
+        held = await run_database.accept_and_claim()
         given = command_environment(tmp_path / "data", DATABASE_URL=on_sqlite.url)
         secrets = set()
         for log in ("first.log", "second.log"):

@@ -94,7 +94,7 @@ def classes(report: ExaminationReport) -> set[DriftClass]:
 
 async def test_a_healthy_installation_is_clean(examine: Callable[..., Any], runs: RunDatabase) -> None:
     place = await runs.workflow()
-    await runs.claimed(place)
+    await runs.accept_and_claim(place)
     await runs.accept(place)
     result = await examine()
     assert result.report.findings == []
@@ -109,7 +109,7 @@ async def test_a_healthy_installation_is_clean(examine: Callable[..., Any], runs
 
 
 async def make_expired_lease(runs: RunDatabase, place: OwnedWorkflow) -> str:
-    claimed = await runs.claimed(place)
+    claimed = await runs.accept_and_claim(place)
     await runs.expire(claimed)
     return claimed.execution_id
 

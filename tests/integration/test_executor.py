@@ -509,8 +509,8 @@ async def test_a_definition_that_was_not_there_is_looked_for_again(
 async def test_a_run_with_an_unreadable_journal_fails_alone(
     run_database: RunDatabase, owned_workflow: OwnedWorkflow, workers: WorkerStarter
 ) -> None:
-    poison = await run_database.claimed(owned_workflow, definition=chain_definition("note"))
-    good = await run_database.claimed(owned_workflow, definition=chain_definition("note"))
+    poison = await run_database.accept_and_claim(owned_workflow, definition=chain_definition("note"))
+    good = await run_database.accept_and_claim(owned_workflow, definition=chain_definition("note"))
     await run_database.store.record([write(one, end=RunStatus.RELEASED) for one in (poison, good)])
     await run_database.query(
         "INSERT INTO span (execution_id, node_id, iteration, shard, id, sequence, label, type, status, attempt)"
@@ -813,7 +813,7 @@ async def test_runs_that_cannot_be_begun_for_lack_of_a_database_are_given_back_u
             raise DatabaseUnavailable
         return await getattr(store, method)(keys)
 
-    begun = await run_database.claimed(owned_workflow, definition=chain_definition("note"))
+    begun = await run_database.accept_and_claim(owned_workflow, definition=chain_definition("note"))
     await run_database.store.record([write(begun, end=RunStatus.RELEASED)])
     await workers.start(store=PatchedStore(store, **{method: fail_often}))
     await wait_until(lambda: workers.are_all("completed"))

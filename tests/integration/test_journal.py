@@ -159,7 +159,7 @@ class JournalHarness:
 @pytest.fixture
 async def journal_harness(run_database: RunDatabase, monkeypatch: pytest.MonkeyPatch) -> JournalHarness:
     monkeypatch.setattr(recorder, "RETRY_SECONDS", 0.01)
-    run = await run_database.claimed()
+    run = await run_database.accept_and_claim()
     lease = RunLease(key_of(run), run.token, time.monotonic() + 60)
     store = FaultyStore(run_database.store)
     committed: list[str] = []
@@ -375,7 +375,7 @@ async def make_keeper(store: JournalStore, lease_seconds: float) -> LeaseKeeperH
 
 async def test_leases_are_renewed_while_work_blocks_the_event_loop(run_database: RunDatabase) -> None:
     kept = await make_keeper(run_database.store, 3.0)
-    run = await run_database.claimed()
+    run = await run_database.accept_and_claim()
     lease = kept.hold(run)
     for _ in range(2):
         renewed = lease.until
@@ -392,7 +392,7 @@ async def test_leases_are_renewed_while_work_blocks_the_event_loop(run_database:
 
 async def test_a_lease_ends_for_its_holder_before_it_ends_in_the_database(run_database: RunDatabase) -> None:
     kept = await make_keeper(run_database.store, 100.0)
-    run = await run_database.claimed()
+    run = await run_database.accept_and_claim()
     since = time.monotonic() - 86
     assert not kept.keeper.hold(key_of(run), run.token, since).is_held()
     assert kept.keeper.hold(key_of(run), run.token, since + 2).is_held()
@@ -402,7 +402,7 @@ async def test_a_lease_ends_for_its_holder_before_it_ends_in_the_database(run_da
 async def test_renewals_report_lost_leases_and_control_requests(run_database: RunDatabase) -> None:
     kept = await make_keeper(run_database.store, 1.5)
     place = await run_database.workflow()
-    lost, asked = [kept.hold(await run_database.claimed(place)) for _ in range(2)]
+    lost, asked = [kept.hold(await run_database.accept_and_claim(place)) for _ in range(2)]
     await run_database.query("UPDATE execution SET token = 9 WHERE id = :id", id=lost.key.execution_id)
     await run_database.store.request_end(asked.key, "stop")
     async with asyncio.timeout(PATIENCE_SECONDS):
@@ -433,7 +433,7 @@ async def test_a_renewal_that_fails_is_tried_again(run_database: RunDatabase, er
 
     with capture_logs():
         kept = await make_keeper(FailsAtFirst(), 0.15)  # type: ignore[arg-type]  # a partial store
-        lease = kept.hold(await run_database.claimed())
+        lease = kept.hold(await run_database.accept_and_claim())
         first_end = lease.until
         async with asyncio.timeout(PATIENCE_SECONDS):
             while lease.until == first_end:  # noqa: ASYNC110 - it is renewed from another thread
@@ -445,7 +445,7 @@ async def test_a_renewal_that_fails_is_tried_again(run_database: RunDatabase, er
 async def test_a_locked_lease_does_not_delay_the_renewal_of_others(
     run_database: RunDatabase,
 ) -> None:
-    kept_back, rounds = await run_database.claimed(), list[float]()
+    kept_back, rounds = await run_database.accept_and_claim(), list[float]()
     longest = 0.3 / RENEWALS_PER_LEASE * 1.5
 
     class LocksOne:
@@ -466,7 +466,7 @@ async def test_a_locked_lease_does_not_delay_the_renewal_of_others(
 
     with capture_logs():
         kept = await make_keeper(LocksOne(), 0.3)  # type: ignore[arg-type]  # a partial store
-        for one in (kept_back, await run_database.claimed()):
+        for one in (kept_back, await run_database.accept_and_claim()):
             kept.hold(one)
         async with asyncio.timeout(PATIENCE_SECONDS):
             # Until one is as short as it should be, since a busy machine makes any of them longer.

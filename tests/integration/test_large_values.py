@@ -308,7 +308,7 @@ async def large_value_journal(
     run_database: RunDatabase, counting_folder: CountingFolder, monkeypatch: pytest.MonkeyPatch
 ) -> LargeValueJournal:
     monkeypatch.setattr(recorder, "RETRY_SECONDS", 0.01)
-    run = await run_database.claimed()
+    run = await run_database.accept_and_claim()
     lease = RunLease(key_of(run), run.token, time.monotonic() + 60)
     control = RunControl()
     large = LargeValues(BlobStore(counting_folder), BlobOwner(run.organization_id, run.key_id), 1_024)

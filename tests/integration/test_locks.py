@@ -109,7 +109,7 @@ async def read_status(run_database: RunDatabase, execution_id: str) -> str:
 async def create_due_runs(run_database: RunDatabase, owned_workflow: OwnedWorkflow, count: int) -> list[str]:
     """Create runs with expired waits, and return their ids."""
     due_at = datetime.now(UTC) - timedelta(seconds=1)
-    runs = [await run_database.claimed(owned_workflow) for _ in range(count)]
+    runs = [await run_database.accept_and_claim(owned_workflow) for _ in range(count)]
     await run_database.store.record([write(one, end=RunStatus.WAITING, due_at=due_at) for one in runs])
     return [one.execution_id for one in runs]
 
@@ -118,7 +118,7 @@ async def test_a_locked_wait_holds_up_no_other_wait_and_no_dead_worker_s_run(
     run_database: RunDatabase, owned_workflow: OwnedWorkflow
 ) -> None:
     kept, *others = await create_due_runs(run_database, owned_workflow, 3)
-    orphan = await run_database.claimed(owned_workflow)
+    orphan = await run_database.accept_and_claim(owned_workflow)
     await run_database.expire(orphan)
     async with lock_execution(run_database, kept):
         swept = await require_prompt(run_database.store.sweep(10))
@@ -150,7 +150,7 @@ async def test_a_locked_wait_of_a_deployment_holds_up_no_other_of_it(
 async def test_a_locked_run_of_a_dead_worker_holds_up_no_other_of_them(
     run_database: RunDatabase, owned_workflow: OwnedWorkflow
 ) -> None:
-    runs = [await run_database.claimed(owned_workflow) for _ in range(3)]
+    runs = [await run_database.accept_and_claim(owned_workflow) for _ in range(3)]
     async with lock_execution(run_database, runs[0].execution_id):
         assert await require_prompt(run_database.store.release("worker", [runs[1].execution_id])) == 1
         assert await require_prompt(run_database.store.reclaim("worker")) == 1
@@ -164,7 +164,7 @@ async def test_a_locked_run_of_a_dead_worker_holds_up_no_other_of_them(
 async def test_a_locked_run_costs_its_worker_no_other_lease(
     run_database: RunDatabase, owned_workflow: OwnedWorkflow
 ) -> None:
-    kept, lost, *others = [await run_database.claimed(owned_workflow) for _ in range(4)]
+    kept, lost, *others = [await run_database.accept_and_claim(owned_workflow) for _ in range(4)]
     await run_database.store.record([write(lost, end=RunStatus.COMPLETED)])
     leases = [lease_of(one) for one in (kept, lost, *others)]
     async with lock_execution(run_database, kept.execution_id):
@@ -182,7 +182,7 @@ async def test_a_locked_run_costs_its_worker_no_other_lease(
 async def test_a_lease_with_a_briefly_locked_row_is_renewed_before_it_ends(
     run_database: RunDatabase, owned_workflow: OwnedWorkflow
 ) -> None:
-    one = await run_database.claimed(owned_workflow)
+    one = await run_database.accept_and_claim(owned_workflow)
     lost: list[RunLease] = []
     keeper = LeaseKeeper(
         run_database.store, 6.0, on_lost=lost.append, on_request=lambda _lease, _request: None
@@ -201,7 +201,7 @@ async def test_a_lease_with_a_briefly_locked_row_is_renewed_before_it_ends(
 async def test_a_batch_that_meets_a_locked_run_is_written_without_it(
     run_database: RunDatabase, owned_workflow: OwnedWorkflow
 ) -> None:
-    kept, lost, *others = [await run_database.claimed(owned_workflow) for _ in range(4)]
+    kept, lost, *others = [await run_database.accept_and_claim(owned_workflow) for _ in range(4)]
     await run_database.store.record([write(lost, end=RunStatus.COMPLETED)])
     ends = [write(one, end=RunStatus.COMPLETED) for one in (kept, lost, *others)]
     async with lock_execution(run_database, kept.execution_id):
@@ -216,7 +216,7 @@ async def test_a_batch_that_meets_a_locked_run_is_written_without_it(
 async def test_records_batched_with_a_locked_run_wait_for_its_lock_once(
     run_database: RunDatabase, owned_workflow: OwnedWorkflow
 ) -> None:
-    kept, other = [await run_database.claimed(owned_workflow) for _ in range(2)]
+    kept, other = [await run_database.accept_and_claim(owned_workflow) for _ in range(2)]
     recorder = RunRecorder(run_database.store, lambda _channels, _outcomes: None)
     async with lock_execution(run_database, kept.execution_id):
         first = [recorder.submit(write(one)) for one in (kept, other)]
@@ -385,7 +385,7 @@ async def create_ended_runs(
     **changes: Any,  # noqa: ANN401 - any field of an Acceptance
 ) -> list[ExecutionKey]:
     """Create two completed runs, and return their ids."""
-    runs = [await run_database.claimed(owned_workflow, **changes) for _ in range(2)]
+    runs = [await run_database.accept_and_claim(owned_workflow, **changes) for _ in range(2)]
     await run_database.store.record([write(one, end=RunStatus.COMPLETED) for one in runs])
     return [key_of(one) for one in runs]
 
@@ -416,7 +416,7 @@ async def test_a_locked_run_holds_up_the_deletion_of_no_other(
 async def test_a_locked_child_holds_up_the_end_of_no_other(
     run_database: RunDatabase, owned_workflow: OwnedWorkflow
 ) -> None:
-    parent = await run_database.claimed(owned_workflow)
+    parent = await run_database.accept_and_claim(owned_workflow)
     completion_action = json.dumps(children.completion_for_parent(parent.execution_id, "node", ""))
     family = {"parent_id": parent.execution_id, "root_id": parent.execution_id, "depth": 1}
     kept, other = [

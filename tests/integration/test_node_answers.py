@@ -85,7 +85,7 @@ async def go_to_sleep(run_database: RunDatabase, run: ClaimedRun) -> None:
 async def test_an_answer_wakes_a_waiting_run_and_is_read_by_its_next_owner(
     run_database: RunDatabase,
 ) -> None:
-    run = await run_database.claimed(timeout_seconds=100.0)
+    run = await run_database.accept_and_claim(timeout_seconds=100.0)
     await go_to_sleep(run_database, run)
     assert (await run_database.row(run.execution_id))["status"] == "waiting"
     assert await run_database.store.promote_due() == 0
@@ -104,7 +104,7 @@ async def test_an_answer_wakes_a_waiting_run_and_is_read_by_its_next_owner(
 async def test_a_run_that_was_answered_while_it_worked_does_not_go_to_sleep(
     run_database: RunDatabase,
 ) -> None:
-    run = await run_database.claimed()
+    run = await run_database.accept_and_claim()
     await run_database.store.record([write(run, spans=[waiting_span()])])
     assert await give(run_database, key_of(run)) == AnswerResult(AnswerReception.TAKEN)
     await go_to_sleep(run_database, run)
@@ -118,7 +118,7 @@ async def test_a_run_that_was_answered_while_it_worked_does_not_go_to_sleep(
 
 async def test_an_answer_and_the_write_that_it_races_lose_nothing(run_database: RunDatabase) -> None:
     for _ in range(5):
-        run = await run_database.claimed()
+        run = await run_database.accept_and_claim()
         await run_database.store.record([write(run, spans=[waiting_span()])])
         given, _ = await asyncio.gather(give(run_database, key_of(run)), go_to_sleep(run_database, run))
         assert given.reception is AnswerReception.TAKEN
@@ -127,7 +127,7 @@ async def test_an_answer_and_the_write_that_it_races_lose_nothing(run_database: 
 
 
 async def test_of_two_answers_at_once_one_counts(run_database: RunDatabase) -> None:
-    run = await run_database.claimed()
+    run = await run_database.accept_and_claim()
     await go_to_sleep(run_database, run)
     other = Database(run_database.url)
     try:
@@ -176,7 +176,7 @@ async def test_unawaited_answers_are_refused(run_database: RunDatabase) -> None:
 async def test_a_run_may_answer_before_the_one_that_started_it_has_gone_to_sleep(
     run_database: RunDatabase,
 ) -> None:
-    run = await run_database.claimed()
+    run = await run_database.accept_and_claim()
     starting = NodeSpan(
         "approval", "Sub", "sub-workflow", SpanStatus.RUNNING, sequence=1, started_at=datetime.now(UTC)
     )

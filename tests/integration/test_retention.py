@@ -64,7 +64,7 @@ async def create_ended_run(
     **columns: Any,  # noqa: ANN401 - columns
 ) -> ClaimedRun:
     """Create a run that ended `days` ago, with a row in every table."""
-    run = await run_database.claimed(owned_workflow)
+    run = await run_database.accept_and_claim(owned_workflow)
     spans = [
         NodeSpan(f"n{number}", "", "set", SpanStatus.COMPLETED, number, NOW, NOW, output=b"1")
         for number in range(3)

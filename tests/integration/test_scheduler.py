@@ -132,7 +132,7 @@ async def test_recovery_takes_back_all_lost_leases_and_tells_of_those_that_end(
 ) -> None:
     monkeypatch.setattr(recovery, "SWEEP_ROWS", 2)
     place = await run_database.workflow()
-    lost = [await run_database.claimed(place) for _ in range(5)]
+    lost = [await run_database.accept_and_claim(place) for _ in range(5)]
     await run_database.expire(*lost)
     poison = lost[0].execution_id
     await run_database.query(
@@ -178,7 +178,7 @@ async def test_delayed_runs_are_promoted_when_due_and_workers_are_woken(
 
 
 async def test_recovery_goes_on_though_the_broker_is_away(run_database: RunDatabase) -> None:
-    lost = await run_database.claimed()
+    lost = await run_database.accept_and_claim()
     await run_database.expire(lost)
     broker = await connect_broker("redis://127.0.0.1:1")
     await recovery.recover_runs(run_database.store, broker)
@@ -296,7 +296,7 @@ async def test_another_scheduler_takes_over_from_one_that_is_killed_and_from_one
 
         first.kill()
         assert wait_for_leader(second) == 2
-        lost = await run_database.claimed()
+        lost = await run_database.accept_and_claim()
         await run_database.expire(lost)
         second.says("leases reclaimed")
         assert (await run_database.row(lost.execution_id))["status"] == "pending"

@@ -540,7 +540,7 @@ async def test_claims_follow_the_order_of_the_turns(run_database: RunDatabase) -
 async def test_started_runs_precede_fresh_ones_and_priority_compensates_for_age(
     run_database: RunDatabase, owned_workflow: OwnedWorkflow
 ) -> None:
-    started = await run_database.claimed(owned_workflow)
+    started = await run_database.accept_and_claim(owned_workflow)
     first = await run_database.accept(owned_workflow)
     urgent = await run_database.accept(owned_workflow, priority=1)
     last = await run_database.accept(owned_workflow)
@@ -628,7 +628,7 @@ def make_log_line(sequence: int = 1, message: str = "hello") -> LogLine:
 
 
 async def test_spans_are_read_back_as_they_were_written(run_database: RunDatabase) -> None:
-    one = await run_database.claimed()
+    one = await run_database.accept_and_claim()
     bare = NodeSpan("b", "b", "set", SpanStatus.SKIPPED, 3, started_at=None)
     await run_database.store.record([write(one, spans=[FULL_SPAN, bare])])
     unknown = ExecutionKey("exec_unknown", one.shard)
@@ -639,7 +639,7 @@ async def test_spans_are_read_back_as_they_were_written(run_database: RunDatabas
 
 
 async def test_a_newer_span_of_a_node_replaces_the_one_before_it(run_database: RunDatabase) -> None:
-    one = await run_database.claimed()
+    one = await run_database.accept_and_claim()
     running = make_span("pay", SpanStatus.RUNNING, 1, resolved_config=b"{}")
     await run_database.store.record([write(one, spans=[running])])
     (before,) = await run_database.query("SELECT id FROM span")
@@ -660,7 +660,7 @@ async def test_a_newer_row_of_an_attempt_replaces_the_one_before_it_and_keeps_it
     def attempt(number: int, status: SpanStatus, sequence: int, **more: Any) -> AttemptSpan:  # noqa: ANN401 - the other fields
         return AttemptSpan("pay", "Pay", "set", "0.1", number, status, sequence, **more)
 
-    one = await run_database.claimed()
+    one = await run_database.accept_and_claim()
     begun = attempt(2, SpanStatus.RUNNING, 1, started_at=NOW)
     await run_database.store.record(
         [write(one, spans=[make_span("pay", SpanStatus.RUNNING, 2)], attempts=[begun])]
@@ -699,7 +699,7 @@ async def test_steps_of_an_unfinished_agent_are_read_back(run_database: RunDatab
         kind = StepKind.TOOL if number else StepKind.MODEL
         return AgentStep("pay", "", number, sequence, kind, "look", status, started_at=NOW, **more)
 
-    one = await run_database.claimed()
+    one = await run_database.accept_and_claim()
     asked = step(0, StepStatus.STARTED, 2, request_hash="ab")
     begun = write(one, spans=[make_span("pay", SpanStatus.RUNNING, 1)], steps=[asked])
     assert await run_database.store.record([begun]) == {one.execution_id}
@@ -729,7 +729,7 @@ async def test_steps_of_an_unfinished_agent_are_read_back(run_database: RunDatab
 
 
 async def test_log_lines_are_kept_once(run_database: RunDatabase) -> None:
-    one = await run_database.claimed()
+    one = await run_database.accept_and_claim()
     for _ in range(2):
         await run_database.store.record([write(one, logs=[make_log_line(1, "first"), make_log_line(2, "ä")])])
     rows = await run_database.query("SELECT sequence, message FROM log_line ORDER BY sequence")
@@ -739,7 +739,10 @@ async def test_log_lines_are_kept_once(run_database: RunDatabase) -> None:
 async def test_a_late_write_changes_nothing_and_spoils_nothing(
     run_database: RunDatabase, owned_workflow: OwnedWorkflow
 ) -> None:
-    late, good = await run_database.claimed(owned_workflow), await run_database.claimed(owned_workflow)
+    late, good = (
+        await run_database.accept_and_claim(owned_workflow),
+        await run_database.accept_and_claim(owned_workflow),
+    )
     await run_database.expire(late)
     await run_database.store.sweep(10)
     before = await run_database.row(late.execution_id)
@@ -756,7 +759,7 @@ async def test_a_late_write_changes_nothing_and_spoils_nothing(
 async def test_a_worker_that_lost_its_run_can_write_nothing_after_another_claimed_it(
     run_database: RunDatabase,
 ) -> None:
-    first = await run_database.claimed()
+    first = await run_database.accept_and_claim()
     await run_database.expire(first)
     await run_database.store.sweep(10)
     (second,) = await run_database.claim()
@@ -769,7 +772,7 @@ async def test_a_worker_that_lost_its_run_can_write_nothing_after_another_claime
     "end", [RunStatus.COMPLETED, RunStatus.FAILED, RunStatus.STOPPED, RunStatus.CANCELLED]
 )
 async def test_an_end_is_written_once_and_never_changes(run_database: RunDatabase, end: RunStatus) -> None:
-    one = await run_database.claimed()
+    one = await run_database.accept_and_claim()
     error = RunError("node-error", "broken", "a", 1) if end is RunStatus.FAILED else None
     await run_database.store.record(
         [write(one, spans=[make_span()], end=end, error=error, completed_nodes=2)]
@@ -793,7 +796,7 @@ async def test_an_end_is_written_once_and_never_changes(run_database: RunDatabas
 async def test_a_run_handed_over_is_pending_again_with_its_attempts_forgiven(
     run_database: RunDatabase,
 ) -> None:
-    one = await run_database.claimed()
+    one = await run_database.accept_and_claim()
     await run_database.store.record(
         [write(one, spans=[make_span()], end=RunStatus.RELEASED, completed_nodes=1)]
     )
@@ -811,7 +814,7 @@ async def test_a_run_handed_over_is_pending_again_with_its_attempts_forgiven(
 async def test_a_run_given_back_while_its_end_was_asked_for_has_ended(
     run_database: RunDatabase, request_: str, end: RunStatus
 ) -> None:
-    one = await run_database.claimed()
+    one = await run_database.accept_and_claim()
     await run_database.store.request_end(key_of(one), request_)
     due_at = datetime.now(UTC) if end is RunStatus.WAITING else None
     await run_database.store.record([write(one, spans=[make_span()], end=end, due_at=due_at)])
@@ -822,7 +825,7 @@ async def test_a_run_given_back_while_its_end_was_asked_for_has_ended(
 
 
 async def test_attempts_lost_before_a_new_result_are_forgiven(run_database: RunDatabase) -> None:
-    one = await run_database.claimed()
+    one = await run_database.accept_and_claim()
     for _ in range(2):
         await run_database.expire(one)
         await run_database.store.sweep(10)
@@ -836,7 +839,7 @@ async def test_attempts_lost_before_a_new_result_are_forgiven(run_database: RunD
 
 
 async def test_the_clock_of_a_run_s_timeout_stands_still_during_a_wait(run_database: RunDatabase) -> None:
-    one = await run_database.claimed(timeout_seconds=100.0)
+    one = await run_database.accept_and_claim(timeout_seconds=100.0)
     due_at = datetime.now(UTC) + timedelta(seconds=0.2)
     await run_database.store.record([write(one, end=RunStatus.WAITING, due_at=due_at)])
     row = await run_database.row(one.execution_id)
@@ -857,7 +860,7 @@ async def test_the_clock_of_a_run_s_timeout_stands_still_during_a_wait(run_datab
 async def test_leases_are_extended_and_those_lost_or_asked_to_end_are_told(
     run_database: RunDatabase, owned_workflow: OwnedWorkflow
 ) -> None:
-    kept, lost, ended, stopped = [await run_database.claimed(owned_workflow) for _ in range(4)]
+    kept, lost, ended, stopped = [await run_database.accept_and_claim(owned_workflow) for _ in range(4)]
     await run_database.expire(lost)
     await run_database.store.sweep(10)
     await run_database.store.record([write(ended, end=RunStatus.COMPLETED)])
@@ -883,7 +886,7 @@ async def test_leases_are_extended_and_those_lost_or_asked_to_end_are_told(
 async def test_an_expired_lease_goes_back_to_the_queue_and_its_attempt_stays_counted(
     run_database: RunDatabase,
 ) -> None:
-    one = await run_database.claimed()
+    one = await run_database.accept_and_claim()
     assert await run_database.store.sweep(10) == SweepResult(requeued=0, ended={}, due=0, has_pending=False)
     await run_database.expire(one)
     assert await run_database.store.sweep(10) == SweepResult(requeued=1, ended={}, due=0, has_pending=True)
@@ -993,7 +996,7 @@ async def test_suspects_of_a_deployment_and_mails_to_be_read_are_put_isolated_to
 async def test_a_run_with_an_end_request_has_ended_after_its_worker_died(
     run_database: RunDatabase, request_: str, status: str
 ) -> None:
-    one = await run_database.claimed()
+    one = await run_database.accept_and_claim()
     await run_database.store.request_end(key_of(one), request_)
     await run_database.expire(one)
     assert (await run_database.store.sweep(10)).ended == {one.execution_id: "gateway"}
@@ -1005,7 +1008,7 @@ async def test_a_run_with_an_end_request_has_ended_after_its_worker_died(
 async def test_a_sweep_respects_its_limit_and_leaves_held_runs(
     run_database: RunDatabase, owned_workflow: OwnedWorkflow
 ) -> None:
-    runs = [await run_database.claimed(owned_workflow) for _ in range(5)]
+    runs = [await run_database.accept_and_claim(owned_workflow) for _ in range(5)]
     await run_database.expire(*runs[1:])
     assert [(await run_database.store.sweep(3)).requeued for _ in range(3)] == [3, 1, 0]
     assert (await run_database.row(runs[0].execution_id))["status"] == "running"
@@ -1018,7 +1021,7 @@ async def test_a_sweep_on_postgresql_selects_rows_once_under_any_plan(
     for way in ("hashjoin", "mergejoin", "hashagg", "sort", "material"):
         monkeypatch.setitem(SESSION_SETTINGS, f"enable_{way}", "off")
     async with open_run_database(on_postgres) as run_database:
-        await run_database.expire(*[await run_database.claimed() for _ in range(5)])
+        await run_database.expire(*[await run_database.accept_and_claim() for _ in range(5)])
         assert [(await run_database.store.sweep(3)).requeued for _ in range(3)] == [3, 2, 0]
 
 
@@ -1038,7 +1041,7 @@ async def test_two_sweeps_at_once_take_each_run_back_once(
 async def test_a_wait_that_is_over_goes_back_to_the_queue(
     run_database: RunDatabase, owned_workflow: OwnedWorkflow
 ) -> None:
-    over, not_over = [await run_database.claimed(owned_workflow) for _ in range(2)]
+    over, not_over = [await run_database.accept_and_claim(owned_workflow) for _ in range(2)]
     now = datetime.now(UTC)
     await run_database.store.record(
         [
@@ -1055,7 +1058,10 @@ async def test_a_wait_that_is_over_goes_back_to_the_queue(
 async def test_the_leases_of_a_dead_owner_are_taken_back_at_once_and_counted(
     run_database: RunDatabase, owned_workflow: OwnedWorkflow
 ) -> None:
-    one, other = await run_database.claimed(owned_workflow), await run_database.claimed(owned_workflow)
+    one, other = (
+        await run_database.accept_and_claim(owned_workflow),
+        await run_database.accept_and_claim(owned_workflow),
+    )
     await run_database.query("UPDATE execution SET lease_owner = 'you' WHERE id = :id", id=other.execution_id)
     for attempt in (1, 2, 3, 4):
         assert await run_database.store.reclaim("wor") == 1
@@ -1114,7 +1120,7 @@ async def test_claimed_runs_that_never_began_are_released_uncounted(
 async def test_a_run_released_after_a_request_to_end_has_ended(
     run_database: RunDatabase, request_: str, status: str
 ) -> None:
-    one = await run_database.claimed()
+    one = await run_database.accept_and_claim()
     await run_database.store.request_end(key_of(one), request_)
     assert await run_database.store.release("worker", []) == 1
     row = await run_database.row(one.execution_id)
@@ -1123,7 +1129,7 @@ async def test_a_run_released_after_a_request_to_end_has_ended(
 
 
 async def test_an_owner_s_name_is_no_pattern(run_database: RunDatabase) -> None:
-    await run_database.claimed()
+    await run_database.accept_and_claim()
     assert await run_database.store.reclaim("w%") == await run_database.store.reclaim("_orker") == 0
 
 
@@ -1135,7 +1141,7 @@ async def test_an_owner_s_name_is_no_pattern(run_database: RunDatabase) -> None:
 async def test_a_run_without_a_lease_ends_at_once(
     run_database: RunDatabase, owned_workflow: OwnedWorkflow, state: str, request_: str, status: str
 ) -> None:
-    one = await run_database.claimed(owned_workflow)
+    one = await run_database.accept_and_claim(owned_workflow)
     if state == "expired":
         await run_database.expire(one)
     else:
@@ -1154,7 +1160,7 @@ async def test_a_run_without_a_lease_ends_at_once(
 async def test_a_run_that_somebody_holds_is_asked_to_end_and_its_worker_is_named(
     run_database: RunDatabase,
 ) -> None:
-    one = await run_database.claimed()
+    one = await run_database.accept_and_claim()
     asked = [
         await run_database.store.request_end(key_of(one), request) for request in ("stop", "cancel", "stop")
     ]
@@ -1167,7 +1173,7 @@ async def test_a_run_that_somebody_holds_is_asked_to_end_and_its_worker_is_named
 
 
 async def test_a_cancelled_run_of_a_dead_worker_does_not_become_stopped(run_database: RunDatabase) -> None:
-    one = await run_database.claimed()
+    one = await run_database.accept_and_claim()
     await run_database.store.request_end(key_of(one), "cancel")
     await run_database.expire(one)
     requested = await run_database.store.request_end(key_of(one), "stop")
@@ -1177,7 +1183,7 @@ async def test_a_cancelled_run_of_a_dead_worker_does_not_become_stopped(run_data
 async def test_a_run_that_has_ended_stays_as_it_is_and_an_unknown_one_is_none(
     run_database: RunDatabase,
 ) -> None:
-    one = await run_database.claimed()
+    one = await run_database.accept_and_claim()
     await run_database.store.record([write(one, end=RunStatus.COMPLETED)])
     expected = EndRequestOutcome(ExecutionStatus.COMPLETED, None, "gateway", one.organization_id)
     assert await run_database.store.request_end(key_of(one), "cancel") == expected
@@ -1190,7 +1196,7 @@ async def test_a_run_that_has_ended_stays_as_it_is_and_an_unknown_one_is_none(
 async def test_progress_tells_where_runs_are_and_the_outputs_of_those_that_have_ended(
     run_database: RunDatabase, owned_workflow: OwnedWorkflow
 ) -> None:
-    running, done = [await run_database.claimed(owned_workflow) for _ in range(2)]
+    running, done = [await run_database.accept_and_claim(owned_workflow) for _ in range(2)]
     spans = [
         make_span("a", output=b'"x"'),
         make_span("b", SpanStatus.SKIPPED, 2),
@@ -1213,7 +1219,7 @@ async def test_progress_tells_where_runs_are_and_the_outputs_of_those_that_have_
 
 
 async def test_a_key_with_the_wrong_shard_finds_nothing(run_database: RunDatabase) -> None:
-    one = await run_database.claimed()
+    one = await run_database.accept_and_claim()
     elsewhere = ExecutionKey(one.execution_id, one.shard + 1)
     assert list(await run_database.store.progress([elsewhere])) == []
     assert await run_database.store.request_end(elsewhere, "cancel") is None
@@ -1310,7 +1316,7 @@ async def test_an_acceptance_with_a_lost_answer_is_read_back_and_not_repeated(
 async def test_results_with_a_doubtful_commit_are_written_once_and_the_run_continues(
     losing_store: LosingStore,
 ) -> None:
-    one = await losing_store.run_database.claimed()
+    one = await losing_store.run_database.accept_and_claim()
     wrote = write(one, spans=[make_span()], logs=[make_log_line()], completed_nodes=1)
     assert await losing_store.answer_of(losing_store.store.record([wrote]), one.execution_id) == {
         one.execution_id
@@ -1323,7 +1329,7 @@ async def test_results_with_a_doubtful_commit_are_written_once_and_the_run_conti
 
 
 async def test_an_end_with_a_doubtful_commit_is_written_once(losing_store: LosingStore) -> None:
-    one = await losing_store.run_database.claimed()
+    one = await losing_store.run_database.accept_and_claim()
     wrote = write(one, spans=[make_span()], end=RunStatus.COMPLETED, completed_nodes=1)
     await losing_store.answer_of(losing_store.store.record([wrote]), one.execution_id)
     assert (await losing_store.run_database.row(one.execution_id))["status"] == "completed"

@@ -123,7 +123,7 @@ class FakeControllers:
     async def _control(self) -> None:
         """Run all controllers once after each change, and when a timed action is due, until canceled."""
         while True:
-            changed = asyncio.create_task(self._store.changed())
+            changed = asyncio.create_task(self._store.wait_for_change())
             await asyncio.sleep(0)  # it waits by now: the changes below must wake it
             self._control_machines()
             for found in list(self._store.every("namespaces")):

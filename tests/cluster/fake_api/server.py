@@ -436,7 +436,7 @@ class FakeApiServer:
         ended = asyncio.create_task(ends.wait())
         try:
             while not ended.done():
-                changed = asyncio.create_task(self.store.changed())
+                changed = asyncio.create_task(self.store.wait_for_change())
                 try:
                     for event in self._events_after(sent, target):
                         sent = event.version

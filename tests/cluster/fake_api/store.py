@@ -73,7 +73,7 @@ class ObjectStore:
             if of_plural == plural and namespace in {None, of_namespace}:
                 yield found.object
 
-    async def changed(self) -> None:
+    async def wait_for_change(self) -> None:
         """Wait for the next change of the store."""
         await self._changed.wait()
 
