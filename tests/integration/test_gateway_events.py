@@ -522,7 +522,7 @@ async def test_an_event_is_replayed_to_a_workflow(harness: GatewayHarness, peopl
     (given,) = await read_rows(harness, ExecutionData, execution_id=run.id)
     assert json.loads(given.trigger)["event_data"] == {"n": 1}
     (brought,) = await read_rows(harness, Delivery, event_id=told["event_id"])
-    noted = await read_rows(harness, Delivery, workflow_id=later)
+    noted = sorted(await read_rows(harness, Delivery, workflow_id=later), key=lambda one: one.id)
     assert [one.outcome for one in noted] == ["accepted", "duplicate"]
     assert {one.redriven_from for one in noted} == {brought.id}
 
