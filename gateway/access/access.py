@@ -340,8 +340,9 @@ def _read_expiry(body: CreateKey, now: datetime, problems: ProblemCollector) -> 
 def _key_shape(
     key: ApiKey, refused: Sequence[RefusedScope] = (), *, key_text: str | UnsetType = UNSET
 ) -> KeyShape:
-    """Return a key as the API shows it, with its secret text only if `key_text` is given; `refused` are scopes that it
-    lacked.
+    """Return a key as the API shows it, with its secret text only if `key_text` is given.
+
+    `refused` counts the requests that were refused because the key lacked a scope.
     """
     return KeyShape(
         key=key_text,

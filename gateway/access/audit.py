@@ -170,7 +170,10 @@ def _show_row(row: AuditRow) -> AuditEntryShape:
 
 
 def _show_deferral(row: DeferredDelivery) -> AuditEntryShape:
-    """Return the deferral of a delivery as the API shows it, with the code at the start of the delivery's reason."""
+    """Return a delivery whose run starts later as an audit entry.
+
+    Its reason is the part of the delivery's reason before the first `:`, None without a reason.
+    """
     inputs = {
         "deliveryId": row.id,
         "executionId": row.execution_id,

@@ -140,7 +140,7 @@ class _AuditTable:
         return cast("AuditRow", built)
 
     def matches_ids(self, ids: Sequence[str]) -> Sequence[ColumnElement[bool]]:
-        """Return the SQL conditions for the rows with one of these ids, among which may be ids of other tables."""
+        """Return the SQL conditions for the rows whose entry id is in `ids`, which may contain ids of other tables."""
         return (self.item_id.in_(ids),)
 
 
@@ -172,7 +172,10 @@ class _ReclaimTable(_AuditTable):
         return ReclaimedExecution(**{one.name: row[one.name] for one in fields(ReclaimedExecution)})
 
     def matches_ids(self, ids: Sequence[str]) -> Sequence[ColumnElement[bool]]:
-        """Return the conditions for all reclaims of the executions of a set of ids, by the index of executions."""
+        """Return the conditions for all reclaims of the executions that the entry ids begin with.
+
+        So the rows are found by the index of executions; they may include reclaims whose ids are not in `ids`.
+        """
         execution_ids = {one.rpartition("-")[0] for one in ids}
         return (*_IS_LOSS, col(BlockedInterval.execution_id).in_(execution_ids))
 
@@ -188,8 +191,8 @@ async def list_entries(
 ) -> ListPage[AuditRow]:
     """Return a page of the matching entries of the caller's organization, and the number of all that match.
 
-    With `bounds`, the page follows a cursor and the number counts to 10,000 at most; without, it is the limit and
-    offset of `part`, in the order of `is_newest_first`.
+    With `bounds`, the page follows its cursor, `part` and `is_newest_first` are ignored, and the number counts to
+    10,000 at most. With None, the page has limit and offset of `part`.
     """
     tables = [*_choose_tables(caller, wanted)]
     if bounds is not None:

@@ -156,7 +156,7 @@ async def _finish(
 
     Raises `ProviderUnavailable`, `ProviderRefusal`, `NoAccount`, `EmailTaken` and `IdentityTaken`.
     """
-    claims = await openid.provider.claims(
+    claims = await openid.provider.fetch_claims(
         query["code"],
         query.get("iss"),
         _redirect_uri(request),
@@ -183,9 +183,9 @@ async def _finish(
 
 
 def _has_all_scopes(caller: ApiCaller) -> bool:
-    """Return whether a session has all scopes of its user's role, as sessions of a connected identity have.
+    """Return whether the caller's key or session has all scopes of the user's role, as required to connect an identity.
 
-    Else a key of few scopes could gain the others by connecting an account.
+    Sessions of an identity have them all: a key of few scopes could gain the others by connecting one.
     """
     return caller.scopes >= SCOPES_OF_ROLES[caller.role]
 
@@ -193,7 +193,7 @@ def _has_all_scopes(caller: ApiCaller) -> bool:
 def _require_provider(request: GatewayRequest) -> OpenIdSignIn:
     """Return the sign-in with the provider (OpenID Connect) of the settings; raises a 404 error without one.
 
-    Modules of it are loaded only by servers with a provider.
+    The modules for OpenID Connect are loaded only by servers with a provider.
     """
     openid = request.gateway.openid
     if openid is None:

@@ -130,11 +130,11 @@ class OpenIdProvider:
         )
         return f"{metadata.authorization_endpoint}{'&' if '?' in metadata.authorization_endpoint else '?'}{query}"
 
-    async def claims(
+    async def fetch_claims(
         self, code: str, issuer: str | None, redirect_uri: str, *, nonce: str, verifier: str, now: datetime
     ) -> ProviderClaims:
-        """Exchange a code of the provider for verified claims about the person; a missing address is asked
-        from `userinfo`.
+        """Exchange a code of the provider for verified claims about the person; if the ID token has no e-mail
+        address, `userinfo` is requested.
 
         `issuer` is the parameter `iss` of the answer, None if it has none; the ID token is verified at `now`.
         Raises `ProviderUnavailable`, and `ProviderRefusal` for a wrong issuer, code or token.

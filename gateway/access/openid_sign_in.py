@@ -76,7 +76,8 @@ class OpenIdSignIn:
         remembers the attempt.
 
         `next_page` is shown afterwards. `links` is the id of a signed-in user to whom the identity will be
-        connected, empty for a sign-in. Raises `ProviderUnavailable`.
+        connected, empty for a sign-in. `invitation_code` is for `sign_in`, empty without one. Raises
+        `ProviderUnavailable`.
         """
         state, nonce, verifier = (secrets.token_urlsafe(SECRET_BYTES) for _ in range(3))
         url = await self.provider.authorization_url(redirect_uri, state=state, nonce=nonce, verifier=verifier)
@@ -138,7 +139,8 @@ class OpenIdSignIn:
     ) -> tuple[User, str]:
         """Return the user of an identity, and the id of the key that its sessions stand for.
 
-        A new identity gets a user by an invitation. A valid key gets a new expiry, and a revoked one is replaced.
+        A new identity gets a user by an invitation. The key gets a new expiry, even if it had expired; if it is
+        revoked or gone, a new one replaces it.
         Raises `NoAccount` and `IdentityTaken`.
         """
         found = await user_identity.find_identity(connection, claims.issuer, claims.subject)

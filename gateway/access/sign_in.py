@@ -71,7 +71,7 @@ async def end(request: GatewayRequest) -> NoContent:
 
 
 def require_cookie(request: GatewayRequest) -> SessionCookie:
-    """Return the session cookie for this address: its name and attributes depend on HTTPS.
+    """Return the session cookie for the address of the request: its name and attributes depend on HTTPS.
 
     Raises a 404 error if the dashboard is off, and 403 over plain HTTP from another machine.
     """

@@ -89,7 +89,7 @@ async def replace(request: GatewayRequest) -> JsonResponse:
 
 
 async def _retire(connection: AsyncConnection, organization_id: str, now: datetime) -> str | None:
-    """Let the current signing secret expire after a day, and delete all older ones except for the newest two.
+    """Let the current signing secret expire after a day; keep two older ones that are still valid, delete the others.
 
     Return the id of the former current one, None if there was none. The organization's row stays locked for the
     transaction.

@@ -124,10 +124,10 @@ class ConnectionBudget:
             victim.cut()
 
     def _victims(self, newcomer: BoundedConnection, now: float) -> list[BoundedConnection]:
-        """Return the connections that may be closed for others, in the order to close them; reads come last.
+        """Return the connections that may be closed for others, in the order to close them, the phase `READING` last.
 
-        Excluded are served requests, reads of clients within their share and those that began less than a second ago,
-        and other connections of such clients in a phase that began less than 0.2 seconds ago.
+        Excluded are those in the phase `SERVED`; those in `READING` whose client is within its share, or that began it
+        less than a second ago; and others of a client within its share for the first 0.2 seconds of a phase.
         """
         counts = Counter(one.client_key for one in self._open)
         counts[""] = 0

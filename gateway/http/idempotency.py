@@ -62,8 +62,8 @@ async def reserve_key(
     key belongs.
 
     That is `resource_id`, or the id of the first request with the key: then the caller must create nothing.
-    Expired keys are reserved anew. It waits for a concurrent transaction with the same key. Raises a 422
-    error when the first request had another body.
+    Keys of different shards are different; expired ones are reserved anew. It waits for a concurrent
+    transaction with the same key. Raises a 422 error when the first request had another body.
     """
     identity = (
         col(Idempotency.shard) == shard,

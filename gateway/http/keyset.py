@@ -299,8 +299,8 @@ async def read_examined(
     """Return the rows of a source that match, among the first 10,000 after the cursor: at most one more than the page
     shows.
 
-    Without residual conditions, each row matches and none is examined in vain. It calls `follow_indexes`, which holds
-    for the rest of the transaction.
+    Without residual conditions (those that the index doesn't decide), each row matches and the limit of 10,000 does not
+    apply. It calls `follow_indexes`, which holds for the rest of the transaction.
     """
     await follow_indexes(connection)
     edge = await _find_edge(connection, source, bounds) if source.residual else None

@@ -229,7 +229,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     @property
     def phase(self) -> ConnectionPhase:
-        """Phase of the connection, by the event that it waits for; it decides about closing it for others."""
+        """Phase of the connection, by the event that it waits for; it decides how soon it is closed to make room."""
         if self.gathering.is_closing():
             return ConnectionPhase.CLOSING
         if not self._is_complete or self.flow.write_paused:
@@ -342,7 +342,10 @@ class BoundedProtocol(HttpToolsProtocol):
         self._progress_timer = self.loop.call_later(self._bounds.stall_seconds, self._check_progress, size)
 
     def _check_progress(self, before: int) -> None:
-        """Cut off a client that took less than 16 kB of the answer since the last check, else check again later."""
+        """Cut off a client that took less than 16 kB of the answer since the last check, else check again later.
+
+        `before` is the number of unsent bytes at that check.
+        """
         size = self.gathering.get_write_buffer_size()
         if self._unsent is None or before - size < TAKEN_BYTES:
             metrics.count_closed_connection("answer-not-taken")

@@ -74,10 +74,10 @@ class SessionCookie:
 
 
 def cookie_of(scope: Mapping[str, Any], public_url: str) -> SessionCookie | None:
-    """Return the session cookie at the address of a request; None where sessions are not possible.
+    """Return the kind of session cookie for the address of a request; None where sessions are not possible.
 
-    Behind HTTPS, `public_url` says so. Plain HTTP is possible on this machine only: the client and the
-    requested host are loopback addresses, so that a foreign host name that resolves to one is refused.
+    HTTPS is assumed if `public_url` has it. Otherwise client and requested host must both be loopback
+    addresses: a foreign host name that resolves to one is refused.
     """
     public = urlsplit(public_url)
     if public.scheme == "https":
