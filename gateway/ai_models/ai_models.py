@@ -82,8 +82,8 @@ async def create(request: GatewayRequest) -> JsonResponse:
 async def update(request: GatewayRequest) -> JsonResponse:
     """Change a model; absent fields do not change.
 
-    Only its owner and admins may. A model that workflows name is replaced by another one, or taken from users,
-    with `force` alone.
+    Only its owner and admins may. If workflows name the model, another vendor model or data source, and the
+    removal of users, require `force`.
     """
     value = await read_json(request)
     body = body_of(request, value, UpdateModel)

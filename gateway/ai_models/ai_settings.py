@@ -82,8 +82,8 @@ async def show(request: GatewayRequest) -> JsonResponse:
 async def update(request: GatewayRequest) -> JsonResponse:
     """Change the settings of the organization for language models; only admins may.
 
-    The definition of a run keeps the default model of the time of its acceptance. A budget holds for calls that begin
-    a second after the change, and for all at once that have a budget already.
+    The definition of a run keeps the default model of the time of its acceptance. A first budget holds for calls that
+    begin a second later, a changed one at once.
     """
     value = await read_json(request)
     body = body_of(request, value, UpdateAiSettings)
@@ -163,7 +163,7 @@ async def _require_shared(connection: AsyncConnection, caller: ApiCaller, model_
 
 
 async def _read(connection: AsyncConnection, caller: ApiCaller, *, is_locking: bool = False) -> AiSettings:
-    """Return the settings of the caller's organization, or the default ones, changed at `NEVER`.
+    """Return the settings of the caller's organization; if none are stored, the defaults with `updated_at` `NEVER`.
 
     With `is_locking`, a stored row in PostgreSQL stays locked until the end of the transaction.
     """
@@ -176,7 +176,7 @@ async def _read(connection: AsyncConnection, caller: ApiCaller, *, is_locking: b
 
 
 async def _save(connection: AsyncConnection, settings: AiSettings, changes: Mapping[str, Any]) -> None:
-    """Insert settings, or apply the changes to those that another request has inserted meanwhile."""
+    """Insert `settings`, which contain `changes`; if the organization has a row already, set only `changes` in it."""
     insert = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
     statement = insert(AiSettings).values(settings.model_dump())
     await connection.execute(

@@ -125,7 +125,7 @@ async def index(request: GatewayRequest) -> JsonResponse:
 async def _find_budget(
     connection: AsyncConnection, organization_id: str, month: int
 ) -> MonthBudgetUse | None:
-    """Return the budget of an organization with its use by the calls of a month; None without one."""
+    """Return the budget of an organization with its use in a month, such as 202611; None without a budget."""
     from execution import organization_budgets  # noqa: PLC0415 - loaded with the first request
 
     budget = await organization_budgets.find(connection, organization_id)

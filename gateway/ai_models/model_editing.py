@@ -81,7 +81,7 @@ async def create(
         if await model_rows.count(connection, model.organization_id) >= limits.MODELS:
             message = f"An organization may have at most {limits.MODELS:,} models"
             raise errors.conflict("too-many-models", message)
-        await _require_provider(connection, model, caller, provider)
+        await _set_provider(connection, model, caller, provider)
         await _require_guests(connection, model, stored.shared_with)
         await model_rows.add(connection, stored)
         await _record(connection, caller, AuditAction.MODEL_CREATED, None, stored)
@@ -126,7 +126,7 @@ async def edit(
         model, was = after.model, before.model
         model.revision, model.updated_at = was.revision + 1, database.clock.now()
         if model.data_source_id != was.data_source_id:
-            await _require_provider(connection, model, requested.caller, was.provider)
+            await _set_provider(connection, model, requested.caller, was.provider)
         await _require_guests(connection, model, after.shared_with.keys() - before.shared_with.keys())
         if not is_forced and _changes_for_users(before, after):
             await _require_unused(connection, was, requested.caller)
@@ -221,7 +221,7 @@ async def _require_guests(connection: AsyncConnection, model: AiModel, user_ids:
 
 async def _require_unused(connection: AsyncConnection, model: AiModel, caller: ApiCaller) -> None:
     """Raise a 409 error if workflows name the model; its details list those that the caller may read."""
-    if not await data_source_rows.is_named(connection, model.organization_id, model.id):
+    if not await data_source_rows.has_referring_workflows(connection, model.organization_id, model.id):
         return
     named_by = await data_source_rows.list_referring_workflows(connection, model.id, caller, limits.FINDINGS)
     raise errors.conflict(
@@ -248,12 +248,13 @@ async def _remove_default(
         )
 
 
-async def _require_provider(
+async def _set_provider(
     connection: AsyncConnection, model: AiModel, caller: ApiCaller, wanted: str | None
 ) -> None:
-    """Set the provider of a model to that of its data source.
+    """Set `model.provider` to the protocol of the model's data source.
 
-    Raises a 422 error unless the data source is a provider that the caller may use, with the `wanted` protocol.
+    Raises a 422 error unless the data source is of the type for models, the caller may use it, and its protocol is
+    `wanted`, if that is not None.
     """
     stored = await data_source_rows.find(connection, model.data_source_id, caller)
     if stored is None:

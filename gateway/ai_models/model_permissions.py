@@ -53,7 +53,7 @@ async def show(request: GatewayRequest) -> JsonResponse:
 async def update(request: GatewayRequest) -> JsonResponse:
     """Set the permissions of a model; its owner and admins may.
 
-    A model that workflows name is taken from users with `force` alone.
+    If workflows name the model, the removal of users requires `force`.
     """
     value = await read_json(request)
     body = body_of(request, value, SetPermissions)

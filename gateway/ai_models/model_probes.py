@@ -83,8 +83,9 @@ class ModelProber:
         self._settings = settings
 
     async def probe(self, model: AiModel) -> ModelProbe:
-        """Test a model; access was checked before. A model that does not answer is a result.
+        """Test a model and return the result, which is not stored; a failed call is a result, not an error.
 
+        The caller's access was checked before.
         Raises a 429 error after too many tests of the organization within a minute.
         """
         self._probes.count_test(model.organization_id)
@@ -105,10 +106,9 @@ class ModelProber:
         return ModelProbe(is_ok, message, milliseconds, found)
 
     async def store(self, model: AiModel, probe: ModelProbe) -> None:
-        """Store the result of a test, and the abilities that it has seen, unless the model has been changed since.
+        """Store the result of a test, unless the model has been changed since; if it was answered, also the abilities.
 
-        An answer shows that the provider accepts calls again, whatever time it has named before. The abilities of an
-        earlier test outlast one without an answer, and without the time to look at them.
+        An answered test ends a block by the provider. Abilities for which it had no answer keep their earlier values.
         """
         now = self._database.clock.now()
         values: dict[str, Any] = {
@@ -137,8 +137,8 @@ class ModelProber:
     async def _call(self, model: ModelConnection, deadline: float) -> CapabilitiesShape:
         """Call a model up to six times until a time by `monotonic`, and return its abilities.
 
-        The first answer may take half of the time, and each further one its share of the time that is left, so that a
-        slow one takes no other's place. Raises `NodeError` if the model doesn't answer at all, and `TimeoutError`.
+        The first call may take half of the time, each further one an equal share of the rest; an ability is None if its
+        call took longer. Raises `NodeError` if the first call fails, `TimeoutError` if it takes too long.
         """
         from nodes.ai.model_client import ModelClient, open_model_outbound  # noqa: PLC0415 - loaded with the first test
 

@@ -224,7 +224,7 @@ async def _read(request: GatewayRequest) -> StoredDataSource:
 def _build_data_source(body: CreateProviderKey) -> CreateDataSource:
     """Return the fields of the data source of a new key.
 
-    Raises a 422 error without an address for a provider that has no public one, and for one of another provider.
+    Raises a 422 error if an address is missing for a provider without a public one, or belongs to another provider.
     """
     url = body.base_url or PUBLIC_URLS.get(body.provider)
     if url is None:

@@ -248,7 +248,8 @@ async def _require_unused(connection: AsyncConnection, source: DataSource, calle
     """
     is_used_by_models = await data_source_rows.has_models(connection, source.id)
     if not (
-        is_used_by_models or await data_source_rows.is_named(connection, source.organization_id, source.id)
+        is_used_by_models
+        or await data_source_rows.has_referring_workflows(connection, source.organization_id, source.id)
     ):
         return
     models = await data_source_rows.list_models(connection, source.id, caller, limits.FINDINGS)

@@ -189,7 +189,7 @@ async def remove(connection: AsyncConnection, source: DataSource) -> None:
     await connection.execute(delete(DataSource).where(col(DataSource.id) == source.id))
 
 
-async def is_named(connection: AsyncConnection, organization_id: str, object_id: str) -> bool:
+async def has_referring_workflows(connection: AsyncConnection, organization_id: str, object_id: str) -> bool:
     """Return whether a workflow of the organization refers to a data source or model by its id."""
     statement = _select_referring_workflows(organization_id, object_id)
     return await connection.scalar(statement.limit(1)) is not None
@@ -232,8 +232,6 @@ async def list_models(
 def _select_referring_workflows(organization_id: str, object_id: str) -> Any:  # noqa: ANN401 - a statement with these columns
     """Return the query of workflows whose graph or deployed version contains the id of a data source or model as a
     text.
-
-    The graph counts, since stored scopes are computed on request only.
     """
     nodes = type_coerce(col(WorkflowGraph.nodes), Text)
     deployed = select_referring_deployments(organization_id, object_id)

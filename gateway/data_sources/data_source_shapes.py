@@ -111,7 +111,7 @@ def build_data_source(
     definition = DATA_SOURCE_TYPES[body.type]
     settings = _check_fields(body.settings, definition.settings, "settings", problems)
     secrets = _check_fields(body.secrets, definition.secrets, "secrets", problems)
-    _require_whole(settings, secrets, problems)
+    _check_login(settings, secrets, problems)
     problems.raise_any()
     source_id = ids.new_id("ds")
     kept = encrypt_secrets(vault, secrets, organization_id=caller.organization_id, source_id=source_id)
@@ -162,7 +162,7 @@ def apply_changes(
     if body.secrets is not None:
         secrets = _check_fields(body.secrets, definition.secrets, "secrets", problems)
     has_secrets = dict.fromkeys(source.secret_names, "") if secrets is None else secrets
-    _require_whole(changes.get("settings", source.settings), has_secrets, problems)
+    _check_login(changes.get("settings", source.settings), has_secrets, problems)
     problems.raise_any()
     if secrets is not None:
         kept = encrypt_secrets(vault, secrets, organization_id=source.organization_id, source_id=source.id)
@@ -189,7 +189,7 @@ def _check_fields(
         return {}
 
 
-def _require_whole(settings: object, secrets: Mapping[str, object], problems: ProblemCollector) -> None:
+def _check_login(settings: object, secrets: Mapping[str, object], problems: ProblemCollector) -> None:
     """Add a problem for a `username` without a password, and for a password without `username` or `user`.
 
     Skipped if other problems were found.
