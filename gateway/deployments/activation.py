@@ -119,7 +119,7 @@ class DeploymentActivator:
         await self._broker.listen(self._receive, subject=wakeups.TAKEN_RUNS)
 
     def release(self) -> None:
-        """End the waits of all requests, present and later ones, because the process is about to stop."""
+        """End all present and later waits for claims, with the result False, because the process is about to stop."""
         self._is_released = True
         for execution_id in list(self._waiters):
             self._notify(execution_id, is_taken=False)
@@ -142,7 +142,7 @@ class DeploymentActivator:
     # ── requests for a deployment ───────────────────────────────────────────────────────────────────────────
 
     @contextmanager
-    def queue(self, workflow_id: str) -> Iterator[None]:
+    def count_waiting(self, workflow_id: str) -> Iterator[None]:
         """Count a request as waiting for a deployment during the block.
 
         If its client leaves or it is canceled, the deployment is woken, because the run may still be
@@ -381,10 +381,10 @@ class DeploymentActivator:
         self._end(workflow_id, watch)
 
     async def _check_deployment(self, workflow_id: str, *, is_first: bool) -> BadNews | None:
-        """Wake a deployment that is stopped or about to stop; return why its pods can't start, None if they may.
+        """Wake a deployment that is stopped, failed or about to stop; return why its pods can't start, or None.
 
-        Checks after the first expect its pods to start, so a failure or a lack of capacity counts then. None
-        if it isn't deployed: workers execute its runs.
+        A failure or a lack of capacity counts only after the first check, which wakes a failed deployment; a
+        refusal by its policy counts at once. None if it isn't deployed: workers execute its runs.
         """
         async with self._database.read() as connection:
             seen = await activity.read_activity(connection, workflow_id)

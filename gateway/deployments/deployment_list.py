@@ -167,7 +167,7 @@ def _find_moving(rows: Iterable[Row[*tuple[Any, ...]]]) -> Iterator[_MovingDeplo
 
 
 def activities_statement(caller: ApiCaller, after: str = "") -> Select[*tuple[Any, ...]]:
-    """Return the statement of the present deployments that a caller may read, with workflow ids after `after`, by id.
+    """Return the statement of the deployed workflows that a caller may read, those with ids after `after`, by id.
 
     A row has the name of the workflow, and all on which the next start or stop depends.
     """
@@ -198,7 +198,7 @@ def _show_deployment(row: Row[*tuple[Any, ...]]) -> ListedDeployment:
     """Return the deployment of a row of `activities_statement` as the API shows it; without a next transition where
     this host doesn't know the time zone of its policy.
 
-    The row takes the place of the object: to build hundreds of objects takes longer than all else.
+    No `Deployment` is built of the row: for hundreds of rows, that would take most of the time.
     """
     state: DeploymentState = cast("DeploymentState", row)
     situation = _build_situation(row)

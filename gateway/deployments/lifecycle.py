@@ -443,7 +443,7 @@ def _show_replay_days(
 
 
 def _compute_p95(waits: Sequence[timedelta]) -> timedelta:
-    """Return the shortest wait that is not exceeded by 95 % of the waits; 0 without any."""
+    """Return the wait within which 95 % of the waits ended; 0 without any."""
     ranked = sorted(waits)
     return ranked[(len(ranked) * 95 + 99) // 100 - 1] if ranked else timedelta()
 

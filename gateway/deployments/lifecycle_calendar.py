@@ -196,7 +196,10 @@ async def show_usage(request: GatewayRequest) -> JsonResponse:
 
 
 def list_awake_spans(decisions: Iterable[PodChange], since: datetime, now: datetime) -> Iterable[AwakeSpan]:
-    """Yield the times with pods from `since` on, from the decisions about a deployment, ordered by time."""
+    """Yield the times with pods since `since`; the last one ends at `now` if pods still run.
+
+    `decisions` are those about one deployment, ordered by time.
+    """
     begun: PodChange | None = None
     for one in decisions:
         if one.replicas > 0 and begun is None:
@@ -279,7 +282,7 @@ def _list_planned(
     """Yield the times from now on in which a deployment will have pods without further activity, in order.
 
     They are its present time up, until its next stop or `until`, or the time from its next start on, and the windows
-    that open later. None of an archived workflow, which is not started any more.
+    that open later. Nothing for an archived workflow, which is not started any more.
     """
     if seen is None or not seen.deployment.is_deployed:
         return
@@ -314,11 +317,10 @@ def _show_range(one: TimeRange) -> TimeSpan:
 
 
 def _find_hold(seen: DeploymentActivity | None, decisions: Sequence[PodChange]) -> CalendarHold | None:
-    """Return the act of a user that keeps a deployment awake: until a set time, or alone outside its windows.
+    """Return the act of a user that keeps a deployment awake now, None without one.
 
-    None without one.
-
-    Raises `ZoneInfoNotFoundError` for an unknown time zone.
+    It is a hold until a set time, or a start by hand while the policy alone would have stopped it. Raises
+    `ZoneInfoNotFoundError` for an unknown time zone.
     """
     if seen is None:
         return None

@@ -54,7 +54,7 @@ class DeploymentHold(WireStruct):
 async def keep(request: GatewayRequest) -> JsonResponse:
     """Keep a deployment awake for a time: it starts if it is stopped, and its policy does not stop it before the end.
 
-    A later request replaces the time. A stop by a user ends it. Windows, idle times and the planned stop follow it.
+    A later request replaces the time. A stop by a user ends it. After its end, the policy decides again.
     """
     body = await decode_body(request, HoldRequest)
     workflow_id, caller = request.path_params["id"], request.caller
@@ -103,7 +103,7 @@ async def end(request: GatewayRequest) -> NoContent:
 
 
 async def _lock(connection: AsyncConnection, request: GatewayRequest) -> DeploymentActivity:
-    """Return the activity of the deployment of the path, and lock it until the transaction ends.
+    """Return the deployment that the path names, with its policy and activity; lock it until the transaction ends.
 
     Raises 404 or 403 unless the caller may change the workflow, and 409 if it isn't deployed.
     """
@@ -115,7 +115,7 @@ async def _lock(connection: AsyncConnection, request: GatewayRequest) -> Deploym
 
 
 async def _read(connection: AsyncConnection, workflow_id: str) -> DeploymentActivity:
-    """Return the activity of a deployment; raises 409 if the workflow isn't deployed."""
+    """Return a deployment with its policy and activity; raises 409 if the workflow isn't deployed."""
     seen = await activity.read_activity(connection, workflow_id)
     if seen is None or not seen.deployment.is_deployed:
         raise deployment_changes.not_deployed()

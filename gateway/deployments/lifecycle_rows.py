@@ -115,7 +115,10 @@ async def list_decisions(
 
 
 def changes_statement(organization_id: str, workflow_id: str, span: TimeRange) -> Select[*tuple[Any, ...]]:
-    """Return the statement that reads changes of a workflow's policy, and of holds, within a time, newest first."""
+    """Return the statement that reads changes of a workflow's policy within a time, newest first.
+
+    Changes of holds count too: times until which users keep the deployment awake.
+    """
     return (
         select(AuditEntry)
         .where(
@@ -133,7 +136,7 @@ def changes_statement(organization_id: str, workflow_id: str, span: TimeRange) -
 async def list_changes(
     connection: AsyncConnection, workflow: Workflow, span: TimeRange
 ) -> Sequence[AuditEntry]:
-    """Return changes of a workflow's policy, and of holds, within a time, newest first, at most 100."""
+    """Return changes of a workflow's policy, and of holds by users, within a time, newest first, at most 100."""
     rows = (
         await connection.execute(changes_statement(workflow.organization_id, workflow.id, span))
     ).mappings()

@@ -139,7 +139,7 @@ async def start(request: GatewayRequest) -> JsonResponse:
     if body.sync and tracing.tracer is not None:
         tracing.mark_awaited()
     preference = None if body.sync else awaited_end.read_preference(request.headers, request.caller)
-    with request.gateway.activation.queue(workflow_id):
+    with request.gateway.activation.count_waiting(workflow_id):
         accepted = await request.gateway.workflow_runs.accept(request, workflow_id, plan, idempotency_key)
         times.accepted = perf_counter()
         # The inputs are committed; don't hold them in memory during the wait.
@@ -255,9 +255,9 @@ async def _read_progress(
     times: TriggerTimings,
     until: float,
 ) -> RunProgressReport | None:
-    """Return the progress of the run: with `sync` at its end or at the loop's time `until`, else now.
+    """Return the progress of the run: with `sync` at its end or at the loop's time `until`, else the present one.
 
-    None without `sync` if a pod has just claimed it.
+    None without `sync` if a pod has claimed the run during this request.
     """
     if times.taken is not None and not body.sync:
         return None

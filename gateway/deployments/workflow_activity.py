@@ -201,9 +201,9 @@ def page_statement(
     """Return the statement of a page of matching workflows in an order, by the counts of their runs from `since` on.
 
     Each row also has the number of all that match (`total`), of `busy` ones, and of those in each state; a page without
-    workflows is one row with these numbers. With the state None, meaning any, the page has busy workflows alone, unless
-    it is ordered by name: `quiet_statement` lists the others behind them. So few rows are read and sorted, however many
-    workflows have neither runs nor pods. Only ids are sorted, without the rest of their rows.
+    workflows is one row with these numbers. With the state None, meaning any, the page has busy workflows alone (those
+    with runs, or whose pods can't start), unless it is ordered by name: `quiet_statement` lists the others behind them.
+    So few rows are read and sorted, however many workflows have neither runs nor pods.
     """
     conditions = workflow_rows.list_conditions(caller, wanted)
     if wanted.search is not None:
@@ -243,10 +243,10 @@ def page_statement(
 def quiet_statement(
     caller: ApiCaller, wanted: WorkflowFilter, part: PageBounds, since: datetime, order: ActivityOrder
 ) -> Select[*tuple[Any, ...]]:
-    """Return the statement of a page of the matching workflows that are not busy in an order, the latest change first.
+    """Return the statement of a page of the matching workflows that are not busy, the latest change first.
 
-    Busy are those with runs from `since` on, and by `worst` those without a start of their pods. The statement follows
-    the index of lists by the last change, in which rows are skipped without being read.
+    Busy are those with runs from `since` on, and, if `order` is `WORST`, those whose pods can't start. The statement
+    follows the index of lists by the last change, in which rows are skipped without being read.
     """
     busy = [
         select(col(RunHour.workflow_id)).where(
@@ -286,7 +286,7 @@ def _rank_active(
     Its columns are their ids, the terms if `is_ranked`, and 1 or 0 for `busy` and for each state. Busy workflows
     precede all others in the order: those with runs, and by the worst those without a start of their pods.
     """
-    sums = _sum_hours(caller, since)
+    sums = _sum_recent_runs(caller, since)
     active = union(
         select(sums.c.workflow_id),
         select(col(Deployment.workflow_id)).where(
@@ -321,10 +321,11 @@ def _direct(terms: Sequence[ColumnElement[Any]], *, is_descending: bool) -> Sequ
     return [term.desc() if is_descending else term.asc() for term in terms]
 
 
-def _sum_hours(caller: ApiCaller, since: datetime) -> CTE:
-    """Return a CTE with the counts of runs of the caller's organization by workflow, of the hours from `since` on.
+def _sum_recent_runs(caller: ApiCaller, since: datetime) -> CTE:
+    """Return a CTE with the numbers of failed and unfinished runs by workflow, of the hours from `since` on.
 
-    It also has the hours of the last accepted and of the last failed run, 0 without a failed one.
+    `accepted_at` and `failed_at` are the hours of the last run and of the last failed one, 0 without a failed one.
+    Workflows of the caller's organization without runs are missing.
     """
     starts_at = col(RunHour.starts_at)
     return (

@@ -47,6 +47,7 @@ class StoredWorkflow:
 async def find_largest(connection: AsyncConnection, caller: ApiCaller) -> Sequence[StoredWorkflow]:
     """Return up to ten workflows of all organizations with their estimated runs, the one with the most runs first.
 
+    The name is None for a workflow that `caller` may not read, the organization too for one that is gone.
     Empty before the first analysis of PostgreSQL.
     """
     is_postgresql = connection.dialect.name == "postgresql"

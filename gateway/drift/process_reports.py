@@ -114,7 +114,7 @@ def find_cluster(reports: Sequence[ProcessReport]) -> ClusterHealth | None:
 def _list_notes(
     reports: Iterable[ProcessReport], connection: str
 ) -> Iterable[tuple[ProcessReport, Mapping[str, Any]]]:
-    """Yield the processes that use a connection, each with its notes about it."""
+    """Yield the processes that use a connection, such as `broker`, each with its last report about that connection."""
     for one in reports:
         noted = ((one.activity or {}).get("connections") or {}).get(connection)
         if noted is not None:

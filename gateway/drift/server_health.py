@@ -227,7 +227,7 @@ async def show(request: GatewayRequest) -> JsonResponse:
 def _list_alerts(
     processes: Sequence[ServerProcess], lead: SchedulerLead | None, queue: QueueFacts
 ) -> Sequence[ServerAlert]:
-    """Return the alerts with their states; a process with all roles does the duties of a leader without a lead."""
+    """Return the alerts with their states; a present process with all roles counts as a leading scheduler."""
     present = [one for one in processes if one.is_present]
     has_all_roles = any(one.role == ALL_IN_ONE for one in present)
     facts = ProcessFacts(
