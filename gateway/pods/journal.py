@@ -121,8 +121,8 @@ async def wait(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
 async def claim(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
     """Claim pending runs of this deployment for the pod, and answer with them; with none if it is stopped or drains.
 
-    The lease of each run lasts for the seconds of the call. The answer has no completion actions. Requests that wait
-    for the claim of a run are notified.
+    The lease of each run lasts for `lease_seconds` of the body. The answer has no completion actions. Requests that
+    wait for the claim of a run are notified.
     """
     call = await decode_call(request, ClaimRequest)
     if not await lease_checks.takes_runs(request.gateway.database, holder):
@@ -267,7 +267,8 @@ async def definitions(request: GatewayRequest, holder: LeaseHolder) -> JsonRespo
 async def spans(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
     """Answer with a page of the recorded spans of a run that the pod holds; empty for other runs.
 
-    Raises 503 for the candidates of a replay if the pod is of a release that does not know them.
+    Raises 503 for a page with candidates (spans of an earlier run that a replay may reuse) if the pod is of an older
+    release without them.
     """
     call = await decode_call(request, SpansRequest)
     found = await lease_checks.read_spans(request.gateway.database, holder, call.execution_id, call.after)

@@ -121,9 +121,10 @@ async def take_write_key(
     return msgspec.structs.replace(caller, write_key_id=write_key_id)
 
 
-async def require_resume_line(database: Database, holder: LeaseHolder, key_id: str) -> None:
-    """Raise a 409 error `lease-lost` unless the pod holds a run of this line of resumed runs, which shares
-    its blobs.
+async def require_resume_chain(database: Database, holder: LeaseHolder, key_id: str) -> None:
+    """Raise a 409 error `lease-lost` unless the pod holds a run of a chain of resumed runs, which share their blobs.
+
+    `key_id` is the id of the chain's first run.
     """
     statement = (
         select(col(Execution.id)).where(col(Execution.key_id) == key_id, *held_conditions(holder)).limit(1)

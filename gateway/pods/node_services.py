@@ -73,7 +73,7 @@ ASK_SECONDS: Final = 20.0
 
 
 async def put_blob(request: GatewayRequest, holder: LeaseHolder) -> NoContent:
-    """Store the body as a blob for a line of resumed runs.
+    """Store the body as a blob for the chain of resumed runs in the path, of which the pod must hold a run.
 
     Raises 409 `lease-lost`, 422 for a wrong hash and 503 without blob storage.
     """
@@ -92,9 +92,9 @@ async def put_blob(request: GatewayRequest, holder: LeaseHolder) -> NoContent:
 
 
 async def get_blob(request: GatewayRequest, holder: LeaseHolder) -> BlobDownload:
-    """Answer with a blob of a line of resumed runs.
+    """Answer with a blob of the chain of resumed runs in the path, of which the pod must hold a run.
 
-    Raises 409 `lease-lost`, 404 for a lost blob and 503 without blob storage.
+    Raises 409 `lease-lost`, 404 for a blob that is not stored and 503 without blob storage.
     """
     owner = await _find_owner(request, holder)
     try:
@@ -106,11 +106,12 @@ async def get_blob(request: GatewayRequest, holder: LeaseHolder) -> BlobDownload
 
 
 async def _find_owner(request: GatewayRequest, holder: LeaseHolder) -> BlobOwner:
-    """Return the owner of the blobs that the path names; raises 409 `lease-lost` unless the pod holds a run
-    of that line.
+    """Return the owner of the blobs of the chain of resumed runs in the path.
+
+    Raises 409 `lease-lost` unless the pod holds a run of the chain.
     """
     key_id = request.path_params["id"]
-    await lease_checks.require_resume_line(request.gateway.database, holder, key_id)
+    await lease_checks.require_resume_chain(request.gateway.database, holder, key_id)
     return BlobOwner(holder.organization_id, key_id)
 
 
@@ -256,7 +257,7 @@ async def create_callback_url(request: GatewayRequest, holder: LeaseHolder) -> J
 
 
 async def sign(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
-    """Sign a request of a node of the path's run, and answer with the headers.
+    """Answer with the headers that sign a request of a node with the secrets of its organization.
 
     Raises 409 `lease-lost`, 422 for a `NodeError`, and 503 if the database does not answer.
     """

@@ -66,8 +66,9 @@ class PodAuthenticator:
         self._remembered.clear()
 
     async def _bearer(self, token: str, client: str) -> TokenBearer:
-        """Return the bearer of a token, from the cache or the database; raises a 401 or 429 error for an
-        unknown one.
+        """Return the bearer of a token, from the cache or the database.
+
+        Raises a 401 error for an unknown one, or 429 if `client` has failed too often.
         """
         remembered = self._remembered.get(token)
         if remembered is not None and remembered.until > monotonic():

@@ -46,11 +46,10 @@ async def find_task(database: Database, organization_id: str, task_id: str) -> H
 
 
 async def read(database: Database, blobs: BlobStore, task: HeldTask) -> bytes:
-    """Return the input of a task as JSON, from its span or, if that is the same, from the output of the node
-    before it.
+    """Return the input of a task as JSON.
 
-    Large ones come from blobs. Raises a 404 error if it is not stored any more, and 503 while the blob
-    storage is away.
+    It is stored in the task's span, or only as the output of an earlier node if it equals that; large ones
+    are blobs. Raises a 404 error if it is not stored any more, and 503 while the blob storage is away.
     """
     span = await _find_span(database, task.execution_id, task.node_id, task.iteration)
     if span is None:

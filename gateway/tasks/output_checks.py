@@ -18,8 +18,8 @@ SHOWN_PROBLEMS: Final = 5
 def find_problem(catalog: NodeCatalog | None, facts: TaskFacts, item: Completion) -> tuple[str, str] | None:
     """Return code and message of the problem of a task's output by its node type; None if it is valid.
 
-    A catalog without custom types, a deleted type, and an uploaded output (its schema) are not checked. The
-    message lists up to five problems.
+    The output port and the schema are checked, the schema not for an uploaded output. None also for a deleted
+    type, and without the catalog of an organization. The message lists up to five problems.
     """
     if not isinstance(catalog, OrganizationCatalog):
         return None

@@ -75,7 +75,7 @@ class ParkedPoll:
     async def wait(self) -> PollAnswer | None:
         """Return the answer as soon as there is one; None as soon as a heartbeat is due.
 
-        Raises the error of the first look for tasks.
+        Raises the error with which the first look for tasks has failed; later looks don't fail the poll.
         """
         await self._changed
         if self._error is not None:

@@ -33,13 +33,13 @@ class PollHeartbeats:
         self._timer: asyncio.TimerHandle | None = None
 
     def add(self, parked: ParkedPoll) -> None:
-        """Let a poll send heartbeats until it is discarded."""
+        """Call `beat` of a poll every few seconds until it is discarded, so that its client gets heartbeats."""
         self._due[parked] = monotonic() + HEARTBEAT_SECONDS
         if self._timer is None:
             self._schedule()
 
     def discard(self, parked: ParkedPoll) -> None:
-        """Send no more heartbeats of a poll, since it is over."""
+        """End the heartbeats of a poll, since it is over; nothing happens for one that has none."""
         self._due.pop(parked, None)
 
     def close(self) -> None:

@@ -204,7 +204,7 @@ class PollService:
         await self._publish(map(watch_key, organization_ids))
 
     async def _publish(self, keys: Iterable[str]) -> None:
-        """Notify all gateways of changes by these keys; an unavailable broker is only logged."""
+        """Publish notifications with these keys, each of an organization; an unavailable broker is only logged."""
         try:
             await self._broker.publish(dict.fromkeys(keys, ""))
         except BrokerUnavailable as error:

@@ -49,8 +49,9 @@ class WorkerPresence:
         self._seen: set[tuple[str, str]] = set()
 
     async def note(self, worker: WorkerDescription) -> None:
-        """Note a poll of a worker: store a new or changed worker at once, a known one with the next `flush` after 25
-        seconds.
+        """Note a poll of a worker: store a new or changed worker at once.
+
+        An unchanged one is stored by the next `flush`, unless it was stored within the last 25 seconds.
         """
         key = (worker.organization_id, worker.id)
         content = msgspec.json.encode(worker)
