@@ -1,4 +1,4 @@
-"""Rows of applied workflows: their sets, and the workflows that the names of a request mean."""
+"""Rows of applied workflows: their sets, and the workflows that a request names."""
 
 from __future__ import annotations
 
@@ -81,25 +81,26 @@ async def _read_all(
     return found
 
 
-async def find_applications(
+async def find_apply_records(
     connection: AsyncConnection, workflow_ids: Collection[str]
 ) -> Mapping[str, AppliedWorkflow]:
-    """Return the last application (set, content hash, author) of each workflow by its id; never applied ones are
-    omitted.
+    """Return the record of the last `apply` of each workflow (set, content hash, author) by workflow id.
+
+    Workflows that were never applied are omitted.
     """
     statement = select(AppliedWorkflow).where(col(AppliedWorkflow.workflow_id).in_(workflow_ids))
     rows = (await connection.execute(statement)).mappings()
     return {row["workflow_id"]: build_row(AppliedWorkflow, row) for row in rows}
 
 
-async def replace_application(connection: AsyncConnection, applied: AppliedWorkflow) -> None:
-    """Store the application of a workflow in place of the one before, if any."""
-    await remove_application(connection, applied.workflow_id)
+async def replace_apply_record(connection: AsyncConnection, applied: AppliedWorkflow) -> None:
+    """Store the record of the last `apply` of a workflow in place of the earlier one, if any."""
+    await delete_apply_record(connection, applied.workflow_id)
     await connection.execute(insert(AppliedWorkflow).values(column_values(applied)))
 
 
-async def remove_application(connection: AsyncConnection, workflow_id: str) -> None:
-    """Delete the application of a workflow, if any; `apply` then treats the workflow as created elsewhere."""
+async def delete_apply_record(connection: AsyncConnection, workflow_id: str) -> None:
+    """Delete the record of the last `apply` of a workflow, if any; it then counts as never applied."""
     await connection.execute(delete(AppliedWorkflow).where(col(AppliedWorkflow.workflow_id) == workflow_id))
 
 
@@ -119,10 +120,10 @@ async def data_source_ids(
     return found
 
 
-def new_application(
+def build_apply_record(
     caller: ApiCaller, workflow_id: str, set_name: str, content_hash: str, status: str | None, now: datetime
 ) -> AppliedWorkflow:
-    """Return the row of an application, not stored yet; `status` None means that the request named none."""
+    """Return the record of an `apply` of a workflow, not stored yet; `status` None means that the request has none."""
     return AppliedWorkflow(
         workflow_id=workflow_id,
         organization_id=caller.organization_id,

@@ -113,8 +113,8 @@ async def apply(request: GatewayRequest) -> JsonResponse:
         message = "prune needs a set: only members of a set are removed"
         raise errors.invalid([errors.problem("set", "required", message)])
     gateway = request.gateway
-    application = _Application(gateway.workflow_editor, gateway.database, request.caller, body)
-    changes = await application.run()
+    apply_run = _ApplyRun(gateway.workflow_editor, gateway.database, request.caller, body)
+    changes = await apply_run.run()
     if not body.dry_run:
         for one in changes:
             if one.before is not None and one.action in {
@@ -145,8 +145,8 @@ def _shown(change: PlannedChange, *, is_dry_run: bool) -> AppliedChange:
 
 
 @dataclass(frozen=True, slots=True)
-class _Application:
-    """One application: the plan, and its changes in one transaction."""
+class _ApplyRun:
+    """One run of `apply`: the plan, and its changes in one transaction."""
 
     editor: WorkflowEditor
     database: Database
@@ -194,7 +194,7 @@ class _Application:
             found = await applied_rows.find_members(connection, self.caller, set_name)
             members = [one for one in found if one.workflow.name not in {one.name for one in wanted}]
         ids = [one.workflow.id for several in (*named.values(), members) for one in several]
-        applied = await applied_rows.find_applications(connection, ids)
+        applied = await applied_rows.find_apply_records(connection, ids)
         pairs = [(one, self._only(one, named.get(one.name, ()))) for one in wanted]
 
         def plan() -> list[PlannedChange]:
@@ -245,7 +245,10 @@ class _Application:
             raise errors.conflict("apply-conflict", message, details=found[: limits.FINDINGS])
 
     async def _carry_out(self, connection: AsyncConnection, change: PlannedChange) -> None:
-        """Store one planned change with its audit record, and the new application of a workflow of the request."""
+        """Store one planned change with its audit entry; for a workflow of the request, also the record of its `apply`.
+
+        A workflow that does not change gets the record too.
+        """
         after = change.after
         assert after is not None  # noqa: S101 - every planned change has one
         match change.action:
@@ -261,7 +264,7 @@ class _Application:
             case _:
                 assert_never(change.action)
         if change.place is not None:
-            await self._store_application(connection, change, after)
+            await self._store_apply_record(connection, change, after)
 
     async def _update(
         self, connection: AsyncConnection, change: PlannedChange, after: StoredWorkflow
@@ -285,7 +288,7 @@ class _Application:
         return edited.after
 
     async def _delete(self, connection: AsyncConnection, stored: StoredWorkflow) -> None:
-        """Mark a workflow as deleted, and delete its application.
+        """Mark a workflow as deleted, and delete the record of its last `apply`.
 
         Raises a 409 error if it is deployed or has executions that have not ended.
         """
@@ -306,14 +309,14 @@ class _Application:
             AuditAction.WORKFLOW_DELETED,
             lambda before: before.with_columns(deleted_at=self.database.clock.now()),
         )
-        await applied_rows.remove_application(connection, workflow.id)
+        await applied_rows.delete_apply_record(connection, workflow.id)
 
-    async def _store_application(
+    async def _store_apply_record(
         self, connection: AsyncConnection, change: PlannedChange, after: StoredWorkflow
     ) -> None:
-        """Store the application of a changed workflow, with the hash by which later edits of it are detected."""
+        """Store the record of the `apply` of a workflow, with the hash by which later edits of it are detected."""
         status = None if change.status is None else change.status.value
-        row = applied_rows.new_application(
+        row = applied_rows.build_apply_record(
             self.caller,
             after.workflow.id,
             change.set_name,
@@ -321,7 +324,7 @@ class _Application:
             status,
             self.database.clock.now(),
         )
-        await applied_rows.replace_application(connection, row)
+        await applied_rows.replace_apply_record(connection, row)
 
 
 def _problem(change: PlannedChange) -> dict[str, Json]:

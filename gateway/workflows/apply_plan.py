@@ -1,4 +1,4 @@
-"""Plan of an application: for each workflow of a request what changes, or why it must not be changed."""
+"""Plan of an `apply` request: the change of each workflow, or the reason why it must not be changed."""
 
 from __future__ import annotations
 
@@ -260,8 +260,8 @@ def plan_change(
 ) -> PlannedChange:
     """Return the change of one workflow: create, update, unchanged, or a conflict unless `is_forced`.
 
-    `before` is None for a new one, `applied` its last application, None if it was never applied; `set_name`
-    is empty without a set.
+    `before` is None for a new one, `applied` the record of its last `apply`, None if it was never applied;
+    `set_name` is empty without a set.
     """
     if before is None:
         return PlannedChange(
@@ -337,7 +337,7 @@ def _conflict(
 
 
 def _merged(wanted: WantedWorkflow, before: StoredWorkflow) -> StoredWorkflow:
-    """Return a workflow as the request describes it; its identity, shares and unnamed positions stay.
+    """Return a workflow as the request describes it; id, owner and shares stay, and positions that it doesn't give.
 
     Without a status it keeps its own, and an archived one becomes a draft. An absent `strictMappings` stays
     as it was.

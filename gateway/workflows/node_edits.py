@@ -88,7 +88,7 @@ def find_node(nodes: Iterable[StoredNode], node_id: str) -> StoredNode:
 
 
 def with_node(before: StoredWorkflow, node: NodeInput, catalog: NodeCatalog) -> StoredWorkflow:
-    """Return a workflow with one more node, which has an id; nothing is stored.
+    """Return a workflow with `node` added; nothing is stored. Callers set the node's id to find it in the result.
 
     Without a position it gets a free one beside the others. Raises a 409 error for an id in use, 422 for
     invalid fields, more than 10,000 nodes, and over 10 MB of them.

@@ -33,9 +33,9 @@ async def save_schedule(
 ) -> None:
     """Insert, update, suspend or delete the schedule of a workflow in the transaction that changes the workflow.
 
-    It is suspended unless the workflow is active with a schedule `trigger` (None for none), and deleted with
-    it. A schedule that continues with the same instants keeps its next one, even if other settings have
-    changed.
+    It is suspended unless the workflow is active and has a schedule `trigger` (None for none), and deleted if
+    the workflow is deleted. A schedule that continues with the same instants keeps its next one, even if other
+    settings have changed.
     """
     is_of_workflow = col(Schedule.workflow_id) == workflow.id
     if workflow.deleted_at is not None:

@@ -139,7 +139,7 @@ async def _refused_calls(
     graph: ParsedGraph,
     catalog: NodeCatalog,
 ) -> Sequence[GraphFinding]:
-    """Return the warnings about refused calls: of tools of other servers, and of models."""
+    """Return the warnings about calls that a run would be refused: of tools of tool servers, and of unpriced models."""
     from gateway.workflows import price_findings, tool_findings  # noqa: PLC0415 - loaded with the first validation
 
     settings = stored.workflow.settings
