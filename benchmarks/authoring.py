@@ -96,8 +96,8 @@ async def _measure_database(name: str, pilotflame: ServerUnderTest, database_url
     whole = await _measure_whole_graph(pilotflame.api, workflow)
     figures = {f"{name}_calibration_ms": (calibration_ms + machine.measure_calibration_ms()) / 2}
     figures |= {
-        f"{name}_{what}_p{percent}_ms": sample.milliseconds(percent)
-        for what, sample in {**queries, **edits, **whole}.items()
+        f"{name}_{request}_p{percent}_ms": sample.milliseconds(percent)
+        for request, sample in {**queries, **edits, **whole}.items()
         for percent in PERCENTS
     }
     slowest = {

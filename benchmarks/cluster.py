@@ -57,9 +57,9 @@ async def _measure_rounds(installed: InstalledWorkflow) -> tuple[list[float], li
     return deploys, starts
 
 
-async def _wait_until_running(installed: InstalledWorkflow, what: str) -> float:
+async def _wait_until_running(installed: InstalledWorkflow, request: str) -> float:
     since = perf_counter()
-    answer = await deployed.send(installed, "POST", what)
+    answer = await deployed.send(installed, "POST", request)
     if answer["deploymentStatus"] != "running":
         raise WrongAnswer(answer)
     return perf_counter() - since

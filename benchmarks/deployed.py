@@ -290,12 +290,12 @@ async def _count_completed(installed: InstalledWorkflow) -> int:
 
 
 async def send(
-    installed: InstalledWorkflow, method: str, what: str, body: dict[str, Any] | None = None
+    installed: InstalledWorkflow, method: str, subpath: str, body: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """Send a request to a path below the workflow's, and return the JSON of the answer;
     raises `WrongAnswer` for a refusal.
     """
-    path = f"/api/v1/workflows/{installed.workflow_id}/{what}"
+    path = f"/api/v1/workflows/{installed.workflow_id}/{subpath}"
     content = None if body is None else msgspec.json.encode(body)
     return await _request(installed, installed.api.request(method, path, content))
 

@@ -107,15 +107,15 @@ async def measure(folder: Path) -> dict[str, float]:
     answered = _spread_points([answer.at for answer in recording.answers], CHECKED_POINTS // 2)
     started_at = set(_spread_points(answered, STARTED_POINTS))
     for point, disk in _iterate_cut_points(recording, operations, answered):
-        told = [answer for answer in recording.answers if answer.at <= point]
+        acknowledged = [answer for answer in recording.answers if answer.at <= point]
         for number in range(1 + PARTS_PER_POINT):
             survives = power_loss.keep_nothing if number == 0 else power_loss.keep_some(point + number)
             left = _materialize(disk, folder / "left", survives)
             data = left / recording.data.relative_to(recording.root)
-            found = [*_find_lost(data, told, secret)]
+            found = [*_find_lost(data, acknowledged, secret)]
             checked += 1
             if not found and point in started_at:
-                found = await _find_lost_after_start(data, told, folder / "started.txt")
+                found = await _find_lost_after_start(data, acknowledged, folder / "started.txt")
                 started += 1
             losses += [f"at {point}, state {number}: {loss}" for loss in found]
     for loss in losses[:20]:
@@ -202,7 +202,7 @@ def _materialize(disk: SimulatedDisk, target: Path, survives: Survives) -> Path:
     return target
 
 
-def _find_lost(data: Path, told: Sequence[AcknowledgedAnswer], secret: bytes) -> Iterator[str]:
+def _find_lost(data: Path, acknowledged: Sequence[AcknowledgedAnswer], secret: bytes) -> Iterator[str]:
     """Yield a description of each acknowledged change that a data folder lacks."""
     database = data / "pilotflame.db"
     if not database.exists():
@@ -211,11 +211,11 @@ def _find_lost(data: Path, told: Sequence[AcknowledgedAnswer], secret: bytes) ->
     if not (data / "secret.key").exists() or (data / "secret.key").read_bytes() != secret:
         yield "the secret key"
     with closing(sqlite3.connect(database)) as connection:
-        yield from _find_lost_rows(connection, data, told)
+        yield from _find_lost_rows(connection, data, acknowledged)
 
 
 def _find_lost_rows(
-    connection: sqlite3.Connection, data: Path, told: Sequence[AcknowledgedAnswer]
+    connection: sqlite3.Connection, data: Path, acknowledged: Sequence[AcknowledgedAnswer]
 ) -> Iterator[str]:
     """Yield a description of each acknowledged workflow, run and end that the database lacks."""
     try:
@@ -227,7 +227,7 @@ def _find_lost_rows(
         return
     if sound != "ok":
         yield f"the database: {sound}"
-    for answer in told:
+    for answer in acknowledged:
         if answer.kind == "workflow" and answer.id not in workflows:
             yield f"workflow {answer.id}"
         if answer.kind == "accepted" and answer.id not in statuses:
@@ -261,7 +261,9 @@ def _is_intact(path: Path) -> bool:
     return sha256(content).hexdigest() == path.name
 
 
-async def _find_lost_after_start(data: Path, told: Sequence[AcknowledgedAnswer], log: Path) -> list[str]:
+async def _find_lost_after_start(
+    data: Path, acknowledged: Sequence[AcknowledgedAnswer], log: Path
+) -> list[str]:
     """Start a server on the remaining files; return the acknowledged workflows
     and runs that it lost or doesn't complete.
     """
@@ -269,7 +271,7 @@ async def _find_lost_after_start(data: Path, told: Sequence[AcknowledgedAnswer],
 
     async def ask(url: str) -> None:
         async with _open_client(url) as client:
-            for answer in told:
+            for answer in acknowledged:
                 if answer.kind == "workflow":
                     response = await client.get(f"/workflows/{answer.id}")
                     if not response.is_success:

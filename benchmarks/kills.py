@@ -123,7 +123,7 @@ async def _run_poison(_request: KillRequest) -> None:
 
 def _describe_ends(ends: Sequence[ExecutionEnd]) -> str:
     counted = Counter(one.status if one.error_code is None else one.error_code for one in ends)
-    return ", ".join(f"{count} {what}" for what, count in counted.most_common()) or "none"
+    return ", ".join(f"{count} {end}" for end, count in counted.most_common()) or "none"
 
 
 @asynccontextmanager

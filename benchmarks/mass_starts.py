@@ -123,11 +123,11 @@ async def _wait_until_all(installed: list[InstalledWorkflow], status: str) -> No
                 await asyncio.sleep(POLL_SECONDS)
 
 
-async def _send(installed: InstalledWorkflow, method: str, what: str) -> dict[str, Any]:
+async def _send(installed: InstalledWorkflow, method: str, subpath: str) -> dict[str, Any]:
     """Send a request about a workflow, again if the gateway closes the connection, and return the answer."""
     while True:
         with suppress(ConnectionLost):
-            return await deployed.send(installed, method, what)
+            return await deployed.send(installed, method, subpath)
 
 
 async def _count_requests(api: FakeApiServer, seconds: float) -> float:

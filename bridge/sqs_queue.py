@@ -99,14 +99,18 @@ class SqsQueue:
         credentials: AwsCredentials | None = None,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),  # noqa: TID251 - a signature of this host
     ) -> None:
-        who = credentials or AwsCredentials.from_environment(settings)
+        credentials = credentials or AwsCredentials.from_environment(settings)
         self.label = settings.label("sqs", settings.queue_name)
         self._queue_url = settings.bridge_sqs_queue_url
         self._endpoint = settings.endpoint
         self._host = urlsplit(settings.endpoint).netloc
         self._hold_seconds = settings.bridge_hold_seconds
         self._signer = AwsSigner(
-            who.access_key_id, who.secret_access_key, who.region, who.session_token, "sqs"
+            credentials.access_key_id,
+            credentials.secret_access_key,
+            credentials.region,
+            credentials.session_token,
+            "sqs",
         )
         self._now = now
         self._session = aiohttp.ClientSession(

@@ -60,8 +60,9 @@ def _schema_properties(schema: Mapping[str, Any]) -> Iterable[tuple[str, dict[st
 
 
 def _setting_rows(schema: Mapping[str, Any], named: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Yield a row for each field of a schema, and below it the rows of the fields of an object,
-    named `prefix` first.
+    """Yield a row for each field of a schema, its name after `prefix`; that of an object is followed by its fields.
+
+    `named` has the schemas that fields refer to, by name.
     """
     for name, field in _schema_properties(schema):
         inner = _referenced_schema(field, named)

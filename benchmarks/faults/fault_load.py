@@ -1,4 +1,4 @@
-"""Mixed load on a deployment during one fault, and what its clients were told."""
+"""Mixed load on a deployment during one fault, and the answers to its clients."""
 
 from __future__ import annotations
 
@@ -105,10 +105,10 @@ class FaultLoad:
         count = 2 if self.chance.random() < TWICE_SHARE else 1
         asked_at = time.time()
         answers = await asyncio.gather(*(self._start_run(workflow, key) for _ in range(count)))
-        told = {execution_id for execution_id in answers if execution_id is not None}
-        if len(told) > 1:
+        accepted = {execution_id for execution_id in answers if execution_id is not None}
+        if len(accepted) > 1:
             self.doubled_keys.append(key)
-        for execution_id in told:
+        for execution_id in accepted:
             run = LoadRun(execution_id, workflow.expected, asked_at)
             self.runs.append(run)
             task = asyncio.create_task(self._follow(run))

@@ -41,8 +41,8 @@ def list_deliveries(
 ) -> None:
     """List the newest inbound requests, of one workflow or of the organization."""
     client = connect()
-    whose = "" if workflow is None else f"/workflows/{client.workflows.find(workflow)}"
-    found = client.iterate(f"/api/v1{whose}/deliveries", "deliveries", {"outcome": outcome}, has_cursor=True)
+    scope = "" if workflow is None else f"/workflows/{client.workflows.find(workflow)}"
+    found = client.iterate(f"/api/v1{scope}/deliveries", "deliveries", {"outcome": outcome}, has_cursor=True)
     show_list(take(found, limit, all_items=every), output, COLUMNS)
 
 
@@ -60,5 +60,5 @@ def redrive(delivery: DeliveryArgument, output: FormatOption = OutputFormat.JSON
 
 @app.command("samples")
 def list_samples(output: FormatOption = OutputFormat.JSON) -> None:
-    """List kept requests whose form no sender explains."""
+    """List kept requests that match the form of no known sender."""
     show_list(list(connect().deliveries.iterate_samples()), output, {"Id": "id", "Route": "route"})

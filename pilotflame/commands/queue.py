@@ -123,8 +123,8 @@ def purge(
     """Take dead letters off the list for good: those of a workflow, a group, or the organization."""
     selection = _select(workflow, group, chosen)
     if not dry_run:
-        whose = "Purged dead letters" if selection else "All dead letters of the organization, once purged,"
-        confirm(f"{whose} can't be redriven. Purge them?", is_confirmed=yes)
+        subject = "Purged dead letters" if selection else "All dead letters of the organization, once purged,"
+        confirm(f"{subject} can't be redriven. Purge them?", is_confirmed=yes)
     show_object(dict(connect().queue.purge_all_dead_letters(filter=selection, dry_run=dry_run)))
 
 

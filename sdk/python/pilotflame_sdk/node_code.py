@@ -120,7 +120,10 @@ class _NodeWriter:
         return self._add_output_class(schema, "Output") if schema.get("properties") else ""
 
     def _add_output_class(self, schema: Mapping[str, Any], place: str) -> str:
-        """Add the class of an expression for an object with these fields, and return its name."""
+        """Add an expression class with an attribute for each field of an object schema, and return its name.
+
+        The name is made from `place`. Fields with names that can't be attributes are left out.
+        """
         name = self._free_class(place)
         fields = ""
         for key, one in schema["properties"].items():
