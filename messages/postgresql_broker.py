@@ -141,7 +141,7 @@ async def _check_answer() -> AsyncIterator[None]:
 
 
 class PostgresqlBroker:
-    """Broker of one process."""
+    """Broker of one process, by tables and notifications of PostgreSQL."""
 
     def __init__(self, url: str, pool: asyncpg.Pool, *, channel: str, is_gateway: bool = False) -> None:
         self.channel = channel
@@ -437,7 +437,8 @@ class PostgresqlBroker:
 async def connect(url: str, *, channel: str, is_gateway: bool = False) -> PostgresqlBroker:
     """Return a broker for a database URL; statements open up to four connections when they need them.
 
-    Raises `ValueError` for an invalid URL.
+    `channel` is the name of this process; a gateway also receives the messages to all gateways. Raises `ValueError` for
+    an invalid URL.
     """
     address = url.replace("postgresql+asyncpg://", "postgresql://", 1)
     pool = await asyncpg.create_pool(

@@ -189,7 +189,8 @@ async def connect(
 ) -> "RedisBroker":
     """Return a broker for Redis; an unreachable server doesn't prevent the start.
 
-    Raises `RedisMayEvict` if Redis may evict keys.
+    `channel` is the name of this process; a gateway also receives the messages to all gateways. Without a `seal`,
+    notifications carry no outcomes and no runs are assigned directly. Raises `RedisMayEvict` if Redis may evict keys.
     """
     broker = RedisBroker(url, channel=channel, seal=seal, is_gateway=is_gateway)
     try:

@@ -161,7 +161,7 @@ class RunDatabase:
         return await self.database.transaction(work)
 
     async def row(self, execution_id: str) -> dict[str, Any]:
-        """Return the row of a run."""
+        """Return all columns of a run; raises ValueError if there is no such run."""
         (row,) = await self.query("SELECT * FROM execution WHERE id = :id", id=execution_id)
         return row
 

@@ -113,7 +113,7 @@ def _query_fields(query: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def first_place(query: Mapping[str, Any], *, has_cursor: bool) -> dict[str, Any] | None:
-    """Return the query fields for the first page of a list.
+    """Return the query fields for the first page of a list, never None.
 
     They are a cursor if the list has any and is sorted by `createdAt`, otherwise an offset.
     """
