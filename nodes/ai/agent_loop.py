@@ -38,11 +38,11 @@ DENIED_HINT = "Do not call it again in the same way: answer without it, or ask f
 async def run_agent(
     call: NodeCall, task: AgentTask, model_ids: Sequence[str]
 ) -> Finish | StepPause | StepWait:
-    """Continue an agent after its recorded steps until it ends, and return its end; or a pause or wait, after which it
-    is called again.
+    """Continue an agent after its recorded steps, and return its end, or a pause or wait after which this function is
+    called again.
 
-    It pauses if the run is interrupted, and waits for people or for results of tools. Raises `NodeError` if it fails,
-    and if no model answers.
+    It pauses if the run is interrupted, and waits for people or for results of tools. Raises `NodeError` if the agent
+    fails or no model answers.
     """
     begun_here: set[int] = set()
     call.steps.close_lost_steps()
@@ -77,11 +77,12 @@ async def run_agent(
 async def _answer_request(
     call: NodeCall, task: AgentTask, model_ids: Sequence[str], action: CallModel
 ) -> set[int]:
-    """Record the answer to a request: that of the replayed run if its request was the same, else a new answer of the
-    models.
+    """Record the answer to a model request: that of the replayed run if its request was the same, else a new answer of
+    the models.
 
-    Returns the step numbers of the tool calls of a new answer that may begin now. Raises `NodeError` if another request
-    was recorded, and this one must not be made.
+    Returns the step numbers of the tool calls of a new answer that may begin now, none for a reused answer. Raises
+    `NodeError` if the replayed run made another request and its answer may not be replaced, as `find_recorded_turn`
+    does, or if no model answers.
     """
     candidates = call.steps.candidates
     if action.number in candidates:
@@ -93,10 +94,11 @@ async def _answer_request(
 
 
 async def _reuse_turn(call: NodeCall, task: AgentTask, turn: Sequence[AgentStep]) -> None:
-    """Record an answer of the replayed run with its tool calls and their results, without their costs, which that run
-    has paid.
+    """Record `turn`, an answer of the replayed run with its tool calls and their results, without the costs, which that
+    run has paid.
 
-    Calls without a result are continued under their recorded keys; those that wait for people ask again.
+    Tool calls without a result are continued under their recorded idempotency keys; those that wait for people ask
+    again.
     """
     for step in turn:
         begun_at = call.steps.now() if step.ended_at is None else step.started_at
@@ -115,7 +117,7 @@ async def _ask_model(
     """Ask the models, and commit the answer with its tool calls; return the step numbers of the calls that need no
     approval.
 
-    Raises the failure of the last model, which is recorded, so that another attempt of the node asks again.
+    Raises `NodeError` if no model answers. The failed step is recorded, so that another attempt of the node asks again.
     """
     number = action.number
     begun = AgentStep(
@@ -173,15 +175,17 @@ async def _ask_model(
 
 
 def _record_call(call: NodeCall, task: AgentTask, step: AgentStep) -> None:
-    """Record a tool call, with the question about it if it waits for an approval."""
+    """Record the step of a tool call, to be stored by the next commit; if it waits for an approval, also ask the
+    approvers.
+    """
     call.steps.record(step)
     if step.status is StepStatus.WAITING:
         call.steps.ask(step, task.approvers, step.started_at + timedelta(seconds=task.approval_seconds))
 
 
 def _review_calls(call: NodeCall, task: AgentTask) -> None:
-    """Check recorded tool calls without a result against the present tools; calls that were approved as another call,
-    or need an approval now, wait for it.
+    """Check recorded tool calls without a result against the present tools; a call whose recorded approval doesn't
+    cover it now waits for a new one if its tool needs that.
 
     A resumed run may have another definition, in which the tool does something else or needs an approval now.
     """
@@ -207,8 +211,9 @@ async def _apply_decisions(call: NodeCall, task: AgentTask, *, may_expire: bool)
     """Record the decisions of people about waiting tool calls; return the step numbers of the approved calls, which may
     begin.
 
-    Calls that were denied, or not made, become errors for the model; so do, with `may_expire`, calls without a decision
-    in time. A call that a person has found to be made gets the result that the person has given.
+    A call becomes an error for the model if a person has denied it, or found that it was not made, or, with
+    `may_expire`, has not decided in time. A call that a person has found to be made gets the result that the person has
+    given.
     """
     approved: set[int] = set()
     waiting = [
@@ -251,13 +256,15 @@ def _wait_for_decisions(call: NodeCall, task: AgentTask, steps: Sequence[AgentSt
 
 
 def _earlier_calls(call: NodeCall, number: int) -> Sequence[ModelCallRecord]:
-    """Return the model calls of earlier attempts at a step, which stay part of its cost; none for a new step."""
+    """Return the model calls of earlier attempts at the step `number`, which stay part of its cost; none for a new
+    step.
+    """
     recorded = call.steps.recorded
     return recorded[number].model_calls if number < len(recorded) else ()
 
 
 def _join_waits(outcomes: Sequence[StepWait | StepPause]) -> StepWait:
-    """Return one wait that ends with the first of several; pauses among them are ignored."""
+    """Return one wait that ends with the first of the waits in `outcomes`; pauses among them are ignored."""
     waits = [each for each in outcomes if isinstance(each, StepWait)]
     times = [wait.until for wait in waits if wait.until is not None]
     return StepWait(
@@ -273,8 +280,9 @@ async def _perform_tools(
     """Make tool calls at the same time, and record their results; return the waits or pauses of calls without a result
     yet.
 
-    The result of a single write or paid call is committed at once. A write that an earlier process has begun, not in
-    `begun_here`, is not repeated unless its tool allows it: it fails, or people are asked about its outcome.
+    If `steps` is a single call that writes or is paid, its result is committed at once. Such a write, if an earlier
+    process has begun it (it is not in `begun_here`), is not repeated unless its tool allows that: it fails, or people
+    are asked about its outcome.
     """
     if len(steps) > 1:
         async with asyncio.TaskGroup() as group:
@@ -299,9 +307,9 @@ async def _perform_tool(call: NodeCall, task: AgentTask, step: AgentStep) -> Ste
     """Make one tool call, and record its result or its error for the model; return its wait or pause if it has neither
     yet.
 
-    If the tool is an agent, its `NodeError` is raised if another attempt may succeed, which continues its steps, or its
-    replay has diverged, which no answer mends. A resumed run may have lost a tool, or the permission for it, since the
-    call was recorded.
+    People may be asked about a write with an unknown outcome. A `NodeError` is raised only by a tool that is an agent:
+    if another attempt may succeed, or its replay has diverged. A resumed run may have lost a tool, or the permission
+    for it, since the call was recorded.
     """
     if step.name not in task.tools:
         error = f"There is no tool {step.name!r} any more"

@@ -41,7 +41,8 @@ def close_objects(schema: Mapping[str, Any], *, keeps_bounds: bool = True) -> di
 
 
 def is_enforced(schema: Mapping[str, Any], *, needs_all_fields: bool) -> bool:
-    """Return whether providers enforce a schema as a whole: objects with named fields, and common keywords alone.
+    """Return whether providers enforce a schema as a whole: it describes an object, all objects allow only named
+    fields, and all keywords are common.
 
     With `needs_all_fields`, every field of an object has to be required.
     """
@@ -78,7 +79,7 @@ def _close_part(part: object, depth: int, *, keeps_bounds: bool) -> object:
 
 
 def _iterate_parts(schema: Mapping[str, Any]) -> Iterator[object]:
-    """Yield a schema and all schemas in it."""
+    """Yield a schema and all schemas in it, also values in place of a schema that are none."""
     waiting: list[object] = [schema]
     while waiting:
         part = waiting.pop()

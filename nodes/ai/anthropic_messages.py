@@ -54,7 +54,7 @@ def build_key_headers(model: ModelConnection) -> dict[str, str]:
 def build_body(model: ModelConnection, request: ChatRequest) -> dict[str, Any]:
     """Return the body of a request; a schema is sent only to models that are known to follow it.
 
-    The protocol has no temperature any more.
+    The temperature of the request is left out: the protocol has none any more.
     """
     body: dict[str, Any] = {
         "model": model.vendor_model_id,
@@ -167,7 +167,9 @@ class _BlockDraft(msgspec.Struct):
     """JSON of the input of a tool, as far as it has arrived."""
 
     def extend(self, field: str, piece: object) -> str:
-        """Append a piece to the text `field` of the block, and return the piece; an empty text if it is none."""
+        """Append a piece to the text `field` of the block, and return the piece; a piece that is no text adds and
+        returns an empty text.
+        """
         text = read_text(piece)
         self.block[field] = read_text(self.block.get(field)) + text
         return text
@@ -283,8 +285,8 @@ class ChatAnswerParser:
         return calls
 
     def _keep_content(self, calls: Sequence[RequestedToolCall]) -> ProviderContent | None:
-        """Return the content blocks for later requests to the same model; None if text and tool calls hold
-        everything.
+        """Return the content blocks for later requests to the same model; None if the answer has only texts and tool
+        calls.
         """
         blocks = [draft.block for draft in self._drafts.values()]
         if all(block.get("type") in _PLAIN_BLOCKS for block in blocks):
@@ -298,8 +300,8 @@ class ChatAnswerParser:
         return ProviderContent(self._model_id, tuple(parts))
 
     def _read_usage(self, text: str) -> TokenUsage:
-        """Return the token usage with tokens of the provider's cache as input; an estimate if the provider gives no
-        counts.
+        """Return the token usage with tokens of the provider's cache as input; an estimate, from the answer's `text`
+        and tool calls, if the provider gives no counts.
         """
         read = read_count(self._usage, "cache_read_input_tokens")
         written = read_count(self._usage, "cache_creation_input_tokens")
@@ -321,7 +323,7 @@ class ChatAnswerParser:
 
 
 def _complete_block(block: Mapping[str, Any], call: RequestedToolCall) -> dict[str, Any]:
-    """Return the block of a tool call with the id that its result names, and its whole input."""
+    """Return `block`, that of a tool call, with the id and the arguments of `call`."""
     return {**block, "id": call.id, "input": call.arguments or {}}
 
 

@@ -67,10 +67,12 @@ class _Turn:
 async def ask_models(
     call: NodeCall, model_ids: Sequence[str], request: ChatRequest, *, max_repairs: int = MAX_REPAIRS
 ) -> NodeAnswer:
-    """Return the answer of the first model that answers, corrected by it until it fits the schema of the request.
+    """Return the answer of the first model that answers; that model corrects it until it fits the schema of the
+    request.
 
-    Calls are added to the recorded calls of the node, and recorded answers are not asked for again. Raises `NodeError`
-    if no model answers, or if the answer doesn't fit after all corrections.
+    An answer that was cut off or refused is returned without a value. Calls are added to the recorded calls of the
+    node, and recorded answers are not asked for again. Raises `NodeError` if no model answers, or if the answer doesn't
+    fit after `max_repairs` corrections.
     """
     recorded = [record for record in call.model_calls.recorded if record.text is not None]
     # A conversation without a fitting answer is over: another attempt of the node begins a new one.
@@ -132,7 +134,9 @@ def open_live_answer(call: NodeCall, number: int, attempt: int) -> AbstractConte
 
 
 def may_show_contents(call: NodeCall) -> bool:
-    """Return whether the texts of a node may leave its process before, or without, its record."""
+    """Return whether the texts of a node may be shown outside of its process while it runs, since its contents are
+    recorded.
+    """
     return call.records_content
 
 
@@ -146,13 +150,13 @@ async def ask_in_turn(
     budget: ModelBudget | None = None,
     live: LiveAnswer = HIDDEN_ANSWERS,
 ) -> tuple[ChatAnswer, ModelCallRecord]:
-    """Ask the models in turn until one answers, and return its answer with its record; raises the last failure if none
+    """Ask the models in turn until one answers, and return its answer with its record; raises `ModelCallFailed` if none
     does.
 
     Another model is asked only if it may do better: not after a refusal of the request itself. `note_failure` gets the
     record of each failed call. If no model answers, the node waits for the first of those whose providers have named a
-    time. `key` is the idempotency key of the first call; those of others add their number. The calls of the node with a
-    `budget` never cost more. `live` gets the text while it is written.
+    time. `key` is the idempotency key of the call of the first model; those of later models have `:1`, `:2` and so on
+    added. The calls of the node with a `budget` never cost more. `live` gets the text while it is written.
     """
     failures: list[ModelCallFailed] = []
     spending = NodeSpending(f"{call.node_id}:{call.iteration}", budget)
@@ -214,9 +218,9 @@ def _read_budget(call: NodeCall) -> ModelBudget | None:
 
 
 def _choose_failure(failures: Sequence[ModelCallFailed]) -> ModelCallFailed:
-    """Return the failure that a node reports: that with the shortest wait, or else the last.
+    """Return the failure that a node reports: the retryable failure with the shortest wait, or without any the last.
 
-    After a refusal of the request itself, no wait helps.
+    The last also if it can't fall back: after a refusal of the request itself, waiting doesn't help.
     """
     waits = [
         (failure.retry_after_seconds, number)

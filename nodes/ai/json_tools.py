@@ -69,8 +69,8 @@ def translate_request(request: ChatRequest) -> ChatRequest:
 def translate_answer(answer: ChatAnswer, request: ChatRequest) -> ChatAnswer:
     """Return an answer to a translated request with the tool call, or the final text, that its JSON has.
 
-    `request` is the original request. A text that is no JSON is the final answer, as is the value itself from a model
-    that leaves out the field around it.
+    `request` is the original request. Another text is the final answer as it is, such as a text that is no JSON, or the
+    answer of a model that leaves out the field around it.
     """
     if request.output_schema is not None:
         return answer
@@ -126,10 +126,10 @@ def _build_object(properties: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _embed(parameters: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the schema of a tool's arguments as part of another; with references, which name places of a whole
-    document, any object.
+    """Return the schema of a tool's arguments for use within another schema: that of any object if it has references,
+    which would not resolve there.
 
-    The arguments are validated by the parameters in any case.
+    The arguments are validated by `parameters` in any case.
     """
     return _ANY_OBJECT if not parameters or _has_references(parameters) else parameters
 

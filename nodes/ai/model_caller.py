@@ -62,10 +62,12 @@ class ModelCaller:
         """Ask a model once, and return its answer with its cost, which is None without a price.
 
         The highest possible cost is reserved before. It becomes the real cost with the answer, is released if the
-        provider refuses the call, and stays if the provider may bill the call. A model is not called before the time
-        that its provider has named after an earlier call, and not beyond its limits. `on_text` gets the text while it
-        is written, but not the JSON in which a model without tool calls calls tools. Raises `ModelCallFailed`, and
-        `NodeError` for a model that the caller may not use and a budget that doesn't suffice.
+        provider refuses the call, and stays if the provider may bill the call. `on_text` gets the text while it is
+        written, but nothing if the model can't call tools and the request is translated for it.
+
+        Raises `ModelCallFailed`, also before the time that the provider has named after an earlier call, and if the
+        limits of the model don't admit the call within five seconds; `NodeError` for a model that the caller may not
+        use and a budget that doesn't suffice.
         """
         if model_id == ECHO_MODEL_ID:
             answer = await self._client.complete(
@@ -171,7 +173,9 @@ def _require_unblocked(model: ModelConnection) -> None:
 def _build_reservation(
     model: ModelConnection, request: ChatRequest, key: str, spending: NodeSpending
 ) -> ModelReservation:
-    """Return the reservation of the highest possible cost of a call: no input from a cache, and the longest answer."""
+    """Return the reservation, under the charge key `key`, of the highest possible cost of a call: no input from a
+    cache, and the longest answer.
+    """
     input_tokens = estimate_input_tokens(request) + OVERHEAD_TOKENS
     price = model.price
     cost = None if price is None else compute_most_cost(input_tokens, request.max_tokens, price)

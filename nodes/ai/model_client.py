@@ -85,7 +85,7 @@ class ProviderProtocol(Protocol):
 
     @property
     def PATH(self) -> str:  # noqa: N802 - a constant of the modules that implement it
-        """Path of the operation below the address of the provider."""
+        """Path of the requests for answers, after the address of the provider."""
 
     @property
     def JSON_MODE(self) -> Mapping[str, Any] | None:  # noqa: N802 - as above
@@ -101,14 +101,18 @@ class ProviderProtocol(Protocol):
         """Return the content of a message with a text and a PNG image in Base64, as `ProviderContent` has it."""
 
     def accepts_schema(self, schema: Mapping[str, Any]) -> bool:
-        """Return whether a model that follows schemas may be asked for an answer by this one."""
+        """Return whether requests for an answer may have this schema, if the model follows schemas."""
 
     def adapt_body(self, body: Mapping[str, Any], refusal: str) -> dict[str, Any] | None:
-        """Return a body without the field that a server has refused by name; None if it named none."""
+        """Return a body in which the field that a server has refused by name is removed or renamed; None if it named
+        none.
+
+        `refusal` is the message of the server.
+        """
 
     @property
     def ChatAnswerParser(self) -> Callable[[ModelConnection, ChatRequest], AnswerParser]:  # noqa: N802 - a class
-        """Class of parsers of its answers."""
+        """Class of the parsers for answers in this protocol."""
 
 
 PROTOCOLS: Final[Mapping[ModelProvider, ProviderProtocol]] = {
@@ -377,8 +381,8 @@ async def _read_answer(stream: OutboundStream, parser: AnswerParser, written: _W
     """Read the answer from a stream of events, or one JSON document of a server that doesn't stream, and return it
     whole.
 
-    Its text goes to `written` while it arrives. Raises `ModelCallFailed` for an event of over 4 MB and an invalid
-    answer.
+    The text of the answer goes to `written` while it arrives. Raises `ModelCallFailed` for an event of over 4 MB and an
+    invalid answer.
     """
     if stream.headers.get("content-type", "").lower().startswith("application/json"):
         written.add(parser.feed(b"".join([piece async for piece in stream])))

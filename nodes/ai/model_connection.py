@@ -75,7 +75,7 @@ class ModelConnections(Protocol):
 
     @property
     def ledger(self) -> ModelLedger:
-        """Ledger of the calls."""
+        """Ledger in which the costs of model calls are reserved and settled."""
 
     async def find(self, caller: RunCaller, model_id: str) -> ModelConnection:
         """Return a model with the address and key of its provider.

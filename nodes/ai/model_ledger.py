@@ -22,13 +22,14 @@ class ModelLedger(Protocol):
         """
 
     async def settle(self, caller: RunCaller, settlement: ModelSettlement, *, is_reserved: bool) -> None:
-        """Replace a reservation with the real cost, and add that to the costs of the month, once for each key.
+        """Replace the reservation of a call with the real cost, and add that to the costs of the month.
 
-        Without a reservation, the cost may be stored later.
+        A second settlement with the same key changes nothing. Without a reservation (not `is_reserved`), the cost may
+        be stored later.
         """
 
     async def release(self, caller: RunCaller, key: str) -> None:
-        """Remove the reservation of a call that costs nothing, since the provider has refused it."""
+        """Remove the reservation `key` of a call that costs nothing, since the provider has refused it."""
 
     async def count_failure(self, caller: RunCaller, failed: FailedModelCall) -> None:
         """Count a failed call in the metrics of its model; the count may be stored later."""

@@ -61,7 +61,7 @@ class RateWindow:
     def add(self, now: float, weight: float, limit: float) -> list[float]:
         """Add an entry, which counts for a minute, or longer in proportion if it exceeds the limit by itself.
 
-        Returns its handle for `change`: a list with its weight.
+        Returns the handle of the entry for `change`: a list with the weight.
         """
         heft = [weight]
         self._added += 1

@@ -60,7 +60,7 @@ def read_event(data: bytes) -> dict[str, Any]:
 def read_tool_arguments(text: str, value: object = None) -> tuple[dict[str, Any] | None, str]:
     """Return the arguments of a tool call and an empty text; or None and the problem, if they are no JSON object.
 
-    They are the JSON `text`, or `value` if that is blank. Null and a blank text count as no arguments.
+    They are the JSON `text`, or `value` if that is blank. JSON null, or nothing, gives an empty object.
     """
     if text.strip():
         try:
@@ -111,7 +111,7 @@ def read_error(body: bytes) -> tuple[str, str]:
 
 
 def build_interruption(error: object) -> ModelCallFailed:
-    """Return the failure for an error, which it quotes, that arrives in the middle of an answer."""
+    """Return the failure for an error that arrives in the middle of an answer; its message quotes the error."""
     said = quote_error(error)
     message = (
         f"The provider ended the answer with an error: {said}" if said else "The provider ended the answer"
