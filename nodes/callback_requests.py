@@ -21,8 +21,9 @@ LONGEST_SECONDS: Final = 31_536_000
 
 
 def add_url(body: Json, url: str) -> Json:
-    """Return a JSON body with `url` as `callbackUrl`, unless it has the field; an object for null, a text or list
-    unchanged.
+    """Return a JSON body with `url` in the field `callbackUrl`; a body that has the field keeps its value.
+
+    Null becomes an object with this field alone; any other value that is no object is returned unchanged.
     """
     if body is None:
         return {FIELD: url}
@@ -33,7 +34,7 @@ async def sign(call: NodeCall, body: bytes | None) -> Mapping[str, str]:
     """Return the headers that sign a request with `body` by Standard Webhooks, with the same message id in every
     attempt.
 
-    Raises `NodeError`.
+    Raises `NodeError` if the organization has no signing secret.
     """
     # Without periods: they separate the parts of the signed text.
     message_id = f"msg_{sha256(call.idempotency_key.encode()).hexdigest()[:32]}"
@@ -56,8 +57,8 @@ def wait(call: NodeCall, method: str, url: str) -> AnswerWait:
     )
 
 
-def require_write(method: str, *, is_read: bool) -> None:
-    """Raise `NodeError` if `is_read`: requests of methods that only read are not recorded before they are sent."""
+def require_writing_method(method: str, *, is_read: bool) -> None:
+    """Raise `NodeError` if `is_read`, as `method` only reads: such requests are not recorded before they are sent."""
     if is_read:
         message = f"`waitForCallback` needs the method POST, PUT, PATCH or DELETE, not {method}"
         raise NodeError(message, code="invalid-config")

@@ -161,7 +161,9 @@ class NodeCatalog:
         return node_type.earlier[version]
 
     def canonical_name(self, name: str) -> str:
-        """Return the node type of an alias, such as `queue-trigger` for `queue`; any other name unchanged."""
+        """Return the node type of an alias, such as `queue-trigger` for `queue`; any other name, or the name of a type
+        in the catalog, unchanged.
+        """
         alias = TYPE_ALIASES.get(name)
         return name if alias is None or name in self.node_types else alias
 

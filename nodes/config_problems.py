@@ -137,9 +137,10 @@ def accept_templates(schema: JsonSchema) -> dict[str, Json]:
     """Return a schema that accepts a text with `{{` for any property and item without `x-constant`.
 
     Also within `anyOf`, `allOf`, `then`, `else` and `oneOf`. A value with an expression may fit several schemas of
-    `oneOf`, since only the rendered one shows which; the schema refers to `_TEMPLATE_DEFINITIONS` then.
+    `oneOf`, since only the rendered value shows which is meant; with `oneOf`, the result refers to
+    `_TEMPLATE_DEFINITIONS`.
 
-    The original schema moves into an `else`, whose errors are reported as if it stood alone.
+    The schema of each such property or item moves into an `else`, whose errors are reported as if it stood alone.
     """
     changed = dict(schema)
     for keyword, inner in schema.items():
@@ -240,7 +241,9 @@ def _collect_problems(error: ValidationError, schema: JsonSchema) -> Iterator[Co
 
 
 def _is_missing_only(form: Sequence[ValidationError]) -> bool:
-    """Return whether a value fits one alternative of a schema except for missing fields; False if it fits."""
+    """Return whether `form`, the errors of a value by one alternative of a schema, are all missing fields; False
+    without errors.
+    """
     return bool(form) and all(error.kind.name == "required" for error in form)
 
 

@@ -197,8 +197,8 @@ def hash_document(text: bytes) -> str:
 def checked_document(document: NodeTypeDocument) -> NodeTypeDocument:
     """Validate the document of a custom type, and return it with the local references of its schemas expanded.
 
-    Raises `InvalidDocument`: with all problems of names, ports, task rules and references, or else with the first of
-    the config's type, a schema, or the deciding field of the effect.
+    Raises `InvalidDocument` with all problems of names, ports, task rules and references; if there are none, with the
+    first problem of the config's type, of a schema, or of the field that decides on the effect.
     """
     problems = [*_name_problems(document), *_port_and_task_problems(document)]
     schemas: dict[str, dict[str, Any]] = {}
@@ -371,8 +371,9 @@ def build_strict_validator(schema: Mapping[str, Json]) -> Draft202012Validator:
 
 
 def decode_node_type(text: bytes | str, content_hash: str, *, is_deprecated: bool = False) -> NodeType:
-    """Return the node type of a stored document, whose hash is `content_hash`; raises ValueError for an invalid
-    document.
+    """Return the node type of a stored document; raises ValueError for an invalid document.
+
+    `content_hash`, the stored hash of the document, is taken over without a check.
     """
     document = _decode_document(text)
     return build_node_type(document, content_hash, is_deprecated=is_deprecated)

@@ -24,7 +24,10 @@ class LazyModels:
         networks: Sequence[IpNetwork],
         hosts: Collection[str],
     ) -> None:
-        """`open_connections` returns the lookup of models, and is called once."""
+        """`open_connections` returns the lookup of models, and is called once, at the first use of a model.
+
+        `networks` and `hosts` are those of private providers that the operator allows.
+        """
         self._open_connections = open_connections
         self._networks = networks
         self._hosts = hosts

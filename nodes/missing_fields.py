@@ -27,7 +27,8 @@ class MissingFieldAction(StrEnum):
 def require_fields(call: NodeCall, paths: Sequence[str], item_count: int) -> None:
     """Raise `NodeError` for `paths`, which all items lack, if there are at least two items; with fewer, log a warning.
 
-    Does nothing without paths, without strict mappings, or if the config has `missing: "null"`.
+    Does nothing if `paths` is empty, if the call is not strict about mappings (`is_strict`), or if the config has
+    `missing: "null"`.
     """
     if not paths or not call.is_strict:
         return

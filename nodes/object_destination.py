@@ -81,7 +81,7 @@ def _detect_format(value: Json) -> ObjectFormat:
 
 
 async def _encode_as(call: NodeCall, value: Json, wanted: ObjectFormat) -> bytes:
-    """Return a value as bytes in a format, JSON if no other is wanted; raises `NodeError` and `InvalidJson`."""
+    """Return a value as bytes in the format `wanted`, which is never `auto`; raises `NodeError` and `InvalidJson`."""
     match wanted:
         case ObjectFormat.BLOB:
             return await call.services.blobs.get(call.caller, value, max_bytes=MAXIMUM_BYTES)

@@ -116,8 +116,8 @@ async def _build_table(call: NodeCall) -> tuple[list[str], list[list[Json]]]:
     """Return the columns of all rows to write, in order of appearance, and the values of each row, null for missing
     ones.
 
-    The rows are `rows` of the config, else the node's data or the list in it; `columns` of the config maps each row
-    first. Raises `NodeError` for a row that is no object, and for over 100,000 rows.
+    The rows are those of `_read_items`; `columns` of the config maps each row first. Raises `NodeError` for a row that
+    is no object, and for over 100,000 rows.
     """
     template = call.values.get("columns")
     turn = LoopShare()
@@ -141,7 +141,11 @@ async def _build_table(call: NodeCall) -> tuple[list[str], list[list[Json]]]:
 
 
 def _read_items(call: NodeCall) -> list[Json]:
-    """Return the rows to write: `rows` of the config, else the data or the list in it; an object is one row."""
+    """Return the rows to write: `rows` of the config, else the node's input data, or the list in one of its
+    `LIST_FIELDS`; an object is one row.
+
+    Raises `NodeError` for other types, and for over 100,000 rows.
+    """
     if "rows" in call.config:
         value = call.config["rows"]
     else:

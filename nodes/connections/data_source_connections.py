@@ -134,8 +134,8 @@ class DataSourceConnections:
         self._names.close()
 
     async def _find(self, caller: RunCaller, source_id: str, *types: str) -> ConnectionSource:
-        """Return a data source of one of the types, and add it to the sources of the node's key; raises `NodeError` for
-        another type.
+        """Return a data source of one of the types, and note its use in the node's key by `note_source_use`; raises
+        `NodeError` for another type.
         """
         source = await self._sources.find(caller, source_id)
         note_source_use(source.id, source.revision)
@@ -149,7 +149,8 @@ class DataSourceConnections:
     def _pool_of(self, source: ConnectionSource) -> SessionPool:
         """Return the pool of connections of a data source, a new one at first use and for each new revision.
 
-        A pool of an earlier revision is closed in the background; other pools without connections are dropped.
+        A pool of an earlier revision is closed in the background. Each new pool also removes the unused pools of other
+        data sources.
         """
         key = (source.organization_id, source.id)
         revision, pool = self._pools.get(key, (None, None))
@@ -247,8 +248,8 @@ class PooledSqlDatabase:
         batch_rows: int,
         timeout_seconds: float,
     ) -> int:
-        """Insert rows into a table, or with `upsert` update rows with the same key, in batches, all or none; return
-        their number.
+        """Insert rows into a table, or with `upsert` update rows with the same key, in batches, all or none; return the
+        number of inserted or changed rows.
 
         Without rows or columns it does nothing. Raises `NodeError` for invalid names, a key that is no column, the time
         limit, and failures of the server.

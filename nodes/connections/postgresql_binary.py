@@ -129,9 +129,9 @@ def is_credible(types: LearnedTypes, oid: int, value: bytes) -> bool:
 
 
 def has_plausible_dimensions(value: bytes) -> bool:
-    """Return whether the value has enough bytes for the stated length of each dimension of an array.
+    """Return whether `value`, the bytes of an array, has enough bytes for the stated length of each dimension.
 
-    True for texts: none begins with the number of dimensions, of which three bytes are NUL.
+    True also for any value that doesn't begin with a number of dimensions, such as a text.
     """
     if len(value) < ARRAY_HEADER.size:
         return True

@@ -62,8 +62,8 @@ def load() -> PerformJob:
 
 
 def confine(parent: int) -> None:
-    """Restrict this process to the files of organizations, without network and further processes; it ends with
-    `parent`.
+    """Restrict this process to the files of organizations, without network and further processes; kill it when its
+    parent, the process id `parent`, ends.
     """
     confinement.limit_process(
         memory_bytes=MEMORY_BYTES, open_files=OPEN_FILES, cpu_seconds=CPU_SECONDS, file_bytes=None

@@ -34,7 +34,8 @@ COMPANION_SUFFIXES = ("-journal", "-wal", "-shm")
 def find_file(source: ConnectionSource, policy: ConnectionPolicy) -> Path:
     """Return the path of a data source's SQLite file in the organization's folder; the file need not exist.
 
-    Raises `NodeError` for a name that is no plain file name, a folder that is a link, and in a process without files.
+    Raises `NodeError` for a name that is no plain file name, a folder that is a link, and if this process has no folder
+    of files.
     """
     if policy.files is None:
         raise NodeError("Files are not available in this process", code="not-available")

@@ -62,7 +62,7 @@ class CssSelector:
         """Return the first `count` elements of a list that match; relations to elements outside of the list don't
         count.
 
-        It lets other tasks run. Raises `NodeError` when the steps are used up.
+        `turn` lets other tasks run between elements. Raises `NodeError` when `steps` are used up.
         """
         passes = [ChainMatcher(chain) for chain in self.chains]
         found: list[HtmlElement] = []

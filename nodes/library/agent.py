@@ -59,7 +59,7 @@ def _list_models(config: Mapping[str, Json], model: Mapping[str, Json]) -> list[
 
 
 async def _read_prices(call: NodeCall, model_ids: Sequence[str]) -> list[ModelPrice]:
-    """Return the prices of the models that an agent may ask, by which its budget holds before each request.
+    """Return the prices of the models that an agent may ask, by which its budget is checked before each request.
 
     Raises `NodeError` for a model without a price, which could spend any amount.
     """
@@ -112,10 +112,11 @@ def _build_task(
 
 
 def _require_repeatable(config: Mapping[str, Json], tools: Sequence[CallableTool]) -> None:
-    """Raise `NodeError` for an agent without recorded contents that may write, or ask people about its calls.
+    """Raise `NodeError` for an agent whose contents are not recorded, if it may write or must ask people about its
+    calls.
 
     Its conversation may begin again; then it would repeat writes, and could not read the answers of people. Validation
-    finds that too, except in values of expressions.
+    of a workflow finds that too, except in values of expressions.
     """
     field = content_recording.FIELD
     if NodeEffect.WRITE.value in config_fields.read_sequence(config, "effects"):

@@ -52,7 +52,7 @@ async def run(call: NodeCall) -> Json:
 def _read_labels(config: Mapping[str, Json]) -> dict[str, str]:
     """Return the descriptions of the labels by name, in their order.
 
-    Raises `NodeError` for fewer than two, and unless each has a name of its own.
+    Raises `NodeError` for fewer than two labels, a label without a name, and two with the same name.
     """
     given = config_fields.read_sequence(config, "labels")
     labels = {

@@ -91,8 +91,8 @@ def run(call: NodeCall) -> Json:
 
 
 def _read_date(call: NodeCall, name: str, zone: ZoneInfo) -> datetime:
-    """Return the date in a config field, in UTC: ISO 8601 or seconds since 1970; that of the call if the field is
-    missing.
+    """Return the date in a config field, in UTC: ISO 8601 or seconds since 1970; the time of the node call if the field
+    is missing.
 
     A text has the format `inputForm` of the config, if set; `zone` applies to a text without an offset. Raises
     `NodeError` for other values, also for null.

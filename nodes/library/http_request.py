@@ -67,7 +67,7 @@ async def run(call: NodeCall) -> Json | AnswerWait:
     url = _build_url(call.config)
     waits = config_fields.read_flag(call.config, "waitForCallback")
     if waits:
-        callback_requests.require_write(method, is_read=method in READ_METHODS)
+        callback_requests.require_writing_method(method, is_read=method in READ_METHODS)
     secrets = await _read_secret_headers(call, url)
     with http_errors.NamedRequest(method, url):
         response = await _send_request(call, method, url, secrets, waits=waits)

@@ -71,7 +71,7 @@ async def _choose(call: NodeCall, model_id: str, request: ChatRequest) -> Mappin
 def _read_routes(config: Mapping[str, Json]) -> dict[str, str]:
     """Return the descriptions of the branches by port, in their order.
 
-    Raises `NodeError` for none, and unless each has a port of its own.
+    Raises `NodeError` for no branch, a branch without a port, and two with the same port.
     """
     given = config_fields.read_sequence(config, "routes")
     routes = {

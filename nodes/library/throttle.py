@@ -35,7 +35,8 @@ async def run(call: NodeCall) -> Json | TimerWait:
 
 
 def _throttle_key(call: NodeCall) -> str:
-    """Return the key of the rate limit: that in the config, which workflows share, or else a key of this node alone.
+    """Return the key of the rate limit: the key in the config, which all workflows of the organization share, or else a
+    key of this node alone.
 
     Prefixes keep both kinds apart. Raises `NodeError` for a key that is empty, over 200 characters, or has a NUL.
     """

@@ -117,7 +117,10 @@ class McpSession:
         """Negotiated version of the protocol."""
 
     async def negotiate(self, version: str | None) -> None:
-        """Agree on a version: that of an earlier session, else the newest one that both know; raises `NodeError`."""
+        """Agree on a protocol version with the server: without sessions if it knows that version, else by a handshake.
+
+        `version` is that of an earlier session, which saves the question; None if it is unknown. Raises `NodeError`.
+        """
         if version == STATELESS_VERSION or (version is None and await self._ask_for_stateless_version()):
             self.version = STATELESS_VERSION
         else:
@@ -182,7 +185,10 @@ class McpSession:
         )
 
     async def end(self) -> None:
-        """End the session at the server; failures are ignored: it expires there by itself."""
+        """End the session at the server; does nothing without a session.
+
+        Failures are ignored: a session expires at the server by itself.
+        """
         if self._session_id is None:
             return
         headers = {

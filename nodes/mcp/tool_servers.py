@@ -83,7 +83,10 @@ class ToolServers:
         return listed if is_valid else None
 
     async def _list_tools(self, source: ConnectionSource, session: McpSession) -> ListedServer:
-        """Return the tools that a server lists now, and keep the list for a minute; raises `NodeError`."""
+        """Ask a server for its tools and return them; keep the list for the calls of the next minute.
+
+        Raises `NodeError`.
+        """
         until = monotonic() + LISTED_SECONDS
         tools = {tool.name: tool for tool in await session.list_tools()}
         listed = ListedServer(source.revision, session.version or "", tools, until)
@@ -108,8 +111,8 @@ class ToolServerConnection:
 
 
 def _require_accepted(source: ConnectionSource, request: ToolCallRequest) -> ToolPin:
-    """Return the accepted definition of a tool; raises `NodeError` if it has none, or the workflow names another
-    definition or effect.
+    """Return the accepted definition of a tool; raises `NodeError` if there is none, if the workflow names another
+    definition, or takes a tool that writes as one that reads.
     """
     pin = source.tools.get(request.tool)
     if pin is None:

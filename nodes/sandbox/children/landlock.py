@@ -59,7 +59,8 @@ def landlock_version() -> int:
 
 
 def restrict_files(allowed: Mapping[str, int]) -> bool:
-    """Drop all access to files except these rights below these paths, all TCP, and signals to other processes.
+    """Restrict this process for good: no file access except the given rights below the given paths, no TCP, and no
+    signals or abstract sockets to other processes.
 
     Access that the kernel's version of Landlock can't restrict stays. Returns False without Landlock, and raises
     `OSError` if it refuses: no job may run behind a barrier that only seems to exist. Missing paths are left out; open
