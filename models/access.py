@@ -145,8 +145,9 @@ def new_key() -> str:
 
 
 def hash_key(key: str, secret: bytes) -> str:
-    """Return the keyed hash under which an API key is stored, 64 hexadecimal digits; without `secret`, the server's,
-    nobody can compute it (keyed BLAKE2b: RFC 7693, 2.9).
+    """Return the hash under which an API key is stored, 64 hexadecimal digits.
+
+    It is keyed with the server secret `secret` (BLAKE2b: RFC 7693, 2.9), so that nobody can compute it without that.
     """
     return blake2b(key.encode(), key=_derive_hashing_key(secret), digest_size=32).hexdigest()
 

@@ -291,7 +291,8 @@ async def find_key(connection: AsyncConnection, key_id: str) -> FoundKey | None:
 
 
 async def find_organization_by_prefix(connection: AsyncConnection, prefix: str) -> Organization | None:
-    """Return the organization with keys that begin with `prefix`; if no key does, the only organization of the server.
+    """Return the organization whose keys, valid or not, have the visible prefix `prefix`; if no key has it, the only
+    organization of the server.
 
     None if several organizations are possible, or none exists.
     """

@@ -91,8 +91,8 @@ def is_readable_by(caller: ApiCaller) -> ColumnElement[bool]:
 
 
 def is_usable_by(organization_id: str, user_id: str) -> ColumnElement[bool]:
-    """Return the SQL condition for models that the user of a run may use: own or shared; all, if the user is an admin
-    at that time.
+    """Return the SQL condition for models that the user of a run may use: own or shared; for a user who is an admin
+    when the statement is executed, all of the organization.
     """
     is_admin = (
         select(col(User.id))

@@ -55,8 +55,8 @@ class BrowserSession(SQLModel, table=True):
     last_seen_at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))
 
     def ends_at(self, key_expires_at: datetime | None) -> datetime:
-        """Return the time at which the session ends without another request: after 12 idle hours, 7 days, or with its
-        key.
+        """Return the time at which the session ends if no request follows: 12 hours after its last use, 7 days after
+        its creation, or with its key, whichever is first.
 
         `key_expires_at` is the expiry of the key; None for a key that never expires.
         """
@@ -124,8 +124,8 @@ async def create_session(
 ) -> tuple[BrowserSession, str]:
     """Insert a session for the key of a caller; return its row and its secret, of which only the hash is stored.
 
-    Deletes the session with the hash `replaces`, so that a sign-in changes the secret, and all idle sessions that have
-    ended, of any user. The user agent is cut to 200 characters.
+    Deletes the session with the hash `replaces`, so that a sign-in changes the secret, and all sessions, of any user,
+    that have been idle for over 12 hours. The user agent is cut to 200 characters.
     """
     is_over = or_(
         col(BrowserSession.last_seen_at) < now - IDLE_LIFETIME, col(BrowserSession.hash) == (replaces or "")

@@ -165,8 +165,8 @@ async def change_open(
 
 
 def due_statement(limit: int) -> Select[str]:
-    """Return the statement for the ids of at most `limit` open operations whose lease has ended, the longest ended
-    first.
+    """Return the statement for the ids of at most `limit` open operations, of all organizations, whose lease has ended,
+    the longest ended first.
     """
     return (
         select(col(BulkOperation.id))
@@ -179,8 +179,8 @@ def due_statement(limit: int) -> Select[str]:
 async def claim_operations(
     connection: AsyncConnection, limit: int, lease_seconds: float
 ) -> Sequence[BulkOperation]:
-    """Lease at most `limit` open operations whose lease has ended, and return them; operations locked by another
-    transaction are skipped.
+    """Lease at most `limit` open operations, of all organizations, whose lease has ended, and return them; operations
+    locked by another transaction are skipped.
     """
     due = due_statement(limit).with_for_update(skip_locked=True).cte("due")
     statement = (

@@ -34,8 +34,9 @@ class DeadLetterMute(SQLModel, table=True):
 
 
 async def put_mute(connection: AsyncConnection, mute: DeadLetterMute) -> None:
-    """Insert a mute, or replace that of its group; delete the mutes of the organization that have ended by
-    `muted_at`.
+    """Insert a mute, or replace the stored mute of its group.
+
+    Deletes the mutes of other groups of the organization that have ended at `mute.muted_at`.
     """
     of_organization = col(DeadLetterMute.organization_id) == mute.organization_id
     is_over = (col(DeadLetterMute.ends_at) <= mute.muted_at) & (col(DeadLetterMute.group_id) != mute.group_id)

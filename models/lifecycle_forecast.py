@@ -136,7 +136,7 @@ def _replay_schedule(
 def _open_spans(
     schedule: WindowSchedule, since: datetime, until: datetime
 ) -> Iterator[tuple[datetime, datetime]]:
-    """Yield start and end of the open times of a schedule from `since` on, up to the first that begins after
+    """Yield start and end of the open times of a schedule from `since` on, including the first that begins after
     `until`.
     """
     end = until + weekly_windows.HORIZON

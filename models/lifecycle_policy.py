@@ -237,7 +237,7 @@ def decide(policy: DeploymentPolicy, situation: DeploymentSituation, now: dateti
     return _decide_while_down(policy, situation, now)
 
 
-def retry_time(start_failures: int) -> timedelta:
+def retry_pause(start_failures: int) -> timedelta:
     """Return the pause after this many consecutive failed starts: one minute, doubled each time up to 30 minutes."""
     doublings = min(max(start_failures - 1, 0), 16)
     return min(RETRY_TIME * (1 << doublings), MAX_RETRY_TIME)
@@ -378,8 +378,8 @@ def _stop_unless_open(
 def _decide_while_draining(
     policy: DeploymentPolicy, situation: DeploymentSituation, until: datetime, now: datetime
 ) -> LifecycleVerdict:
-    """Return the decision about a draining deployment: start it again, stop it once its runs or the time have ended, or
-    wait.
+    """Return the decision about a draining deployment: start it again; stop it if no run is in progress or the drain
+    has lasted until `until`; else wait.
     """
     again = _decide_while_down(policy, situation, now)
     if again.action is not LifecycleAction.NONE:
@@ -405,7 +405,7 @@ def _decide_while_down(
     if situation.stopped_reason is StoppedReason.ARCHIVED:
         return LifecycleVerdict(LifecycleAction.NONE, LifecycleReason.NOT_DEPLOYED)
     if situation.stopped_reason is StoppedReason.FAILED:
-        retry_at = (situation.stopped_at or now) + retry_time(situation.start_failures)
+        retry_at = (situation.stopped_at or now) + retry_pause(situation.start_failures)
         if now < retry_at:
             is_wanted = situation.has_due or _start_reason(policy, situation, now) is not None
             return LifecycleVerdict(

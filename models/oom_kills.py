@@ -51,10 +51,11 @@ class OomKillWatch:
             self._earlier, self._latest = self._latest, count_kills()
             self._look_at = time.monotonic() + LOOK_SECONDS
 
-    def explains(self, exit_code: int | None) -> bool:
+    def was_oom_kill(self, exit_code: int | None) -> bool:
         """Return whether a child that has just ended with `exit_code` was killed for lack of memory.
 
-        True for SIGKILL, if the kernel's count has grown since the second last reading. False if it is not reported.
+        True for SIGKILL if the kernel's count of such kills has grown since the reading before the last one. False if
+        the kernel reports no count.
         """
         if exit_code != -signal.SIGKILL or self._earlier is None:
             return False

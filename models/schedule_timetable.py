@@ -244,8 +244,9 @@ def decide_instants(timetable: ScheduleTimetable, state: ScheduleState, now: dat
     """Return the decision about all instants due since `state.next_run_at`: which of them get a run, and the next
     instant.
 
-    It also has the reason and the time of the last skipped instant. At most 1,000 runs wait, and under the overlap
-    policy `skip` at most one instant gets a run, none while a run is in progress.
+    It also has the reason and the time of the last skipped instant. Runs are added only up to 1,000 unstarted runs of
+    the workflow. Under the overlap policy `skip`, at most one instant gets a run, none while the last run of the
+    schedule is in progress.
     """
     due_until = now - timetable.start_delay(state.workflow_id)
     if state.next_run_at > due_until:
@@ -295,8 +296,8 @@ def recompute_next_instant(
 ) -> datetime | None:
     """Return the corrected next instant of a schedule after its clock was found to be ahead; None if there is none.
 
-    Instants that ran early are not run again, unless the clock was over an hour ahead, after which nothing would run
-    for long.
+    `last_run_at` is the last instant that had a run. Instants that ran early are not run again, unless the clock was
+    over an hour ahead, after which nothing would run for long.
     """
     since = now - timetable.start_delay(workflow_id)
     if last_run_at is not None and since < last_run_at <= since + MAX_AHEAD:

@@ -202,7 +202,10 @@ class ServerSettings(TraceSettings):
         return tuple(text.encode() for text in texts)
 
     def check_for_production(self) -> None:
-        """Check server secrets and broker, without which only `pilotflame dev` runs; raises `InvalidSettings`."""
+        """Require server secrets and a broker, which only `pilotflame dev` can do without.
+
+        Raises `InvalidSettings` if a secret is missing or too short, or there is no broker.
+        """
         _ = self.secret, self.previous_secrets
         self.require_broker()
 

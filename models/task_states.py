@@ -34,12 +34,16 @@ WORKERS_PREFIX: Final = "task-workers:"
 
 
 def watch_key(organization_id: str) -> str:
-    """Return the key by which processes watch all tasks of an organization, in place of an execution id."""
+    """Return the key, for the broker, by which processes watch all tasks of an organization; others watch a single run
+    by its execution id.
+    """
     return f"{WATCH_PREFIX}{organization_id}"
 
 
 def workers_key(organization_id: str) -> str:
-    """Return the key by which processes watch for workers of an organization that stop, or are asked to."""
+    """Return the key, for the broker, by which processes watch for workers of an organization that stop, or are asked
+    to.
+    """
     return f"{WORKERS_PREFIX}{organization_id}"
 
 

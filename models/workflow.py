@@ -210,10 +210,11 @@ def _is_present(caller: ApiCaller) -> Iterable[ColumnElement[bool]]:
 
 
 def is_open_to(caller: ApiCaller) -> ColumnElement[bool]:
-    """Return the SQL condition under which a workflow is open to a caller: public, own or shared; any for an admin.
+    """Return the SQL condition under which a workflow is open to a caller: public, own or shared; always true for an
+    admin.
 
-    It applies to workflows of the caller's organization that are neither deleted nor templates, and uses only columns
-    of the indexes of lists.
+    Combine it with conditions for the caller's organization, and for workflows that are neither deleted nor templates:
+    it has none of them. It uses only columns of the indexes of lists.
     """
     if caller.is_admin:
         return true()

@@ -73,8 +73,8 @@ def parse_patterns(config: Mapping[str, Any]) -> Sequence[str]:
 def matching_patterns(event_type: str) -> Sequence[str]:
     """Return all patterns that match an event type: `a.b` is matched by `a.b` and `a.*`, never by `*`.
 
-    `github.ping` is matched only by itself: GitHub sends it when a webhook is created, and nothing has
-    happened.
+    `github.ping` is matched only by itself: GitHub sends it when a webhook is created, not for a change in a
+    repository.
     """
     if event_type in _EXACT_MATCH_ONLY:
         return [event_type]

@@ -72,7 +72,7 @@ def _supervise_child(
     and exit with its code.
     """
     code = os.waitstatus_to_exitcode(_wait_for_child(child, watch))
-    is_out_of_memory = watch.explains(code)
+    is_out_of_memory = watch.was_oom_kill(code)
     owner = _read_announcement(reads)
     # From here on a signal ends the parent as it ends any process.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, AWAITED)

@@ -219,7 +219,7 @@ class LocalPod:
                 helper.cancel()
             await asyncio.gather(*helpers, return_exceptions=True)
         self.ended_at = datetime.now(UTC)  # noqa: TID251 - as above
-        self._is_out_of_memory = self._oom_kills.explains(code)
+        self._is_out_of_memory = self._oom_kills.was_oom_kill(code)
         if not self.is_terminating:
             reason = PodFailureReason.OUT_OF_MEMORY if self._is_out_of_memory else PodFailureReason.CRASH_LOOP
             await self._back_off_after(PodFailure(reason, self._exit_message(code)))
