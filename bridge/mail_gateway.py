@@ -68,7 +68,7 @@ class MailGateway:
     async def find_address(self, token: str) -> SmtpReply:
         """Ask the gateway whether the address of a trigger token accepts mail; return the SMTP reply, never raise.
 
-        250 if it does, 4xx if the gateway can't be reached (asked again later), 5xx for an unknown address.
+        250 if it does, 4xx if the gateway can't be reached (the sender tries again later), 5xx for an unknown address.
         """
         return await self._ask("GET", token, {}, None)
 

@@ -156,8 +156,7 @@ class _GatewayNotice(msgspec.Struct):
 
 
 async def refuse_evicting(client: Redis) -> None:
-    """Raise `RedisMayEvict` if a full Redis would evict keys, which it has acknowledged, instead of refusing
-    to write.
+    """Raise `RedisMayEvict` if a full Redis would evict stored keys instead of refusing to write.
 
     A policy that can't be read is logged and accepted. Raises the errors of Redis if it is away.
     """

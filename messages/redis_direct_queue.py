@@ -56,7 +56,7 @@ class DirectQueue:
         self._task: asyncio.Task[None] | None = None
 
     async def send(self, worker: str, address: str, message: DirectRuns) -> bool:
-        """Send assigned runs, sealed for a worker, to its queue; return False, and send nothing, if nobody
+        """Send assigned runs, sealed for a worker, to its queue; return False, and send nothing, if no process
         listens at `address`.
 
         `address` is a channel of Redis. The queue expires after ten seconds. Raises the errors of Redis.

@@ -67,7 +67,7 @@ class RemoteRunStore:
         """Take pending runs of this pod's deployment through the gateway, each with a lease and fencing
         token; 50 at most.
 
-        Also learns the database time. Raises `DatabaseUnavailable` and `CallRefused`, as all calls here do.
+        Also sets the clock by the answer. Raises `DatabaseUnavailable` and `CallRefused`, as all calls here do.
         """
         call = ClaimRequest(
             min(claim.limit, MAX_CLAIM), claim.lease_seconds, claim.is_trial, claim.max_isolation_losses
@@ -113,7 +113,7 @@ class RemoteRunStore:
         requests to stop or cancel.
 
         Leases of locked rows are marked, and not extended. A lease that is not among the answers is lost.
-        Also learns the database time.
+        Also sets the clock by the answer.
         """
         leases = [LeaseIdentity(one.execution_id, one.shard, one.token) for one in held]
         asked_at = time.monotonic()

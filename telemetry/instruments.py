@@ -74,7 +74,7 @@ class Histogram:
 
 
 class UnreadInstrument:
-    """Instrument of a process whose metrics nobody can read: it counts nothing, and costs next to nothing."""
+    """Instrument of a process that exposes no metrics: it counts nothing, and costs next to nothing."""
 
     def inc(self, amount: float = 1) -> None:
         """Do nothing."""

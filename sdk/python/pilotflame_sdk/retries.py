@@ -38,7 +38,7 @@ class RequestAttempts:
     def pause_after_error(self, *, was_sent: bool, has_answered: bool) -> float | None:
         """Return the seconds to wait before a repetition after a lost connection; None to give up.
 
-        A request that was never sent can be repeated whatever it does; a sent one only if it is safe or has a
+        A request that was never sent can be repeated in any case; a sent one only if it is safe or has a
         key. `has_answered` is whether the server has answered before: else the policy decides.
         """
         if was_sent and not self._is_repeatable:

@@ -163,8 +163,7 @@ class TaskChannel:
     def _claim(self, server: TaskServer, count: int) -> None:
         """Claim up to `count` tasks; the request is repeated under one id until it is answered.
 
-        With 0, the poll only learns which tasks are cancelled. A refusal that no repetition helps stops the
-        worker.
+        With 0, the answer only names cancelled tasks. A refusal that would be the same again stops the worker.
         """
         request_id, pause = uuid4().hex, 0.1
         body = {
