@@ -155,6 +155,8 @@ class BoundedConnections:
 
 
 class _RejectedConnection(asyncio.Protocol):
+    """Protocol of a connection beyond the limit, which is refused at once."""
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Answer a connection beyond the limit with a temporary SMTP error, and close it."""
         if isinstance(transport, asyncio.WriteTransport):

@@ -86,7 +86,7 @@ _NAME_IN_CODE = re.compile(r"`([A-Z][A-Z0-9_]+)`")
 
 @dataclass(frozen=True, slots=True)
 class SettingVariable:
-    """One setting with the processes that read it."""
+    """Setting with the processes that read it."""
 
     name: str
     field: FieldInfo

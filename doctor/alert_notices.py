@@ -19,7 +19,7 @@ class AlertSeverity(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class AlertNotice:
-    """Text of an alert."""
+    """Severity and texts of an alert."""
 
     name: str
     severity: AlertSeverity

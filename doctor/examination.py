@@ -28,7 +28,7 @@ GRACE_SECONDS: Final = 3.0
 
 
 class StoreState(StrEnum):
-    """Result of looking into a store."""
+    """Outcome of the examination of a store."""
 
     OK = "ok"
     UNREACHABLE = "unreachable"
@@ -88,6 +88,8 @@ class ExaminationReport:
 
 @dataclass(slots=True)
 class _Observation:
+    """Findings of all stores at one time, and the state of each store."""
+
     as_of: datetime | None = None
     stores: dict[str, StoreState] = field(default_factory=dict)
     findings: list[DriftFinding] = field(default_factory=list)

@@ -40,6 +40,8 @@ class RedisMayEvict(BrokerError):
 
 @dataclass(frozen=True, slots=True)
 class ChangedExecutions:
+    """Notification about changed executions that this process watches or accepted."""
+
     execution_ids: tuple[str, ...]
     outcomes: Sequence[EndedExecution] = ()
     """Outcomes of some of them, for the process that accepted them."""

@@ -13,4 +13,6 @@ VERSION: Final = 1
 
 @dataclass(frozen=True)
 class MailParserWakeup:
+    """Wakeup of a process that parses mails: unparsed mail is stored."""
+
     v: int = VERSION

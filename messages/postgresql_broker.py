@@ -124,6 +124,8 @@ class _ChangedPairs(msgspec.Struct):
 
 
 class _DirectPayload(msgspec.Struct):
+    """Direct message in a notification, or the key of the row that has it."""
+
     message: dict[str, str] | None = None
     row: str = ""
     """Key of the row of a message that is too large for a notification."""
@@ -141,7 +143,7 @@ async def _check_answer() -> AsyncIterator[None]:
 
 
 class PostgresqlBroker:
-    """Broker of one process, by tables and notifications of PostgreSQL."""
+    """Broker of one process, by tables and notifications of PostgreSQL; implements `messages.broker.Broker`."""
 
     def __init__(self, url: str, pool: asyncpg.Pool, *, channel: str, is_gateway: bool = False) -> None:
         self.channel = channel

@@ -143,6 +143,8 @@ log = structlog.get_logger()
 
 
 class _PublishedMessage(msgspec.Struct):
+    """Message on a channel of a process: changed executions, a notice for a gateway, or a direct message."""
+
     execution_ids: tuple[str, ...] = ()
     notice: SealedMessage | None = None
     direct_message: dict[str, str] | None = None
@@ -223,6 +225,8 @@ def _create_client(url: str) -> Redis:
 
 
 class RedisBroker:
+    """Broker of one process, by channels and queues of Redis; implements `messages.broker.Broker`."""
+
     def __init__(
         self, url: str, *, channel: str, seal: MessageSeal | None = None, is_gateway: bool = False
     ) -> None:

@@ -134,6 +134,8 @@ class WakeupQueues(RedisBroker):
 
 
 class BlockingConsumer(Consumer):
+    """Consumer of one Dramatiq queue in Redis that waits for a signal of new messages instead of polling."""
+
     def __init__(self, broker: WakeupQueues, queue_name: str, prefetch: int, timeout: int) -> None:
         self._broker = broker
         self._queue_name = queue_name

@@ -12,5 +12,7 @@ ALL_SHARDS: Final = -1
 
 @dataclass(frozen=True)
 class WorkerWakeup:
+    """Wakeup of a worker: runs of this shard, or of any, are pending."""
+
     v: int = VERSION
     shard: int = ALL_SHARDS

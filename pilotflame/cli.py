@@ -70,7 +70,7 @@ PLACES: Final[Mapping[str, CommandPlace]] = {
 
 
 class PilotflameGroup(LazyGroup):
-    """All commands."""
+    """Group of all commands of `pilotflame`."""
 
     places: ClassVar[Mapping[str, CommandPlace]] = PLACES
 

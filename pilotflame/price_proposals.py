@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class PriceState(StrEnum):
-    """State of a model beside its public price."""
+    """Comparison of a model's price with the public one."""
 
     NEW = "new"
     """It has no price yet."""

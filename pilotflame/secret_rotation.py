@@ -35,7 +35,7 @@ TABLES: Final[Sequence[_Table]] = (DataSource, SigningSecret, SenderToken)
 
 @dataclass
 class RotationResult:
-    """Counts of a rotation."""
+    """Result of a rotation of the server secret."""
 
     encrypted: int = 0
     """Number of values that were encrypted anew."""

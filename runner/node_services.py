@@ -102,7 +102,7 @@ class RemoteDataSources:
 
 
 class RemoteModelLedger:
-    """Implements `nodes.ai.model_ledger.ModelLedger`."""
+    """Reserves and settles the costs of model calls at the gateway; implements `nodes.ai.model_ledger.ModelLedger`."""
 
     def __init__(self, gateway: GatewayClient) -> None:
         self._gateway = gateway

@@ -28,7 +28,9 @@ GATEWAY: Final = "gateway"
 
 
 class RemoteAnswers:
-    """Implements `engine.services.LiveAnswerService`."""
+    """Sends the texts of models to the gateway while clients follow them;
+    implements `engine.services.LiveAnswerService`.
+    """
 
     def __init__(self, gateway: GatewayClient) -> None:
         self._gateway = gateway

@@ -68,7 +68,7 @@ class ConnectionActivity:
 
 @dataclass(frozen=True, slots=True)
 class Lead:
-    """Lead of the scheduler that this process has."""
+    """Time for which this process has been the leading scheduler."""
 
     owner: str
     """Name in the lease."""
@@ -78,7 +78,7 @@ class Lead:
 
 @dataclass(slots=True, eq=False)
 class ProcessActivity:
-    """Numbers of one process since its start."""
+    """Activity of one process since its start, for its reports: counts, duties, and answers of its servers."""
 
     claims: int = 0
     """Claimed executions."""

@@ -305,7 +305,7 @@ def mark_awaited() -> None:
 
 
 class Tracer:
-    """Maker of the spans of one process."""
+    """Begins the traces of one process and sends their spans."""
 
     def __init__(
         self,

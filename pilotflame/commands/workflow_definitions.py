@@ -19,7 +19,7 @@ _POSITION: Final = re.compile(r"\bworkflows\.(\d+)\b\.?")
 
 @dataclass(frozen=True, slots=True)
 class WorkflowFile:
-    """File of one workflow."""
+    """File with the definition of a workflow."""
 
     path: Path
     definition: Mapping[str, Any]
