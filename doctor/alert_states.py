@@ -81,8 +81,8 @@ async def read_queue_facts(connection: AsyncConnection) -> QueueFacts:
     return QueueFacts(
         drift=frozenset(finding.drift_class for finding in findings),
         oldest_pending=max(
-            await queue_delays.read_oldest_pending(connection, queue_delays.SHARED),
-            await queue_delays.read_oldest_pending(connection, queue_delays.OF_PODS),
+            await queue_delays.read_oldest_pending_age(connection, queue_delays.SHARED),
+            await queue_delays.read_oldest_pending_age(connection, queue_delays.OF_PODS),
         ),
         schedule_lag=await queue_delays.read_schedule_lag(connection),
         deferred_delay=await queue_delays.read_deferred_delay(connection),

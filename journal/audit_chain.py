@@ -73,10 +73,10 @@ def hash_entry(previous: str, sequence: int, entry: Row[*tuple[object, ...]]) ->
 
 
 def is_hash_of(chain_hash: str | None, previous: str, sequence: int, entry: Row[*tuple[object, ...]]) -> bool:
-    """Return whether a chain hash is that of an entry.
+    """Return whether `chain_hash` is that of an entry with this number behind `previous`; False for None.
 
-    A hash of earlier releases, which covers neither the request, the address nor the changes, is accepted too: their
-    scheduler may also chain new entries during an upgrade. It does not prove these fields.
+    A hash of earlier releases is accepted too, since their scheduler may chain new entries during an upgrade. Such a
+    hash proves neither the request, the address nor the changes of the entry.
     """
     if chain_hash == hash_entry(previous, sequence, entry):
         return True
@@ -85,8 +85,8 @@ def is_hash_of(chain_hash: str | None, previous: str, sequence: int, entry: Row[
 
 
 def _list_content(previous: str, sequence: int, entry: Row[*tuple[object, ...]]) -> list[object]:
-    """Return the content that every chain hash covers: sequence number, author, action, object, hashes and time of an
-    entry.
+    """Return the values that every chain hash covers, in order: `previous`, `sequence`, and an entry's id,
+    organization, author, key, action, object, hashes of the object, and time.
     """
     return [
         *(previous, sequence, entry.id, entry.organization_id, entry.user_id, entry.key_id, entry.action),
@@ -99,7 +99,7 @@ async def chain_entries(database: Database) -> int:
     got them.
 
     One call covers at most 50 organizations and 500 entries of each. The new head of each chain is logged, so
-    that a log outside of the database can prove its length. Raises `DatabaseUnavailable`.
+    that a log outside of the database can prove that no entry was removed from its end. Raises `DatabaseUnavailable`.
     """
     unchained = (
         select(col(AuditEntry.organization_id))
@@ -125,7 +125,7 @@ async def chain_entries(database: Database) -> int:
 
 async def _chain(connection: AsyncConnection, *, organization_id: str) -> tuple[int, ChainHead]:
     """Chain the oldest unchained entries of one organization, at most `MAX_ENTRIES`; return their number and
-    the new head.
+    the head of the chain, which is the old one without such entries.
     """
     of_organization = col(AuditEntry.organization_id) == organization_id
     newest = (

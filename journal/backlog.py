@@ -53,8 +53,8 @@ async def count_workflow_backlog(
 
 
 def organization_statements(organization_id: str, targets: Sequence[str]) -> Sequence[Select[str]]:
-    """Return two statements with a row for each unstarted run of an organization at the given targets: one for pending
-    runs, one for deferred runs.
+    """Return two statements with a row, its target, for each unstarted run of an organization at the given targets: one
+    for pending runs, one for deferred runs.
 
     A target is the queue of a run: a deployment's workflow id, or a word such as `shared` for the workers.
     """

@@ -227,7 +227,8 @@ async def _try_lock_key(connection: AsyncConnection, key: str) -> bool:
 
 
 async def _admit_locked(connection: AsyncConnection, *, key: str, lock: LockKey) -> int:
-    """Give free slots of a key to its waiting runs in order of rank; return how many, 0 if `lock` fails.
+    """Give free slots of a key to its waiting runs in order of rank; return how many, 0 if `lock` returns
+    False.
 
     A run becomes claimable by its deployment or the workers, and its blocked interval ends. No run overtakes
     another, except runs whose rows are locked. A batch has 100 runs at most.

@@ -152,7 +152,7 @@ def load_workflow(
 
 
 def names_default_model(nodes: Sequence[Mapping[str, Json]], catalog: NodeTypeLookup) -> bool:
-    """Return whether stored nodes, or targets of tools, name the default language model of the organization."""
+    """Return whether stored nodes, or the nodes that tools among them run, name the default language model."""
     if not any(may_name_model(str(node["type"]), catalog) for node in nodes):
         return False
     from engine import model_references  # noqa: PLC0415 - loaded with the first node that calls a model
@@ -207,7 +207,9 @@ def build_definition(
 
 
 def list_custom_types(nodes: Sequence[Mapping[str, Json]]) -> Iterator[CustomTypeUse]:
-    """Yield each use of a custom type, which has a slash in its name, by stored nodes and by the targets of tools."""
+    """Yield each use of a custom type, whose name has a slash, by stored nodes: as their type, or that
+    of the node which a tool runs (its target).
+    """
     for node in nodes:
         if "/" in str(node["type"]):
             version = node.get("version")
@@ -233,7 +235,9 @@ def hash_definition(
 
 
 def _pin_custom_types(nodes: Sequence[Mapping[str, Json]], catalog: NodeTypeRegistry) -> dict[str, Json]:
-    """Return the documents of the custom types of nodes, by type and version; unknown ones are left out."""
+    """Return the documents of the custom types that nodes use, by type and then by version; types that the catalog
+    lacks are left out.
+    """
     pinned: dict[str, Json] = {}
     for use in list_custom_types(nodes):
         try:

@@ -62,7 +62,7 @@ async def store_log_level(
 ) -> None:
     """Set the log level of a workflow until a time, in place of an earlier one.
 
-    With None for either, the present level is only removed. Expired levels of all workflows are deleted.
+    With None for either, the earlier level is only removed. Expired levels of all workflows are deleted.
     """
     is_over = col(WorkflowLogLevel.until) <= DatabaseTime()
     await connection.execute(

@@ -38,10 +38,10 @@ SPECIAL_TARGETS: Final = (LIMITED_TARGET, DELAYED_TARGET, UNPARSED_TARGET, ISOLA
 """Targets that are neither all workers nor the pods of a deployment."""
 
 
-async def read_oldest_pending(connection: AsyncConnection, of_target: ColumnElement[bool]) -> float:
+async def read_oldest_pending_age(connection: AsyncConnection, of_target: ColumnElement[bool]) -> float:
     """Return for how many seconds the oldest pending run that satisfies `of_target` could be claimed; 0 without one.
 
-    Up to 10,000 runs are looked at, and runs without a slot or with a delay left out.
+    Up to 10,000 runs are examined; runs that wait for a slot or a delay are left out.
     """
     some = (
         select(col(Execution.updated_at).label("at"))
@@ -55,7 +55,7 @@ async def read_oldest_pending(connection: AsyncConnection, of_target: ColumnElem
 
 
 async def count_pending(connection: AsyncConnection) -> Sequence[tuple[str, int, bool]]:
-    """Return the queues of pending runs with their number, counted up to 10,000, and whether there are more.
+    """Return the queues of pending runs with their number, counted up to 10,000, and whether it reached that limit.
 
     The queues are `workers`, `pods` for all deployments together, and the special targets by their names.
     """

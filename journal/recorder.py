@@ -211,7 +211,8 @@ class RunJournal:
         control: RunControl | None = None,
         is_new: bool = False,
     ) -> None:
-        """Create the journal of a claimed run. `channel` is notified of its end; `settled` are node ids.
+        """Create the journal of a claimed run. `channel` is notified of its end; `settled` are the ids of nodes that
+        have ended before, which count for its progress.
 
         `is_new` says that the run has no records yet: if its first write ends it, its outcome is notified too.
 

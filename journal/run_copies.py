@@ -166,8 +166,9 @@ async def insert_copy(
 ) -> None:
     """Insert the execution `new_id`, which resumes a failed one with its committed results, labels and attempts.
 
-    It is pending, or unparsed if its mail is. `also` has values of columns that differ from the copy. Agents without a
-    result continue their conversations, or begin new ones unless `keeps_conversations`.
+    It is pending, or unparsed if its mail is. `trigger_type` is the kind of its trigger, and `also` has values of
+    columns that differ from the failed one. Agents without a result continue their conversations, or begin new ones
+    unless `keeps_conversations`.
     """
     kept = select(col(SpanRow.node_id), col(SpanRow.iteration), _SETTLED.label("is_settled")).where(
         _spans_of(failed), _KEPT
@@ -265,7 +266,7 @@ async def _insert_skipped(
 ) -> None:
     """Insert spans of skipped nodes into a replay; a write that may have happened keeps its recorded request.
 
-    `key_id` is the execution in the write keys of spans without a recorded one.
+    `key_id` is the execution id in the idempotency keys of nodes, stored with copied spans that have none.
     """
     empty = (
         *("port", "error", "output", "output_blob", "input_node", "input", "input_blob", "started_at"),
@@ -300,7 +301,7 @@ def _span_changes(use: ResultUse, source: ExecutionKey, key_id: str) -> dict[str
     """Return the columns in which the first span of a replay differs from the recorded one.
 
     By `use`, the result is taken over as settled, is a candidate that the run may take, or its node runs again with the
-    same write key. `key_id` is the execution in that key, unless the span has recorded one.
+    same write key. `key_id` is the execution id in this key, for spans that have recorded none.
     """
     origin = func.coalesce(col(SpanRow.reused_from), source.execution_id)
     own_key = func.coalesce(col(SpanRow.key_id), key_id)
@@ -326,7 +327,7 @@ def _span_changes(use: ResultUse, source: ExecutionKey, key_id: str) -> dict[str
 
 
 async def _copy_attempts(connection: AsyncConnection, failed: ExecutionKey, new_id: str) -> None:
-    """Copy the records of attempts for nodes whose spans are kept; other nodes begin with attempt 1."""
+    """Copy the records of attempts of nodes whose spans the new execution keeps; other nodes begin with attempt 1."""
     identity = (col(AttemptRow.node_id), col(AttemptRow.iteration), col(AttemptRow.attempt))
     of_kept = and_(
         *(

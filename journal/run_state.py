@@ -59,8 +59,8 @@ class RunState:
 async def publish_value(
     connection: AsyncConnection, caller: RunCaller, key: str, value: bytes
 ) -> PublishVerdict:
-    """Store the value (JSON) of a key in a run's state, in the caller's transaction, and return the verdict; an equal
-    value changes nothing.
+    """Store the value (JSON) of a key in a run's state, in the caller's transaction, and return the verdict: ended
+    also for a run that is gone. An equal value changes nothing.
     """
     run = (
         await connection.execute(

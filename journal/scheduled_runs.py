@@ -270,7 +270,7 @@ def _select_unended(execution_ids: Sequence[str | None]) -> Select[str]:
 
 
 def _is_trigger_of_schedule() -> ColumnElement[bool]:
-    """Return the condition that a trigger is that of the schedule's workflow."""
+    """Return the condition that joins a schedule with its trigger, the node of its workflow that it names."""
     return and_(
         col(WorkflowTrigger.workflow_id) == col(Schedule.workflow_id),
         col(WorkflowTrigger.node_id) == col(Schedule.node_id),
@@ -319,7 +319,7 @@ class _ScheduleWriter:
         except InvalidTimetable as error:
             if row["problem"] != str(error):
                 self.started.problems.append((workflow_id, str(error)))
-            self._move(row, due_at=now + POSTPONE_TIME, problem=str(error))
+            self._collect_update(row, due_at=now + POSTPONE_TIME, problem=str(error))
             return
         decided = schedule_timetable.decide_instants(wanted, await self._read_state(row), now)
         changes = _plan_columns(wanted, workflow_id, decided.next_run_at, now)
@@ -338,7 +338,7 @@ class _ScheduleWriter:
             execution_id = self._accept(row, runnable, trigger, limit, now)
             self.started.runs.append((workflow_id, execution_id, instant))
             changes |= {"last_run_at": instant, "last_execution_id": execution_id}
-        self._move(row, **changes)
+        self._collect_update(row, **changes)
 
     async def write(self) -> None:
         """Write the collected rows of all decided schedules: definitions, runs, labels and next instants."""
@@ -374,7 +374,7 @@ class _ScheduleWriter:
         self.started.passed.append((workflow_id, reason, instant))
         return {"skipped_at": instant, "skipped_reason": reason.value}
 
-    def _move(self, row: RowMapping, **changes: Any) -> None:  # noqa: ANN401 - columns of any type
+    def _collect_update(self, row: RowMapping, **changes: Any) -> None:  # noqa: ANN401 - columns of any type
         """Collect an update of a schedule's row; columns that are not named keep their values."""
         kept = {name: row[name] for name in _MOVED_COLUMNS}
         self._moves.append({"moved_id": row["workflow_id"], **kept, **changes})
@@ -459,7 +459,7 @@ class _ScheduleWriter:
         return execution_id
 
     async def _write_definitions(self) -> None:
-        """Store the collected definitions; one that exists gets the present age, so that retention keeps it."""
+        """Store the collected definitions; the age of one that exists begins anew, so that retention keeps it."""
         dialect: Any = postgresql if self._connection.dialect.name == "postgresql" else sqlite
         statement = dialect.insert(Definition)
         created_at = type_coerce(statement.excluded.created_at, BigInteger)

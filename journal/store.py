@@ -328,10 +328,10 @@ class RunWrite(msgspec.Struct):
     """`HOST_TIME.moved` when its deadlines were computed in this process; None: they follow no clock."""
 
     def follow_clock(self, moved: int) -> None:
-        """Move the deadlines of its waits by as much as the clock was moved since they were computed; `moved` is
+        """Move the deadlines in this write by as much as the clock was moved since they were computed; `moved` is
         `HOST_TIME.moved`.
 
-        The rows of other waits were moved with the clock, in one transaction; this write was not among them.
+        Stored deadlines were moved with the clock, in one transaction, which this write was not part of.
         """
         if self.clock_moved is None or self.clock_moved == moved:
             return
@@ -484,7 +484,7 @@ class RunStore(Protocol):
         """Return a store on the same database for the event loop of another thread."""
 
     async def close(self) -> None:
-        """Close connections and threads after their present work; the store is unusable then."""
+        """Close connections and threads after their work in progress; the store is unusable then."""
 
 
 class JournalStore(RunStore, Protocol):

@@ -71,8 +71,8 @@ class RowMetrics:
         async with self._database.read_snapshot() as connection:
             counts = await run_counts.count_runs(connection)
             oldest = {
-                "shared": await queue_delays.read_oldest_pending(connection, queue_delays.SHARED),
-                "pod": await queue_delays.read_oldest_pending(connection, queue_delays.OF_PODS),
+                "shared": await queue_delays.read_oldest_pending_age(connection, queue_delays.SHARED),
+                "pod": await queue_delays.read_oldest_pending_age(connection, queue_delays.OF_PODS),
             }
             lag = await queue_delays.read_schedule_lag(connection)
             overdue = await queue_delays.read_deferred_delay(connection)
@@ -96,7 +96,10 @@ class RowMetrics:
         self._set_deployments(deployments)
 
     def _count_fixes(self, fixed: Mapping[str, int]) -> None:
-        """Add the fixes of drift since the last turn to their counter; at the first turn those of all times."""
+        """Add the fixes of drift since the last turn to their counter; at the first turn those of all times.
+
+        `fixed` has the number of all fixes so far by class of drift.
+        """
         for drift_class in DriftClass:
             total = fixed.get(drift_class.value, 0)
             added = total - self._fixed.get(drift_class.value, 0)

@@ -165,7 +165,7 @@ async def _show_page(
     counts = dict.fromkeys(QuestionAssignment, 0)
     matching = []
     for one in page.waits:
-        if request.query[OTHERS] or may_show(one.read()):
+        if request.query[OTHERS] or may_show(one.decode()):
             assignment = question_shapes.find_assignment(approvals.read_assignees(one.assignees), approver)
             counts[assignment] += 1
             if not wanted or assignment in wanted:
@@ -173,7 +173,7 @@ async def _show_page(
     listed = matching[: bounds.limit]
     last = listed[-1].position if len(matching) > bounds.limit else page.behind
     shown = await question_shapes.show_waits(
-        connection, [one.read() for one in listed], approver, caller.organization_id
+        connection, [one.decode() for one in listed], approver, caller.organization_id
     )
     return JsonResponse(
         AssignedInputs(

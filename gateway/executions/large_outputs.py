@@ -155,7 +155,7 @@ class ShownOutputs:
 
         An unparsed mail is shown as an empty object.
         """
-        if not large_values.is_separate(text):
+        if not large_values.has_separate_body(text):
             return Raw(unparsed_mail.visible_trigger(text))
         fields = large_values.split_fields(text)
         fields[large_values.BODY] = self.show(_text_of(fields[large_values.BODY]), is_reference=True)
@@ -166,7 +166,7 @@ def trigger_references(text: str) -> list[str]:
     """Return the text of the blob reference in the output of a trigger, as a list of one; empty unless its
     body is a blob.
     """
-    if not large_values.is_separate(text):
+    if not large_values.has_separate_body(text):
         return []
     return [_text_of(large_values.split_fields(text)[large_values.BODY])]
 

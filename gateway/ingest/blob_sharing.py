@@ -35,7 +35,7 @@ async def build_redrive_input(
     rejected it. Raises a 409 error if a stored mail or body is gone, and 503 if the blob storage does not answer.
     """
     execution_id = ids.new_id("exec")
-    if large_values.is_separate(given):
+    if large_values.has_separate_body(given):
         trigger = await _copy_body(blobs, given, source, execution_id)
         return RunInput(trigger, given, idempotency_key=idempotency_key, execution_id=execution_id)
     trigger = decoding.decode(given)

@@ -189,7 +189,9 @@ class OrganizationPolls:
         """Put polls into the queues of those that wait for tasks, unless they are over or have no free slot."""
         for one in polls:
             if one.poll.limit > 0 and not one.is_over:
-                heappush(self._idle.setdefault(one.poll.served, []), (one.order, next(self._numbers), one))
+                heappush(
+                    self._idle.setdefault(one.poll.service_group, []), (one.order, next(self._numbers), one)
+                )
 
     def take_fitting(self, queues: Sequence[str]) -> list[ParkedPoll]:
         """Remove and return the next waiting polls, at most 50, with equal types and pools, that can perform tasks of

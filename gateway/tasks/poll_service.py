@@ -323,9 +323,9 @@ class PollService:
         repeat a claim. With `admits`, tasks that wait for a concurrency key are admitted first.
         """
         new_polls, worker_ids = [one.poll for one in new], [one.poll.worker_id for one in asked]
-        news = await self._tasks.claims.look(organization_id, new_polls, worker_ids)
+        news = await self._tasks.claims.read_news(organization_id, new_polls, worker_ids)
         if admits and news.limited_keys and await self._tasks.upkeep.admit(news.limited_keys):
-            news = await self._tasks.claims.look(organization_id, new_polls, worker_ids)
+            news = await self._tasks.claims.read_news(organization_id, new_polls, worker_ids)
         return news
 
     def _answer_news(self, polls: OrganizationPolls, news: OrganizationNews) -> None:

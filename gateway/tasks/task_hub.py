@@ -244,7 +244,7 @@ class TaskHub:
         Less often, tasks of ended runs are canceled and rows of long absent workers deleted.
         """
         await self.follow(await self.tasks.upkeep.sweep())
-        if keys := await self.tasks.upkeep.limited_keys():
+        if keys := await self.tasks.upkeep.list_limited_keys():
             await self._polls.announce(await self.tasks.upkeep.admit(keys))
         if monotonic() > self._abandoned_at:
             self._abandoned_at = monotonic() + ABANDONED_SECONDS

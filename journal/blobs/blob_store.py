@@ -40,8 +40,8 @@ class RunBlobs:
     ) -> BlobReference:
         """Store content durably as a blob named by its SHA-256, and return the reference to it.
 
-        An unknown media type or a path in the name is replaced by a harmless one. Waits for one of four
-        transfers at a time. Raises `BlobsUnavailable`, also after 60 seconds.
+        An unknown media type or a path in the name is replaced by a harmless one. Waits while four other transfers
+        are in progress. Raises `BlobsUnavailable`, also after a transfer of 60 seconds.
         """
         _require_ids(owner)
         async with self._transfers, _limit_time():
@@ -53,8 +53,9 @@ class RunBlobs:
     async def get(self, owner: BlobOwner, sha256: str, *, max_bytes: int | None = None) -> bytes:
         """Return the whole content of a blob, verified by its hash.
 
-        Waits for one of four transfers at a time. Raises `BlobTooLarge` above `max_bytes` before it reads,
-        `BlobLost` for a missing or corrupt blob, and `BlobsUnavailable`, also after 60 seconds.
+        Waits while four other transfers are in progress. Raises `BlobTooLarge` above `max_bytes` before it reads,
+        `BlobLost` for a missing or corrupt blob or an invalid hash, and `BlobsUnavailable`, also after a transfer of
+        60 seconds.
         """
         async with self._transfers, _limit_time(), self.open(owner, sha256) as opened:
             if max_bytes is not None and opened.size > max_bytes:
@@ -85,7 +86,7 @@ class BlobStore(RunBlobs):
         super().__init__(backend)
         self._backend = backend
 
-    async def delete_runs(self, owners: Iterable[BlobOwner]) -> None:
+    async def delete_all(self, owners: Iterable[BlobOwner]) -> None:
         """Delete all blobs of each owner, one owner after another; raises `BlobsUnavailable`.
 
         An owner is a run with the runs that resumed it. The caller checks that no run is left.

@@ -148,7 +148,7 @@ def _blob_path(owner: BlobOwner, sha256: str) -> str:
 
 
 def _owner_of_path(path: str) -> BlobOwner | None:
-    """Return the owner of an object; None for an object that is not a blob of this server."""
+    """Return the owner that the path of an object of the bucket names; None for an object that is no blob."""
     match path.split("/"):
         case [organization_id, key_id, _] if ids.is_id(organization_id) and ids.is_id(key_id):
             return BlobOwner(organization_id, key_id)

@@ -84,7 +84,7 @@ class FolderBlobStorage:
             yield batch
 
     async def close(self) -> None:
-        """Let the threads end after their present reads and writes, without waiting for them; queued work is
+        """Let the threads end after their reads and writes in progress, without waiting for them; queued work is
         dropped.
         """
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -120,12 +120,12 @@ class FolderBlobStorage:
             durable_folders.sync_folder(changed)
 
     def _idle(self, age_seconds: float) -> Iterator[BlobOwner]:
-        """Yield the owners whose folders were last changed before `age_seconds` ago."""
+        """Yield the owners whose folders were last changed more than `age_seconds` ago."""
         if not self._root.is_dir():
             return
         since = self._now() - age_seconds
-        for organization in _list_entries(self._root):
-            for line in _list_entries(Path(organization.path)):
+        for organization in _list_id_folders(self._root):
+            for line in _list_id_folders(Path(organization.path)):
                 try:
                     is_idle = line.stat(follow_symlinks=False).st_mtime < since
                 except FileNotFoundError:
@@ -141,8 +141,8 @@ class FolderBlobStorage:
             return os.fstat(probe.fileno()).st_mtime
 
 
-def _list_entries(folder: Path) -> Iterator[os.DirEntry[str]]:
-    """Yield the subfolders named by ids; none if the folder is missing."""
+def _list_id_folders(folder: Path) -> Iterator[os.DirEntry[str]]:
+    """Yield the subfolders whose names are ids of the server, and nothing else; none if the folder is missing."""
     try:
         with os.scandir(folder) as entries:
             yield from (

@@ -171,7 +171,7 @@ class EncodedTrigger:
         return f"{SEPARATE_BODY}{reference.as_text().decode()},{self.rest[1:].decode()}"
 
 
-def is_separate(trigger: str) -> bool:
+def has_separate_body(trigger: str) -> bool:
     """Return whether the trigger text of a row has a reference in place of its body, which is stored as a blob."""
     return trigger.startswith(SEPARATE_BODY)
 

@@ -44,7 +44,7 @@ async def delete_unused(blobs: BlobStore, database: Database, owners: Sequence[B
     shared blobs. Raises `BlobsUnavailable` and `DatabaseUnavailable`.
     """
     unused = await find_unused(database, owners)
-    await blobs.delete_runs(unused)
+    await blobs.delete_all(unused)
     return len(unused)
 
 
@@ -62,7 +62,9 @@ async def find_unused(database: Database, owners: Sequence[BlobOwner]) -> Sequen
 
 
 async def _find_referenced_ids(database: Database, key_ids: Collection[str]) -> set[str]:
-    """Return those of the ids that are an execution's own, or the `key_id` of a resumed or replayed execution."""
+    """Return those of the ids that name blobs of an execution: as its own id, or as its `key_id` if it resumed or
+    replayed another one.
+    """
     # Each part has an index of its own.
     resumed = col(Execution.resumed_from).is_not(None) & col(Execution.key_id).in_(key_ids)
     replayed = col(Execution.replay_of).is_not(None) & col(Execution.key_id).in_(key_ids)

@@ -131,7 +131,8 @@ def activity_statement() -> Select[*tuple[Any, ...]]:
     """Return the statement that reads deployments with the lifecycle policy of their workflow and their activity;
     callers add conditions.
 
-    Columns besides those of the row: `lifecycle`, `has_due` and `has_running` (runs), `last_ended_at` and `now`.
+    Columns besides those of the row: `lifecycle`, `has_due` and `has_running` (runs), `last_ended_at` (of its last
+    ended run) and `now`.
     """
     return select(
         Deployment,
@@ -145,7 +146,10 @@ def activity_statement() -> Select[*tuple[Any, ...]]:
 
 @cache
 def _one_activity_statement() -> Select[*tuple[Any, ...]]:
-    """Return the statement of one deployment, `wanted_id`. Built once: that takes longer than the statement itself."""
+    """Return the statement that reads the activity of the deployment of the workflow `:wanted_id`.
+
+    It is built once, since that takes longer than the statement itself.
+    """
     return activity_statement().where(col(Deployment.workflow_id) == bindparam("wanted_id"))
 
 
@@ -216,8 +220,8 @@ async def try_lock_deployment(connection: AsyncConnection, workflow_id: str) -> 
 async def record_activity(connection: AsyncConnection, workflow_id: str) -> bool:
     """Set the time of a deployment's last activity to now; return whether the workflow is deployed.
 
-    Committed before the run is, it keeps an idle deployment from stopping in between. If the stop was faster,
-    the sweep for waiting runs finds the run.
+    Committed before the run is, it keeps an idle deployment from stopping in between. If it has stopped
+    already, the sweep for waiting runs finds the run.
     """
     result = await connection.execute(
         update(Deployment)
@@ -262,8 +266,8 @@ async def decide_and_apply(
     user_id: str | None = None,
     lock: LockDeployment = lock_deployment,
 ) -> DecidedDeployment | None:
-    """Read a deployment, call `decide`, and apply its decision in one transaction; return the deployment
-    after it and the decision.
+    """Read a deployment, call `decide`, and apply its decision in one transaction; return the decision and
+    the deployment after it.
 
     None for a workflow that was never deployed, or if `lock` doesn't get the deployment. A start gets
     `replicas` pods, by default the last number. `user_id` is the author. Concurrent activity is either seen
@@ -291,7 +295,7 @@ async def decide_and_apply(
 
 
 def decide_by_policy(seen: DeploymentActivity) -> LifecycleVerdict:
-    """Decide about a deployment by its lifecycle policy and present activity; a `decide` for `decide_and_apply`.
+    """Decide about a deployment by its lifecycle policy and current activity; a `decide` for `decide_and_apply`.
 
     Raises `ZoneInfoNotFoundError` for an unknown time zone.
     """

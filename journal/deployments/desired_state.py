@@ -63,9 +63,9 @@ async def deploy_workflow(connection: AsyncConnection, order: DeployRequest, *, 
     """Store a definition, make it the desired state of its workflow's deployment, and start it; return the
     new state.
 
-    Nothing changes if its pods are already desired and have not failed. New pods get a new token; the token
-    of replaced pods stays valid until none of them is left. Raises `LockWaitTimeout`, and `LookupError` for
-    an unknown workflow.
+    If the same definition and version is deployed, with pods that are desired and have not failed, only the
+    definition's age changes. New pods get a new token; the token of replaced pods stays valid until none of them is
+    left. Raises `LockWaitTimeout`, and `LookupError` for an unknown workflow.
     """
     await _store_definition(connection, order)
     await activity.lock_deployment(connection, order.workflow_id)
@@ -146,7 +146,7 @@ async def _store_definition(connection: AsyncConnection, order: DeployRequest) -
 
 async def _insert_deployment(connection: AsyncConnection, order: DeployRequest) -> DeploymentActivity:
     """Insert the row of a workflow's first deployment with `is_deployed` false, for the caller to update, and return
-    it with its lifecycle policy and situation.
+    its activity.
 
     Raises `LookupError` for an unknown workflow.
     """

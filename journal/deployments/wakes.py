@@ -177,14 +177,14 @@ async def release_deferred_runs(connection: AsyncConnection, workflow_id: str) -
     await blocked_intervals.add_ended_intervals(
         connection, code, of_deployment, IS_DEFERRED, since=col(Execution.updated_at)
     )
-    return await _retarget_runs(
+    return await _update_runs(
         connection, workflow_id, IS_DEFERRED, status=ExecutionStatus.PENDING.value, due_at=None
     )
 
 
 def targets_statement(condition: ColumnElement[bool], after: str) -> Select[*tuple[Any, ...]]:
-    """Return the statement that lists up to 200 deployments after the workflow id `after` with runs that meet
-    the condition.
+    """Return the statement that lists up to 200 workflow ids after `after`, in order, of deployments with runs that
+    meet the condition.
 
     It makes one index probe for each. Ids of workflows sort after the words that name the other targets.
     """
@@ -262,7 +262,7 @@ async def _wake_locked(connection: AsyncConnection, *, workflow_id: str) -> Wake
         seen = await activity.read_activity(connection, workflow_id)
     if seen is None or not seen.deployment.is_deployed:
         await release_deferred_runs(connection, workflow_id)
-        moved = await _retarget_runs(
+        moved = await _update_runs(
             connection, workflow_id, IS_PENDING, target=WORKER_TARGET, assigned_deployment_id=None
         )
         return WakeOutcome.LEFT_TO_WORKERS if moved else WakeOutcome.NOTHING
@@ -286,13 +286,13 @@ async def _defer_runs(connection: AsyncConnection, workflow_id: str, due_at: dat
     Started runs keep their state and continue first.
     """
     is_new = and_(IS_PENDING, col(Execution.started_at).is_(None))
-    deferred = await _retarget_runs(
+    deferred = await _update_runs(
         connection, workflow_id, is_new, status=ExecutionStatus.WAITING.value, due_at=due_at
     )
     return WakeOutcome.DEFERRED if deferred else WakeOutcome.NOTHING
 
 
-async def _retarget_runs(
+async def _update_runs(
     connection: AsyncConnection,
     workflow_id: str,
     condition: ColumnElement[bool],

@@ -25,7 +25,7 @@ def find_blocker(
     """Return the reason why no pod of a deployment claims a run; None if pods are ready.
 
     `seen` is None for a workflow that was never deployed, `last` its last decision. `since` is the time from
-    which the run could be claimed. A deployment in an unknown time zone counts as asleep.
+    which the run could be claimed. In an unknown time zone, the reason is a closed window.
     """
     if seen is None or not seen.deployment.is_deployed:
         return Blocker(

@@ -154,7 +154,7 @@ def _branch_blocker(
 ) -> Blocker:
     """Return the blocker of a skipped node: the nearest ended node before it, which left by another port.
 
-    It names no node if none is found.
+    It names no node if no trigger leads to the skipped one.
     """
     queue, seen = [node_id], {node_id}
     for place in queue:

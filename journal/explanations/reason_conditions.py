@@ -35,7 +35,9 @@ async def build_condition(
     of_queues = [target for target in queues if run_counts.queue_code(target, workers, now) in codes]
 
     def find_pods(otherwise: BlockerCode) -> list[str]:
-        """Return the deployments with one of the reasons; those without any count as `otherwise`."""
+        """Return the workflow ids of the deployments with a reason among `codes`; a deployment without any reason has
+        `otherwise`.
+        """
         return [
             target
             for target in pods

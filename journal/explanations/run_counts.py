@@ -125,7 +125,7 @@ async def count_runs(connection: AsyncConnection, organization_id: str | None = 
 
 
 async def read_workers(connection: AsyncConnection) -> tuple[datetime, Sequence[WorkerPresence]]:
-    """Return the time of the database, and the reports of up to 1,000 workers, the last one first."""
+    """Return the time of the database, and the reports of up to 1,000 workers, the latest first."""
     now = from_microseconds(await connection.scalar(select(DatabaseTime())) or 0)
     workers = await connection.execute(
         select(WorkerPresence).order_by(col(WorkerPresence.seen_at).desc()).limit(1_000)
@@ -171,7 +171,7 @@ def _count_bounded(label: Any, *conditions: ColumnElement[bool]) -> Select[Any]:
 
 
 def _organization_conditions(organization_id: str | None) -> Sequence[ColumnElement[bool]]:
-    """Return the SQL conditions of an organization's runs that count for everybody in it; none for None."""
+    """Return the SQL conditions of an organization's runs without private ones; none for all organizations (None)."""
     if organization_id is None:
         return ()
     return col(Execution.organization_id) == organization_id, IS_PUBLIC
@@ -245,8 +245,8 @@ def queue_code(target: str, workers: Sequence[WorkerPresence], now: datetime) ->
 
 
 def find_pod_reason(seen: DeploymentActivity | None, now: datetime, *, otherwise: BlockerCode) -> PodReason:
-    """Return the reason why the pods of a deployment claim no run, with its known end; the code `otherwise` if nothing
-    keeps them from it.
+    """Return the reason why the pods of a deployment claim no run, and when it ends, if that is certain; `otherwise` if
+    nothing keeps them from it.
     """
     blocker = deployment_blockers.find_blocker(seen, None, now, since=None)
     return PodReason(otherwise) if blocker is None else PodReason(blocker.code, blocker.until)

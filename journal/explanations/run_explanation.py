@@ -361,8 +361,8 @@ def _input_blocker(facts: RunFacts, node: UnsettledNode) -> Blocker:
 def _task_blocker(node: UnsettledNode) -> Blocker:
     """Return the blocker of a node whose task a task worker of the organization performs, or should.
 
-    It tells whether a worker holds the task, none serves it, or it waits for its key, a retry or a free
-    worker. Without an open task, the run is about to continue.
+    It tells whether a worker holds the task, none serves it, or it waits for a slot of its concurrency key,
+    a retry or a free worker. Without an open task, the run is about to continue.
     """
     task = node.task
     where: dict[str, Json] = {"node": node.node_id, "iteration": node.iteration, "attempt": node.attempt}

@@ -165,7 +165,7 @@ class RunFacts:
 
     @property
     def deployment_id(self) -> str | None:
-        """Workflow id of the deployment whose pods shall run it; None if any worker may, or its target is a
+        """Workflow id of the deployment whose pods shall execute the run; None if any worker may, or the run is in a
         special queue.
         """
         return None if self.run.target in SPECIAL_TARGETS else self.run.target
@@ -238,10 +238,11 @@ def _claimable_sql() -> str:
 
 
 async def _complete(connection: AsyncConnection, facts: RunFacts, caller: ApiCaller) -> RunFacts:
-    """Return the facts of an unfinished run with those that its state needs.
+    """Return the facts of an unfinished run with those added that explain its status.
 
-    A pending run gets its slot or its place in the queue; all get their deployment or workers, unsettled
-    nodes, children and recent durations.
+    A pending run gets its slot or its place in the queue, a started one that is not pending its unsettled nodes and
+    children, and all get recent durations. A deployment's run gets the deployment; a running one, and a pending one of
+    the workers, get reports of workers.
     """
     run = facts.run
     added: dict[str, Any] = {}
@@ -456,10 +457,10 @@ async def _read_children(
 async def _recent_durations(
     connection: AsyncConnection, run: Execution, node_ids: Sequence[str]
 ) -> RecentDurations:
-    """Return the durations in seconds of up to 40 completed runs among the newest 80 of the workflow, up to
-    this run.
+    """Return the durations in seconds of up to 40 completed runs among the last 80 of the workflow, none of them later
+    than this run.
 
-    With `node_ids`, also those of these nodes in them, outside of loops.
+    With `node_ids`, also the durations of these nodes in those runs, outside of loops.
     """
     newest = (
         select(col(ExecutionData.execution_id))

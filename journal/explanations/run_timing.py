@@ -71,8 +71,8 @@ def sum_times(
     """Divide the time of a run from its acceptance by cause: queued, waking, running, and each code of
     blocked intervals.
 
-    It ends with the run, or `now`. Each moment counts once. `primary` and `since` are the present reason of
-    an unfinished run that has no open interval.
+    It ends with the run, or `now`. Each moment counts once. `primary` and `since` are the current reason of
+    an unfinished run that has no open interval, and its start.
     """
     end = run.ended_at or now
     begun_at = run.started_at or end
@@ -104,7 +104,7 @@ def _iterate_blocked_spans(
 ) -> Iterator[tuple[str, datetime, datetime]]:
     """Yield code, start and end of each blocked interval, an open one until `end`.
 
-    An unfinished run without an open interval adds its present block, `primary` since `since`.
+    An unfinished run without an open interval adds its current block, `primary` since `since`.
     """
     for interval in intervals:
         yield interval.code, interval.started_at, interval.ended_at or end

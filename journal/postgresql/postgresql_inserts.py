@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from journal.concurrency_limits import advisory_lock_id
-from journal.postgresql.postgresql_text import NOW, lock_wait_sql, looked_up_sql, transpose_rows, unnest_sql
+from journal.postgresql.postgresql_text import NOW, lock_wait_sql, lookup_sql, transpose_rows, unnest_sql
 from journal.run_rows import TOUCH_INTERVAL_MICROSECONDS, split_rivals
 from journal.store import (
     DIRECT_LEASE_SECONDS,
@@ -397,16 +397,16 @@ SELECT (SELECT count(*) FROM execution WHERE concurrency_key = $1 AND target <> 
 _EARLIER_KEYS = f"""
 SELECT asked.*, found.fingerprint, found.resource_id
 FROM unnest({unnest_sql(1, ("smallint", "text", "text"))}) AS asked (shard, scope, key),
-    {looked_up_sql("idempotency", "shard", "scope", "key")} AS found
+    {lookup_sql("idempotency", "shard", "scope", "key")} AS found
 WHERE found.expires_at > {NOW}
 """
 _ACCEPTED = f"""
 SELECT found.id FROM unnest({unnest_sql(1, ("text", "smallint"))}) AS asked (id, shard),
-    {looked_up_sql("execution", "id", "shard")} AS found
+    {lookup_sql("execution", "id", "shard")} AS found
 """
 _STORED_DELIVERIES = f"""
 SELECT found.id FROM unnest({unnest_sql(1, ("text", "smallint"))}) AS asked (id, shard),
-    {looked_up_sql("delivery", "id", "shard")} AS found
+    {lookup_sql("delivery", "id", "shard")} AS found
 """
 
 
@@ -552,6 +552,8 @@ def _acceptance_refusal(
 ) -> AcceptanceResult:
     """Return the answer for a run that was not inserted: accepted if an earlier attempt inserted it (`own`), else
     repeated, mismatched or stale.
+
+    `earlier` has the fingerprint and resource id of stored idempotency keys by shard, scope and key.
     """
     if item.execution_id in own:
         return AcceptanceResult(AcceptanceVerdict.ACCEPTED, item.execution_id)
@@ -567,16 +569,18 @@ def _acceptance_refusal(
 
 
 def _ingest_refusal(
-    one: InboundRequest, bound: dict[tuple[Any, ...], tuple[str, str]], own: set[str]
+    one: InboundRequest, earlier: dict[tuple[Any, ...], tuple[str, str]], own: set[str]
 ) -> IngestResult:
     """Return the answer for a delivery that was not inserted: accepted if an earlier attempt stored it (`own`), else
     repeated, mismatched or stale.
+
+    `earlier` has the fingerprint and resource id of stored idempotency keys by shard, scope and key.
     """
     if one.delivery_id in own:
         # Stored by an attempt whose answer was lost.
         return IngestResult(AcceptanceVerdict.ACCEPTED, one.delivery_id)
     key = one.idempotency
-    found = bound.get((one.shard, key.scope, key.key)) if key else None
+    found = earlier.get((one.shard, key.scope, key.key)) if key else None
     if key is None or found is None:
         return IngestResult(AcceptanceVerdict.STALE, one.delivery_id)
     fingerprint, delivery_id = found

@@ -24,7 +24,7 @@ from journal import run_rows
 from journal.blocked_intervals import INTERVAL_COLUMNS_SQL, LEAST_MICROSECONDS
 from journal.explanations.blockers import BlockerCode
 from journal.postgresql.postgresql_inserts import PostgresqlInserts
-from journal.postgresql.postgresql_text import NOW, lock_wait_sql, looked_up_sql, transpose_rows, unnest_sql
+from journal.postgresql.postgresql_text import NOW, lock_wait_sql, lookup_sql, transpose_rows, unnest_sql
 from journal.run_rows import (
     ATTEMPT_CHANGES,
     ATTEMPT_COLUMNS,
@@ -95,7 +95,7 @@ T = TypeVar("T")
 SESSION_SETTINGS = {
     "application_name": "pilotflame",
     # Planning would take almost half of the time of the statements of a run. A plan may have been made while the tables
-    # were empty, so each statement is written such that only one plan is possible; `looked_up_sql` says how.
+    # were empty, so each statement is written such that only one plan is possible; `lookup_sql` says how.
     "plan_cache_mode": "force_generic_plan",
     "jit": "off",
     # Each statement is written for one index. With outdated statistics, or an index that was once larger, a
@@ -389,7 +389,7 @@ class PostgreSQLStore:
         return await connect_postgresql(self._url, connections=1, clock=self.clock)
 
     async def close(self) -> None:
-        """Close the connections after their present statements; after ten seconds, cut them off."""
+        """Close the connections after their statements in progress; after ten seconds, cut them off."""
         try:
             await asyncio.wait_for(self._pool.close(), CONNECT_SECONDS)
         except TimeoutError:
@@ -479,7 +479,8 @@ def _next_turn_sql(least: str) -> str:
 
 
 def _claim_update_sql(also: str = "") -> str:
-    """Return the SQL that ends a claim statement: it updates the runs of `chosen`, and returns them by `place`.
+    """Return the SQL that ends a claim statement: it updates the runs of `chosen`, and returns them in the
+    order of its column `place`.
 
     `also` has further assignments.
     """
@@ -739,7 +740,7 @@ SELECT id FROM held
 """
 
 
-def _record_statement(lock_milliseconds: int) -> Mapping[tuple[bool, bool, bool], str]:
+def _record_statements(lock_milliseconds: int) -> Mapping[tuple[bool, bool, bool], str]:
     """Return the statements that record a batch, by whether it has attempts of nodes, blocked runs, and metadata.
 
     `lock_milliseconds` limits the wait for locked rows.
@@ -784,8 +785,8 @@ def _new_intervals_sql(first: int) -> str:
     )
 
 
-_RECORD = _record_statement(BATCH_LOCK_MILLISECONDS)
-_RECORD_ALONE = _record_statement(LONE_LOCK_MILLISECONDS)
+_RECORD = _record_statements(BATCH_LOCK_MILLISECONDS)
+_RECORD_ALONE = _record_statements(LONE_LOCK_MILLISECONDS)
 _HELD_LEASES = f"""
 execution JOIN unnest({unnest_sql(1, ("text", "smallint", "bigint"))}) AS held (id, shard, token)
     ON execution.id = held.id AND execution.shard = held.shard AND execution.token = held.token
@@ -828,30 +829,30 @@ def _run_write_row(write: RunWrite) -> tuple[Any, ...]:
 _DEFINITIONS = f"""
 SELECT asked.*, found.body FROM unnest({unnest_sql(1, ("text", "text", "smallint"))})
     AS asked (organization_id, hash, shard),
-    {looked_up_sql("definition", "organization_id", "hash", "shard")} AS found
+    {lookup_sql("definition", "organization_id", "hash", "shard")} AS found
 """
 _ASKED = f"unnest({unnest_sql(1, ('text', 'smallint'))}) AS asked"
 _SPANS = f"""
 SELECT {", ".join(f"found.{column}" for column in SPAN_COLUMNS)} FROM {_ASKED} (execution_id, shard),
-    {looked_up_sql("span", "execution_id", "shard")} AS found
+    {lookup_sql("span", "execution_id", "shard")} AS found
 ORDER BY found.execution_id, found.sequence
 """
 _STEPS = f"""
 SELECT {", ".join(f"step.{column}" for column in STEP_COLUMNS)} FROM {_ASKED} (execution_id, shard),
-    {looked_up_sql("execution_step", "execution_id", "shard")} AS step
+    {lookup_sql("execution_step", "execution_id", "shard")} AS step
     LEFT JOIN span USING ({", ".join(SPAN_KEY)})
 WHERE span.ended_at IS NULL
 ORDER BY step.number
 """
 _LAST_LOG_LINES = f"""
 SELECT asked.execution_id, max(found.sequence) FROM {_ASKED} (execution_id, shard),
-    {looked_up_sql("log_line", "execution_id", "shard")} AS found
+    {lookup_sql("log_line", "execution_id", "shard")} AS found
 GROUP BY asked.execution_id
 """
 _PROGRESS = f"""
 SELECT run.id, run.status, run.completed_nodes, run.total_nodes, run.error, result.node_id,
     coalesce(result.output, result.output_blob), run.progress, result.output IS NULL
-FROM {_ASKED} (id, shard), {looked_up_sql("execution", "id", "shard")} AS run
+FROM {_ASKED} (id, shard), {lookup_sql("execution", "id", "shard")} AS run
 LEFT JOIN LATERAL (
     SELECT * FROM span WHERE execution_id = run.id AND shard = run.shard AND run.ended_at IS NOT NULL
         AND ended_at IS NOT NULL AND iteration = '' AND coalesce(output, output_blob) IS NOT NULL OFFSET 0

@@ -73,8 +73,8 @@ def unnest_sql(first: int, types: Sequence[str]) -> str:
     return ", ".join(f"${first + offset}::text::{kind}[]" for offset, kind in enumerate(types))
 
 
-def looked_up_sql(table: str, *columns: str) -> str:
-    """Return SQL that looks up rows of a table by columns of each row of `asked`.
+def lookup_sql(table: str, *columns: str) -> str:
+    """Return SQL for the rows of a table whose `columns` equal those of a row of `asked`, to join with `asked`.
 
     OFFSET 0 fixes the order: the planner may neither begin with the table, which it would read from end to end, nor
     choose another index for the lack of rows or statistics.

@@ -55,7 +55,7 @@ def insert_runs(
         key = item.idempotency
         has_place = item.may_wait or _has_free_slot(connection, item, inserted)
         is_accepted = is_current[item.workflow_id, item.workflow_revision] and has_place
-        if key is not None and (earlier := _claim_key(connection, item, key, now, is_new=is_accepted)):
+        if key is not None and (earlier := _claim_key(connection, item, key, now, may_bind=is_accepted)):
             answers.append(earlier)
         elif not is_accepted and not _is_run_stored(connection, item):
             answers.append(
@@ -87,7 +87,7 @@ def _ingest_one(connection: sqlite3.Connection, write: InboundRequest, now: int)
     is_current = all(_current_workflows(connection, write.runs).values())
     key = write.idempotency
     if key is not None:
-        bound = _bind_key(connection, write.shard, key, write.delivery_id, now, is_new=False)
+        bound = _bind_key(connection, write.shard, key, write.delivery_id, now, may_bind=False)
         if bound is not None and bound[0] is not AcceptanceVerdict.ACCEPTED:
             return IngestResult(*bound)
     if not is_current and not _is_delivery_stored(connection, write):
@@ -98,7 +98,7 @@ def _ingest_one(connection: sqlite3.Connection, write: InboundRequest, now: int)
         is_stored_without_runs or any(run.verdict is not AcceptanceVerdict.FULL for run in runs)
     ):
         # A request without any accepted run may be repeated.
-        _bind_key(connection, write.shard, key, write.delivery_id, now, is_new=is_current)
+        _bind_key(connection, write.shard, key, write.delivery_id, now, may_bind=is_current)
     if is_stored_without_runs or any(run.verdict is AcceptanceVerdict.ACCEPTED for run in runs):
         # A request without new runs is a duplicate; the first delivery has the details.
         _insert_delivery(connection, write, runs, now)
@@ -118,7 +118,7 @@ def _insert_delivery(
 ) -> None:
     """Insert the delivery of an inbound request; an existing one stays.
 
-    Its answer is the list of the accepted runs' ids if there are several runs and it is no event.
+    If the request has several runs and no event, the stored answer is the list of the ids of its accepted runs.
     """
     answer = one.answer
     if one.event is None and len(runs) > 1:
@@ -227,12 +227,12 @@ def _current_workflows(
 
 
 def _claim_key(
-    connection: sqlite3.Connection, item: RunAcceptance, key: IdempotencyKey, now: int, *, is_new: bool
+    connection: sqlite3.Connection, item: RunAcceptance, key: IdempotencyKey, now: int, *, may_bind: bool
 ) -> AcceptanceResult | None:
-    """Return the answer to an earlier request with this key; None for the first request, whose key is stored if
-    `is_new`.
+    """Return the answer to an earlier request with this key; None without one, and then the key is bound to this run
+    if `may_bind`.
     """
-    bound = _bind_key(connection, item.shard, key, item.execution_id, now, is_new=is_new)
+    bound = _bind_key(connection, item.shard, key, item.execution_id, now, may_bind=may_bind)
     return None if bound is None else AcceptanceResult(*bound)
 
 
@@ -243,12 +243,12 @@ def _bind_key(
     resource_id: str,
     now: int,
     *,
-    is_new: bool,
+    may_bind: bool,
 ) -> tuple[AcceptanceVerdict, str] | None:
     """Return the verdict and resource id for a key that was bound before and has not expired; otherwise None, and the
-    key is bound if `is_new`.
+    key is bound to `resource_id` if `may_bind`.
 
-    A key that is bound to `resource_id` itself is accepted. `now` is in microseconds.
+    A key that was bound to `resource_id` itself is accepted. `now` is in microseconds.
     """
     identity = (shard, key.scope, key.key)
     found = connection.execute(
@@ -263,7 +263,7 @@ def _bind_key(
             AcceptanceVerdict.REPEATED if fingerprint == key.fingerprint else AcceptanceVerdict.MISMATCH,
             first_id,
         )
-    if is_new:
+    if may_bind:
         connection.execute(
             "INSERT OR REPLACE INTO idempotency (shard, scope, key, fingerprint, resource_id, expires_at)"
             " VALUES (?, ?, ?, ?, ?, ?)",
@@ -298,7 +298,7 @@ def _is_run_stored(connection: sqlite3.Connection, item: RunAcceptance) -> bool:
 def _insert_executions(connection: sqlite3.Connection, batch: Sequence[RunAcceptance], now: int) -> None:
     """Insert the definitions, executions, data and labels of accepted runs; rows that exist stay.
 
-    A definition that exists gets the present age, so that retention keeps it. `now` is in microseconds.
+    The age of a definition that exists begins anew, so that retention keeps it. `now` is in microseconds.
     """
     definitions = {
         (item.organization_id, item.definition_hash, item.shard, item.definition, now)

@@ -471,7 +471,10 @@ _PUTS_ISOLATED = " isolated = 1, target = ?5,"
 def _take_run(
     connection: sqlite3.Connection, claim: ClaimQuery, execution_id: str, now: int, *, may_have_more: bool
 ) -> ClaimedRun:
-    """Set the lease of a run, count the attempt, end its blocked interval, and return the claimed run."""
+    """Set the lease of a run, count the attempt, end its blocked interval, and return the claimed run.
+
+    `may_have_more` is passed on in the result: whether more runs of its workflow may be pending.
+    """
     row = connection.execute(
         "UPDATE execution SET status = 'running', token = token + 1, attempt = attempt + 1, is_fresh = 0,"
         f"{_PUTS_ISOLATED if claim.is_trial else ''}"

@@ -46,7 +46,7 @@ class TaskClaims:
         self._known = known
         self._turns: dict[str, int] = {}
 
-    async def look(
+    async def read_news(
         self, organization_id: str, polls: Sequence[TaskPoll], worker_ids: Sequence[str]
     ) -> OrganizationNews:
         """Return the news for the polls of an organization: queues with tasks, cancellations, leaving workers, and the
@@ -81,7 +81,7 @@ class TaskClaims:
         return await self._database.transaction(work)
 
     async def claim(self, polls: Sequence[TaskPoll], queues: Sequence[str]) -> Claim:
-        """Lease tasks of queues to polls with the same types and pools, at most `limit` to each, in their order.
+        """Lease tasks of queues to polls with the same types and pools, in their order, to each at most its `limit`.
 
         Workflows are served in turn. Workers that leave get nothing. Each queue is a transaction of its own.
         """
@@ -224,10 +224,11 @@ _REPEAT: Final = {
 async def _read_news(
     connection: AsyncConnection, organization_id: str, polls: Sequence[TaskPoll], worker_ids: Sequence[str]
 ) -> tuple[OrganizationNews, list[str]]:
-    """Return the news of an organization: its queues with tasks and its cancellations, whatever `polls` serve.
+    """Return the news of an organization (queues with tasks, cancellations, and leaving workers among `worker_ids`),
+    and the ids of the tasks of repeated claims.
 
-    `polls` are those that may repeat an earlier claim, whose tasks are returned by id. Of `worker_ids`, those that
-    leave are in the news. Claims nothing.
+    `polls` are those that may repeat an earlier claim; the news don't depend on the types that they serve. Claims
+    nothing.
     """
     values = {
         "organization_id": organization_id,

@@ -52,7 +52,9 @@ async def take(connection: AsyncConnection, queue: str, after: int, places: Sequ
 
 
 def _lease_sql(dialect: str) -> str:
-    """Return the assignments that lease a task; `owner`, `request` and `secret` are columns of a place."""
+    """Return the SQL assignments that lease a task to a place, a free slot of a poll, with the columns `owner`,
+    `request` and `secret`.
+    """
     now, least = NOW[dialect], "least" if dialect == POSTGRESQL else "min"
     return (
         f"state = 'leased', fence = fence + 1, is_fresh = :no, lease = secret,"
@@ -64,7 +66,9 @@ def _lease_sql(dialect: str) -> str:
 
 
 def _stays_sql(dialect: str) -> str:
-    """Return the condition that the worker of a place doesn't leave; `owners` are those of all places."""
+    """Return the SQL condition that the worker `owner` of a place doesn't leave; `:owners` are the workers of all
+    places.
+    """
     leaving = (
         "SELECT id FROM task_worker WHERE task_worker.organization_id = :organization_id"
         f" AND {is_in(dialect, 'id', 'owners')} AND {LEAVING_CONDITION}"
@@ -192,7 +196,10 @@ async def _find_turns(
 
 @lru_cache(maxsize=64)
 def _parts_statement(turns: int) -> TextClause:
-    """Return the statement that reads the next tasks of this many workflows of a queue."""
+    """Return the statement that reads up to `:share` next tasks of each of `turns` workflows of a queue.
+
+    The queue turns of the workflows are the parameters `:t0`, `:t1` and so on.
+    """
     parts = [
         f"SELECT * FROM (SELECT id, queue_turn FROM task WHERE {_OF_QUEUE} AND queue_turn = :t{number}"
         f" ORDER BY is_fresh, rank, id LIMIT :share) AS p{number}"

@@ -189,7 +189,7 @@ def cancel(task: TaskRow, now: int) -> None:
 
 
 def retry(task: TaskRow) -> bool:
-    """Let a task be claimed at once: after its delay, or in place of its present attempt, which then costs nothing.
+    """Let a task be claimed at once: after its delay, or in place of its current attempt, which then does not count.
 
     Return False for a task that has ended or is to be canceled.
     """
@@ -202,11 +202,11 @@ def retry(task: TaskRow) -> bool:
     return task.state in UNBEGUN_STATES
 
 
-def check(task: TaskRow, now: int) -> None:
+def move_if_due(task: TaskRow, now: int) -> None:
     """Move a task whose time has come: the end of its lease, deadline, delay or start timeout; others stay.
 
-    A delayed task can be claimed, or waits for its key. An attempt over its deadline has failed; one with an
-    ended lease is lost.
+    A delayed task can be claimed, or waits for a slot of its concurrency key. An attempt over its deadline has failed;
+    one with an ended lease is lost.
     """
     if task.check_at is None or task.check_at > now:
         return
@@ -279,7 +279,7 @@ def delay_after(task: TaskRow, failures: int) -> int:
 
 
 def attempt_of(task: TaskRow) -> int:
-    """Return the number of the present attempt, or of the next one."""
+    """Return the number of the attempt in progress, or of the next one while none is; the first is 1."""
     return task.failures + task.losses + 1
 
 
@@ -302,7 +302,7 @@ def _status_of_other(task: TaskRow, lease: str) -> ReportStatus:
 
 def _free(task: TaskRow, state: TaskState) -> None:
     """Let a task be claimed again in the given state; its last lease is kept, so that a repeated report is
-    recognized.
+    recognized, and an uploaded output is dropped.
     """
     task.state = state
     task.worker_id = task.claim_id = None

@@ -60,7 +60,7 @@ class TaskPoll(msgspec.Struct, frozen=True):
     pools: frozenset[str]
 
     @property
-    def served(self) -> tuple[object, ...]:
+    def service_group(self) -> tuple[object, ...]:
         """Organization, types and pools: polls with equal ones get the same tasks."""
         return self.organization_id, tuple(sorted(self.versions.items())), self.pools
 

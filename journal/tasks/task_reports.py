@@ -144,7 +144,10 @@ class TaskReports:
         raise TypeError(item)
 
     async def upload(self, organization_id: str, task_id: str, lease: str, output: bytes) -> bool:
-        """Keep a large output until the report that completes its task; return False unless `lease` holds the task."""
+        """Keep a large output, in place of an earlier one, until the report that completes its task.
+
+        Return False, and keep nothing, unless `lease` holds the task.
+        """
         statement = text(
             f"UPDATE task SET output = :output, output_lease = :lease WHERE id = :task_id"
             f" AND organization_id = :organization_id AND lease = :lease AND {HELD_CONDITION}"

@@ -127,7 +127,9 @@ class TaskTransaction:
     async def lock_reported(
         self, task_ids: Sequence[str], organization_ids: Sequence[str], worker_ids: Sequence[str]
     ) -> None:
-        """Lock the given tasks, and all tasks of the given workers that no report has named since their claim."""
+        """Lock the given tasks, and all tasks that the given workers of these organizations hold and no report has
+        named since their claim.
+        """
         if worker_ids:
             values = {
                 "ids": texts(self._connection, task_ids),
@@ -301,8 +303,9 @@ class TaskTransaction:
         await self._connection.execute(_INSERT_LINE, rows)
 
     def _with_logs(self, task: TaskRow, run: LockedRun, payload: bytes) -> bytes:
-        """Return an answer with the task's lines that could not be stored, since the run is executed now;
-        else as it is.
+        """Return an answer with all log lines of its task if a process executes the run now, which can store them.
+
+        Otherwise the answer stays as it is, and lines that were kept with the task are stored with the others.
         """
         lines = [line for one, line in self._lines.get(task.execution_id, ()) if one is task]
         if run.status in _ALIVE:

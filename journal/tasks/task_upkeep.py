@@ -60,7 +60,7 @@ class TaskUpkeep:
             await transaction.lock_runs(sorted({row.execution_id for row in due}))
             await transaction.lock_tasks(sorted(row.id for row in due), skips_locked=True)
             for task in transaction.tasks.values():
-                task_moves.check(task, transaction.now)
+                task_moves.move_if_due(task, transaction.now)
                 if task.state == TaskState.FAILED and task.ended_at == transaction.now:
                     transaction.answer_failure(task)
             return await transaction.store()
@@ -99,7 +99,7 @@ class TaskUpkeep:
             ready |= await self._database.transaction(partial(_admit, key=key))
         return ready
 
-    async def limited_keys(self) -> list[str]:
+    async def list_limited_keys(self) -> list[str]:
         """Return up to 200 concurrency keys with tasks that wait for a place, of all organizations."""
         async with self._database.read() as connection:
             return list(await connection.scalars(text(LIMITED_KEYS), {"first_key": "", "last_key": "~"}))

@@ -32,7 +32,10 @@ class TaskWorkerMarks:
         return await self._mark(organization_id, worker_id, "stopped_at = coalesce(stopped_at, {now})")
 
     async def drain(self, organization_id: str, worker_id: str) -> bool:
-        """Mark a task worker as asked to stop, so that it gets no more tasks; return False for an unknown worker."""
+        """Mark a task worker as asked to stop, so that it gets no more tasks; return False for an unknown worker.
+
+        A second call changes nothing.
+        """
         return await self._mark(organization_id, worker_id, "is_draining = :yes")
 
     async def _mark(self, organization_id: str, worker_id: str, change: str) -> bool:

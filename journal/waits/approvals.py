@@ -131,7 +131,7 @@ def extra_addresses(request: Mapping[str, Json]) -> Sequence[str]:
 
 
 def allows_self(request: Mapping[str, Json]) -> bool:
-    """Return whether the starter of the run may answer; by default only a question without assignees."""
+    """Return whether the user who started the run may answer; by default they may if there are no assignees."""
     return request.get("allowSelf", not assignees_of(request)) is True
 
 
@@ -146,7 +146,8 @@ def find_refusal(
     """Return the reason for a person not to answer a question; None if they may.
 
     They must be among the assignees, if there are any. The person who started the run may answer if
-    `allowSelf` says so, by default only a question without assignees.
+    `allowSelf` says so, by default only a question without assignees. Nobody counts as the
+    starter of a run with a `trigger_type` of `INTAKE_KINDS`, such as `webhook`.
     """
     assignees = assignees_of(request)
     names = {approver.user_id, approver.email.casefold()} | ({ADMIN_ROLE} if approver.is_admin else set())
@@ -244,7 +245,10 @@ async def _store_vote(
 async def _read_votes(
     connection: AsyncConnection, key: ExecutionKey, place: tuple[str, str]
 ) -> dict[str, dict[str, Json]]:
-    """Return the votes of a question so far by voter, the earliest first, as the output of the node shows them."""
+    """Return the votes of a question so far by voter, the earliest first, as the output of the node shows them.
+
+    `place` is the id of the node and its iteration.
+    """
     statement = (
         select(col(ApprovalVote.voter), col(ApprovalVote.choice), col(ApprovalVote.created_at))
         .where(
@@ -294,7 +298,7 @@ async def lock_run(connection: AsyncConnection, key: ExecutionKey) -> Row[*tuple
 async def replace_assignees(
     connection: AsyncConnection, key: ExecutionKey, asked: WaitingNode, assignees: Sequence[str]
 ) -> None:
-    """Replace the assignees of a waiting question, in a transaction with the run locked.
+    """Replace the assignees of a waiting question, in the caller's transaction, which has locked the run.
 
     The rule about the user who started the run stays as it was. The question is due for mails again, if it is
     sent by mail.

@@ -63,10 +63,10 @@ class EventAnnouncement:
 async def add_wait(
     connection: AsyncConnection, caller: RunCaller, wanted: EventWaitRequest, node_id: str, iteration: str
 ) -> EventWait | None:
-    """Store that a node waits for an event, in a transaction, and return the wait; an existing one stays as it was.
+    """Store in the caller's transaction that a node waits for an event; return the wait, an existing one as it was.
 
-    The wait also covers earlier events as far as it looks back. None if the node has its answer already, the
-    run is gone, or the node never started.
+    The wait also covers the earlier events of the period for which it looks back. None if the node has its answer
+    already, the run is gone, or the node never started.
     """
     of_run = (
         col(Execution.id) == caller.execution_id,
@@ -208,7 +208,8 @@ async def read_event_data(connection: AsyncConnection, event_id: str) -> str | N
 async def answer_waits(
     connection: AsyncConnection, waits: Sequence[EventWait], data: str
 ) -> list[AnswerResult]:
-    """Answer waiting nodes with an event's data, in a transaction, and delete their waits; return the results.
+    """Answer waiting nodes with an event's data, in the caller's transaction, and delete their waits; return the
+    results.
 
     The results are in the order of `wait_key`. A wait is deleted even if its node doesn't accept the answer.
     """

@@ -112,7 +112,7 @@ async def store_answer(
     kind: AnswerSource,
     user_id: str | None = None,
 ) -> AnswerResult:
-    """Store the answer of a node in a transaction, and make its waiting run pending; return the result.
+    """Store the answer of a node in the caller's transaction, and make its waiting run pending; return the result.
 
     Only the first answer counts: the same one again is taken, another is late. A sub-workflow run, an event, a
     task, a callback or a signal may answer a node before its run waits; input of a person needs a waiting node.
@@ -229,7 +229,7 @@ async def list_input_waits(connection: AsyncConnection, key: ExecutionKey) -> li
 async def replace_request(
     connection: AsyncConnection, key: ExecutionKey, node: WaitingNode, request: Mapping[str, Json]
 ) -> None:
-    """Replace the request of a node that waits for input, in a transaction that has locked its run.
+    """Replace the request of a node that waits for input, in the caller's transaction, which has locked the run.
 
     The executor writes the span of a waiting node only when its wait ends.
     """
@@ -294,8 +294,8 @@ class ExaminedWait:
         """Position of the node in the list."""
         return WaitPosition(self._row.execution_id, self._row.sequence)
 
-    def read(self) -> OrganizationWait:
-        """Return the whole node with its run."""
+    def decode(self) -> OrganizationWait:
+        """Return the whole node with its run, decoded from the row."""
         row = self._row
         awaits = decoding.decode(row.awaits)
         expires_at = None if row.wake_at is None else from_microseconds(row.wake_at)
@@ -339,7 +339,7 @@ async def list_organization_waits(
         page = await read_organization_waits(
             connection, visible, organization_id, shard, behind, limit=QUESTIONS_PAGE
         )
-        found += filter(matches, (one.read() for one in page.waits))
+        found += filter(matches, (one.decode() for one in page.waits))
         behind = page.behind
         if behind is None or len(found) >= at_most:
             break

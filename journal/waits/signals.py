@@ -133,7 +133,7 @@ async def store_signal(
 async def add_wait(
     connection: AsyncConnection, caller: RunCaller, wanted: SignalRequest, node_id: str, iteration: str
 ) -> tuple[SignalExpectation, AnswerResult]:
-    """Store that a node waits for a signal, in a transaction; or answer it with the earliest unread one.
+    """Store in the caller's transaction that a node waits for a signal, or answer it with the earliest unread one.
 
     Return the end of its wait, or its answer, also an earlier one; and the result of an answer that was stored
     now. Both are empty if the run is gone or the node never started. A repeated call changes nothing.
@@ -229,7 +229,7 @@ async def find_signal(connection: AsyncConnection, key: ExecutionKey, signal_id:
 async def store_reply(
     connection: AsyncConnection, caller: RunCaller, node_id: str, iteration: str, reply: str
 ) -> None:
-    """Store the reply (JSON) to the signal that a node has received, in a transaction; the first one counts.
+    """Store the reply (JSON) to the signal that a node has received, in the caller's transaction; the first one counts.
 
     The signal is that of this iteration of the node, or else of the innermost enclosing one. Nothing happens without
     one, and for a run of another organization.

@@ -93,7 +93,7 @@ async def test_a_content_hash_finds_nothing_for_other_owners(blobs: BlobStore, o
     reference = await put(blobs)
     with pytest.raises(BlobLost):
         await blobs.get(owner, reference.sha256)
-    await blobs.delete_runs([owner])
+    await blobs.delete_all([owner])
     assert await blobs.get(OURS, reference.sha256) == LARGE
 
 
@@ -109,7 +109,7 @@ async def test_a_malformed_hash_leads_nowhere(blobs: BlobStore, hash_of_it: str)
 async def test_an_owner_is_named_by_ids_and_by_nothing_that_is_a_path(
     blobs: BlobStore, owner: BlobOwner
 ) -> None:
-    for use in (blobs.get(owner, "0" * 64), put(blobs, owner), blobs.delete_runs([owner])):
+    for use in (blobs.get(owner, "0" * 64), put(blobs, owner), blobs.delete_all([owner])):
         with pytest.raises(ValueError, match="two ids"):
             await use
 
@@ -124,7 +124,7 @@ async def test_more_than_was_asked_for_is_not_even_read(blobs: BlobStore) -> Non
 async def test_contents_go_with_their_run_and_may_be_deleted_twice(blobs: BlobStore) -> None:
     reference, other = await put(blobs), await put(blobs, BlobOwner("org_ours", "exec_2"))
     for _ in range(2):
-        await blobs.delete_runs([OURS])
+        await blobs.delete_all([OURS])
     with pytest.raises(BlobLost):
         await blobs.get(OURS, reference.sha256)
     assert await blobs.get(BlobOwner("org_ours", "exec_2"), other.sha256) == LARGE

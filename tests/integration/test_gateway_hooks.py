@@ -592,7 +592,7 @@ async def test_a_large_body_is_a_blob_of_its_run(harness: GatewayHarness, people
     redriven_id = redriven.json()["executionId"]
     own = (await shown(people.owner, redriven_id))["trigger"]["data"]["body"]["$blob"]
     assert own == reference
-    await harness.gateway.blobs.delete_runs([BlobOwner(run.organization_id, run.id)])
+    await harness.gateway.blobs.delete_all([BlobOwner(run.organization_id, run.id)])
     assert (await api.get(f"/api/v1/executions/{run.id}/blobs/{reference['sha256']}")).status_code == 404
     assert (await api.get(f"/api/v1/executions/{redriven_id}/blobs/{own['sha256']}")).status_code == 200
     assert_refused(await api.post(f"/api/v1/deliveries/{delivery.id}/redrive"), 409, "not-redrivable")
@@ -628,7 +628,7 @@ async def test_a_run_of_a_large_body_is_resumed_with_it_and_says_when_it_is_gone
     resumed = (await api.post(f"/api/v1/executions/{sent}/resume")).json()["executionId"]
     assert await failure(people.owner, resumed) == "node-error"
     (run,) = await read_rows(harness, Execution, id=sent)
-    await harness.gateway.blobs.delete_runs([BlobOwner(run.organization_id, run.key_id)])
+    await harness.gateway.blobs.delete_all([BlobOwner(run.organization_id, run.key_id)])
     resumed = (await api.post(f"/api/v1/executions/{resumed}/resume")).json()["executionId"]
     assert await failure(people.owner, resumed) == "value-lost"
 

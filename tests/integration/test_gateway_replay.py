@@ -595,7 +595,7 @@ async def test_large_results_are_reused_and_a_lost_one_is_a_reason(
     shown = (await here.person.api.get(f"{EXECUTIONS}/{replayed}?expand=blobs")).json()
     assert shown["outputs"]["big"] == {"text": LARGE}
     owner = (await here.show(replayed))["organizationId"]
-    await harness.gateway.blobs.delete_runs([BlobOwner(owner, failed)])
+    await harness.gateway.blobs.delete_all([BlobOwner(owner, failed)])
     plan = await here.plan(replayed)
     assert {node["nodeId"]: node["reasons"][0]["code"] for node in plan["nodes"]}["big"] == "result-expired"
 

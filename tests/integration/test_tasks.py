@@ -663,7 +663,7 @@ async def test_a_claim_repeated_at_another_gateway_keeps_its_tasks(
     first, second = (TaskStore(harness.gateway.database).claims for _ in range(2))
 
     async def claim() -> Sequence[ClaimedTask]:
-        news = await first.look(organization_id, [poll], ["w_1"])
+        news = await first.read_news(organization_id, [poll], ["w_1"])
         assert not news.repeated
         (claimed,) = (await first.claim([poll], news.queues)).tasks
         return claimed
@@ -672,7 +672,7 @@ async def test_a_claim_repeated_at_another_gateway_keeps_its_tasks(
     await first.put_back(await claim())
     again = await claim()
     # Now the client has repeated its claim at the other gateway before the first one puts the task back.
-    (repeated,) = (await second.look(organization_id, [poll], ["w_1"])).repeated.values()
+    (repeated,) = (await second.read_news(organization_id, [poll], ["w_1"])).repeated.values()
     assert [(one.id, one.lease) for one in repeated] == [(one.id, one.lease) for one in again]
     await first.put_back(again)
     assert (await show_task(people.owner, again[0].id))["state"] == "leased"
@@ -699,16 +699,16 @@ async def test_a_worker_learns_of_its_stop_though_a_look_fails(
 ) -> None:
     await add_type(people)
     looks, fails = asyncio.Event(), asyncio.Event()
-    look = TaskClaims.look
+    read_news = TaskClaims.read_news
 
-    async def fail_once(self: TaskClaims, *arguments: Any) -> OrganizationNews:  # noqa: ANN401 - those of `look`
+    async def fail_once(self: TaskClaims, *arguments: Any) -> OrganizationNews:  # noqa: ANN401 - those of `read_news`
         if fails.is_set():
             fails.clear()
             raise DatabaseUnavailable
         looks.set()
-        return await look(self, *arguments)
+        return await read_news(self, *arguments)
 
-    monkeypatch.setattr(TaskClaims, "look", fail_once)
+    monkeypatch.setattr(TaskClaims, "read_news", fail_once)
     worker = TaskWorkerClient(people.owner.api)
     poll = asyncio.create_task(worker.api.post(f"{TASKS}/claim", json=worker.poll(wait=30), timeout=60))
     await looks.wait()
@@ -939,7 +939,7 @@ async def test_a_task_of_a_quiet_organization_is_claimed_before_a_look_and_found
     harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[str] = []
-    claim, look = TaskClaims.claim, TaskClaims.look
+    claim, read_news = TaskClaims.claim, TaskClaims.read_news
 
     async def fail_first(self: TaskClaims, *arguments: Any) -> Claim:  # noqa: ANN401 - those of `claim`
         calls.append("claim")
@@ -947,9 +947,9 @@ async def test_a_task_of_a_quiet_organization_is_claimed_before_a_look_and_found
             raise DatabaseUnavailable
         return await claim(self, *arguments)
 
-    async def note_look(self: TaskClaims, *arguments: Any) -> OrganizationNews:  # noqa: ANN401 - those of `look`
+    async def note_look(self: TaskClaims, *arguments: Any) -> OrganizationNews:  # noqa: ANN401 - those of `read_news`
         calls.append("look")
-        return await look(self, *arguments)
+        return await read_news(self, *arguments)
 
     await add_type(people)
     # Nothing else notifies this gateway, so one look has to find the task.
@@ -962,7 +962,7 @@ async def test_a_task_of_a_quiet_organization_is_claimed_before_a_look_and_found
             await asyncio.sleep(0.02)
     polls.likely_queue = "acme/resize@1.2.0#default"
     monkeypatch.setattr(TaskClaims, "claim", fail_first)
-    monkeypatch.setattr(TaskClaims, "look", note_look)
+    monkeypatch.setattr(TaskClaims, "read_news", note_look)
     await start(people)
     await wait_for_tasks(people.owner, 1)
     hub.serve(organization_id)

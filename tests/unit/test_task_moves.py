@@ -82,7 +82,7 @@ class TaskSimulation:
         status: ReportStatus | None = None
         if isinstance(action, int):
             self.now += action * SECOND
-            task_moves.check(task, self.now)
+            task_moves.move_if_due(task, self.now)
         elif action == "claim":
             if before == TaskState.READY:
                 self.leases.append(claim(task, self.now))
@@ -168,9 +168,9 @@ def test_a_task_ends_if_its_workers_never_complete_it(steps: list[str | int], ma
 def test_a_start_timeout_ends_a_task_that_no_worker_has_begun(state: TaskState) -> None:
     task = make_task()
     task.state, task.check_at = state, 5
-    task_moves.check(task, 4)
+    task_moves.move_if_due(task, 4)
     assert task.state == state
-    task_moves.check(task, 5)
+    task_moves.move_if_due(task, 5)
     expected = TaskState.READY if state == TaskState.DELAYED else TaskState.FAILED
     assert task.state == expected
 
@@ -199,13 +199,13 @@ def test_a_repeated_report_is_recognized() -> None:
 def test_leases_that_end_are_counted_by_whether_the_worker_had_the_task() -> None:
     task = make_task()
     claim(task, 0)
-    task_moves.check(task, task_moves.FIRST_LEASE_MICROSECONDS)
+    task_moves.move_if_due(task, task_moves.FIRST_LEASE_MICROSECONDS)
     assert (task.state, task.unacknowledged, task.losses, task.failures) == (TaskState.READY, 1, 0, 0)
     claim(task, 0)
     task_moves.renew(task, 0)
-    task_moves.check(task, LEASE_SECONDS * SECOND - 1)
+    task_moves.move_if_due(task, LEASE_SECONDS * SECOND - 1)
     assert task.state == TaskState.LEASED
-    task_moves.check(task, LEASE_SECONDS * SECOND)
+    task_moves.move_if_due(task, LEASE_SECONDS * SECOND)
     assert (task.state, task.unacknowledged, task.losses, task.failures) == (TaskState.READY, 1, 1, 0)
 
 
@@ -213,5 +213,5 @@ def test_the_deadline_is_a_failure_although_the_lease_is_renewed() -> None:
     task = make_task()
     claim(task, 0)
     task_moves.renew(task, (TIMEOUT_SECONDS - 1) * SECOND)
-    task_moves.check(task, TIMEOUT_SECONDS * SECOND)
+    task_moves.move_if_due(task, TIMEOUT_SECONDS * SECOND)
     assert (task.state, task.losses, task.failures) == (TaskState.DELAYED, 0, 1)

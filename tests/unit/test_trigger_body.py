@@ -27,13 +27,13 @@ def test_a_body_is_large_by_its_bytes_as_json(length: int, *, is_large: bool) ->
 def test_a_row_names_the_body_and_holds_the_rest() -> None:
     row = EncodedTrigger.of({"body": [1], **REST}).as_row(REFERENCE)
     assert json.loads(row) == {"body": REFERENCE.as_json(), **REST}
-    assert large_values.is_separate(row)
+    assert large_values.has_separate_body(row)
     assert large_values.find_reference(row) == REFERENCE
 
 
 def test_no_body_of_a_sender_passes_for_a_reference() -> None:
     encoded = EncodedTrigger.of({"body": REFERENCE.as_json(), **REST})
-    assert not large_values.is_separate(encoded.content.decode())
+    assert not large_values.has_separate_body(encoded.content.decode())
 
 
 def test_a_long_body_is_not_written_while_others_wait() -> None:
