@@ -70,7 +70,7 @@ class CallSpans:
                 if self.run.carries_content:
                     texts = gen_ai_spans.describe_result(step)
                     described = replace(described, attributes={**described.attributes, **texts})
-                self._send_part(described, context, parent, step.started_at, step.ended_at)
+                self._send_span(described, context, parent, step.started_at, step.ended_at)
             parent = context
         self._add_calls(step.model_calls, parent, conversation)
 
@@ -104,9 +104,9 @@ class CallSpans:
                 if content is not None:
                     texts = gen_ai_spans.describe_messages(*cast("tuple[ChatRequest, ChatAnswer]", content))
                     described = replace(described, attributes={**described.attributes, **texts})
-                self._send_part(described, context, parent, began_at, ended_at)
+                self._send_span(described, context, parent, began_at, ended_at)
 
-    def _send_part(
+    def _send_span(
         self,
         described: GenAiSpan,
         context: TraceContext,
@@ -114,7 +114,7 @@ class CallSpans:
         started_at: datetime,
         ended_at: datetime,
     ) -> None:
-        """Send the span of a call of a model or tool."""
+        """Send the trace span of a call of a model or tool, with its own `context`, inside of the span `parent`."""
         attributes = {"pilotflame.execution.id": self.run.execution_id, **described.attributes}
         error = None if described.error is None else tracing.limit_code(described.error)
         self.run.add_span(

@@ -55,7 +55,7 @@ class DirectSlots:
     def receive(self, message: DirectRuns) -> list[ClaimedRun]:
         """Return the runs that a gateway has assigned by a message, in their form after a claim.
 
-        An empty list, with a warning, if its number is not new or it can't be read.
+        An empty list, with a warning, for a message that can't be read or was received before, by its number.
         """
         gateway = self._gateways.setdefault(message.gateway, KnownGateway(0.0))
         gateway.seen_at = time.monotonic()

@@ -49,10 +49,10 @@ class EventMatcher:
         self, caller: RunCaller, wanted: EventWaitRequest, *, node_id: str, iteration: str
     ) -> datetime | None:
         """Store that a node waits for an event, and answer it from earlier events within its period; return
-        its expiry.
+        the end of the wait.
 
-        None if it waits without a limit, the run is gone or the node has its answer. Waits while the database
-        is unavailable.
+        None if it waits without a limit, the run is gone, or the node has an answer already or never started. Waits
+        while the database is unavailable.
         """
         add = partial(
             event_waits.add_wait, caller=caller, wanted=wanted, node_id=node_id, iteration=iteration

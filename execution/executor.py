@@ -453,7 +453,7 @@ class RunExecutor:
     async def _read_answers(
         self, run: ClaimedRun, journal: RunJournal
     ) -> Mapping[tuple[str, str], bytes] | None:
-        """Return the present wait answers of a run by node id and iteration, and note their number in its journal.
+        """Return the stored wait answers of a run by node id and iteration, and note their number in its journal.
 
         None, after half a second, if the database is unavailable.
         """
@@ -509,7 +509,7 @@ class RunExecutor:
 
     def _may_hold_waiting_run(self) -> bool:
         """Return whether a run may stay here while it waits for a new task: over half of the slots are free, and
-        no run waits for one.
+        no other run waits for a slot.
         """
         return (
             self._settings.holds_waiting_runs
@@ -533,7 +533,7 @@ class RunExecutor:
         await self._suppress_outages(self._send_grants)
 
     async def _send_grants(self) -> None:
-        """Send the present grants to all known gateways."""
+        """Send grants of the slots that are free now to all known gateways."""
         if grants := self._slots.grant(self._count_free_slots()):
             await self._broker.publish({}, (), grants)
 
@@ -710,7 +710,7 @@ class RunExecutor:
             self._on_request(active.lease, notification.message.get("request", ""))
 
     def _on_request(self, lease: RunLease, request: str) -> None:
-        """Let a held run stop after its present nodes, or cancel it at once."""
+        """Let a held run stop after its nodes in progress, or cancel it at once."""
         active = self._running_execution(lease)
         if active is not None and request in REQUESTS:
             active.control.ask(REQUESTS[request])

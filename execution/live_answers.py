@@ -163,8 +163,8 @@ class _SentPart:
     characters: int = 0
     has_end: bool = False
 
-    def is_left_by(self, call: tuple[int, int, int]) -> bool:
-        """Return whether a call replaces this one, of which the gateway has got text but no end."""
+    def is_replaced_by(self, call: tuple[int, int, int]) -> bool:
+        """Return whether `call` repeats the step of this call, of which the gateway has got text but no end."""
         return bool(self.characters) and not self.has_end and call[0] == self.call[0]
 
 
@@ -182,7 +182,7 @@ class AnswerFollower:
         call = (origin.number, origin.attempt, answer.model_call)
         sent = self.sent.get(answer.place)
         if sent is None or sent.call != call:
-            if sent is not None and sent.is_left_by(call):
+            if sent is not None and sent.is_replaced_by(call):
                 yield AnswerPiece(
                     *(origin.execution_id, *answer.place, *sent.call, "", sent.characters),
                     is_dropped=True,
@@ -305,7 +305,7 @@ class LiveAnswers:
                 return
 
     def _list_followers(self, execution_id: str, now: float) -> Sequence[tuple[str, AnswerFollower]]:
-        """Return the present followers of a run with their channels; expired ones are removed."""
+        """Return the followers of a run with their channels; expired ones are removed, and not returned."""
         followers = self._followers.get(execution_id, {})
         for channel in [channel for channel, each in followers.items() if each.until <= now]:
             self._remove_follower(execution_id, channel)

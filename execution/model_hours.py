@@ -55,7 +55,9 @@ class ModelHourCounts:
         self._counts.setdefault(key, Counter()).update(amounts)
 
     async def store(self, connection: AsyncConnection) -> None:
-        """Add the counts to those in the database in one statement, in the order of their keys."""
+        """Add the counts to those in the database in one statement, in the order of their keys; a second call adds them
+        again.
+        """
         if not self._counts:
             return
         insert = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert

@@ -95,7 +95,9 @@ class ProgramCache:
             return InvalidDefinition(f"The definition can't be read: {type(error).__name__}: {error}")
 
     def _put(self, key: DefinitionKey, program: WorkflowProgram | InvalidDefinition, characters: int) -> None:
-        """Cache a program in place of an earlier one, with the number of nodes that it counts as."""
+        """Cache a program in place of an earlier one; it counts by its nodes, or by the `characters` of its definition
+        if these weigh more.
+        """
         if key in self._cached:
             self._cached_nodes -= self._cached[key].nodes
         nodes = 1 if isinstance(program, InvalidDefinition) else len(program.nodes)

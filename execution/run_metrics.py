@@ -69,6 +69,8 @@ def set_held_runs(count: int) -> None:
 def count_claims(claimed: Sequence[ClaimedRun], channel: str) -> None:
     """Count claimed runs; at the first claim of a run, also its time in the queue, unless that is negative or
     over 30 days.
+
+    `channel` is that of this process, which tells whether it is a pod or a shared worker.
     """
     ACTIVITY.claims += len(claimed)
     if not instruments.is_exposed:

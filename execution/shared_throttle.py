@@ -37,7 +37,7 @@ class SharedThrottle:
         """Reserve the next free slot of a rate of `limit` runs per `per_seconds`, shared by the key's users;
         return its time.
 
-        Slots are evenly spaced per organization and key. Raises `NodeError` (retryable) if it is over
+        Slots are evenly spaced per organization and key. Raises `NodeError` (retryable) if the slot is over
         `max_wait_seconds` away. A slot that is not used, since its worker died, stays empty. Waits while the
         database is unavailable.
         """

@@ -22,8 +22,8 @@ class StatePublisher:
         self._database = database
 
     async def publish(self, caller: RunCaller, key: str, value: bytes) -> None:
-        """Store the value (JSON) of a key in the state of the caller's run, in place of an earlier one; nothing for an
-        ended run.
+        """Store the value (JSON) of a key in the state of the caller's run, in place of an earlier one; nothing
+        is stored for a run that has ended or is gone.
 
         Raises `NodeError` above the maximum size of a state. Waits while the database is unavailable.
         """

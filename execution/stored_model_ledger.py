@@ -295,7 +295,7 @@ async def _require_rest(
     """Raise a `NodeError` unless a budget suffices for a call beside the reserved and settled charges that satisfy
     `charges`.
 
-    None suffices for every call. `owner` names the budget's owner in the error.
+    Without a budget (None) every call passes. `owner` names the budget's owner in the error.
     """
     if budget is None:
         return

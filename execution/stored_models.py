@@ -64,9 +64,9 @@ class StoredModels:
     async def find(self, caller: RunCaller, model_id: str) -> ModelConnection:
         """Return a model that a run may use, with the key of its provider, cached for a second for each run.
 
-        A blocked model is read every time, since the rest of its time is part of it. Raises `NodeError` if it is
-        missing, or the caller may not use it, or its owner may no longer use its data source; and one that may be
-        retried if the database is unavailable.
+        A model that its provider refuses for some time is not cached, since the result has the rest of that time.
+        Raises `NodeError` if it is missing, or the caller may not use it, or its owner may no longer use its data
+        source; and one that may be retried if the database is unavailable.
         """
         key = (caller.execution_id, caller.user_id, model_id)
         cached = self._cached.get(key)

@@ -38,11 +38,11 @@ class SuspectSearch:
         return time.monotonic() >= self._next_at
 
     async def find(self) -> int | None:
-        """Search for suspects if a search is due; return how many isolation losses they may have, for claims
-        of them.
+        """Search for suspects if a search is due; return how many workers a suspect may have lost in trials to be
+        claimed here.
 
-        The limit is 0 until this process has outlived a lease, so that a crashing process doesn't spoil it.
-        None if there is no such suspect or no search is due. Raises `DatabaseUnavailable`.
+        It is 0 until this process has outlived a lease, so that a process that always crashes costs a suspect one
+        trial. None if no search is due or no such suspect waits. Raises `DatabaseUnavailable`.
         """
         if not self.is_due:
             return None

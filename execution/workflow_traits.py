@@ -40,7 +40,11 @@ class CalledWorkflow:
 async def read(
     connection: AsyncConnection, caller: ApiCaller, workflow_ids: Collection[str], catalog: NodeCatalog
 ) -> dict[str, WorkflowTraits]:
-    """Return the traits of workflows by id, as they are now; those that the caller may not read are unknown."""
+    """Return the traits of all these workflows by id, as they are now.
+
+    They are `UNKNOWN` for one that is missing or that the caller may not read, and for called ones beyond 8 levels or
+    200 workflows.
+    """
     found: dict[str, CalledWorkflow] = {}
     wanted = set(workflow_ids)
     for _ in range(MAX_LEVELS):
@@ -56,7 +60,9 @@ async def read(
 async def _read_level(
     connection: AsyncConnection, caller: ApiCaller, workflow_ids: Collection[str]
 ) -> dict[str, CalledWorkflow]:
-    """Return graph, settings and called workflows of those workflows that the caller may read, by id."""
+    """Return graph, settings and called workflows of those workflows that the caller may read, by id; others are left
+    out.
+    """
     columns = (col(WorkflowGraph.nodes), col(WorkflowGraph.connections), col(Workflow.settings))
     rows = await connection.execute(
         select(col(Workflow.id), *columns)
@@ -73,7 +79,9 @@ async def _read_level(
 def _describe_all(
     workflow_ids: Collection[str], found: Mapping[str, CalledWorkflow], catalog: NodeCatalog
 ) -> dict[str, WorkflowTraits]:
-    """Return the traits of workflows; of those that call one another in a circle, the inner call is unknown."""
+    """Return the traits of workflows by id: `UNKNOWN` for those that `found` lacks, and, where workflows call one
+    another in a circle, for the inner call.
+    """
     traits: dict[str, WorkflowTraits] = {}
     begun: set[str] = set()
 

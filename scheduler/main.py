@@ -75,7 +75,7 @@ def list_duties(
 ) -> Sequence[PeriodicDuty]:
     """Return all periodic duties of the leading scheduler, each with its name, interval in seconds and work.
 
-    The retention of these settings is added to the reports of this process.
+    It also adds the retention of `settings` to the reports that this process stores about itself.
     """
     ACTIVITY.retention = {
         "executions": settings.retention_days,

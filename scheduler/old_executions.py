@@ -79,7 +79,7 @@ async def _delete_batches(
     """Delete expired executions in batches, and yield the owners of each batch's blobs; the audit trail gets a record
     for each workflow.
 
-    Workflows with locked rows are left out. Raises `DatabaseUnavailable`.
+    A locked row ends the deletions of its workflow, with a warning. Raises `DatabaseUnavailable`.
     """
     after: str | None = ""
     while after is not None:
@@ -103,7 +103,7 @@ async def _delete_batches(
 async def _record_deletion(
     database: Database, workflow: Row[Any], deleted: int, retention: RetentionPeriods
 ) -> None:
-    """Store the decision to delete executions of a workflow, for the audit trail: one row for each sweep."""
+    """Insert a record for the audit trail: a sweep has deleted this number of executions of a workflow."""
     from models.audit import SystemDecision  # noqa: PLC0415 - loaded by the first deletion
 
     decision = SystemDecision(

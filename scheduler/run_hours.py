@@ -51,7 +51,8 @@ class RunHourCounter:
         """Hash of the rows that were written last, by hour."""
 
     async def count_runs(self) -> None:
-        """Count the runs of the present hour and of hours that have changed, group their failures, and store both.
+        """Count the runs of the current hour and of earlier hours that have changed, group their failures, and store
+        both.
 
         Does nothing while it rests after an earlier turn. Raises `DatabaseUnavailable`.
         """
@@ -76,7 +77,7 @@ class RunHourCounter:
             self._rest_until = ended_at + rest_factor * (ended_at - begun_at)
 
     def _list_changed(self, now: datetime, unfinished: dict[datetime, int]) -> Iterable[datetime]:
-        """Return the hours to count: the present one, then others that have changed, those counted longest ago
+        """Return the hours to count: the current one, then others that have changed, those counted longest ago
         first.
         """
         present = hour_of(now)

@@ -85,7 +85,9 @@ def _names_statement(after: str) -> Select[*tuple[Any, ...]]:
 
 
 async def _find_old(database: Database, after: tuple[str, str]) -> list[tuple[str, str]]:
-    """Return up to 500 definitions over a day old after a key, in order: organization id and hash."""
+    """Return the keys (organization id and hash) of up to 500 definitions over a day old, the next after the key
+    `after`.
+    """
     statement = (
         select(*_IDENTITY)
         .where(tuple_(*_IDENTITY) > tuple_(*after), _is_old())

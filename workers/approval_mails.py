@@ -230,8 +230,8 @@ class ApprovalMailer:
         """Send the mail of this round, with an approval link of their own, to each assignee who has not got it yet;
         note each mail.
 
-        Used links get no mail, and the first failure ends it. Raises `NodeError` for a missing setting or a failure of
-        the mail server, and `DatabaseUnavailable`.
+        An assignee whose link was used gets no mail, and the first failure ends the round. Raises `NodeError` for a
+        missing setting or a failure of the mail server, and `DatabaseUnavailable`.
         """
         if not self._public_url:
             raise NodeError("PILOTFLAME_PUBLIC_URL is not set: links need the address of the gateway")
@@ -374,7 +374,8 @@ def _list_recipients(
 ) -> Mapping[str, str]:
     """Return the mail addresses by assignee (user id, or address without a user), at most 50.
 
-    The user who started the run is left out if they may not answer. The address of a user counts as the user:
+    The user who started the run is left out if they may not answer; a run whose `trigger_type` is among `INTAKE_KINDS`
+    was started by nobody. The address of a user counts as the user:
     one person has one link and one vote.
     """
     assignees = approvals.assignees_of(asked.request)

@@ -236,8 +236,8 @@ class MailParser:
                 await asyncio.sleep(PAUSE_SECONDS)
 
     def _is_proven(self) -> bool:
-        """Return whether no claim is in progress and every mail has been parsed for five seconds, so that it
-        counts as harmless.
+        """Return whether no claim is in progress, and the parsing of every claimed mail began over five seconds ago, so
+        that all of them count as harmless.
         """
         return not self._is_claiming and all(
             time.monotonic() - parse_task.begun_at >= TRIAL_SECONDS
@@ -273,7 +273,11 @@ class MailParser:
                     await self._store_end(parse_task, has_passed=True)
 
     async def _claim(self) -> None:
-        """Claim as many mails as may be parsed here, and begin them; the number of large ones is limited."""
+        """Claim as many unparsed mails as this process has room for, after a trial in progress, and begin to parse
+        them.
+
+        Raises `DatabaseUnavailable`.
+        """
         await self._isolation.pass_gate()
         places = MAX_CLAIMED_MAILS - len(self._parse_tasks)
         if self._is_draining or places <= 0:
@@ -295,7 +299,10 @@ class MailParser:
             self._wakeup.set()
 
     async def _claim_batch(self, claim: ClaimQuery) -> Sequence[MailParseTask]:
-        """Claim mails and start a task for each; return the tasks."""
+        """Claim mails and start a task for each; return the tasks.
+
+        Raises `DatabaseUnavailable`, after a release of mails whose claim was committed without an answer.
+        """
         since = time.monotonic()
         try:
             claimed = await self._store.claim(claim)

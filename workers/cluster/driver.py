@@ -240,7 +240,7 @@ class ClusterDriver(Protocol):
         """
 
     async def observe_uncached(self, workflow_id: str) -> ObservedDeployment:
-        """Return the present state of a deployment by requests to the cluster itself, never from a cache.
+        """Return the current state of a deployment by requests to the cluster itself, never from a cache.
         Raises `ClusterError`.
         """
 

@@ -124,8 +124,8 @@ def start_process(
 
 
 def find_process(folder: Path) -> LocalProcess | None:
-    """Return the process that the birth file beside `folder` names, which may have ended since; None without
-    a complete file.
+    """Return the process that `start_process` recorded in the file beside `folder`, which may have ended since; None
+    without a complete file.
     """
     try:
         line = (folder.parent / BIRTH_FILE).read_text()

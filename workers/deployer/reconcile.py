@@ -41,7 +41,7 @@ class ReconcileStep(StrEnum):
 def plan(deployment: Deployment, observed: ObservedDeployment, *, is_applied: bool) -> ReconcileStep:
     """Return the next step for a deployment: apply, scale or delete its objects, or none.
 
-    `is_applied` says whether it was applied with the present settings of this deployer. Draining is no step:
+    `is_applied` says whether it was applied with the current settings of this deployer. Draining is no step:
     its pods keep their number.
     """
     if not deployment.is_deployed:
@@ -59,7 +59,7 @@ def plan(deployment: Deployment, observed: ObservedDeployment, *, is_applied: bo
 
 
 def starts_pods(deployment: Deployment, observed: ObservedDeployment, taken: ReconcileStep) -> bool:
-    """Return whether a step starts pods: those of a stopped workflow, or replacements of its present ones."""
+    """Return whether the step `taken` starts pods: those of a stopped workflow, or replacements of its current ones."""
     if deployment.replicas == 0:
         return False
     return taken is ReconcileStep.APPLY or (taken is ReconcileStep.SCALE and not observed.ready_pods)
@@ -179,7 +179,8 @@ def pods_to_replace(
 
 
 def seconds_until_replaced(deployment: Deployment, seen: ObservedStatus, *, now: datetime) -> float | None:
-    """Return the seconds until pods of a lost node are replaced, unless it returns before; None without such pods.
+    """Return the seconds until pods of a lost node are replaced, unless the node returns before; None without such
+    pods.
 
     Negative if they are overdue.
     """
@@ -271,7 +272,7 @@ def _determine_state(deployment: Deployment, observed: ObservedDeployment) -> St
 
 
 def _is_unchanged_since(deployment: Deployment, state: Stored) -> bool:
-    """Return whether `state` was the last stored state, and the desired state hasn't changed since."""
+    """Return whether `state` is the last observed state that was stored, and the desired one hasn't changed since."""
     return deployment.observed == state and deployment.observed_generation == deployment.generation
 
 

@@ -111,10 +111,9 @@ class ReconcileQueue:
         self._enqueue(workflow_id, is_urgent=True)
 
     def add_unless_scheduled(self, workflow_id: str, generation: int) -> None:
-        """Queue a workflow, unless a task reconciles it, or a retry is scheduled for the same generation of
-        its row.
+        """Queue a workflow, unless it is being reconciled or a retry of it is scheduled.
 
-        With another generation than at its last reconciliation it is urgent.
+        If `generation` is not that of its last reconciliation, it is queued as urgent, in spite of a retry.
         """
         entry = self._entries.get(workflow_id)
         if entry is None:
@@ -167,7 +166,7 @@ class ReconcileQueue:
             entry.stop_timer()
 
     def _enqueue(self, workflow_id: str, *, is_urgent: bool) -> None:
-        """Queue a workflow, or note that it is to be queued after its present reconciliation."""
+        """Queue a workflow, or note that it is to be queued after its reconciliation in progress."""
         entry = self._entries.setdefault(workflow_id, _QueueEntry())
         if entry.is_taken:
             entry.is_asked_again = True
@@ -288,7 +287,7 @@ class StartGate:
         self._starting[workflow_id] = organization_id
 
     def release(self, workflow_id: str) -> None:
-        """Free the place of a start that has ended or is stuck; waiting starts get it."""
+        """Free the place of a start that has ended or is stuck for waiting ones; a start that waits no longer does."""
         self._waiting.pop(workflow_id, None)
         if self._starting.pop(workflow_id, None) is not None:
             self._admit_more()

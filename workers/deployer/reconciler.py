@@ -459,7 +459,7 @@ class Reconciler:
         return RETRY_AT_ONCE if noted is RETRY_AT_ONCE else retry
 
     async def revoke_superseded(self, driver: ClusterDriver, workflow_id: str) -> None:
-        """Revoke tokens of replaced pods, once all pods are of the present deployment or none is left.
+        """Revoke tokens of replaced pods, once all pods are of the current deployment or none is left.
 
         Only tokens that were replaced over `start_seconds` ago: right after an apply, the old pods may be the only
         ones. Raises `DatabaseUnavailable` and `ClusterError`.
