@@ -153,7 +153,10 @@ async def delete_session(connection: AsyncConnection, session_id: str) -> None:
 
 
 async def record_use(database: Database, session_id: str, now: datetime) -> None:
-    """Store `now` as the time of the last use of a session; raises `DatabaseUnavailable`."""
+    """Store `now` as the time of the last use of a session; a missing session is ignored.
+
+    Raises `DatabaseUnavailable`.
+    """
     statement = update(BrowserSession).where(col(BrowserSession.id) == session_id).values(last_seen_at=now)
 
     async def record(connection: AsyncConnection) -> None:

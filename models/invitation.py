@@ -123,7 +123,7 @@ async def accept_invitation(connection: AsyncConnection, invitation: Invitation,
 
 
 async def record_user(connection: AsyncConnection, invitation: Invitation, user_id: str) -> None:
-    """Store in an invitation the id of the user that it has created."""
+    """Store in an invitation the id of the user who was created by accepting it."""
     await connection.execute(
         update(Invitation).where(col(Invitation.id) == invitation.id).values(user_id=user_id)
     )

@@ -360,9 +360,9 @@ def _stop_unless_in_use(
 def _stop_unless_open(
     schedule: WindowSchedule, situation: DeploymentSituation, now: datetime
 ) -> LifecycleVerdict:
-    """Return a stop while the schedule is closed, though not before its first closing after a start by a user.
+    """Return a stop while the schedule is closed; after a start by a user, only from the next closing on.
 
-    Before, no action, with the time of the next closing.
+    Otherwise return no action, with the time of the next closing as the time to check again.
     """
     if weekly_windows.is_open(schedule, now):
         closes_at = weekly_windows.next_closing(schedule, now)

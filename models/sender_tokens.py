@@ -112,7 +112,8 @@ def _token_of_row(row: Row[*tuple[Any, ...]]) -> FoundSenderToken:
 
 
 async def record_use(database: Database, token_id: str, *, now: datetime, every: timedelta) -> None:
-    """Store `now` as the time of a token's last use, unless the stored time is less than `every` older.
+    """Store `now` as the time of a token's last use, unless the stored time is less than `every` older; a missing token
+    is ignored.
 
     Raises `DatabaseUnavailable`.
     """

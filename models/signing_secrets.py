@@ -76,7 +76,9 @@ def visible_suffix(secret: str) -> str:
 
 
 def encrypt_secret(vault: SecretVault, secret: str, *, organization_id: str, object_id: str) -> EncryptedText:
-    """Encrypt a signing secret for the row of this object, readable by this organization alone."""
+    """Return a signing secret encrypted for the row with the id `object_id` of this organization, which alone can
+    decrypt it.
+    """
     return vault.encrypt(secret.encode(), organization_id=organization_id, object_id=object_id)
 
 

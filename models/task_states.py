@@ -48,5 +48,7 @@ def workers_key(organization_id: str) -> str:
 
 
 def organization_of_key(key: str, prefix: str = WATCH_PREFIX) -> str | None:
-    """Return the id of the organization in a key of `watch_key`, or with another prefix; None for any other key."""
+    """Return the id of the organization in a key that begins with `prefix`, by default a key of `watch_key`; None for
+    any other key.
+    """
     return key.removeprefix(prefix) if key.startswith(prefix) else None

@@ -48,7 +48,7 @@ class ListedTools(msgspec.Struct, frozen=True, rename="camel"):
 
 
 def read_tools(stored: Mapping[str, Any] | None) -> ListedTools:
-    """Return the tools in the column `tools` of a data source; none for None."""
+    """Return the tools in the column `tools` of a data source; no tools for an empty column (None)."""
     return ListedTools() if stored is None else msgspec.convert(stored, ListedTools)
 
 

@@ -60,9 +60,9 @@ class WorkflowTriggerMatch(SQLModel, table=True):
 
 
 def parse_patterns(config: Mapping[str, Any]) -> Sequence[str]:
-    """Return the event types and prefixes (`a.*`) in the config of an event trigger, without duplicates, at most 100.
+    """Return the event types and prefixes (`a.*`) in the config of an event trigger, without duplicates.
 
-    Invalid patterns, which a draft may have, are left out.
+    Invalid patterns, which a draft may have, and all after the first 100 are left out.
     """
     given = config.get("event_type")
     listed = given if isinstance(given, list) else [given]

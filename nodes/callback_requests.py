@@ -41,7 +41,7 @@ async def sign(call: NodeCall, body: bytes | None) -> Mapping[str, str]:
     return await call.services.callbacks.sign(call.caller, message_id, body or b"")
 
 
-def wait(call: NodeCall, method: str, url: str) -> AnswerWait:
+def build_wait(call: NodeCall, method: str, url: str) -> AnswerWait:
     """Return the wait of a node for its callback, until `callbackTimeoutSeconds` of the config have passed since
     `call.now`.
 

@@ -267,8 +267,8 @@ def _deciding_field_problem(document: NodeTypeDocument, node_type: NodeType) -> 
 def expand_schema(schema: Mapping[str, Any], path: str) -> dict[str, Any]:
     """Return a JSON Schema with its local references (`#/$defs/…`) expanded.
 
-    Raises `InvalidDocument` with the problems: a schema over 64 KiB, too deep or recursive, and keywords that
-    forms, validation and fixes don't understand.
+    Raises `InvalidDocument` with the problems, at places that begin with `path`: a schema over 64 KiB, too deep or
+    recursive, and keywords that forms, validation and fixes don't understand.
     """
     if len(msgspec.json.encode(schema)) > MAX_SCHEMA_BYTES:
         message = f"{path} is larger than {MAX_SCHEMA_BYTES:,} bytes"

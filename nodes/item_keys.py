@@ -32,10 +32,11 @@ class ItemKey:
 
     @classmethod
     def from_config(cls, name: str, call: NodeCall, source: Json) -> Self:
-        """Return the key for `source`, an entry of the config field `name`, which may be an expression.
+        """Return the key for `source`, an entry of the config field `name`: the name of an item's field, or an
+        expression.
 
-        An expression without `item` or `index` is rendered once, to the name of a field. Raises `ExpressionError`, and
-        `NodeError` for a name that is no text.
+        An expression without `item` or `index` is rendered once, now, to the name of a field; others are rendered for
+        each item. Raises `ExpressionError`, and `NodeError` for a name that is no text.
         """
         template = compile_value(source)
         if any(path.root in ITEM_ROOTS for path in template.paths):

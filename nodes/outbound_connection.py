@@ -112,8 +112,8 @@ class OutboundConnection(asyncio.Protocol):
         return stream
 
     def end_stream(self) -> None:
-        """End the exchange of `open_stream`: keep the connection for the next one if the response has arrived whole,
-        else close it.
+        """End the exchange of `open_stream`: if the response has arrived whole, another exchange may begin on the
+        connection; else close it.
         """
         if not self.is_reusable:
             self.abort()

@@ -74,7 +74,10 @@ class AnswerParser(Protocol):
     """Parser of one answer."""
 
     def feed(self, data: bytes) -> str:
-        """Add the data of one event, and return the text that it adds; raises `ModelCallFailed`."""
+        """Add the data of one event, and return the text that it adds to the answer, possibly empty.
+
+        Raises `ModelCallFailed` for an error of the provider and invalid data.
+        """
 
     def finish(self) -> ChatAnswer:
         """Return the complete answer; raises `ModelCallFailed` if the stream has ended before it."""

@@ -30,7 +30,7 @@ class StructuredAnswer:
 def read_answer(text: str, schema: Mapping[str, Any]) -> StructuredAnswer:
     """Return the JSON value in an answer, the whole text or its only fenced block, and its problems by the schema.
 
-    Raises `NodeError` for a schema that can't be used.
+    A text that is no JSON has the value None and one problem. Raises `NodeError` for a schema that can't be used.
     """
     fenced = _FENCED.match(text)
     try:

@@ -74,8 +74,8 @@ class OrganizationFolder:
     async def put(self, key: str, content: bytes, *, media_type: str, timeout_seconds: float) -> str:  # noqa: ARG002 - a file has no type
         """Write a file atomically, so that readers see the old or the new content, never a part; return its tag.
 
-        Raises `NodeError` for an invalid key, content over 50 MB, a full folder (10,000 files, 5 GB), and at
-        the time limit.
+        `media_type` is ignored, since files have none. Raises `NodeError` for an invalid key, content over 50 MB, a
+        full folder (10,000 files, 5 GB), and at the time limit.
         """
         if len(content) > MAX_OBJECT_BYTES:
             message = f"The content has {len(content):,} bytes; at most {MAX_OBJECT_BYTES:,} are written"
@@ -83,7 +83,7 @@ class OrganizationFolder:
         return await self._in_time(timeout_seconds, partial(self._put, *_split_key(key), content))
 
     async def list(self, prefix: str, *, max_objects: int, timeout_seconds: float) -> Sequence[StoredObject]:
-        """Return all files whose key begins with the prefix, sorted by key.
+        """Return all files whose key begins with the prefix, sorted by key; empty if the folder doesn't exist.
 
         Raises `NodeError` for more than `max_objects`, and at the time limit.
         """

@@ -171,17 +171,19 @@ class ZipArchive:
         return name in self._names
 
     async def read_part(self, name: str, part: WorkbookPart) -> None:
-        """Unpack a file of the archive and parse its XML with `part`.
+        """Unpack the file `name` of the archive and parse its XML with the handler `part`.
 
-        The limit of elements counts for all parts together. Raises `NodeError` for invalid XML and exceeded limits.
+        The limit of elements counts for all files together. Raises `NodeError` for invalid XML and exceeded limits,
+        `KeyError` for a missing file.
         """
         part.elements_left = self._elements_left
         await xml_reader.read_xml(await self._unpack(name), part, self._turn)
         self._elements_left = part.elements_left
 
     async def _unpack(self, name: str) -> bytes:
-        """Return the unpacked content of a file of the archive; raises `NodeError` for a damaged file, and beyond 50 MB
-        in total.
+        """Return the unpacked content of a file of the archive.
+
+        Raises `KeyError` for a missing file, and `NodeError` for a damaged file and beyond 50 MB in total.
         """
         entry = self._zip.getinfo(name)
         if entry.flag_bits & 1 or entry.compress_type not in {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}:

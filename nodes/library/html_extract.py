@@ -94,10 +94,10 @@ class PageExtractor:
     async def _extract_field(
         self, each: ExtractedField, element: HtmlElement | None, elements: Sequence[HtmlElement]
     ) -> Json:
-        """Return the value of a field in an element, without a selector that of the element itself: of all matches, or
-        the first.
+        """Return the value of a field: of the first match of its selector among `elements`, or of all as a list;
+        without a selector, of `element` itself.
 
-        Without a match, an empty list, or null, for which the field is added to `missing`.
+        Without a match, an empty list for all; else null, and the name of the field is added to `missing`.
         """
         self._count(1, 0)
         found = [element] if element else []

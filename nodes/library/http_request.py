@@ -74,7 +74,7 @@ async def run(call: NodeCall) -> Json | AnswerWait:
         if (fails_on_error or waits) and response.status >= FIRST_ERROR_STATUS:
             raise _status_error(response, url)
         if waits:
-            return callback_requests.wait(call, method.value, url)
+            return callback_requests.build_wait(call, method.value, url)
         body = await offload.run(_decode_body, response, response_type)
     return {
         "status": response.status,

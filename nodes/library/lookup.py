@@ -54,10 +54,11 @@ class LookupJoin:
         )
 
     def join_item(self, item: Json, index: int, rows: list[Json]) -> Iterator[Json]:
-        """Yield an item joined with its matching rows: with the first, each of them, or all as a list, by `matches`.
+        """Yield an item joined with its matching `rows`: by `matches` once with the first row, once with each row, or
+        once with the list of all.
 
-        Without rows it yields nothing or the item alone, or raises `NodeError`, by `on_missing`. It is lazy, since a
-        single item can exceed the limit of the output.
+        Without rows, by `on_missing`, it yields nothing, raises `NodeError`, or yields the item, in which the field
+        `name`, if set, is null or an empty list. It is lazy, since a single item can exceed the limit of the output.
         """
         if not rows:
             yield from self._handle_missing(item, index)

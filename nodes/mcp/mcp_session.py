@@ -253,9 +253,9 @@ class McpSession:
         headers: Mapping[str, str] | None = None,
         meta: Mapping[str, str] | None = None,
     ) -> Mapping[str, Json]:
-        """Send a request and return its result; one with an expired session is sent again in a new one.
+        """Send a request and return its result; if the session has expired, send it once more in a new session.
 
-        Raises `NodeError`.
+        `name` is that of a called tool, and `meta` is added to the parameters. Raises `NodeError`.
         """
         for is_repeated in (False, True):
             self._number += 1
