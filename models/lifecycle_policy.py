@@ -397,10 +397,10 @@ def _decide_while_down(
     policy: DeploymentPolicy, situation: DeploymentSituation, now: datetime
 ) -> LifecycleVerdict:
     """Return the decision about a deployment that is down or drains: start it for its policy, wake it for a due run, or
-    neither.
+    no action.
 
-    After a failed start, neither before the time of the next retry. A decision for neither has that time, or the next
-    opening of the windows, as the time to check again.
+    After a failed start, no action before the time of the next retry. With no action, that time, or the next opening of
+    the windows, is the time to check again.
     """
     if situation.stopped_reason is StoppedReason.ARCHIVED:
         return LifecycleVerdict(LifecycleAction.NONE, LifecycleReason.NOT_DEPLOYED)

@@ -69,8 +69,8 @@ def driver_address(url: URL) -> str:
 async def open_session(address: str, *, settings: Mapping[str, str], **options: Any) -> Any:  # noqa: ANN401 - asyncpg's own
     """Open a session with these settings of PostgreSQL and our timeouts; `guard_server` terminates it in an outage.
 
-    Behind a pooler that refuses settings, it has neither. Takes the options of `asyncpg.connect`, and raises its
-    exceptions.
+    Behind a pooler that refuses settings, the session has neither settings nor timeouts. Takes the options of
+    `asyncpg.connect`, and raises its exceptions.
     """
     connection = await _open_session(address, settings, options)
     of_loop = _connections.setdefault(asyncio.get_running_loop(), {})

@@ -62,8 +62,8 @@ async def _list_objects(config: Mapping[str, Json], bucket: ObjectBucket, timeou
 async def _convert_object(call: NodeCall, key: str, content: bytes) -> dict[str, Json]:
     """Return the content of an object in the form that the config's `as` asks for, with the name of the form.
 
-    It is parsed by its format, or stored as a blob: on demand, and for `auto` if it is binary. Raises
-    `NodeError` if it is too large to be parsed.
+    It is parsed by its format, or stored as a blob if `as` asks for that, or is `auto` and the content is binary.
+    Raises `NodeError` if it is too large to be parsed.
     """
     wanted = config_fields.read_text(call.config, "as")
     if wanted == BLOB_OUTPUT or (wanted == FileFormat.AUTO and b"\0" in content[: file_reader.HEAD_BYTES]):

@@ -66,7 +66,9 @@ the request, so that neither a silent repetition nor the end of the reservation 
 
 
 def open_model_outbound(networks: Sequence[IpNetwork], hosts: Collection[str]) -> OutboundClient:
-    """Return the HTTP client for providers: public ones, and those that the operator allows by network or host."""
+    """Return a new HTTP client that reaches only public providers, and those that the operator allows by network or
+    host.
+    """
     return OutboundClient(OutboundPolicy(tuple(networks), allowed_hosts=frozenset(hosts)))
 
 

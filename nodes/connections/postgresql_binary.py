@@ -104,7 +104,8 @@ def iterate_fields(row: bytes) -> Iterator[bytes]:
 def is_credible(types: LearnedTypes, oid: int, value: bytes) -> bool:
     """Return whether all counts within a value of the type `oid` are plausible, and its nesting is not too deep.
 
-    The driver allocates memory by these counts. It detects wrong lengths itself, so these end the check as plausible.
+    The driver allocates memory by these counts. A value with wrong lengths counts as plausible: the driver detects them
+    itself.
     """
     visits = 0
     levels: list[Iterator[tuple[int, bytes]]] = [iter([(oid, value)])]

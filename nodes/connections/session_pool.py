@@ -75,8 +75,8 @@ class SessionPool:
         await _close_session(session)
 
     def release(self, session: DatabaseSession) -> None:
-        """Return a session to the pool after successful work, at once; its state is reset in the background before its
-        next use.
+        """Return a session to the pool after successful work, without waiting: its state is reset in the background
+        before its next use.
         """
         self._in_background(self._reset(session))
 

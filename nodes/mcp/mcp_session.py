@@ -48,7 +48,9 @@ _FIRST_SERVER_ERROR: Final = 500
 
 
 def open_outbound(networks: Sequence[IpNetwork], hosts: Collection[str]) -> OutboundClient:
-    """Return the HTTP client for tool servers: public ones, and those that the operator allows by network or host."""
+    """Return a new HTTP client that reaches only public tool servers, and those that the operator allows by network or
+    host.
+    """
     policy = OutboundPolicy(
         tuple(networks), allowed_hosts=frozenset(hosts), max_response_bytes=MAX_ANSWER_BYTES
     )
@@ -119,7 +121,8 @@ class McpSession:
     async def negotiate(self, version: str | None) -> None:
         """Agree on a protocol version with the server: without sessions if it knows that version, else by a handshake.
 
-        `version` is that of an earlier session, which saves the question; None if it is unknown. Raises `NodeError`.
+        `version` is that of an earlier session, so that the server isn't asked for its versions; None if it is unknown.
+        Raises `NodeError`.
         """
         if version == STATELESS_VERSION or (version is None and await self._ask_for_stateless_version()):
             self.version = STATELESS_VERSION

@@ -93,9 +93,9 @@ class ProcessPool:
         idle_seconds: float = IDLE_SECONDS,
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        """Run up to `limit` jobs at once, or more for fairness: see `FairSlots`.
+        """`limit` is the number of jobs that run at once, of which `FairSlots` allows more for fairness.
 
-        `environment` adds variables to those of the children.
+        `environment` adds variables to those of the children, which end after `idle_seconds` without a job.
         """
         self._kind = kind
         self._environment = {**CHILD_ENVIRONMENT, **(environment or {})}
@@ -108,11 +108,11 @@ class ProcessPool:
     async def run(
         self, job: bytes, listener: JobListener, *, organization_id: str, seconds: float
     ) -> NodeResult:
-        """Run an encoded job in a child process, and return its result; `listener` gets its log lines and
-        unresolved paths.
+        """Run an encoded job in a child process, and return its result; `listener` gets its log lines and unresolved
+        paths.
 
-        Organizations share the processes fairly. Raises the `NodeError` of the job, or one with the code
-        `timeout` (after `seconds` and a grace), `crashed` or `busy`. The child is ended after a failure.
+        Organizations share the processes fairly. Raises the `NodeError` that the job has reported, or one with the code
+        `timeout` (after `seconds` and a grace), `crashed` or `busy`. A child that has not replied is ended.
         """
         async with self._places.hold(organization_id):
             child = await self._acquire()

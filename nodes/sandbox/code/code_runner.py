@@ -53,7 +53,9 @@ class CodeRunner:
     """Implements `engine.services.CodeService`."""
 
     def __init__(self, backend: CodeBackend, *, limit: int) -> None:
-        """Run up to `limit` scripts at once, or more for fairness: see `nodes.sandbox.fairness`."""
+        """`limit` is the number of scripts that run at once, of which `nodes.sandbox.fairness` allows more for
+        fairness.
+        """
         self._processes = ProcessPool(PROCESS_KINDS[backend], limit=limit)
 
     async def run(

@@ -153,8 +153,8 @@ class MontyInterpreter:
 def _forbid_processes() -> None:
     """Forbid the interpreter, a child of this process, to start more processes and threads than it has.
 
-    Its id is read from the descriptor with which its parent waits for it. The limit counts all processes of its user,
-    which may be any number: so it is zero, and not a few more than exist. A failure is ignored.
+    The interpreter's process id is read from the descriptor with which this process waits for it. The limit counts all
+    processes of its user, which may be any number: so it is zero, and not a few more than exist. A failure is ignored.
     """
     with suppress(OSError):
         for entry in os.listdir(FDINFO):  # noqa: PTH208 - only names are needed
