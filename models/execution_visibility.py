@@ -17,10 +17,11 @@ if TYPE_CHECKING:
 
 
 def visibility_condition(caller: ApiCaller) -> ColumnElement[bool]:
-    """Return the SQL condition under which a caller may see an execution: as admin, or if its workflow is readable.
+    """Return the SQL condition for executions of the caller's organization that the caller may see: all for an admin,
+    else those of readable workflows.
 
-    Executions of a deleted workflow, and private executions (of node tests, for example), are visible to
-    admins, the owner of the workflow, and the user of the execution only.
+    Executions of a deleted workflow, and private executions (of node tests, for example), are visible to admins, the
+    owner of the workflow, and the user of the execution only.
     """
     own = and_(col(Execution.organization_id) == caller.organization_id, col(Execution.shard) == caller.shard)
     if caller.is_admin:

@@ -57,7 +57,9 @@ class SessionPool:
             raise
 
     async def _open_within_limit(self) -> DatabaseSession:
-        """Open a session; if the caller is canceled meanwhile, it is closed in the background."""
+        """Open a session and return it; if the caller is canceled meanwhile, the session is closed once it is open, in
+        the background.
+        """
         opening = asyncio.ensure_future(self._open_session())
         try:
             return await asyncio.shield(opening)
