@@ -120,8 +120,8 @@ class BrowserSignIn:
     async def _find(self, scope: Mapping[str, Any], given: SignInRequest) -> FoundKey | None:
         """Return the key that a sign-in names, directly or by a one-time code; None for an unknown one.
 
-        The key may be expired or revoked. A code is used up by this, and counts only from this machine. A key's text
-        has at most 200 characters.
+        The key may be expired or revoked. A code is used up by this; from another machine, and for a key's text of over
+        200 characters, the result is None.
         """
         if given.code is not None:
             hashed = browser_session.hash_secret(given.code)

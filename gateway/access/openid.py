@@ -93,7 +93,10 @@ async def begin(request: GatewayRequest) -> ASGIApp:
 
 
 async def begin_invitation(request: GatewayRequest) -> JsonResponse:
-    """Return the address of the provider for the acceptance of an invitation with an account there."""
+    """Return the address of the provider for the acceptance of an invitation with an account there.
+
+    Also sets the cookie of the attempt. Refused for an unknown, used, revoked or expired code.
+    """
     from gateway.access.openid_provider import ProviderUnavailable  # noqa: PLC0415 - see _require_provider
 
     cookie, openid = sign_in.require_cookie(request), _require_provider(request)
@@ -110,7 +113,10 @@ async def begin_invitation(request: GatewayRequest) -> JsonResponse:
 
 
 async def finish(request: GatewayRequest) -> ASGIApp:
-    """Take the provider's answer: sign the browser in, or connect the identity."""
+    """Take the provider's answer: sign the browser in, or connect the identity.
+
+    Every failure redirects to a page that explains it.
+    """
     from gateway.access.openid_provider import (  # noqa: PLC0415 - see _require_provider
         ProviderRefusal,
         ProviderUnavailable,

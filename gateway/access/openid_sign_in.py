@@ -140,8 +140,7 @@ class OpenIdSignIn:
         """Return the user of an identity, and the id of the key that its sessions stand for.
 
         A new identity gets a user by an invitation. The key gets a new expiry, even if it had expired; if it is
-        revoked or gone, a new one replaces it.
-        Raises `NoAccount` and `IdentityTaken`.
+        revoked or gone, a new one replaces it. Raises `NoAccount` and `IdentityTaken`.
         """
         found = await user_identity.find_identity(connection, claims.issuer, claims.subject)
         if found is None:

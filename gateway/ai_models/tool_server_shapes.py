@@ -227,10 +227,10 @@ def build_changes(before: StoredDataSource, body: UpdateToolServer) -> UpdateDat
 
 
 def accept_tools(listed: ListedTools, body: AcceptTools, *, user_id: str, now: datetime) -> ListedTools:
-    """Return the tools of a server after a person has accepted some, and withdrawn others.
+    """Return the tools of a server after a person has accepted some, and withdrawn others; nothing is stored.
 
-    An acceptance that doesn't change keeps its user and time. Raises a 422 error for a tool that the server doesn't
-    list, for a hash that is neither that of the last list nor the accepted one, and for too many tools.
+    An acceptance that doesn't change keeps its user and time. Raises a 422 error for a tool that is named twice or not
+    listed, for a hash that is neither that of the last list nor the accepted one, and for too many tools.
     """
     problems = ProblemCollector()
     offered = {str(one["name"]): one for one in listed.offered if one["hash"]}

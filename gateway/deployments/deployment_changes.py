@@ -108,8 +108,8 @@ async def change_deployment(
 ) -> Deployment:
     """Lock the deployment of the requested workflow, apply the decision of `decide` to it, and return it.
 
-    A decision without an action changes nothing; `replicas` None keeps the number of pods. The audit trail
-    gets an entry. Raises 404, 403, and 409 if the workflow isn't deployed.
+    A decision without an action changes nothing; another one gets an audit entry. `replicas` None keeps the
+    number of pods. Raises 404, 403, and 409 if the workflow isn't deployed.
     """
     workflow_id, caller = requested.id, requested.caller
 

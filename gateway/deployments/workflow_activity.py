@@ -284,7 +284,7 @@ def _rank_active(
     """Return a CTE of the workflows with runs or a deployment that meet conditions, and the terms of an order.
 
     Its columns are their ids, the terms if `is_ranked`, and 1 or 0 for `busy` and for each state. Busy workflows
-    precede all others in the order: those with runs, and by the worst those without a start of their pods.
+    precede all others in the order: those with runs, and, if `order` is `WORST`, those whose pods can't start.
     """
     sums = _sum_recent_runs(caller, since)
     active = union(
@@ -347,7 +347,7 @@ def _sum_recent_runs(caller: ApiCaller, since: datetime) -> CTE:
 
 
 def _list_order_terms(order: ActivityOrder, sums: CTE) -> Sequence[SQLColumnExpression[Any]]:
-    """Return the terms by which workflows with counts are sorted: by name ascending, else descending."""
+    """Return the terms by which workflows with counts are sorted: by name, to be sorted ascending, else descending."""
     last_run = func.coalesce(sums.c.accepted_at, 0)
     newest: Sequence[SQLColumnExpression[Any]] = (col(Workflow.updated_at), col(Workflow.id))
     if order is ActivityOrder.NAME:

@@ -35,7 +35,8 @@ class PlainPages:
     def find(self, path: str) -> ASGIApp | None:
         """Return the answer with the Markdown page at a path below `/docs/`, `README.md` for "".
 
-        Without built pages, the contents and `api` are explanations. None for other paths.
+        `api`, which only the built site has, and `README.md` without a checkout, are short explanations. None for
+        other paths.
         """
         name = path or CONTENTS
         if name in self.pages:

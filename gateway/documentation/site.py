@@ -106,7 +106,7 @@ async def show(request: GatewayRequest) -> ASGIApp:
 
 
 async def redirect(request: GatewayRequest) -> RedirectResponse:  # noqa: ARG001 - a handler's signature
-    """Lead to the documentation: relative addresses stay below the path of a proxy."""
+    """Redirect to the documentation, by a relative address, which stays below the path of a proxy."""
     return RedirectResponse("docs/")
 
 

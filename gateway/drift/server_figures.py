@@ -142,7 +142,10 @@ def _show_phase(phase: str, ordered: Sequence[float]) -> WakePhase:
 async def _find_oldest(
     connection: AsyncConnection, activities: Sequence[Mapping[str, Any]]
 ) -> Sequence[OldestRows]:
-    """Return the time of the oldest execution, delivery and event, taken from its id, with the retention in days."""
+    """Return the creation time of the oldest execution, delivery and event, taken from its id, None without rows.
+
+    The retention in days is that of a process in `activities`, None if none reports it.
+    """
     days: Mapping[str, int] = next((one["retention"] for one in activities if one.get("retention")), {})
     tables: tuple[tuple[str, type[SQLModel], str], ...] = (
         ("executions", Execution, "executions"),

@@ -175,7 +175,7 @@ def workflow_paused() -> ApiError:
 
 
 def no_such_trigger(kind: str) -> ApiError:
-    """Return the 422 error for a request that doesn't match the kind of the workflow's trigger."""
+    """Return the 422 error for a request that needs a trigger node of this kind, if the workflow has none."""
     return ApiError(422, f"no-{kind}-trigger", f"The workflow has no {kind} trigger node: add one")
 
 
@@ -199,7 +199,7 @@ def stopped_manually() -> ApiError:
 def start_failed(reason: str, execution_id: str) -> ApiError:
     """Return the 503 error for an accepted run whose pods can't start; it names the run, which remains.
 
-    To ask again after 60 seconds.
+    The client may retry after 60 seconds.
     """
     message = f"The workflow's pods can't start: {reason}. {execution_id} was accepted and runs once they can"
     return ApiError(503, "start-failed", message, retry_after_seconds=START_RETRY_SECONDS)
@@ -209,7 +209,7 @@ def start_blocked(reason: str, execution_id: str) -> ApiError:
     """Return the 503 error for an accepted run whose pods wait for capacity in the cluster; it names the run,
     which remains.
 
-    To ask again after 15 seconds.
+    The client may retry after 15 seconds.
     """
     message = (
         f"The workflow's pods wait for their start: {reason}. {execution_id} was accepted and runs after it"

@@ -102,7 +102,10 @@ class RequestHolding:
                 self.refusal = errors.busy("Too many concurrent requests of this address")
 
     def call_on_disconnect(self, callback: Callable[[], None]) -> None:
-        """Call `callback` as soon as the client leaves before its answer; at once if it has left already."""
+        """Call `callback` as soon as the client leaves before its answer; at once if it has left already.
+
+        It replaces the callback of an earlier call.
+        """
         if self._has_left:
             callback()
         else:

@@ -158,7 +158,10 @@ class GatewayRequest(StarletteRequest):
         self.scope["sent_with_answer"].append((name.lower().encode(), value.encode()))
 
     def call_on_disconnect(self, callback: Callable[[], None]) -> None:
-        """Call `callback` as soon as the client leaves before its answer; at once if it has left already."""
+        """Call `callback` as soon as the client leaves before its answer; at once if it has left already.
+
+        It replaces the callback of an earlier call.
+        """
         holding: RequestHolding | None = self.scope.get("holding")
         if holding is not None:
             holding.call_on_disconnect(callback)

@@ -303,7 +303,7 @@ def _build_security(access: KeyScope | AccessRule) -> Part:
 
 
 def _in_path(line: Route, shown: OperationExample) -> Iterator[Part]:
-    """Yield the documentation of the parameters in a path, by the segment before each."""
+    """Yield the documentation of the parameters in a path; the segment before a parameter decides its description."""
     for place, name in _NAMED.findall(line.path):
         yield {
             "name": name,

@@ -58,7 +58,10 @@ def build_schemas(
 
 
 def _tidy_schema(value: Any, known_as: Mapping[str, str]) -> Any:  # noqa: ANN401 - any JSON value
-    """Return a schema, at any depth, with public type names and without redundant keywords."""
+    """Return a schema, at any depth, with public type names and without redundant keywords.
+
+    `known_as` maps each name of a referenced schema to its public name.
+    """
     if isinstance(value, list):
         return [_tidy_schema(item, known_as) for item in value]
     if not isinstance(value, dict):

@@ -140,7 +140,7 @@ async def find_model(request: GatewayRequest, holder: LeaseHolder) -> JsonRespon
 async def block_model(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
     """Store the time for which the provider of a model accepts no calls, if the user of the path's run may use it.
 
-    Raises 409 `lease-lost`.
+    Nothing is stored for other models, and if a later time is stored. Raises 409 `lease-lost`.
     """
     call = await decode_call(request, ModelBlockRequest)
     caller = await lease_checks.read_caller(request.gateway.database, holder, request.path_params["id"])
@@ -161,7 +161,10 @@ async def reserve_model_call(request: GatewayRequest, holder: LeaseHolder) -> Js
 
 
 async def settle_model_call(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
-    """Store usage and cost of a call of a model by the path's run; raises 409 `lease-lost`."""
+    """Store usage and cost of a call of a model by the path's run, in place of its reservation.
+
+    A repeated request for a call changes nothing. Raises 409 `lease-lost`.
+    """
     call = await decode_call(request, ModelSettleRequest)
     caller = await lease_checks.read_caller(request.gateway.database, holder, request.path_params["id"])
     await request.gateway.pod_services.models.ledger.settle(caller, call.settlement, is_reserved=True)
@@ -169,7 +172,7 @@ async def settle_model_call(request: GatewayRequest, holder: LeaseHolder) -> Jso
 
 
 async def release_model_call(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
-    """Remove a reservation of the path's run; raises 409 `lease-lost`."""
+    """Remove the reservation of a model call of the path's run, unless its cost is stored; raises 409 `lease-lost`."""
     call = await decode_call(request, ModelReleaseRequest)
     caller = await lease_checks.read_caller(request.gateway.database, holder, request.path_params["id"])
     await request.gateway.pod_services.models.ledger.release(caller, call.key)
@@ -309,7 +312,7 @@ async def expect_signal(request: GatewayRequest, holder: LeaseHolder) -> JsonRes
 
 
 async def reply_to_signal(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
-    """Store a reply to the signal that a node of the path's run has received.
+    """Store a reply to the signal that a node of the path's run has received; only the first reply counts.
 
     Raises 409 `lease-lost`, 422 for a `NodeError`, and 503 if the database does not answer.
     """
@@ -322,7 +325,7 @@ async def reply_to_signal(request: GatewayRequest, holder: LeaseHolder) -> JsonR
 
 
 async def publish(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
-    """Publish a value in the state of the path's run.
+    """Publish a value under a key in the state of the path's run, in place of an earlier one; not for an ended run.
 
     Raises 409 `lease-lost`, 422 for a `NodeError`, and 503 if the database does not answer.
     """
@@ -335,7 +338,7 @@ async def publish(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
 
 
 async def reserve(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
-    """Reserve the next time at which a throttled node may run, and answer with it.
+    """Reserve the next time at which a throttled node may run, and answer with it; each request reserves another.
 
     Raises 409 `lease-lost`, 422 for a `NodeError`, and 503 if the database does not answer.
     """

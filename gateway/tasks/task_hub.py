@@ -149,7 +149,7 @@ class TaskHub:
         return results
 
     async def stop(self, organization_id: str, worker_id: str) -> None:
-        """Store that a worker stops: it gets no more tasks, and its open polls end."""
+        """Store that a worker stops: it gets no more tasks, and its open polls end; ignored for an unknown worker."""
         if await self.tasks.workers.stop(organization_id, worker_id):
             await self._polls.announce_leaving(organization_id)
 

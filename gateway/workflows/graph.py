@@ -99,7 +99,8 @@ async def build(request: GatewayRequest) -> JsonResponse:
     """Create a workflow with its whole graph, or report all its problems.
 
     Errors that are allowed in other drafts prevent the creation, except for `not-runnable`. `details` has an
-    entry for every invalid field and every error of the graph, with its `path` in the body.
+    entry for every invalid field and every error of the graph, with its `path` in the body. `dryRun` creates
+    nothing and answers 200 with the errors.
     """
     is_dry_run = request.query[DRY_RUN]
     value = await read_json(request)
