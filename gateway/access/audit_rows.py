@@ -274,7 +274,7 @@ def _order_key(row: AuditRow) -> tuple[datetime, str]:
 def _choose_tables(caller: ApiCaller, wanted: AuditFilter) -> Iterable[_AuditTable]:
     """Yield the tables that may have entries for a filter, each with its conditions.
 
-    Decisions have no key, request and address, so a filter by one of these selects changes alone.
+    Decisions have no key, request and address, so a filter by one of these selects only changes.
     """
     if wanted.selection is not AuditSelection.DECISION and wanted.reason is None:
         created_at = col(AuditEntry.created_at)

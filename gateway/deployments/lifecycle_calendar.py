@@ -281,8 +281,8 @@ def _list_planned(
 ) -> Iterable[TimeRange]:
     """Yield the times from now on in which a deployment will have pods without further activity, in order.
 
-    They are its present time up, until its next stop or `until`, or the time from its next start on, and the windows
-    that open later. Nothing for an archived workflow, which is not started any more.
+    They are its current time with pods, until its next stop or `until`, or the time from its next start on, and the
+    windows that open later. Nothing for an archived workflow, which is not started any more.
     """
     if seen is None or not seen.deployment.is_deployed:
         return

@@ -201,7 +201,7 @@ def page_statement(
     """Return the statement of a page of matching workflows in an order, by the counts of their runs from `since` on.
 
     Each row also has the number of all that match (`total`), of `busy` ones, and of those in each state; a page without
-    workflows is one row with these numbers. With the state None, meaning any, the page has busy workflows alone (those
+    workflows is one row with these numbers. With the state None, meaning any, the page has only busy workflows (those
     with runs, or whose pods can't start), unless it is ordered by name: `quiet_statement` lists the others behind them.
     So few rows are read and sorted, however many workflows have neither runs nor pods.
     """

@@ -178,8 +178,8 @@ class ServerHealth(WireStruct):
 async def show(request: GatewayRequest) -> JsonResponse:
     """Show the processes of the server with their versions and loads, and latency and sizes of its database.
 
-    Processes and sizes add up the work of all organizations, so they are shown to admins of the operator's
-    organization alone. Others see whether database, broker and scheduler answer.
+    Processes and sizes add up the work of all organizations, so they are shown only to admins of the operator's
+    organization. Others see whether database, broker and scheduler answer.
     """
     gateway = request.gateway
     now = gateway.clock()

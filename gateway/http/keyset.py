@@ -323,7 +323,7 @@ async def read_examined(
 async def _find_edge(connection: AsyncConnection, source: RowSource, bounds: KeysetBounds) -> datetime | None:
     """Return the time of the last row that a page examines; None if the list has no more than these.
 
-    The times alone are read, without the ids that order rows of one time: then the index has all columns.
+    Only the times are read, without the ids that order rows of one time: then the index has all columns.
     """
     behind = []
     if bounds.cursor.created_at is not None:

@@ -196,7 +196,7 @@ async def list_page(
     """Return a page of the workflows that the caller may read and that match, by a cursor, with their number up to
     10,000.
 
-    Templates are left out; rows have the columns of lists alone.
+    Templates are left out; rows have only the columns of lists.
     """
     found = await keyset.list_rows(
         connection,
