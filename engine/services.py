@@ -34,7 +34,7 @@ class RunCaller(msgspec.Struct, frozen=True):
     workflow_id: str
     execution_id: str
     key_id: str
-    """Id of the first of a line of executions; data of a run is stored under it."""
+    """Id of the first run of the chain of runs; blobs of the whole chain are stored under it."""
     write_key_id: str = ""
     """Id in idempotency keys; empty: `key_id`. A replay has its own, so that its writes have new keys."""
     is_tainted: bool = False
@@ -239,7 +239,7 @@ class FileFolderService(Protocol):
 
 
 class BlobService(Protocol):
-    """Blobs: contents too large for JSON, or binary. Each belongs to one chain of resumed runs."""
+    """Blobs: contents too large for JSON, or binary. Each belongs to one chain of runs."""
 
     async def put(
         self, caller: RunCaller, content: bytes, *, media_type: str, name: str = ""
@@ -247,8 +247,9 @@ class BlobService(Protocol):
         """Store content durably; return its reference: `{"$blob": {sha256, size, type, name}}`. Raises `NodeError`."""
 
     async def get(self, caller: RunCaller, reference: Json, *, max_bytes: int) -> bytes:
-        """Return the content of a reference that this chain of resumed runs has received; raises `NodeError`
-        for others.
+        """Return the content of a blob of the caller's chain of runs, by its reference.
+
+        Raises `NodeError` for other references, and for content over `max_bytes`.
         """
 
 

@@ -1,4 +1,4 @@
-"""Blob service for nodes: each run reads only blobs of its own chain of resumed runs."""
+"""Blob service for nodes: each run reads only blobs of its own chain of runs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class NodeBlobs:
     async def put(
         self, caller: RunCaller, content: bytes, *, media_type: str, name: str = ""
     ) -> dict[str, Json]:
-        """Store content as a blob of the caller's run and return the reference as JSON.
+        """Store content as a blob of the chain of the caller's run, and return the reference as JSON.
 
         Raises `NodeError` above 50 MB, and (retryable) if the storage is unavailable.
         """
@@ -40,7 +40,7 @@ class NodeBlobs:
         return reference.as_json()
 
     async def get(self, caller: RunCaller, reference: Json, *, max_bytes: int) -> bytes:
-        """Return the content of a blob of the caller's run; at most `max_bytes`, and never above 50 MB.
+        """Return the content of a blob of the caller's chain of runs; at most `max_bytes`, and never above 50 MB.
 
         Raises `NodeError` for an invalid reference, a missing or corrupt blob, a larger one, and (retryable)
         an unavailable storage.

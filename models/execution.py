@@ -252,9 +252,9 @@ class Execution(SQLModel, table=True):
     """Completed share in percent, including iterations of loops; never decreases, and is at most 99."""
     error: dict[str, Any] | None = Field(default=None, sa_column=Column(JsonTextColumn))
     key_id: str
-    """Execution id under which its blobs are stored: its own, or that of the first run of its line.
+    """Execution id under which its blobs are stored: its own, or that of the first run of its chain.
 
-    A line consists of runs that were resumed from, or are replays of, one another.
+    A chain consists of runs that were resumed from, or are replays of, one another.
     """
     resumed_from: str | None = None
     replay_of: str | None = None

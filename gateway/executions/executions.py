@@ -566,7 +566,7 @@ async def _ask_to_end(request: GatewayRequest, action: str) -> JsonResponse:
 async def resume(request: GatewayRequest) -> JsonResponse:
     """Resume a failed execution: start a new one from its committed results.
 
-    An execution is resumed once. After that, resume the newest execution of its line, which `details` names. The
+    An execution is resumed once. After that, resume the newest execution of its chain, which `details` names. The
     definition is that of the failed execution: to run the mended workflow, or to see a plan first, replay it.
     Agents continue behind their last steps, or begin new conversations with `fresh`.
     """

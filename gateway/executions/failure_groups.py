@@ -348,9 +348,9 @@ def last_runs_statement(caller: ApiCaller, execution_ids: Sequence[str]) -> Sele
 
 
 def _select_completed(link: SQLColumnExpression[str | None]) -> ScalarSelect[Any]:
-    """Return the subquery of the id of the newest completed run that continues an execution: later, in the same line.
+    """Return the subquery of the id of the newest completed run that continues an execution: later, in the same chain.
 
-    `link` is the column that it must have, `resumed_from` or `replay_of`; each has an index by line.
+    `link` is the column that it must have, `resumed_from` or `replay_of`; each has an index by chain.
     """
     return (
         select(func.max(col(_later.id)))

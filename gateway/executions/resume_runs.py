@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _later = aliased(Execution)
 IS_RESUMED: Final = (
     select(col(_later.id))
-    # By the index of resumed runs, which begins with the first run of a line.
+    # By the index of resumed runs, which begins with the first run of a chain.
     .where(col(_later.key_id) == col(Execution.key_id), col(_later.resumed_from) == col(Execution.id))
     .correlate(Execution)
     .exists()
@@ -141,33 +141,33 @@ async def settle_dead_letter(
 
 
 async def require_not_taken_up(connection: AsyncConnection, ended: ExecutionKey) -> None:
-    """Raise a 409 error if an execution was resumed or replayed; its details name the newest execution of the line.
+    """Raise a 409 error if an execution was resumed or replayed; its details name the newest execution of its chain.
 
-    A line is an execution with all executions that resume or replay it, directly or by way of others.
+    A chain is an execution with all executions that resume or replay it, directly or by way of others.
     """
     # A separate statement after the lock, so that it sees the commit of a competing resume.
     taken_up_key = select(col(Execution.key_id)).where(col(Execution.id) == ended.execution_id, IS_TAKEN_UP)
     key_id = await connection.scalar(taken_up_key)
     if key_id is None:
         return
-    of_line = col(Execution.key_id) == key_id
+    of_chain = col(Execution.key_id) == key_id
     resumed = select(col(Execution.id), col(Execution.created_at)).where(
-        of_line, col(Execution.resumed_from).is_not(None)
+        of_chain, col(Execution.resumed_from).is_not(None)
     )
     replayed = select(col(Execution.id), col(Execution.created_at)).where(
-        of_line, col(Execution.replay_of).is_not(None)
+        of_chain, col(Execution.replay_of).is_not(None)
     )
-    line = resumed.union(replayed).subquery()
+    chain = resumed.union(replayed).subquery()
     newest = await connection.scalar(
-        select(line.c.id).order_by(line.c.created_at.desc(), line.c.id.desc()).limit(1)
+        select(chain.c.id).order_by(chain.c.created_at.desc(), chain.c.id.desc()).limit(1)
     )
     raise already_taken_up(str(newest))
 
 
 def already_taken_up(newest: str) -> ApiError:
-    """Return the 409 error for a second resume, replay or redrive; its details name the newest of the line."""
+    """Return the 409 error for a second resume, replay or redrive; its details name the newest of the chain."""
     message = (
-        f"The execution was resumed, replayed or redriven already: continue the newest of its line, {newest}"
+        f"The execution was resumed, replayed or redriven already: continue the newest of its chain, {newest}"
     )
     detail = errors.problem("id", "already-resumed", message)
     return errors.conflict("already-resumed", message, details=[{**detail, "executionId": newest}])

@@ -168,7 +168,7 @@ ERROR_CODES: Final[Mapping[str, ErrorCode]] = {
     "email-taken": ErrorCode(409, "The organization has a user with this address."),
     "already-resumed": ErrorCode(
         409,
-        "It was resumed, replayed or redriven already; `executionId` in `details` is the newest of its line.",
+        "It was resumed, replayed or redriven already; `executionId` in `details` is the newest of its chain.",
     ),
     "count-changed": ErrorCode(
         409, "Fewer objects match the filter than `count` says; the message has the present number."

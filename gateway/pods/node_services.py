@@ -73,7 +73,7 @@ ASK_SECONDS: Final = 20.0
 
 
 async def put_blob(request: GatewayRequest, holder: LeaseHolder) -> NoContent:
-    """Store the body as a blob for the chain of resumed runs in the path, of which the pod must hold a run.
+    """Store the body as a blob for the chain of runs in the path, of which the pod must hold a run.
 
     Raises 409 `lease-lost`, 422 for a wrong hash and 503 without blob storage.
     """
@@ -92,9 +92,9 @@ async def put_blob(request: GatewayRequest, holder: LeaseHolder) -> NoContent:
 
 
 async def get_blob(request: GatewayRequest, holder: LeaseHolder) -> BlobDownload:
-    """Answer with a blob of the chain of resumed runs in the path, of which the pod must hold a run.
+    """Answer with a blob of the chain of runs in the path, of which the pod must hold a run.
 
-    Raises 409 `lease-lost`, 404 for a blob that is not stored and 503 without blob storage.
+    Raises 409 `lease-lost`, 404 for a missing or corrupt blob and 503 without blob storage.
     """
     owner = await _find_owner(request, holder)
     try:
@@ -106,7 +106,7 @@ async def get_blob(request: GatewayRequest, holder: LeaseHolder) -> BlobDownload
 
 
 async def _find_owner(request: GatewayRequest, holder: LeaseHolder) -> BlobOwner:
-    """Return the owner of the blobs of the chain of resumed runs in the path.
+    """Return the owner of the blobs of the chain of runs in the path.
 
     Raises 409 `lease-lost` unless the pod holds a run of the chain.
     """

@@ -20,7 +20,7 @@ class InvalidBlobReference(ValueError):
 
 
 class BlobReference(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Reference to a blob; valid only inside the chain of resumed runs that owns the blob."""
+    """Reference to a blob; valid only inside the chain of runs that owns the blob."""
 
     sha256: Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
     size: Annotated[int, msgspec.Meta(ge=0)]

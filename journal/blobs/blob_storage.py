@@ -1,4 +1,4 @@
-"""Interface of blob storages: durable blobs of a chain of resumed runs, addressed by SHA-256."""
+"""Interface of blob storages: durable blobs of a chain of runs, addressed by SHA-256."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class BlobLost(Exception):
 
 
 class BlobOwner(NamedTuple):
-    """Owner of blobs: all runs of an organization that were resumed from one another."""
+    """Owner of blobs: a chain of runs of an organization, which were resumed from, or are replays of, one another."""
 
     organization_id: str
     key_id: str
-    """The id of the first run of that chain."""
+    """Id of the first run of the chain."""
 
 
 class BlobLabel(msgspec.Struct, frozen=True):

@@ -1,4 +1,4 @@
-"""Blobs: values that are too large or too raw for a row, stored by SHA-256 for a chain of resumed runs."""
+"""Blobs: values that are too large or too raw for a row, stored by SHA-256 for a chain of runs."""
 
 from __future__ import annotations
 

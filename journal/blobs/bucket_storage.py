@@ -76,7 +76,7 @@ class BucketBlobStorage:
         yield OpenBlob(label, result.meta["size"], _read_chunks(result))
 
     async def delete(self, owner: BlobOwner) -> None:
-        """Delete all objects of one run, or of one chain of resumed runs; none is no error.
+        """Delete all objects of one run, or of one chain of runs; none is no error.
 
         Raises `BlobsUnavailable`.
         """

@@ -67,7 +67,7 @@ class FolderBlobStorage:
             file.close()
 
     async def delete(self, owner: BlobOwner) -> None:
-        """Remove the folder with all blobs of one run, or of one chain of resumed runs; none is no error.
+        """Remove the folder with all blobs of one run, or of one chain of runs; none is no error.
 
         Raises `BlobsUnavailable`.
         """

@@ -45,7 +45,7 @@ class RecordedValueLost(Exception):
 
 @dataclass(frozen=True, slots=True)
 class LargeValues:
-    """Large values of one chain of resumed runs. Its methods raise `BlobsUnavailable`."""
+    """Large values of one chain of runs. Its methods raise `BlobsUnavailable`."""
 
     blobs: RunBlobs
     owner: BlobOwner

@@ -587,7 +587,7 @@ async def test_large_results_are_reused_and_a_lost_one_is_a_reason(
     replayed = await here.replay(failed, definition="current")
     output = (await here.person.api.get(f"{EXECUTIONS}/{replayed}?expand=blobs")).json()["outputs"]["last"]
     assert output == {"same": LARGE}
-    # The blobs belong to the whole line, and stay while one run of it is left.
+    # The blobs belong to the whole chain, and stay while one run of it is left.
     deleted = await here.person.api.post(
         f"{EXECUTIONS}/bulk-delete", json={"filter": {"workflowId": workflow_id, "status": "failed"}}
     )
