@@ -179,8 +179,7 @@ def _find_free_from(
 def arrange_cards(
     node_ids: Sequence[str], edges: Iterable[CardEdge], current: Sequence[CardPosition | None]
 ) -> list[CardPosition]:
-    """Return a new position for each node, in the order of `node_ids`; `current` holds their present
-    positions or None.
+    """Return a new position for each node, in the order of `node_ids`; `current` holds its position so far or None.
 
     The order from top to bottom is kept unless another has clearly fewer crossings. As many nodes as possible
     keep their exact position. Edges to unknown nodes and self-loops are ignored. Of several nodes with the
@@ -216,7 +215,7 @@ def _arrange_parts(
 
 
 def _part_corner(part: Sequence[int], current: Sequence[CardPosition | None]) -> tuple[float, float, int]:
-    """Return the sort key of a connected part: its present top and left, or 0 without positions, and its first node."""
+    """Return the sort key of a connected part: its current top and left, or 0 without positions, and its first node."""
     placed = [place for node in part if (place := current[node])]
     return min((y for _, y in placed), default=0), min((x for x, _ in placed), default=0), min(part)
 
@@ -224,7 +223,7 @@ def _part_corner(part: Sequence[int], current: Sequence[CardPosition | None]) ->
 def _anchor_layout(
     places: Sequence[tuple[int, int]], current: Sequence[CardPosition | None]
 ) -> list[CardPosition]:
-    """Return the positions, all shifted alike, so that most nodes keep their present place.
+    """Return the positions, all shifted alike, so that most nodes keep their current place.
 
     If at most half would keep it, the layout begins at the origin.
     """
@@ -447,31 +446,33 @@ class _ConnectedPart:
 
 
 def _assign_heights(
-    part: _ConnectedPart, present: Sequence[CardPosition | None], effort: _LayoutEffort
+    part: _ConnectedPart, current: Sequence[CardPosition | None], effort: _LayoutEffort
 ) -> list[int]:
     """Return the height in pixels of each node of a part, in their order.
 
-    Present heights are kept, as far as the order allows, unless new ones are clearly better.
+    Current heights are kept, as far as the order allows, unless new ones are clearly better.
     """
-    standing = _current_heights(part, present)
-    order = part.insert_bends(part.sort_by_height([place[1] if place else 0 for place in present]))
+    current_heights = _current_heights(part, current)
+    order = part.insert_bends(part.sort_by_height([place[1] if place else 0 for place in current]))
     if effort.sweeps:
-        order = _find_best_order(part, order, effort, WORTH_STARTING_ANEW if standing else WORTH_REFINING)
+        order = _find_best_order(
+            part, order, effort, WORTH_STARTING_ANEW if current_heights else WORTH_REFINING
+        )
     heights = _straighten_edges(order, part.before, part.after, part.nodes)[: part.nodes]
-    if not standing:
+    if not current_heights:
         return heights
-    kept = _keep_heights(part, order, standing)
+    kept = _keep_heights(part, order, current_heights)
     return kept if part.measure_disorder(kept) <= part.measure_disorder(heights) * WORTH_KEEPING else heights
 
 
-def _current_heights(part: _ConnectedPart, present: Sequence[CardPosition | None]) -> dict[int, int]:
+def _current_heights(part: _ConnectedPart, current: Sequence[CardPosition | None]) -> dict[int, int]:
     """Return the y coordinates, rounded down to lanes of 40 pixels, of the nodes in the column grid that most
     nodes share.
 
     The keys are node numbers. It is empty unless more than half of the part's nodes are in that grid.
     """
     grids: dict[tuple[int, int], dict[int, int]] = defaultdict(dict)
-    for number, place in enumerate(present):
+    for number, place in enumerate(current):
         if place and _is_on_canvas(place):
             x, y = round(place[0]), round(place[1])
             grids[x - part.columns[number] * COLUMN_WIDTH, y % LANE_HEIGHT][number] = (
@@ -481,17 +482,17 @@ def _current_heights(part: _ConnectedPart, present: Sequence[CardPosition | None
     return largest if 2 * len(largest) > part.nodes else {}
 
 
-def _keep_heights(part: _ConnectedPart, order: ColumnOrder, standing: Mapping[int, int]) -> list[int]:
-    """Return heights that move placed nodes as little as the order allows, with others near neighbors.
+def _keep_heights(part: _ConnectedPart, order: ColumnOrder, current_heights: Mapping[int, int]) -> list[int]:
+    """Return heights that move the nodes in `current_heights` as little as the order allows, others near neighbors.
 
-    `standing` has the present heights of the placed nodes by number.
+    `current_heights` is by node number.
     """
-    heights = [standing.get(number, 0) for number in range(part.nodes)]
+    heights = [current_heights.get(number, 0) for number in range(part.nodes)]
     for column in order:
         nodes = [number for number in column if number < part.nodes]
         wanted = [
-            standing[number]
-            if number in standing
+            current_heights[number]
+            if number in current_heights
             else _upper_median(heights, number, part.parents[number] or part.children[number])
             for number in nodes
         ]

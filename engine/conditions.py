@@ -264,7 +264,7 @@ def _binary_test(name: str, left: ValueTemplate, right: ValueTemplate) -> _Condi
 def _comparison_cost(value: Json, allowance: OutputAllowance) -> int:
     """Return the cost of comparing or searching a value, to spend from an `OutputAllowance`.
 
-    A container costs its reading, a text a hundredth of its characters, other values nothing.
+    A list or object costs its `reading_cost`, a text a hundredth of its characters, other values nothing.
     """
     if type(value) is list or type(value) is dict:
         return reading_cost(value, allowance)

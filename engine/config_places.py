@@ -122,7 +122,7 @@ class ExpressionReader:
     ) -> None:
         """Add the expressions in the texts of a value to `reading`; an invalid text is added to its errors instead.
 
-        An operation, and too deep nesting, are errors that end the search in the value.
+        An object with `$op`, and too deep nesting, are errors that end the search in the value.
         """
         if _is_static(value):
             return
@@ -228,8 +228,8 @@ def _is_static(value: Json) -> bool:
 def _expression_leaves(steps: PlaceSteps, value: Json, *, needed_only: bool = False) -> Iterator[_Leaf]:
     """Yield the texts of a value that contain `{{`, with their places, in order.
 
-    With `needed_only`, texts whose paths may be missing are left out. Otherwise an operation is an error: the
-    field doesn't compute them. Raises `ExpressionError` for that, and for a value that is nested too deeply.
+    Raises `ExpressionError` for too deep nesting, and for an object with `$op` unless `needed_only` is set. That option
+    is for fields that compute operations, and leaves out texts whose paths may be missing.
     """
     left: list[tuple[PlaceSteps, Json]] = [(steps, value)]
     while left:
@@ -356,7 +356,7 @@ class ResourceText:
 def required_scopes(graph: ParsedGraph, catalog: NodeTypeLookup) -> list[str]:
     """Return the scopes that a graph's references need, sorted and unique, such as `datasources:read:ds_001`.
 
-    The default model counts with its present id.
+    `default` needs the scope of the organization's current default model, or none without such a model.
     """
     scopes = {reference.scope for reference in list_references(graph, catalog)}
     if catalog.default_model_id is not None:

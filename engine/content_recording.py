@@ -48,7 +48,7 @@ def is_recorded(node_type: str, config: Mapping[str, Json]) -> bool:
 
 
 def hide_lines(log: AddLine) -> AddLine:
-    """Return a function that adds a line to the log of a run in place of `log`, without its text."""
+    """Return a replacement for `log` that adds lines with a fixed text in place of their messages."""
     return lambda level, _message, node_id: log(level, HIDDEN_LINE, node_id)
 
 

@@ -535,10 +535,10 @@ def _operation_renderer(operation: ExpressionOperation, renders: list[_Render]) 
 
 
 def reading_cost(value: Json, allowance: OutputAllowance) -> int:
-    """Return the cost of visiting all of a value, to spend from an `OutputAllowance`: its characters, or 4
-    for each part.
+    """Return the cost of visiting all of a value, to spend from an `OutputAllowance`.
 
-    Parts beyond the allowance are not counted.
+    That is the characters of a text, and 4 for each value in any other value, itself included. Values beyond the
+    allowance are not counted.
     """
     return (
         len(value)

@@ -387,7 +387,10 @@ class ReadinessTracker:
         self._reached.add(target)
 
     def _decide(self, target: str, step: ReadinessChange, unreachable: list[str]) -> None:
-        """Count one more decided edge into a node: at the last one it is ready, or unreachable if none was taken."""
+        """Count one more decided edge into a node; after its last edge, add it to `step.ready` or `unreachable`.
+
+        A node is unreachable if none of its edges was taken. An eager node was added at the first taken edge.
+        """
         self._undecided[target] -= 1
         if self._undecided[target] > 0:
             return

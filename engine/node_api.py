@@ -332,7 +332,7 @@ class ModelCallLog:
 
     @property
     def iteration(self) -> str | None:
-        """Iteration under which clients see these answers; None for that of the node."""
+        """Iteration under which clients see the answers of these calls; None for the iteration of the node."""
         return None
 
     def add(self, record: ModelCallRecord) -> None:
@@ -396,7 +396,7 @@ class AgentSteps:
 
     @property
     def may_expire(self) -> bool:
-        """Whether the decisions were read after the time of the wait, so that an open question has expired by then."""
+        """Whether a question whose time is over counts as expired: the decisions were read after its wait ended."""
         return False
 
     def place_of(self, step: AgentStep) -> tuple[str, str]:
@@ -404,7 +404,7 @@ class AgentSteps:
         raise NotImplementedError
 
     def ask(self, step: AgentStep, approvers: Mapping[str, Json], expires_at: datetime) -> None:
-        """Add a question to people about a tool call to the next commit, which waits for the answer until `expires_at`.
+        """Add a question to people about a tool call to the next commit; the question is open until `expires_at`.
 
         It asks whether the call may be made, or what its unknown outcome was. `approvers` are fields of the question,
         such as `assignees`.
@@ -470,8 +470,9 @@ class AgentTools:
     """Model and tools of an agent; this base class, for other nodes, has none."""
 
     async def list_tools(self) -> Sequence[CallableTool]:
-        """Return the connected tools in the order of connections; one that runs a workflow has that one's present
-        effect.
+        """Return the connected tools in the order of connections.
+
+        A tool that runs a workflow has the effect of that workflow's current version.
         """
         return ()
 

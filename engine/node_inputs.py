@@ -123,7 +123,7 @@ class NodeInputs:
         """Return the input of a node, and the id of the single parent whose unchanged output it is, else None.
 
         Several parents give a merged object that also has each output by node id; a join combines them as its
-        config says. A node without parents gets the input of its frame, null if it is pinned.
+        config says. A node without parents gets the input of its frame, or null if the node is pinned.
         """
         edges = frame.plan.taken_edges(program.node.id)
         if not edges:
@@ -145,11 +145,12 @@ class NodeInputs:
         return merged, None
 
     def build_call(self, visit: NodeVisit, roots: Mapping[str, Json] | None = None) -> NodeCall:
-        """Render the config of a visit, compute its key, and return the call of the node.
+        """Return the call of the node of a visit, after rendering its config.
 
-        A recorded config is used unchanged, with the defaults of later fields. Raises `ExpressionError`,
-        `InvalidJson`, `BudgetExceeded`, and `NodeError` for missing configuration or, in a strict graph,
-        unresolved paths. See `build_visit` for `roots`.
+        Sets config, unresolved paths and `hashes` of the visit: the key by which a replay recognizes an equal call. A
+        recorded config is used unchanged, with the defaults of later fields. Raises `ExpressionError`, `InvalidJson`,
+        `NodeError` for missing configuration or, in a strict graph, unresolved paths, and `BudgetExceeded` within
+        `offload.try_inline`. See `build_visit` for `roots`.
         """
         program, frame = visit.program, visit.frame
         visit.begun_at = self._recorder.clock.now()
@@ -212,9 +213,9 @@ class NodeInputs:
         return structs.replace(call, steps=steps, tools=VisitTools(program.agent, call, steps))
 
     def identify_call(self, visit: NodeVisit) -> dict[str, Any]:
-        """Return the present fields `caller` and `idempotency_key` for the call of a visit.
+        """Return the values of the fields `caller` and `idempotency_key` for the call of a visit.
 
-        They change once the visit repeats a request of an earlier execution, under the key of that.
+        Call it again once `key_id` of the visit is set, which names the earlier execution in both.
         """
         key = idempotency_key_of(visit.key_id or self._key_prefix, visit.node_id, visit.frame.iteration)
         return {"caller": self._caller_of(visit), "idempotency_key": key}
@@ -374,10 +375,10 @@ def _restore_config(program: NodeProgram, recorded: bytes) -> Mapping[str, Json]
 
 
 def _resume_visit(visit: NodeVisit, recorded: NodeSpan) -> None:
-    """Set attempt, input and config of a visit from the span of an earlier attempt.
+    """Set the state of a visit, such as attempt, input and config, from the span of an earlier attempt.
 
-    A recorded input and config must not change. A span that was running (not a loop) is noted as lost, and
-    the attempt is the next one.
+    The attempt number stays for a wait, a loop and an agent, which continue; else it is the next one, and a span that
+    was running is noted in `visit.lost`. A recorded config and its input are used again, except after a wait.
     """
     visit.started_at = recorded.started_at or visit.started_at
     visit.key_id = recorded.key_id

@@ -163,7 +163,7 @@ class AgentProgram:
 
     @property
     def paths(self) -> tuple[ExpressionPath, ...]:
-        """Paths by which providers read values of the run, except their data and arguments."""
+        """Paths by which the agent's model and tools read values of the run, without those into `data` and `args`."""
         found = [path for tool in self.tools.values() for path in tool.program.config.paths]
         found += [path for tool in self.tools.values() for path in tool.program.outside]
         found += self.model_config.paths if self.model_config is not None else ()

@@ -169,7 +169,7 @@ class ReplayFacts:
     their loops.
     """
     revisions: Mapping[str, int] = field(default_factory=dict)
-    """Present revisions of the data sources that recorded nodes have used; deleted ones are absent."""
+    """Current revisions of the data sources that recorded nodes have used; deleted ones are absent."""
     expired: frozenset[str] = frozenset()
     """Nodes whose recorded output is no longer kept."""
     rewired_agents: frozenset[str] = frozenset()
@@ -202,8 +202,7 @@ class ReplayPlan:
         return tuple(node.node_id for node in self.nodes if node.decision is ReplayDecision.ASK)
 
     def digest(self, *context: Json) -> str:
-        """Return the hash of the plan, as it was before confirmations, and of its context: two equal plans
-        have the same hash.
+        """Return the hash of the plan, as if nothing were confirmed, and of `context`; equal plans have equal hashes.
 
         It lets a client confirm the very plan that it was shown.
         """

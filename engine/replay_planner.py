@@ -180,7 +180,7 @@ class _NodePlanner:
                 self._decisions[node_id] = self._skip_behind(node_id)
 
     def _left_out_before(self, node_id: str) -> list[str]:
-        """Return those direct predecessors of a node about which the plan decides to skip them."""
+        """Return the direct predecessors of a node that the plan skips."""
         before = dict.fromkeys(edge.source for edge in self._graph.inbound[node_id])
         return [
             other
@@ -199,7 +199,10 @@ class _NodePlanner:
         return self._make(node_id, ReplayDecision.SKIP, [reason], use)
 
     def _leave_out(self, node_id: str, span: NodeSpan | None) -> NodeReplay:
-        """Return the decision that a write does not run: its result is reused, and without one it is skipped."""
+        """Return the decision about a write that the caller wants to leave out: its result is reused.
+
+        Without a result, or if that has expired, it is skipped.
+        """
         reason = ReplayReason(ReplayReasonCode.LEFT_OUT)
         has_result = span is not None and span.port is not None and node_id not in self._facts.expired
         if has_result:
@@ -257,8 +260,8 @@ class _NodePlanner:
     def _known_port(self, node_id: str, decision: NodeReplay) -> str | None:
         """Return the port by which a node leaves if its result is known before the replay runs, else None.
 
-        A reused result is known, and so is the output of a trigger that runs again. Its output and digest are stored
-        in the frame.
+        A reused result is known, and so is the output of a trigger that runs again. The output and its digest are
+        stored in the frame.
         """
         span = self._recorded.get(node_id)
         if decision.use is ResultUse.SETTLED and span is not None and span.port is not None:

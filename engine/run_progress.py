@@ -366,7 +366,10 @@ class RunProgress:
         self._on_node_settled(frame)
 
     def _leave_out(self, frame: SectionFrame, node_id: str) -> None:
-        """Skip a node, and the body of a loop, that a replay has recorded as skipped before; take none of its edges."""
+        """Settle a node that this replay leaves out, recorded as skipped at its start; take none of its edges.
+
+        The nodes in the body of a loop are recorded as skipped, too.
+        """
         frame.skipped.add(node_id)
         self._recorder.add_progress(frame, frame.share_of(node_id))
         if node_id in frame.section.bodies:
@@ -458,7 +461,10 @@ class RunProgress:
         self._sleep(visit, outcome.expires_at, WakeAction.EXPIRED, expired=outcome.expired)
 
     def _hold_worker(self, seconds: float = MAX_HOLD_SECONDS) -> None:
-        """Let the run keep its worker for a time if there is room, such as for a new task, which may end soon."""
+        """Let the run keep its worker for some seconds while it only waits, as far as `RunStart.may_hold` allows.
+
+        That is for waits that may be short, such as for a new task.
+        """
         self._worklist.held_until = max(self._worklist.held_until, time.monotonic() + seconds)
 
     def is_any_answered(self, sleeper: SleepingNode) -> bool:

@@ -427,14 +427,13 @@ class ModelService(Protocol):
     ) -> ModelReply:
         """Ask a model once, and return its complete answer with its cost; `on_text` gets its text as it is written.
 
-        The most that the call may cost is reserved before in the budgets of the node and of the run. A key of a
-        call must not be used for another one, nor for a repetition of it. Raises `ModelCallFailed` if the model has
-        not answered, and other `NodeError`s before anything is sent: `model-budget-exceeded` if a budget doesn't
-        suffice.
+        The most that the call may cost is reserved before in the budgets of the node and of the run. Each call needs
+        an idempotency key of its own, also a repeated one. Raises `ModelCallFailed` if the model has not answered, and
+        other `NodeError`s before anything is sent: `model-budget-exceeded` if a budget doesn't suffice.
         """
 
     async def read_price(self, caller: RunCaller, model_id: str) -> ModelPrice | None:
-        """Return the present price of a model; None if it is unknown.
+        """Return the current price of a model; None if it is unknown.
 
         Raises `NodeError` for a model that the caller may not use.
         """
@@ -468,14 +467,17 @@ class LiveAnswerService(Protocol):
     """Answers of models that clients see while they are written. Best effort: it delays no run, and fails none."""
 
     def open(self, origin: AnswerOrigin) -> AbstractContextManager[LiveAnswer]:
-        """Return the answer of one attempt at a step: complete after the block, and dropped if the block raises."""
+        """Return a context with an empty answer, for one attempt at a step, to which the block adds text.
+
+        The answer is complete after the block, and dropped if the block raises.
+        """
 
 
 class HiddenAnswers:
     """Answers that nobody sees; implements both protocols above."""
 
     def open(self, origin: AnswerOrigin) -> AbstractContextManager[LiveAnswer]:  # noqa: ARG002 - the protocol's parameter
-        """Return an answer that forgets its text."""
+        """Return a context with an answer that forgets its text."""
         return nullcontext(self)
 
     def begin(self, model_id: str) -> None:

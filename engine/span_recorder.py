@@ -338,8 +338,8 @@ class SpanRecorder:
     ) -> None:
         """Record a node as skipped: no taken edge leads to it, so it will never run.
 
-        A write that may have happened in an earlier run keeps its request, with the key of the node and the execution
-        of its idempotency key, for later replays.
+        A write that may have happened in an earlier run keeps its request for later replays, with the `hashes` of its
+        key, and `key_id`, the execution id in its idempotency key.
         """
         self._sequence += 1
         self._journal.record(

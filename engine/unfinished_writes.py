@@ -64,10 +64,10 @@ def may_have_happened(span: NodeSpan) -> bool:
 
 
 def keep_request(span: NodeSpan) -> tuple[bytes | None, bytes | None]:
-    """Return the request and the key to record for a write with this span that a replay skips.
+    """Return the request, and the hashes of its key, to record for a write with this span that a replay skips.
 
-    A later replay then knows that the write may have happened. The key is None if the same request must not be
-    repeated either, since the write was completed. Both are None if nothing has happened.
+    By these, a later replay knows that the write may have happened. The hashes are None if the write has left by a port
+    or was refused: then even the same request must not be repeated. Both are None if nothing has happened.
     """
     is_completed = span.port is not None and span.error is None
     if not is_completed and not may_have_happened(span):

@@ -354,20 +354,20 @@ class WorkflowRunner:
         self._call_in_place(visit, call)
 
     def _settle_without_call(self, visit: NodeVisit) -> bool:
-        """Complete a node with its result in an earlier run, or with the answer that came before its wait.
+        """Settle a node without calling it; return False if it has to run.
 
-        Return False if the node has to run.
+        It gets its result of an earlier run, or an answer that was stored before the node began to wait. A write fails
+        if it would repeat an earlier one with another request that nobody has confirmed.
         """
         if visit.candidate is not None and self._apply_candidate(visit, visit.candidate):
             return True
         return self._progress.apply_early_answer(visit)
 
     def _apply_candidate(self, visit: NodeVisit, candidate: NodeSpan) -> bool:
-        """Reuse the result of an earlier run if its key is the same; fail a write that would differ without a
-        confirmation.
+        """Settle a node by its span of an earlier run; return False if it has to run.
 
-        Return False if the node has to run: then an attempt with an unknown end is repeated under its own
-        idempotency key.
+        A result with the same key is reused. A write with another key fails if that needs a confirmation. An equal
+        request with an unknown end is repeated under its earlier idempotency key.
         """
         visit.candidate = None
         if node_key.is_same(visit.hashes, candidate.hashes):
@@ -502,7 +502,7 @@ class WorkflowRunner:
                 self._progress.apply_outcome(visit, outcome)
 
     def _pause_node(self, visit: NodeVisit) -> None:
-        """Queue a node again that has stopped between two steps, or record it as cancelled with its frame."""
+        """Queue a node again that has paused between two steps, or record it as canceled if its frame was."""
         if visit.frame.is_broken_off:
             self._progress.record_cancelled(visit)
             return

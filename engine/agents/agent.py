@@ -23,7 +23,7 @@ from engine.agents.agent_steps import (
     StepKind,
     StepStatus,
     count_conversations,
-    list_present_steps,
+    list_current_steps,
 )
 from engine.agents.call_approvals import MAX_APPROVED_BYTES
 from engine.model_calls import (
@@ -149,7 +149,10 @@ class AgentTool:
         return is_asked and self.effect is NodeEffect.WRITE
 
     def hash_call(self, step: AgentStep, *, is_tainted: bool) -> str:
-        """Return the SHA-256 that binds an approval to a call: its key, tool and arguments; empty if it needs none."""
+        """Return the SHA-256 that binds an approval to a call: its idempotency key, tool and arguments.
+
+        Empty if `needs_approval` returns False.
+        """
         return self._hash(step) if self.needs_approval(is_tainted=is_tainted) else ""
 
     def hash_outcome(self, step: AgentStep) -> str:
@@ -262,8 +265,8 @@ def decide_next(task: AgentTask, steps: Sequence[AgentStep]) -> AgentAction:
         if allowed:
             return CallTools(_choose_together(task, allowed))
         return AwaitApprovals([step for step in pending if step.status is StepStatus.WAITING])
-    present = list_present_steps(steps)
-    last = next((step for step in reversed(present) if step.kind is StepKind.MODEL), None)
+    current = list_current_steps(steps)
+    last = next((step for step in reversed(current) if step.kind is StepKind.MODEL), None)
     if last is None:
         return _begin(task, steps)
     if last.status is not StepStatus.COMPLETED:
@@ -283,7 +286,7 @@ def plan_tool_calls(
     which each step adds its number. Sequence numbers are 0. Calls of unknown tools, with invalid arguments or beyond
     the limit are failed, with an error for the model; those that a person has to approve are waiting.
     """
-    done = sum(step.kind is StepKind.TOOL for step in list_present_steps(earlier))
+    done = sum(step.kind is StepKind.TOOL for step in list_current_steps(earlier))
     is_tainted = is_conversation_tainted(task, earlier)
     planned = []
     for index, call in enumerate(answer.tool_calls):
@@ -323,9 +326,9 @@ def is_call_tainted(task: AgentTask, steps: Sequence[AgentStep], call: AgentStep
 
 
 def require_approval(step: AgentStep, tool: AgentTool, *, is_tainted: bool) -> AgentStep:
-    """Return the step of a tool call as waiting for an approval, with the hash that this covers, or else as started.
+    """Return the step of a tool call as waiting, with the hash of `AgentTool.hash_call`, if it needs an approval.
 
-    It waits if the tool's rule needs an approval for the call.
+    Otherwise it is returned as started, with an empty hash. `is_tainted`: text of outsiders is in the conversation.
     """
     digest = tool.hash_call(step, is_tainted=is_tainted)
     status = StepStatus.WAITING if digest else StepStatus.STARTED
@@ -342,9 +345,9 @@ def begin_approved(
 ) -> AgentStep:
     """Return the step of an approved tool call as started, with the arguments of its approver.
 
-    None keeps the arguments of the model. The hash is that of the call with its new arguments; the key stays, since
-    nothing was done under it. Invalid arguments fail the call at `moment`. A call with an unknown outcome is done
-    again.
+    None keeps the arguments of the model. The hash is that of the new call, empty if it needs no approval by the
+    tool's rule and `is_tainted` (text of outsiders is in the conversation). The idempotency key stays, also when a call
+    with an unknown outcome is made again. Invalid arguments give a step that failed at `moment`.
     """
     if arguments is None:
         begun = msgspec.structs.replace(step, status=StepStatus.STARTED)
@@ -363,7 +366,7 @@ def begin_approved(
 def ask_about_outcome(step: AgentStep, tool: AgentTool, moment: datetime) -> AgentStep:
     """Return the step of a tool call with an unknown outcome as waiting, from `moment` on, for a person's decision.
 
-    The question counts as an attempt.
+    The attempt number rises by 1, so that each question has a hash of its own.
     """
     asked = msgspec.structs.replace(
         step, status=StepStatus.WAITING, started_at=moment, attempt=step.attempt + 1
@@ -375,8 +378,8 @@ def list_pending_calls(steps: Sequence[AgentStep]) -> Sequence[AgentStep]:
     """Return the tool calls of the current conversation that have no result, in the order in which the model
     made them.
     """
-    present = list_present_steps(steps)
-    return [step for step in present if step.kind is StepKind.TOOL and step.ended_at is None]
+    current = list_current_steps(steps)
+    return [step for step in current if step.kind is StepKind.TOOL and step.ended_at is None]
 
 
 def fail_tool_step(step: AgentStep, error: str, hint: str, moment: datetime) -> AgentStep:
@@ -411,7 +414,7 @@ def build_conversation(task: AgentTask, steps: Sequence[AgentStep]) -> list[Chat
     """
     messages = list(task.messages)
     requested: Mapping[int, RequestedToolCall] = {}
-    for step in list_present_steps(steps):
+    for step in list_current_steps(steps):
         if step.ended_at is None or (step.kind is StepKind.MODEL and step.status is not StepStatus.COMPLETED):
             continue
         if step.kind is StepKind.TOOL:
@@ -590,7 +593,7 @@ def _list_final_answers(steps: Sequence[AgentStep]) -> Sequence[AgentStep]:
     return list(
         takewhile(
             lambda step: step.kind is StepKind.MODEL and not read_stored_answer(step).tool_calls,
-            reversed(list_present_steps(steps)),
+            reversed(list_current_steps(steps)),
         )
     )
 
@@ -603,7 +606,7 @@ def _end_at_limit(task: AgentTask, steps: Sequence[AgentStep], limit: StopReason
 
     That is a failure if the agent fails at limits, or else the last text if nothing more may be spent.
     """
-    if task.limits.fails_at_limit or not list_present_steps(steps):
+    if task.limits.fails_at_limit or not list_current_steps(steps):
         return _end_without_asking(task, steps, limit)
     wish = ChatMessage(
         MessageRole.USER, f"Answer now with what you know, without tools: a limit is reached ({limit.value})."
@@ -616,8 +619,8 @@ def _end_at_limit(task: AgentTask, steps: Sequence[AgentStep], limit: StopReason
 
 def _end_without_asking(task: AgentTask, steps: Sequence[AgentStep], limit: StopReason) -> AgentAction:
     """Return a failure at a limit, or the end with the text of the last answer; without an answer always a failure."""
-    present = list_present_steps(steps)
-    texts = [read_stored_answer(step).text for step in present if step.kind is StepKind.MODEL]
+    current = list_current_steps(steps)
+    texts = [read_stored_answer(step).text for step in current if step.kind is StepKind.MODEL]
     if not texts and limit in _OF_BUDGET:
         message = (
             f"The budget ({limit.value}) doesn't suffice for an answer and a last one of the longest length: raise it,"
@@ -632,7 +635,7 @@ def _end_without_asking(task: AgentTask, steps: Sequence[AgentStep], limit: Stop
 def _find_stop_reason(task: AgentTask, steps: Sequence[AgentStep]) -> StopReason:
     """Return the limit that was reached before the final answer was asked for; `FINISHED` if none was."""
     before = steps[: len(steps) - len(_list_final_answers(steps))]
-    if not list_present_steps(before):
+    if not list_current_steps(before):
         return StopReason.FINISHED
     tools = tuple(tool.description for tool in task.tools.values())
     request = _build_request(task, build_conversation(task, before), tools)
@@ -644,9 +647,9 @@ def _find_limit(task: AgentTask, steps: Sequence[AgentStep], request: ChatReques
 
     The budget has to suffice for that answer and a last one.
     """
-    limits, present = task.limits, list_present_steps(steps)
-    answers = [step for step in present if step.kind is StepKind.MODEL]
-    calls = [step for step in present if step.kind is StepKind.TOOL]
+    limits, current = task.limits, list_current_steps(steps)
+    answers = [step for step in current if step.kind is StepKind.MODEL]
+    calls = [step for step in current if step.kind is StepKind.TOOL]
     if (brake := _find_repetition(calls)) is not None:
         return brake
     if len(answers) >= limits.max_iterations:
@@ -727,7 +730,7 @@ def _list_costs(steps: Sequence[AgentStep]) -> Sequence[int]:
 
 
 def _count_lost(steps: Sequence[AgentStep]) -> int:
-    """Return the number of calls without a recorded answer that may have been billed."""
+    """Return the number of model calls without a recorded answer that may have been billed."""
     return sum(step.losses + count_unanswered(step.model_calls) for step in steps)
 
 
@@ -754,6 +757,6 @@ def compute_rest(task: AgentTask, steps: Sequence[AgentStep]) -> BudgetRest:
 
 
 def count_tokens(steps: Sequence[AgentStep]) -> int:
-    """Return the input and output tokens of all recorded answers."""
+    """Return the sum of input and output tokens of all recorded model calls, also of those made by tool calls."""
     used = [call.usage for step in steps for call in step.model_calls if call.usage is not None]
     return sum(usage.input_tokens + usage.output_tokens for usage in used)

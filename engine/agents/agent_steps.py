@@ -98,7 +98,7 @@ class AgentStep(msgspec.Struct, frozen=True):
         return self.reuse is not None and self.reuse is not StepReuse.REUSED
 
 
-def list_present_steps(steps: Sequence[AgentStep]) -> Sequence[AgentStep]:
+def list_current_steps(steps: Sequence[AgentStep]) -> Sequence[AgentStep]:
     """Return the steps of the current conversation: those after the last step whose contents are not recorded."""
     for index in range(len(steps), 0, -1):
         if steps[index - 1].conversation is not None:

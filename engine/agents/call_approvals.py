@@ -46,7 +46,10 @@ _HIDDEN_CATEGORIES: Final = frozenset({"Cc", "Cf", "Co", "Cs", "Zl", "Zp"})
 
 
 def name_iteration(step: AgentStep) -> str:
-    """Return the iteration under which the question about a tool call is recorded: its number and hash."""
+    """Return the iteration under which the question about a tool call is recorded.
+
+    It consists of the agent's iteration, the number of the step, and the beginning of its request hash.
+    """
     prefix = f"{step.iteration}-" if step.iteration else ""
     return f"{prefix}{step.number}-{step.request_hash[:HASH_CHARACTERS]}"
 

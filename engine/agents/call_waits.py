@@ -28,7 +28,10 @@ DIGEST_CHARACTERS: Final = 16
 
 
 def name_iteration(step: AgentStep) -> str:
-    """Return the iteration under which the wait of a tool call is recorded: its number and a digest of its key."""
+    """Return the iteration under which the wait of a tool call is recorded.
+
+    It consists of the agent's iteration, the number of the step, and a digest of its idempotency key.
+    """
     prefix = f"{step.iteration}-" if step.iteration else ""
     return f"{prefix}{step.number}-{sha256(step.key.encode()).hexdigest()[:DIGEST_CHARACTERS]}"
 

@@ -48,9 +48,9 @@ def describe_tool(node: GraphNode, node_type: NodeType) -> str:
 
 
 def build_parameters(node: GraphNode, node_type: NodeType) -> dict[str, Any]:
-    """Return the JSON Schema of the arguments of a node as a tool.
+    """Return the JSON Schema of the arguments with which a model calls a node as a tool.
 
-    It is the config schema without fields that the node sets, and without those that only its author may set.
+    It is the config schema without fields that the node's config has, and without those that only its author may set.
     """
     schema = node_type.config_schema
     properties = {
@@ -71,7 +71,7 @@ def list_unfilled(node: GraphNode, node_type: NodeType) -> Sequence[str]:
 
 
 def _is_open(name: str, schema: object, node: GraphNode, node_type: NodeType) -> bool:
-    """Return whether a model fills in a config field: the node does not set it, and it is not the author's alone."""
+    """Return whether a model fills in a config field: the node's config lacks it, and others than its author may."""
     only = OPEN_FIELDS.get(node_type.type)
     evaluated = {place.partition(OF_EACH)[0] for place in node_type.compiled}
     return (

@@ -353,7 +353,7 @@ class VisitTools(AgentTools):
         ]
 
     async def _read_effect(self, tool: ToolProgram) -> NodeEffect:
-        """Return the effect of a tool: for a workflow that of its present version, for an agent that of its tools."""
+        """Return the effect of a tool: for a workflow that of its current version, for an agent that of its tools."""
         if tool.program.agent is not None:
             effects = [await self._read_effect(each) for each in tool.program.agent.tools.values()]
             return NodeEffect.WRITE if NodeEffect.WRITE in effects else NodeEffect.READ

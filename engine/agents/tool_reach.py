@@ -66,7 +66,7 @@ def sends_freely(
     traits: TraitsById = NO_TRAITS,
     depth: int = 1,
 ) -> bool:
-    """Return whether an agent can send data out of the server by one of its tools without an approval.
+    """Return whether an agent can send data out of the server by this tool without an approval.
 
     A tool that is an agent can if one of its own tools can. The approval rule `tainted` counts like `writes`, since it
     asks once texts of outsiders are read. False for unknown types.

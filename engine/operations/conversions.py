@@ -52,7 +52,7 @@ def to_number(value: Json) -> Number:
 def to_text(value: Json) -> str:
     """Convert a value to text: null to the empty text, objects and lists to JSON.
 
-    Raises `InvalidJson` for a text that is too long.
+    Raises `InvalidJson` if the JSON is longer than ten million bytes.
     """
     return value_as_text(value, max_bytes=MAX_TEXT_LENGTH)
 

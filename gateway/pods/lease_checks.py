@@ -122,7 +122,7 @@ async def take_write_key(
 
 
 async def require_resume_chain(database: Database, holder: LeaseHolder, key_id: str) -> None:
-    """Raise a 409 error `lease-lost` unless the pod holds a run of a chain of runs, which share their blobs.
+    """Raise a 409 error `lease-lost` unless the pod holds a run of the chain of runs, which share their blobs.
 
     `key_id` is the id of the chain's first run.
     """
