@@ -40,14 +40,15 @@ def tune_at_start() -> None:
 
 
 def postpone_until_loaded() -> None:
-    """Put off collections until `freeze_loaded`, which every caller has to reach: young collections during the
-    imports of a server process take 4 % of their instructions and free next to nothing.
+    """Put off collections until `freeze_loaded`, which must be called after the imports of a server process.
+
+    Young collections during these imports take 4 % of their instructions and free next to nothing.
     """
     gc.set_threshold(STARTING_OBJECTS, YOUNG_COLLECTIONS, MIDDLE_COLLECTIONS)
 
 
 def freeze_loaded(loop: asyncio.AbstractEventLoop) -> None:
-    """Exclude all present objects from garbage collection, and put off full collections after the heap has grown.
+    """Exclude all existing objects from garbage collection, and put off full collections while the heap grows.
 
     Call it once after startup. From then on, the event loop, which must run already, checks every second: a full
     collection that is due runs once the heap has not grown much for a minute, or after ten million new objects. A body

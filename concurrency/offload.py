@@ -125,7 +125,7 @@ class _LoopQueue:
         self._waiting: deque[asyncio.Future[None]] = deque()
 
     def join(self) -> asyncio.Future[None]:
-        """Return a future that is done in a later pass of the event loop, one per pass, in the order of calls."""
+        """Return a future that is done in a later pass of the event loop: one per pass, in the order of calls."""
         turn = self._loop.create_future()
         self._waiting.append(turn)
         if len(self._waiting) == 1:

@@ -75,7 +75,7 @@ def decode_in_pieces(
 
 
 def _iterate_segments(text: bytes, piece_bytes: int) -> Iterator[tuple[bytes, bytes]]:
-    """Yield the segments of a text, cut behind commas outside of strings, each with its brackets outside of strings.
+    """Yield each segment of a text, cut behind a comma outside of strings, and its brackets outside of strings, joined.
 
     A segment is longer than `piece_bytes` if no comma is within that size.
     """
@@ -144,10 +144,11 @@ def _add_piece(path: list[JsonContainer], piece: Any) -> None:  # noqa: ANN401 -
 
 
 def _open_path(root: Any, path: list[JsonContainer], depth: int) -> list[JsonContainer]:  # noqa: ANN401 - any JSON value
-    """Return the containers that are open after a piece, outermost first, and remove the mark from the innermost.
+    """Return the containers that are open after a piece, outermost first.
 
-    `path` has those that were open before and during the piece; `depth` is their number afterwards. Raises
-    `DuplicateName` if the mark is missing: a member has replaced another.
+    Removes the mark that `decode_in_pieces` added at the end of the innermost. `path` has those that were open before
+    and during the piece; `depth` is their number afterwards. Raises `DuplicateName` if the mark is missing: a member
+    has replaced another.
     """
     if not depth:
         return []

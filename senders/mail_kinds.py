@@ -265,7 +265,7 @@ def _content_digest(form: PostedForm, kind: MailKind) -> str:
 
 
 def _drop_attachment(_label: AttachmentLabel, pieces: Iterator[bytes]) -> None:
-    """Discard an attachment: `AttachmentCollector` measures and digests it while it passes; nothing is stored."""
+    """Discard an attachment without reading it: `AttachmentCollector` measures and digests it; nothing is stored."""
 
 
 def _form_digest(form: PostedForm) -> str:

@@ -50,12 +50,11 @@ class SesMail:
 
     @property
     def proven_headers(self) -> Sequence[str] | None:
-        """Headers that distinguish this mail from every other, in a fixed order; None if they prove too
-        little.
+        """Headers that distinguish this mail from every other, in a fixed order; None if another could have the same.
 
         The DKIM body hashes (RFC 6376, `bh`) represent the content. They count only if SES has found a
-        signature valid, and if each covers the whole body (no `l`): otherwise a mail with another content
-        could have the same headers.
+        signature valid, and if each covers the whole body (no `l`). None also without a Message-ID, and if SES
+        has truncated the headers.
         """
         if self.verdicts.get("dkim") != "PASS" or self.are_headers_truncated:
             return None

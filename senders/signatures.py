@@ -121,7 +121,7 @@ def delivery_key(scheme: str, *names: str) -> str:
 
 
 def member_delivery_key(scheme: str, value: object, member: str) -> str | None:
-    """Return the deduplication key for a non-empty text member of a JSON object.
+    """Return the deduplication key, which begins with `scheme`, for a non-empty text member of a JSON object.
 
     None without such a member, and for a value that is no object.
     """
