@@ -82,7 +82,10 @@ class BrokerAnswers:
 async def send_sealed(
     broker: Broker, seal: MessageSeal, channel: str, subject: str, content: msgspec.Struct
 ) -> bool:
-    """Send a message that only the process with this channel can read; return False if the broker is unavailable."""
+    """Send a message that only the process with this channel can read; return False if the broker is unavailable.
+
+    `subject` names the kind of the message, by which `open_sealed` knows it.
+    """
     sealed = seal.seal(LIVE_ANSWERS, channel, msgspec.json.encode(content))
     try:
         await broker.send(channel, {subject: msgspec.json.encode(sealed).decode()})
@@ -95,8 +98,8 @@ async def send_sealed(
 def open_sealed(
     channel: str, seal: MessageSeal, notification: Notification, subject: str, kind: type[Content]
 ) -> Content | None:
-    """Return the content of a message of `send_sealed` to a channel; None for any other message, and with a warning for
-    an unreadable one.
+    """Return the content of a message of `send_sealed` with this subject to a channel; None for any other notification,
+    and, with a warning, for an unreadable message.
     """
     if not isinstance(notification, DirectMessage) or subject not in notification.message:
         return None

@@ -236,7 +236,8 @@ class ChildRunStarter:
         """Accept a child run; return False if its workflow has changed since it was read, so that the caller
         tries again.
 
-        A run that an earlier call accepted counts as accepted. Raises `NodeError` for depth, number of runs,
+        A run that an earlier call accepted counts as accepted. `answering` is the completion action that answers the
+        node that awaits it; None if none does. Raises `NodeError` for depth, number of runs,
         access, an invalid workflow, one that writes for a caller that may only read, and a reached concurrency
         limit (only this may be retried), and `DatabaseUnavailable`.
         """

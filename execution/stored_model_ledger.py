@@ -144,8 +144,8 @@ class StoredModelLedger:
         """Replace a reservation with the real cost, and add it to the month, in one transaction.
 
         A charge that is settled already stays. If the database is unavailable, the reservation stays, which costs at
-        least as much: the answer is worth more than the exact sum. A call without a reservation counts in no budget,
-        so that its cost may be stored later, with those of others.
+        least as much: the answer is worth more than the exact sum. A call without a reservation (`is_reserved` False)
+        counts in no budget, so that its cost may be stored later, with those of others.
         """
         try:
             run = await self._find_run_budgets(caller)
@@ -229,7 +229,9 @@ class StoredModelLedger:
         }
 
     async def _has_month_budget(self, organization_id: str) -> bool:
-        """Return whether an organization has a budget of the month; raises `DatabaseUnavailable`."""
+        """Return whether an organization has a budget of the month, cached for `MONTH_SECONDS`; raises
+        `DatabaseUnavailable`.
+        """
         found = self._has_month.get(organization_id)
         if found is None:
             async with self._database.read() as connection:
@@ -270,7 +272,9 @@ class StoredModelLedger:
 
 
 def _is_of_run_or_below(execution_id: str, root_id: str) -> ColumnElement[bool]:
-    """Return the SQL condition for the charges of a run and of the runs that it has started."""
+    """Return the SQL condition for the charges of a run and of all runs below it; `root_id` is the first run
+    of its tree.
+    """
     run = select(col(Execution.id)).where(col(Execution.id) == execution_id).cte("below", recursive=True)
     children = select(col(Execution.id)).join(run, col(Execution.parent_id) == run.c.id)
     below = run.union(children.where(col(Execution.root_id) == root_id))

@@ -93,7 +93,7 @@ class StoredModels:
         return build_row(AiModel, row)
 
     async def block(self, caller: RunCaller, model_id: str, seconds: float) -> None:
-        """Store the time until which the provider of a model accepts no calls, unless a later one is stored.
+        """Store that the provider of a model accepts no calls for `seconds` from now, unless a later end is stored.
 
         Nothing is stored while the database is unavailable: the next call is refused by the provider again.
         """

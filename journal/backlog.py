@@ -65,8 +65,8 @@ def organization_statements(organization_id: str, targets: Sequence[str]) -> Seq
 
 
 def workflow_statements(organization_id: str, workflow_id: str) -> Sequence[Select[str]]:
-    """Return two statements with a row for each unstarted run of a workflow: one for pending runs, one for deferred
-    runs.
+    """Return two statements with a row, its target, for each unstarted run of a workflow: one for pending runs, one for
+    deferred runs.
 
     The condition for pending runs names their queue turn, a hash of the workflow id, since the index begins with it.
     """

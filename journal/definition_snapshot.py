@@ -121,8 +121,8 @@ def load_workflow(
     """Build a loaded workflow from its row joined with its graph's row; its graph is validated, and its
     definition hashed.
 
-    `readers` are the ids of users it is shared with. The result also exists for an invalid graph:
-    `validation` has the errors. Takes noticeable time for a large graph.
+    `readers` are the ids of users it is shared with; they and `is_deployed` are passed on. The result also exists for
+    an invalid graph: `validation` has the errors. Takes noticeable time for a large graph.
     """
     text = encode_canonical(build_definition(row.nodes, row.connections, row.settings, catalog))
     settings = effective_settings(row.settings)

@@ -34,7 +34,8 @@ def report_presence(
 ) -> AbstractAsyncContextManager[None]:
     """Report a worker as present every five seconds while the context lasts, and its end after it.
 
-    `held_runs` returns the number of its runs. An unreachable database is no error.
+    `concurrency` is its number of slots, and `held_runs` returns the number of its runs. An unreachable database is no
+    error.
     """
     return report_regularly(
         database,

@@ -160,7 +160,10 @@ def _may_have_old(workflow: Row[Any], retention: RetentionPeriods, now: datetime
 async def _delete_of_workflow(
     database: Database, workflow_id: str, beyond: datetime | None, retention: RetentionPeriods
 ) -> AsyncIterator[Sequence[BlobOwner]]:
-    """Delete the expired executions of a workflow in batches, and yield the owners of each batch's blobs."""
+    """Delete the expired executions of a workflow in batches, and yield the owners of each batch's blobs.
+
+    Raises `LockWaitTimeout` and `DatabaseUnavailable`.
+    """
     statement = expired_statement(workflow_id, beyond, retention)
     while True:
         async with database.read() as connection:

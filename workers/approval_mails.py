@@ -349,8 +349,8 @@ def _is_request(request: ClaimedRequest) -> Sequence[Any]:
 async def _read_users(
     connection: AsyncConnection, organization_id: str, asked: WaitingNode
 ) -> Sequence[User]:
-    """Return the organization's users among the assignees and mail addresses of a question, with all admins
-    if assigned.
+    """Return the organization's users among the assignees and mail addresses of a question, and all admins if
+    the role of admins is an assignee.
 
     At most 50, ordered by id.
     """

@@ -177,8 +177,10 @@ class CompletionActions:
     # ── one run ───────────────────────────────────────────────────────────────────────────────────
 
     async def _perform_due(self, due: DueCompletion) -> None:
-        """Perform the remaining actions of a claimed run in their order: the answer to the parent, a
-        callback, the failure action.
+        """Perform the remaining actions of a claimed run: the answer to the parent, then a callback and the failure
+        action together.
+
+        The last two are postponed if the organization or this process has no room for them.
         """
         left = due.completion_action.for_status(due.status)
         if left.parent is not None:

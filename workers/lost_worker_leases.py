@@ -33,8 +33,8 @@ async def release_leases(
 ) -> None:
     """Make the runs of a dead worker process of this machine pending, and wake other workers.
 
-    Runs of a process that was killed for lack of memory become suspects. It takes five seconds at most and raises
-    nothing: a sweep finds the rest.
+    Runs of a process that was killed for lack of memory become suspects; `exit_code` is only logged. It takes five
+    seconds at most and raises nothing: a sweep finds the rest.
     """
     log.warning("worker died", owner=owner, exit_code=exit_code, is_out_of_memory=is_out_of_memory)
     try:

@@ -344,6 +344,8 @@ async def store_decision(
 ) -> None:
     """Insert the record of a decision with its reason, inputs and author (None: no person), and count it in
     the metrics.
+
+    `seen` is the activity that led to it, and `after` the state that it gave the deployment.
     """
     kept = LifecycleDecision(
         id=ids.new_id("decision"),

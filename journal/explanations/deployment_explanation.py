@@ -107,7 +107,7 @@ def _decide(seen: DeploymentActivity) -> LifecycleVerdict:
 
 
 def _describe(decision: LifecycleVerdict, seen: DeploymentActivity) -> str:
-    """Return the reason of a decision as a sentence, with the times of an idle deployment that stops later."""
+    """Return the reason of a decision as a sentence, with the time until which it holds, if that is certain."""
     since, until = seen.situation.last_activity_at, decision.check_at
     if decision.reason is LifecycleReason.NOT_IDLE_YET and since is not None and until is not None:
         times = [_show_time(at, seen.now) for at in (since, until)]

@@ -47,7 +47,9 @@ class RunWake:
 async def read_wake(
     connection: AsyncConnection, run: Execution, intervals: Sequence[BlockedInterval]
 ) -> RunWake | None:
-    """Return the wake that a run has waited for; None if no pod was woken for it, or none has claimed it yet."""
+    """Return the wake that a run has waited for, by its blocked intervals; None if no pod was woken for it, or none has
+    claimed it yet.
+    """
     waited = next((one for one in intervals if one.code == BlockerCode.WAKING), None)
     if waited is None or waited.ended_at is None:
         return None

@@ -114,7 +114,7 @@ RENEW_PAUSES_SECONDS = (0.02, 0.1)
 async def connect_postgresql(url: URL, *, connections: int, clock: DatabaseClock) -> PostgreSQLStore:
     """Return a store with a pool of at most `connections`; connections open when statements need them.
 
-    It raises nothing for an unreachable server before that.
+    It raises nothing for an unreachable server before that. The store updates `clock` by the times of the server.
     """
     pool = await asyncpg.create_pool(
         sessions.driver_address(url),

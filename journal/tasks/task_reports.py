@@ -177,9 +177,10 @@ def _complete(
     item: Completion,
     problem: tuple[str, str] | None,
 ) -> ItemResult:
-    """Complete a task with its output, or count a failed attempt for an output with a `problem` (code and message).
+    """Complete a task with its output, or fail it for good because of the `problem` (code and message) of the output.
 
-    Returns the result of the item: refused if a large output was not sent before, lost without the lease.
+    Returns the result of the item: refused for such an output, and for a large one that was not sent before; lost
+    without the lease.
     """
     output, now = item.output, transaction.now
     if item.is_uploaded and task_moves.is_holder(task, item.lease):

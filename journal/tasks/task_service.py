@@ -96,7 +96,9 @@ def find_service(
 
 
 def _describe(workers: Sequence[SeenWorker], type_name: str, pool: str, now: datetime) -> str:
-    """Return a text with the versions of up to three kinds of other workers of a type, and when the last was seen."""
+    """Return a text about the workers of a type, which perform another version or pool: up to three versions with their
+    numbers, and when the last was seen if none is present.
+    """
     present = [one for one in workers if one.is_present]
     shown = present or list(workers)
     counts: dict[str, int] = {}

@@ -359,7 +359,9 @@ def _by_dialect(build: Callable[[str], str]) -> Mapping[str, TextClause]:
 
 
 def _lock_sql(dialect: str, *, skips_locked: bool = False) -> str:
-    """Return the SQL that locks rows: empty for SQLite, whose transactions lock the file."""
+    """Return the SQL that locks rows, or with `skips_locked` only unlocked ones; empty for SQLite, whose transactions
+    lock the file.
+    """
     if dialect != POSTGRESQL:
         return ""
     return " FOR NO KEY UPDATE SKIP LOCKED" if skips_locked else " FOR NO KEY UPDATE"
@@ -367,7 +369,7 @@ def _lock_sql(dialect: str, *, skips_locked: bool = False) -> str:
 
 def _locked_tasks_sql(dialect: str, condition: str, *, skips_locked: bool = False) -> str:
     """Return the SQL that locks and reads tasks under a condition, in order of id, with the time of the
-    transaction.
+    transaction (NULL for SQLite). With `skips_locked`, tasks that others have locked are left out.
     """
     now = NOW[POSTGRESQL] if dialect == POSTGRESQL else "NULL"
     lock = _lock_sql(dialect, skips_locked=skips_locked)

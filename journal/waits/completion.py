@@ -160,7 +160,7 @@ async def find_due_completions(
 ) -> Sequence[ExecutionKey]:
     """Return up to `limit` ended runs with due completion actions: new ones first, then those due longest.
 
-    Raises `DatabaseUnavailable`.
+    Runs of the organizations in `but_of` are left out. Raises `DatabaseUnavailable`.
     """
     async with database.read() as connection:
         rows = await connection.execute(due_statement(limit, but_of=but_of).limit(limit))

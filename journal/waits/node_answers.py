@@ -469,7 +469,7 @@ async def _judge_answer(
     """Return whether a first answer to a node is taken, expired or not awaited, by the span of the node.
 
     Input of a person, callbacks and signals expire. All kinds but input are taken even before the node waits, while it
-    runs.
+    runs, and a callback while it waits for a retry.
     """
     has_expired = (
         type_coerce(col(SpanRow.wake_at), BigInteger) <= DatabaseTime() + MAX_CLOCK_SKEW_MICROSECONDS

@@ -190,8 +190,8 @@ async def add_wait(
 async def list_signals(
     connection: AsyncConnection, key: ExecutionKey, *, after: int, at_most: int, is_unread: bool | None
 ) -> tuple[Sequence[Signal], int | None]:
-    """Return the next signals of a run behind a number, in order: all, or only unread or delivered ones; and the
-    number of the last, None if no more follow.
+    """Return the next signals of a run behind a number, in order: all (`is_unread` None), or only unread or
+    delivered ones; and the number of the last, None if no more follow.
 
     There are fewer than `at_most` where their payloads would be larger than `PAGE_CHARACTERS`.
     """

@@ -235,7 +235,9 @@ class RefusalBudget:
             raise AttemptDeferred(charged.refusal, seconds)
 
     def charge(self, workflow_id: str, generation: int | None, refusal: Refusal) -> None:
-        """Bar a workflow from changes for ten seconds for each request that the refused attempt has sent."""
+        """Bar this generation of a workflow from changes for ten seconds for each request that the refused attempt has
+        sent.
+        """
         paid_at = asyncio.get_running_loop().time() + refusal.requests * SECONDS_PER_REQUEST
         self._charged[workflow_id] = _ChargedRefusal(generation, refusal, paid_at)
 

@@ -102,7 +102,10 @@ class Reconciler:
         command: Sequence[str],
         on_admit: Callable[[str], None],
     ) -> None:
-        """Create a reconciler; it calls `on_admit` with each workflow that may start after a wait."""
+        """Create a reconciler; it calls `on_admit` with each workflow that may start after a wait.
+
+        `name` is the owner of its locks of deployments, and `command` starts the runner in a pod.
+        """
         self._name = name
         self._settings = settings
         self._database = database
@@ -446,7 +449,7 @@ class Reconciler:
         retry: ScheduledRetry,
     ) -> ScheduledRetry:
         """Store an error of the cluster by the status that `make_status` returns, and free the place of the
-        start; return the retry.
+        start; return the retry, one at once if the row has changed meanwhile.
 
         Raises `DatabaseUnavailable`.
         """
