@@ -297,7 +297,7 @@ def next_transition(
 
 
 def decision_inputs(situation: DeploymentSituation, now: datetime) -> dict[str, Any]:
-    """Return the inputs of `decide`, the situation and its time, as JSON, to be stored with the decision."""
+    """Return the inputs of `decide`, the situation and `now`, as JSON, to be stored with the decision."""
     facts = {"now": now, **asdict(situation)}
     return {
         _to_camel_case(name): timestamps.format_timestamp(value) if isinstance(value, datetime) else value

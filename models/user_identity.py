@@ -50,7 +50,7 @@ async def add_identity(
 ) -> UserIdentity:
     """Store an identity of a user at a provider and return it; raises `IdentityTaken` if any user has it.
 
-    `key_id` is the API key that new sessions of the identity stand for.
+    New sessions of the identity act under the API key `key_id`.
     """
     row = UserIdentity(
         issuer=issuer,
@@ -69,7 +69,7 @@ async def add_identity(
 
 
 async def set_key(connection: AsyncConnection, identity: UserIdentity, key_id: str) -> None:
-    """Store the API key that new sessions of an identity stand for; ignored if the identity is missing."""
+    """Store the API key under which new sessions of an identity act; ignored if the identity is missing."""
     await connection.execute(
         update(UserIdentity)
         .where(col(UserIdentity.issuer) == identity.issuer, col(UserIdentity.subject) == identity.subject)

@@ -118,7 +118,8 @@ class DataSourceConnections:
                 }
 
     async def close(self) -> None:
-        """Close idle connections, wait for those that are being reset or closed, and end the processes for SQLite.
+        """Close idle connections, those to tool servers too, wait for those that are being reset or closed, and end the
+        processes for SQLite.
 
         Connections in use are closed at their release.
         """
