@@ -142,7 +142,7 @@ async def _plan_run(request: GatewayRequest, workflow: LoadedWorkflow, body: Exe
     graph_shapes.require_valid(run.workflow.validation)
     if body.callback_url is None:
         return run
-    await request.gateway.callbacks.require_reachable(
+    await request.gateway.callbacks.require_permitted(
         body.callback_url, request.caller.organization_id, has_key=request.has_key
     )
     return replace(run, callback_url=body.callback_url)

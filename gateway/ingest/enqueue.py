@@ -161,7 +161,7 @@ async def enqueue(request: GatewayRequest) -> JsonResponse:
             await gateway.ingestor.require_models(sender.caller, target)
             await gateway.capacity.require(request, target)
             if body.callback_url is not None:
-                await request.gateway.callbacks.require_reachable(
+                await request.gateway.callbacks.require_permitted(
                     body.callback_url, request.caller.organization_id, has_key=request.has_key
                 )
             return message

@@ -120,7 +120,7 @@ async def enqueue(request: GatewayRequest) -> JsonResponse:
         value = await json_of(request, content)
         batch = body_of(request, value, _UncheckedBatch)
         if batch.callback_url is not None:
-            await request.gateway.callbacks.require_reachable(
+            await request.gateway.callbacks.require_permitted(
                 batch.callback_url, request.caller.organization_id, has_key=request.has_key
             )
         own_key = find_signed_key(signature, workflow_id)

@@ -28,12 +28,12 @@ class CallbackChecker:
         self._database = database
         self._allowed_networks = allowed_networks
 
-    async def require_reachable(self, url: str, organization_id: str, *, has_key: bool) -> None:
+    async def require_permitted(self, url: str, organization_id: str, *, has_key: bool) -> None:
         """Raise a 422 error unless a run of the organization may report its end to this URL.
 
         The address must be public or allowed by the operator, the organization needs a signing secret, and
         the caller an API key: a trigger token allows requests but reveals nothing about their runs. Host
-        names are resolved and checked at each callback.
+        names are resolved and checked at each callback, and nothing is contacted here.
         """
         problems = ProblemCollector()
         target = check_callback(url, "callbackUrl", problems)
