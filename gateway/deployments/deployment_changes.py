@@ -159,10 +159,10 @@ class DeployerClient:
     async def await_state(
         self, workflow_id: str, is_reached: Callable[[Deployment], bool]
     ) -> Deployment | None:
-        """Return a deployment once `is_reached` holds, it failed or lacks capacity, or the client's time
-        limit is over.
+        """Return a deployment once `is_reached` holds, it failed or lacks capacity, or the time limit of this
+        object is over.
 
-        None if the workflow was never deployed. The caller must look at the returned state.
+        None if the workflow was never deployed. The result does not tell which was the case: callers check its state.
         """
         waiting, key = self._waiting, wakeups.deployment_watch_key(workflow_id)
         with waiting.waiter(key) as waiter:

@@ -168,7 +168,7 @@ def show_timing(spent: TimeSpent) -> TimingShape:
 
 
 def show_wake(wake: RunWake) -> WakeShape:
-    """Return the wake before a run as the API shows it."""
+    """Return the start of pods for which a run waited as the API shows it; times that were not recorded are None."""
     return WakeShape(
         accepted_at=instant(wake.accepted_at),
         asleep_since=optional_instant(wake.asleep_since),

@@ -82,8 +82,8 @@ class ByteBudget:
     def count(self, holding: ByteHolding, change: int) -> None:
         """Add a change of one transfer's bytes; over a limit, evict the slowest transfers of the largest clients.
 
-        A client over its share loses its own transfers. Only transfers that are moving can be evicted; without any,
-        this one is.
+        A client over its share loses its own transfers. Only transfers with `is_moving` are chosen; without any,
+        `holding` is evicted.
         """
         self._holdings.add(holding)
         self._add(holding.client, change)
@@ -111,7 +111,7 @@ class ByteBudget:
         """Return the slowest transfer that may be evicted, of `client`, or for None of the client with the
         most bytes.
 
-        None without one.
+        None if there is no such transfer.
         """
         now = monotonic()
         moving = [one for one in self._holdings if one.is_moving and client in {None, one.client}]

@@ -76,8 +76,9 @@ def _component_name(type_name: str) -> str:
 
 
 def _adopt(schema: Any, *, is_root: bool = False) -> Any:  # noqa: ANN401 - any part of a JSON Schema
-    """Return a node type's schema for OpenAPI: conditions become references to their one component, and `$id`
-    is dropped.
+    """Return a node type's schema for OpenAPI: each condition becomes a reference to the component of conditions.
+
+    The `$id` of the type's schema itself, which `is_root` marks, is dropped.
     """
     if isinstance(schema, list):
         return [_adopt(one) for one in schema]

@@ -40,9 +40,8 @@ def build_schemas(
 ) -> tuple[list[dict[str, Json]], dict[str, dict[str, Json]]]:
     """Return the JSON Schema of each type in their order, and the named schemas that they refer to, by name.
 
-    `types` are all types that get a schema; `ErrorDetail` is among the types that they refer to. `warning`
-    are types of responses that may carry warnings about the request body. A type `NameShape` is published as
-    `Name`.
+    At least one of `types` must refer to `ErrorDetail`. `warning` are those of responses that may carry warnings
+    about the request body: their schemas get the field `warnings`. A type `NameShape` is published as `Name`.
     """
     types = list(types)
     schemas, named = msgspec.json.schema_components(types, ref_template=REF + "{name}")

@@ -91,8 +91,9 @@ class PollService:
     async def open(self, parked: ParkedPoll, call_on_disconnect: ClientWatch | None = None) -> None:
         """Add a new poll, which is answered from now on; the caller must call `close_poll` for it.
 
-        A poll that may have tasks is served at once; polls of a quiet organization are looked at together a
-        moment later. Raises 503 while too many workers wait or the gateway stops.
+        Claims begin at once if the organization may have tasks, else a moment later for all its new polls.
+        `call_on_disconnect` registers a callback that ends the poll once its client has left. Raises 503 while too
+        many workers wait or the gateway stops.
         """
         self._require_place()
         await self._listen()

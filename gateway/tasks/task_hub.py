@@ -91,9 +91,8 @@ class TaskHub:
     ) -> PollAnswer:
         """Return tasks or cancellations for a worker as soon as there are any; an empty answer after `seconds`.
 
-        A worker that disconnects meanwhile gets no tasks.
-
-        Raises a 409 error for a stopped worker, and 503 while 20,000 polls wait or the gateway stops.
+        A worker that disconnects meanwhile gets no tasks: `call_on_disconnect` registers a callback for that. Raises
+        a 409 error for a stopped worker, and 503 while 20,000 polls wait or the gateway stops.
         """
         from gateway.tasks.parked_polls import ParkedPoll  # noqa: PLC0415 - loaded with the first worker
 
