@@ -10,9 +10,9 @@ if TYPE_CHECKING:
     from gateway.dashboard.page import PageFrame
 
 
-def list_address(frame: PageFrame, path: str, query: Mapping[str, str]) -> str:
-    """Return the address of a dashboard page below the public path; parameters of `query` with empty values
-    are left out.
+def page_address(frame: PageFrame, path: str, query: Mapping[str, str]) -> str:
+    """Return the address of the dashboard page `path`, below the path of the public URL, with the non-empty values of
+    `query`.
     """
     text = urlencode({name: value for name, value in query.items() if value})
     return f"{frame.root}{path}" + (f"?{text}" if text else "")

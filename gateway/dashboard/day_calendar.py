@@ -72,8 +72,8 @@ def draw_calendar(calendar: Mapping[str, Any], clock_changes: Sequence[datetime]
 def _cut_to_days(spans: Iterable[_Span]) -> Mapping[datetime, Sequence[_Span]]:
     """Return the parts of spans by day, the key is its midnight in UTC; days without any are left out.
 
-    Times up in a row become one if the breaks between them are too short to be seen. Other spans stay separate, since
-    they have borders.
+    Times awake in a row become one if the breaks between them are too short to be seen. Other spans stay separate,
+    since they have borders.
     """
     found: dict[datetime, list[_Span]] = {}
     for one in spans:
@@ -92,10 +92,10 @@ def _cut_to_days(spans: Iterable[_Span]) -> Mapping[datetime, Sequence[_Span]]:
 
 
 def _list_spans(calendar: Mapping[str, Any]) -> Iterator[_Span]:
-    """Yield the spans of windows, times up and planned times of a calendar, in the order in which they are drawn, the
-    lowest first.
+    """Yield the spans of windows, times awake and planned times of a calendar, in the order in which they are drawn,
+    the lowest first.
 
-    A time up has the tone of a start by a user if it is by hand, unless a deployment was its reason.
+    A time awake has the tone `hand` if a user started it, unless by a deployment.
     """
     for one in calendar["windows"]:
         yield _Span(parse_moment(one["start"]), parse_moment(one["end"]), "window")

@@ -67,18 +67,18 @@ def draw_lanes(
         paths: dict[str, bool] = {}
         for lane, line in enumerate(lines):
             if line is not None and line.row != number:
-                _add(paths, f"M{_lane_x(lane)} 0V{HEIGHT}", is_taken=line.is_taken)
+                _add_path(paths, f"M{_lane_x(lane)} 0V{HEIGHT}", is_taken=line.is_taken)
         for lane in arriving:
             line = lines[lane]
             is_taken = line is not None and line.is_taken
-            _add(paths, _draw_curve(_lane_x(lane), 0, x, MIDDLE), is_taken=is_taken)
+            _add_path(paths, _draw_curve(_lane_x(lane), 0, x, MIDDLE), is_taken=is_taken)
             lines[lane] = None
         for later in targets.get(number, ()):
             is_taken = row not in not_taken and rows[later] not in not_taken
             lane = _lane_to(lines, later, own)
             lines += [None] * (lane + 1 - len(lines))
             lines[lane] = _Line(later, is_taken)
-            _add(paths, _draw_curve(x, MIDDLE, _lane_x(lane), HEIGHT), is_taken=is_taken)
+            _add_path(paths, _draw_curve(x, MIDDLE, _lane_x(lane), HEIGHT), is_taken=is_taken)
         drawn.append(RowLanes(x, [LanePath(path, is_taken) for path, is_taken in paths.items()]))
     return drawn
 
@@ -99,10 +99,8 @@ def _find_targets(place: Mapping[str, int], edges: Sequence[LaneEdge]) -> Mappin
     }
 
 
-def _add(paths: dict[str, bool], path: str, *, is_taken: bool) -> None:
-    """Add a line to `paths` (true values: taken); of several lines at one place, one that
-    was taken counts.
-    """
+def _add_path(paths: dict[str, bool], path: str, *, is_taken: bool) -> None:
+    """Add a line to `paths`, by its path: True if it, or a line added before at the same place, was taken."""
     paths[path] = is_taken or paths.get(path, False)
 
 

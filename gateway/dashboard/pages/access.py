@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Final
 
-from gateway.dashboard.addresses import list_address
+from gateway.dashboard.addresses import page_address
 from gateway.dashboard.formats import parse_instant
 from gateway.dashboard.page import Page, PageData, PageFrame
 from gateway.dashboard.sign_in_page import PROBLEMS
@@ -84,8 +84,8 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
             for key in keys
         ],
         "key_count": listed["count"],
-        "more_keys": list_address(frame, PATH, {"offset": str(behind)}) if behind < listed["count"] else "",
-        "first_keys": list_address(frame, PATH, {}) if listed["offset"] else "",
+        "more_keys": page_address(frame, PATH, {"offset": str(behind)}) if behind < listed["count"] else "",
+        "first_keys": page_address(frame, PATH, {}) if listed["offset"] else "",
         "may_change_keys": frame.may("keys:write"),
         "sessions": [session for session in sessions if session["keyId"] not in key_ids],
         "tokens": None
@@ -140,10 +140,10 @@ def _state_of(key: Mapping[str, Any], frame: PageFrame) -> str:
 
 
 def _describe_token(token: Mapping[str, Any], frame: PageFrame) -> Mapping[str, Any]:
-    """Return a trigger token with its state, whether the visitor may replace it, and in `shows` the part of the answer
-    with a new address.
+    """Return a trigger token with its state, and whether the visitor may replace it (`may_change`).
 
-    The state is `replaced` until the overlap ends, `unused` for 90 days, or `valid`.
+    `shows` is the field with the new address in the API's answer to a replacement, such as `urls.api`. The state is
+    `replaced` until the overlap ends, `unused` for 90 days, or `valid`.
     """
     visitor = frame.visitor or {}
     is_owner = visitor.get("role") == "admin" or visitor.get("userId") == token["ownerId"]

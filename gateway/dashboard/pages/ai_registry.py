@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote
 
 from engine.values import MISSING, compare_values
-from gateway.dashboard.addresses import list_address
+from gateway.dashboard.addresses import page_address
 from gateway.dashboard.formats import show_json, show_value
 from gateway.dashboard.hour_charts import draw_bars, label_hours
 from gateway.dashboard.page import Page, PageData, PageFrame
@@ -169,8 +169,8 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "may_change": server is not None
         and frame.may("datasources:write")
         and (visitor["role"] == "admin" or visitor["userId"] == server["ownerId"]),
-        "address_of": lambda server_id: list_address(frame, PATH, {"server": server_id, "model": ""}),
-        "model_address": lambda model_id: list_address(frame, PATH, {"model": model_id, "server": ""}),
+        "address_of": lambda server_id: page_address(frame, PATH, {"server": server_id, "model": ""}),
+        "model_address": lambda model_id: page_address(frame, PATH, {"model": model_id, "server": ""}),
     }
 
 

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from gateway.dashboard.addresses import list_address
+from gateway.dashboard.addresses import page_address
 from gateway.dashboard.form_fields import list_fields
 from gateway.dashboard.formats import show_count
 from gateway.dashboard.page import Page, PageData, PageFrame
@@ -36,11 +36,12 @@ NEVER: Final = "9999"
 
 
 async def load(page: PageRequest) -> PageData:
-    """Ask the API for 50 open questions of the visitor, and of the open tab, or for 50 answers; raises `ApiError`.
+    """Ask the API for 50 open questions of the open tab, or for 50 answers, and for the numbers of questions; raises
+    `ApiError`.
 
-    The first page of the groups' or of all questions has the numbers by assignment (`counted`), so that they are
-    examined once. Other pages are asked for one question, for their numbers alone. The questions are None for visitors
-    who may answer none. Without a tab in the query, the first one with questions is open.
+    The numbers come with the visitor's own questions (`mine`), and with those of the groups or all (`counted`). Both
+    have 50 questions if the open tab shows their first page, else one. The questions are None for visitors who may
+    answer none. Without a tab in the query, the first one with questions is open.
     """
     given = page.query
     after, tab = given.get("after", START), given.get("tab", "")
@@ -112,10 +113,10 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "count": show_bounded(*counts["all"]),
         "tabs": [
             *(
-                (show_bounded(*counts[name]), label, list_address(frame, PATH, {"tab": name}), name == tab)
+                (show_bounded(*counts[name]), label, page_address(frame, PATH, {"tab": name}), name == tab)
                 for name, (label, _) in TABS.items()
             ),
-            (None, "Answered", list_address(frame, PATH, {"tab": ANSWERED}), tab == ANSWERED),
+            (None, "Answered", page_address(frame, PATH, {"tab": ANSWERED}), tab == ANSWERED),
         ],
         "tab": tab,
         "questions": [
@@ -124,13 +125,13 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         ],
         "one": None if shown is None else describe_question(shown),
         # Once a visitor has answered or passed it on, the first of the other ones is open.
-        "next": list_address(frame, PATH, {"tab": tab, **after}),
+        "next": page_address(frame, PATH, {"tab": tab, **after}),
         # The address names the open question, so that an update never replaces it below a pointer.
         "address": "" if shown is None else question_address(frame, tab, shown, after),
         "answers": () if answered is None else answered["answers"],
-        "older": list_address(frame, PATH, {"tab": tab, "after": following}) if following else "",
+        "older": page_address(frame, PATH, {"tab": tab, "after": following}) if following else "",
         "is_newest": not after,
-        "newest": list_address(frame, PATH, {"tab": tab}),
+        "newest": page_address(frame, PATH, {"tab": tab}),
         "may_answer": data["mine"] is not None,
         "may_assign": shown is not None and may_assign(shown, frame),
     }
@@ -152,7 +153,7 @@ def question_address(
     """Return the address of the page with a question open on a tab; `after` has the cursor of the page as a
     parameter, or nothing.
     """
-    return list_address(frame, PATH, {"tab": tab, "question": question_id(question), **after})
+    return page_address(frame, PATH, {"tab": tab, "question": question_id(question), **after})
 
 
 def find_shown(questions: Sequence[Mapping[str, Any]], wanted: str | None) -> Mapping[str, Any] | None:

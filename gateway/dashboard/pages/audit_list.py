@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlencode
 
-from gateway.dashboard.addresses import list_address
+from gateway.dashboard.addresses import page_address
 from gateway.dashboard.page import Page, PageData, PageFrame
 
 if TYPE_CHECKING:
@@ -66,9 +66,9 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "kinds": KINDS,
         "linked": [(word, name, filters[name]) for name, word in LINKED_FILTERS.items() if name in filters],
         "decision_icons": DECISION_ICONS,
-        "address_of": lambda **changes: list_address(frame, PATH, {**filters, **changes}),
-        "older": list_address(frame, PATH, {**filters, "after": entries["next"]}) if entries["next"] else "",
-        "newest": "" if is_newest else list_address(frame, PATH, filters),
+        "address_of": lambda **changes: page_address(frame, PATH, {**filters, **changes}),
+        "older": page_address(frame, PATH, {**filters, "after": entries["next"]}) if entries["next"] else "",
+        "newest": "" if is_newest else page_address(frame, PATH, filters),
         "export_query": f"?{urlencode({'kind': KIND, **filters})}",
     }
 

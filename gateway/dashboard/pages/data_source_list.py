@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote
 
 from gateway.dashboard import source_form
-from gateway.dashboard.addresses import list_address
+from gateway.dashboard.addresses import page_address
 from gateway.dashboard.formats import show_share
 from gateway.dashboard.hour_charts import draw_bars, label_hours
 from gateway.dashboard.page import Page, PageData, PageFrame
@@ -70,12 +70,12 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "crumbs": (("Data sources", ""),),
         "new_form": new_form,
         "new_types": [
-            (type_, label, list_address(frame, PATH, {**filters, "new": type_}))
+            (type_, label, page_address(frame, PATH, {**filters, "new": type_}))
             for type_, label in source_form.LABELS.items()
         ]
         if may_write and "new" in frame.query
         else (),
-        "new_page": list_address(frame, PATH, {**filters, "new": "sqlite"}) if may_write else "",
+        "new_page": page_address(frame, PATH, {**filters, "new": "sqlite"}) if may_write else "",
         "sources": [
             {**source, "address": _address_of(source["settings"])} for source in sources["dataSources"]
         ],
@@ -97,10 +97,10 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         if usage
         else [],
         "may_change": source is not None and may_change(source, "datasources:write", frame),
-        "address_of": lambda source_id: list_address(frame, PATH, {**filters, "source": source_id}),
+        "address_of": lambda source_id: page_address(frame, PATH, {**filters, "source": source_id}),
         "user_id": frame.visitor["userId"] if frame.visitor else "",
         "type": frame.query.get("type", ""),
-        "next": "" if is_last else list_address(frame, PATH, {"offset": str(shown)}),
+        "next": "" if is_last else page_address(frame, PATH, {"offset": str(shown)}),
     }
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlencode
 
 from gateway.dashboard import bulk_acts, run_acts
-from gateway.dashboard.addresses import list_address
+from gateway.dashboard.addresses import page_address
 from gateway.dashboard.formats import parse_instant
 from gateway.dashboard.page import Page, PageData, PageFrame
 from gateway.http.errors import ApiError
@@ -182,25 +182,25 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
                 "selection": _select_group(group, frame.query),
                 "is_growing": _is_growing(group, frame.now),
                 "hit": describe_versions(group["versions"], group["definitions"]),
-                "address": list_address(frame, PATH, {**filters, "muted": muted, "group": group["id"]}),
+                "address": page_address(frame, PATH, {**filters, "muted": muted, "group": group["id"]}),
             }
             for group in listed["groups"]
         ],
         "rows": () if rows is None else rows["deadLetters"],
         "more": ""
         if shown is None or rows is None or not rows["next"]
-        else list_address(
+        else page_address(
             frame, PATH, {**filters, "muted": muted, "group": shown["id"], "after": rows["next"]}
         ),
         "first": ""
         if shown is None or not frame.query.get("after")
-        else list_address(frame, PATH, {**filters, "muted": muted, "group": shown["id"]}),
+        else page_address(frame, PATH, {**filters, "muted": muted, "group": shown["id"]}),
         "writes": list_writes(data["workflow"], data["types"]),
         "failures": [
             (
                 label,
                 numbers[name],
-                list_address(frame, PATH, {**filters, "failure": failure}),
+                page_address(frame, PATH, {**filters, "failure": failure}),
                 not muted and not state and filters.get("failure", "") == failure,
             )
             for failure, name, label in FAILURES
@@ -208,7 +208,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "kinds": [
             (
                 label,
-                list_address(frame, PATH, {**filters, "trigger_type": kind, "muted": muted, "state": state}),
+                page_address(frame, PATH, {**filters, "trigger_type": kind, "muted": muted, "state": state}),
                 filters.get("trigger_type", "") == kind,
             )
             for kind, label in KINDS
@@ -217,13 +217,13 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "states": [
             (
                 one.capitalize(),
-                list_address(frame, PATH, {**filters, "failure": "", "state": one}),
+                page_address(frame, PATH, {**filters, "failure": "", "state": one}),
                 state == one,
             )
             for one in STATES
         ],
         "settled": data["settled"]["deadLetters"] if state else (),
-        "more_settled": list_address(
+        "more_settled": page_address(
             frame, PATH, {**filters, "state": state, "after": data["settled"]["next"]}
         )
         if state and data["settled"]["next"]
@@ -242,7 +242,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "labels": labels,
         "is_muted": bool(muted),
         "muted_groups": listed["mutedGroups"],
-        "muted_address": list_address(frame, PATH, {"muted": "true"}),
+        "muted_address": page_address(frame, PATH, {"muted": "true"}),
         "plan": describe_plan(data["plan"], data["newest"], labels),
         "user_id": frame.visitor["userId"] if frame.visitor else "",
         "sample_characters": SAMPLE_CHARACTERS,

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
-from gateway.dashboard.addresses import list_address
+from gateway.dashboard.addresses import page_address
 from gateway.dashboard.page import Page, PageData, PageFrame
 
 if TYPE_CHECKING:
@@ -66,8 +66,8 @@ async def load(page: PageRequest) -> PageData:
 
 
 async def _load_samples(page: PageRequest, filters: Mapping[str, str]) -> Any:  # noqa: ANN401 - any JSON value
-    """Return up to 20 samples of refused requests; None on later pages, with other filters, and if they are
-    forbidden.
+    """Return up to 20 samples of refused requests; None on later pages, with filters other than the outcome `rejected`,
+    and if they are forbidden.
     """
     if page.query.get("after", START) != START or not set(filters) <= {"outcome"}:
         return None
@@ -117,7 +117,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "outcomes": [
             (
                 label,
-                list_address(frame, PATH, {**filters, "outcome": outcome, "reason": reason}),
+                page_address(frame, PATH, {**filters, "outcome": outcome, "reason": reason}),
                 (filters.get("outcome", ""), filters.get("reason", "")) == (outcome, reason),
             )
             for outcome, reason, label in OUTCOMES
@@ -125,7 +125,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "routes": [
             (
                 label,
-                list_address(frame, PATH, {**filters, "route": route}),
+                page_address(frame, PATH, {**filters, "route": route}),
                 filters.get("route", "") == route,
             )
             for route, label in ROUTES
@@ -139,8 +139,8 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "may_run": frame.may("workflows:execute"),
         "samples": samples["samples"] if samples else (),
         "sample_count": samples["count"] if samples else 0,
-        "older": list_address(frame, PATH, {**filters, "after": listed["next"]}) if listed["next"] else "",
-        "newest": "" if is_newest else list_address(frame, PATH, filters),
+        "older": page_address(frame, PATH, {**filters, "after": listed["next"]}) if listed["next"] else "",
+        "newest": "" if is_newest else page_address(frame, PATH, filters),
         "is_newest": is_newest,
     }
 

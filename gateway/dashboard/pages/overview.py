@@ -9,7 +9,7 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlencode
 
-from gateway.dashboard.addresses import list_address
+from gateway.dashboard.addresses import page_address
 from gateway.dashboard.formats import (
     POD_STATES,
     StateLook,
@@ -180,7 +180,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "has_more_failures": not data["failed"]["isComplete"],
         "more_failures": ""
         if data["failed"]["isComplete"] or shows_all(frame.query)
-        else list_address(frame, PATH, {**shown, "causes": "all"}),
+        else page_address(frame, PATH, {**shown, "causes": "all"}),
         "may_run": frame.may("workflows:execute"),
         "pods": count_pods(data["deployments"]["states"]),
         "pod_time": data["pod_time"],

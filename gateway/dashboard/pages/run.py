@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from gateway.dashboard.addresses import list_address
+from gateway.dashboard.addresses import page_address
 from gateway.dashboard.form_fields import list_fields
 from gateway.dashboard.formats import SECOND_MS, look_of_wait, milliseconds_between, show_share
 from gateway.dashboard.graph_map import draw_graph
@@ -205,7 +205,7 @@ def find_change_address(frame: PageFrame, run: Mapping[str, Any], graph: Mapping
     if graph["previousVersion"] is None or after is None:
         return ""
     path = f"/dashboard/workflows/{run['workflowId']}/versions"
-    return list_address(frame, path, {"from": str(graph["previousVersion"]), "to": str(after)})
+    return page_address(frame, path, {"from": str(graph["previousVersion"]), "to": str(after)})
 
 
 def list_strips(states: Sequence[Mapping[str, Any]]) -> Mapping[str, AgentStrip]:
@@ -232,7 +232,7 @@ def _build_address(frame: PageFrame, **changes: str) -> str:
     removed.
     """
     query = {name: frame.query.get(name, "") for name in KEPT} | changes
-    return list_address(frame, f"/dashboard/runs/{frame.parameters['id']}", query)
+    return page_address(frame, f"/dashboard/runs/{frame.parameters['id']}", query)
 
 
 def _sum_waking_seconds(run: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> float:
@@ -254,7 +254,7 @@ def list_writes(graph: Mapping[str, Any], error: Mapping[str, Any]) -> Sequence[
     """Return the labels of the nodes with a write that have run, also if they failed; None if the effect of a node is
     unknown.
 
-    A node with a mapping that has found nothing was not called, unless it has completed in another iteration.
+    A node that failed before its call, by a mapping that finds nothing, is left out unless it is in a loop.
     """
     effects = {node["id"]: node["effect"] for node in graph["nodes"]}
     cause = error.get("cause") or error

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote
 
 from gateway.dashboard import bulk_acts, run_acts
-from gateway.dashboard.addresses import list_address
+from gateway.dashboard.addresses import page_address
 from gateway.dashboard.formats import look_of_wait, show_moment
 from gateway.dashboard.page import Page, PageData, PageFrame
 
@@ -87,28 +87,28 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "states": [
             (
                 label,
-                list_address(frame, PATH, {**filters, "status": status}),
+                page_address(frame, PATH, {**filters, "status": status}),
                 filters.get("status", "") == status,
             )
             for status, label in STATES
         ],
-        "older": list_address(frame, PATH, {**filters, "after": runs["next"]}) if runs.get("next") else "",
-        "newest": "" if is_newest else list_address(frame, PATH, filters),
+        "older": page_address(frame, PATH, {**filters, "after": runs["next"]}) if runs.get("next") else "",
+        "newest": "" if is_newest else page_address(frame, PATH, filters),
         "is_newest": is_newest,
         "acts": [
-            (verb, list_address(frame, PATH, {**own, "act": act})) for act, verb in run_acts.list_acts(own)
+            (verb, page_address(frame, PATH, {**own, "act": act})) for act, verb in run_acts.list_acts(own)
         ]
         if may_run
         else (),
         "picked_acts": [
-            (verb, list_address(frame, PATH, {**own, "act": act}))
+            (verb, page_address(frame, PATH, {**own, "act": act}))
             for act, verb in run_acts.list_picked_acts(runs["executions"])
         ]
         if may_run
         else (),
-        "list_page": list_address(frame, PATH, own),
+        "list_page": page_address(frame, PATH, own),
         "act": run_acts.describe(data["planned"], frame.query, own) if may_run else None,
-        "act_path": list_address(frame, PATH, {}),
+        "act_path": page_address(frame, PATH, {}),
         "act_filters": own,
         "running": [one for one in operations if one["endedAt"] is None],
         "ended": [one for one in operations if one["endedAt"] is not None],

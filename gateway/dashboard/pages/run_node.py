@@ -171,10 +171,11 @@ def view_node(
 
 
 def list_found_names(paths: Iterable[str], data: Any) -> Sequence[tuple[str, Sequence[str]]]:  # noqa: ANN401 - any JSON value
-    """Return for each path into the input that found nothing the place up to which it leads and the names that are
-    there, at most ten.
+    """Return, for each of the paths that find nothing in `data`, its longest part that exists and up to ten names
+    there.
 
-    For `data.order.sum`, these are `data.order` and its names. Paths that lead to no object of the input are left out.
+    For `data.order.sum`, these are `data.order` and its names. Paths with such a part that is no object, or empty, are
+    left out.
     """
     found: dict[str, Sequence[str]] = {}
     for path in paths:

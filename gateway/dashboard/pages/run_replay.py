@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from engine.agents.agent_steps import AGENT_TYPE
-from gateway.dashboard.addresses import list_address
+from gateway.dashboard.addresses import page_address
 from gateway.dashboard.page import Page, PageData, PageFrame
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def _build_skip_address(frame: PageFrame, path: str, left_out: Sequence[str], no
     chosen = [one for one in left_out if one != node_id]
     if node_id not in left_out:
         chosen.append(node_id)
-    return list_address(frame, path, {**frame.query, "skip": ",".join(chosen)})
+    return page_address(frame, path, {**frame.query, "skip": ",".join(chosen)})
 
 
 def _list_versions(versions: Mapping[str, Any] | None) -> Sequence[tuple[str, str]]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final
 
-from gateway.dashboard.addresses import list_address
+from gateway.dashboard.addresses import page_address
 from gateway.dashboard.formats import LIFECYCLE_REASONS, parse_instant, parse_moment
 from gateway.dashboard.page import Page, PageData, PageFrame
 
@@ -73,7 +73,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
     is_last = shown >= max(listed["count"], timeline["count"])
     hours = frame.query.get("hours", "")
     hours = hours if hours in dict(RANGES) else RANGES[0][0]
-    next_page = list_address(frame, PATH, {"offset": str(shown), "hours": hours})
+    next_page = page_address(frame, PATH, {"offset": str(shown), "hours": hours})
     axis = LaneAxis.of(timeline)
     collisions = find_collisions(timeline["workflows"])
     return {
@@ -96,7 +96,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         ],
         "labels": axis.list_labels(RULER_STEPS[int(hours)]),
         "ranges": [
-            (label, list_address(frame, PATH, {"hours": value}), value == hours) for value, label in RANGES
+            (label, page_address(frame, PATH, {"hours": value}), value == hours) for value, label in RANGES
         ],
         "decisions": timeline["decisions"][:SHOWN_DECISIONS],
         "more_decisions": max(len(timeline["decisions"]) - SHOWN_DECISIONS, 0),

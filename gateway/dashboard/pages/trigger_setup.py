@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from gateway.dashboard.addresses import list_address
+from gateway.dashboard.addresses import page_address
 from gateway.dashboard.page import Page, PageData, PageFrame
 from gateway.http.errors import ApiError
 
@@ -168,7 +168,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "config": config,
         "starts": list_starts(workflow["nodes"]) if node is None and frame.may("workflows:write") else (),
         "senders": [
-            (name, label, list_address(frame, here, {"sender": name}), name == sender)
+            (name, label, page_address(frame, here, {"sender": name}), name == sender)
             for name, label in senders
         ],
         "sender": sender,
@@ -198,7 +198,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "may_write_sources": frame.may("datasources:write"),
         "may_write_tokens": frame.may("keys:write") and frame.may("users:write"),
         "base_url": frame.base_url,
-        "list_page": list_address(
+        "list_page": page_address(
             frame,
             "/dashboard/deliveries",
             {"route": "events"} if kind == "event" else {"workflow_id": workflow["id"]},
@@ -214,8 +214,8 @@ def find_trigger(nodes: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None
 
 
 def list_starts(nodes: Sequence[Mapping[str, Any]]) -> Sequence[tuple[str, str, str, Mapping[str, Any]]]:
-    """Return type, name and description of each trigger that can replace the start by hand, with the change
-    of the workflow.
+    """Return type, name and description of each trigger that can replace the start by hand, with the workflow's changed
+    fields.
 
     Empty for a large graph, and for one without a single start by hand.
     """

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from gateway.dashboard.addresses import list_address
+from gateway.dashboard.addresses import page_address
 from gateway.dashboard.form_fields import list_inputs
 from gateway.dashboard.formats import show_duration, show_moment, show_share, show_whole_json
 from gateway.dashboard.graph_map import draw_graph
@@ -185,7 +185,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
 
 def _build_address(frame: PageFrame, **changes: str) -> str:
     query = {name: frame.query.get(name, "") for name in KEPT} | changes
-    return list_address(frame, f"/dashboard/workflows/{frame.parameters['id']}", query)
+    return page_address(frame, f"/dashboard/workflows/{frame.parameters['id']}", query)
 
 
 def _read_states(graph: Mapping[str, Any] | None, workflow: Mapping[str, Any]) -> Mapping[str, str] | None:
@@ -218,7 +218,7 @@ def list_notes(
     """Return a note below each node of the map, by node id: its figures, or below a trigger the time of the last
     delivery.
 
-    A path that finds nothing comes before all others. Nodes without a note are left out.
+    A warning of a path that finds nothing takes their place. Nodes without a note are left out.
     """
     unresolved = {one.get("nodeId") for one in warnings if one["type"] == UNRESOLVED}
     newest = deliveries["deliveries"][0] if deliveries and deliveries["deliveries"] else None

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final
 
-from gateway.dashboard.addresses import list_address
+from gateway.dashboard.addresses import page_address
 from gateway.dashboard.day_calendar import HOUR_SECONDS, draw_calendar
 from gateway.dashboard.formats import (
     LIFECYCLE_REASONS,
@@ -175,7 +175,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "events": list_events(decisions, by_users),
         "all_decisions": ""
         if is_all or data["history"]["count"] <= len(decisions)
-        else list_address(frame, f"/dashboard/workflows/{workflow['id']}/lifecycle", {"decisions": "all"}),
+        else page_address(frame, f"/dashboard/workflows/{workflow['id']}/lifecycle", {"decisions": "all"}),
         "clock_changes": data["preview"]["clockChanges"],
         "policies": POLICIES,
         "day_choices": {name: label for name, (label, _) in DAYS.items()},

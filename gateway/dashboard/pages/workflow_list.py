@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from gateway.dashboard.addresses import list_address
+from gateway.dashboard.addresses import page_address
 from gateway.dashboard.formats import look_of, look_of_pod, show_count, show_share
 from gateway.dashboard.hour_charts import SPARK_HEIGHT, draw_bars
 from gateway.dashboard.page import Page, PageData, PageFrame
@@ -82,7 +82,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         if not is_new
         else (("Workflows", frame.root + PATH), ("New workflow", "")),
         "is_new": is_new,
-        "new_page": list_address(frame, PATH, {"new": "1"}),
+        "new_page": page_address(frame, PATH, {"new": "1"}),
         "workflows": [describe_workflow(one) for one in listed["workflows"]],
         "count": listed["count"],
         "templates": [one for one in templates if one is not example],
@@ -92,32 +92,33 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "shown": shown,
         "chips": list_chips(data, frame, kept),
         "orders": [
-            (label, list_address(frame, PATH, {**filters, "order": order}), kept.get("order", "") == order)
+            (label, page_address(frame, PATH, {**filters, "order": order}), kept.get("order", "") == order)
             for order, label in ORDERS
         ],
         "filters": filters,
         "order": kept.get("order", ""),
-        "next": list_address(frame, PATH, {**kept, "offset": str(shown)}) if shown < listed["count"] else "",
+        "next": page_address(frame, PATH, {**kept, "offset": str(shown)}) if shown < listed["count"] else "",
     }
 
 
 def list_chips(
     data: PageData, frame: PageFrame, kept: Mapping[str, str]
 ) -> Sequence[tuple[str, int, str, bool]]:
-    """Return label, number, address and whether it is chosen for each filter above the list: all, the states, and the
-    statuses.
+    """Return label, number, address and whether it is chosen for each filter above the list: all, by state, and by
+    status.
 
-    The numbers count workflows that the visitor may see. `kept` are the filters and the order of the page. The address
-    of a chosen filter leads to the page without it.
+    States are those of runs and pods, such as `failing`; statuses are `active` and others. The numbers count workflows
+    that the visitor may see. `kept` are the filters and the order of the page. The address of a chosen filter leads to
+    the page without it.
     """
     everything = {name: value for name, value in kept.items() if name not in {"state", "status"}}
     states, statuses = data["workflows"]["states"], data["stats"]["readable"]
     is_whole = not {"state", "status"} & set(kept)
-    chips = [("All", statuses["total"], list_address(frame, PATH, everything), is_whole)]
+    chips = [("All", statuses["total"], page_address(frame, PATH, everything), is_whole)]
     for name, choices, numbers in (("state", STATES, states), ("status", STATUSES, statuses)):
         for value, label in choices:
             is_on = kept.get(name) == value
-            address = list_address(frame, PATH, {**kept, name: "" if is_on else value})
+            address = page_address(frame, PATH, {**kept, name: "" if is_on else value})
             chips.append((label, numbers[value], address, is_on))
     return chips
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from engine.values import MISSING, compare_values
-from gateway.dashboard.addresses import list_address
+from gateway.dashboard.addresses import page_address
 from gateway.dashboard.formats import show_value
 from gateway.dashboard.graph_map import draw_graph
 from gateway.dashboard.page import Page, PageData, PageFrame
@@ -139,7 +139,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "map": draw_difference(data["before"], data["after"], diff, frame.query.get("at", ""))
         if diff
         else None,
-        "here": list_address(frame, f"{page_path}/versions", {"from": before, "to": after}),
+        "here": page_address(frame, f"{page_path}/versions", {"from": before, "to": after}),
         "parts": list_parts(data["before"], data["after"], diff) if diff else (),
         "page_path": frame.root + page_path,
         "api": f"/api/v1/workflows/{workflow['id']}",
