@@ -30,9 +30,10 @@ async def build_redrive_input(
 ) -> RunInput:
     """Return the input of a new run that runs the trigger output `given` (JSON text) of an earlier run again.
 
-    Its blobs are copied from the earlier run `source`, None without stored blobs, to the new run's id. A lost
-    attachment is left to the node that reads it. An unparsed mail is parsed again, without the rules that may have
-    rejected it. Raises a 409 error if a stored mail or body is gone, and 503 if the blob storage does not answer.
+    Its blobs are copied from the earlier run `source`, None without stored blobs, to a new execution id, which the
+    input contains. A lost attachment is left to the node that reads it. An unparsed mail is parsed again, without the
+    rules that may have rejected it. Raises a 409 error if a stored mail or body is gone, and 503 if the blob storage
+    does not answer.
     """
     execution_id = ids.new_id("exec")
     if large_values.has_separate_body(given):

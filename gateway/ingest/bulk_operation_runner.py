@@ -64,8 +64,8 @@ class BulkOperationRunner:
                     await self._changed.wait()
 
     async def _take_operations(self) -> None:
-        """Claim due operations that no gateway performs, at most as many as are free of four, and start a
-        task for each.
+        """Claim due operations that no gateway performs, and start a task for each; this gateway performs at most four
+        at once.
         """
         room = AT_ONCE - len(self._tasks)
         if room <= 0:

@@ -131,8 +131,9 @@ class OperationPerformance:
     async def _take_step(self) -> float:
         """Renew the lease and perform one step; return the seconds from the start of this call to that of the next one.
 
-        No object is acted on while the first run alone has not ended. Raises `LeaseLost`, and `_OperationEnd` when no
-        object is left, the operation was stopped, or its key lost its rights.
+        With `first_alone`, only the first object is acted on until its run has completed. Raises `LeaseLost`, and
+        `_OperationEnd` when no object is left, the operation was stopped, its API key lost its rights, or that first
+        run failed.
         """
         await self._store({})  # so that the lease lasts, and changes by users are known
         if self._operation.status == BulkStatus.STOPPING and not self._is_repeating:

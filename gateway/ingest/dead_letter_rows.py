@@ -1,6 +1,6 @@
 """Queries of the dead letters and deliveries of a whole organization, in bounded batches.
 
-An object that was redriven by a list, or purged, has used up its redrive key. The key is derived from the
+An object that a bulk redrive has run, or that was purged, has used up its redrive key. The key is derived from the
 workflow, so that rows are read first and their keys are looked up in batches.
 """
 
@@ -304,10 +304,10 @@ async def read_runs(
 
 
 async def mark_settled(connection: AsyncConnection, execution_ids: Sequence[str], now: datetime) -> None:
-    """Set the settled time of those of the runs that have failed, so that lists of dead letters skip them without a
-    look at their keys.
+    """Set the settled time of those of the runs that have failed, so that lists of dead letters need not read their
+    redrive keys.
 
-    Only their redrive keys decide whether they are dead letters. The caller has checked the organization.
+    A used redrive key alone decides that a run is no dead letter. The caller has checked the organization.
     """
     for start in range(0, len(execution_ids), BATCH):
         some = execution_ids[start : start + BATCH]
@@ -338,9 +338,10 @@ async def find_deliveries(
     *,
     examined: int,
 ) -> OpenRows[DeliveryKey]:
-    """Return the deliveries behind a cursor that the caller may see, that match, and that a list can still redrive.
+    """Return the deliveries behind a cursor that the caller may see, that match, and that a bulk redrive can still run.
 
-    Their content is kept, and they have not been redriven. Reading stops after about `examined` rows.
+    Their content is kept, and no bulk redrive has run them. Reading stops after about `examined` rows, so there may be
+    fewer than the limit of `bounds` although others follow.
     """
     columns = [getattr(Delivery, field.name) for field in fields(DeliveryKey)]
     statement = select(*columns).where(
@@ -515,7 +516,7 @@ async def _read_batches(
 async def _find_settled(
     connection: AsyncConnection, caller: ApiCaller, rows: Sequence[Row]
 ) -> frozenset[str]:
-    """Return the ids of those rows that a list has redriven, or that were purged: their redrive keys are used."""
+    """Return the ids of those rows that a bulk redrive has run or a purge has settled: their redrive keys are used."""
     return frozenset(await _read_redrive_keys(connection, caller, rows))
 
 

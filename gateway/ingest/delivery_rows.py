@@ -184,7 +184,7 @@ def redrivable_conditions() -> Iterable[ColumnElement[bool]]:
 async def find_not_redriven(
     connection: AsyncConnection, workflow: Workflow, wanted: DeliveryFilter, limit: int
 ) -> tuple[int, list[str]]:
-    """Return the number of deliveries that can be and were not redriven by a list, and the ids of the oldest, at most
+    """Return the number of deliveries that a bulk redrive can run and has not run, and the ids of the oldest, at most
     `limit`.
 
     Redrives themselves are left out; duplicates too, unless the filter names them.
@@ -316,7 +316,7 @@ def _time_conditions(wanted: DeliveryFilter) -> Iterable[ColumnElement[bool]]:
 
 
 def _is_settled(workflow: Workflow, resource: SQLColumnExpression[Any]) -> Any:  # noqa: ANN401 - a correlated condition
-    """Return the SQL condition that a delivery or run was purged, or redriven by a list: its redrive key is used.
+    """Return the SQL condition that a delivery or run was purged, or run by a bulk redrive: its redrive key is used.
 
     `resource` is the column with the id of the delivery or run.
     """

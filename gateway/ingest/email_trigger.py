@@ -370,8 +370,8 @@ async def _ingest(
     is_large: bool = False,
     ses_id: str = "",
 ) -> JsonResponse:
-    """Run the workflow on a mail, or repeat the answer to the same mail; `message` returns the input of a run by its
-    id.
+    """Run the workflow on a mail, or repeat the answer to the same mail; `message(execution_id)` returns the input of
+    the run.
 
     Without an `idempotency_key`, one is derived from the mail if it has an id. `is_large` looks for a repetition before
     content is stored. `ses_id` is the id that Amazon SES has given the mail. Raises the API errors of limits and
@@ -416,7 +416,8 @@ def _refuse_replay() -> ApiError:
 
 
 def _derive_request_key(mail: VerifiedMail, key: str | None, ses_id: str) -> IdempotencyKey | None:
-    """Return the idempotency key of the request itself, by which its signature is accepted for one mail only.
+    """Return a second idempotency key, of the request instead of the mail, by which a signature is accepted for one
+    mail only.
 
     It is derived from the SES id, or from the signed id and the mail's deduplication key `key`; None without either id.
     Several actions of an SES rule may report the same mail, with the same id.

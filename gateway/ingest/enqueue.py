@@ -189,11 +189,11 @@ async def enqueue(request: GatewayRequest) -> JsonResponse:
 def _idempotency_keys(
     request: GatewayRequest, value: Json, body: EnqueueRequest, signature: VerifiedSignature | None
 ) -> tuple[IdempotencyKey | None, IdempotencyKey | None]:
-    """Return an additional key that identifies the request (None unless it has several), and the key of its message
-    (None without any).
+    """Return the idempotency keys of the request and of its message, from the signature, `Idempotency-Key` and
+    `deduplicationId`.
 
-    The keys of the signature, the header `Idempotency-Key` and `deduplicationId` count in this order: the last one is
-    that of the message, and the first of several that of the request.
+    Of those in this order, the last one that exists is the key of the message (None without any); the first is that of
+    the request if there are several, else None. `value` is the decoded body.
     """
     workflow_id = request.path_params["id"]
     keys = [

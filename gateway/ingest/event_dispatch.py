@@ -241,10 +241,10 @@ class EventDispatcher:
     ) -> None:
         """Add the run of an event for one workflow, or its error, to the plan.
 
-        `counted` is its deployment, None without one. Nothing is added if the definition that will run
-        doesn't subscribe to the event, or its filter excludes it.
+        `counted` is its deployment, with the reason if that may not start now; None without a deployment. Nothing is
+        added if the definition that will run doesn't subscribe to the event, or its filter excludes it.
         """
-        is_held = workflow.status is WorkflowStatus.PAUSED
+        is_paused = workflow.status is WorkflowStatus.PAUSED
         if counted is not None:
             try:
                 workflow = await self._deployed.load(workflow, counted.deployment)
@@ -271,10 +271,10 @@ class EventDispatcher:
         except ApiError as error:
             planned.refuse(workflow, error)
             return
-        deferral = find_deferral(None if counted is None else counted.refusal, is_held=is_held)
+        deferral = find_deferral(None if counted is None else counted.refusal, is_paused=is_paused)
         assigned_deployment_id = None if counted is None else workflow.id
         run = self._ingestor.build_run(
-            RunTarget(workflow, trigger, assigned_deployment_id, deferral, is_held), message
+            RunTarget(workflow, trigger, assigned_deployment_id, deferral, is_paused), message
         )
         planned.add(workflow, run, deferral)
 

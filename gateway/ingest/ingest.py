@@ -74,12 +74,11 @@ _REASONS: Final[Mapping[StartRefusalCode, str]] = {
 }
 
 
-def find_deferral(refusal: StartRefusal | None, *, is_held: bool) -> RunDeferral | None:
-    """Return the reason why a run may not start now, from the refusal of its deployment's start; None if it may.
-
-    `is_held` means that its workflow is paused.
+def find_deferral(refusal: StartRefusal | None, *, is_paused: bool) -> RunDeferral | None:
+    """Return the reason why a run may not start now, None if it may: its workflow is paused, or its deployment refuses
+    to start.
     """
-    if is_held:
+    if is_paused:
         return PAUSED
     return None if refusal is None else RunDeferral(_REASONS[refusal.code], refusal.opens_at)
 
@@ -112,7 +111,7 @@ class RunTarget:
     """Deployment whose pods execute the run; None for any worker."""
     deferral: RunDeferral | None = None
     """Reason why the run may not start now."""
-    is_held: bool = False
+    is_paused: bool = False
     """The run starts only after the workflow is resumed from its pause."""
 
     @property
@@ -217,7 +216,7 @@ class RequestIngestor:
                 workflow.settings, callback_url=message.callback_url
             ),
             assigned_deployment_id=target.assigned_deployment_id,
-            delay_until=held_runs.UNTIL_RESUMED if target.is_held else message.delay_until,
+            delay_until=held_runs.UNTIL_RESUMED if target.is_paused else message.delay_until,
             is_read=message.is_read,
             labels=_choose_labels(workflow, message),
             trace_origin=run_origin.current_origin(),
@@ -250,7 +249,7 @@ class RequestIngestor:
             runs[:] = [self.build_run(target, await plan(target))]
             if not runs[0].trigger.startswith(large_values.SEPARATE_BODY):
                 inbound.payload = runs[0].trigger
-            delay_until = None if target.is_held else runs[0].delay_until
+            delay_until = None if target.is_paused else runs[0].delay_until
             return msgspec.structs.replace(
                 inbound,
                 runs=runs,
@@ -340,8 +339,8 @@ class RequestIngestor:
         """Return the target of a request for a loaded workflow; raises 409 unless active or paused, 422 for
         another trigger.
         """
-        is_held = workflow.status is WorkflowStatus.PAUSED
-        if workflow.status is not WorkflowStatus.ACTIVE and not is_held:
+        is_paused = workflow.status is WorkflowStatus.PAUSED
+        if workflow.status is not WorkflowStatus.ACTIVE and not is_paused:
             raise errors.workflow_not_active()
         assigned_deployment_id, refusal = None, None
         if workflow.is_deployed:
@@ -353,8 +352,8 @@ class RequestIngestor:
             raise errors.no_such_trigger(kind)
         if workflow.validation.errors:
             graph_shapes.require_valid(workflow.validation)
-        deferral = find_deferral(refusal, is_held=is_held)
-        return RunTarget(workflow, workflow.trigger, assigned_deployment_id, deferral, is_held)
+        deferral = find_deferral(refusal, is_paused=is_paused)
+        return RunTarget(workflow, workflow.trigger, assigned_deployment_id, deferral, is_paused)
 
     async def require_models(self, caller: ApiCaller, target: RunTarget) -> None:
         """Raise a 403 error if the target names a language model that the workflow's owner may not use.
@@ -435,7 +434,7 @@ class IngestCapacity:
 
         For senders that can retry; senders of mails and webhooks can't, so their runs are kept.
         """
-        if not target.is_held:
+        if not target.is_paused:
             return
         # Reload before a refusal, which must not rest on a cached status. A plan made with it is made again.
         workflow = target.workflow

@@ -60,7 +60,7 @@ class JsonAttachment:
 
 
 def decode_attachments(attachments: Sequence[Mapping[str, Json]]) -> Sequence[JsonAttachment]:
-    """Return the attachments with their contents decoded from base64; None for one that was sent without content.
+    """Return the attachments with their contents decoded from base64; the content of one sent without content is None.
 
     Raises a 422 error for invalid base64 and for too many attachments.
     """

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from models.ingest import Delivery
 
 TOGETHER: Final = 10
-"""Number of concurrent redrives of a list; each input may be large."""
+"""Number of concurrent redrives of a bulk redrive; each input may be large."""
 ROUTES: Final = {"queue": IngestRoute.ENQUEUE, "email": IngestRoute.EMAIL, "webhook": IngestRoute.HOOK}
 CREATED: Final = 201
 
@@ -53,7 +53,7 @@ class RedriveInput:
 
 @dataclass(slots=True)
 class RedriveResult:
-    """Result of the redrive of a list."""
+    """Result of a bulk redrive: ids of the new runs, and errors."""
 
     execution_ids: list[str] = field(default_factory=list)
     errors: dict[str, ApiError] = field(default_factory=dict)
@@ -65,10 +65,10 @@ async def redrive_each(
     resource_ids: Sequence[str],
     redrive: Callable[[str, IdempotencyKey], Awaitable[tuple[AcceptanceResult, str]]],
 ) -> RedriveResult:
-    """Redrive objects of one workflow by `redrive(id, key)`, ten at a time; return the new runs, and the API errors by
-    id.
+    """Redrive objects of one workflow by `redrive(id, key)`, ten at a time; return the ids of the new runs, and the API
+    errors by object id.
 
-    The key is derived from the id, so that no list redrives an object twice.
+    The key is derived from the object's id, so that no bulk redrive runs an object twice.
     """
 
     async def once(resource_id: str) -> AcceptanceResult:
@@ -81,8 +81,7 @@ async def redrive_each(
 async def redrive_all(
     resource_ids: Sequence[str], redrive: Callable[[str], Awaitable[AcceptanceResult]]
 ) -> RedriveResult:
-    """Redrive objects by `redrive(id)`, ten at a time; return the new runs, and the API errors by the ids of the
-    objects.
+    """Redrive objects by `redrive(id)`, ten at a time; return the ids of the new runs, and the API errors by object id.
 
     Objects that were redriven before are in neither.
     """
@@ -205,8 +204,8 @@ class RunRedriver:
     ) -> AcceptanceResult:
         """Run a workflow on an input as a new request of `caller`, without the verification and rate limits of senders.
 
-        `origin` is the delivery that it redrives, None for a dead letter. A refusal is raised, and stored as no
-        delivery.
+        `origin` is the delivery that it redrives, None for a dead letter. `own_key` identifies the request itself, as
+        in `ingest_request`. An error is raised without a delivery for the refused request.
         """
         inbound = InboundRequest(
             delivery_id=delivery_log.new_delivery_id(),

@@ -170,7 +170,10 @@ async def list_samples(
 
 
 async def _upsert_samples(connection: AsyncConnection, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Insert samples, at least one, each in place of an earlier one with the same route and slot."""
+    """Insert samples, at least one, each in place of an earlier one with the same route and slot.
+
+    A route has a hundred numbered slots, which are used in turn.
+    """
     dialect: Any = postgresql if connection.dialect.name == "postgresql" else sqlite
     # Same order in every gateway: concurrent writers wait for one another without a deadlock.
     statement = dialect.insert(RejectedRequestSample).values(
@@ -198,7 +201,9 @@ def _build_row(sample: RejectedRequestSample, owners: Mapping[str, str]) -> Mapp
 def _build_sample(
     route: IngestRoute, slot: int, scope: Scope, error: ApiError, now: datetime
 ) -> RejectedRequestSample:
-    """Return the sample of a refused request, with the workflow that its path or token names; None without one."""
+    """Return the sample of a refused request for a slot of its route, with the workflow that its path or token names,
+    else None.
+    """
     sender: RequestSender | None = scope.get("sender")
     workflow_id = None if route is IngestRoute.HOOK else scope["path_params"].get("id")
     if workflow_id is not None and not ids.is_id(workflow_id):

@@ -153,8 +153,8 @@ class TriggerVerifier:
         """Verify a message sent with a trigger token by the `verification` of the workflow's trigger of this kind, if
         it has any.
 
-        Return None for senders with a key; a result without config if the trigger has no `verification`. Raises 404,
-        and the errors of `verify_signature`.
+        Return None for senders with an API key; a result with `config` None if the trigger has no `verification` or is
+        of another kind. Raises 404, and the errors of `verify_signature`.
         """
         if sender.token is None:
             return None
@@ -184,10 +184,10 @@ class TriggerVerifier:
         that can't be parsed. Raises 422 when the trigger has no valid `verification`, and 503 when its secret
         is missing or can't be read.
         """
-        said = None if workflow.trigger is None else workflow.trigger.config.get(FIELD)
-        verification = parse_config(said)
+        configured = None if workflow.trigger is None else workflow.trigger.config.get(FIELD)
+        verification = parse_config(configured)
         if verification.provider is SigningProvider.NONE:
-            return VerifiedSignature(request, said, None)
+            return VerifiedSignature(request, configured, None)
         is_basic = verification.provider is SigningProvider.BASIC
         types = {DataSourceType.HTTP_BASIC if is_basic else DataSourceType.WEBHOOK_SECRET}
         sources = [
@@ -201,7 +201,7 @@ class TriggerVerifier:
             if is_basic and refusal.status == errors.unauthorized().status:
                 refusal.headers |= CHALLENGE
             raise refusal from error
-        return VerifiedSignature(request, said, verified.delivery_key)
+        return VerifiedSignature(request, configured, verified.delivery_key)
 
     async def _load_executed_workflow(self, workflow: LoadedWorkflow) -> LoadedWorkflow:
         """Return a workflow with its deployed definition if it is deployed, else unchanged.
@@ -218,16 +218,16 @@ class TriggerVerifier:
         return workflow if row is None else await self._deployed.load(workflow, build_row(Deployment, row))
 
 
-def parse_config(said: Json) -> VerificationConfig:
+def parse_config(configured: Json) -> VerificationConfig:
     """Return the parsed `verification` of a trigger; raises a 422 error when it is missing or invalid."""
-    if said is None:
+    if configured is None:
         message = (
             "The trigger has no `verification` of its senders: set it in the config, with the provider `none` to accept"
             " all requests to its address"
         )
         raise ApiError(422, "no-verification", message)
     try:
-        return msgspec.convert(said, VerificationConfig)
+        return msgspec.convert(configured, VerificationConfig)
     except msgspec.ValidationError as error:
         message = (
             "The `verification` in the config of the trigger is not valid: the workflow's validation says why"

@@ -72,16 +72,18 @@ async def await_answer(
     with waiting.waiter(key.execution_id) as waiter:
         timer = asyncio.get_running_loop().call_later(max(seconds, 0.0), waiter.end)
         try:
-            return await _answer_when_ended(database, waiting, key, waiter)
+            return await _wait_for_answer(database, waiting, key, waiter)
         finally:
             timer.cancel()
             waiting.polls -= 1
 
 
-async def _answer_when_ended(
+async def _wait_for_answer(
     database: Database, waiting: ExecutionPollHub, key: ExecutionKey, waiter: ExecutionWaiter
 ) -> AwaitedRunState | None:
-    """Wait until a run has answered or ended, or the waiter is over, and return its state; None for a missing run."""
+    """Wait until a run has answered or ended, or the wait of `waiter` has ended; return its state, None for a missing
+    run.
+    """
     while True:
         waiter.changed.clear()
         # Watch before the read, so that no change in between is missed.
