@@ -306,7 +306,7 @@ def _count_characters(run: RunAcceptance) -> int:
 
 
 def require_open(status: WorkflowStatus) -> None:
-    """Raise a 409 error if a workflow of this status accepts no runs, such as an archived or paused one."""
+    """Raise a 409 error if a workflow of this status accepts no runs: an archived or paused one."""
     if status in _CLOSED:
         raise errors.conflict(f"workflow-{status}", _CLOSED[status])
 
@@ -390,7 +390,9 @@ def require_one_spelling(trigger_inputs: object, inputs: object) -> None:
 
 
 def response_headers(settings: GatewaySettings, accepted: AcceptanceResult) -> dict[str, str]:
-    """Return the headers for an accepted run: its `Location`, and a mark if the idempotency key was used before."""
+    """Return the headers for an accepted run: its `Location`, and `Idempotent-Replayed` if the idempotency key was used
+    before.
+    """
     headers = location(settings, accepted.execution_id)
     return {**headers, **idempotency.REPLAYED} if accepted.verdict is AcceptanceVerdict.REPEATED else headers
 
@@ -499,7 +501,8 @@ class WorkflowRunAcceptor:
         return accepted
 
     async def _plan_run(self, caller: ApiCaller, plan: RunPlanner, workflow: LoadedWorkflow) -> RunRequest:
-        """Return the run that `plan` makes of the workflow; if it refuses, the run of the workflow as it is stored now.
+        """Return the run that `plan` makes of the workflow; if it refuses, call it again with the stored workflow if
+        that differs.
 
         So no request is refused because of the cache. Raises the errors of `plan`, and 403 for a language model that
         the caller may not use.

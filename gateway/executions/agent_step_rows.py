@@ -126,7 +126,8 @@ async def read_states(
 async def read_questions(
     connection: AsyncConnection, key: ExecutionKey, steps: Sequence[AgentStep]
 ) -> Mapping[str, str]:
-    """Return the node that asks about each waiting tool call among the steps, by the iteration under which it is asked.
+    """Return the id of the node with the open question about each waiting tool call among the steps, by
+    `name_iteration(step)`.
 
     Steps without an open question are left out.
     """

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 async def continue_run(
     database: Database, acceptances: RunAcceptor, pods: PodNotifier, answer: AnswerResult, target: str
 ) -> None:
-    """Let a run continue after the commit of an answer to its node: wake the workers, or the pods of the deployment
-    `target`.
+    """Wake the workers, and the pods of the deployment `target`, if a committed answer lets its run continue; else
+    nobody.
 
-    Runs of its concurrency key are admitted to free slots first. Without a woken run, nobody is woken. A sweep makes up
-    for a lost wakeup. Raises `DatabaseUnavailable`.
+    Before that, waiting runs of its concurrency key are admitted to free slots. `SHARED_TARGET` means no deployment. A
+    sweep makes up for a lost wakeup. Raises `DatabaseUnavailable`.
     """
     if answer.concurrency_key is not None:
         await concurrency_limits.admit_waiting_runs(database, answer.concurrency_key)

@@ -132,7 +132,8 @@ def deletable(caller: ApiCaller) -> ColumnElement[bool]:
 async def find(
     database: Database, wanted: ExecutionFilter, condition: ColumnElement[bool], limit: int
 ) -> tuple[ChosenExecutions, Counter[str]]:
-    """Return the oldest executions that match a filter and a condition, at most `limit`, and their number by workflow.
+    """Return the oldest executions that match a filter and a condition, at most `limit`, and the number of these by
+    workflow.
 
     `matched` of the result counts all matching ones, up to 10,001. `condition` must restrict the visibility.
     """
@@ -164,8 +165,8 @@ async def begin_retry(
 ) -> ChosenExecutions:
     """Record a retry or replay of the selection `found` in the audit trail, and return the selection to act on.
 
-    With an idempotency key, that is the selection of the first request with it, and only that is recorded. Raises a 422
-    error if that request had another body.
+    With an idempotency key, that is the selection of the first request with it, and only that is recorded. `about` is
+    the id of the workflow or organization for the audit entry. Raises a 422 error if that request had another body.
     """
     text, now = _encode(found).decode(), database.clock.now()
 
@@ -255,9 +256,9 @@ async def retry(
 ) -> dict[str, str]:
     """Resume failed executions as new ones; return the new ids by the ids of the failed executions.
 
-    The new ids are derived from the failed ones and the operation, so a repetition returns the same ones. Those that
-    may not be resumed, or that another transaction locks, are left out. The caller sees the new ones at once, and
-    workers are woken.
+    The new ids are derived from the failed ones and `operation_id` of `chosen`, so a repetition returns the same ones.
+    Those that may not be resumed, or that another transaction locks, are left out. The caller sees the new ones at
+    once, and workers are woken.
     """
     new_ids = {
         execution_id: ids.derive_id("exec", execution_id, chosen.operation_id)
@@ -276,10 +277,11 @@ async def retry(
 async def _resume_unlocked(
     database: Database, caller: ApiCaller, new_ids: Mapping[str, str]
 ) -> dict[str, str | None]:
-    """Resume failed executions, and return the concurrency key of each (None without a limit) by its id.
+    """Resume failed executions; return the concurrency key of each resumed one (None without a limit) by the failed
+    one's id.
 
-    `new_ids` has the ids of the new executions by the failed ones. If another transaction locks some of them,
-    they are resumed one by one and the locked ones are left out.
+    `new_ids` has the ids of the new executions by the failed ones. If another transaction locks some of them, they are
+    resumed one by one and the locked ones are left out.
     """
     try:
         now = database.clock.now()

@@ -94,8 +94,8 @@ class _BulkOutcome:
 async def replay(request: GatewayRequest) -> JsonResponse:
     """Replay the ended executions that match a filter, the oldest first, each as a new execution.
 
-    Executions that were resumed or replayed already, and those of closed or deleted workflows, are skipped. An
-    execution whose plan needs a confirmation that `confirm` does not give is listed in `refused`.
+    Executions that were resumed or replayed already, and those of paused, archived or deleted workflows, are skipped.
+    An execution whose plan needs a confirmation that `confirm` does not give is listed in `refused`.
     """
     value = await read_json(request)
     body = body_of(request, value, BulkReplayRequest)
@@ -135,7 +135,7 @@ async def replay_all(
     """Plan a replay of each chosen execution, and start it unless it is a dry run; return the counts, new ids and
     refusals.
 
-    The new ids are derived from the operation, so a repetition starts none twice.
+    The new ids are derived from the executions and `operation_id` of `chosen`, so a repetition starts none twice.
     """
     outcome = _BulkOutcome()
     for execution_id in chosen.execution_ids:

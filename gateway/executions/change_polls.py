@@ -23,8 +23,8 @@ async def read_until(
 ) -> Found:
     """Call `read` until `is_awaited` accepts its result, and return that; after `wait_seconds`, the last result.
 
-    It reads after each commit of the run, and once for a wait of 0. Raises 503 if 10,000 requests wait here, and the
-    errors of `read`.
+    It is called at once and after each commit of the run; only once for a wait of 0. Raises 503 if 10,000 requests wait
+    here, and the errors of `read`.
     """
     found = await read()
     if wait_seconds == 0 or is_awaited(found):
@@ -48,8 +48,8 @@ async def _read_changes(
     is_awaited: Callable[[Found], bool],
     waiter: ExecutionWaiter,
 ) -> Found:
-    """Call `read` after each change of the run until its result is awaited or the waiter is over; return the last
-    result.
+    """Call `read` at once and after each change of the run until its result is awaited or the wait has ended; return
+    the last result.
 
     The commit that records a node notifies the waiter; a lost notification delays it by a second.
     """

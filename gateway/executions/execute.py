@@ -118,8 +118,8 @@ async def start(request: GatewayRequest) -> JsonResponse:
 async def _plan_run(request: GatewayRequest, workflow: LoadedWorkflow, body: ExecuteRequest) -> RunRequest:
     """Return the run to accept: of the workflow itself, or of the other graph or part of a graph that the body selects.
 
-    Raises a 403 error without the scope for another graph, 409 for a closed workflow, 422 for an invalid graph or an
-    unreachable callback URL.
+    Raises a 403 error without the scope for another graph, 409 for a paused or archived workflow, 422 for an invalid
+    graph or an unreachable callback URL.
     """
     override = body.definition
     if override is not None and not override.nodes and not override.connections:

@@ -68,9 +68,10 @@ async def list_page(
 def _cut_page(
     found: Sequence[tuple[datetime, Execution]], edges: Sequence[datetime], bounds: KeysetBounds
 ) -> tuple[Sequence[Execution], str | None]:
-    """Return the runs of a page in order and the cursor of the next one, from the runs that were found in all indexes.
+    """Return the page of runs in order and the cursor of the next one, None at the end; `found` has the runs of all
+    sources.
 
-    The page ends at the first of `edges`: behind it, an index has rows that were not examined.
+    The page ends at the first of `edges`, times at which sources stopped reading: behind it, runs may be missing.
     """
     edge = (max if bounds.is_descending else min)(edges, default=None)
     if edge is not None:
@@ -93,8 +94,8 @@ async def _choose_sources(
 ) -> Sequence[RowSource]:
     """Return the queries that together give the list, each by an index; no run is in two of them.
 
-    A list by labels begins with the rarest label, a list of children with their parent, and a list of failed or open
-    runs with the index of each status.
+    Runs with labels are read by the rarest label, children by the id of their parent, a list without completed runs by
+    an index for each status, and all others by time.
     """
     if wanted.labels:
         return [await _select_by_rarest_label(connection, caller, wanted)]
@@ -149,7 +150,9 @@ def _of_status(
     status: ExecutionStatus,
     index: Sequence[ExecutionStatus],
 ) -> RowSource:
-    """Return the source for runs of one status; `index` are all statuses of the partial index that has them."""
+    """Return the source for runs of one status; `index` has all statuses that the partial index with this status
+    contains.
+    """
     # Literals, not bound parameters: databases use a partial index only for a condition that they can read.
     is_indexed = col(Execution.status).in_([literal_column(f"'{one}'") for one in index])
     created_at = col(Execution.created_at)

@@ -215,8 +215,9 @@ async def find_behind(
 
 
 def _build_conditions(wanted: ExecutionFilter) -> Iterable[ColumnElement[bool]]:
-    """Yield the SQL conditions of a filter on executions joined with their data; the organization restricts
-    labels alone.
+    """Yield the SQL conditions of a filter on executions joined with their data.
+
+    Only labels are restricted to the filter's organization: the caller must restrict the executions.
     """
     if wanted.workflow_id is not None:
         yield col(ExecutionData.workflow_id) == wanted.workflow_id
@@ -239,8 +240,8 @@ def _build_conditions(wanted: ExecutionFilter) -> Iterable[ColumnElement[bool]]:
 
 
 def column_conditions(wanted: ExecutionFilter) -> Iterable[ColumnElement[bool]]:
-    """Yield the SQL conditions of a filter on columns that no index of a list has: the trigger type, and its
-    further condition.
+    """Yield the SQL conditions for the trigger type and the further `condition` of a filter, which no index of a list
+    supports.
     """
     if wanted.trigger_type is not None:
         yield col(Execution.trigger_type) == wanted.trigger_type
@@ -341,8 +342,8 @@ async def find_successors(
 
 
 def successors_statement(caller: ApiCaller, execution_id: str, key_id: str) -> Select[*tuple[Any, ...]]:
-    """Return the statement of `find_successors`; `key_id` is that of the execution, which the runs that
-    resume it share.
+    """Return the statement of `find_successors`; `key_id` is the execution's column, which runs that resume it have in
+    common.
     """
     columns: Sequence[Any] = (
         *(col(Execution.id), col(Execution.status), col(Execution.resumed_from)),

@@ -284,9 +284,9 @@ async def index(request: GatewayRequest) -> JsonResponse:
 async def _add_reason(
     connection: AsyncConnection, wanted: ExecutionFilter, codes: Sequence[BlockerCode]
 ) -> ExecutionFilter:
-    """Return a filter restricted to unfinished runs that wait for one of these reasons now.
+    """Return a filter restricted to unfinished runs that wait now for a reason in `codes`.
 
-    Ended runs wait for nothing: a filter for their statuses matches no run then, and none is examined.
+    A filter for statuses of ended runs alone then matches no run, and none is examined.
     """
     # Loaded with the first such list: other starts of a gateway do without it.
     from journal.explanations import reason_conditions  # noqa: PLC0415 - see above
@@ -566,9 +566,9 @@ async def _ask_to_end(request: GatewayRequest, action: str) -> JsonResponse:
 async def resume(request: GatewayRequest) -> JsonResponse:
     """Resume a failed execution: start a new one from its committed results.
 
-    An execution is resumed once. After that, resume the newest execution of its chain, which `details` names. The
-    definition is that of the failed execution: to run the mended workflow, or to see a plan first, replay it.
-    Agents continue behind their last steps, or begin new conversations with `fresh`.
+    An execution is resumed once. After that, a 409 error names in `details` the newest execution that continues it, to
+    be resumed instead. The definition is that of the failed execution: to run the mended workflow, or to see a plan
+    first, replay it. Agents continue behind their last steps, or begin new conversations with `fresh`.
     """
     value = await read_json(request)
     _refuse_fields_of_replays(value)

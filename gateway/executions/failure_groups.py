@@ -333,8 +333,8 @@ async def _read_last_runs(
 
 
 def last_runs_statement(caller: ApiCaller, execution_ids: Sequence[str]) -> Select[*tuple[Any, ...]]:
-    """Return the statement that reads the errors of failed runs, and the ids of the newest completed runs in
-    their place.
+    """Return the statement that reads the errors of failed runs, and the ids of the newest completed runs that resume
+    or replay them.
     """
     return select(
         *(col(Execution.id), col(Execution.workflow_id), col(Execution.error)),
@@ -348,9 +348,10 @@ def last_runs_statement(caller: ApiCaller, execution_ids: Sequence[str]) -> Sele
 
 
 def _select_completed(link: SQLColumnExpression[str | None]) -> ScalarSelect[Any]:
-    """Return the subquery of the id of the newest completed run that continues an execution: later, in the same chain.
+    """Return the subquery of the id of the newest completed run that was accepted after an execution and continues it.
 
-    `link` is the column that it must have, `resumed_from` or `replay_of`; each has an index by chain.
+    `link` is the column that such a run has set, `resumed_from` or `replay_of`. Both runs are of one chain, and have
+    the same `key_id`.
     """
     return (
         select(func.max(col(_later.id)))

@@ -64,11 +64,11 @@ class AssigneeChangeResult(WireStruct):
 
 
 async def assign(request: GatewayRequest) -> JsonResponse:
-    """Assign an open question to other people of the organization, instead of its present assignees.
+    """Assign an open question to other people of the organization, instead of its current assignees.
 
-    Its present assignees and admins may do so. Answers so far count on, a rule against the starter of the
-    run stays, and earlier assignees can no longer answer, also by their links. If the question is sent by mail,
-    the new assignees get one.
+    Its current assignees and admins may do so. Answers so far count on, a rule against the starter of the run stays,
+    and earlier assignees can no longer answer, also by their links. If the question is sent by mail, the new assignees
+    get one.
     """
     gateway, caller = request.gateway, request.caller
     key = await gateway.access.key(request.path_params["id"], caller)
@@ -134,14 +134,14 @@ async def _read_users(
 
 
 def _resolve_assignees(
-    names: Sequence[str], users: Mapping[str, User], present: Sequence[str]
+    names: Sequence[str], users: Mapping[str, User], current: Sequence[str]
 ) -> Sequence[str]:
     """Return the assignees that `names` mean, users by their ids, without repetition; raises a 422 error that lists
     each unknown name.
 
-    Addresses without a user are known if they are among the `present` assignees.
+    Mail addresses without a user are accepted only if they are among the `current` assignees.
     """
-    kept = {approvals.ADMIN_ROLE, *(approvals.fold_assignee(one) for one in present if "@" in one)}
+    kept = {approvals.ADMIN_ROLE, *(approvals.fold_assignee(one) for one in current if "@" in one)}
     folded = [approvals.fold_assignee(one) for one in names]
     problems = [
         errors.problem(
@@ -184,7 +184,11 @@ async def _require_visible(
 def _require_enough_people(
     asked: WaitingNode, assignees: Sequence[str], voters: set[str], run: Row[*tuple[str, str, str]]
 ) -> None:
-    """Raise a 422 error if fewer people could answer than the question needs; a role counts as any number."""
+    """Raise a 422 error if the assignees and the people who voted, `voters`, are fewer in all than the approvals that
+    the question needs.
+
+    A role counts as any number. The user of `run` does not count if the question excludes the person who started it.
+    """
     if approvals.ADMIN_ROLE in assignees:
         return
     people = {*assignees, *voters}

@@ -74,11 +74,10 @@ class LargeOutputs:
         return ShownOutputs(f"{self._address}/{execution_id}", {}, {})
 
     async def expand(self, execution_id: str, owner: BlobOwner, texts: Sequence[str]) -> ShownOutputs:
-        """Return the view of an execution's outputs that shows large ones, up to 10 MB in all; others are
-        explained.
+        """Return the view of an execution's outputs that shows large ones, up to 10 MB in all; others are explained.
 
-        `texts` are their references, one for each place of an output. A lost blob is explained too. Raises a
-        503 error if the blob storage does not answer.
+        `texts` are their references, each repeated for every place that shows it. A lost blob is explained too. Raises
+        a 503 error if the blob storage does not answer.
         """
         contents: dict[str, Raw] = {}
         reasons: dict[str, OmissionReason] = {}

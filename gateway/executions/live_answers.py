@@ -138,8 +138,8 @@ class AnswerReader:
             del self._positions[place]
 
     def _limit_ended(self) -> None:
-        """Drop the oldest ended texts if they have over a million characters or are over a thousand; half of that is
-        left.
+        """Drop the oldest ended texts if over a million characters of them or a thousand texts wait, until half of that
+        is left.
 
         Nothing else keeps them in memory, so a client that never reads costs little.
         """

@@ -302,10 +302,10 @@ class LiveHints:
             del self._lists[topic, organization_id]
 
     async def _watch_list(self, topic: str, organization_id: str, watch: ListWatch) -> None:
-        """Read the newest rows of a list until canceled, and put a hint into all queues when they have changed.
+        """Read the version of a list until canceled, and put a hint into all queues of its watch after each change.
 
-        It looks every 0.2 seconds, less often with many lists. A look that finds the database unavailable is
-        skipped.
+        It is read every 0.2 seconds, less often with many lists, and not while the database is unavailable. The first
+        read gives a hint only for a recent change.
         """
         statements = _STATEMENTS[topic](organization_id)
         while True:

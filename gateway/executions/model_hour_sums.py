@@ -43,8 +43,8 @@ async def read_hours(
 def hours_statement(caller: ApiCaller, since: datetime, now: datetime) -> Select[*tuple[Any, ...]]:
     """Return the statement that sums the answered calls of models by hour.
 
-    The models of an admin are those with costs in the months of these hours, deleted ones among them, so that the hours
-    of each are read by its key.
+    An admin's models are those with costs in the months of these hours, deleted ones among them; others have their own.
+    By the ids of the models, the database reads their hours from an index.
     """
     # A call counts in the month of its reservation, which may be over when it ends.
     months = {month_number(since - HOUR), month_number(now)}

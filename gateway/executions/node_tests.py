@@ -97,9 +97,9 @@ async def run_node(request: GatewayRequest) -> JsonResponse:
 
 
 async def _plan_run(request: GatewayRequest, workflow: LoadedWorkflow, body: NodeTestRequest) -> RunRequest:
-    """Return the run of one node to accept; the node comes from the path.
+    """Return the run of one node to accept; the node is named by the path.
 
-    Raises a 403 error without the scope for another config, 404 for an unknown node, 409 for a closed
+    Raises a 403 error without the scope for another config, 404 for an unknown node, 409 for a paused or archived
     workflow, 422 for invalid input.
     """
     caller, catalog = request.caller, await request.catalog()

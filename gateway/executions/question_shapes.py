@@ -251,8 +251,10 @@ def _find_expiry_action(node: WaitingNode) -> ExpiryAction | None:
 
 
 def find_assignment(assignees: Sequence[str], approver: Approver) -> QuestionAssignment:
-    """Return the way in which a question with these assignees is assigned from the view of a person; the
-    person's own id or address comes first.
+    """Return the assignment of a question from the view of a person: to anyone, to them, to a role of theirs, or to
+    others.
+
+    An assignment by their id or address takes precedence over that by a role.
     """
     if not assignees:
         return QuestionAssignment.ANYONE

@@ -534,7 +534,8 @@ class _Planning:
         """Return the nodes that the replay begins with as skipped, by their ids, each with the recorded parts that it
         keeps.
 
-        An agent and a loop are never continued later under the recorded key: their steps and iterations are not copied.
+        An agent keeps no key, and a loop neither request nor key: no later replay continues them, since their steps and
+        iterations are not copied.
         """
         recorded = {span.node_id: span for span in self.recorded.spans}
         found: dict[str, SkippedNode] = {}
@@ -748,8 +749,10 @@ async def _read_execution(
 
 
 async def _count_answers(connection: AsyncConnection, key: ExecutionKey) -> dict[str, RecordedAnswers]:
-    """Return the counts of the recorded model answers of each agent, by its node id; a tool that is an agent
-    has its own.
+    """Return the numbers of recorded model answers of each agent, by its node id; an agent that is a tool has its own
+    entry.
+
+    Agents without answers are absent.
     """
     total = case((run_copies.HAS_CONTENTS, 1), else_=0)
     unfinished = case((and_(run_copies.HAS_CONTENTS, ~run_copies.HAS_SETTLED_AGENT), 1), else_=0)
@@ -804,11 +807,11 @@ async def _find_written_earlier(connection: AsyncConnection, key: ExecutionKey, 
 
 
 async def _find_written_in_loops(connection: AsyncConnection, key: ExecutionKey) -> tuple[set[str], set[str]]:
-    """Return the ids of nodes in loops that completed, or may have sent a request: in any iteration, and (a subset) in
-    iterations that did not complete.
+    """Return two sets of ids of nodes in loops that completed or may have sent a request: in any iteration, and in
+    unfinished iterations.
 
-    The second set lacks requests that failed without an effect. Nodes that only read are included; the planner filters
-    by effect.
+    The second, a subset of the first, lacks requests that failed without an effect. Nodes that only read are included;
+    the planner filters by effect.
     """
     of_run = (col(SpanRow.execution_id) == key.execution_id, col(SpanRow.shard) == key.shard)
     written = set(

@@ -77,8 +77,8 @@ async def start_replay(
 ) -> None:
     """Insert the execution `new_id` as a replay of `source` by a plan; nothing changes if it exists already.
 
-    Raises 404, and 409 if the source has not ended, was resumed, replayed or redriven before (unless `again`), or
-    its workflow is closed or deleted.
+    Raises 404, and 409 if the source has not ended, was resumed, replayed or redriven before (unless `again`), or its
+    workflow is paused, archived or deleted.
     """
     ended = await resume_runs.lock_ended(connection, source, caller)
     resume_runs.require_ended(ended.status)

@@ -84,7 +84,7 @@ class TokenLease:
     refused_until: float = 0.0
     asking: asyncio.Task[None] | None = None
 
-    def held(self, now: float) -> int:
+    def count_usable(self, now: float) -> int:
         """Return the number of leased tokens that are still usable at `now`, a time of the monotonic clock in
         seconds.
         """
@@ -124,9 +124,9 @@ class RunRateLimiter:
         """Take tokens for `count` runs from the rate limits of a request, and add rate limit headers to its answer;
         raises a 429 error beyond a limit.
 
-        `key` is the id of the sender that they count for: None means the API key of the caller, and "" none.
-        `workflow_id` adds the limit of a workflow; pass it only for callers who may run it. `also` adds limits of the
-        route.
+        `key` is the id of the sender for the limit of each sender: None means the API key of the caller, and "" no such
+        limit. `workflow_id` adds the limit of a workflow; pass it only for callers who may run it. `also` adds limits
+        of the route.
         """
         limits = list(also)
         if self._per_key is not None and (sender_key := request.caller.key_id if key is None else key):
@@ -154,7 +154,7 @@ class RunRateLimiter:
         Tokens are leased from Redis for half a second; without Redis each process counts alone.
         """
         pairs = [(limit, self._lease(limit)) for limit in limits]
-        while short := [pair for pair in pairs if pair[1].held(monotonic()) < count]:
+        while short := [pair for pair in pairs if pair[1].count_usable(monotonic()) < count]:
             for limit, lease in short:
                 if count >= lease.refused and (seconds := lease.refused_until - monotonic()) > 0:
                     raise _refuse_rate(limit, seconds)
@@ -170,7 +170,7 @@ class RunRateLimiter:
     def _lease(self, limit: RateLimit) -> TokenLease:
         """Return the lease of a limit's token bucket: tokens that this process has taken in advance.
 
-        A new one has none yet, but may use a whole burst. The 20,000 last used ones are kept.
+        A new lease has no tokens yet, and assumes a full bucket (`left`). The 20,000 last used ones are kept.
         """
         lease = self._leases.get(limit.bucket)
         if lease is None:
@@ -188,7 +188,7 @@ class RunRateLimiter:
         for limit in limits:
             rate, lease = limit.rate, self._lease(limit)
             window = max(math.ceil(rate.burst / rate.per_second), 1)
-            left = min(max(lease.left + lease.held(monotonic()), 0), rate.burst)
+            left = min(max(lease.left + lease.count_usable(monotonic()), 0), rate.burst)
             full = math.ceil((rate.burst - left) / rate.per_second)
             policies.append(f'"{limit.policy}";q={rate.burst};w={window}')
             standings.append(f'"{limit.policy}";r={left};t={full}')
@@ -217,7 +217,7 @@ class RunRateLimiter:
             grant = await self._demands.submit(TokenDemand(limit.bucket, limit.rate, count, wanted, ahead))
             lease.left, lease.spent = grant.left, 0
             if grant.tokens:
-                lease.tokens = lease.held(now) + grant.tokens
+                lease.tokens = lease.count_usable(now) + grant.tokens
                 lease.until = now + LEASE_SECONDS
                 lease.refused_until = 0.0
             else:

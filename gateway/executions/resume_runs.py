@@ -53,11 +53,12 @@ async def resume_execution(
     *,
     keeps_conversations: bool,
 ) -> str | None:
-    """Insert the execution `new_id` as a copy of a failed one, with its committed results.
+    """Insert the execution `new_id` as a copy of a failed one, with its committed results; return its concurrency key
+    or None.
 
-    Agents without a result begin new conversations unless `keeps_conversations`. Return its concurrency key, None
-    without one. Nothing is inserted if `new_id` exists. Raises a 404 error, and 409 if it has not failed, was resumed,
-    replayed or redriven, or its workflow is closed.
+    If `new_id` exists, nothing is inserted, and the key is returned again. Agents without a result begin new
+    conversations unless `keeps_conversations`. Raises a 404 error, and 409 if it has not failed, was resumed, replayed
+    or redriven, or its workflow is paused, archived or deleted.
     """
     earlier = await lock_ended(connection, failed, caller)
     if earlier.status != ExecutionStatus.FAILED:
@@ -112,7 +113,7 @@ def require_ended(status: str) -> None:
 
 
 def require_open(found: Row[Any]) -> None:
-    """Raise a 409 error if the workflow of an execution is deleted, or its status accepts no runs."""
+    """Raise a 409 error if the workflow of an execution is deleted, paused or archived."""
     if found.deleted_at is not None:
         raise errors.conflict("workflow-deleted", "The execution's workflow is deleted")
     acceptance.require_open(WorkflowStatus(found.workflow_status))

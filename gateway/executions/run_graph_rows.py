@@ -182,8 +182,9 @@ async def read_head(connection: AsyncConnection, key: ExecutionKey) -> RunHead |
 
 
 async def find_completed_before(connection: AsyncConnection, key: ExecutionKey, head: RunHead) -> str | None:
-    """Return the id of the newest completed run among the 20 runs of the workflow before a run, or the 500 before a
-    failed one; None without one.
+    """Return the id of the newest completed run of the workflow before a run; None without one.
+
+    The 20 runs before it are examined, or 500 if it failed itself.
     """
     found: str | None = await connection.scalar(completed_before(key, head))
     return found

@@ -47,7 +47,7 @@ class MetadataParameter(QueryParameter[Sequence[tuple[str, str]]]):
         return name.startswith(PREFIX)
 
     def collect(self, query: Mapping[str, Sequence[str]]) -> Sequence[str]:
-        """Return the metadata parameters of a query as texts `key=value`, the last value of each key."""
+        """Return the parameters `metadata.<key>` of a query as texts `key=value`, the last value of each key."""
         given = {name: values for name, values in query.items() if self.has_name(name) and values}
         return [f"{name.removeprefix(PREFIX)}={values[-1]}" for name, values in given.items()]
 

@@ -96,7 +96,7 @@ class Approvals(Resource):
         return cast("t.AssignedInputs", self._client.request("GET", "/api/v1/pending-inputs", query={"others": others, "assignment": assignment, "limit": limit, "after": after}))
 
     def reassign(self, execution_id: str, *, node_id: str, assignees: Sequence[str], iteration: str | None = None) -> t.AssigneeChangeResult:
-        """Assign an open question to other people of the organization, instead of its present assignees."""
+        """Assign an open question to other people of the organization, instead of its current assignees."""
         return cast("t.AssigneeChangeResult", self._client.request("POST", f"/api/v1/executions/{self._quote(execution_id)}/reassign-input", fields={"nodeId": node_id, "assignees": assignees, "iteration": iteration}))
 
 
