@@ -116,7 +116,10 @@ class _PathChecker:
         self._flow.infer_output(node, given)
 
     def _runs_before(self, node: GraphNode) -> int:
-        """Return the bit set of the nodes before a node that paths refer to; its parents' sets must be stored."""
+        """Return the bit set of the nodes before a node, among those to which paths of the graph refer.
+
+        The sets of its parents must be stored.
+        """
         before = 0
         if self._bits:
             for edge in self._graph.inbound[node.id]:

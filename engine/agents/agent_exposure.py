@@ -105,9 +105,10 @@ def can_send(
     *,
     free_host: re.Pattern[str] = ARGUMENT_HOST,
 ) -> bool:
-    """Return whether a node can send data to somebody outside: by a mail, a write, a task, or a free address.
+    """Return whether a node can send data out of the server: by a mail, a task, HTTP or a tool server.
 
-    `free_host` matches an address that its author has not fixed; by default one that a model fills in.
+    HTTP counts for a write, and for an address whose host matches `free_host`: by default one that a model fills in. A
+    tool server counts for a write, and a workflow by its traits. Other nodes count as unable, even if they write.
     """
     if node.type == SUB_WORKFLOW_TYPE:
         return traits_of(node, traits).can_send

@@ -123,11 +123,10 @@ def find_unrecorded(agent: GraphNode, graph: ParsedGraph, depth: int = 1) -> Gra
 
 
 def has_too_many_tools(agent: GraphNode, graph: ParsedGraph) -> bool:
-    """Return whether the agents inside an agent have more than 256 tools together, one tool of several counted for
-    each.
+    """Return whether the agents inside an agent have more than 256 tools together; a shared tool counts for each agent.
 
     Call it before the tools are checked or compiled, as their number may multiply with each level. The count stops
-    there.
+    after 257.
     """
     inner = _iterate_inner_tools(agent, graph, 1)
     return next(islice(inner, MAX_INNER_TOOLS, None), None) is not None

@@ -85,7 +85,7 @@ def begin(
 def end(recorder: SpanRecorder, tool: ToolProgram, step: AgentStep, payload: bytes) -> NodeResult:
     """Record the end of the wait of a tool call with the stored answer and its log lines, and return its result.
 
-    Raises `NodeError` for an answer that is a failure, and `InvalidJson`, which are recorded too.
+    Raises `NodeError` for an answer that is a failure, which is recorded too, and `InvalidJson` for a malformed one.
     """
     node, iteration = tool.program.node, name_iteration(step)
     for level, message in answer_payloads.decode_logs(payload):
