@@ -360,12 +360,13 @@ class SpanRecorder:
     def set_metadata(self, metadata: Mapping[str, str]) -> None:
         """Set metadata of the run; long values are cut, and characters that databases refuse replaced.
 
-        Raises `NodeError` for more than 20 different keys in the run.
+        Raises `NodeError` for more than 20 different keys, set by nodes since this attempt at the run began.
         """
-        self._metadata_keys |= metadata.keys()
-        if len(self._metadata_keys) > MAX_METADATA_KEYS:
+        keys = self._metadata_keys | metadata.keys()
+        if len(keys) > MAX_METADATA_KEYS:
             message = f"The nodes of a run set at most {MAX_METADATA_KEYS} keys of metadata"
             raise NodeError(message, code="too-many-keys")
+        self._metadata_keys = keys
         self._journal.set_metadata({key: make_storable(value) for key, value in metadata.items()})
 
     def record_step(self, step: AgentStep) -> AgentStep:

@@ -327,6 +327,23 @@ async def test_a_failure_leaves_by_the_error_port_where_something_is_connected_t
     }
 
 
+async def test_metadata_that_are_refused_do_not_count_for_later_nodes() -> None:
+    def flood(call: NodeCall) -> Json:
+        call.set_metadata({f"key{number}": "x" for number in range(21)})
+        return None
+
+    def mark(call: NodeCall) -> Json:
+        call.set_metadata({"order": "7"})
+        return None
+
+    kinds = {"flood": pure_node(flood), "mark": pure_node(mark)}
+    notebook = await run_to_completion(
+        SimulatedWorker(compile_drawing("start > flood; flood:error > mark", kinds))
+    )
+    assert (notebook.status("flood"), notebook.status("mark")) == (SpanStatus.FAILED, SpanStatus.COMPLETED)
+    assert notebook.metadata == {"order": "7"}
+
+
 async def test_the_output_of_a_failure_omits_data_that_does_not_fit() -> None:
     deep: Json = None
     for _ in range(64):
