@@ -248,8 +248,8 @@ class RunExecutor:
     async def _claim(self) -> None:
         """Wait for a wakeup, then claim as many runs as there are free slots, and begin them.
 
-        A due search for suspects (runs that lost several workers) comes first. It claims nothing while
-        draining. Raises `DatabaseUnavailable`.
+        A search for suspects (runs that lost several workers) comes before the first claim; later ones run in
+        the background when they are due. It claims nothing while draining. Raises `DatabaseUnavailable`.
         """
         await self._wanted.wait()
         self._wanted.clear()

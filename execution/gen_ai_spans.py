@@ -174,7 +174,9 @@ def _build_call(call: RequestedToolCall) -> Json:
 
 
 def _encode_newest(messages: Sequence[Json]) -> str:
-    """Return the newest of some messages as a JSON list of at most 32 kB; one that is too long alone is left out."""
+    """Return the newest of some messages as a JSON list of at most 32 kB; the last one that does not fit, and all
+    before it, are left out.
+    """
     kept: list[str] = []
     size = 2
     for message in reversed(messages):

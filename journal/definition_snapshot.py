@@ -101,8 +101,8 @@ class LoadedWorkflow:
         return None if self.trigger is None else self.trigger.kind
 
     def is_readable_by(self, caller: ApiCaller) -> bool:
-        """Return whether a caller may read the workflow: its organization's admins, owner and guests, or all
-        if it is public or a template.
+        """Return whether a caller may read the workflow: of its organization, admins, the owner and users with whom
+        it is shared, and everybody if it is public or a template; of others, nobody.
 
         `models.workflow.is_readable_by` is the same rule for the row.
         """

@@ -182,9 +182,9 @@ def expired_statement(
 ) -> Select[*tuple[Any, ...]]:
     """Return the statement that lists up to 100 deletable executions of a workflow, the oldest first.
 
-    They are over a day old, and ended before the retention or are older than `beyond`, the newest run above the limit
-    of runs. Unfinished executions, those with pending completion actions, and those with an unfinished parent are left
-    out. Data without an execution is listed too.
+    They are over a day old, and ended before the retention or were accepted no later than `beyond`, the acceptance of
+    the newest run above the limit of runs. Unfinished executions, those with pending completion actions, and those with
+    an unfinished parent are left out. Data without an execution is listed too.
     """
     is_over = col(Execution.ended_at) < DatabaseTime() - retention.days * 24 * _HOUR_MICROSECONDS
     is_superfluous = col(ExecutionData.created_at) <= beyond if beyond is not None else false()

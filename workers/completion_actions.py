@@ -159,8 +159,8 @@ class CompletionActions:
             self._start_task(partial(self._perform_due, due))
 
     async def sweep(self) -> None:
-        """Give away free concurrency slots, then start due actions that no process has claimed, up to 100 at
-        a time.
+        """Give away the free slots of the next 200 concurrency keys, then start due actions that no process has
+        claimed, up to 100 at a time.
 
         Organizations with ten actions in progress are left out. Raises `DatabaseUnavailable`.
         """

@@ -96,8 +96,8 @@ class WebhookSender:
         """Send one signed message once, with a time limit of 15 s and without redirects; return the failure,
         None for a status 2xx.
 
-        The answer 410, and addresses that may not be reached, are final failures. An organization without a
-        signing secret sends nothing. Raises `DatabaseUnavailable`.
+        The answer 410, and addresses that may not be reached, are final failures. Without a signing secret
+        of the organization nothing is sent, a failure that may be retried. Raises `DatabaseUnavailable`.
         """
         signature = await self._signer.sign(organization_id, message_id, body)
         if signature is None:

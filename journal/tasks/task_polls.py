@@ -65,7 +65,9 @@ class TaskPoll(msgspec.Struct, frozen=True):
         return self.organization_id, tuple(sorted(self.versions.items())), self.pools
 
     def serves(self, queue: str) -> bool:
-        """Return whether the worker performs the tasks of a queue: same major version, and none newer."""
+        """Return whether the worker performs the tasks of a queue: of its types and pools, and of a version with the
+        same major number that is not newer than its own.
+        """
         name, _, rest = queue.partition("@")
         version, _, pool = rest.partition("#")
         own = self.versions.get(name)

@@ -98,9 +98,9 @@ async def store_signal(
     """Store a signal in the caller's transaction, and give it to the node that has waited longest for its name; None if
     the run is gone.
 
-    Without such a node it stays unread, behind earlier signals. Nothing is stored if the run has ended or has 1,000
-    unread signals. `attempted` is the result of an earlier call whose commit was not confirmed: it is returned if it
-    was committed.
+    Without such a node it stays unread, behind earlier signals; but it is not stored if the run has 1,000 unread ones.
+    Nothing is stored if the run has ended. `attempted` is the result of an earlier call whose commit was not confirmed:
+    it is returned if it was committed.
     """
     columns = (col(Execution.status), col(Execution.target))
     run = (await connection.execute(select(*columns).where(*_is_run(key)).with_for_update())).first()

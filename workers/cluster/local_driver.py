@@ -318,7 +318,7 @@ class LocalDeployment:
         self._reconcile()
 
     def apply(self, record: LocalDeploymentRecord) -> None:
-        """Store the desired state in a file if it has changed, then start and stop pods until they match it."""
+        """Store the desired state in a file if it has changed, then begin to start and stop pods as it says."""
         if record != self.record or not (self.folder / DEPLOYMENT_FILE).exists():
             self.record = record
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -341,7 +341,7 @@ class LocalDeployment:
         await asyncio.gather(*lives, return_exceptions=True)
 
     def _reconcile(self) -> None:
-        """Start and stop pods until their number and template are those desired."""
+        """Take the next step toward the desired number and template of pods: begin to start and stop pods."""
         desired = self.record.desired
         template = _pod_template_hash(desired)
         copies = [
