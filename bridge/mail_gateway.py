@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from io import BytesIO
 from typing import TYPE_CHECKING, Final
 from urllib.parse import quote
@@ -10,6 +9,7 @@ from urllib.parse import quote
 import aiohttp
 import msgspec
 import structlog
+from msgspec import Struct
 
 from bridge.http_bodies import read_body
 from json_text import decoding
@@ -30,8 +30,7 @@ FINAL_STATUSES: Final = frozenset({400, 401, 403, 415, 422})
 """Statuses that the same mail would get again; other failures may be temporary."""
 
 
-@dataclass(frozen=True, slots=True)
-class SmtpReply:
+class SmtpReply(Struct, frozen=True):
     """SMTP reply: a code and a text that begins with an enhanced status code (RFC 3463)."""
 
     code: int

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from hashlib import sha256
 from typing import Final, Protocol
 
 import msgspec
+from msgspec import Struct
 
 from json_text import decoding
 
@@ -19,8 +19,7 @@ class UnreadableMessage(ValueError):
     """A message that can't be converted to JSON; the text gives the reason."""
 
 
-@dataclass(frozen=True, slots=True)
-class SourceMessage:
+class SourceMessage(Struct, frozen=True):
     """Message that is taken from its source and not acknowledged yet."""
 
     id: str

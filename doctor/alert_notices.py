@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
+
+from msgspec import Struct
 
 
 class AlertSeverity(StrEnum):
@@ -17,8 +18,7 @@ class AlertSeverity(StrEnum):
     """It waits for the morning."""
 
 
-@dataclass(frozen=True, slots=True)
-class AlertNotice:
+class AlertNotice(Struct, frozen=True):
     """Severity and texts of an alert."""
 
     name: str

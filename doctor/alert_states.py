@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final
+
+from msgspec import Struct
 
 from doctor import deployment_checks, row_checks
 from doctor.alert_notices import NOTICES, AlertNotice
@@ -28,8 +29,7 @@ class AlertState(StrEnum):
     QUIET = "quiet"
 
 
-@dataclass(frozen=True, slots=True)
-class ProcessFacts:
+class ProcessFacts(Struct, frozen=True):
     """Facts about the processes of the server that report."""
 
     has_worker: bool
@@ -38,8 +38,7 @@ class ProcessFacts:
     longest_loop_lag_ms: int
 
 
-@dataclass(frozen=True, slots=True)
-class QueueFacts:
+class QueueFacts(Struct, frozen=True):
     """Facts about the rows of all organizations; times are in seconds."""
 
     drift: frozenset[DriftClass]
@@ -48,8 +47,7 @@ class QueueFacts:
     deferred_delay: float
 
 
-@dataclass(frozen=True, slots=True)
-class Alert:
+class Alert(Struct, frozen=True):
     """Alert with its present state."""
 
     notice: AlertNotice

@@ -5,10 +5,10 @@ Both are set up outside of this server, and neither shows before it is under loa
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import asyncpg
+from msgspec import Struct
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
@@ -29,8 +29,7 @@ POOLED_SETTINGS: Final = {"plan_cache_mode": "force_custom_plan", "jit": "off"}
 _POOL_MODE: Final = "pool_mode"
 
 
-@dataclass(frozen=True, slots=True)
-class ServerAddresses:
+class ServerAddresses(Struct, frozen=True):
     """Addresses of the servers behind the database and the wakeups."""
 
     database_url: URL

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final
+
+from msgspec import Struct, field
 
 from doctor import deployment_checks, row_checks, setting_checks, store_checks
 from doctor.findings import DriftFinding, DriftSeverity, FindingKey
@@ -40,16 +41,14 @@ class ClusterUnreadable(Exception):
     """The cluster did not answer."""
 
 
-@dataclass(frozen=True, slots=True)
-class AuditScope:
+class AuditScope(Struct, frozen=True):
     """Part of the audit trail: everything, or the newest entries of one organization."""
 
     organization_id: str | None = None
     newest: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class ExaminedStores:
+class ExaminedStores(Struct, frozen=True):
     """Stores to look into; a store that is None is not examined."""
 
     database: Database
@@ -64,8 +63,7 @@ class ExaminedStores:
     """Lists the deployments in the cluster; raises `ClusterUnreadable`."""
 
 
-@dataclass(frozen=True, slots=True)
-class ExaminationReport:
+class ExaminationReport(Struct, frozen=True):
     """Findings that both observations have, and the stores that could be read."""
 
     as_of: datetime | None
@@ -86,8 +84,7 @@ class ExaminationReport:
         return not self.findings and not self.has_unreachable_store
 
 
-@dataclass(slots=True)
-class _Observation:
+class _Observation(Struct):
     """Findings of all stores at one time, and the state of each store."""
 
     as_of: datetime | None = None

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final, TypeAlias
+
+from msgspec import Struct, field
 
 if TYPE_CHECKING:
     from engine.values import Json
@@ -49,8 +50,7 @@ class DriftSeverity(StrEnum):
     """Accepted work does not go on, or data is not safe."""
 
 
-@dataclass(frozen=True, slots=True)
-class DriftSubject:
+class DriftSubject(Struct, frozen=True):
     """Object of a finding; `organization_id` is None for parts of the server."""
 
     type: str
@@ -62,8 +62,7 @@ FindingKey: TypeAlias = tuple[DriftClass, str, str]
 """Class of a finding, and type and id of its subject."""
 
 
-@dataclass(frozen=True, slots=True)
-class DriftFinding:
+class DriftFinding(Struct, frozen=True):
     """Finding about one subject."""
 
     drift_class: DriftClass
@@ -81,8 +80,7 @@ class DriftFinding:
         return (self.drift_class, self.subject.type, self.subject.id)
 
 
-@dataclass(frozen=True, slots=True)
-class DriftFix:
+class DriftFix(Struct, frozen=True):
     """Fix of a class of findings, by a guarded statement of the server's normal path."""
 
     id: str

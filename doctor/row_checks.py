@@ -6,9 +6,9 @@ Each threshold is far above the interval at which the server does this work by i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from msgspec import Struct
 from sqlalchemy import ColumnElement, Select, SQLColumnExpression, func, literal_column, select
 from sqlmodel import col
 
@@ -31,8 +31,7 @@ SHOWN_ROWS: Final = 100
 """Maximum number of findings of one class."""
 
 
-@dataclass(frozen=True, slots=True)
-class RowCheck:
+class RowCheck(Struct, frozen=True):
     """Statement that selects overdue rows, and the finding about each; the statement has `id` and `since`."""
 
     drift_class: DriftClass

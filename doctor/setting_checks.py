@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 import stat
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
+
+from msgspec import Struct
 
 from doctor.findings import DriftClass, DriftFinding, DriftSeverity, DriftSubject
 from models.database import is_sqlite
@@ -32,8 +33,7 @@ DATABASE_PASSWORDS: Final = frozenset({"postgres", "postgresql", "pilotflame", "
 _OTHERS: Final = stat.S_IRWXG | stat.S_IRWXO
 
 
-@dataclass(frozen=True, slots=True)
-class ServerFacts:
+class ServerFacts(Struct, frozen=True):
     """Settings and facts that the checks judge."""
 
     host: str

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import datetime
 from email import policy
 from email.headerregistry import Address
@@ -12,6 +11,8 @@ from email.message import EmailMessage
 from email.utils import format_datetime
 from hashlib import sha256
 from typing import TYPE_CHECKING, Final
+
+from msgspec import Struct, field
 
 from mail import mail_content
 from mail.mail_content import AttachmentLabel
@@ -31,8 +32,7 @@ _MANAGED_HEADERS: Final = frozenset({
 _MANAGED_HEADER_PREFIXES: Final = ("arc-", "content-", "dkim-", "resent-")
 
 
-@dataclass(frozen=True, slots=True)
-class EnclosedFile:
+class EnclosedFile(Struct, frozen=True):
     """Attachment or inline image of an outgoing mail."""
 
     label: AttachmentLabel
@@ -40,8 +40,7 @@ class EnclosedFile:
     content: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class OutgoingMail:
+class OutgoingMail(Struct, frozen=True):
     sender: Mailbox
     message_id: str
     date: datetime

@@ -5,10 +5,11 @@ from __future__ import annotations
 import binascii
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from email.utils import getaddresses
 from typing import TYPE_CHECKING, Final
 from urllib.parse import unquote_to_bytes
+
+from msgspec import Struct
 
 from mail import content_decoding, mail_content
 from mail.mail_limits import DEFAULT_LIMITS, InvalidMail, MailLimits
@@ -34,8 +35,7 @@ _GROUP: Final = 4
 _MAX_DIGITS: Final = 3
 
 
-@dataclass(frozen=True, slots=True)
-class MailHeaders:
+class MailHeaders(Struct, frozen=True):
     """Headers in the order of the mail, each name in its original case."""
 
     fields: Sequence[tuple[str, str]] = ()
@@ -262,8 +262,7 @@ def _format_address(name: str, address: str) -> str:
 # ── outgoing mail ───────────────────────────────────────────────────────────────────────────────────────────
 
 
-@dataclass(frozen=True, slots=True)
-class Mailbox:
+class Mailbox(Struct, frozen=True):
     """Recipient or sender of an outgoing mail."""
 
     name: str

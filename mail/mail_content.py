@@ -6,10 +6,11 @@ import json
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from hashlib import sha256
 from io import BytesIO
 from typing import Any, Final, TypeAlias
+
+from msgspec import Struct, field
 
 HeaderValues: TypeAlias = "dict[str, str | list[str]]"
 MAX_NAME_CHARACTERS: Final = 255
@@ -23,8 +24,7 @@ _UNSHOWABLE: Final = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 """Categories of control characters, direction marks, surrogates and line ends."""
 
 
-@dataclass(frozen=True, slots=True)
-class AttachmentLabel:
+class AttachmentLabel(Struct, frozen=True):
     """Attributes of an attachment as the mail gives them; for display, never for paths."""
 
     filename: str = ""
@@ -41,8 +41,7 @@ class AttachmentLabel:
         return f"{self.content_type}; charset={self.charset}" if self.charset else self.content_type
 
 
-@dataclass(frozen=True, slots=True)
-class MailAttachment:
+class MailAttachment(Struct, frozen=True):
     """Attachment that is stored here or by the mail service."""
 
     label: AttachmentLabel
@@ -77,8 +76,7 @@ KeepAttachment: TypeAlias = Callable[[AttachmentLabel, Iterator[bytes]], object]
 """Callback for each attachment in the order of the mail, with its content in pieces; unread pieces are skipped."""
 
 
-@dataclass(frozen=True, slots=True)
-class ParsedMailContent:
+class ParsedMailContent(Struct, frozen=True):
     from_: str = ""
     to: str = ""
     cc: str = ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from msgspec import Struct
 
 
 class InvalidMail(ValueError):
@@ -13,8 +13,7 @@ class InvalidMail(ValueError):
         self.message = message
 
 
-@dataclass(frozen=True, slots=True)
-class MailLimits:
+class MailLimits(Struct, frozen=True):
     """Limits of one mail."""
 
     max_depth: int = 20

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
 from hashlib import sha256
 from mmap import mmap
 from typing import TYPE_CHECKING, Final
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from mail import composition, content_decoding, headers, mail_content
 from mail.mail_content import AttachmentLabel, KeepAttachment, MailAttachment, ParsedMailContent
@@ -203,8 +205,7 @@ _MAX_PADDING_BYTES: Final = 200
 """Maximum white space after a boundary; RFC 2046 allows some."""
 
 
-@dataclass(frozen=True, slots=True)
-class MailPart:
+class MailPart(Struct, frozen=True):
     """MIME part with the offsets of its body."""
 
     headers: MailHeaders
@@ -261,8 +262,7 @@ class MailPart:
         return content_decoding.decode_pieces(raw, self.start, self.end, encoding)
 
 
-@dataclass(slots=True)
-class PartSearch:
+class PartSearch(Struct):
     """Leaf parts of a mail: those that aren't containers."""
 
     leaves: Iterator[MailPart]

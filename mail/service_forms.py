@@ -10,9 +10,11 @@ import json
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any, Final
+
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from json_text import decoding, pieces
 from mail import content_decoding, headers, mail_content, mail_parsing
@@ -216,8 +218,7 @@ def _to_text(value: object) -> str:
 # ── posted forms ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@dataclass(frozen=True, slots=True)
-class FormFile:
+class FormFile(Struct, frozen=True):
     """Part of a form with a file name."""
 
     field: str
@@ -226,8 +227,7 @@ class FormFile:
     content: Raw
 
 
-@dataclass(frozen=True, slots=True)
-class MailForm:
+class MailForm(Struct, frozen=True):
     fields: Mapping[str, Sequence[Raw]] = field(default_factory=dict)
     """Values in their order, by case-sensitive names: `from` and `From` are two fields."""
     files: Sequence[FormFile] = ()
@@ -249,8 +249,7 @@ _REQUIRED_SCORE: Final = re.compile(r"([0-9]{1,6}(?:\.[0-9]{1,6})?) required")
 _MAX_FIELD_CHARACTERS: Final = 10_000
 
 
-@dataclass(frozen=True, slots=True)
-class MailReception:
+class MailReception(Struct, frozen=True):
     """Reception report of a mail: the results of checks and the envelope, as its service reports them."""
 
     spf: str | None = None

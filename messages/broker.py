@@ -5,10 +5,10 @@ process reads the rows.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Final, Protocol, TypeAlias
 
 import msgspec
+from msgspec import Struct
 
 from messages.deployer_messages import DeployerMessage
 from messages.token_buckets import TokenDemand, TokenGrant
@@ -38,8 +38,7 @@ class RedisMayEvict(BrokerError):
     """A full Redis would evict keys: its settings must change before the process can start."""
 
 
-@dataclass(frozen=True, slots=True)
-class ChangedExecutions:
+class ChangedExecutions(Struct, frozen=True):
     """Notification about changed executions that this process watches or accepted."""
 
     execution_ids: tuple[str, ...]
@@ -47,8 +46,7 @@ class ChangedExecutions:
     """Outcomes of some of them, for the process that accepted them."""
 
 
-@dataclass(frozen=True, slots=True)
-class DirectMessage:
+class DirectMessage(Struct, frozen=True):
     """Message of another process to this one, such as "stop" or "cancel"."""
 
     message: Mapping[str, str]

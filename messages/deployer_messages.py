@@ -1,8 +1,10 @@
 """Messages to deployers: reconcile a deployment, or read the logs of its pods."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from typing import Final, TypeAlias
+
+from msgspec import Struct
+from msgspec.structs import asdict
 
 QUEUE: Final = "deployments"
 # Never rename it: an older deployer would dead-letter a message for an unknown actor.
@@ -12,8 +14,7 @@ POD_LOGS: Final = "pod_logs"
 """Subject of answers to `PodLogRequest`: a key of the direct message."""
 
 
-@dataclass(frozen=True)
-class ReconcileRequest:
+class ReconcileRequest(Struct, frozen=True):
     """Message that the desired state of a deployment may have changed."""
 
     workflow_id: str
@@ -24,8 +25,7 @@ class ReconcileRequest:
         return self.workflow_id
 
 
-@dataclass(frozen=True)
-class PodLogRequest:
+class PodLogRequest(Struct, frozen=True):
     """Request for the last log lines of pods. The answer is a direct message to `channel` that names `request_id`."""
 
     workflow_id: str

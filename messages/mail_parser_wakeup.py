@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Final
+
+from msgspec import Struct
 
 QUEUE: Final = "intake"
 # Never rename it: an older worker would dead-letter a message for an unknown actor.
@@ -11,8 +12,7 @@ ACTOR: Final = "intake"
 VERSION: Final = 1
 
 
-@dataclass(frozen=True)
-class MailParserWakeup:
+class MailParserWakeup(Struct, frozen=True):
     """Wakeup of a process that parses mails: unparsed mail is stored."""
 
     v: int = VERSION

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import asdict
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, Final
 from uuid import uuid4
@@ -17,6 +16,7 @@ from uuid import uuid4
 import asyncpg
 import msgspec
 import structlog
+from msgspec.structs import asdict
 
 from concurrency.shielded_opening import open_shielded
 from json_text import decoding

@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import asdict
 from itertools import chain
 from typing import Final
 from uuid import uuid4
@@ -12,6 +11,7 @@ import dramatiq
 import msgspec
 import redis
 import structlog
+from msgspec.structs import asdict
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff

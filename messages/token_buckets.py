@@ -7,8 +7,9 @@ for more than a bucket can hold is granted by a full bucket, and leaves a debt.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Final
+
+from msgspec import Struct
 
 SPARE: Final = 8
 """Divisor of the remaining tokens that limits tokens ahead, so that a nearly empty bucket refuses no demand
@@ -19,16 +20,14 @@ MAX_BUCKETS: Final = 1_000
 _ROUNDING: Final = 1e-6
 
 
-@dataclass(frozen=True, slots=True)
-class BucketRate:
+class BucketRate(Struct, frozen=True):
     """Refill rate and capacity of a bucket."""
 
     per_second: float
     burst: int
 
 
-@dataclass(frozen=True, slots=True)
-class TokenDemand:
+class TokenDemand(Struct, frozen=True):
     """Demand for tokens of one bucket."""
 
     bucket: str
@@ -41,8 +40,7 @@ class TokenDemand:
     """Additional tokens for later demands, as far as they may be taken ahead."""
 
 
-@dataclass(frozen=True, slots=True)
-class TokenGrant:
+class TokenGrant(Struct, frozen=True):
     """Answer to a demand."""
 
     tokens: int

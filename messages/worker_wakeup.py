@@ -1,7 +1,8 @@
 """Only message to a worker of executions: "there is work", in one shard or in all of them."""
 
-from dataclasses import dataclass
 from typing import Final
+
+from msgspec import Struct
 
 QUEUE: Final = "executions"
 # Never rename it: an older worker would dead-letter a message for an unknown actor.
@@ -10,8 +11,7 @@ VERSION: Final = 1
 ALL_SHARDS: Final = -1
 
 
-@dataclass(frozen=True)
-class WorkerWakeup:
+class WorkerWakeup(Struct, frozen=True):
     """Wakeup of a worker: runs of this shard, or of any, are pending."""
 
     v: int = VERSION

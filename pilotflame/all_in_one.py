@@ -12,7 +12,6 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from contextlib import AsyncExitStack, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -20,6 +19,7 @@ from urllib.parse import urlsplit
 
 import structlog
 import uvloop
+from msgspec import Struct
 
 from gateway import main as gateways
 from gateway import state
@@ -79,16 +79,14 @@ Run the example on its page in the dashboard, or in a second terminal:
 """
 
 
-@dataclass(frozen=True, slots=True)
-class ExampleWorkflow:
+class ExampleWorkflow(Struct, frozen=True):
     """Workflow that is loaded into a new database, with the file of its inputs if there is one."""
 
     definition: Mapping[str, Any]
     inputs: Path | None
 
 
-@dataclass(frozen=True, slots=True)
-class RoleSettings:
+class RoleSettings(Struct, frozen=True):
     """Settings of each role; they share a database and a secret, and have no Redis."""
 
     gateway: GatewaySettings

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
 from enum import IntEnum
 from functools import partial
 from hashlib import sha256
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 from uuid import uuid4
 
 import msgspec
+from msgspec import Struct
 from sqlalchemy import select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import col
@@ -70,8 +70,7 @@ class DoctorExit(IntEnum):
     COULD_NOT_LOOK = 2
 
 
-@dataclass(frozen=True, slots=True)
-class DoctorRequest:
+class DoctorRequest(Struct, frozen=True):
     """Parsed command line."""
 
     fixes: Collection[DriftClass] = ()
@@ -80,8 +79,7 @@ class DoctorRequest:
     """Time between the two observations."""
 
 
-@dataclass(frozen=True, slots=True)
-class DoctorResult:
+class DoctorResult(Struct, frozen=True):
     """Report after all fixes, and the number of findings of each class that were fixed."""
 
     report: ExaminationReport
@@ -95,8 +93,7 @@ class DoctorResult:
         return DoctorExit.DRIFT if self.report.findings else DoctorExit.CLEAN
 
 
-@dataclass(frozen=True, slots=True)
-class _OpenStores:
+class _OpenStores(Struct, frozen=True):
     """Stores of the installation, open."""
 
     database: Database

@@ -6,9 +6,10 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+from msgspec import Struct
 
 from pilotflame.command_error import escape_text
 
@@ -24,8 +25,7 @@ Place: TypeAlias = tuple[str, str]
 """Node id and iteration."""
 
 
-@dataclass(slots=True)
-class PrintedText:
+class PrintedText(Struct):
     """Text of one answer of a model, as far as it is printed."""
 
     number: int

@@ -10,11 +10,12 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import date
 from decimal import ROUND_UP, Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, Final, Protocol
+
+from msgspec import Struct
 
 from pilotflame import exit_codes
 from pilotflame.command_error import CommandError
@@ -32,8 +33,7 @@ PRICE_LIMIT: Final = 1_000_000
 """Dollars below which the price of a model is."""
 
 
-@dataclass(frozen=True, slots=True)
-class CatalogPrice:
+class CatalogPrice(Struct, frozen=True):
     """Price of a model in the catalog."""
 
     entry: str
@@ -170,8 +170,7 @@ def _is_match(rule: Mapping[str, Any], text: str) -> bool:
     return _MATCHES[kind](text.lower(), argument)
 
 
-@dataclass(frozen=True, slots=True)
-class _Constraint:
+class _Constraint(Struct, frozen=True):
     """Condition of a price: a first day, or hours of the day; none of both always holds."""
 
     start: date | None = None

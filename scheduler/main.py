@@ -8,7 +8,6 @@ import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from typing import Final
@@ -17,6 +16,8 @@ import structlog
 import uvloop
 from apscheduler.schedulers.asyncio import AsyncIOScheduler
 from apscheduler.triggers.interval import IntervalTrigger
+from msgspec import Struct
+from msgspec.structs import replace
 
 from concurrency import gc_tuning, heartbeat
 from execution import abandoned_runs, due_runs
@@ -61,8 +62,7 @@ _NOT_LEADING: Final = object()
 """Result of a duty that another process does."""
 
 
-@dataclass(frozen=True, slots=True)
-class PeriodicDuty:
+class PeriodicDuty(Struct, frozen=True):
     """Idempotent work that is repeated at an interval."""
 
     name: str

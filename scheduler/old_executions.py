@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final
 
 import structlog
+from msgspec import Struct
 from sqlalchemy import and_, false, insert, or_, select
 from sqlmodel import col
 
@@ -39,8 +39,7 @@ BATCH_RUNS: Final = 100
 _HOUR_MICROSECONDS: Final = 3_600_000_000
 
 
-@dataclass(frozen=True, slots=True)
-class RetentionPeriods:
+class RetentionPeriods(Struct, frozen=True):
     """Retention of executions."""
 
     days: int

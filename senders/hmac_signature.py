@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from base64 import b64encode
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from enum import StrEnum
 from typing import Final
+
+from msgspec import Struct
 
 from senders import signatures
 from senders.sender_request import SenderRequest
@@ -31,8 +32,7 @@ class SignatureEncoding(StrEnum):
     BASE64 = "base64"
 
 
-@dataclass(frozen=True, slots=True)
-class HmacScheme:
+class HmacScheme(Struct, frozen=True):
     """Signature scheme of a sender: signs the body, or `time.body` if the time is in a header."""
 
     header: str

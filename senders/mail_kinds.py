@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from enum import StrEnum
 from hashlib import sha256
 from typing import TYPE_CHECKING, Final
+
+from msgspec import Struct
 
 from engine.values import Json, fingerprint
 from mail import mail_parsing, service_forms
@@ -64,8 +65,7 @@ class MailKind(StrEnum):
 SENDGRID_KINDS: Final = frozenset({MailKind.SENDGRID_PARSED, MailKind.SENDGRID_RAW})
 
 
-@dataclass(frozen=True, slots=True)
-class MailEnvelope:
+class MailEnvelope(Struct, frozen=True):
     """SMTP envelope of a mail; its addresses may differ from those of the mail's headers."""
 
     sender: str

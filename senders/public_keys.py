@@ -6,7 +6,6 @@ ever receive such a signature.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from datetime import datetime
 from enum import Enum
 
@@ -19,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 from cryptography.hazmat.primitives.asymmetric.utils import Prehashed
 from cryptography.hazmat.primitives.hashes import SHA1, SHA256
 from cryptography.hazmat.primitives.serialization import load_der_public_key
+from msgspec import Struct
 
 
 class RsaDigest(Enum):
@@ -28,8 +28,7 @@ class RsaDigest(Enum):
     SHA256 = SHA256()
 
 
-@dataclass(frozen=True, slots=True)
-class SigningCertificate:
+class SigningCertificate(Struct, frozen=True):
     """X.509 certificate, with its time of validity."""
 
     starts_at: datetime

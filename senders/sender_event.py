@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Final
+
+from msgspec import Struct, field
 
 from engine.values import Json
 from senders.request_refusal import RequestRefused
@@ -16,8 +17,7 @@ MAX_TYPE_LENGTH: Final = 200
 _TYPE: Final = re.compile(r"[^\s*\x00-\x1f\x7f]+")
 
 
-@dataclass(frozen=True, slots=True)
-class SenderEvent:
+class SenderEvent(Struct, frozen=True):
     """Event with type, source and data."""
 
     event_type: str
@@ -34,15 +34,13 @@ class SenderEvent:
         require_type(self.event_type)
 
 
-@dataclass(frozen=True, slots=True)
-class EventBatch:
+class EventBatch(Struct, frozen=True):
     """Events of one request."""
 
     events: Sequence[SenderEvent]
 
 
-@dataclass(frozen=True, slots=True)
-class UrlChallenge:
+class UrlChallenge(Struct, frozen=True):
     """Ownership check of a URL: the sender expects this text in the answer. It is no event."""
 
     text: str

@@ -14,6 +14,8 @@ from datetime import datetime
 from functools import cached_property
 from typing import Final
 
+from msgspec import Struct
+
 from concurrency import offload
 from engine import values
 from engine.values import InvalidJson, Json
@@ -163,8 +165,7 @@ class FormPart:
         return memoryview(self.body)[self.start : self.end]
 
 
-@dataclass(frozen=True)
-class PostedForm:
+class PostedForm(Struct, frozen=True, dict=True):
     """Parts of a form in their order."""
 
     parts: Sequence[FormPart]

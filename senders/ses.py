@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from base64 import b64decode
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Final
+
+from msgspec import Struct
 
 from engine.values import Json
 from senders.request_refusal import RequestRefused
@@ -16,8 +17,7 @@ _NAMING_HEADERS: Final = ("message-id", "from", "subject", "date")
 _VERDICTS: Final = ("spam", "virus", "spf", "dkim", "dmarc")
 
 
-@dataclass(frozen=True, slots=True)
-class SesStoredMail:
+class SesStoredMail(Struct, frozen=True):
     """S3 object of a mail as SES reports it; compare bucket and prefix with the configured ones before a
     fetch.
     """
@@ -27,8 +27,7 @@ class SesStoredMail:
     prefix: str
 
 
-@dataclass(frozen=True, slots=True)
-class SesMail:
+class SesMail(Struct, frozen=True):
     """Mail that SES has received."""
 
     mail_id: str

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hmac
 import re
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from hashlib import sha256
 from typing import Final
 
 import msgspec
+from msgspec import Struct
 
 from senders.request_refusal import RequestRefused
 
@@ -22,8 +22,7 @@ CLOCK_SKEW: Final = timedelta(minutes=5)
 _SECONDS: Final = re.compile(r"[0-9]{1,12}")
 
 
-@dataclass(frozen=True, slots=True)
-class SignatureResult:
+class SignatureResult(Struct, frozen=True):
     """Result of a successful verification."""
 
     delivery_key: str | None = None

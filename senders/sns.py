@@ -8,11 +8,12 @@ from __future__ import annotations
 import re
 from base64 import b64decode
 from collections.abc import Collection
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final
 from urllib.parse import quote
+
+from msgspec import Struct
 
 from engine.values import Json
 from senders import signatures
@@ -51,8 +52,7 @@ class SnsMessageType(StrEnum):
     UNSUBSCRIPTION = "UnsubscribeConfirmation"
 
 
-@dataclass(frozen=True, slots=True)
-class SnsMessage:
+class SnsMessage(Struct, frozen=True):
     """Well-formed message of SNS; its signature is not verified yet."""
 
     type: SnsMessageType

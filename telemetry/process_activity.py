@@ -8,8 +8,9 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any, Final
+
+from msgspec import Struct, field
 
 DATABASE: Final = "database"
 BROKER: Final = "broker"
@@ -20,8 +21,7 @@ CLUSTER_CONNECTIONS: Final = {"kubernetes": KUBERNETES, "local": LOCAL_PODS}
 """Names of the connections to clusters, by the setting `cluster`."""
 
 
-@dataclass(frozen=True, slots=True)
-class DutyTick:
+class DutyTick(Struct, frozen=True):
     """Last tick of a periodic duty."""
 
     every_seconds: float
@@ -31,8 +31,7 @@ class DutyTick:
     """End, by the monotonic clock of the process."""
 
 
-@dataclass(frozen=True, slots=True)
-class ServerAnswer:
+class ServerAnswer(Struct, frozen=True):
     """Answer of a server."""
 
     at: float
@@ -41,8 +40,7 @@ class ServerAnswer:
     """Time that it took."""
 
 
-@dataclass(slots=True)
-class ConnectionActivity:
+class ConnectionActivity(Struct):
     """Last answer and last failure of a server that the process uses."""
 
     answer: ServerAnswer | None = None
@@ -66,8 +64,7 @@ class ConnectionActivity:
         return shown
 
 
-@dataclass(frozen=True, slots=True)
-class Lead:
+class Lead(Struct, frozen=True):
     """Time for which this process has been the leading scheduler."""
 
     owner: str
@@ -76,8 +73,7 @@ class Lead:
     """Begin, by the monotonic clock of the process."""
 
 
-@dataclass(slots=True, eq=False)
-class ProcessActivity:
+class ProcessActivity(Struct, eq=False):
     """Activity of one process since its start, for its reports: counts, duties, and answers of its servers."""
 
     claims: int = 0

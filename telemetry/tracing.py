@@ -14,11 +14,12 @@ import re
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from hashlib import blake2b
 from typing import Final, Literal, TypeAlias
 from urllib.parse import urlsplit
+
+from msgspec import Struct, field
 
 Attributes: TypeAlias = Mapping[str, str | int | tuple[str, ...]]
 SpanKind: TypeAlias = Literal["internal", "server", "producer", "consumer", "client"]
@@ -35,8 +36,7 @@ _CODE: Final = re.compile(r"[a-z][a-z0-9-]{0,63}")
 _TRACEPARENT: Final = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
 
 
-@dataclass(frozen=True, slots=True)
-class TraceContext:
+class TraceContext(Struct, frozen=True):
     """Identity of a span in its trace, as in the header `traceparent` (https://www.w3.org/TR/trace-context/)."""
 
     trace_id: str
@@ -49,8 +49,7 @@ class TraceContext:
         return f"00-{self.trace_id}-{self.span_id}-{'01' if self.is_sampled else '00'}"
 
 
-@dataclass(frozen=True, slots=True)
-class FinishedSpan:
+class FinishedSpan(Struct, frozen=True):
     """Span as it is sent, after its end."""
 
     name: str
@@ -128,8 +127,7 @@ def find_trace_page(template: str, execution_id: str, origin: str | None) -> str
     return template.replace("{trace_id}", trace_id) if is_sampled else None
 
 
-@dataclass(slots=True)
-class RequestTrace:
+class RequestTrace(Struct):
     """Trace of one request to the gateway."""
 
     tracer: Tracer
@@ -178,8 +176,7 @@ class RequestTrace:
         )
 
 
-@dataclass(slots=True)
-class RunTrace:
+class RunTrace(Struct):
     """Trace of one claim of a run, a segment."""
 
     tracer: Tracer

@@ -11,11 +11,11 @@ import asyncio
 import random
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final
 
 import structlog
+from msgspec import Struct
 from sqlalchemy import func, or_, select, update
 from sqlmodel import col
 
@@ -54,8 +54,7 @@ MAX_ROUNDS: Final = 11
 TIMEOUT_SECONDS: Final = 30.0
 
 
-@dataclass(frozen=True, slots=True)
-class ClaimedRequest:
+class ClaimedRequest(Struct, frozen=True):
     """Due request that this worker has claimed until its lease ends."""
 
     key: ExecutionKey
@@ -67,8 +66,7 @@ class ClaimedRequest:
     leased_until: datetime
 
 
-@dataclass(frozen=True, slots=True)
-class OpenQuestion:
+class OpenQuestion(Struct, frozen=True):
     """Question that still waits, and the people who get a mail about it."""
 
     asked: WaitingNode

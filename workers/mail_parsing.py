@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 import structlog
+from msgspec import Struct
 
 from concurrency import offload
 from engine.run_errors import NodeError
@@ -85,16 +86,14 @@ class AttachmentNotStored(Exception):
     """Failure to store an attachment, for the reason in `__cause__`, which is no fault of the mail."""
 
 
-@dataclass(frozen=True, slots=True)
-class MailSources:
+class MailSources(Struct, frozen=True):
     """Sources of mails besides blobs, and the rate limit against mail loops."""
 
     data_sources: DataSourceService
     throttle: ThrottleService
 
 
-@dataclass(frozen=True, slots=True)
-class ParsedMail:
+class ParsedMail(Struct, frozen=True):
     """Parsed mail with the trigger output for its run."""
 
     mail: ParsedMailContent

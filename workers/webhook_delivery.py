@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import msgspec
-from msgspec import Raw
+from msgspec import Raw, Struct
 
 from execution import message_signer
 from models import timestamps
@@ -38,8 +37,7 @@ _FINAL_REFUSALS: Final = frozenset(
 _encode = msgspec.json.Encoder().encode
 
 
-@dataclass(frozen=True, slots=True)
-class WebhookFailure:
+class WebhookFailure(Struct, frozen=True):
     """Reason for a failed completion action."""
 
     message: str

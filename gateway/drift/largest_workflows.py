@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from random import Random
 from typing import TYPE_CHECKING, Final
 
+from msgspec import Struct
 from sqlalchemy import func, literal_column, select, text
 from sqlmodel import col
 
@@ -32,8 +32,7 @@ _SQLITE_RANGE: Final = text(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class StoredWorkflow:
+class StoredWorkflow(Struct, frozen=True):
     """Workflow with many stored runs."""
 
     workflow_id: str

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Final
 
+from msgspec.structs import asdict
 from sqlalchemy import func, select
 from sqlmodel import SQLModel, col
 

@@ -6,9 +6,10 @@ import json
 import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
+
+from msgspec import Struct
 
 from pilotflame.command_error import CommandError
 
@@ -17,8 +18,7 @@ FILE_NAME_LENGTH: Final = 60
 _POSITION: Final = re.compile(r"\bworkflows\.(\d+)\b\.?")
 
 
-@dataclass(frozen=True, slots=True)
-class WorkflowFile:
+class WorkflowFile(Struct, frozen=True):
     """File with the definition of a workflow."""
 
     path: Path

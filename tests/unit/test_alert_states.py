@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Final
 
 import pytest
+from msgspec.structs import replace
 
 from deploy.monitoring import alert_rules
 from doctor.alert_notices import NOTICES

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from typing import Final
+
+from msgspec import Struct
 
 DNS_PORT: Final = 53
 MAX_PORT: Final = 65_535
@@ -13,8 +14,7 @@ _ENTRY: Final = re.compile(r"(?:\[(?P<bracketed>[^\]]+)\]|(?P<plain>[^\[\]:]+))(
 _NAMESPACE: Final = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\Z")
 
 
-@dataclass(frozen=True, slots=True)
-class DnsEndpoint:
+class DnsEndpoint(Struct, frozen=True):
     """Address of DNS servers: the pods of a namespace, or a network, and the port that they listen on.
 
     A network policy sees the port of the pod, not of the Service in front of it: OpenShift's is 5353.

@@ -15,6 +15,7 @@ from enum import IntEnum, StrEnum
 from typing import Protocol
 
 import structlog
+from msgspec import Struct
 
 from telemetry.process_activity import ACTIVITY, CLUSTER_CONNECTIONS
 
@@ -80,8 +81,7 @@ class PodFailureReason(StrEnum):
     NOT_CREATED = "not-created"
 
 
-@dataclass(frozen=True)
-class PodFailure:
+class PodFailure(Struct, frozen=True):
     """Failure of pods, with the cluster's own message."""
 
     reason: PodFailureReason
@@ -90,8 +90,7 @@ class PodFailure:
     """It is permanent: new pods fail too, until somebody changes the configuration."""
 
 
-@dataclass(frozen=True)
-class PodResourceLimits:
+class PodResourceLimits(Struct, frozen=True):
     """Resource requests and limits of one pod."""
 
     cpu_millicores: int = 500
@@ -117,7 +116,7 @@ class DesiredDeployment:
     replicas: int = 1
     environment: Mapping[str, str] = field(default_factory=dict)
     """Environment variables without secrets: everyone with read access to the cluster can read them."""
-    resources: PodResourceLimits = PodResourceLimits()
+    resources: PodResourceLimits = field(default_factory=PodResourceLimits)
 
 
 class PodStage(IntEnum):
@@ -131,8 +130,7 @@ class PodStage(IntEnum):
     READY = 3
 
 
-@dataclass(frozen=True)
-class ObservedPod:
+class ObservedPod(Struct, frozen=True):
     """Observed state of a pod."""
 
     name: str
@@ -154,8 +152,7 @@ class ObservedPod:
     """Reason why it is not ready, if the cluster gives one."""
 
 
-@dataclass(frozen=True)
-class ObservedDeployment:
+class ObservedDeployment(Struct, frozen=True):
     """Observed state of a workflow's deployment."""
 
     workflow_id: str
@@ -208,8 +205,7 @@ class ObservedDeployment:
         )
 
 
-@dataclass(frozen=True)
-class PodLogLine:
+class PodLogLine(Struct, frozen=True):
     """Line of a pod's log; `at` is in RFC 3339, or None if the cluster records no times."""
 
     pod: str

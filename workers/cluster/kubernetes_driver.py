@@ -12,10 +12,11 @@ import asyncio
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Self, TypeVar
+
+from msgspec import Struct
 
 from models import pod_identity as names
 from workers.cluster import kubernetes_api, manifests, pod_status
@@ -369,8 +370,7 @@ def _format_selector(labels: Mapping[str, str]) -> str:
     return ",".join(f"{name}={value}" for name, value in labels.items())
 
 
-@dataclass(frozen=True, slots=True)
-class _FailedRequest:
+class _FailedRequest(Struct, frozen=True):
     goal: object
     send: Send
 

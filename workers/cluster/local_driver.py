@@ -13,7 +13,7 @@ import shutil
 import time
 from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Self
@@ -21,6 +21,7 @@ from typing import Self
 import aiohttp
 import msgspec
 import structlog
+from msgspec import Struct
 
 from json_text import decoding
 from models import pod_identity as names
@@ -51,8 +52,7 @@ class LocalDeploymentRecord(msgspec.Struct, frozen=True):
     is_deleted: bool = False
 
 
-@dataclass(frozen=True)
-class PodCopy:
+class PodCopy(Struct, frozen=True):
     """Facts about a pod on which scaling depends."""
 
     name: str
@@ -60,8 +60,7 @@ class PodCopy:
     is_ready: bool
 
 
-@dataclass(frozen=True)
-class ScalePlan:
+class ScalePlan(Struct, frozen=True):
     """Number of pods to start, and the pods to stop."""
 
     starts: int

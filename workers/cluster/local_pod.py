@@ -11,12 +11,12 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 import aiohttp
 import msgspec
+from msgspec import Struct
 
 from models.oom_kills import OomKillWatch
 from models.timestamps import HOST_TIME
@@ -54,8 +54,7 @@ PROBE_FAILURES = 3
 BIRTH_PROBES = 20
 
 
-@dataclass(frozen=True)
-class LocalPodLimits:
+class LocalPodLimits(Struct, frozen=True):
     """Limits of a local pod."""
 
     grace_seconds: float = 75.0

@@ -7,8 +7,9 @@ import os
 import signal
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 _PROC = Path("/proc")
 _BOOT_ID_FILE = _PROC / "sys/kernel/random/boot_id"
@@ -28,8 +29,7 @@ def read_boot_id() -> str:
     return _BOOT_ID_FILE.read_text().strip()
 
 
-@dataclass(frozen=True)
-class LocalProcess:
+class LocalProcess(Struct, frozen=True):
     """Process by its PID and start time."""
 
     pid: int

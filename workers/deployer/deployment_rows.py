@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Final
 
 import msgspec
+from msgspec import Struct
+from msgspec.structs import asdict, replace
 from sqlalchemy import or_, select, update
 from sqlmodel import col
 
@@ -55,8 +56,7 @@ class _DeployedDefinition(msgspec.Struct):
     settings: _DefinitionSettings = msgspec.field(default_factory=_DefinitionSettings)
 
 
-@dataclass(frozen=True, slots=True)
-class ObservedStatus:
+class ObservedStatus(Struct, frozen=True):
     """Observed state of a deployment as it is stored.
 
     `observed_generation` is the generation that had been applied by the time of the observation.
@@ -86,8 +86,7 @@ class ObservedStatus:
         return abs(own - others) >= DEADLINE_STEP
 
 
-@dataclass(frozen=True, slots=True)
-class DeploymentSnapshot:
+class DeploymentSnapshot(Struct, frozen=True):
     """Row of a deployment with the database's time when it was read."""
 
     deployment: Deployment

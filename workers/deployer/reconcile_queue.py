@@ -10,9 +10,10 @@ import asyncio
 import random
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Final
+
+from msgspec import Struct
 
 from models.deployment import BLOCKING_REASONS
 from telemetry import instruments
@@ -33,8 +34,7 @@ SECONDS_PER_REQUEST: Final = 10.0
 Refusal = ClusterForbidden | ClusterRefused
 
 
-@dataclass(frozen=True, slots=True)
-class RetryBackoff:
+class RetryBackoff(Struct, frozen=True):
     """Delays between retries, in seconds: the first one, doubled by each retry, up to the longest."""
 
     first_seconds: float
@@ -50,8 +50,7 @@ class RetryBackoff:
         return seconds * random.uniform(1, 1 + JITTER)  # noqa: S311 - spreads retries, no secret
 
 
-@dataclass(frozen=True, slots=True)
-class ScheduledRetry:
+class ScheduledRetry(Struct, frozen=True):
     """Reconciliation that is due after a delay, unless an event triggers it before."""
 
     backoff: RetryBackoff
@@ -59,8 +58,7 @@ class ScheduledRetry:
     """Upper bound of this delay, such as the time until a start is overdue; None for the back-off alone."""
 
 
-@dataclass(slots=True)
-class _QueueEntry:
+class _QueueEntry(Struct):
     generation: int | None = None
     """Generation of the row at the last reconciliation; None before it."""
     is_queued: bool = False
@@ -208,8 +206,7 @@ class AttemptDeferred(Exception):
         """Time until another attempt is allowed."""
 
 
-@dataclass(frozen=True, slots=True)
-class _ChargedRefusal:
+class _ChargedRefusal(Struct, frozen=True):
     generation: int | None
     refusal: Refusal
     paid_at: float
@@ -301,8 +298,7 @@ class StartGate:
                 self._on_admit(chosen)
 
 
-@dataclass(slots=True)
-class _StartProgress:
+class _StartProgress(Struct):
     generation: int
     stage: PodStage
     """Furthest stage of any of its pods."""

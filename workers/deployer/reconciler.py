@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import structlog
+from msgspec import Struct
 
 from journal.deployments import activity
 from messages import wakeups
@@ -79,8 +79,7 @@ _TIMED_STATES: Final = frozenset({Stored.STARTING, Stored.RUNNING})
 """States that time alone may change."""
 
 
-@dataclass(frozen=True, slots=True)
-class ReconcileResult:
+class ReconcileResult(Struct, frozen=True):
     """Result of one reconciliation: the needed retry, and the generation of the row that was read."""
 
     retry: ScheduledRetry | None
