@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import msgspec
 import structlog
+from msgspec import Struct
 from sqlalchemy import func, select, update
 from sqlmodel import col
 
@@ -43,8 +43,7 @@ _COLUMNS: Final = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class ChainHead:
+class ChainHead(Struct, frozen=True):
     """Newest entry of an organization's chain."""
 
     organization_id: str
@@ -52,8 +51,7 @@ class ChainHead:
     chain_hash: str
 
 
-@dataclass(frozen=True, slots=True)
-class ChainBreak:
+class ChainBreak(Struct, frozen=True):
     """First place at which the chain of an organization does not hold."""
 
     organization_id: str

@@ -7,7 +7,6 @@ SQLite's write lock or an advisory lock, so that two concurrent counts can't bot
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
 from hashlib import blake2b
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
 from weakref import WeakKeyDictionary
 
 import structlog
+from msgspec import Struct
 from sqlalchemy import and_, func, literal, literal_column, select, tuple_, update
 from sqlmodel import col
 
@@ -75,8 +75,7 @@ class LimitAction(StrEnum):
     REJECT = "reject"
 
 
-@dataclass(frozen=True, slots=True)
-class ConcurrencyLimit:
+class ConcurrencyLimit(Struct, frozen=True):
     """Maximum number of concurrent runs that share a key."""
 
     key: str

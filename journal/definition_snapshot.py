@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from hashlib import sha256
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Protocol, cast
+
+from msgspec import Struct
 
 from engine.agents import agent_wiring
 from engine.config_places import may_name_model
@@ -40,8 +41,7 @@ class NodeTypeRegistry(NodeTypeLookup, Protocol):
         """Return the JSON text of a custom type; None for a type of the library."""
 
 
-@dataclass(frozen=True, slots=True)
-class CustomTypeUse:
+class CustomTypeUse(Struct, frozen=True):
     """Use of a custom type by a node, or by the target of a tool."""
 
     node: Mapping[str, Json]
@@ -51,8 +51,7 @@ class CustomTypeUse:
     """None for the newest version."""
 
 
-@dataclass(frozen=True, slots=True)
-class TriggerNode:
+class TriggerNode(Struct, frozen=True):
     """Node that starts runs of a workflow."""
 
     id: str
@@ -61,8 +60,7 @@ class TriggerNode:
     config: Mapping[str, Json]
 
 
-@dataclass(frozen=True, slots=True)
-class LoadedWorkflow:
+class LoadedWorkflow(Struct, frozen=True):
     """One revision of a workflow with everything that is needed to accept a run."""
 
     id: str

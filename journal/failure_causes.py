@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from enum import StrEnum
 from functools import lru_cache
 from hashlib import sha256
 from typing import Any, Final
 
 import msgspec
+from msgspec import Struct
 
 from engine.run_records import EXPIRED_CODE, TIMEOUT_CODE
 from journal.tasks.task_moves import START_TIMEOUT_CODE
@@ -46,8 +46,7 @@ _KINDS_BY_CODE: Final = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class ErrorCause:
+class ErrorCause(Struct, frozen=True):
     """Node, code and message of the error of a run, and the fingerprint of all runs that failed alike."""
 
     node_id: str | None

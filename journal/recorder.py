@@ -10,13 +10,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from math import ceil
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 import msgspec
 import structlog
+from msgspec import Struct
 
 from concurrency import offload
 from engine import values
@@ -516,8 +516,7 @@ class RunJournal:
             self._overdue = loop.call_later(0, future.cancel)
 
 
-@dataclass(slots=True, eq=False)
-class RunLease:
+class RunLease(Struct, eq=False):
     """Lease of one run, by this process's monotonic clock."""
 
     key: ExecutionKey

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
+from msgspec import Struct, field
 from sqlalchemy import (
     Integer,
     Text,
@@ -117,8 +117,7 @@ _NOT_YET: Final = (
 """Columns of an execution that are empty until its first claim, or until it has failed."""
 
 
-@dataclass(frozen=True, slots=True)
-class SkippedNode:
+class SkippedNode(Struct, frozen=True):
     """Node that a replay begins with as skipped."""
 
     label: str
@@ -129,8 +128,7 @@ class SkippedNode:
     """Whether it also keeps the key, so that a later replay may repeat the same request."""
 
 
-@dataclass(frozen=True, slots=True)
-class ReplayCopy:
+class ReplayCopy(Struct, frozen=True):
     """Content of a replay, besides that of the execution that it replays."""
 
     definition_hash: str

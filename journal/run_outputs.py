@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import msgspec
+from msgspec import Struct
 from sqlalchemy import and_, bindparam, func, select
 from sqlmodel import col
 
@@ -55,8 +55,7 @@ class OutputsTooLarge(Exception):
         self.size = size
 
 
-@dataclass(frozen=True, slots=True)
-class LeafOutput:
+class LeafOutput(Struct, frozen=True):
     """Output of a node as JSON text, or the reference to its blob."""
 
     text: bytes

@@ -8,11 +8,11 @@ nothing.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
+from msgspec import Struct, field
 from sqlalchemy import BigInteger, and_, bindparam, insert, select, type_coerce, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import col
@@ -74,8 +74,7 @@ _MOVE_SCHEDULE: Final = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class DueSchedule:
+class DueSchedule(Struct, frozen=True):
     """Due schedule, and the definition that its workflow runs."""
 
     workflow_id: str
@@ -87,8 +86,7 @@ class DueSchedule:
     """Hash of the deployed definition. None: any worker runs the workflow's own definition."""
 
 
-@dataclass(frozen=True, slots=True)
-class ScheduleDefinition:
+class ScheduleDefinition(Struct, frozen=True):
     """Definition that a schedule runs."""
 
     due: DueSchedule
@@ -102,8 +100,7 @@ class ScheduleDefinition:
     """Whether it changes with the default language model of the organization, at the same revision."""
 
 
-@dataclass(slots=True)
-class ScheduleRunResult:
+class ScheduleRunResult(Struct):
     """Result for a batch of due schedules."""
 
     runs: list[tuple[str, str, datetime]] = field(default_factory=list)

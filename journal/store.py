@@ -9,12 +9,12 @@ concurrent batches can't deadlock.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Annotated, Final, NamedTuple, Protocol
 
 import msgspec
+from msgspec import Struct, field
 
 from engine.agents.agent_steps import AgentStep
 from engine.run_records import AttemptSpan, LogLine, NodeSpan, RunError, RunStatus
@@ -44,8 +44,7 @@ class DefinitionKey(NamedTuple):
     shard: int
 
 
-@dataclass(frozen=True, slots=True)
-class IdempotencyKey:
+class IdempotencyKey(Struct, frozen=True):
     """Key under which a repeated request is recognized, with the fingerprint of the request."""
 
     scope: str
@@ -204,8 +203,7 @@ class AcceptanceResult(msgspec.Struct, frozen=True):
     """Start of a run that is assigned to a worker, by the database's clock; None if its answer was lost."""
 
 
-@dataclass(frozen=True, slots=True)
-class ClaimQuery:
+class ClaimQuery(Struct, frozen=True):
     """Query of a worker for runs to claim."""
 
     owner: str
@@ -266,8 +264,7 @@ class ClaimedRun(msgspec.Struct, frozen=True):
     """Whether the run that started it may have put text of outsiders into its input."""
 
 
-@dataclass(frozen=True, slots=True)
-class LeaseRenewal:
+class LeaseRenewal(Struct, frozen=True):
     """Lease to renew."""
 
     execution_id: str
@@ -345,8 +342,7 @@ class RunWrite(msgspec.Struct):
             self.due_at += step
 
 
-@dataclass(frozen=True, slots=True)
-class RenewalResult:
+class RenewalResult(Struct, frozen=True):
     """Result of the renewal of a lease, with the request of a client for the run."""
 
     execution_id: str
@@ -372,8 +368,7 @@ class RunProgressReport(msgspec.Struct, frozen=True):
     """Ids of the nodes whose text is the reference to a blob."""
 
 
-@dataclass(frozen=True, slots=True)
-class SweepResult:
+class SweepResult(Struct, frozen=True):
     """Result of a sweep."""
 
     requeued: int
@@ -388,8 +383,7 @@ class SweepResult:
     """Whether there are runs that nobody has claimed."""
 
 
-@dataclass(frozen=True, slots=True)
-class EndRequestOutcome:
+class EndRequestOutcome(Struct, frozen=True):
     """Result of a stop or cancel request."""
 
     status: ExecutionStatus

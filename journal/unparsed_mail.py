@@ -7,11 +7,11 @@ as workers claim runs.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
+from msgspec import Struct
 from sqlalchemy import case, func, null, select, update
 from sqlmodel import col
 
@@ -153,8 +153,7 @@ def is_unparsed_column(column: SQLColumnExpression[str]) -> ColumnElement[bool]:
 # ── release of parsed mail ──────────────────────────────────────────────────────────────────────────────────
 
 
-@dataclass(frozen=True, slots=True)
-class MailParseResult:
+class MailParseResult(Struct, frozen=True):
     """Parsed mail, and the lease under which it was parsed."""
 
     key: ExecutionKey
@@ -166,8 +165,7 @@ class MailParseResult:
     """The trigger as JSON text."""
 
 
-@dataclass(frozen=True, slots=True)
-class MailRunState:
+class MailRunState(Struct, frozen=True):
     """State of a run after its mail was parsed."""
 
     status: ExecutionStatus

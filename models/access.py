@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 from functools import cache
 from hashlib import blake2b
 from typing import Final
 
+from msgspec import Struct
 from sqlalchemy import Column, Index, SmallInteger, UniqueConstraint
 from sqlmodel import Field, SQLModel
 
@@ -107,8 +107,7 @@ class ApiKey(SQLModel, table=True):
     """Keyed hash of the address that it came from."""
 
 
-@dataclass(frozen=True, slots=True)
-class ApiCaller:
+class ApiCaller(Struct, frozen=True):
     """Caller that a valid API key authenticates."""
 
     key_id: str

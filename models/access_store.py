@@ -6,10 +6,10 @@ Functions that write take a connection, so that several steps can share one tran
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final
 
+from msgspec import Struct
 from sqlalchemy import func, insert, or_, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -39,8 +39,7 @@ class EmailTaken(ValueError):
     """The organization already has a user with this email address."""
 
 
-@dataclass(frozen=True, slots=True)
-class FoundKey:
+class FoundKey(Struct, frozen=True):
     """Stored API key, valid or not."""
 
     caller: ApiCaller
@@ -54,16 +53,14 @@ class FoundKey:
         return self.revoked_at is None and (self.expires_at is None or self.expires_at > now)
 
 
-@dataclass(frozen=True, slots=True)
-class CreatedKey:
+class CreatedKey(Struct, frozen=True):
     """New API key, with the only readable copy of its text."""
 
     key: str
     row: ApiKey
 
 
-@dataclass(frozen=True, slots=True)
-class RevokedKey:
+class RevokedKey(Struct, frozen=True):
     """API key before and after its revocation; both are equal if it had been revoked already."""
 
     before: ApiKey
@@ -111,8 +108,7 @@ def _key_of_row(row: Row[*tuple[Any, ...]]) -> FoundKey:
     return FoundKey(caller, row.hash, row.expires_at, row.revoked_at, row.last_used_at)
 
 
-@dataclass(frozen=True, slots=True)
-class KeyUse:
+class KeyUse(Struct, frozen=True):
     """Use of an API key."""
 
     at: datetime

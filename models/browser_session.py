@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from hashlib import sha256
 from typing import TYPE_CHECKING, Final
 
+from msgspec import Struct
 from sqlalchemy import Column, Index, SmallInteger, delete, insert, or_, select, update
 from sqlmodel import Field, SQLModel, col
 
@@ -64,8 +64,7 @@ class BrowserSession(SQLModel, table=True):
         return ends if key_expires_at is None else min(ends, key_expires_at)
 
 
-@dataclass(frozen=True, slots=True)
-class FoundSession:
+class FoundSession(Struct, frozen=True):
     """Stored session with the state of its key."""
 
     row: BrowserSession

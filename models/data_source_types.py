@@ -7,12 +7,11 @@ name would be stored in plain text.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated, Final, TypeAlias
 
 import msgspec
-from msgspec import Meta
+from msgspec import Meta, Struct
 
 MAX_SECRET_LENGTH: Final = 8_192
 MAX_HOSTS: Final = 50
@@ -275,8 +274,7 @@ class SharedSigningSecret(DataSourceFields):
 # ── types ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@dataclass(frozen=True, slots=True)
-class DataSourceTypeFields:
+class DataSourceTypeFields(Struct, frozen=True):
     """Settings and secrets of a data source type."""
 
     settings: type[DataSourceFields]

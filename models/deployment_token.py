@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING
 
+from msgspec import Struct
 from sqlalchemy import Column, Index, SmallInteger, UniqueConstraint, func, insert, select, update
 from sqlmodel import Field, SQLModel, col
 
@@ -38,8 +38,7 @@ class DeploymentToken(SQLModel, table=True):
     revoked_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
 
 
-@dataclass(frozen=True, slots=True)
-class TokenBearer:
+class TokenBearer(Struct, frozen=True):
     """Deployment that a valid token authenticates."""
 
     workflow_id: str

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Final
+
+from msgspec import Struct
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -33,8 +34,7 @@ class SecretCorrupted(VaultError):
     """The ciphertext is corrupt, or belongs to another object."""
 
 
-@dataclass(frozen=True, slots=True)
-class EncryptedText:
+class EncryptedText(Struct, frozen=True):
     """Ciphertext with the id of the server secret that decrypts it."""
 
     secret_id: str

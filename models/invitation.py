@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Final
 
+from msgspec import Struct
 from sqlalchemy import Column, Index, SmallInteger, func, insert, select, update
 from sqlmodel import Field, SQLModel, col
 
@@ -50,8 +50,7 @@ class Invitation(SQLModel, table=True):
         return self.accepted_at is None and self.revoked_at is None and now < self.expires_at
 
 
-@dataclass(frozen=True, slots=True)
-class CreatedInvitation:
+class CreatedInvitation(Struct, frozen=True):
     """New invitation, with the only readable copy of its code."""
 
     row: Invitation

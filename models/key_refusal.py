@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final
 
+from msgspec import Struct
 from sqlalchemy import BigInteger, Column, delete, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import Field, SQLModel, col
@@ -35,8 +35,7 @@ class KeyRefusal(SQLModel, table=True):
     """Method and path template of the last one, such as `POST /api/v1/workflows`."""
 
 
-@dataclass(frozen=True, slots=True)
-class RefusedScope:
+class RefusedScope(Struct, frozen=True):
     """Refusals of a key for one scope in the last seven days."""
 
     scope: str

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Final
+
+from msgspec import Struct
 
 from models import weekly_windows
 from models.lifecycle_policy import (
@@ -24,16 +25,14 @@ COLD_START: Final = timedelta(seconds=10)
 """Assumed wait of a run for stopped pods."""
 
 
-@dataclass(frozen=True, slots=True)
-class PastRun:
+class PastRun(Struct, frozen=True):
     """Past run: a pod was busy with it between two times."""
 
     accepted_at: datetime
     ended_at: datetime
 
 
-@dataclass(frozen=True, slots=True)
-class PolicyReplay:
+class PolicyReplay(Struct, frozen=True):
     """Cost and delay of past runs under a policy."""
 
     up_times: Sequence[tuple[datetime, datetime]]

@@ -7,10 +7,12 @@ gives the decision that is right at its time.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any, Final, TypeAlias
+
+from msgspec import Struct
+from msgspec.structs import asdict
 
 from models import timestamps, weekly_windows
 from models.weekly_windows import WindowSchedule
@@ -36,25 +38,21 @@ class PolicyType(StrEnum):
     SCHEDULED_WINDOW = "scheduled-window"
 
 
-@dataclass(frozen=True, slots=True)
-class AlwaysOnPolicy:
+class AlwaysOnPolicy(Struct, frozen=True):
     """Policy that keeps a deployment up unless a user stops it."""
 
 
-@dataclass(frozen=True, slots=True)
-class IdleShutdownPolicy:
+class IdleShutdownPolicy(Struct, frozen=True):
     """Policy that stops a deployment after a time without activity, and starts it for runs."""
 
     idle_timeout_minutes: float = IDLE_MINUTES_DEFAULT
 
 
-@dataclass(frozen=True, slots=True)
-class OnDemandPolicy:
+class OnDemandPolicy(Struct, frozen=True):
     """Policy that stops a deployment soon after its last run, and starts it for runs."""
 
 
-@dataclass(frozen=True, slots=True)
-class ScheduledWindowPolicy:
+class ScheduledWindowPolicy(Struct, frozen=True):
     """Policy that keeps a deployment up while a schedule is open."""
 
     schedule: WindowSchedule
@@ -118,8 +116,7 @@ class LifecycleReason(StrEnum):
     FAILED = "failed"
 
 
-@dataclass(frozen=True, slots=True)
-class DeploymentSituation:
+class DeploymentSituation(Struct, frozen=True):
     """State of a deployment on which decisions depend."""
 
     is_deployed: bool
@@ -145,8 +142,7 @@ class DeploymentSituation:
     has_running: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class LifecycleVerdict:
+class LifecycleVerdict(Struct, frozen=True):
     """Action with its reason."""
 
     action: LifecycleAction
@@ -165,8 +161,7 @@ class StartRefusalCode(StrEnum):
     STOPPED_MANUALLY = "stopped-manually"
 
 
-@dataclass(frozen=True, slots=True)
-class StartRefusal:
+class StartRefusal(Struct, frozen=True):
     """Refusal of a start: the run is refused, or deferred if no caller waits for it."""
 
     code: StartRefusalCode
@@ -181,8 +176,7 @@ class TransitionKind(StrEnum):
     STOP = "stop"
 
 
-@dataclass(frozen=True, slots=True)
-class LifecycleTransition:
+class LifecycleTransition(Struct, frozen=True):
     """Next start or stop of a deployment without further events."""
 
     kind: TransitionKind

@@ -13,10 +13,11 @@ key that is derived from this hash, so that it never sends the token itself.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from hashlib import blake2b
 from typing import Final
+
+from msgspec import Struct
 
 from models import ids
 
@@ -74,8 +75,7 @@ def _encode_base32(digest: bytes) -> str:
     return "".join(ids.ALPHABET[number >> 5 * place & 31] for place in reversed(range(_DIGEST_CHARACTERS)))
 
 
-@dataclass(frozen=True, slots=True)
-class PodProcess:
+class PodProcess(Struct, frozen=True):
     """One process of a pod."""
 
     pod: str

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from functools import cached_property, lru_cache
@@ -14,6 +13,7 @@ from zoneinfo import ZoneInfo
 
 import msgspec
 from cronsim import CronSim, CronSimError
+from msgspec import Struct
 
 from models import weekly_windows
 
@@ -77,8 +77,7 @@ class SkipReason(StrEnum):
     """The workflow was paused."""
 
 
-@dataclass(frozen=True)
-class ScheduleTimetable:
+class ScheduleTimetable(Struct, frozen=True, dict=True):
     """Parsed config of a schedule."""
 
     cron: str | None
@@ -165,8 +164,7 @@ class _TimetableConfig(msgspec.Struct, rename="camel"):
     jitter_seconds: Annotated[int, msgspec.Meta(ge=0, le=3_600)] = 0
 
 
-@dataclass(frozen=True, slots=True)
-class ScheduleState:
+class ScheduleState(Struct, frozen=True):
     """State of a schedule on which decisions depend."""
 
     workflow_id: str
@@ -179,8 +177,7 @@ class ScheduleState:
     """Number of unstarted runs of its workflow."""
 
 
-@dataclass(frozen=True, slots=True)
-class ScheduleDecision:
+class ScheduleDecision(Struct, frozen=True):
     """Decision about all due instants."""
 
     run: Sequence[datetime]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
+from msgspec import Struct
 from sqlalchemy import or_, select, update
 from sqlmodel import col
 
@@ -31,8 +31,7 @@ _BITS = 260
 HINT_CHARACTERS = 4
 
 
-@dataclass(frozen=True, slots=True)
-class FoundSenderToken:
+class FoundSenderToken(Struct, frozen=True):
     """Valid sender token with the identity that it authenticates."""
 
     id: str

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta
 from functools import cache, lru_cache
 from typing import Final
 from zoneinfo import ZoneInfo, available_timezones
+
+from msgspec import Struct
 
 DAY_MINUTES: Final = 1_440
 WEEK_MINUTES: Final = 7 * DAY_MINUTES
@@ -28,8 +29,7 @@ class EmptyWindow(ValueError):
     """The window ends when it starts, other than at midnight."""
 
 
-@dataclass(frozen=True, slots=True)
-class WeeklyWindow:
+class WeeklyWindow(Struct, frozen=True):
     """Span of hours on some days of every week."""
 
     days: tuple[int, ...]
@@ -39,16 +39,14 @@ class WeeklyWindow:
     """End in minutes since the midnight before its start, so above 1,440 if it ends on the next day."""
 
 
-@dataclass(frozen=True, slots=True)
-class WindowSchedule:
+class WindowSchedule(Struct, frozen=True):
     """Windows, which may overlap, and the time zone of their local times."""
 
     timezone: str
     windows: tuple[WeeklyWindow, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class WindowChange:
+class WindowChange(Struct, frozen=True):
     """Opening or closing of a schedule."""
 
     at: datetime
@@ -58,8 +56,7 @@ class WindowChange:
     """Whether a clock change at this time causes it."""
 
 
-@dataclass(frozen=True, slots=True)
-class ZoneClockChange:
+class ZoneClockChange(Struct, frozen=True):
     """Jump of a zone's local time."""
 
     at: datetime

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import structlog
 from msgspec import Meta
+from msgspec.structs import replace
 from sqlalchemy import func, or_, select
 from sqlmodel import col
 

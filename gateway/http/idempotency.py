@@ -6,12 +6,12 @@ Requests without the header `Idempotency-Key` get a deduplication key, from the 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import astuple, replace
 from datetime import datetime, timedelta
 from hashlib import sha256
 from typing import TYPE_CHECKING, Final
 
 import msgspec
+from msgspec.structs import astuple, replace
 from sqlalchemy import delete, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import col

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import msgspec
+from msgspec import Struct
+from msgspec.structs import replace
 from sqlalchemy import select
 from sqlmodel import col
 
@@ -79,8 +80,7 @@ class EnqueueBatchResult(WireStruct):
     refused: int
 
 
-@dataclass(frozen=True, slots=True)
-class PlannedMessage:
+class PlannedMessage(Struct, frozen=True):
     """Valid message with its place in the batch."""
 
     place: int
@@ -88,8 +88,7 @@ class PlannedMessage:
     idempotency_key: IdempotencyKey | None
 
 
-@dataclass(frozen=True, slots=True)
-class BatchAnswers:
+class BatchAnswers(Struct, frozen=True):
     """Results of the valid messages, in their order."""
 
     accepted: Sequence[AcceptanceResult]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final
 from urllib.parse import parse_qs
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from concurrency import offload
 from engine.values import InvalidJson
@@ -78,8 +80,7 @@ class WebhookReceipt(WireStruct, omit_defaults=True):
     """Challenge that the sender wants back, to check the address."""
 
 
-@dataclass(frozen=True, slots=True)
-class VerifiedWebhookRequest:
+class VerifiedWebhookRequest(Struct, frozen=True):
     """Verified request of a sender of the webhook."""
 
     sender: RequestSender

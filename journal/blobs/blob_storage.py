@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import msgspec
+from msgspec import Struct
 
 if TYPE_CHECKING:
     from datetime import timedelta
@@ -36,8 +36,7 @@ class BlobLabel(msgspec.Struct, frozen=True):
     name: str
 
 
-@dataclass(frozen=True, slots=True)
-class OpenBlob:
+class OpenBlob(Struct, frozen=True):
     """Blob that is open for reading, once. Only a reader that reaches its end knows that it is complete."""
 
     label: BlobLabel

@@ -6,9 +6,10 @@ import asyncio
 import re
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from hashlib import sha256 as hash_of
 from typing import TYPE_CHECKING
+
+from msgspec.structs import replace
 
 from journal.blobs.blob_reference import MAX_NAME_CHARACTERS, MAX_TYPE_CHARACTERS, BlobReference
 from journal.blobs.blob_storage import BlobLabel, BlobLost, BlobOwner, BlobsUnavailable, OpenBlob

@@ -7,11 +7,10 @@ a reference in the trigger of the run's row.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Self
 
 import msgspec
-from msgspec import Raw
+from msgspec import Raw, Struct
 
 from concurrency import offload
 from engine import values
@@ -43,8 +42,7 @@ class RecordedValueLost(Exception):
         self.node_id = node_id
 
 
-@dataclass(frozen=True, slots=True)
-class LargeValues:
+class LargeValues(Struct, frozen=True):
     """Large values of one chain of runs. Its methods raise `BlobsUnavailable`."""
 
     blobs: RunBlobs
@@ -136,8 +134,7 @@ class LargeValues:
             raise RecordedValueLost(message, span.node_id) from error
 
 
-@dataclass(frozen=True, slots=True)
-class EncodedTrigger:
+class EncodedTrigger(Struct, frozen=True):
     """Output of a webhook trigger as JSON: an object with the body as its first field."""
 
     content: bytes

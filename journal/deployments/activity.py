@@ -7,12 +7,12 @@ decision change in one transaction. Runs of pod processes that have ended are re
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
 
 import structlog
+from msgspec import Struct
 from sqlalchemy import and_, bindparam, func, insert, literal_column, or_, select, update
 from sqlmodel import col
 
@@ -112,8 +112,7 @@ _LAST_ENDED_AT: Final = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class DeploymentActivity:
+class DeploymentActivity(Struct, frozen=True):
     """Deployment, its workflow's policy, and its activity at one moment."""
 
     deployment: Deployment
@@ -249,8 +248,7 @@ class DeploymentChanged(Exception):
     """The desired state of a deployment has changed since it was read: read and decide again."""
 
 
-@dataclass(frozen=True, slots=True)
-class DecidedDeployment:
+class DecidedDeployment(Struct, frozen=True):
     """Deployment after a decision; its desired state has changed unless the action is `none`."""
 
     deployment: Deployment

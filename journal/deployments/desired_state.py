@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
+from msgspec import Struct
+from msgspec.structs import replace
 from sqlalchemy import and_, insert, literal_column, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import col
@@ -35,8 +36,7 @@ if TYPE_CHECKING:
 UNFINISHED: Final = (ExecutionStatus.PENDING, ExecutionStatus.WAITING, ExecutionStatus.RUNNING)
 
 
-@dataclass(frozen=True, slots=True)
-class DeployRequest:
+class DeployRequest(Struct, frozen=True):
     """Definition to deploy."""
 
     workflow_id: str

@@ -7,7 +7,6 @@ continues after a start of the deployment, a change of its policy or the opening
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import replace
 from datetime import UTC, datetime
 from enum import Enum, auto
 from functools import partial
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 from zoneinfo import ZoneInfoNotFoundError
 
 import structlog
+from msgspec.structs import replace
 from sqlalchemy import and_, bindparam, case, func, literal, literal_column, select, update
 from sqlmodel import col
 

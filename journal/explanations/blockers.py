@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final
+
+from msgspec import Struct, field
 
 from engine.node_api import AnswerSource
 from engine.run_records import SpanStatus
@@ -55,8 +56,7 @@ class BlockerKind(StrEnum):
     """An operator of the server can end it."""
 
 
-@dataclass(frozen=True, slots=True)
-class BlockerRule:
+class BlockerRule(Struct, frozen=True):
     """Kind, meaning and remedy of a code, for answers and documentation."""
 
     kind: BlockerKind
@@ -207,8 +207,7 @@ def code_of_wait(status: SpanStatus, kind: str | None) -> BlockerCode:
             return BlockerCode.NODE_RUNNING
 
 
-@dataclass(frozen=True, slots=True)
-class BlockerHolder:
+class BlockerHolder(Struct, frozen=True):
     """Run, worker or user that holds the thing for which a run waits."""
 
     type: str
@@ -218,16 +217,14 @@ class BlockerHolder:
     since: datetime | None
 
 
-@dataclass(frozen=True, slots=True)
-class EndEstimate:
+class EndEstimate(Struct, frozen=True):
     """Estimated end of a blocker, and its basis."""
 
     at: datetime
     basis: str
 
 
-@dataclass(frozen=True, slots=True)
-class SuggestedRequest:
+class SuggestedRequest(Struct, frozen=True):
     """Request of the API that ends or shortens a blocker, with the scope that it needs."""
 
     method: str
@@ -235,8 +232,7 @@ class SuggestedRequest:
     scope: str
 
 
-@dataclass(frozen=True, slots=True)
-class Blocker:
+class Blocker(Struct, frozen=True):
     """One reason why something does not move."""
 
     code: BlockerCode
@@ -259,16 +255,14 @@ class Blocker:
         return self.kind or BLOCKER_RULES[self.code].kind
 
 
-@dataclass(frozen=True, slots=True)
-class NextEvent:
+class NextEvent(Struct, frozen=True):
     """Next event that moves the run without a request."""
 
     event: str
     at: datetime
 
 
-@dataclass(frozen=True, slots=True)
-class Explanation:
+class Explanation(Struct, frozen=True):
     """Explanation of a run or a node at one moment."""
 
     since: datetime | None

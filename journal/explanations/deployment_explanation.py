@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC
 from typing import TYPE_CHECKING, Final
 from zoneinfo import ZoneInfoNotFoundError
+
+from msgspec import Struct
 
 from journal.explanations import deployment_blockers
 from journal.explanations.blockers import Blocker, BlockerCode, NextEvent, SuggestedRequest
@@ -58,8 +59,7 @@ _TIMED: Final = frozenset(
 """Reasons that hold until a time that is known."""
 
 
-@dataclass(frozen=True, slots=True)
-class DeploymentExplanation:
+class DeploymentExplanation(Struct, frozen=True):
     """Reason for the state of a deployment."""
 
     status: DeploymentStatus

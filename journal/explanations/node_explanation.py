@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from msgspec import Struct
 from sqlalchemy import select
 from sqlmodel import col
 
@@ -28,8 +28,7 @@ if TYPE_CHECKING:
 CHECKED: Final = ("span", "branches", "parents", "parallelism", "run")
 
 
-@dataclass(frozen=True, slots=True)
-class SettledNode:
+class SettledNode(Struct, frozen=True):
     """Node that has ended, outside of the iterations of loops."""
 
     status: SpanStatus

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final
 
+from msgspec import Struct
 from sqlalchemy import case, func, literal, literal_column, select, text, union_all
 from sqlmodel import col
 
@@ -68,8 +68,7 @@ WAITING_CODES: Final = (
 """Codes of started runs that wait, by their open blocked intervals."""
 
 
-@dataclass(frozen=True, slots=True)
-class CodeCount:
+class CodeCount(Struct, frozen=True):
     """Number of runs with one primary reason."""
 
     count: int
@@ -79,16 +78,14 @@ class CodeCount:
     """Earliest known end, such as the next opening of a window."""
 
 
-@dataclass(frozen=True, slots=True)
-class PodReason:
+class PodReason(Struct, frozen=True):
     """Reason why the pods of a deployment claim no run, and its end if that is known."""
 
     code: BlockerCode
     until: datetime | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class RunCounts:
+class RunCounts(Struct, frozen=True):
     """Counts of unfinished runs by code, and the workers that have reported."""
 
     now: datetime

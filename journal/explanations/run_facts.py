@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final
 
+from msgspec import Struct, field
+from msgspec.structs import replace
 from sqlalchemy import Boolean, and_, case, func, literal_column, or_, select, text
 from sqlmodel import col
 
@@ -56,8 +57,7 @@ SPECIAL_TARGETS: Final = frozenset(
 """Targets that are no deployment."""
 
 
-@dataclass(frozen=True, slots=True)
-class OpenStep:
+class OpenStep(Struct, frozen=True):
     """Step of an agent that has begun and not ended."""
 
     number: int
@@ -67,8 +67,7 @@ class OpenStep:
     since: datetime
 
 
-@dataclass(frozen=True, slots=True)
-class UnsettledNode:
+class UnsettledNode(Struct, frozen=True):
     """Node of a run that is at work, waits or retries."""
 
     node_id: str
@@ -88,8 +87,7 @@ class UnsettledNode:
     """Steps of an agent that have begun and not ended, in their order."""
 
 
-@dataclass(frozen=True, slots=True)
-class SlotHolder:
+class SlotHolder(Struct, frozen=True):
     """Run that holds a concurrency slot."""
 
     execution_id: str
@@ -97,8 +95,7 @@ class SlotHolder:
     is_visible: bool
 
 
-@dataclass(frozen=True, slots=True)
-class SlotFacts:
+class SlotFacts(Struct, frozen=True):
     """Slots of a run's concurrency key."""
 
     held: int
@@ -108,8 +105,7 @@ class SlotFacts:
     holders: Sequence[SlotHolder]
 
 
-@dataclass(frozen=True, slots=True)
-class ChildRun:
+class ChildRun(Struct, frozen=True):
     """Unfinished run that a node of this run has started."""
 
     execution_id: str
@@ -119,8 +115,7 @@ class ChildRun:
     is_visible: bool
 
 
-@dataclass(frozen=True, slots=True)
-class LastDecision:
+class LastDecision(Struct, frozen=True):
     """Last decision about a deployment."""
 
     action: str
@@ -129,8 +124,7 @@ class LastDecision:
     user_id: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class RecentDurations:
+class RecentDurations(Struct, frozen=True):
     """Durations of the last runs of a workflow, in seconds."""
 
     runs: Sequence[float] = ()
@@ -138,8 +132,7 @@ class RecentDurations:
     """By node id, only of nodes at work in this run."""
 
 
-@dataclass(frozen=True, slots=True)
-class RunFacts:
+class RunFacts(Struct, frozen=True):
     """Facts about one run at one moment."""
 
     run: Execution

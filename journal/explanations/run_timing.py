@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
 import msgspec
+from msgspec import Struct
 from sqlalchemy import select
 from sqlmodel import col
 
@@ -27,8 +27,7 @@ MAX_SPANS: Final = 2_000
 _ZERO: Final = timedelta()
 
 
-@dataclass(frozen=True, slots=True)
-class TimeSpent:
+class TimeSpent(Struct, frozen=True):
     """Time of a run from its acceptance to its end or now; the parts sum up to it."""
 
     queued: timedelta
@@ -38,8 +37,7 @@ class TimeSpent:
     """By code of the blocker."""
 
 
-@dataclass(frozen=True, slots=True)
-class PathStep:
+class PathStep(Struct, frozen=True):
     """Node on the critical path: the chain of nodes that determined the end of the run."""
 
     node_id: str

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Final
 
+from msgspec import Struct
 from sqlalchemy import func, select
 from sqlmodel import col
 
@@ -27,8 +27,7 @@ _STARTS: Final = frozenset({LifecycleAction.START, LifecycleAction.WAKE})
 _STOPS: Final = frozenset({LifecycleAction.STOP, LifecycleAction.DRAIN})
 
 
-@dataclass(frozen=True, slots=True)
-class RunWake:
+class RunWake(Struct, frozen=True):
     """Times of the wake before the first node of a run; None for those that are not recorded."""
 
     accepted_at: datetime

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final
 
+from msgspec import Struct
 from sqlalchemy import select
 from sqlmodel import col
 
@@ -24,8 +24,7 @@ if TYPE_CHECKING:
 MAX_TASKS: Final = 200
 
 
-@dataclass(frozen=True, slots=True)
-class TaskFact:
+class TaskFact(Struct, frozen=True):
     """Open task of a node."""
 
     id: str

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Final
 
+from msgspec import Struct
 from sqlalchemy import select
 from sqlmodel import col
 
@@ -25,8 +25,7 @@ MAX_WORKERS: Final = 1_000
 SHOWN_VERSIONS: Final = 3
 
 
-@dataclass(frozen=True, slots=True)
-class SeenWorker:
+class SeenWorker(Struct, frozen=True):
     """Worker with its last poll."""
 
     id: str
@@ -36,8 +35,7 @@ class SeenWorker:
     is_present: bool
 
 
-@dataclass(frozen=True, slots=True)
-class TaskService:
+class TaskService(Struct, frozen=True):
     """Workers for the tasks of one type, version and pool."""
 
     present: int

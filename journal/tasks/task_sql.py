@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
+from msgspec import Struct
 
 from json_text import decoding
 from models.timestamps import HOST_TIME
@@ -60,8 +60,7 @@ def read_list(value: Any) -> list[str]:  # noqa: ANN401 - a column of a row
     return _decode_texts(value) if isinstance(value, str) else value
 
 
-@dataclass(frozen=True, slots=True)
-class RowsParameter:
+class RowsParameter(Struct, frozen=True):
     """Rows of values for a FROM clause: an array for each column, or one JSON text."""
 
     name: str

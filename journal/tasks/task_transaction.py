@@ -6,11 +6,11 @@ Runs are locked before tasks, both in the order of their ids, as everywhere; so 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
+from msgspec import Struct, field
 from sqlalchemy import text
 
 from engine.run_records import make_storable
@@ -34,8 +34,7 @@ _ALIVE: Final = frozenset({ExecutionStatus.PENDING, ExecutionStatus.WAITING})
 _encode = msgspec.json.Encoder().encode
 
 
-@dataclass(frozen=True, slots=True)
-class WokenRun:
+class WokenRun(Struct, frozen=True):
     """Run that an answer has made pending."""
 
     execution_id: str
@@ -43,8 +42,7 @@ class WokenRun:
     target: str
 
 
-@dataclass(frozen=True, slots=True)
-class HeldRun:
+class HeldRun(Struct, frozen=True):
     """Run that has got an answer while a shared worker held it."""
 
     execution_id: str
@@ -52,8 +50,7 @@ class HeldRun:
     """Channel of the worker."""
 
 
-@dataclass(slots=True)
-class TaskEffects:
+class TaskEffects(Struct):
     """Consequences of a transaction on tasks, for messages after its commit."""
 
     woken: list[WokenRun] = field(default_factory=list)
@@ -77,8 +74,7 @@ class LogText(msgspec.Struct, frozen=True):
     """Microseconds since 1970."""
 
 
-@dataclass(slots=True)
-class LockedRun:
+class LockedRun(Struct):
     """Run whose row the transaction has locked."""
 
     execution_id: str

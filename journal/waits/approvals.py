@@ -8,13 +8,13 @@ from __future__ import annotations
 import hmac
 from base64 import urlsafe_b64encode
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
+from msgspec import Struct
 from sqlalchemy import select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import col
@@ -56,8 +56,7 @@ class AnswerRefusal(StrEnum):
     """They have answered a question that needs several people."""
 
 
-@dataclass(frozen=True, slots=True)
-class Approver:
+class Approver(Struct, frozen=True):
     """Person with answers to give, or with questions to see."""
 
     user_id: str
@@ -65,8 +64,7 @@ class Approver:
     is_admin: bool
 
 
-@dataclass(frozen=True, slots=True)
-class ApprovalDecision:
+class ApprovalDecision(Struct, frozen=True):
     """Answer of one person."""
 
     by: str
@@ -79,8 +77,7 @@ class ApprovalDecision:
     """Arguments of an approved tool call in place of those of the model; None to keep these."""
 
 
-@dataclass(frozen=True, slots=True)
-class DecisionResult:
+class DecisionResult(Struct, frozen=True):
     """Result of a decision: the answer of the node, or a vote towards it."""
 
     answer: AnswerResult
@@ -361,8 +358,7 @@ def is_addressed(request: Mapping[str, Json], link: ApprovalLink, user: User | N
     return not people.isdisjoint(names)
 
 
-@dataclass(frozen=True, slots=True)
-class LinkPlace:
+class LinkPlace(Struct, frozen=True):
     """Question and assignee of a link."""
 
     key: ExecutionKey

@@ -8,10 +8,10 @@ from __future__ import annotations
 import hmac
 from base64 import urlsafe_b64encode
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import msgspec
+from msgspec import Struct
 from sqlalchemy import select
 from sqlmodel import col
 
@@ -30,8 +30,7 @@ _PURPOSE: Final = "pilotflame callback 1"
 _encode = msgspec.json.Encoder().encode
 
 
-@dataclass(frozen=True, slots=True)
-class CallbackPlace:
+class CallbackPlace(Struct, frozen=True):
     """Node of a run that waits for a callback."""
 
     execution_id: str
@@ -39,8 +38,7 @@ class CallbackPlace:
     iteration: str
 
 
-@dataclass(frozen=True, slots=True)
-class CallbackReception:
+class CallbackReception(Struct, frozen=True):
     """Result of a callback, with the target of its run."""
 
     answer: AnswerResult

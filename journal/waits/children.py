@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from msgspec import Struct
 from sqlalchemy import Text, and_, or_, select, type_coerce
 from sqlalchemy.orm import aliased
 from sqlmodel import col
@@ -60,8 +60,7 @@ _ABANDONED: Final[Select[str, int, str]] = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class AbandonedRun:
+class AbandonedRun(Struct, frozen=True):
     """Run that was requested to end."""
 
     execution_id: str

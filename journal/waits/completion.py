@@ -8,11 +8,11 @@ may run twice.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
+from msgspec import Struct
 from sqlalchemy import null, select, union_all, update
 from sqlmodel import col
 
@@ -104,8 +104,7 @@ class CompletionOutcome(msgspec.Struct, frozen=True, rename="camel"):
     """Error of the last attempt, if it failed. It is final if no action remains."""
 
 
-@dataclass(frozen=True, slots=True)
-class DueCompletion:
+class DueCompletion(Struct, frozen=True):
     """Ended run with completion actions that this worker has claimed until its lease ends."""
 
     key: ExecutionKey

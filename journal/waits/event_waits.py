@@ -8,11 +8,11 @@ their rows.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Final
 
 import msgspec
+from msgspec import Struct
 from sqlalchemy import and_, delete, or_, select, tuple_, type_coerce, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import col
@@ -50,8 +50,7 @@ _AFTER_A_DOT: Final = "/"
 """Character after the dot: types that begin with `order.` sort before `order/`."""
 
 
-@dataclass(frozen=True, slots=True)
-class EventAnnouncement:
+class EventAnnouncement(Struct, frozen=True):
     """Attributes of an event by which waits are matched."""
 
     event_id: str

@@ -7,12 +7,12 @@ wakes a waiting run, and a run that got its answer while running doesn't wait.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
+from msgspec import Struct
 from sqlalchemy import BigInteger, and_, case, insert, or_, select, text, type_coerce, update
 from sqlmodel import col
 
@@ -62,8 +62,7 @@ class AnswerReception(StrEnum):
     """No node waits for it, or its run has ended."""
 
 
-@dataclass(frozen=True, slots=True)
-class AnswerResult:
+class AnswerResult(Struct, frozen=True):
     """Result of an answer. If it woke the run, the caller notifies workers after the commit."""
 
     reception: AnswerReception
@@ -72,8 +71,7 @@ class AnswerResult:
     """Concurrency key of a woken run; such a run continues when it is admitted to a slot of the key."""
 
 
-@dataclass(frozen=True, slots=True)
-class WaitingNode:
+class WaitingNode(Struct, frozen=True):
     """Node that waits for an answer."""
 
     node_id: str
@@ -244,8 +242,7 @@ async def replace_request(
     await connection.execute(update(SpanRow).where(*is_span).values(awaits=text))
 
 
-@dataclass(frozen=True, slots=True)
-class OrganizationWait:
+class OrganizationWait(Struct, frozen=True):
     """Node that waits for input, with its run."""
 
     execution_id: str
@@ -256,8 +253,7 @@ class OrganizationWait:
     node: WaitingNode
 
 
-@dataclass(frozen=True, slots=True)
-class WaitPosition:
+class WaitPosition(Struct, frozen=True):
     """Position of a waiting node in a list of the nodes of an organization."""
 
     execution_id: str
@@ -281,8 +277,7 @@ _decode_awaits = decoding.build_decoder(_Awaits).decode
 _decode_question = decoding.build_decoder(_Question).decode
 
 
-@dataclass(frozen=True, slots=True)
-class ExaminedWait:
+class ExaminedWait(Struct, frozen=True):
     """Node that waits for input of a person, of which `assignees` alone is decoded: few of those examined are shown."""
 
     assignees: Json
@@ -308,8 +303,7 @@ class ExaminedWait:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class WaitsPage:
+class WaitsPage(Struct, frozen=True):
     """Nodes that wait for input of a person among those that one statement has examined."""
 
     waits: Sequence[ExaminedWait]

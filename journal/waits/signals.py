@@ -7,13 +7,13 @@ no signal is lost or delivered twice, even if processes die in between.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from enum import StrEnum
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
+from msgspec import Struct
 from sqlalchemy import BigInteger, delete, func, or_, select, type_coerce, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import col
@@ -59,8 +59,7 @@ class SignalVerdict(StrEnum):
     """The run has the maximum number of unread signals."""
 
 
-@dataclass(frozen=True, slots=True)
-class SignalProgress:
+class SignalProgress(Struct, frozen=True):
     """Signal, and whether its run may still reply to it."""
 
     signal: Signal
@@ -68,8 +67,7 @@ class SignalProgress:
     """Whether the run has ended."""
 
 
-@dataclass(frozen=True, slots=True)
-class NewSignal:
+class NewSignal(Struct, frozen=True):
     """Signal of a client."""
 
     id: str
@@ -79,8 +77,7 @@ class NewSignal:
     user_id: str
 
 
-@dataclass(frozen=True, slots=True)
-class SignalResult:
+class SignalResult(Struct, frozen=True):
     """Result of a signal. If its answer woke the run, the caller notifies workers or pods after the commit."""
 
     verdict: SignalVerdict

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import httpx2
 import pytest
+from msgspec.structs import replace
 from sqlalchemy import select, update
 from sqlmodel import col
 
