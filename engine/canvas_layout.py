@@ -10,11 +10,12 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right, insort
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from math import inf, isqrt
 from operator import itemgetter
 from typing import Final, TypeAlias
+
+from msgspec import Struct
 
 CardPosition: TypeAlias = "tuple[float, float]"
 """Upper left corner of a node's card: `x` to the right, `y` down, in pixels."""
@@ -55,8 +56,7 @@ HIDDEN_EDGE: Final = 4 * ROW_HEIGHT
 """Disorder of an edge that runs behind a card."""
 
 
-@dataclass(frozen=True, slots=True)
-class _LayoutEffort:
+class _LayoutEffort(Struct, frozen=True):
     """Search effort for graphs of at most `nodes` nodes."""
 
     nodes: float
@@ -241,8 +241,7 @@ def _anchor_layout(
 # ── columns ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@dataclass(frozen=True, slots=True)
-class _LayoutGraph:
+class _LayoutGraph(Struct, frozen=True):
     """Graph with nodes as numbers, and edges that all lead to the right."""
 
     met: list[int]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, Final, TypeAlias
+
+from msgspec import Struct
 
 from engine.expressions import (
     ExpressionError,
@@ -27,8 +28,7 @@ SEARCHING_DISCOUNT: Final = 100
 _ConditionTest: TypeAlias = Callable[[ExpressionScope, list[str], OutputAllowance], bool]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class CompiledCondition:
+class CompiledCondition(Struct, frozen=True, eq=False):
     """Compiled condition, evaluated against a scope."""
 
     source: Json

@@ -11,9 +11,10 @@ import ast
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final, TypeAlias, cast
+
+from msgspec import Struct, field
 
 from engine.agents.agent_wiring import name_target_config, target_of
 from engine.conditions import compile_condition
@@ -66,8 +67,7 @@ class NodeSection(StrEnum):
     PASS_THROUGH_VALUES = "passThroughValues"  # noqa: S105 - the name of a field
 
 
-@dataclass(frozen=True, slots=True)
-class ExpressionPlace:
+class ExpressionPlace(Struct, frozen=True):
     """Text with expressions."""
 
     part: NodeSection
@@ -84,8 +84,7 @@ class ExpressionPlace:
         return format_place(self.part, self.steps)
 
 
-@dataclass(slots=True)
-class NodeExpressions:
+class NodeExpressions(Struct):
     """Expressions of one node, and its errors of syntax."""
 
     mappings: list[ExpressionPlace] = field(default_factory=list)
@@ -314,8 +313,7 @@ def _syntax_error_of(source: str) -> str | None:
     return None
 
 
-@dataclass(frozen=True, slots=True)
-class ResourceReference:
+class ResourceReference(Struct, frozen=True):
     """Reference to a resource in a config."""
 
     kind: str
@@ -334,8 +332,7 @@ class ResourceReference:
         return f"{self.kind}:{self.action}:{self.id}"
 
 
-@dataclass(frozen=True, slots=True)
-class ResourceText:
+class ResourceText(Struct, frozen=True):
     """Text of a config field that refers to a resource: an id, a template, or a placeholder."""
 
     kind: str

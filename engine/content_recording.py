@@ -7,10 +7,10 @@ begins the node again. The output of the node is kept like that of any node, sin
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 from msgspec import structs
+from msgspec.structs import replace
 
 from engine.agents.agent_steps import AgentStep, StepKind
 from engine.run_records import LOST_ATTEMPT_CODE, TIMEOUT_CODE, NodeSpan, RunError

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Final
+
+from msgspec import Struct, field
 
 from concurrency import offload
 from concurrency.offload import BudgetExceeded
@@ -45,8 +46,7 @@ def bind_condition(
     return rewrite_expressions(condition.source, binding.bind), binding.given
 
 
-@dataclass(frozen=True, slots=True)
-class _ConditionBinder:
+class _ConditionBinder(Struct, frozen=True):
     """Replacement of expressions that read the run by references to resolved values."""
 
     scope: ExpressionScope

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from difflib import get_close_matches
 from enum import Enum
 from functools import lru_cache
 from typing import Final, TypeAlias
+
+from msgspec import Struct
 
 from concurrency import offload
 from engine.operations import OPERATIONS, ExpressionOperation, OperationError
@@ -70,8 +71,7 @@ PathStep: TypeAlias = tuple[str | None, int | None]
 """Key of an object or position in a list. A number after a dot is both, and applies to either."""
 
 
-@dataclass(frozen=True, slots=True)
-class ExpressionPath:
+class ExpressionPath(Struct, frozen=True):
     """Path into a scope, such as `data.rows[0].name`."""
 
     text: str
@@ -137,8 +137,7 @@ def _parse_step(match: re.Match[str]) -> PathStep:
     return re.sub(r"\\(.)", r"\1", quoted), None
 
 
-@dataclass(frozen=True, slots=True)
-class FallbackExpression:
+class FallbackExpression(Struct, frozen=True):
     """Paths joined by `??`, such as `data.nick ?? data.name ?? "you"`; the first value that is not null wins."""
 
     paths: tuple[ExpressionPath, ...]
@@ -240,8 +239,7 @@ class OutputAllowance:
 _Render: TypeAlias = Callable[[ExpressionScope, list[str], OutputAllowance], Json]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class ValueTemplate:
+class ValueTemplate(Struct, frozen=True, eq=False):
     """Compiled JSON value with expressions."""
 
     source: Json

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final
+
+from msgspec import Struct
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -87,8 +88,7 @@ class FixAction(StrEnum):
     """`path` is the key of the output, and `value` the key of the input."""
 
 
-@dataclass(frozen=True, slots=True)
-class SuggestedFix:
+class SuggestedFix(Struct, frozen=True):
     """Edit that fixes a finding: the node or connection, the path in it, and the new value."""
 
     action: FixAction
@@ -107,8 +107,7 @@ class SuggestedFix:
         return fields
 
 
-@dataclass(frozen=True, slots=True)
-class GraphFinding:
+class GraphFinding(Struct, frozen=True):
     """Problem in a graph."""
 
     type: FindingType
@@ -126,8 +125,7 @@ class GraphFinding:
         return found
 
 
-@dataclass(frozen=True, slots=True)
-class ValidationResult:
+class ValidationResult(Struct, frozen=True):
     """Findings of one validation; a graph with warnings alone is valid."""
 
     errors: tuple[GraphFinding, ...] = ()

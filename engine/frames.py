@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import datetime
 from enum import Enum
 from heapq import heapify, heappush
@@ -16,6 +15,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, cast
 
 import msgspec
+from msgspec import Struct, field
 
 from engine import approval_links
 from engine.node_api import CONTINUE, ERROR, NodeResult
@@ -250,8 +250,7 @@ class WakeAction(Enum):
         return self in {WakeAction.EXPIRED, WakeAction.ASKED}
 
 
-@dataclass(frozen=True, slots=True)
-class SleepingNode:
+class SleepingNode(Struct, frozen=True):
     """Node that continues at a set time, or with an answer."""
 
     visit: NodeVisit
@@ -266,8 +265,7 @@ class SleepingNode:
     """Node id and iteration of each question of an agent."""
 
 
-@dataclass(slots=True, eq=False)
-class LoopProgress:
+class LoopProgress(Struct, eq=False):
     """Loop in progress."""
 
     visit: NodeVisit
@@ -319,8 +317,7 @@ class LoopProgress:
         return {"results": self.results, "count": len(self.items), "errors": errors}
 
 
-@dataclass(slots=True)
-class ReadinessChange:
+class ReadinessChange(Struct):
     """Result of one step: nodes that may start now, and nodes that never will."""
 
     ready: list[str] = field(default_factory=list)
@@ -414,8 +411,7 @@ class ReadinessTracker:
             queue.extend(unreachable)
 
 
-@dataclass(slots=True)
-class Worklist:
+class Worklist(Struct):
     """Remaining work in all frames of a run."""
 
     settled_before: list[tuple[int, str, SectionFrame]] = field(default_factory=list)

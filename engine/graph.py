@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Final, Self, TypeAlias, cast
+
+from msgspec import Struct, field
 
 from engine.node_api import CONTINUE, INPUT, OUTPUT
 from engine.run_errors import InvalidDefinition
@@ -31,8 +32,7 @@ MAX_LOOP_DEPTH: Final = 4
 """Maximum nesting depth of loops."""
 
 
-@dataclass(frozen=True, slots=True)
-class RetryPolicy:
+class RetryPolicy(Struct, frozen=True):
     """Attempts of a node and the delay between them: `backoff * 2 ** (attempt - 1)`, up to `max_delay`."""
 
     max_attempts: int = 1
@@ -59,8 +59,7 @@ class RetryPolicy:
         return delay * (1 - self.jitter * chance)
 
 
-@dataclass(frozen=True, slots=True)
-class GraphNode:
+class GraphNode(Struct, frozen=True):
     """Node of a graph."""
 
     id: str
@@ -102,8 +101,7 @@ class GraphNode:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class GraphEdge:
+class GraphEdge(Struct, frozen=True):
     """Connection from a port of a node to a port of another."""
 
     id: str
@@ -123,8 +121,7 @@ class GraphEdge:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class RunSettings:
+class RunSettings(Struct, frozen=True):
     """Settings of a run."""
 
     timeout_seconds: float = 3600.0
@@ -148,8 +145,7 @@ class RunSettings:
         )
 
 
-@dataclass(frozen=True)
-class ParsedGraph:
+class ParsedGraph(Struct, frozen=True, dict=True):
     """Nodes and edges as stored, broken edges included; the indexes omit edges to unknown nodes."""
 
     nodes: Sequence[GraphNode]
@@ -224,8 +220,7 @@ def _number_field(stored: Mapping[str, Json], key: str, default: float) -> float
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else default
 
 
-@dataclass(frozen=True)
-class GraphSection:
+class GraphSection(Struct, frozen=True, dict=True):
     """Executable section of a graph."""
 
     graph: ParsedGraph
@@ -263,8 +258,7 @@ class GraphSection:
                     yield from self.bodies[node.id].inner_nodes()
 
 
-@dataclass(frozen=True, slots=True)
-class LoopBodies:
+class LoopBodies(Struct, frozen=True):
     """Assignment of nodes to loop bodies."""
 
     loops: frozenset[str]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Self
+
+from msgspec import Struct
 
 from engine.expressions import ExpressionError
 from engine.run_errors import NodeError
@@ -32,8 +33,7 @@ class JoinCombination(StrEnum):
     LIST = "list"
 
 
-@dataclass(frozen=True, slots=True)
-class JoinConfig:
+class JoinConfig(Struct, frozen=True):
     """Config of a node that joins branches."""
 
     mode: JoinMode = JoinMode.ALL

@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Final
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from engine import name_suggestions, shapes
 from engine.agents.agent_wiring import remove_providers
@@ -42,8 +44,7 @@ _ACTIONS: Final = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class InspectedGraph:
+class InspectedGraph(Struct, frozen=True):
     """Graph with its loop bodies, node types and expressions."""
 
     graph: ParsedGraph
@@ -73,8 +74,7 @@ def check_paths(drawn: InspectedGraph, samples: OutputSamples) -> Iterator[Graph
         yield from checker.findings(drawn.graph.by_id[node_id])
 
 
-@dataclass(frozen=True, slots=True)
-class _UnresolvedPath:
+class _UnresolvedPath(Struct, frozen=True):
     """Path that finds nothing: the reason, the available fields, and likely alternatives."""
 
     path: str

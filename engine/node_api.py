@@ -8,12 +8,12 @@ raises `NodeError`. It never changes its arguments: inputs and static parts of t
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 import msgspec
+from msgspec import Struct, field
 
 if TYPE_CHECKING:
     from engine.agents.agent_steps import AgentStep
@@ -46,8 +46,7 @@ class NodeEffect(StrEnum):
     WRITE = "write"
 
 
-@dataclass(frozen=True, slots=True)
-class EffectRule:
+class EffectRule(Struct, frozen=True):
     """Effect of a node: a constant, or chosen by one field of its config (an HTTP method, for example)."""
 
     default: NodeEffect
@@ -66,8 +65,7 @@ class EffectRule:
         return self.cases.get(value.upper(), self.default) if isinstance(value, str) else self.default
 
 
-@dataclass(frozen=True, slots=True)
-class VolatilityRule:
+class VolatilityRule(Struct, frozen=True):
     """Case in which the result of a node depends on clock or chance; without fields it always does."""
 
     without: str | None = None
@@ -108,8 +106,7 @@ class CpuDemand(StrEnum):
     """Only calls with a large config."""
 
 
-@dataclass(frozen=True, slots=True)
-class OutputDescription:
+class OutputDescription(Struct, frozen=True):
     """Knowledge of a node's output before it runs."""
 
     description: str = ""
@@ -125,8 +122,7 @@ class OutputDescription:
     """Field of the config whose keys are fields of the output."""
 
 
-@dataclass(frozen=True, slots=True)
-class TaskRules:
+class TaskRules(Struct, frozen=True):
     """Rules for the tasks of a custom node type, which workers of its organization perform."""
 
     timeout_seconds: float = 300.0
@@ -149,8 +145,7 @@ class TaskRules:
     """Maximum time until the first claim; None without a limit."""
 
 
-@dataclass(frozen=True, slots=True)
-class NodeType:
+class NodeType(Struct, frozen=True):
     """Entry of the catalog, as described in its `.toml`, or custom type of an organization."""
 
     type: str
@@ -238,22 +233,18 @@ class UnknownNodeType(LookupError):
         """Existing version of the type, if only the version is unknown."""
 
 
-class NodeDirective:
+class NodeDirective(Struct, frozen=True):
     """Base of node results other than a bare output."""
 
-    __slots__ = ()
 
-
-@dataclass(frozen=True, slots=True)
-class NodeResult(NodeDirective):
+class NodeResult(NodeDirective, frozen=True):
     """Output, and the port that it leaves by."""
 
     output: Json
     port: str = OUTPUT
 
 
-@dataclass(frozen=True, slots=True)
-class TimerWait(NodeDirective):
+class TimerWait(NodeDirective, frozen=True):
     """Wait until `until` (aware, UTC), after which the node completes; it occupies no worker."""
 
     until: datetime
@@ -277,8 +268,7 @@ class AnswerSource(StrEnum):
     """A signal to the run."""
 
 
-@dataclass(frozen=True, slots=True)
-class AnswerWait(NodeDirective):
+class AnswerWait(NodeDirective, frozen=True):
     """Wait for an answer, with which the node completes; it occupies no worker, or for a second at most."""
 
     kind: AnswerSource
@@ -291,8 +281,7 @@ class AnswerWait(NodeDirective):
     """JSON of the task to create together with the wait; empty without one."""
 
 
-@dataclass(frozen=True, slots=True)
-class LoopRequest(NodeDirective):
+class LoopRequest(NodeDirective, frozen=True):
     """Request to run the nodes behind the port `continue` once per item."""
 
     items: Sequence[Json]
@@ -302,13 +291,11 @@ class LoopRequest(NodeDirective):
     """True if an item whose iteration fails is listed with its error; False if the loop fails with it."""
 
 
-@dataclass(frozen=True, slots=True)
-class StepPause(NodeDirective):
+class StepPause(NodeDirective, frozen=True):
     """Interruption between two steps: the node is called again, here or by another worker, and continues there."""
 
 
-@dataclass(frozen=True, slots=True)
-class StepWait(NodeDirective):
+class StepWait(NodeDirective, frozen=True):
     """Wait of an agent for answers to its steps; the node is called again with each of them."""
 
     places: frozenset[tuple[str, str]]
@@ -349,8 +336,7 @@ class ModelCallLog:
 NO_MODEL_CALLS: Final = ModelCallLog()
 
 
-@dataclass(frozen=True, slots=True)
-class CallDecision:
+class CallDecision(Struct, frozen=True):
     """Decision of people about one tool call."""
 
     is_approved: bool
@@ -419,8 +405,7 @@ class AgentSteps:
         """Record that the question about a tool call is decided or has expired."""
 
 
-@dataclass(frozen=True, slots=True)
-class CallableTool:
+class CallableTool(Struct, frozen=True):
     """Tool that an agent may call."""
 
     name: str
@@ -444,8 +429,7 @@ class CallableTool:
     """Whether a person decides about a write with an unknown outcome."""
 
 
-@dataclass(frozen=True, slots=True)
-class BudgetRest:
+class BudgetRest(Struct, frozen=True):
     """Part of a budget that is left."""
 
     tokens: int | None = None
@@ -456,8 +440,7 @@ class BudgetRest:
     """Whether the cost suffices for an answer as dear as the dearest so far."""
 
 
-@dataclass(frozen=True, slots=True)
-class ToolResult:
+class ToolResult(Struct, frozen=True):
     """Result of a tool call."""
 
     text: str

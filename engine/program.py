@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from inspect import iscoroutinefunction
 from typing import TYPE_CHECKING, Final, Self
+
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from engine import content_recording, task_node
 from engine.agents import agent_wiring
@@ -59,8 +61,7 @@ OUTER_ROOTS: Final = ("trigger", "nodes", "execution", "approval")
 """Roots whose values are the same for all iterations of a loop."""
 
 
-@dataclass(frozen=True, slots=True)
-class NodeProgram:
+class NodeProgram(Struct, frozen=True):
     """Compiled node."""
 
     node: GraphNode
@@ -105,8 +106,7 @@ class NodeProgram:
     """Whether the journal keeps its prompts and answers; for an agent, also those of the agents inside it."""
 
 
-@dataclass(frozen=True, slots=True)
-class ToolProgram:
+class ToolProgram(Struct, frozen=True):
     """Compiled tool of an agent."""
 
     name: str
@@ -150,8 +150,7 @@ class ToolProgram:
         return self.program.node_type.is_paid and self.program.agent is None
 
 
-@dataclass(frozen=True, slots=True)
-class AgentProgram:
+class AgentProgram(Struct, frozen=True):
     """Providers of one agent."""
 
     tools: Mapping[str, ToolProgram] = field(default_factory=dict)
@@ -170,8 +169,7 @@ class AgentProgram:
         return tuple({path.text: path for path in found if path.root not in {"data", "args"}}.values())
 
 
-@dataclass(frozen=True)
-class WorkflowProgram:
+class WorkflowProgram(Struct, frozen=True):
     """Compiled graph, shared by all runs of the same definition."""
 
     graph: ParsedGraph

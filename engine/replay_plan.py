@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING
+
+from msgspec import Struct, field
 
 from engine import values
 from engine.node_api import NodeEffect
@@ -83,16 +84,14 @@ class ResultUse(StrEnum):
     """The completed iterations of a loop are kept, and the failed ones run again."""
 
 
-@dataclass(frozen=True, slots=True)
-class ReplayReason:
+class ReplayReason(Struct, frozen=True):
     """Reason for a decision, with the places that it is about."""
 
     code: ReplayReasonCode
     paths: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class NodeReplay:
+class NodeReplay(Struct, frozen=True):
     """Decision about one node."""
 
     node_id: str
@@ -111,8 +110,7 @@ class NodeReplay:
     """Use of these answers; None without any."""
 
 
-@dataclass(frozen=True, slots=True)
-class ReplayOptions:
+class ReplayOptions(Struct, frozen=True):
     """Choices of the caller."""
 
     forced: frozenset[str] = frozenset()
@@ -131,8 +129,7 @@ class ReplayOptions:
     """Whether loops keep completed iterations although their bodies have changed."""
 
 
-@dataclass(frozen=True, slots=True)
-class RecordedAnswers:
+class RecordedAnswers(Struct, frozen=True):
     """Number of recorded answers of an agent, in all iterations."""
 
     total: int
@@ -142,8 +139,7 @@ class RecordedAnswers:
     """Whether it has given answers whose contents are not recorded, which are not counted."""
 
 
-@dataclass(frozen=True, slots=True)
-class ReplayFacts:
+class ReplayFacts(Struct, frozen=True):
     """Everything that a plan depends on."""
 
     caller: RunCaller
@@ -178,8 +174,7 @@ class ReplayFacts:
     """Recorded answers of agents."""
 
 
-@dataclass(frozen=True, slots=True)
-class ReplayPlan:
+class ReplayPlan(Struct, frozen=True):
     """Plan of a replay."""
 
     nodes: tuple[NodeReplay, ...]

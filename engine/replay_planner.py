@@ -13,9 +13,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from hashlib import sha256
 from typing import TYPE_CHECKING, cast
+
+from msgspec.structs import replace
 
 from engine import approval_links, values
 from engine.agents.agent_steps import StepReuse

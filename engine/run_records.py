@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
 from datetime import datetime
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final, Protocol
 
 import msgspec
-from msgspec.structs import astuple
+from msgspec import Struct
+from msgspec.structs import astuple, replace
 
 from engine import run_limits, values
 from engine.expressions import ExpressionError
@@ -65,8 +65,7 @@ CANDIDATE_STATUSES = frozenset({SpanStatus.CANDIDATE, SpanStatus.UNCONFIRMED})
 SETTLED_STATUSES = frozenset({SpanStatus.COMPLETED, SpanStatus.FAILED, SpanStatus.SKIPPED})
 
 
-@dataclass(frozen=True, slots=True)
-class RunError:
+class RunError(Struct, frozen=True):
     """Error of a run, or of a node in it."""
 
     code: str
@@ -210,8 +209,7 @@ UNFINISHED_STATUSES = frozenset({RunStatus.WAITING, RunStatus.RELEASED})
 """Statuses after which the run continues later."""
 
 
-@dataclass(frozen=True, slots=True)
-class RunOutcome:
+class RunOutcome(Struct, frozen=True):
     """Outcome of one attempt at a run."""
 
     status: RunStatus

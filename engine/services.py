@@ -11,12 +11,12 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from datetime import datetime
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Final, NoReturn, Protocol
 
 import msgspec
+from msgspec import Struct, field
 
 from engine.run_errors import NodeError
 
@@ -510,8 +510,7 @@ def _missing_service(name: str) -> Callable[[], Any]:
     return lambda: _MissingService(name)
 
 
-@dataclass(frozen=True, slots=True)
-class NodeServices:
+class NodeServices(Struct, frozen=True):
     """Services for nodes; using one that the process doesn't provide raises `NodeError`."""
 
     http: HttpClientService

@@ -7,10 +7,11 @@ values are right.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from enum import IntEnum
 from itertools import islice
 from typing import TYPE_CHECKING, Final, TypeAlias, cast
+
+from msgspec import Struct, field
 
 from engine import name_suggestions
 
@@ -40,8 +41,7 @@ class OtherFields(IntEnum):
     """Any other field is allowed by intent."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class ValueShape:
+class ValueShape(Struct, frozen=True, eq=False):
     """Shape of an object with these fields, a list of these items, or, with neither, as `rest` says."""
 
     fields: Mapping[str, ValueShape] = field(default_factory=dict)
@@ -49,8 +49,7 @@ class ValueShape:
     rest: OtherFields = OtherFields.NOTHING
 
 
-@dataclass(frozen=True, slots=True)
-class PathDeadEnd:
+class PathDeadEnd(Struct, frozen=True):
     """Path that finds nothing from its step number `at` on, which isn't in `shape`."""
 
     at: int

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
+
+from msgspec import Struct
 
 if TYPE_CHECKING:
     from engine.values import Json
@@ -13,8 +14,7 @@ if TYPE_CHECKING:
 SCHEDULE_KIND: Final = "schedule"
 
 
-@dataclass(frozen=True, slots=True)
-class TriggerLayout:
+class TriggerLayout(Struct, frozen=True):
     """Output fields of a kind of trigger, and its payload field."""
 
     fields: Mapping[str, Json]

@@ -6,13 +6,13 @@ import json
 import re
 import sys
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from enum import Enum
 from hashlib import sha256
 from types import NoneType
 from typing import Any, Final, Literal, TypeAlias
 
 import msgspec
+from msgspec import Struct
 
 from concurrency import offload
 from json_text import decoding, pieces
@@ -379,8 +379,7 @@ class Missing(Enum):
 MISSING: Final = Missing.MISSING
 
 
-@dataclass(frozen=True, slots=True)
-class PathChange:
+class PathChange(Struct, frozen=True):
     """Values at a path that differ; a side without a value has `MISSING`."""
 
     path: str
@@ -389,8 +388,7 @@ class PathChange:
     after: Json | Missing
 
 
-@dataclass(frozen=True, slots=True)
-class ValueDifference:
+class ValueDifference(Struct, frozen=True):
     """Differences between two values."""
 
     changes: Sequence[PathChange]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Final, cast
+
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from engine.agents import call_waits
 from engine.agents.agent_steps import StepKind, StepStatus
@@ -31,8 +33,7 @@ A span that is sent twice for that reason has the same id.
 ENDED: Final = frozenset({StepStatus.COMPLETED, StepStatus.FAILED})
 
 
-@dataclass(slots=True)
-class CallSpans:
+class CallSpans(Struct):
     """Turns committed records of nodes and steps into the spans of their calls, each of them once."""
 
     run: RunTrace

@@ -6,12 +6,12 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from weakref import WeakValueDictionary
 
 import msgspec
+from msgspec import Struct
 from sqlalchemy import Text, func, literal, or_, select
 from sqlmodel import col
 
@@ -75,8 +75,7 @@ class ParentRun(NamedTuple):
     """Request and span of the run that it starts, as in `telemetry.run_origin`."""
 
 
-@dataclass(slots=True, weakref_slot=True)
-class DescendantCount:
+class DescendantCount(Struct, weakref=True):
     """Starts of runs below one root in this process: the number begun and the number completed."""
 
     begun: int = 0

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import structlog
+from msgspec import Struct
 
 from journal.store import ClaimedRun
 from json_text import decoding
@@ -30,8 +30,7 @@ _decode_runs = decoding.build_decoder(list[ClaimedRun]).decode
 log = structlog.get_logger()
 
 
-@dataclass(slots=True)
-class KnownGateway:
+class KnownGateway(Struct):
     """Gateway whose runs this worker has executed."""
 
     seen_at: float

@@ -8,12 +8,12 @@ import random
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
 import msgspec
 import structlog
+from msgspec import Struct, field
 
 from engine.run_errors import InvalidDefinition, LeaseLost
 from engine.run_records import SETTLED_STATUSES, NodeSpan, RunError, RunOutcome, RunStatus
@@ -92,8 +92,7 @@ class RunningExecution(msgspec.Struct, frozen=True):
         return self.journal.has_new_result or time.monotonic() - self.begun_at >= TRIAL_SECONDS
 
 
-@dataclass(frozen=True, slots=True)
-class RecoveredState:
+class RecoveredState(Struct, frozen=True):
     """Journal of the earlier attempts at a run."""
 
     spans: Sequence[NodeSpan] = ()
@@ -105,8 +104,7 @@ class RecoveredState:
     """Wait answers of nodes, by node id and iteration."""
 
 
-@dataclass(frozen=True, slots=True)
-class ExecutorHooks:
+class ExecutorHooks(Struct, frozen=True):
     """Optional callbacks of the process that hosts an executor."""
 
     answers: ReadAnswers | None = None

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import msgspec
+from msgspec import Struct
 
 from engine import inline_secrets, values
 from engine.agents.agent_steps import StepStatus
@@ -58,8 +58,7 @@ _FINISH_REASONS: Final[Mapping[FinishReason, str]] = {
 _NAME: Final = re.compile(r"[A-Za-z0-9_.:/@+-]{1,128}")
 
 
-@dataclass(frozen=True, slots=True)
-class GenAiSpan:
+class GenAiSpan(Struct, frozen=True):
     """Name, kind and attributes of a span."""
 
     name: str

@@ -10,10 +10,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Final, TypeAlias
 
 import msgspec
+from msgspec import Struct, field
 
 if TYPE_CHECKING:
     from engine.services import AnswerOrigin
@@ -153,8 +153,7 @@ class WrittenAnswer:
         return self.is_complete or self.is_dropped
 
 
-@dataclass(slots=True)
-class _SentPart:
+class _SentPart(Struct):
     """Part of an answer that one gateway has got."""
 
     call: tuple[int, int, int]
@@ -168,8 +167,7 @@ class _SentPart:
         return bool(self.characters) and not self.has_end and call[0] == self.call[0]
 
 
-@dataclass(slots=True)
-class AnswerFollower:
+class AnswerFollower(Struct):
     """Gateway that follows a run."""
 
     until: float

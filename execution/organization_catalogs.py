@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from msgspec import Struct
 from sqlalchemy import select, tuple_
 from sqlmodel import col
 
@@ -26,16 +26,14 @@ MAX_ORGANIZATIONS: Final = 500
 READ_TOGETHER: Final = 200
 
 
-@dataclass(frozen=True, slots=True)
-class VersionState:
+class VersionState(Struct, frozen=True):
     """State of one version of a custom type: its content, and whether it is deprecated."""
 
     hash: str
     is_deprecated: bool
 
 
-@dataclass(slots=True)
-class CachedCatalog:
+class CachedCatalog(Struct):
     """Catalog, with the versions that it was built from."""
 
     versions: Mapping[tuple[str, str], VersionState]

@@ -7,11 +7,11 @@ call of an agent.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING
 
 import structlog
+from msgspec import Struct
 
 from engine.agents.agent_steps import AGENT_TYPE
 from engine.run_records import SETTLED_STATUSES, SpanStatus
@@ -59,8 +59,7 @@ def error_code(error: RunError | None) -> str | None:
     return tracing.limit_code(error.code)
 
 
-@dataclass(slots=True)
-class SegmentTrace:
+class SegmentTrace(Struct):
     """Trace of a claimed run, which turns committed records into spans."""
 
     run: RunTrace

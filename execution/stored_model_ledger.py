@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import msgspec
 import structlog
+from msgspec import Struct
 from sqlalchemy import and_, delete, func, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import col
@@ -53,8 +53,7 @@ MONTH_SECONDS: Final = 1.0
 """Time after which a process notices that an organization has got a budget, or has none any more."""
 
 
-@dataclass(frozen=True, slots=True)
-class RunBudgets:
+class RunBudgets(Struct, frozen=True):
     """Budgets of a run and of the runs above it, which count the calls of their sub-workflows too."""
 
     root_id: str
@@ -62,8 +61,7 @@ class RunBudgets:
     """By execution id, only of runs with a budget."""
 
 
-@dataclass(frozen=True, slots=True)
-class _SettledCall:
+class _SettledCall(Struct, frozen=True):
     """Answered call with its charge."""
 
     caller: RunCaller
@@ -71,8 +69,7 @@ class _SettledCall:
     charge: Mapping[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class _UnansweredCall:
+class _UnansweredCall(Struct, frozen=True):
     """Call without an answer, and the time of its failure."""
 
     organization_id: str

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from msgspec import Struct
 from sqlalchemy import select
 from sqlmodel import col
 
@@ -28,8 +28,7 @@ MAX_WORKFLOWS: Final = 200
 """Limits of the workflows that are read, at all levels together; those beyond are unknown."""
 
 
-@dataclass(frozen=True, slots=True)
-class CalledWorkflow:
+class CalledWorkflow(Struct, frozen=True):
     """Workflow that others call."""
 
     graph: ParsedGraph

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
+
+from msgspec import Struct
 
 from engine import name_suggestions
 from engine.node_api import OF_EACH, FieldCompilation
@@ -69,8 +70,7 @@ LIMIT_MESSAGES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class ConfigProblem:
+class ConfigProblem(Struct, frozen=True):
     """Problem in a config: its path (`aggregations.0.function`), a message and the keyword of the schema."""
 
     path: str

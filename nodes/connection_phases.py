@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from enum import StrEnum
 from time import monotonic
 from typing import Final
+
+from msgspec import Struct
 
 
 class ConnectionPhase(StrEnum):
@@ -24,8 +25,7 @@ class ConnectionPhase(StrEnum):
     QUERY = "query"
 
 
-@dataclass(frozen=True, slots=True)
-class PhaseResult:
+class PhaseResult(Struct, frozen=True):
     """Result of a phase; a failed one is the last."""
 
     phase: ConnectionPhase

@@ -8,11 +8,13 @@ from __future__ import annotations
 import re
 from collections import ChainMap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import TYPE_CHECKING, Annotated, Any, Final, cast
 
 import msgspec
+from msgspec import Struct
+from msgspec.structs import replace
 
 from engine.expressions import ExpressionError, compile_template
 from engine.node_api import (
@@ -146,8 +148,7 @@ class NodeTypeDocument(msgspec.Struct, rename="camel", forbid_unknown_fields=Tru
 _decode_document = decoding.build_decoder(NodeTypeDocument).decode
 
 
-@dataclass(frozen=True, slots=True)
-class SchemaProblem:
+class SchemaProblem(Struct, frozen=True):
     """Problem of a document: the field at fault and a message."""
 
     path: str

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Self
+
+from msgspec import Struct, field
 
 from engine.expressions import ValueTemplate, compile_value
 from engine.run_errors import NodeError
@@ -19,8 +20,7 @@ MAXIMUM_KEYS = 20
 ITEM_ROOTS = ("item", "index")
 
 
-@dataclass(frozen=True, slots=True)
-class ItemKey:
+class ItemKey(Struct, frozen=True):
     """Key of items: a field name, or an expression that is evaluated for each item."""
 
     call: NodeCall
@@ -90,8 +90,7 @@ class ItemKey:
         self.lacking[path] += 1
 
 
-@dataclass(frozen=True, slots=True)
-class ItemKeys:
+class ItemKeys(Struct, frozen=True):
     """Composite key: the keys in one config field."""
 
     parts: list[ItemKey]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import zlib
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, cast
 
 import httptools
+from msgspec import Struct
 
 from nodes.streamed_response import StreamedResponse
 
@@ -28,8 +28,7 @@ ZLIB_METHOD: Final = 8
 """Low four bits of the first byte of zlib's format (RFC 1950)."""
 
 
-@dataclass(frozen=True, slots=True)
-class ResponseLimits:
+class ResponseLimits(Struct, frozen=True):
     """Maximum sizes of a response."""
 
     header_bytes: int
@@ -56,8 +55,7 @@ class ConnectionBroken(Exception):
         """Whether any byte of the response has arrived."""
 
 
-@dataclass(slots=True)
-class RawResponse:
+class RawResponse(Struct):
     """Response with its decompressed body; `headers` have names in lower case, and joined values."""
 
     status: int

@@ -15,11 +15,12 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, nullcontext
-from dataclasses import dataclass
 from enum import StrEnum
 from ipaddress import IPv4Network, IPv6Network
 from math import inf
 from typing import Any
+
+from msgspec import Struct
 
 from nodes import url_targets
 from nodes.connection_phases import ConnectionPhase, is_recording, note_phase
@@ -72,8 +73,7 @@ HEADER_VALUE = re.compile(r"[^\x00-\x08\x0a-\x1f\x7f\ud800-\udfff]*")
 CONNECTION_LOGIN = re.compile(r"\s*(?:ntlm|negotiate)\b", re.IGNORECASE)
 
 
-@dataclass(frozen=True)
-class OutboundPolicy:
+class OutboundPolicy(Struct, frozen=True):
     allowed_networks: tuple[IpNetwork, ...] = ()
     """Networks that are allowed on any port, although they are not public."""
     allowed_hosts: frozenset[str] = frozenset()
@@ -134,8 +134,7 @@ class OutboundUnavailable(OutboundError):
         self.message = message
 
 
-@dataclass(frozen=True)
-class OutboundResponse:
+class OutboundResponse(Struct, frozen=True):
     status: int
     headers: dict[str, str]
     """Names in lower case; the values of one name are joined by a comma."""
@@ -145,16 +144,14 @@ class OutboundResponse:
     """URL of the response, after redirects."""
 
 
-@dataclass(frozen=True, slots=True)
-class IdlePlace:
+class IdlePlace(Struct, frozen=True):
     """Place of an idle connection, and the timer that closes it."""
 
     origin: Origin
     ends: asyncio.TimerHandle
 
 
-@dataclass(frozen=True)
-class OutboundCall:
+class OutboundCall(Struct, frozen=True):
     method: str
     target: UrlTarget
     headers: Mapping[str, str]

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
+
+from msgspec import Struct
 
 MAX_CHARACTERS: Final = 100_000
 MAX_NAME_BYTES: Final = 64
@@ -37,8 +38,7 @@ class StatementRefused(ValueError):
     """Refusal of a statement; the message says how to fix it, and quotes single words of it at most."""
 
 
-@dataclass(frozen=True, slots=True)
-class SqlStatement:
+class SqlStatement(Struct, frozen=True):
     """Statement, split at its placeholders."""
 
     parts: Sequence[str]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address, ip_network
 from urllib.parse import quote, urljoin
+
+from msgspec import Struct
 
 from engine import run_limits
 
@@ -43,8 +44,7 @@ PRIVATE_NETWORKS = tuple(ip_network(text) for text in (
 GLOBAL_UNICAST = IPv6Network("2000::/3")
 
 
-@dataclass(frozen=True)
-class UrlTarget:
+class UrlTarget(Struct, frozen=True):
     """Validated parts of a URL; requests are built from them, never from the user's text."""
 
     scheme: str

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from base64 import b64decode
 from collections.abc import Mapping
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final
+
+from msgspec import Struct
 
 from engine import values
 from engine.run_errors import NodeError
@@ -50,8 +51,7 @@ _MEDIA_TYPES: Final[Mapping[ResponseBodyType, str]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class WebhookResponse:
+class WebhookResponse(Struct, frozen=True):
     """Validated response."""
 
     status: int

@@ -2,9 +2,11 @@
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import cast
+
+from msgspec.structs import replace
 
 from engine.agents.agent_steps import AgentStep
 from engine.graph import GraphNode

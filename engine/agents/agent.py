@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from enum import StrEnum
 from hashlib import sha256
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import msgspec
+from msgspec import Struct, field
 
 from engine import model_prices
 from engine.agents.agent_steps import (
@@ -117,8 +117,7 @@ class StoredAnswer(msgspec.Struct, frozen=True, rename="camel", omit_defaults=Tr
     """Content in the form of its provider, which it gets back."""
 
 
-@dataclass(frozen=True, slots=True)
-class AgentTool:
+class AgentTool(Struct, frozen=True):
     """Tool of an agent."""
 
     description: ToolDescription
@@ -164,8 +163,7 @@ class AgentTool:
         return sha256(msgspec.json.encode(parts)).hexdigest()
 
 
-@dataclass(frozen=True, slots=True)
-class AgentLimits:
+class AgentLimits(Struct, frozen=True):
     """Limits of one agent."""
 
     max_iterations: int = 10
@@ -181,8 +179,7 @@ class AgentLimits:
     """Whether the node fails at a limit; otherwise the model gives a last answer without tools."""
 
 
-@dataclass(frozen=True, slots=True)
-class AgentTask:
+class AgentTask(Struct, frozen=True):
     """Task of an agent: everything that its decisions depend on besides its steps."""
 
     messages: Sequence[ChatMessage]
@@ -205,8 +202,7 @@ class AgentTask:
     """Returns the value of a final answer and its problems by the schema."""
 
 
-@dataclass(frozen=True, slots=True)
-class CallModel:
+class CallModel(Struct, frozen=True):
     """Ask the model, as the step `number`."""
 
     number: int
@@ -219,22 +215,19 @@ class CallModel:
         return sha256(msgspec.json.encode([model_ids, self.request], order="sorted")).hexdigest()
 
 
-@dataclass(frozen=True, slots=True)
-class CallTools:
+class CallTools(Struct, frozen=True):
     """Do recorded tool calls at the same time: several reads, or one write."""
 
     steps: Sequence[AgentStep]
 
 
-@dataclass(frozen=True, slots=True)
-class AwaitApprovals:
+class AwaitApprovals(Struct, frozen=True):
     """Wait until people have decided about recorded tool calls, before them or about their outcomes."""
 
     steps: Sequence[AgentStep]
 
 
-@dataclass(frozen=True, slots=True)
-class Finish:
+class Finish(Struct, frozen=True):
     """End with an answer."""
 
     text: str
@@ -243,8 +236,7 @@ class Finish:
     stop_reason: StopReason
 
 
-@dataclass(frozen=True, slots=True)
-class Fail:
+class Fail(Struct, frozen=True):
     """Fail the node."""
 
     code: str

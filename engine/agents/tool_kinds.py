@@ -8,8 +8,9 @@ type. A node that returns an `AnswerWait` is a tool like others: the agent waits
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, TypeAlias
+
+from msgspec import Struct
 
 if TYPE_CHECKING:
     from engine.values import Json
@@ -19,8 +20,7 @@ ARGUMENTS: Final = "{{ args }}"
 SUB_WORKFLOW_TYPE: Final = "sub-workflow"
 
 
-@dataclass(frozen=True, slots=True)
-class ToolTarget:
+class ToolTarget(Struct, frozen=True):
     """Node that does the calls of a tool."""
 
     type: str
@@ -32,8 +32,7 @@ BuildTarget: TypeAlias = "Callable[[Mapping[str, Json]], ToolTarget | None]"
 """Returns the node of a tool, given the value of `target`; None if that doesn't fit, which the schema reports."""
 
 
-@dataclass(frozen=True, slots=True)
-class ToolKind:
+class ToolKind(Struct, frozen=True):
     """Kind of tool."""
 
     field: str

@@ -6,8 +6,9 @@ So an agent with a workflow as a tool is judged by the nodes of that workflow, a
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, TypeAlias
+
+from msgspec import Struct
 
 from engine.agents import agent_wiring
 from engine.agents.tool_kinds import SUB_WORKFLOW_TYPE
@@ -17,8 +18,7 @@ if TYPE_CHECKING:
     from engine.graph import GraphNode, ParsedGraph
 
 
-@dataclass(frozen=True, slots=True)
-class WorkflowTraits:
+class WorkflowTraits(Struct, frozen=True):
     """Traits of the runs of a workflow, together with the runs that they start."""
 
     effect: NodeEffect

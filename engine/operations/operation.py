@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from inspect import Parameter, signature
 from typing import Final, TypeAlias
+
+from msgspec import Struct
 
 from concurrency import offload
 from engine.values import MAX_NUMBER, InvalidJson, Json, type_name
@@ -24,8 +25,7 @@ class OperationError(ValueError):
     """Invalid arguments of an operation; the message names the needed and the given types."""
 
 
-@dataclass(frozen=True, slots=True)
-class ExpressionOperation:
+class ExpressionOperation(Struct, frozen=True):
     """Entry of the table of operations."""
 
     name: str

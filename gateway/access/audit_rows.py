@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
 from datetime import datetime
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
 
+from msgspec import Struct
 from sqlalchemy import BigInteger, String, func, literal_column, select, type_coerce, union_all
 from sqlalchemy import cast as cast_sql
 from sqlmodel import col
@@ -33,8 +33,7 @@ if TYPE_CHECKING:
     from gateway.http.parameters import PageBounds
 
 
-@dataclass(frozen=True, slots=True)
-class DeferredDelivery:
+class DeferredDelivery(Struct, frozen=True):
     """Part of the row of a delivery whose run starts later."""
 
     id: str
@@ -46,8 +45,7 @@ class DeferredDelivery:
     created_at: datetime
 
 
-@dataclass(frozen=True, slots=True)
-class ReclaimedExecution:
+class ReclaimedExecution(Struct, frozen=True):
     """Execution that was taken back from a lost worker, at one time."""
 
     id: str
@@ -95,8 +93,7 @@ LIFECYCLE_ACTIONS: Final[Mapping[AuditAction, LifecycleAction]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class AuditFilter:
+class AuditFilter(Struct, frozen=True):
     """Filter of a list of audit entries; None selects every value."""
 
     selection: AuditSelection = AuditSelection.CHANGE
@@ -112,8 +109,7 @@ class AuditFilter:
     """Times of the entries: `since` is inclusive, `until` is exclusive."""
 
 
-@dataclass(frozen=True, slots=True)
-class _AuditTable:
+class _AuditTable(Struct, frozen=True):
     """Table of entries of one kind, with the conditions of a filter on it."""
 
     model: type[AuditEntry | LifecycleDecision | SystemDecision | Delivery | BlockedInterval]
@@ -128,14 +124,14 @@ class _AuditTable:
     def columns(self) -> Sequence[SQLColumnExpression[Any]]:
         """All columns, and the time of the entry as `created_at`."""
         if self.model is Delivery:
-            return [getattr(Delivery, one.name) for one in fields(DeferredDelivery)]
+            return [getattr(Delivery, name) for name in DeferredDelivery.__struct_fields__]
         columns = self.model.__table__.columns  # type: ignore[union-attr]  # SQLModel adds it
         return [*columns] if "created_at" in columns else [*columns, self.created_at.label("created_at")]
 
     def build(self, row: RowMapping) -> AuditRow:
         """Return the entry of a row, which has the columns of the table."""
         if self.model is Delivery:
-            return DeferredDelivery(**{one.name: row[one.name] for one in fields(DeferredDelivery)})
+            return DeferredDelivery(**{name: row[name] for name in DeferredDelivery.__struct_fields__})
         built = build_row(self.model, {name: row[name] for name in self.model.model_fields})
         return cast("AuditRow", built)
 
@@ -152,7 +148,7 @@ _IS_LOSS: Final = (
 )
 
 
-class _ReclaimTable(_AuditTable):
+class _ReclaimTable(_AuditTable, frozen=True):
     """Table of blocked intervals, with conditions for those by lost workers, which end as the run is taken back."""
 
     @property
@@ -169,7 +165,7 @@ class _ReclaimTable(_AuditTable):
         ]
 
     def build(self, row: RowMapping) -> AuditRow:
-        return ReclaimedExecution(**{one.name: row[one.name] for one in fields(ReclaimedExecution)})
+        return ReclaimedExecution(**{name: row[name] for name in ReclaimedExecution.__struct_fields__})
 
     def matches_ids(self, ids: Sequence[str]) -> Sequence[ColumnElement[bool]]:
         """Return the conditions for all reclaims of the executions that the entry ids begin with.

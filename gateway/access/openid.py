@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import structlog
+from msgspec.structs import replace
 
 from gateway.access import sign_in
 from gateway.http import errors, limits, public_address

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import zlib
 from base64 import b64encode
-from dataclasses import dataclass
 from struct import pack
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 import structlog
+from msgspec import Struct
 from sqlalchemy import update
 from sqlmodel import col
 
@@ -61,8 +61,7 @@ COLOR: Final = "purple"
 COLOR_QUESTION: Final = "Which color does this image have? Answer with one word."
 
 
-@dataclass(frozen=True, slots=True)
-class ModelProbe:
+class ModelProbe(Struct, frozen=True):
     """Result of the test of a model."""
 
     is_ok: bool

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Any, Final, TypeAlias
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from engine.agents.agent_wiring import PROVIDER_PORTS
 from engine.canvas_layout import complete_layout
@@ -40,8 +42,7 @@ TONES: Final = ("off", "", "good", "warn", "lit", "bad")
 NOT_TAKEN: Final = frozenset({"not-reached", "skipped", "removed"})
 
 
-@dataclass(frozen=True, slots=True)
-class MapCard:
+class MapCard(Struct, frozen=True):
     """Card of a node: its upper left corner, its texts, and its state as `formats.STATES` names it."""
 
     id: str
@@ -56,8 +57,7 @@ class MapCard:
     """Ids of the nodes that follow."""
 
 
-@dataclass(frozen=True, slots=True)
-class MapEdge:
+class MapEdge(Struct, frozen=True):
     """Edge as the path of an SVG."""
 
     path: str
@@ -67,8 +67,7 @@ class MapEdge:
     """Whether its source is a model or a tool of its target, and does not run before it."""
 
 
-@dataclass(frozen=True, slots=True)
-class GraphOverview:
+class GraphOverview(Struct, frozen=True):
     """All nodes of a large graph as dots: one path of an SVG for each tone, and one for the nodes of the map."""
 
     paths: Sequence[tuple[str, str]]
@@ -76,8 +75,7 @@ class GraphOverview:
     shown: str
 
 
-@dataclass(frozen=True, slots=True)
-class GraphMap:
+class GraphMap(Struct, frozen=True):
     """Map of a graph with its size in pixels."""
 
     cards: Sequence[MapCard]
@@ -206,8 +204,7 @@ def _draw_edge(source: MapCard, target: MapCard) -> MapEdge:
 # ── large graphs ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@dataclass(frozen=True, slots=True)
-class _OverviewScale:
+class _OverviewScale(Struct, frozen=True):
     """Map from stored positions to those of the overview."""
 
     left: float

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import re
 from collections import OrderedDict, deque
-from dataclasses import dataclass, replace
 from math import ceil
 from time import monotonic
 from typing import TYPE_CHECKING, Final
 
 import structlog
+from msgspec import Struct
+from msgspec.structs import replace
 
 from engine.run_errors import NodeError
 from engine.services import RunCaller
@@ -44,8 +45,7 @@ _ADDRESS: Final = re.compile(
 _DATABASES: Final = frozenset({DataSourceType.POSTGRESQL, DataSourceType.MYSQL, DataSourceType.SQLITE})
 
 
-@dataclass(frozen=True, slots=True)
-class ProbeResult:
+class ProbeResult(Struct, frozen=True):
     """Result of a connection test."""
 
     is_ok: bool
@@ -61,8 +61,7 @@ class ProbeResult:
     """Phases of the connection that were begun; a failed one is the last."""
 
 
-@dataclass(frozen=True, slots=True)
-class _SingleSource:
+class _SingleSource(Struct, frozen=True):
     """Lookup that returns one data source for every caller; access was checked before."""
 
     source: ConnectionSource

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Self
 
+from msgspec import Struct
+from msgspec.structs import replace
 from sqlalchemy import Text, and_, delete, func, insert, or_, select, type_coerce, update
 from sqlalchemy.exc import IntegrityError
 from sqlmodel import col
@@ -40,8 +41,7 @@ class DataSourceNameTaken(ValueError):
     """Another data source of the owner has this name."""
 
 
-@dataclass(frozen=True, slots=True)
-class StoredDataSource:
+class StoredDataSource(Struct, frozen=True):
     """Data source with its shares."""
 
     source: DataSource

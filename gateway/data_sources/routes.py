@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Final
+
+from msgspec.structs import replace
 
 from gateway.data_sources import data_sources
 from gateway.data_sources.data_source_shapes import CreateDataSource, DataSourceShape, UpdateDataSource

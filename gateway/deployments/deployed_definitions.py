@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
+from msgspec import Struct
+from msgspec.structs import replace
 from sqlalchemy import select
 from sqlmodel import col
 
@@ -37,8 +38,7 @@ class DefinitionMissing(Exception):
     """Deployed definition without a stored text."""
 
 
-@dataclass(frozen=True, slots=True)
-class DeployedDefinition:
+class DeployedDefinition(Struct, frozen=True):
     """Definition of a deployment, as runs need it."""
 
     text: str

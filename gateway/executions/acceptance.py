@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 
 import msgspec
 import structlog
+from msgspec import Struct
 from sqlalchemy import select, tuple_
 from sqlmodel import col
 
@@ -359,8 +359,7 @@ def _as_bound(row: Row[*tuple[Any, ...]], key: IdempotencyKey) -> AcceptanceResu
     return AcceptanceResult(verdict, row.resource_id)
 
 
-@dataclass(frozen=True, slots=True)
-class RunRequest:
+class RunRequest(Struct, frozen=True):
     """Run to accept."""
 
     workflow: LoadedWorkflow

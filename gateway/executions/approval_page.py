@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from datetime import datetime
 from html import escape
 from typing import TYPE_CHECKING, Any, Final
@@ -17,6 +16,8 @@ from urllib.parse import parse_qs
 
 import msgspec
 import structlog
+from msgspec import Struct
+from msgspec.structs import replace
 from sqlalchemy import select
 from sqlmodel import col
 
@@ -98,8 +99,7 @@ _HEADERS: Final = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class ApprovalQuestion:
+class ApprovalQuestion(Struct, frozen=True):
     """Question of a link, as it is stored now."""
 
     link: ApprovalLink
@@ -117,8 +117,7 @@ class ApprovalQuestion:
     """Whether the question is for other people: it was assigned to them, or the link is that of anyone."""
 
 
-@dataclass(frozen=True, slots=True)
-class LinkAuthor:
+class LinkAuthor(Struct, frozen=True):
     """Assignee of a link as the author of a decision, for the audit trail."""
 
     organization_id: str
@@ -127,8 +126,7 @@ class LinkAuthor:
     key_id: str = BY_LINK
 
 
-@dataclass(frozen=True, slots=True)
-class PageResponse:
+class PageResponse(Struct, frozen=True):
     """Answer with an HTML page that is stored nowhere."""
 
     status: int

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
+from msgspec import Struct
 from sqlalchemy import (
     BigInteger,
     LargeBinary,
@@ -97,8 +97,7 @@ _IS_REFERENCE: Final = and_(col(SpanRow.output).is_(None), col(SpanRow.output_bl
 )
 
 
-@dataclass(frozen=True, slots=True)
-class ExecutionFilter:
+class ExecutionFilter(Struct, frozen=True):
     """Filter of a list of executions of an organization."""
 
     organization_id: str
@@ -118,8 +117,7 @@ class ExecutionFilter:
     """Further condition on rows of executions, such as that of a reason to wait."""
 
 
-@dataclass(frozen=True, slots=True)
-class ExecutionRecord:
+class ExecutionRecord(Struct, frozen=True):
     """Execution with its data and outputs."""
 
     execution: Execution
@@ -583,8 +581,7 @@ def _select_run(
 # ── event streams ───────────────────────────────────────────────────────────────────────────────────────────
 
 
-@dataclass(frozen=True, slots=True)
-class RunChanges:
+class RunChanges(Struct, frozen=True):
     """Spans and log lines that were recorded since the last read of a stream, in order."""
 
     spans: Sequence[Recorded]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final, Literal
 
 import structlog
 from msgspec import UNSET, UnsetType
+from msgspec.structs import replace
 
 from concurrency import offload
 from gateway.executions import (

@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
-from msgspec import structs
+from msgspec import Struct, field, structs
 from sqlalchemy import and_, case, func, or_, select
 from sqlalchemy.orm import aliased
 from sqlmodel import col
@@ -83,8 +82,7 @@ _REQUEST: Final = b"{}"
 """Stands for a recorded request, which a plan does not read."""
 
 
-@dataclass(frozen=True, slots=True)
-class ReplayChoice:
+class ReplayChoice(Struct, frozen=True):
     """Choices of a caller who replays an execution."""
 
     definition: str | int = ORIGINAL
@@ -99,8 +97,7 @@ class ReplayChoice:
     failed_only: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class ChosenDefinition:
+class ChosenDefinition(Struct, frozen=True):
     """Definition that a replay runs."""
 
     label: str
@@ -114,8 +111,7 @@ class ChosenDefinition:
     """Settings as JSON text; None: those of the execution."""
 
 
-@dataclass(frozen=True, slots=True)
-class RecordedExecution:
+class RecordedExecution(Struct, frozen=True):
     """Ended execution as its rows describe it."""
 
     key: ExecutionKey
@@ -130,8 +126,7 @@ class RecordedExecution:
     answers: Mapping[str, RecordedAnswers]
 
 
-@dataclass(frozen=True, slots=True)
-class PlannedReplay:
+class PlannedReplay(Struct, frozen=True):
     """Plan of a replay with everything that its run needs."""
 
     execution_id: str

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Final
 
 import msgspec
 import structlog
+from msgspec import Struct
 
 from journal.group_commit import GroupCommit
 from journal.store import (
@@ -37,8 +37,7 @@ FORGET_SECONDS: Final = 60.0
 log = structlog.get_logger()
 
 
-@dataclass(slots=True)
-class GrantingWorker:
+class GrantingWorker(Struct):
     """Worker with slots for this gateway."""
 
     assigned: int = 0

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from datetime import datetime
 from hashlib import sha256
 from itertools import islice
 from typing import TYPE_CHECKING, Final
+
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from engine import name_suggestions, pruning
 from engine.agents.agent_wiring import remove_providers
@@ -40,8 +42,7 @@ SHOWN_CHARACTERS: Final = 64
 """Characters of an unknown id in an error message."""
 
 
-@dataclass(frozen=True, slots=True)
-class GraphSelection:
+class GraphSelection(Struct, frozen=True):
     """Part of a graph that runs."""
 
     up_to: str | None = None
@@ -53,8 +54,7 @@ class GraphSelection:
 WHOLE: Final = GraphSelection()
 
 
-@dataclass(frozen=True, slots=True)
-class NodeTestInput:
+class NodeTestInput(Struct, frozen=True):
     """Input of a node test."""
 
     input: Json

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
+
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from engine.values import Json
 from gateway.http import limits
@@ -17,8 +19,7 @@ JSON: Final = "application/json"
 EVENT_STREAM: Final = "text/event-stream"
 
 
-@dataclass(frozen=True, slots=True)
-class HeaderDoc:
+class HeaderDoc(Struct, frozen=True):
     """Request or response header."""
 
     name: str
@@ -27,16 +28,14 @@ class HeaderDoc:
     is_always_sent: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class OtherSuccess:
+class OtherSuccess(Struct, frozen=True):
     """Second success status of an operation: its condition, and the type of its body, if any."""
 
     meaning: str
     answer: object = None
 
 
-@dataclass(frozen=True, slots=True)
-class OperationDoc:
+class OperationDoc(Struct, frozen=True):
     """Headers, refusals and further statuses of one operation."""
 
     takes: Sequence[HeaderDoc] = ()

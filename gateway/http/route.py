@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
 from typing import Any, Final
+
+from msgspec import Struct
 
 from gateway.http.endpoint import AccessRule, Handler
 from gateway.http.operation_docs import OperationDoc
@@ -23,8 +24,7 @@ WRITE_SOURCES = KeyScope.DATASOURCES_WRITE
 NO_DOCS: Final = OperationDoc()
 
 
-@dataclass(frozen=True, slots=True)
-class Route:
+class Route(Struct, frozen=True):
     """One operation of the API, also the source of its OpenAPI document. `access` has no default, on purpose."""
 
     method: str

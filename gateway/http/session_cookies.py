@@ -5,10 +5,11 @@ Cookies follow RFC 6265bis; the check of origins is that of https://www.w3.org/T
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
+
+from msgspec import Struct
 
 from gateway.http.errors import ApiError
 from models.browser_session import LIFETIME
@@ -23,8 +24,7 @@ LONGEST_COOKIE: Final = 4_096
 SAFE_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
-@dataclass(frozen=True, slots=True)
-class SessionCookie:
+class SessionCookie(Struct, frozen=True):
     """Cookie of a session: its name, whether it requires HTTPS, and the origin of its pages."""
 
     name: str

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 import msgspec
+from msgspec import Struct
+from msgspec.structs import replace
 
 from gateway.executions import bulk_actions, execution_rows
 from gateway.executions.bulk_filter import BulkFilter
@@ -47,8 +48,7 @@ class StoredReplayOptions(msgspec.Struct, frozen=True):
     failed_only: bool
 
 
-@dataclass(frozen=True, slots=True)
-class SelectedObjects:
+class SelectedObjects(Struct, frozen=True):
     """Ids of the next objects of an operation, the oldest first, and the place behind those that were examined."""
 
     execution_ids: Sequence[str]

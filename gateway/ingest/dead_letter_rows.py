@@ -7,11 +7,11 @@ workflow, so that rows are read first and their keys are looked up in batches.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeVar
 
 import msgspec
+from msgspec import Struct
 from sqlalchemy import (
     BigInteger,
     Text,
@@ -73,8 +73,7 @@ class IntakeRow(Protocol):
     def created_at(self) -> datetime: ...
 
 
-@dataclass(frozen=True, slots=True)
-class FailedRun:
+class FailedRun(Struct, frozen=True):
     """Part of the row of a failed run: thousands of whole rows would take seconds to build."""
 
     id: str
@@ -90,8 +89,7 @@ class FailedRun:
     ended_at: datetime | None
 
 
-@dataclass(frozen=True, slots=True)
-class LastFailure:
+class LastFailure(Struct, frozen=True):
     """Least part of the row of a failed run that tells its cause."""
 
     id: str
@@ -101,8 +99,7 @@ class LastFailure:
     """Time of acceptance in microseconds."""
 
 
-@dataclass(frozen=True, slots=True)
-class DeliveryKey:
+class DeliveryKey(Struct, frozen=True):
     """Part of the row of a delivery by which it is selected."""
 
     id: str
@@ -110,16 +107,14 @@ class DeliveryKey:
     created_at: datetime
 
 
-@dataclass(frozen=True, slots=True)
-class WorkflowHead:
+class WorkflowHead(Struct, frozen=True):
     """Name and revision of a workflow."""
 
     name: str
     revision: int
 
 
-@dataclass(frozen=True, slots=True)
-class CompletedRunsFilter:
+class CompletedRunsFilter(Struct, frozen=True):
     """Runs of a workflow with one definition that were accepted after a time."""
 
     workflow_id: str
@@ -129,12 +124,11 @@ class CompletedRunsFilter:
 
 _ERROR_TEXT: Final = type_coerce(col(Execution.error), Text).label("error")
 _COLUMNS: Final = [
-    _ERROR_TEXT if field.name == "error" else getattr(Execution, field.name) for field in fields(FailedRun)
+    _ERROR_TEXT if name == "error" else getattr(Execution, name) for name in FailedRun.__struct_fields__
 ]
 
 
-@dataclass(frozen=True, slots=True)
-class DeadLetterFilter:
+class DeadLetterFilter(Struct, frozen=True):
     """Filter of the dead letters of an organization."""
 
     workflow_id: str | None = None
@@ -171,24 +165,21 @@ class DeadLetterFilter:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class RunSuccessor:
+class RunSuccessor(Struct, frozen=True):
     """Run that was started in place of a dead letter."""
 
     id: str
     status: str
 
 
-@dataclass(frozen=True, slots=True)
-class SettledRun:
+class SettledRun(Struct, frozen=True):
     """Former dead letter with its successor: None for a purged one, and if the successor is no longer kept."""
 
     failed: FailedRun
     successor: RunSuccessor | None
 
 
-@dataclass(frozen=True, slots=True)
-class SettledRows:
+class SettledRows(Struct, frozen=True):
     """Page of former dead letters."""
 
     rows: Sequence[SettledRun]
@@ -196,8 +187,7 @@ class SettledRows:
     """Last row that was read, unless all were: others follow behind it."""
 
 
-@dataclass(frozen=True, slots=True)
-class OpenRows(Generic[Row]):
+class OpenRows(Struct, Generic[Row], frozen=True):
     """Rows that are neither redriven nor purged."""
 
     rows: Sequence[Row]
@@ -343,7 +333,7 @@ async def find_deliveries(
     Their content is kept, and no bulk redrive has run them. Reading stops after about `examined` rows, so there may be
     fewer than the limit of `bounds` although others follow.
     """
-    columns = [getattr(Delivery, field.name) for field in fields(DeliveryKey)]
+    columns = [getattr(Delivery, name) for name in DeliveryKey.__struct_fields__]
     statement = select(*columns).where(
         col(Delivery.organization_id) == caller.organization_id,
         *delivery_rows.conditions(wanted),
@@ -448,8 +438,7 @@ def _build_failure_conditions(caller: ApiCaller, wanted: DeadLetterFilter) -> It
         yield col(Execution.id).in_(wanted.execution_ids)
 
 
-@dataclass(frozen=True, slots=True)
-class _RowSource(Generic[Row]):
+class _RowSource(Struct, Generic[Row], frozen=True):
     """Statement whose rows are read in batches, and the type to build of each: its fields are the columns in order."""
 
     kind: Callable[..., Row]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
+from msgspec import Struct, field
 from sqlalchemy import select
 from sqlmodel import col
 
@@ -63,8 +63,7 @@ class WorkflowEventOutcome(msgspec.Struct, frozen=True, array_like=True):
 _decode_outcomes = decoding.build_decoder(list[WorkflowEventOutcome]).decode
 
 
-@dataclass(frozen=True, slots=True)
-class EventDispatchResult:
+class EventDispatchResult(Struct, frozen=True):
     """Result of an event."""
 
     event_id: str
@@ -74,8 +73,7 @@ class EventDispatchResult:
     """Repetition: the outcomes are those of the first event."""
 
 
-@dataclass(slots=True)
-class EventDispatchPlan:
+class EventDispatchPlan(Struct):
     """Planned runs and outcomes of an event."""
 
     outcomes: list[WorkflowEventOutcome] = field(default_factory=list)

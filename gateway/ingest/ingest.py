@@ -7,11 +7,11 @@ come from the cache; a plan is made again when a workflow has changed in the mea
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 import msgspec
+from msgspec import Struct
 from sqlalchemy import select
 from sqlmodel import col
 
@@ -56,8 +56,7 @@ WritePlanner: TypeAlias = Callable[[], Awaitable["InboundRequest"]]
 """Return the planned write; raises `ApiError`. Called again when a workflow has changed."""
 
 
-@dataclass(frozen=True, slots=True)
-class RunDeferral:
+class RunDeferral(Struct, frozen=True):
     """Reason why the run of an accepted request may not start now."""
 
     reason: str
@@ -100,8 +99,7 @@ def describe_deferral(
     }
 
 
-@dataclass(frozen=True, slots=True)
-class RunTarget:
+class RunTarget(Struct, frozen=True):
     """Workflow that a request runs, as it will be executed."""
 
     workflow: LoadedWorkflow
@@ -119,8 +117,7 @@ class RunTarget:
         return self.deferral is not None
 
 
-@dataclass(frozen=True, slots=True)
-class RunInput:
+class RunInput(Struct, frozen=True):
     """Input and options of one run."""
 
     trigger: Json

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias, TypeVar
 
 import msgspec
 import structlog
+from msgspec import Struct
+from msgspec.structs import replace
 
 from concurrency import offload
 from gateway.http import errors
@@ -101,8 +102,7 @@ class MailTrigger(msgspec.Struct, frozen=True, rename="camel"):
         return bool(self.sendgrid or self.mailgun or self.ses or self.basic_auth or self.bearer)
 
 
-@dataclass(frozen=True, slots=True)
-class MailTarget:
+class MailTarget(Struct, frozen=True):
     """Workflow that receives a mail, with the config of its trigger."""
 
     workflow: LoadedWorkflow
@@ -131,8 +131,7 @@ class MailTarget:
         return VerifiedMail(self, content, kind, self.build_sender(UNVERIFIED) if known is None else known)
 
 
-@dataclass(frozen=True, slots=True)
-class VerifiedMail:
+class VerifiedMail(Struct, frozen=True):
     """Mail of a verified sender, and the workflow that it is for."""
 
     target: MailTarget

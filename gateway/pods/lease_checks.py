@@ -6,10 +6,10 @@ run.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+from msgspec import Struct
 from sqlalchemy import and_, bindparam, func, literal_column, select, update
 from sqlmodel import col
 
@@ -47,8 +47,7 @@ _TAKES_RUNS = select(col(Deployment.workflow_id)).where(
 """Built once: each claim runs this statement, and building it takes longer than running it."""
 
 
-@dataclass(frozen=True, slots=True)
-class LeaseHolder:
+class LeaseHolder(Struct, frozen=True):
     """Authenticated pod and its deployment."""
 
     workflow_id: str

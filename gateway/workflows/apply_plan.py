@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from enum import StrEnum
 from hashlib import sha256
 from itertools import count
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import msgspec
+from msgspec import Struct
+from msgspec.structs import replace
 
 from engine.config_places import RESOURCE_KEYWORD
 from engine.node_api import UnknownNodeType
@@ -62,8 +63,7 @@ CONFLICT_TEXTS: Final[Mapping[ConflictReason, str]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class WantedWorkflow:
+class WantedWorkflow(Struct, frozen=True):
     """Workflow that a request describes."""
 
     place: int
@@ -80,8 +80,7 @@ class WantedWorkflow:
         return self.stored.workflow.name
 
 
-@dataclass(frozen=True, slots=True)
-class PlannedChange:
+class PlannedChange(Struct, frozen=True):
     """Change of one workflow. `before` and `after` are the same for an unchanged one."""
 
     action: ApplyAction

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 import msgspec
 import structlog
+from msgspec import Struct
+from msgspec.structs import replace
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlmodel import col
@@ -63,16 +64,14 @@ _SHOWN_FIELDS: Final = frozenset(
 _encode_sorted = msgspec.json.Encoder(order="sorted").encode
 
 
-@dataclass(frozen=True, slots=True)
-class WorkflowEdit:
+class WorkflowEdit(Struct, frozen=True):
     """Workflow before and after an edit; the same object twice if the edit changed nothing."""
 
     before: StoredWorkflow
     after: StoredWorkflow
 
 
-@dataclass(frozen=True, slots=True)
-class _AppliedEdit:
+class _AppliedEdit(Struct, frozen=True):
     """Workflow after a change, with the content hashes before and after."""
 
     after: StoredWorkflow

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from datetime import datetime
 from typing import TYPE_CHECKING, ClassVar
+
+from msgspec.structs import replace
 
 from gateway.access import shares
 from gateway.http import read_only

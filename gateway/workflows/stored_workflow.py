@@ -6,11 +6,12 @@ Older servers accepted foreign keys in `settings` from users: they belong to `co
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias
 
 import msgspec
+from msgspec import Struct
+from msgspec.structs import replace
 
 from engine import values
 from gateway.http import limits
@@ -34,8 +35,7 @@ FOREIGN_SETTINGS: Final = "settings"
 KNOWN_SETTINGS: Final = frozenset(field.encode_name for field in msgspec.structs.fields(KnownSettings))
 
 
-@dataclass(frozen=True, slots=True)
-class StoredWorkflow:
+class StoredWorkflow(Struct, frozen=True):
     """Workflow with its graph and shares."""
 
     workflow: Workflow

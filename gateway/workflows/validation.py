@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
+
+from msgspec.structs import replace
 
 from engine import config_places
 from engine.findings import MAX_FINDINGS, FindingType, GraphFinding, ValidationResult

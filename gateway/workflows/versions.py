@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal, TypeAlias
 
 import msgspec
+from msgspec.structs import replace
 
 from gateway.http import errors, limits, read_only, text_rules
 from gateway.http.parameters import OFFSET, IntegerParameter

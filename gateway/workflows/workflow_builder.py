@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from enum import StrEnum
 from itertools import count
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from engine.findings import FindingType
 from engine.validation import validate_graph
@@ -66,8 +68,7 @@ class BuildWorkflow(StrictWire):
     config: dict[str, Any] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class WorkflowPlan:
+class WorkflowPlan(Struct, frozen=True):
     """Workflow to create, with its errors and warnings."""
 
     stored: StoredWorkflow

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from dataclasses import dataclass, replace
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
+from msgspec import Struct
+from msgspec.structs import replace
 from sqlalchemy import select
 from sqlmodel import col
 
@@ -52,8 +53,7 @@ _WITH_GRAPH = select(Workflow, col(WorkflowGraph.nodes), col(WorkflowGraph.conne
 )
 
 
-@dataclass(slots=True)
-class CachedWorkflow:
+class CachedWorkflow(Struct):
     """Workflow and the time until which it is used without a query."""
 
     workflow: LoadedWorkflow

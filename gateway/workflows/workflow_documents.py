@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import msgspec
-from msgspec import Meta
+from msgspec import Meta, Struct
+from msgspec.structs import replace
 
 from engine import config_places, inline_secrets
 from engine.findings import FindingType, GraphFinding, ValidationResult
@@ -117,8 +117,7 @@ class ImportWorkflow(StrictWire):
 # ── removal of credentials ──────────────────────────────────────────────────────────────────────────────────
 
 
-@dataclass(frozen=True, slots=True)
-class CredentialFreeWorkflow:
+class CredentialFreeWorkflow(Struct, frozen=True):
     """Workflow without its credentials."""
 
     stored: StoredWorkflow

@@ -7,11 +7,11 @@ waiting for.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from math import ceil
 from typing import TYPE_CHECKING, Final
 
 import msgspec
+from msgspec import Struct
 
 from engine.model_calls import (
     ChatAnswer,
@@ -44,8 +44,7 @@ INCOMPLETE: Final = frozenset({FinishReason.LENGTH, FinishReason.REFUSAL})
 """Ends of an answer that is no value of a schema, and that a correction would not mend."""
 
 
-@dataclass(frozen=True, slots=True)
-class NodeAnswer:
+class NodeAnswer(Struct, frozen=True):
     """Answer of a model to a node."""
 
     text: str
@@ -55,8 +54,7 @@ class NodeAnswer:
     model_id: str
 
 
-@dataclass(slots=True)
-class _Turn:
+class _Turn(Struct):
     """Text that a model has answered, recorded or new."""
 
     text: str

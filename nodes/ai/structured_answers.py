@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
+
+from msgspec import Struct
 
 from engine.run_errors import NodeError
 from json_text import decoding
@@ -19,8 +20,7 @@ MAX_PROBLEM_CHARACTERS: Final = 300
 _FENCED: Final = re.compile(r"\A\s*```[a-zA-Z]*\n(.*?)\n?\s*```\s*\Z", re.DOTALL)
 
 
-@dataclass(frozen=True, slots=True)
-class StructuredAnswer:
+class StructuredAnswer(Struct, frozen=True):
     """Value in an answer, and the problems with it; the value is None if the text is not JSON."""
 
     value: Json

@@ -8,11 +8,12 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Awaitable, Callable, Container, Sequence
-from dataclasses import dataclass, field
 from ipaddress import IPv4Address
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Self
 from urllib.parse import parse_qs, unquote, urlsplit
+
+from msgspec import Struct, field
 
 from engine.run_errors import NodeError
 from models.timestamps import DatabaseClock
@@ -33,8 +34,7 @@ PRIVILEGED_PORTS: Final = frozenset({443})
 POSTGRESQL_PORT: Final = 5432
 
 
-@dataclass(frozen=True)
-class ServerDatabase:
+class ServerDatabase(Struct, frozen=True):
     """Address of the server's own database: a database of PostgreSQL, or a SQLite file."""
 
     host: str = ""
@@ -57,8 +57,7 @@ class ServerDatabase:
         return cls(host, port, unquote(parts.path.removeprefix("/")) or unquote(parts.username or ""))
 
 
-@dataclass(frozen=True)
-class ConnectionPolicy:
+class ConnectionPolicy(Struct, frozen=True):
     allowed_networks: tuple[IpNetwork, ...] = ()
     """Networks that may be connected, although they are not public."""
     own_databases: tuple[ServerDatabase, ...] = ()

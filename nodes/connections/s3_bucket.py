@@ -10,11 +10,12 @@ import asyncio
 import re
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from datetime import datetime
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, Protocol
 from urllib.parse import unquote
+
+from msgspec import Struct
 
 from concurrency.loop_share import LoopShare
 from engine.run_errors import NodeError
@@ -68,8 +69,7 @@ async def open_bucket(source: ConnectionSource, policy: S3Policy) -> S3Bucket:
     return S3Bucket(place, _build_signer(source, place.region), policy.clock, lambda: OutboundClient(way_out))
 
 
-@dataclass(frozen=True, slots=True)
-class S3Location:
+class S3Location(Struct, frozen=True):
     """Validated location of objects."""
 
     origin: str

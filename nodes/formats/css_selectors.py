@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 from cssselect import parser as css
 from cssselect.parser import SelectorError
+from msgspec import Struct
 
 from engine.run_errors import NodeError
 from nodes.formats.html_document import MAXIMUM_DEPTH, HtmlElement
@@ -40,16 +40,14 @@ class StepBudget:
             raise NodeError(message, code="took-too-long")
 
 
-@dataclass(frozen=True, slots=True)
-class SelectorPart:
+class SelectorPart(Struct, frozen=True):
     """Test of one element, and its relation to the element before: descendant, child, next or later sibling."""
 
     relation: str
     test: ElementTest
 
 
-@dataclass(frozen=True, slots=True)
-class CssSelector:
+class CssSelector(Struct, frozen=True):
     """Alternative chains of parts; an element matches at the end of any chain."""
 
     chains: Sequence[Sequence[SelectorPart]]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from lxml import etree
+from msgspec import Struct, field
 
 from engine.run_errors import NodeError
 
@@ -47,8 +47,7 @@ INLINE_TAGS = frozenset(
 """Inline elements, which don't separate words; all others do."""
 
 
-@dataclass(slots=True)
-class HtmlElement:
+class HtmlElement(Struct):
     """Element; its descendants follow it in the document's list, up to `end`."""
 
     tag: str
@@ -72,8 +71,7 @@ class HtmlElement:
         return self.parent.children - self.place + 1 if self.parent else 1
 
 
-@dataclass(slots=True)
-class HtmlDocument:
+class HtmlDocument(Struct):
     """Page: its elements in order, and all of its text in pieces."""
 
     elements: list[HtmlElement] = field(default_factory=list)

@@ -12,10 +12,11 @@ import re
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from enum import Enum
 from typing import TYPE_CHECKING
+
+from msgspec import Struct, field
 
 from engine.run_errors import NodeError
 from nodes import output_sizes
@@ -69,8 +70,7 @@ BUILT_IN_FORMATS: Mapping[int, NumberDisplay] = {
 """Built-in formats of every workbook, by number."""
 
 
-@dataclass(slots=True)
-class SheetRow:
+class SheetRow(Struct):
     """Existing cells of a row by column, both counted from 1."""
 
     number: int

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING
+
+from msgspec import Struct, field
 
 from concurrency.loop_share import LoopShare
 from engine.run_errors import NodeError
@@ -55,8 +56,7 @@ def _check_size(size: int) -> None:
         raise NodeError(message, code="input-too-large")
 
 
-@dataclass(slots=True)
-class XmlElement:
+class XmlElement(Struct):
     """Element that is still open."""
 
     name: str

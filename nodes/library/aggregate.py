@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Self, TypeAlias
+
+from msgspec import Struct, field
 
 from concurrency.loop_share import LoopShare
 from engine.run_errors import NodeError
@@ -33,8 +34,7 @@ class AggregateFunction(StrEnum):
     COUNT = "count"
 
 
-@dataclass(frozen=True, slots=True)
-class AggregateField:
+class AggregateField(Struct, frozen=True):
     """Aggregation of one field."""
 
     function: AggregateFunction
@@ -54,8 +54,7 @@ class AggregateField:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class AggregateItem:
+class AggregateItem(Struct, frozen=True):
     """Item of the list with its index."""
 
     value: Json
@@ -102,8 +101,7 @@ class AggregateItem:
         raise NodeError(message, code="not-a-number")
 
 
-@dataclass(slots=True)
-class AggregateTally:
+class AggregateTally(Struct):
     """Intermediate state of one aggregation of one group."""
 
     aggregation: AggregateField
@@ -130,8 +128,7 @@ class AggregateTally:
             raise NodeError(message, code="number-too-large") from None
 
 
-@dataclass(frozen=True, slots=True)
-class ItemGroup:
+class ItemGroup(Struct, frozen=True):
     """Group of items with the same values in the fields of `groupBy`."""
 
     keys: Sequence[Json]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
+
+from msgspec import Struct
 
 from concurrency.loop_share import LoopShare
 from engine.run_errors import NodeError
@@ -23,8 +24,7 @@ MAXIMUM_CHARACTERS = 10_000_000
 """Maximum number of extracted characters, including spaces: nested elements repeat the same text."""
 
 
-@dataclass(frozen=True, slots=True)
-class ExtractedField:
+class ExtractedField(Struct, frozen=True):
     """Field to extract from each item."""
 
     name: str

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Self, TypeAlias
+
+from msgspec import Struct
 
 from concurrency.loop_share import LoopShare
 from engine.run_errors import NodeError
@@ -34,8 +35,7 @@ class LookupMissAction(StrEnum):
     ERROR = "error"
 
 
-@dataclass(frozen=True, slots=True)
-class LookupJoin:
+class LookupJoin(Struct, frozen=True):
     """Rules for joining an item with its matching rows."""
 
     matches: LookupMatches

@@ -5,9 +5,10 @@ from __future__ import annotations
 import heapq
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
+
+from msgspec import Struct
 
 from concurrency.loop_share import LoopShare
 from engine.expressions import compile_value
@@ -45,8 +46,7 @@ class TextOrder(StrEnum):
     NATURAL = "natural"
 
 
-@dataclass(frozen=True, slots=True)
-class SortCriterion:
+class SortCriterion(Struct, frozen=True):
     """Sort key with its direction."""
 
     key: ItemKey

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from time import monotonic
 from typing import TYPE_CHECKING, Final
+
+from msgspec import Struct
 
 from engine.run_errors import NodeError
 from engine.services import ToolCallRequest
@@ -25,8 +26,7 @@ LISTED_SECONDS: Final = 60.0
 MAX_REMEMBERED: Final = 200
 
 
-@dataclass(frozen=True, slots=True)
-class ListedServer:
+class ListedServer(Struct, frozen=True):
     """Version and tools of a server, as it has listed them shortly before."""
 
     revision: int

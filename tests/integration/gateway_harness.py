@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Collection
 from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeAlias
 from uuid import uuid4
 
 import httpx2
+from msgspec.structs import replace
 from pydantic import SecretStr
 from sqlalchemy.ext.asyncio import AsyncConnection
 from starlette.applications import Starlette

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from hashlib import sha256
 from typing import Any
 
 import msgspec
+from msgspec.structs import replace
 from sqlalchemy import URL, insert, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import json
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 
 import httpx2
 import pytest
+from msgspec import structs
 from sqlalchemy import insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlmodel import SQLModel, col
@@ -125,7 +125,7 @@ async def create_token(
 async def set_time(harness: GatewayHarness, moment: datetime) -> AsyncIterator[None]:
     """Set the gateway's clock for signatures."""
     before = harness.gateway
-    harness.app.state.gateway = dataclasses.replace(before, clock=lambda: moment)
+    harness.app.state.gateway = structs.replace(before, clock=lambda: moment)
     try:
         yield
     finally:

@@ -16,6 +16,7 @@ from uuid import uuid4
 
 import httpx2
 import pytest
+from msgspec import structs
 from sqlalchemy import select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlmodel import SQLModel, col
@@ -118,7 +119,7 @@ async def signature_config(person: UserClient, provider: str, **more: Any) -> di
 def set_time(harness: GatewayHarness, moment: datetime) -> Iterator[None]:
     """Set the gateway's clock for signatures."""
     before = harness.gateway
-    harness.app.state.gateway = dataclasses.replace(before, clock=lambda: moment)
+    harness.app.state.gateway = structs.replace(before, clock=lambda: moment)
     try:
         yield
     finally:

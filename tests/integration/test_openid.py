@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from dataclasses import replace
 from time import time
 from typing import Any
 
 import httpx2
 import pytest
 from joserfc.jwk import ECKey, OctKey
+from msgspec.structs import replace
 from pydantic import SecretStr, ValidationError
 from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncConnection

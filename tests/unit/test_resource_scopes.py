@@ -1,9 +1,9 @@
 """External resources of a graph, read from the configs of its nodes."""
 
-from dataclasses import replace
 from typing import cast
 
 import pytest
+from msgspec.structs import replace
 
 from engine.config_places import ResourceReference, list_references, required_scopes
 from engine.graph import ParsedGraph

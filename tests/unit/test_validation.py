@@ -3,13 +3,13 @@ from __future__ import annotations
 import re
 import sys
 from collections import Counter
-from dataclasses import replace
 from types import FrameType
 from typing import cast
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from docs.tables import ROOT
 from engine.findings import MAX_FINDINGS, FindingType, FixAction, GraphFinding, ValidationResult

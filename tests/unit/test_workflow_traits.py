@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from engine.agents import tool_reach, workflow_traits
 from engine.agents.workflow_traits import UNKNOWN, TraitsById, WorkflowTraits
@@ -139,7 +139,7 @@ def test_validation_finds_each_part_of_an_exfiltration_path_behind_a_workflow() 
     ):
         graph = agent(CALL, *others, **free)
         assert list_paths(graph, {"wf_1": HARMLESS}) == []
-        traits = {name: getattr(HARMLESS, name) for name in WorkflowTraits.__slots__} | trait
+        traits = {name: getattr(HARMLESS, name) for name in WorkflowTraits.__struct_fields__} | trait
         assert list_paths(graph, {"wf_1": WorkflowTraits(**traits)}) == ["agent"], trait
 
 
