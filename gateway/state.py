@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, TypeAlias
+
+from msgspec import Struct
 
 from execution.event_matching import EventMatcher
 from execution.organization_catalogs import OrganizationCatalogs
@@ -80,8 +81,7 @@ if TYPE_CHECKING:
     from gateway.access.openid_sign_in import OpenIdSignIn
 
 
-@dataclass(frozen=True, slots=True)
-class GatewayState:
+class GatewayState(Struct, frozen=True):
     """Stores, caches, limits and clients that handlers use."""
 
     settings: GatewaySettings

@@ -7,11 +7,11 @@ config must never enter them: values are recorded of chosen fields alone, of all
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import msgspec
+from msgspec import Struct
 from sqlalchemy import insert
 
 from engine.values import MISSING, compare_values, fingerprint
@@ -36,8 +36,7 @@ HIDDEN: Final = "(hidden)"
 _NOT_HASHED: Final = {"hash", "secret_id", "last_used_at", "last_route", "last_address_hash"}
 
 
-@dataclass(frozen=True, slots=True)
-class ServerOperator:
+class ServerOperator(Struct, frozen=True):
     """Operator of the server as the author of a change, by the command line or settings; no user and no key."""
 
     organization_id: str

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import structlog
+from msgspec import Struct
 
 from concurrency.ttl_cache import TTLCache
 from engine.values import fingerprint
@@ -49,8 +49,7 @@ class SignInRequest(StrictWire):
     code: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class SignInResult:
+class SignInResult(Struct, frozen=True):
     """New session: its row, the identity behind it, and the value of its cookie."""
 
     row: BrowserSession

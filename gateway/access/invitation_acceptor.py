@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
+from msgspec import Struct
 
 from engine.values import fingerprint
 from gateway.access import audit_log
@@ -36,8 +36,7 @@ KEY_LIFETIME: Final = timedelta(days=365)
 LONGEST_CODE: Final = 200
 
 
-@dataclass(frozen=True, slots=True)
-class NewMember:
+class NewMember(Struct, frozen=True):
     """User that an invitation has made, with key and session."""
 
     organization: Organization

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 from base64 import b64encode, urlsafe_b64encode
-from dataclasses import dataclass
 from hashlib import sha256
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -16,6 +15,7 @@ from urllib.parse import quote_plus, urlencode, urlsplit
 
 import msgspec
 import structlog
+from msgspec import Struct
 
 from gateway.http.session_cookies import is_loopback_host
 from json_text import decoding
@@ -71,8 +71,7 @@ class TokenAnswer(msgspec.Struct, frozen=True):
     access_token: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class ProviderClaims:
+class ProviderClaims(Struct, frozen=True):
     """Verified claims about a person."""
 
     issuer: str
@@ -82,8 +81,7 @@ class ProviderClaims:
     name: str
 
 
-@dataclass(frozen=True, slots=True)
-class OpenIdClient:
+class OpenIdClient(Struct, frozen=True):
     """Registration of this server at a provider."""
 
     issuer: str

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import secrets
 from base64 import urlsafe_b64decode, urlsafe_b64encode
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from ipaddress import ip_network
 from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
 
 import msgspec
+from msgspec import Struct
 from sqlalchemy import select, update
 from sqlmodel import col
 
@@ -59,8 +59,7 @@ class NoAccount(Exception):
     """No user of this server has the identity, and no invitation is for its address."""
 
 
-@dataclass(frozen=True, slots=True)
-class OpenIdSignIn:
+class OpenIdSignIn(Struct, frozen=True):
     """Sign-ins of one process with its provider."""
 
     provider: OpenIdProvider

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+from msgspec import Struct
 
 from gateway.data_sources import data_source_editing, data_source_rows, data_source_shapes
 from gateway.data_sources.data_source_rows import DataSourceNameTaken, StoredDataSource
@@ -32,8 +32,7 @@ if TYPE_CHECKING:
 SORT = sorted_by({name: by for name, by in data_source_rows.SORTABLE.items() if name != "type"})
 
 
-@dataclass(frozen=True, slots=True)
-class SourceResource:
+class SourceResource(Struct, frozen=True):
     """Kind of such resources."""
 
     source_type: DataSourceType

@@ -6,11 +6,12 @@ All lie below one path with the hash of all of them, so that modules import each
 from __future__ import annotations
 
 import gzip
-from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
+
+from msgspec import Struct
 
 from gateway.http import errors
 
@@ -31,8 +32,7 @@ _POLICY: Final = b"default-src 'none'; frame-ancestors 'none'"
 """Policy of the files themselves: an SVG image can have scripts too."""
 
 
-@dataclass(frozen=True, slots=True)
-class AssetFile:
+class AssetFile(Struct, frozen=True):
     """File with its content, plain and compressed."""
 
     content_type: bytes
@@ -40,8 +40,7 @@ class AssetFile:
     compressed: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class AssetAnswer:
+class AssetAnswer(Struct, frozen=True):
     """Answer with a file, as an ASGI response."""
 
     file: AssetFile

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Final
+
+from msgspec import Struct
 
 from gateway.dashboard.formats import parse_moment
 
@@ -23,8 +24,7 @@ WORDS: Final = {"window": "window", "up": "up", "hand": "up, started by hand", "
 """Words for each tone of a bar."""
 
 
-@dataclass(frozen=True, slots=True)
-class CalendarBar:
+class CalendarBar(Struct, frozen=True):
     """Part of a day, in percent of its width; `tone` is `window`, `up`, `hand` by a user, or `pre` for a forecast."""
 
     x: float
@@ -33,8 +33,7 @@ class CalendarBar:
     title: str
 
 
-@dataclass(frozen=True, slots=True)
-class CalendarDay:
+class CalendarDay(Struct, frozen=True):
     """Day of the calendar with its bars; `hours` is the pod time, for days to come the planned one."""
 
     label: str
@@ -52,8 +51,7 @@ class CalendarDay:
     now_x: float | None
 
 
-@dataclass(frozen=True, slots=True)
-class _Span:
+class _Span(Struct, frozen=True):
     start: datetime
     end: datetime
     tone: str

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Final
+
+from msgspec import Struct
 
 from gateway.dashboard.formats import show_whole_json
 
@@ -18,8 +19,7 @@ NAME: Final = r"([A-Za-z_][A-Za-z0-9_]*)"
 READ_INPUT: Final = re.compile(rf"\b(?:trigger|data|nodes\.[A-Za-z0-9_-]+)\.body\.{NAME}")
 
 
-@dataclass(frozen=True, slots=True)
-class FormField:
+class FormField(Struct, frozen=True):
     """Field of a form: `kind` is `text`, `date`, `integer`, `number`, `boolean`, `choice`, `json` or `any`."""
 
     name: str

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
+from msgspec import Struct
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -29,8 +29,7 @@ EXECUTION: Final = re.compile(r"(?<![\w:/.-])([Ee])xecution(s?)(?![\w:/-])")
 """Word for a run in messages of the API, but for scopes, paths and names of fields."""
 
 
-@dataclass(frozen=True, slots=True)
-class StateLook:
+class StateLook(Struct, frozen=True):
     """Look of a state: a tone of the style sheet, an icon and a word, always together."""
 
     tone: str

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Final
+
+from msgspec import Struct
 
 LANES: Final = (18, 36, 54)
 """Horizontal positions of lanes; further lanes share the last one."""
@@ -13,16 +14,14 @@ MIDDLE: Final = 18
 HEIGHT: Final = 36
 
 
-@dataclass(frozen=True, slots=True)
-class LanePath:
+class LanePath(Struct, frozen=True):
     """Line of the graph beside a row; `is_taken` is false for a branch that the run did not take."""
 
     path: str
     is_taken: bool
 
 
-@dataclass(frozen=True, slots=True)
-class LaneEdge:
+class LaneEdge(Struct, frozen=True):
     """Connection between two rows, by their ids."""
 
     source: str
@@ -31,16 +30,14 @@ class LaneEdge:
     """Whether it leads into the body of a loop, which gets a lane of its own."""
 
 
-@dataclass(frozen=True, slots=True)
-class RowLanes:
+class RowLanes(Struct, frozen=True):
     """Lane of a row, and the lines that pass it."""
 
     x: int
     paths: Sequence[LanePath]
 
 
-@dataclass(frozen=True, slots=True)
-class _Line:
+class _Line(Struct, frozen=True):
     """Line on its way to a row."""
 
     row: int

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Final
+
+from msgspec import Struct
 
 from gateway.dashboard.formats import parse_instant
 
@@ -20,8 +21,7 @@ LABELED_HOURS: Final = (0, 6, 12, 18)
 Hour = Mapping[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class BarPaths:
+class BarPaths(Struct, frozen=True):
     """Bars as two paths of an SVG, which are far shorter than a shape for each bar."""
 
     bars: str
@@ -29,8 +29,7 @@ class BarPaths:
     """Failures at the foot of the bars; empty without any."""
 
 
-@dataclass(frozen=True, slots=True)
-class QuantileLines:
+class QuantileLines(Struct, frozen=True):
     """Lines of the median and the 95th percentile as paths of an SVG, empty without any value."""
 
     median: str

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Final
 
+from msgspec import Struct
 
-@dataclass(frozen=True, slots=True)
-class NavigationEntry:
+
+class NavigationEntry(Struct, frozen=True):
     """Link of the main navigation; `g` and `key` go there."""
 
     name: str

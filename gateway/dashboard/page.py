@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gzip
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import datetime
 from hashlib import sha256
 from importlib import import_module
@@ -14,6 +13,7 @@ from urllib.parse import quote, urlsplit
 
 import msgspec
 import structlog
+from msgspec import Struct, field
 
 from gateway.dashboard import assets
 from gateway.dashboard.navigation import ENTRIES
@@ -54,8 +54,7 @@ PageData: TypeAlias = Mapping[str, Any]
 """Answers of public routes, by names that the page chooses."""
 
 
-@dataclass(frozen=True, slots=True)
-class PageFrame:
+class PageFrame(Struct, frozen=True):
     """Facts about the request and the visitor that every page may show."""
 
     root: str
@@ -76,8 +75,7 @@ class PageFrame:
         return self.visitor is not None and scope in self.visitor["scopes"]
 
 
-@dataclass(frozen=True, slots=True)
-class Page:
+class Page(Struct, frozen=True):
     """Page of the dashboard.
 
     `load` asks public routes, and `view` turns their answers into values of the template without waiting for
@@ -255,8 +253,7 @@ async def answer_html(request: GatewayRequest, html: str, *, tag: str = "") -> A
     return HtmlAnswer(200, body, validators)
 
 
-@dataclass(frozen=True, slots=True)
-class HtmlAnswer:
+class HtmlAnswer(Struct, frozen=True):
     """Answer with HTML under the policy of the dashboard, as an ASGI response."""
 
     status: int

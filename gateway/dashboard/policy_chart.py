@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Final
+
+from msgspec import Struct
 
 from gateway.dashboard.formats import parse_moment
 
@@ -18,8 +19,7 @@ LABELED: Final = 3
 """Each third day keeps its label in a narrow window."""
 
 
-@dataclass(frozen=True, slots=True)
-class DayBars:
+class DayBars(Struct, frozen=True):
     """Bars of one day: positions and widths in percent, heights in pixels."""
 
     label: str
@@ -34,8 +34,7 @@ class DayBars:
     title: str
 
 
-@dataclass(frozen=True, slots=True)
-class PolicyChart:
+class PolicyChart(Struct, frozen=True):
     """Bars of all days on one scale."""
 
     days: Sequence[DayBars]

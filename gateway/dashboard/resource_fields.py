@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
+
+from msgspec import Struct
 
 from gateway.dashboard.source_form import LABELS
 
@@ -25,8 +26,7 @@ NAMES: Final[Mapping[str, str]] = {str(kind): label for kind, label in LABELS.it
 WORD: Final = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 
 
-@dataclass(frozen=True, slots=True)
-class ResourceField:
+class ResourceField(Struct, frozen=True):
     """Field that chooses a resource: `name` is the key of the config, `present` the text of its value."""
 
     name: str

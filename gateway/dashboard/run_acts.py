@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
+
+from msgspec import Struct
 
 from gateway.dashboard.formats import parse_moment
 from gateway.http import limits
@@ -38,8 +39,7 @@ BULK_FIELDS: Final = {
 DEFINITIONS: Final = (("original", "the definition that each had"), ("current", "the workflow as it is now"))
 
 
-@dataclass(frozen=True, slots=True)
-class ChosenAct:
+class ChosenAct(Struct, frozen=True):
     """Act on many runs that the address of the page names, with the choices of a replay."""
 
     name: str

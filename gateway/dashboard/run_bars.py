@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Final, TypeAlias
+
+from msgspec import Struct
 
 from gateway.dashboard.formats import look_of, milliseconds_between, parse_instant
 from gateway.dashboard.time_axis import WHOLE, Interval, TimeAxis
@@ -23,8 +24,7 @@ MIN_START_SHARE: Final = 2.0
 MILLISECOND: Final = timedelta(milliseconds=1)
 
 
-@dataclass(frozen=True, slots=True)
-class TimeBar:
+class TimeBar(Struct, frozen=True):
     """Bar on the time axis, in percent of its width."""
 
     x: float
@@ -32,8 +32,7 @@ class TimeBar:
     tone: str
 
 
-@dataclass(frozen=True, slots=True)
-class StartRow:
+class StartRow(Struct, frozen=True):
     """Time between the acceptance of a run and its start."""
 
     label: str
@@ -43,8 +42,7 @@ class StartRow:
     """Time since which its pods were asleep; empty if they were not, or if it is not recorded."""
 
 
-@dataclass(frozen=True, slots=True)
-class WakePhase:
+class WakePhase(Struct, frozen=True):
     """Event of the wake before a run, with the time since the event before it."""
 
     label: str

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import datetime
 from heapq import heapify, heappop, heappush
 from typing import Any, Final
+
+from msgspec import Struct, field
 
 from gateway.dashboard import run_bars
 from gateway.dashboard.formats import look_of, parse_instant
@@ -36,16 +37,14 @@ NEVER: Final = "9999"
 NOT_TAKEN: Final = frozenset({"not-reached", "skipped"})
 
 
-@dataclass(frozen=True, slots=True)
-class IterationCell:
+class IterationCell(Struct, frozen=True):
     """Cell of the strip of iterations, which stands for `count` iterations."""
 
     tone: str
     count: int
 
 
-@dataclass(slots=True)
-class RunRow:
+class RunRow(Struct):
     """Node of a run, or several that are folded: its state, lane, bars and, in a loop, the states of its iterations."""
 
     id: str
@@ -71,8 +70,7 @@ class RunRow:
     """Number of nodes that the row stands for; 0 for the row of one node."""
 
 
-@dataclass(frozen=True, slots=True)
-class RunTimeline:
+class RunTimeline(Struct, frozen=True):
     """Rows of a run with their time axis."""
 
     rows: Sequence[RunRow]
@@ -85,8 +83,7 @@ class RunTimeline:
     """State of each node by its id."""
 
 
-@dataclass(slots=True)
-class _RowOrder:
+class _RowOrder(Struct):
     """Graph for a walk that brings its nodes into an order."""
 
     keys: Mapping[str, tuple[str, int]]

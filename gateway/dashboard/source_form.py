@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Final
 
 import msgspec
+from msgspec import Struct
 
 from gateway.dashboard.form_fields import FormField, list_fields
 from models.data_source_types import DATA_SOURCE_TYPES, DataSourceFields, DataSourceType
@@ -31,8 +31,7 @@ TITLES: Final = {"tls": "TLS", "baseUrl": "Base URL", "accessKeyId": "Access key
 WORD: Final = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 
 
-@dataclass(frozen=True, slots=True)
-class SourceForm:
+class SourceForm(Struct, frozen=True):
     """Form of a new data source of one type."""
 
     type: str

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from itertools import pairwise
 from typing import Final, TypeAlias
+
+from msgspec import Struct
 
 Interval: TypeAlias = tuple[datetime, datetime]
 """Start and end of work; both are the same for an event without a length."""
@@ -30,8 +31,7 @@ STEPS: Final = (
 """Milliseconds between two ticks that people read easily."""
 
 
-@dataclass(frozen=True, slots=True)
-class FoldedWait:
+class FoldedWait(Struct, frozen=True):
     """Part of the axis in which nothing ran, drawn shorter than it was."""
 
     x: float
@@ -39,8 +39,7 @@ class FoldedWait:
     milliseconds: int
 
 
-@dataclass(frozen=True, slots=True)
-class AxisTick:
+class AxisTick(Struct, frozen=True):
     """Labeled point of the axis."""
 
     x: float
@@ -48,8 +47,7 @@ class AxisTick:
     """Time since the start of the run."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Piece:
+class _Piece(Struct, frozen=True):
     """Part of the axis with one scale: bounds in time and in percent."""
 
     start: datetime
@@ -65,8 +63,7 @@ class _Piece:
         return self.x + self.width * min(max(share, 0.0), 1.0)
 
 
-@dataclass(frozen=True, slots=True)
-class TimeAxis:
+class TimeAxis(Struct, frozen=True):
     """Map from times to percent."""
 
     pieces: Sequence[_Piece]

@@ -12,10 +12,10 @@ import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import structlog
+from msgspec import Struct, field
 from starlette.requests import ClientDisconnect
 
 from concurrency.ttl_cache import TTLCache
@@ -53,15 +53,13 @@ HEARD_SECONDS: Final = 60.0
 MAX_HEARD: Final = 20_000
 
 
-@dataclass(frozen=True, slots=True)
-class StartFailure:
+class StartFailure(Struct, frozen=True):
     """Permanent failure: the pods of a deployment can't start."""
 
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class StartBlockage:
+class StartBlockage(Struct, frozen=True):
     """Temporary failure: the pods of a deployment start once the cluster has capacity for them."""
 
     reason: str
@@ -78,8 +76,7 @@ class PodUnavailable(Exception):
         self.news = news
 
 
-@dataclass(frozen=True, slots=True)
-class CountedDeployment:
+class CountedDeployment(Struct, frozen=True):
     """Deployment whose activity was recorded for an inbound run."""
 
     deployment: Deployment
@@ -87,8 +84,7 @@ class CountedDeployment:
     """Reason why it may not start for that run now."""
 
 
-@dataclass(slots=True, eq=False)
-class DeploymentWatch:
+class DeploymentWatch(Struct, eq=False):
     """Watch over one deployment, and the number of requests that need it."""
 
     bad_news: asyncio.Future[BadNews] = field(

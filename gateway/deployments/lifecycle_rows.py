@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from msgspec import Struct
 from sqlalchemy import BigInteger, and_, bindparam, func, literal, select, true, type_coerce, union_all
 from sqlalchemy.orm import aliased
 from sqlmodel import col
@@ -46,8 +46,7 @@ _SECOND_MICROSECONDS: Final = 1_000_000
 _INSTANT: Final = TimestampColumn()
 
 
-@dataclass(frozen=True, slots=True)
-class TimeRange:
+class TimeRange(Struct, frozen=True):
     """Time from an instant up to another."""
 
     since: datetime
@@ -67,8 +66,7 @@ def start_of_day(moment: datetime) -> datetime:
     return moment.replace(hour=0, minute=0, second=0, microsecond=0)
 
 
-@dataclass(frozen=True, slots=True)
-class PodUsage:
+class PodUsage(Struct, frozen=True):
     """Use of a workflow's pods in a period."""
 
     since: datetime

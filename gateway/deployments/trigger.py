@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Mapping
-from dataclasses import dataclass
 from enum import StrEnum
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar
 
 import msgspec
+from msgspec import Struct
 from sqlalchemy import select
 from sqlmodel import col
 from starlette.requests import ClientDisconnect
@@ -98,8 +98,7 @@ class TriggerResult(WireStruct):
     """`true` if `outputs` would have more than 1,000,000 characters: read them at the execution."""
 
 
-@dataclass(slots=True)
-class TriggerTimings:
+class TriggerTimings(Struct):
     """Durations of a request in seconds, and whether its deployment had to start."""
 
     began: float

@@ -5,11 +5,12 @@ from __future__ import annotations
 import posixpath
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from hashlib import sha256
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
+
+from msgspec import Struct
 
 from gateway.http.cached_text import CachedText
 
@@ -26,8 +27,7 @@ _NO_PAGES: Final = "This installation was built without its documentation."
 _NO_VIEWER: Final = "`make docs` builds the documentation site, with search and a viewer of the API."
 
 
-@dataclass(frozen=True, slots=True)
-class PlainPages:
+class PlainPages(Struct, frozen=True):
     """Markdown pages by their paths below `/docs/`; without any, the contents lead to the API's document alone."""
 
     pages: Mapping[str, Path]

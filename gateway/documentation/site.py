@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import msgspec
+from msgspec import Struct, field
 
 from gateway.documentation import plain_pages
 from gateway.http import errors
@@ -53,8 +53,7 @@ class SiteFile(msgspec.Struct, frozen=True):
     policy: str = _NO_SCRIPTS
 
 
-@dataclass(frozen=True, slots=True)
-class DocumentationSite:
+class DocumentationSite(Struct, frozen=True):
     """A folder with a built site, and its files by their paths below `/docs/`."""
 
     folder: Path

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from msgspec import Struct
 from sqlalchemy import func, literal_column, or_, select
 from sqlmodel import col
 
@@ -32,8 +32,7 @@ IS_OF_RUN: Final = or_(col(AgentStepRow.reuse).is_(None), col(AgentStepRow.reuse
 """Condition: a step belongs to its run, and not only to the run that this one replays."""
 
 
-@dataclass(frozen=True, slots=True)
-class StepFilter:
+class StepFilter(Struct, frozen=True):
     """Agents of a run whose steps are read; None: all."""
 
     node_id: str | None = None

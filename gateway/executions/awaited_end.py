@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from msgspec import UNSET, Raw, UnsetType
+from msgspec import UNSET, Raw, Struct, UnsetType
 
 from gateway.executions import execution_shapes
 from gateway.executions.execution_shapes import ErrorText, Status
@@ -40,8 +39,7 @@ class OutcomeShape(WireStruct):
     """`true` if the outputs have more than 1,000,000 characters: read them at the execution."""
 
 
-@dataclass(frozen=True, slots=True)
-class WaitPreference:
+class WaitPreference(Struct, frozen=True):
     """Wait that a request prefers, in seconds."""
 
     seconds: int

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 from urllib.parse import urlencode
 
-from msgspec import UNSET, Meta, Raw, UnsetType, convert, structs
+from msgspec import UNSET, Meta, Raw, Struct, UnsetType, convert, structs
 
 from engine import node_key
 from engine.agents import call_approvals, call_waits
@@ -465,8 +464,7 @@ def show_span_details(
     )
 
 
-@dataclass(frozen=True, slots=True)
-class StepQuestions:
+class StepQuestions(Struct, frozen=True):
     """Open questions about the steps of one execution."""
 
     public_url: str

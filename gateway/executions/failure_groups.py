@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
-from msgspec import Meta
+from msgspec import Meta, Struct
 from sqlalchemy import Row, and_, exists, func, or_, select, true
 from sqlalchemy.orm import aliased
 from sqlmodel import col
@@ -122,16 +121,14 @@ class FailureGroups(WireStruct):
     """Those with the last failure first."""
 
 
-@dataclass(frozen=True, slots=True)
-class _LastRun:
+class _LastRun(Struct, frozen=True):
     """Message of the last failed run of a group, and the newest completed run in its place."""
 
     message: str
     completed_successor_id: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class _VersionBefore:
+class _VersionBefore(Struct, frozen=True):
     """Version of a workflow before the definition that failed."""
 
     workflow_id: str

@@ -10,8 +10,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
+
+from msgspec import Struct, field
 
 from execution import answer_messages
 from execution.answer_messages import FOLLOW, FOLLOW_POD, PIECES
@@ -66,8 +67,7 @@ class RetryShape(WireStruct):
     """Code of the failure, `worker-lost`, or `interrupted`."""
 
 
-@dataclass(slots=True, eq=False)
-class OpenText:
+class OpenText(Struct, eq=False):
     """Text of one call of a model."""
 
     serial: int
@@ -88,8 +88,7 @@ class OpenText:
         return self.is_complete or self.is_dropped
 
 
-@dataclass(slots=True)
-class _Position:
+class _Position(Struct):
     """Part of a text that a client has got; the text itself may be forgotten."""
 
     serial: int
@@ -98,8 +97,7 @@ class _Position:
     sent: int = 0
 
 
-@dataclass(slots=True, eq=False)
-class AnswerReader:
+class AnswerReader(Struct, eq=False):
     """Texts of one run that one client has not got yet."""
 
     wanted: StepFilter
@@ -222,8 +220,7 @@ def _build_retry(place: AnswerPlace, position: _Position, reason: str) -> tuple[
     return "retry", shape
 
 
-@dataclass(slots=True, eq=False)
-class FollowedRun:
+class FollowedRun(Struct, eq=False):
     """Run that clients of this gateway follow."""
 
     readers: set[AnswerReader] = field(default_factory=set)

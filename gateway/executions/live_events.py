@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
 
 import msgspec
+from msgspec import Struct
 
 from engine.agents.agent_steps import StepKind, StepStatus
 from execution.live_answers import COALESCE_SECONDS
@@ -124,8 +124,7 @@ RecordEvent: TypeAlias = "tuple[int, str, WireStruct]"
 """Sequence number, name and shape of a record."""
 
 
-@dataclass(frozen=True, slots=True)
-class EventBatch:
+class EventBatch(Struct, frozen=True):
     """Records of a run in the order of their sequence numbers."""
 
     events: Sequence[RecordEvent]
@@ -150,8 +149,7 @@ class EventSource(Protocol):
         """Return up to `EVENTS_AT_ONCE` records with sequence numbers above `after`."""
 
 
-@dataclass(frozen=True, slots=True)
-class RunRecords:
+class RunRecords(Struct, frozen=True):
     """All spans and log lines, and the progress of the run."""
 
     large_outputs: LargeOutputs
@@ -166,8 +164,7 @@ class RunRecords:
         return _merge([*spans, *_show_lines(changes.logs)], changes, after)
 
 
-@dataclass(frozen=True, slots=True)
-class LogLines:
+class LogLines(Struct, frozen=True):
     """Log lines alone."""
 
     levels: frozenset[str]
@@ -182,8 +179,7 @@ class LogLines:
         return _merge(list(_show_lines(lines)), changes, after)
 
 
-@dataclass(frozen=True, slots=True)
-class AgentSteps:
+class AgentSteps(Struct, frozen=True):
     """Steps of agents, each in its newest state, and texts that models are writing."""
 
     wanted: StepFilter
@@ -218,8 +214,7 @@ def _merge(events: Sequence[RecordEvent], changes: RunChanges, after: int) -> Ev
     return EventBatch(sorted(events, key=lambda event: event[0]), last, changes.is_all)
 
 
-@dataclass(slots=True)
-class CheckedTexts:
+class CheckedTexts(Struct):
     """Texts of one run for one client, which gets them only while its access is checked again and again."""
 
     reader: AnswerReader

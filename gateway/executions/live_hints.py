@@ -12,13 +12,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import msgspec
 import structlog
+from msgspec import Struct, field
 from sqlalchemy import and_, func, select
 from sqlmodel import col
 
@@ -77,8 +77,7 @@ class LiveHint(msgspec.Struct):
     """Text that differs after each change."""
 
 
-@dataclass(frozen=True, slots=True)
-class HintTopics:
+class HintTopics(Struct, frozen=True):
     """Objects that one stream has hints about."""
 
     runs: Sequence[ExecutionKey] = ()
@@ -87,8 +86,7 @@ class HintTopics:
     """The one of the runs whose texts are sent while models write them."""
 
 
-@dataclass(slots=True, eq=False)
-class HintQueue:
+class HintQueue(Struct, eq=False):
     """Hints for one client: the newest of each topic, and at most 256."""
 
     waiting: dict[str, LiveHint] = field(default_factory=dict)
@@ -124,8 +122,7 @@ class HintQueue:
         self.changed.set()
 
 
-@dataclass(slots=True, eq=False)
-class ListWatch:
+class ListWatch(Struct, eq=False):
     """Queues of one organization that wait for changes of one of its lists."""
 
     queues: set[HintQueue] = field(default_factory=set)

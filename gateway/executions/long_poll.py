@@ -11,10 +11,10 @@ import asyncio
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 import structlog
+from msgspec import Struct, field
 from sqlalchemy import select
 from sqlmodel import col
 
@@ -46,8 +46,7 @@ VISIBLE_SECONDS: Final = 5.0
 MAX_VISIBLE: Final = 20_000
 
 
-@dataclass(slots=True, eq=False)
-class ExecutionWaiter:
+class ExecutionWaiter(Struct, eq=False):
     """Waiting request: read again when `changed` is set, and for the last time when `is_over`."""
 
     begun_at: float
@@ -63,8 +62,7 @@ class ExecutionWaiter:
         self.changed.set()
 
 
-@dataclass(slots=True, eq=False)
-class BrokerWatch:
+class BrokerWatch(Struct, eq=False):
     """Watch requested from the broker, and whether it is in effect."""
 
     execution_ids: Sequence[str]

@@ -15,11 +15,11 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import OrderedDict
-from dataclasses import dataclass
 from time import monotonic
 from typing import TYPE_CHECKING, Final, Protocol
 
 import structlog
+from msgspec import Struct
 
 from gateway.http import errors
 from gateway.http.errors import ApiError
@@ -56,8 +56,7 @@ UNKNOWN_RETRY_SECONDS: Final = 5
 MAX_TALLIES: Final = 20_000
 
 
-@dataclass(frozen=True, slots=True)
-class RateLimit:
+class RateLimit(Struct, frozen=True):
     """Rate limit that applies to a request."""
 
     policy: str
@@ -67,8 +66,7 @@ class RateLimit:
     rate: BucketRate
 
 
-@dataclass(slots=True)
-class TokenLease:
+class TokenLease(Struct):
     """Tokens of a bucket that this process has leased."""
 
     tokens: int = 0
@@ -270,8 +268,7 @@ def _refuse_rate(limit: RateLimit, seconds: float) -> ApiError:
     return ApiError(429, "rate-limited", message, retry_after_seconds=max(math.ceil(seconds), 1))
 
 
-@dataclass(slots=True)
-class BacklogCount:
+class BacklogCount(Struct):
     """Known size and trend of one backlog."""
 
     counted: int | None = None

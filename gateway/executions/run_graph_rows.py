@@ -6,10 +6,10 @@ Iterations of loops are counted by the database, so that a run with many thousan
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final
 
+from msgspec import Struct, field
 from sqlalchemy import and_, func, not_, select
 from sqlmodel import col
 
@@ -60,8 +60,7 @@ IS_ITERATION_OF_LOOP: Final = and_(col(SpanRow.port) == CONTINUE, col(SpanRow.ha
 """Condition of the records of a loop about its own iterations, which are no spans of nodes."""
 
 
-@dataclass(frozen=True, slots=True)
-class RunHead:
+class RunHead(Struct, frozen=True):
     """Facts about a run that its graph depends on."""
 
     organization_id: str
@@ -71,8 +70,7 @@ class RunHead:
     status: str
 
 
-@dataclass(frozen=True, slots=True)
-class DefinitionChange:
+class DefinitionChange(Struct, frozen=True):
     """Change of the definition of a workflow, by a user."""
 
     at: datetime
@@ -81,8 +79,7 @@ class DefinitionChange:
     """Name or mail address; the id of a user that is no longer kept."""
 
 
-@dataclass(frozen=True, slots=True)
-class IterationCounts:
+class IterationCounts(Struct, frozen=True):
     """Iterations of a node in all loops around it: their number by status, first start and last end."""
 
     by_status: Mapping[str, int]
@@ -90,8 +87,7 @@ class IterationCounts:
     ended_at: datetime | None
 
 
-@dataclass(frozen=True, slots=True)
-class RunGraphRows:
+class RunGraphRows(Struct, frozen=True):
     """Rows about the graph of a run."""
 
     head: RunHead

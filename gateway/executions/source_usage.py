@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final
 
+from msgspec import Struct
 from sqlalchemy import select
 from sqlmodel import col
 
@@ -121,8 +121,7 @@ class DataSourceUsage(WireStruct):
     """The same."""
 
 
-@dataclass(frozen=True, slots=True)
-class _SpansOfWorkflow:
+class _SpansOfWorkflow(Struct, frozen=True):
     """Spans of the nodes of one workflow, and the time since which all are read."""
 
     workflow_id: str

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import msgspec
-from msgspec import Raw
+from msgspec import Raw, Struct
 from sqlalchemy import and_, func, select
 from sqlmodel import col
 
@@ -45,8 +44,7 @@ EARLIER_RUNS: Final = 20
 _encode = msgspec.json.Encoder().encode
 
 
-@dataclass(frozen=True, slots=True)
-class SpanDetails:
+class SpanDetails(Struct, frozen=True):
     """Rows about one span."""
 
     span: Recorded
@@ -68,8 +66,7 @@ class SpanDetails:
     """Key of its calls to the outside."""
 
 
-@dataclass(frozen=True, slots=True)
-class ShownConfig:
+class ShownConfig(Struct, frozen=True):
     """Config of a span as the API shows it."""
 
     rendered: Raw | None

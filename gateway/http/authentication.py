@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from dataclasses import dataclass
 from datetime import timedelta
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import structlog
+from msgspec import Struct
 
 from concurrency.single_flight import SingleFlight
 from concurrency.ttl_cache import TTLCache
@@ -44,8 +44,7 @@ USE_RECORDED_EVERY = timedelta(minutes=1)
 LONGEST_KEY = 200
 
 
-@dataclass(slots=True)
-class CachedCaller:
+class CachedCaller(Struct):
     """Caller of a key that was valid at its last lookup."""
 
     caller: ApiCaller

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
 
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
 
-@dataclass(frozen=True, slots=True)
-class CachedText:
+class CachedText(Struct, frozen=True):
     """Response text that is constant while this process lives; clients that have it get 304."""
 
     body: bytes
@@ -30,8 +30,7 @@ class CachedText:
         await send({"type": "http.response.body", "body": body})
 
 
-@dataclass(frozen=True, slots=True)
-class RedirectResponse:
+class RedirectResponse(Struct, frozen=True):
     """Redirect to another address. A relative address stays below the path of a proxy."""
 
     location: str

@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
 from functools import cache
 from itertools import count
 from time import perf_counter
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
+from msgspec import Struct, field
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.http.protocol import INTERNAL
@@ -212,8 +212,7 @@ def _cross_origin_headers(
     return [*varies, allowed, *methods, *_PREFLIGHT]
 
 
-@dataclass(frozen=True, slots=True)
-class PathRoute:
+class PathRoute(Struct, frozen=True):
     """Endpoint of a path, in which `{names}` stand for segments of the URL.
 
     `/docs/*` serves every path that begins with `/docs/`, unless another path matches it.
@@ -230,8 +229,7 @@ class RouteMatch(NamedTuple):
     path_params: dict[str, str]
 
 
-@dataclass(slots=True)
-class _PathBranch:
+class _PathBranch(Struct):
     """Node of the tree of segments: a literal segment takes precedence over a named one."""
 
     words: dict[str, _PathBranch] = field(default_factory=dict)

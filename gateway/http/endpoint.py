@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Collection, Mapping
-from dataclasses import dataclass
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import structlog
+from msgspec import Struct
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -51,8 +51,7 @@ OPEN_QUERIES = frozenset({AccessRule.PUBLIC, AccessRule.SENDER})
 """Routes for senders, who add parameters of their own, and for browsers."""
 
 
-@dataclass(frozen=True, slots=True)
-class PathOperation:
+class PathOperation(Struct, frozen=True):
     """Handler of one method of a path, with its access."""
 
     access: KeyScope | AccessRule

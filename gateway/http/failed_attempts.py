@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 import secrets
 from collections import OrderedDict
-from dataclasses import dataclass
 from hashlib import blake2b
 from time import monotonic
+
+from msgspec import Struct
 
 from concurrency.ttl_cache import TTLCache
 from gateway.http.errors import ApiError
@@ -23,8 +24,7 @@ MAX_REMEMBERED_CLIENTS = 10_000
 RIGHT_SECONDS = 86_400.0
 
 
-@dataclass(slots=True)
-class ClientFailures:
+class ClientFailures(Struct):
     """Failures of one client in the window that began at `since`."""
 
     since: float

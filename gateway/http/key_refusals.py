@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Final
 
 import structlog
+from msgspec import Struct
 
 from models import key_refusal
 from models.errors import DatabaseUnavailable, LockWaitTimeout
@@ -38,8 +38,7 @@ ATTEMPTS: Final = 5
 """Attempts of a write whose rows another gateway has locked, each of which waits for them."""
 
 
-@dataclass(slots=True)
-class _Count:
+class _Count(Struct):
     """Refusals of a key for a scope on a day that are not written yet."""
 
     number: int

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
-from msgspec import UNSET, UnsetType
+from msgspec import UNSET, Struct, UnsetType
 from sqlalchemy import and_, case, func, literal, or_, select, true
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.sql.expression import SQLColumnExpression
@@ -45,8 +45,7 @@ _MICROSECOND: Final = timedelta(microseconds=1)
 _INVALID: Final = "after must be `start`, or the `next` of an answer of this list in the same order"
 
 
-@dataclass(frozen=True, slots=True)
-class PageCursor:
+class PageCursor(Struct, frozen=True):
     """Position behind an item of a list; without an item, the beginning of the list."""
 
     is_descending: bool | None = None
@@ -101,8 +100,7 @@ class KeysetPage(WireStruct, kw_only=True):
     """With `after`, whether more items match than `count` says: it goes up to 10,000 then."""
 
 
-@dataclass(frozen=True, slots=True)
-class KeysetBounds:
+class KeysetBounds(Struct, frozen=True):
     """Number of items, order and beginning of a page."""
 
     limit: int
@@ -141,16 +139,14 @@ class KeysetBounds:
         return urlsafe_b64encode(text.encode()).decode().rstrip("=")
 
 
-@dataclass(frozen=True, slots=True)
-class BoundedCount:
+class BoundedCount(Struct, frozen=True):
     """Number of items, counted up to a limit."""
 
     count: int
     is_lower_bound: bool
 
 
-@dataclass(frozen=True, slots=True)
-class ListPage(Generic[Item]):
+class ListPage(Struct, Generic[Item], frozen=True):
     """Page of a list, selected by a number of items to skip or by a cursor."""
 
     count: int
@@ -234,8 +230,7 @@ async def list_examined(
     return ListPage(counted.count, rows, next_cursor, counted.is_lower_bound)
 
 
-@dataclass(frozen=True, slots=True)
-class RowPage:
+class RowPage(Struct, frozen=True):
     """Rows of a page, and the cursor of the next one; None on the last page."""
 
     rows: Sequence[RowMapping]
@@ -267,8 +262,7 @@ async def read_rows(
     return RowPage(rows, next_cursor)
 
 
-@dataclass(frozen=True, slots=True)
-class RowSource:
+class RowSource(Struct, frozen=True):
     """Part of an index, in the order of a list."""
 
     table: FromClause
@@ -281,8 +275,7 @@ class RowSource:
     """Conditions for which each row is read."""
 
 
-@dataclass(frozen=True, slots=True)
-class ExaminedRows:
+class ExaminedRows(Struct, frozen=True):
     """Matching rows among those that a page examines, one more than the page shows at most."""
 
     rows: Sequence[RowMapping]

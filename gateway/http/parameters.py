@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, Protocol, TypeVar
 
+from msgspec import Struct
 from sqlalchemy import ColumnElement
 from sqlalchemy.sql.expression import SQLColumnExpression
 
@@ -240,8 +241,7 @@ class QueryValues(Protocol):
         """Return the value of a declared parameter; raises 400 for an invalid one."""
 
 
-@dataclass(frozen=True, slots=True)
-class PageBounds:
+class PageBounds(Struct, frozen=True):
     """Limit and offset of a page of a list."""
 
     limit: int

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
 
 from gateway.http.errors import ApiError
 
@@ -11,8 +12,7 @@ if TYPE_CHECKING:
     from models.access import ApiCaller
 
 
-@dataclass(frozen=True, slots=True)
-class RequestedObject:
+class RequestedObject(Struct, frozen=True):
     """Object that the path of a request names, with the identity and the condition under which it is used."""
 
     id: str

@@ -10,10 +10,10 @@ import asyncio
 import socket
 from collections import Counter
 from contextlib import suppress
-from dataclasses import dataclass, field
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, cast
 
+from msgspec import Struct, field
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from gateway.http import errors, metrics
@@ -43,8 +43,7 @@ ALWAYS_SERVED: Final = ("/healthz", "/readyz")
 READS: Final = frozenset({"GET", "HEAD"})
 
 
-@dataclass(slots=True)
-class ConnectionBounds:
+class ConnectionBounds(Struct):
     """Limits of all connections of a server together, and time limits of each."""
 
     connections: ConnectionBudget

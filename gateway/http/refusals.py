@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Final, Literal
+
+from msgspec import Struct
 
 from gateway.http import limits
 from gateway.http.errors import (
@@ -43,8 +44,7 @@ class ErrorResponse(WireStruct):
     """Id of the request in the server's log; also in the header `X-Request-Id`."""
 
 
-@dataclass(frozen=True, slots=True)
-class ErrorCode:
+class ErrorCode(Struct, frozen=True):
     """Status and meaning of an error code."""
 
     status: int

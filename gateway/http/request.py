@@ -8,12 +8,12 @@ from __future__ import annotations
 import asyncio
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import parse_qsl
 
+from msgspec import Struct
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as StarletteRequest
 
@@ -299,8 +299,7 @@ def _refuse_compression() -> ApiError:
     return ApiError(400, "malformed-body", message)
 
 
-@dataclass(frozen=True, slots=True)
-class BodyLimit:
+class BodyLimit(Struct, frozen=True):
     """Maximum bytes of a body after decompression."""
 
     bytes: int

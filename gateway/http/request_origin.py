@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass
 from functools import lru_cache
 from ipaddress import AddressValueError, IPv4Address, IPv6Address, IPv6Network
 from typing import TYPE_CHECKING, Any, Final
+
+from msgspec import Struct
 
 from models.access import hash_address
 
@@ -23,8 +24,7 @@ _HOST_BITS: Final = 64
 """
 
 
-@dataclass(frozen=True, slots=True)
-class RequestOrigin:
+class RequestOrigin(Struct, frozen=True):
     """Id of a request, and the keyed hash of the address that it came from."""
 
     request_id: str

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
 from datetime import timedelta
 from time import monotonic
 from typing import TYPE_CHECKING, Final
 from urllib.parse import parse_qsl
 
 import structlog
+from msgspec import Struct
 
 from concurrency.single_flight import SingleFlight
 from concurrency.ttl_cache import TTLCache
@@ -49,8 +49,7 @@ UNAUTHORIZED: Final = 401
 USE_RECORDED_EVERY: Final = timedelta(minutes=1)
 
 
-@dataclass(frozen=True, slots=True)
-class RequestSender:
+class RequestSender(Struct, frozen=True):
     """Sender by key or token, or a provider with a verified signature."""
 
     caller: ApiCaller

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from dataclasses import field as dataclass_field
 from datetime import datetime
 from enum import Enum
 from functools import cache
@@ -27,6 +25,7 @@ from typing import (
 )
 
 import msgspec
+from msgspec import Struct
 
 from concurrency import offload
 from engine import name_suggestions, values
@@ -262,15 +261,14 @@ def _iterate_nested(value: Json, part: Any, path: str) -> Iterator[tuple[Json, A
             yield item, get_args(part)[0], _join_path(path, str(index))
 
 
-@dataclass(slots=True)
-class _UnknownFields:
+class _UnknownFields(Struct):
     """Unknown fields of a body, in a limited number.
 
     A body may contain a million fields, and comparisons of names take time.
     """
 
-    refused: list[dict[str, Json]] = dataclass_field(default_factory=list)
-    warned_of: dict[tuple[type, str], dict[str, Json]] = dataclass_field(default_factory=dict)
+    refused: list[dict[str, Json]] = msgspec.field(default_factory=list)
+    warned_of: dict[tuple[type, str], dict[str, Json]] = msgspec.field(default_factory=dict)
     """First unknown field of each name, by the type of its body."""
 
     @property
@@ -300,8 +298,7 @@ class _UnknownFields:
             self.warned_of[kind, name] = problem
 
 
-@dataclass(frozen=True, slots=True)
-class _UnknownFieldGuard:
+class _UnknownFieldGuard(Struct, frozen=True):
     """Rules of a type about unknown fields, cached, since a body may contain ten thousand small objects."""
 
     container: type

@@ -9,12 +9,12 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
 import structlog
+from msgspec import Struct, field
 from sqlalchemy import select
 from sqlmodel import col
 
@@ -63,8 +63,7 @@ AUDITED_AS: Final[Mapping[BulkAction, AuditAction]] = {
 }
 
 
-@dataclass(slots=True)
-class StepResult:
+class StepResult(Struct):
     """Result of one step."""
 
     done: dict[str, str | None] = field(default_factory=dict)
@@ -88,8 +87,7 @@ class LeaseLost(Exception):
     """Another gateway performs the operation, or it has ended."""
 
 
-@dataclass(frozen=True, slots=True)
-class _OperationAuthor:
+class _OperationAuthor(Struct, frozen=True):
     """Author of an operation, for the audit trail."""
 
     organization_id: str

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
 
 if TYPE_CHECKING:
     from gateway.executions.acceptance import RunAcceptor
@@ -16,8 +17,7 @@ if TYPE_CHECKING:
     from models.database import Database
 
 
-@dataclass(frozen=True, slots=True)
-class BulkServices:
+class BulkServices(Struct, frozen=True):
     """Stores, limits and clients with which a gateway performs bulk operations."""
 
     database: Database

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Annotated, Final
 
 import msgspec
+from msgspec import Struct, field
 
 from gateway.access import audit_log
 from gateway.http import errors, limits, text_rules
@@ -114,8 +114,7 @@ class MuteRequest(StrictWire):
     expires_in_seconds: Annotated[int, msgspec.Meta(ge=60, le=limits.MUTE_SECONDS)]
 
 
-@dataclass(slots=True)
-class _GroupedRuns:
+class _GroupedRuns(Struct):
     """Group while it is collected, the newest run first."""
 
     cause: ErrorCause
@@ -126,8 +125,7 @@ class _GroupedRuns:
     """Newest run of each definition, by its hash."""
 
 
-@dataclass(frozen=True, slots=True)
-class _GroupFacts:
+class _GroupFacts(Struct, frozen=True):
     """Comparison of a group with its workflow as it is now."""
 
     is_current: bool | None = None

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from msgspec import Struct
 from sqlalchemy import and_, select
 from sqlmodel import col
 
@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 SUBSCRIBING: Final = (WorkflowStatus.ACTIVE, WorkflowStatus.PAUSED)
 
 
-@dataclass(frozen=True, slots=True)
-class EventSubscription:
+class EventSubscription(Struct, frozen=True):
     """Trigger that matches the type of an event, with its workflow."""
 
     workflow_id: str

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from base64 import b64decode
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from hashlib import sha256
 from typing import TYPE_CHECKING, Final
+
+from msgspec import Struct
 
 from gateway.http import errors
 from mail import mail_content
@@ -22,8 +23,7 @@ CONTENT: Final = "content"
 _FIELD: Final = "attachments"
 
 
-@dataclass(frozen=True, slots=True)
-class JsonAttachment:
+class JsonAttachment(Struct, frozen=True):
     """Attachment with its decoded content; None when the caller describes it without content."""
 
     members: Mapping[str, Json]

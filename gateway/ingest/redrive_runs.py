@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 import msgspec
+from msgspec import Struct, field
 from sqlalchemy import select
 from sqlmodel import col
 
@@ -41,8 +41,7 @@ ROUTES: Final = {"queue": IngestRoute.ENQUEUE, "email": IngestRoute.EMAIL, "webh
 CREATED: Final = 201
 
 
-@dataclass(frozen=True, slots=True)
-class RedriveInput:
+class RedriveInput(Struct, frozen=True):
     """Input to run again."""
 
     text: str
@@ -51,8 +50,7 @@ class RedriveInput:
     """Owner of the input's blobs; None when the input never had a run."""
 
 
-@dataclass(slots=True)
-class RedriveResult:
+class RedriveResult(Struct):
     """Result of a bulk redrive: ids of the new runs, and errors."""
 
     execution_ids: list[str] = field(default_factory=list)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import msgspec
-from msgspec import Meta
+from msgspec import Meta, Struct
 from sqlalchemy import and_, func, select
 from sqlmodel import col
 
@@ -222,14 +221,12 @@ async def _explain_overdue(database: Database, shown: Sequence[WorkflowSchedule]
         one.overdue_reason = OverdueReason.BEHIND if is_led else OverdueReason.NO_LEADER
 
 
-@dataclass(frozen=True, slots=True)
-class _LastExecution:
+class _LastExecution(Struct, frozen=True):
     status: str
     created_at: datetime
 
 
-@dataclass(frozen=True, slots=True)
-class _ListedRow:
+class _ListedRow(Struct, frozen=True):
     workflow: Workflow
     trigger: TriggerNode
     row: Schedule

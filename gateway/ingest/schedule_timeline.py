@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from enum import StrEnum
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Final
 
+from msgspec import Struct
 from sqlalchemy import BigInteger, and_, case, func, literal_column, not_, select, text, type_coerce, union
 from sqlmodel import col
 
@@ -152,16 +152,14 @@ _recent: Final = TTLCache[tuple[int, str, int], Mapping[str, Sequence[DueRuns]]]
 """Last waiting runs by gateway, organization and hours. Only those of workflows that a caller may read are shown."""
 
 
-@dataclass(frozen=True, slots=True)
-class _LaneRow:
+class _LaneRow(Struct, frozen=True):
     workflow: Workflow
     schedule: Schedule | None
     trigger_config: Mapping[str, Any] | None
     deployment_id: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class TimelineRange:
+class TimelineRange(Struct, frozen=True):
     """Range of a timeline: its begin, the present, and its end."""
 
     since: datetime

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Final, TypeAlias
 
+from msgspec import Struct
 from sqlalchemy import select
 from sqlmodel import col
 
@@ -28,8 +28,7 @@ OfType: TypeAlias = tuple[str, str]
 """Organization and event type."""
 
 
-@dataclass(frozen=True, slots=True)
-class SubscribedWorkflows:
+class SubscribedWorkflows(Struct, frozen=True):
     """Workflows that subscribe to an event."""
 
     found: Sequence[EventSubscription]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final, TypeVar
 
 import msgspec
+from msgspec import Struct
 from sqlalchemy import select
 from sqlmodel import col
 
@@ -97,8 +97,7 @@ class VerificationConfig(msgspec.Struct, frozen=True, rename="camel"):
         )
 
 
-@dataclass(frozen=True, slots=True)
-class VerifiedSignature:
+class VerifiedSignature(Struct, frozen=True):
     """Result of a verification by a trigger's config."""
 
     request: SenderRequest

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from msgspec import Struct
 from sqlalchemy import and_, bindparam, select
 from sqlmodel import col
 
@@ -50,8 +50,7 @@ _RUN_STATE: Final = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class AwaitedRunState:
+class AwaitedRunState(Struct, frozen=True):
     """State of an awaited run."""
 
     status: ExecutionStatus

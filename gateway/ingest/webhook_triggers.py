@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from base64 import b64encode
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import StrEnum
 from ipaddress import IPv6Address, ip_address, ip_network
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
+from msgspec import Struct
 
 from engine.values import Json
 from gateway.http import errors
@@ -53,8 +53,7 @@ class WebhookConfig(msgspec.Struct, frozen=True, rename="camel"):
     deadline_seconds: int = 30
 
 
-@dataclass(frozen=True, slots=True)
-class WebhookTrigger:
+class WebhookTrigger(Struct, frozen=True):
     """Webhook trigger with its verification."""
 
     verification: VerificationConfig
@@ -118,8 +117,7 @@ def _is_in(address: str, network: str) -> bool:
 # ── requests ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@dataclass(frozen=True, slots=True)
-class ParsedWebhookRequest:
+class ParsedWebhookRequest(Struct, frozen=True):
     """Event type and body of a request."""
 
     event_type: str | None

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
+
+from msgspec import Struct, field
 
 if TYPE_CHECKING:
     from engine.values import Json
 
 
-@dataclass(frozen=True, slots=True)
-class PathParameterDoc:
+class PathParameterDoc(Struct, frozen=True):
     """Path parameter, chosen by the path segment before it."""
 
     description: str

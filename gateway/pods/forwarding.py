@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import random
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import structlog
+from msgspec import Struct
 from sqlalchemy import select
 from sqlmodel import col
 
@@ -38,8 +38,7 @@ ACCEPTED: Final = 202
 UNAUTHORIZED: Final = 401
 
 
-@dataclass(frozen=True, slots=True)
-class ReadyPods:
+class ReadyPods(Struct, frozen=True):
     """Addresses of the ready pods of a deployment, and the keys with which they accept wakeups."""
 
     addresses: Sequence[str] = ()

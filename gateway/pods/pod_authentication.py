@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass
 from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Final
+
+from msgspec import Struct
 
 from execution.pod_api import RUNNER_HEADER
 from gateway.http.errors import ApiError
@@ -29,8 +30,7 @@ MAX_REMEMBERED: Final = 10_000
 MAX_TOKEN_LENGTH: Final = 200
 
 
-@dataclass(frozen=True, slots=True)
-class CachedHolder:
+class CachedHolder(Struct, frozen=True):
     """Bearer of a token at its last lookup."""
 
     bearer: TokenBearer

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
 
 from execution.approval_link_urls import ApprovalLinkUrls
 from execution.callback_urls import CallbackUrls
@@ -32,8 +33,7 @@ if TYPE_CHECKING:
     from nodes.catalog import NodeCatalog
 
 
-@dataclass(frozen=True, slots=True)
-class PodApiServices:
+class PodApiServices(Struct, frozen=True):
     """Services of the internal API. Workers offer the same node services by the same code."""
 
     authenticator: PodAuthenticator

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 import structlog
+from msgspec import Struct, field
 from sqlalchemy import literal_column, select
 from sqlmodel import col
 
@@ -47,8 +47,7 @@ _IS_PENDING: Final = col(Execution.status) == literal_column(f"'{ExecutionStatus
 _IS_RUNNING: Final = col(Execution.status) == literal_column(f"'{ExecutionStatus.RUNNING}'")
 
 
-@dataclass(slots=True, eq=False)
-class WaitingPod:
+class WaitingPod(Struct, eq=False):
     """Open poll of a pod."""
 
     holder: LeaseHolder

@@ -6,8 +6,9 @@ It is not part of the OpenAPI document.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
 
 from execution.pod_api import PREFIX
 from gateway.http.endpoint import PathEndpoint
@@ -18,8 +19,7 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
 
-@dataclass(frozen=True, slots=True)
-class PodRoute:
+class PodRoute(Struct, frozen=True):
     """Row of the route table."""
 
     method: str

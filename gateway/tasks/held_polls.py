@@ -7,8 +7,9 @@ refusals are decided before.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, TypeAlias
+
+from msgspec import Struct
 
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
@@ -27,8 +28,7 @@ _HEADERS: Final = [(b"content-type", b"application/json"), (b"x-accel-buffering"
 AnswerEncoder: TypeAlias = "Callable[[PollAnswer], Awaitable[JsonResponse]]"
 
 
-@dataclass(frozen=True, slots=True)
-class HeldPoll:
+class HeldPoll(Struct, frozen=True):
     """Open poll with heartbeats, which keep its worker present."""
 
     parked: ParkedPoll

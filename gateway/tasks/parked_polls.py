@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from itertools import count
 from time import monotonic
 from typing import TYPE_CHECKING, Final, TypeAlias
+
+from msgspec import Struct
 
 if TYPE_CHECKING:
     from journal.tasks.task_polls import ClaimedTask, TaskPoll
@@ -19,8 +20,7 @@ KEPT_OVER: Final = 100
 """Polls that are over and may stay in memory."""
 
 
-@dataclass(frozen=True, slots=True)
-class PollAnswer:
+class PollAnswer(Struct, frozen=True):
     """Answer to a poll."""
 
     tasks: Sequence[ClaimedTask] = ()

@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, assert_never
 
-from msgspec import UNSET, Meta, UnsetType
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 from gateway.deployments import deployment_changes
 from gateway.http import errors, limits
@@ -144,8 +143,7 @@ def _shown(change: PlannedChange, *, is_dry_run: bool) -> AppliedChange:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _ApplyRun:
+class _ApplyRun(Struct, frozen=True):
     """One run of `apply`: the plan, and its changes in one transaction."""
 
     editor: WorkflowEditor

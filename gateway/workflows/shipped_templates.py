@@ -7,13 +7,13 @@ placeholders: the user of the template replaces each by a data source of their o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import msgspec
+from msgspec import Struct
 
 from gateway.workflows import workflow_documents
 from gateway.workflows.workflow_documents import FORMAT, FORMAT_VERSION, ImportedDocument, ImportWorkflow
@@ -29,8 +29,7 @@ SINCE: Final = datetime(2026, 11, 25, tzinfo=UTC)
 """Creation time of the templates: the date of the first release."""
 
 
-@dataclass(frozen=True, slots=True)
-class ShippedTemplate:
+class ShippedTemplate(Struct, frozen=True):
     """Template that ships with the server."""
 
     id: str

@@ -6,10 +6,10 @@ Callers have checked that the workflow is readable, so its id is sufficient here
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final
 
+from msgspec import Struct
 from sqlalchemy import func, insert, select
 from sqlmodel import col
 
@@ -32,8 +32,7 @@ _HEAD = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class VersionRow:
+class VersionRow(Struct, frozen=True):
     """Version without its snapshot."""
 
     version: int
@@ -75,8 +74,7 @@ async def find_tagged(connection: AsyncConnection, workflow_id: str, version_tag
     return VersionRow(**row) if row else None
 
 
-@dataclass(frozen=True, slots=True)
-class VersionOfRun:
+class VersionOfRun(Struct, frozen=True):
     """Version of its workflow that a run executes."""
 
     number: int | None = None

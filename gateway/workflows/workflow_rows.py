@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import unicodedata
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
+from msgspec import Struct
 from sqlalchemy import Row, UnaryExpression, case, delete, func, insert, null, select, tuple_, update
 from sqlalchemy.sql import operators
 from sqlmodel import col
@@ -147,8 +147,7 @@ def _build_workflow(row: Mapping[Any, Any], shared_with: Mapping[str, datetime])
     return StoredWorkflow(build_row(Workflow, fields), nodes, connections, shared_with)
 
 
-@dataclass(frozen=True, slots=True)
-class WorkflowFilter:
+class WorkflowFilter(Struct, frozen=True):
     """Filter of a list of workflows."""
 
     status: WorkflowStatus | None

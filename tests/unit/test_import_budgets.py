@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import pytest
 
@@ -25,6 +26,8 @@ BUDGETS = {
     "runner": (("runner.settings", "runner.main"), 151, 250),
     "dev": (("pilotflame.dev", "pilotflame.all_in_one"), 625, 420),
 }
+MOST_DATACLASSES = 30
+"""Dataclasses of the project that a start may create: each takes as long as 70 structs of msgspec."""
 LIBRARIES_OF_OTHERS = {"aiohttp", "alembic", "cryptography", "kubernetes", "rich", "typer"}
 """Libraries for blobs of pods, migrations, secrets, clusters and the command line: loaded by their first use."""
 COMMON = ("models.execution", "journal.store_factory", "messages.wakeups")
@@ -40,6 +43,14 @@ def load(names):
     for name in names:
         importlib.import_module(name)
 
+def list_dataclasses():
+    return sorted({
+        f"{one.__module__}.{one.__qualname__}"
+        for module in list(sys.modules.values())
+        for one in list(vars(module).values())
+        if isinstance(one, type) and "__dataclass_fields__" in vars(one)
+    })
+
 for process, names in json.loads(sys.argv[1]):
     if process == "":
         load(names)
@@ -47,18 +58,26 @@ for process, names in json.loads(sys.argv[1]):
         load(names)
         if sum(one["collections"] for one in gc.get_stats()) != begun:
             sys.exit(f"{process} collected garbage while it loaded")
-        print(json.dumps([process, [*sys.modules]]), flush=True)
+        print(json.dumps([process, [*sys.modules], list_dataclasses()]), flush=True)
         os._exit(0)
     elif os.wait()[1]:
         sys.exit(f"{process} could not be loaded")
 """
 
 
+@dataclass(frozen=True)
+class ProcessStart:
+    """Names of the modules that a process loads at its start, and of the dataclasses in them."""
+
+    modules: Sequence[str]
+    dataclasses: Sequence[str]
+
+
 @pytest.fixture(scope="module")
-def loaded() -> Mapping[str, Sequence[str]]:
-    """The modules that each process loads at its start, each found in a fork of a process with fewer modules."""
-    starts = [(process, modules) for process, (modules, _, _) in BUDGETS.items() if process != "runner"]
-    order = [("runner", BUDGETS["runner"][0]), ("", COMMON), *starts]
+def starts() -> Mapping[str, ProcessStart]:
+    """The start of each process, found in a fork of a process with fewer modules."""
+    others = [(process, modules) for process, (modules, _, _) in BUDGETS.items() if process != "runner"]
+    order = [("runner", BUDGETS["runner"][0]), ("", COMMON), *others]
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, json.dumps(order)],
         cwd=ROOT,
@@ -66,7 +85,13 @@ def loaded() -> Mapping[str, Sequence[str]]:
         text=True,
         check=True,
     )
-    return dict(json.loads(line) for line in done.stdout.splitlines())
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    return {process: ProcessStart(modules, dataclasses) for process, modules, dataclasses in found}
+
+
+@pytest.fixture(scope="module")
+def loaded(starts: Mapping[str, ProcessStart]) -> Mapping[str, Sequence[str]]:
+    return {process: start.modules for process, start in starts.items()}
 
 
 @pytest.mark.parametrize("process", BUDGETS)
@@ -85,6 +110,12 @@ def test_a_start_loads_no_more_modules_than_its_budget(
     assert not [name for name in own if name.startswith("nodes.library.")], "read by the catalog at first use"
     assert len(own) <= most_own, own
     assert len(of_libraries) <= most_of_libraries, of_libraries
+
+
+@pytest.mark.parametrize("process", BUDGETS)
+def test_a_start_creates_few_dataclasses(process: str, starts: Mapping[str, ProcessStart]) -> None:
+    own = [name for name in starts[process].dataclasses if name.partition(".")[0] in PACKAGES]
+    assert len(own) <= MOST_DATACLASSES, own
 
 
 def test_the_redis_client_loads_no_metrics_library_though_one_is_installed() -> None:

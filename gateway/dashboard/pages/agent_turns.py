@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias
+
+from msgspec import Struct, field
 
 from engine import values
 from engine.agents import call_approvals
@@ -43,8 +44,7 @@ ENDS: Final[Mapping[str, str]] = {
 """Sentences for the reasons why an agent has ended."""
 
 
-@dataclass(frozen=True, slots=True)
-class ToolCallView:
+class ToolCallView(Struct, frozen=True):
     """Tool call: its step, its state, and its arguments and result as texts."""
 
     step: Step
@@ -57,8 +57,7 @@ class ToolCallView:
     """Turns of the agent that does the call; empty for other tools."""
 
 
-@dataclass(frozen=True, slots=True)
-class AgentTurn:
+class AgentTurn(Struct, frozen=True):
     """Answer of a model, and the tool calls that it asked for."""
 
     number: int
@@ -71,8 +70,7 @@ class AgentTurn:
     calls: list[ToolCallView] = field(default_factory=list)
 
 
-@dataclass(frozen=True, slots=True)
-class AgentView:
+class AgentView(Struct, frozen=True):
     """Turns of one agent."""
 
     turns: Sequence[AgentTurn]
@@ -83,8 +81,7 @@ class AgentView:
     lost_attempts: int
 
 
-@dataclass(frozen=True, slots=True)
-class AgentStrip:
+class AgentStrip(Struct, frozen=True):
     """Line about the present step of an agent at its row."""
 
     number: int

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote
+
+from msgspec import Struct
 
 from engine.values import MISSING, compare_values
 from gateway.dashboard.addresses import page_address
@@ -52,8 +53,7 @@ STATES: Final[Mapping[str, str]] = {
 """States of tools in words."""
 
 
-@dataclass(frozen=True, slots=True)
-class ModelGuest:
+class ModelGuest(Struct, frozen=True):
     """User that a model may be shared with."""
 
     id: str
@@ -62,8 +62,7 @@ class ModelGuest:
     """Whether it is shared with the user."""
 
 
-@dataclass(frozen=True, slots=True)
-class ToolChange:
+class ToolChange(Struct, frozen=True):
     """Place in the definition of a tool that differs: the accepted value, and that of the server; None for none."""
 
     path: str
@@ -71,8 +70,7 @@ class ToolChange:
     after: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class ToolView:
+class ToolView(Struct, frozen=True):
     """Tool of a server, with its definition as texts."""
 
     tool: Mapping[str, Any]

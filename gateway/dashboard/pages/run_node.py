@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+from msgspec import Struct
 
 from engine.agents.agent_steps import AGENT_TYPE
 from gateway.dashboard.formats import MAX_CHARACTERS, show_age, show_value
@@ -39,8 +40,7 @@ MAX_LINES: Final = 60
 """Changes that are shown of each part."""
 
 
-@dataclass(frozen=True, slots=True)
-class ShownChange:
+class ShownChange(Struct, frozen=True):
     """Changed value of a node: the part and path, the value before, and the value now; None where there is none."""
 
     place: str
@@ -48,8 +48,7 @@ class ShownChange:
     after: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class IterationLink:
+class IterationLink(Struct, frozen=True):
     """Link to an iteration of a loop."""
 
     name: str

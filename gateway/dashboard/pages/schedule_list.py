@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final
+
+from msgspec import Struct
 
 from gateway.dashboard.addresses import page_address
 from gateway.dashboard.formats import LIFECYCLE_REASONS, parse_instant, parse_moment
@@ -32,8 +33,7 @@ RULER_STEPS: Final = {24: 3, 168: 24}
 """Hours between two labels of the ruler, by the hours of the range."""
 
 
-@dataclass(frozen=True, slots=True)
-class LaneMark:
+class LaneMark(Struct, frozen=True):
     """Shape on a lane: position and width in percent of the range."""
 
     kind: str
@@ -107,8 +107,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
     }
 
 
-@dataclass(frozen=True, slots=True)
-class LaneAxis:
+class LaneAxis(Struct, frozen=True):
     """Time axis of the lanes."""
 
     since: datetime

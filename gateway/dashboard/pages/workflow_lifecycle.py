@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final
+
+from msgspec import Struct
 
 from gateway.dashboard.addresses import page_address
 from gateway.dashboard.day_calendar import HOUR_SECONDS, draw_calendar
@@ -55,8 +56,7 @@ WORDS: Final = {
 """Tone, icon and word of each action."""
 
 
-@dataclass(frozen=True, slots=True)
-class LifecycleEvent:
+class LifecycleEvent(Struct, frozen=True):
     """Start, stop or change by a user, as the list shows it."""
 
     at: str

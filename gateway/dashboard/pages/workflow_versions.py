@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
+
+from msgspec import Struct
 
 from engine.values import MISSING, compare_values
 from gateway.dashboard.addresses import page_address
@@ -29,8 +30,7 @@ MAX_CHANGES: Final = 100
 CONTAINERS: Final = (("settings", "Settings"), ("config", "Config of the workflow"), ("fields", "Workflow"))
 
 
-@dataclass(frozen=True, slots=True)
-class ShownChange:
+class ShownChange(Struct, frozen=True):
     """Changed value of a path; None on a side without one."""
 
     path: str
@@ -38,8 +38,7 @@ class ShownChange:
     after: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class ChangedPart:
+class ChangedPart(Struct, frozen=True):
     """Node, connections or settings that differ, with the changes in them."""
 
     title: str
