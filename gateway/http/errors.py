@@ -184,8 +184,9 @@ def not_deployed() -> ApiError:
 
 
 def outside_window(opens_at: str | None) -> ApiError:
-    """Return the 409 error for a run outside the windows of a schedule, with the time of the next opening;
-    None if unknown.
+    """Return the 409 error for a run outside the windows of a schedule.
+
+    Its details have the time of the next opening, `opens_at`, unless that is None.
     """
     message = "The workflow's schedule is closed: try again when it opens, or start it"
     details = [{**problem("", "outside-window", f"It opens at {opens_at}"), "opensAt": opens_at}]

@@ -86,8 +86,8 @@ class GatewayRequest(StarletteRequest):
 
     @property
     def sender(self) -> RequestSender:
-        """Sender by key or token; raises a 401 error without either, and for a token of another workflow than
-        the path's.
+        """Sender by key, token or browser session; raises a 401 error without one, and for a token of another workflow
+        than the path's.
         """
         workflow_id = self.path_params.get("id")
         if self._sender is None or not (workflow_id is None or self._sender.may_send_to(workflow_id)):
@@ -101,7 +101,7 @@ class GatewayRequest(StarletteRequest):
 
     @property
     def has_key(self) -> bool:
-        """Whether an API key authenticates the request, not a token in its URL."""
+        """Whether an API key or a browser session authenticates the request, not a token in its URL."""
         return self._caller is not None and (self._sender is None or self._sender.token is None)
 
     async def catalog(self) -> NodeCatalog:
@@ -313,8 +313,9 @@ class BodyLimit(Struct, frozen=True):
 
 @lru_cache(maxsize=1_000)
 def _parse_query(raw: bytes) -> Mapping[str, Sequence[str]]:
-    """Return the values of each query parameter, empty ones left out; raises a 400 error for more than 50
-    parameters.
+    """Return the values of each query parameter by its name, without empty values, so possibly none.
+
+    Raises a 400 error for more than 50 parameters.
     """
     try:
         pairs = parse_qsl(raw.decode("latin-1"), keep_blank_values=True, max_num_fields=limits.QUERY_FIELDS)

@@ -32,8 +32,9 @@ class SessionCookie(Struct, frozen=True):
     origin: str
 
     def value_of(self, scope: Mapping[str, Any]) -> str | None:
-        """Return the value of this cookie that a request sends; None without one, for an empty one, and over
-        4,096 bytes.
+        """Return the value of this cookie that a request sends; None without one, and for an empty one.
+
+        A `Cookie` header of over 4,096 bytes is ignored.
         """
         prefix = f"{self.name}="
         for header, value in scope["headers"]:
