@@ -526,7 +526,7 @@ class RunExecutor:
         return self._settings.concurrency - len(self._active)
 
     async def _renew_grants(self) -> None:
-        """Send grants of free slots to gateways once per second."""
+        """Wait for half of the time for which grants hold, then send new grants of free slots to gateways once."""
         await asyncio.sleep(GRANT_SECONDS / 2)
         await self._suppress_outages(self._send_grants)
 

@@ -102,7 +102,10 @@ def concurrency_limit(
 
 
 def _hash_key(expression: Json, trigger: Json) -> str:
-    """Return a hash of 32 characters of the value that a key expression gives for the output of the trigger."""
+    """Return a hash of 32 characters of the value that a key expression gives for the output of the trigger.
+
+    An expression that fails counts as null, as does a path that finds nothing.
+    """
     try:
         value = compile_template(expression).render({"trigger": trigger}, [])
     except ExpressionError:

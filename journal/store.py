@@ -485,7 +485,8 @@ class JournalStore(RunStore, Protocol):
     """Operations on runs in one database: those of executors, and those of gateways and schedulers."""
 
     async def accept(self, batch: Sequence[RunAcceptance]) -> Sequence[AcceptanceResult]:
-        """Insert runs in one transaction; answers are in the order of the batch.
+        """Insert runs; answers are in the order of the batch. Runs that need a free slot at once may be inserted in
+        transactions of their own.
 
         An answer tells whether the run is new, repeats an idempotency key, conflicts with it, is stale (its
         workflow has changed), or found no free slot.

@@ -88,7 +88,9 @@ async def read_tasks(
 
 
 def _find_silence(row: Row[Any], now: datetime) -> timedelta | None:
-    """Return the time since the last report of a held task; None if its worker has not reported it since the claim."""
+    """Return the time since the last report of a held task; None if its worker has not reported it since the claim,
+    or no worker holds it.
+    """
     if row.state not in HELD_STATES or row.lease_until is None or not row.is_acknowledged:
         return None
     silence: timedelta = now - (row.lease_until - _lease(row))

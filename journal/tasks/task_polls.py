@@ -77,8 +77,8 @@ class TaskPoll(msgspec.Struct, frozen=True):
 
 
 def is_served(wanted: str, own: str) -> bool:
-    """Return whether a worker with code of version `own` performs tasks of version `wanted`: same major
-    version, not newer.
+    """Return whether a worker with code of version `own` performs tasks of version `wanted`: of the same
+    major version, and not newer than `own`.
     """
     asked, offered = parse_version(wanted), parse_version(own)
     return asked[:1] == offered[:1] and asked <= offered
