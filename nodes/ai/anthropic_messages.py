@@ -278,7 +278,9 @@ class ChatAnswerParser:
             if block.get("type") == "tool_use":
                 arguments, problem = provider_json.read_tool_arguments(draft.json, block.get("input"))
                 call_id = read_text(block.get("id"))
-                call_id = call_id if call_id and call_id not in ids else f"call{len(calls):05}"
+                call_id = (
+                    call_id if call_id and call_id not in ids else call_ids.make_free_id(len(calls), ids)
+                )
                 ids.add(call_id)
                 name = read_text(block.get("name"))[:MAX_NAME_CHARACTERS]
                 calls.append(RequestedToolCall(call_id, name, arguments, problem))

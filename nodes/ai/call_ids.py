@@ -49,6 +49,12 @@ def unify(messages: Sequence[ChatMessage], model_id: str) -> Sequence[ChatMessag
     return unified
 
 
+def make_free_id(number: int, taken: Collection[str]) -> str:
+    """Return the first id from `number` on, such as `call00003`, that is not taken; every provider accepts it."""
+    names = (f"call{each:05}" for each in count(number))
+    return next(name for name in names if name not in taken)
+
+
 def _is_own(message: ChatMessage, model_id: str) -> bool:
     return message.provider_content is not None and message.provider_content.model_id == model_id
 
@@ -59,5 +65,4 @@ def _choose(call_id: str, number: int, taken: Collection[str]) -> str:
     """
     if _ACCEPTED.fullmatch(call_id) and call_id not in taken:
         return call_id
-    names = (f"call{each:05}" for each in count(number))
-    return next(name for name in names if name not in taken)
+    return make_free_id(number, taken)

@@ -279,12 +279,12 @@ class ChatAnswerParser:
 def _complete_tool_calls(drafts: list[_ToolCallDraft]) -> tuple[RequestedToolCall, ...]:
     """Return the tool calls of an answer, each with a unique id, and with its arguments or the problem with them.
 
-    Made ids have nine letters and digits, since templates of Mistral's models accept no others.
+    A missing or repeated id is replaced.
     """
     ids: set[str] = set()
     calls = []
     for number, draft in enumerate(drafts):
-        call_id = draft.id if draft.id and draft.id not in ids else f"call{number:05}"
+        call_id = draft.id if draft.id and draft.id not in ids else call_ids.make_free_id(number, ids)
         ids.add(call_id)
         arguments, problem = provider_json.read_tool_arguments(draft.text, draft.value)
         calls.append(RequestedToolCall(call_id, draft.name, arguments, problem))

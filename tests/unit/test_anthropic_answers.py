@@ -113,7 +113,7 @@ def test_tool_calls_are_read_from_their_pieces(name: str, calls: list[RequestedT
     assert list(parse_file(name).tool_calls) == calls
 
 
-@pytest.mark.parametrize("name", ["no_id", "double_id"])
+@pytest.mark.parametrize("name", ["no_id", "double_id", "double_made_id"])
 def test_calls_without_an_id_of_their_own_get_one_of_nine_characters(name: str) -> None:
     first, second = parse_file(name).tool_calls
     assert first.id != second.id

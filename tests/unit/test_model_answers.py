@@ -92,7 +92,7 @@ def test_unusable_arguments_are_a_problem_for_the_model(name: str, problem: str)
     assert calls_of(name) == [RequestedToolCall("call_a1", "get_weather", None, problem)]
 
 
-@pytest.mark.parametrize("name", ["no_id", "double_id"])
+@pytest.mark.parametrize("name", ["no_id", "double_id", "double_made_id"])
 def test_calls_without_an_id_of_their_own_get_one_of_nine_characters(name: str) -> None:
     first, second = calls_of(name)
     assert first.id != second.id
