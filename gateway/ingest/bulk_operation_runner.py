@@ -35,30 +35,31 @@ class BulkOperationRunner:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def wake(self) -> None:
-        """Make `look_forever` look for operations now instead of at its next interval; return at once."""
+        """Make `run_forever` claim operations now instead of at its next interval; return at once."""
         self._changed.set()
 
-    async def look_forever(self) -> None:
+    async def run_forever(self) -> None:
         """Claim and perform operations until the task is canceled; then release those in progress for other gateways.
 
-        It looks every five seconds, and after each `wake`. Errors are logged, and the next look follows all the same.
+        Operations are claimed every five seconds, and after each `wake`. Errors are logged, and claims continue all the
+        same.
         """
         try:
-            await self._look_forever()
+            await self._claim_forever()
         finally:
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _look_forever(self) -> None:
+    async def _claim_forever(self) -> None:
         while True:
             self._changed.clear()
             try:
                 await self._take_operations()
             except DatabaseUnavailable as error:
-                log.debug("bulk operations not looked for", reason=str(error))
+                log.debug("bulk operations not claimed", reason=str(error))
             except Exception:
-                log.exception("bulk operations not looked for")
+                log.exception("bulk operations not claimed")
             with suppress(TimeoutError):
                 async with asyncio.timeout(LOOK_SECONDS):
                     await self._changed.wait()
@@ -112,9 +113,9 @@ class BulkOperationRunner:
 async def run_bulk_operations(services: BulkServices) -> AsyncIterator[BulkOperationRunner]:
     """Yield a runner that performs bulk operations in the background until the block ends; then release them."""
     runner = BulkOperationRunner(services)
-    looking = asyncio.create_task(runner.look_forever())
+    running = asyncio.create_task(runner.run_forever())
     try:
         yield runner
     finally:
-        looking.cancel()
-        await asyncio.gather(looking, return_exceptions=True)
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)

@@ -108,7 +108,8 @@ class OperationPerformance:
     async def run(self) -> None:
         """Perform steps at the pace of the operation until its end is stored; an unexpected error ends it as failed.
 
-        Raises `LeaseLost` when another gateway has taken it or it has ended, and `DatabaseUnavailable`.
+        Raises `LeaseLost` when another gateway has taken the operation, or it was ended elsewhere, and
+        `DatabaseUnavailable`.
         """
         try:
             while True:

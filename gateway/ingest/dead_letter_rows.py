@@ -371,7 +371,8 @@ async def read_workflow_heads(
 async def count_completed_since(
     connection: AsyncConnection, wanted: Sequence[CompletedRunsFilter]
 ) -> Sequence[int]:
-    """Return for each filter, in their order, how many runs with its definition were accepted later and have completed.
+    """Return for each filter, in their order, how many runs with its definition were accepted after its time and have
+    completed.
 
     Only the newest 100 runs of a workflow after that time count, and private ones do not.
     """

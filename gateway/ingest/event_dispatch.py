@@ -95,10 +95,10 @@ class EventDispatchPlan(Struct):
         return RunDeferral(min(dated)[1], min(dated)[0]) if dated else found[0]
 
     def add(self, workflow: LoadedWorkflow, run: IngestedRun, deferral: RunDeferral | None) -> None:
-        """Add a run of an event for a workflow to the plan, with its outcome; without a free concurrency slot, that
-        becomes an error.
+        """Add a run of an event for a workflow to the plan, with its outcome.
 
-        `deferral` says why the run starts later, since its workflow is paused or asleep; None: it starts at once.
+        For a run that may not wait for a concurrency slot, the outcome has an error, which counts only if no slot is
+        free. `deferral` says why the run starts later, since its workflow is paused or asleep; None: it starts at once.
         """
         full = errors.concurrency_limit()
         error = None if run.may_wait else (full.code, full.message)

@@ -70,7 +70,9 @@ class WebhookTrigger(Struct, frozen=True):
             raise errors.method_not_allowed(self.config.methods)
 
     def require_network(self, address: str) -> None:
-        """Raise a 403 error for an address outside the networks that the trigger allows; None allows all."""
+        """Raise a 403 error for an address outside the networks that the trigger allows; without a list of them, all
+        are allowed.
+        """
         networks = self.config.allowed_networks
         if networks is not None and not any(_is_in(address, network) for network in networks):
             message = "The trigger accepts no requests from this address"

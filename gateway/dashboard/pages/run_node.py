@@ -188,7 +188,9 @@ def list_found_names(paths: Iterable[str], data: Any) -> Sequence[tuple[str, Seq
 
 
 def records_content(span: Mapping[str, Any] | None) -> bool:
-    """Return whether the texts of a node are shown and recorded, by the config in its span."""
+    """Return whether the model texts of a node are recorded and shown: unless `recordContent` in its span's config is
+    false.
+    """
     config = (span or {}).get("config")
     return not (isinstance(config, dict) and config.get("recordContent") is False)
 
