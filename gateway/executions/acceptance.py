@@ -120,7 +120,8 @@ class RunAcceptor:
         """Store a run with others in one transaction, and return its outcome after the commit, such as `REPEATED`,
         `STALE` or `FULL`.
 
-        A run that must not wait for a concurrency slot is stored separately. Raises a 503 error while 2,000 runs wait.
+        An accepted run begins by itself, without `dispatch`. A run that must not wait for a concurrency slot is stored
+        separately. Raises a 503 error while 2,000 runs wait.
         """
         group = self._group if acceptance.may_wait else self._separate
         if group.depth >= limits.ACCEPTANCES_WAITING:
@@ -128,10 +129,11 @@ class RunAcceptor:
         return await group.submit(acceptance)
 
     async def ingest(self, write: InboundRequest) -> IngestResult:
-        """Store an inbound request (a delivery with its runs) with others in one transaction, and return the
-        outcome.
+        """Store an inbound request (a delivery with its runs) with others in one transaction, and return the outcome
+        after the commit.
 
-        It returns after the commit. Raises a 503 error while 2,000 requests wait.
+        Its runs begin by themselves, without `dispatch`, those that are deferred or delayed at their time. Raises a 503
+        error while 2,000 requests wait.
         """
         if self._ingests.depth >= limits.ACCEPTANCES_WAITING:
             raise errors.not_ready("Too many executions wait to be accepted: try again")

@@ -54,7 +54,8 @@ def read_preference(headers: Headers, caller: ApiCaller | None) -> WaitPreferenc
     """Return the wait in seconds that the `Prefer` header asks for, at most a minute; None without one.
 
     A malformed one is ignored, as RFC 7240 demands. So is that of a caller who may not read the outputs: a key without
-    the scope for it, or a sender with a trigger token (caller None). The trace of the request is marked as awaited.
+    the scope for it, or a sender with a trigger token (caller None). With a result, the trace of the request is marked
+    as awaited.
     """
     given = headers.getlist("prefer")
     found = _WAIT.search(", ".join(given)) if given else None
@@ -81,7 +82,7 @@ class EndAwaiter:
         failure may cost the client its id, with which it polls next.
         """
         try:
-            found = await self._polls.end_within(ExecutionKey(execution_id, caller.shard), seconds)
+            found = await self._polls.wait_for_outcome(ExecutionKey(execution_id, caller.shard), seconds)
         except (ApiError, DatabaseUnavailable):
             found = None
         if found is None:

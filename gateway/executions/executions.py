@@ -368,7 +368,7 @@ async def progress(request: GatewayRequest) -> JsonResponse:
     """Show the progress of an execution: when it has ended, or after `wait` seconds at the latest."""
     wait_seconds = request.query[WAIT]
     key = await _find_key(request)
-    found = await request.gateway.waiting.progress(key, wait_seconds)
+    found = await request.gateway.waiting.wait_for_progress(key, wait_seconds)
     if found is None:
         raise errors.not_found("execution")
     outputs = request.gateway.large_outputs.explain(key.execution_id)

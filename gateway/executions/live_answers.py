@@ -169,7 +169,7 @@ class AnswerReader(Struct, eq=False):
     def _take_text(self, place: AnswerPlace, text: OpenText) -> Iterator[tuple[str, TokenShape | RetryShape]]:
         """Yield the events for the client about one changed text: its new part, or that it is dropped.
 
-        Before them, an event drops the text before at the same place if that was not recorded.
+        If the client has got a part of an earlier text at this place that was not recorded, the first event drops that.
         """
         position = self._positions.get(place)
         if position is None or position.serial != text.serial:

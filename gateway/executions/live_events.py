@@ -69,7 +69,7 @@ class LiveEvents:
         self.answers = answers
         self._authenticator = authenticator
         self._access = access
-        self.open = 0
+        self.open_streams = 0
         """Number of open streams."""
         self._heads: GroupCommit[ExecutionKey, Execution | None] = GroupCommit(self._read_heads)
 
@@ -82,7 +82,7 @@ class LiveEvents:
         return RunEventStream(self, key, after, source)
 
     def _require_room(self) -> None:
-        if self.open >= limits.EVENT_STREAMS:
+        if self.open_streams >= limits.EVENT_STREAMS:
             raise errors.not_ready("Too many event streams are open here: poll the progress instead")
 
     async def close(self) -> None:
@@ -143,7 +143,7 @@ class EventSource(Protocol):
 
     @property
     def answers(self) -> StepFilter | None:
-        """Nodes with open answers that the stream also sends; None for none."""
+        """Filter of the nodes for which the stream also sends the texts that models are writing; None for no texts."""
 
     async def read(self, connection: AsyncConnection, key: ExecutionKey, after: int) -> EventBatch:
         """Return up to `EVENTS_AT_ONCE` records with sequence numbers above `after`."""
@@ -258,7 +258,7 @@ class RunEventStream:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
         if scope["method"] != "HEAD":
-            self._live.open += 1
+            self._live.open_streams += 1
             instruments.gauge("sse_clients").inc()
             if self._after > 0:
                 instruments.counter("sse_resyncs_total").inc()
@@ -268,7 +268,7 @@ class RunEventStream:
                 else:
                     await self._follow_with_answers(self._source.answers, scope, receive, send)
             finally:
-                self._live.open -= 1
+                self._live.open_streams -= 1
                 instruments.gauge("sse_clients").dec()
         await send({"type": "http.response.body", "body": b""})
 

@@ -143,8 +143,8 @@ class LiveHints:
         self._is_released = False
 
     @property
-    def open(self) -> int:
-        """Number of open streams of this process."""
+    def open_streams(self) -> int:
+        """Number of streams of this process that are open now."""
         return len(self._queues)
 
     def release(self) -> None:
@@ -166,7 +166,7 @@ class LiveHints:
 
         Raises a 503 error if 500 streams are open here, or the process stops.
         """
-        if self.open >= limits.EVENT_STREAMS or self._is_released:
+        if self.open_streams >= limits.EVENT_STREAMS or self._is_released:
             raise errors.not_ready("Too many event streams are open here: load the page again instead")
         return HintStream(self, caller, topics)
 
@@ -201,7 +201,8 @@ class LiveHints:
 
     @contextmanager
     def open_texts(self, queue: HintQueue, run: ExecutionKey | None, scope: Scope) -> Iterator[TakeTexts]:
-        """Yield a function that returns the new texts of a run as encoded events; without a run, it returns none.
+        """Yield a function that returns the new texts of a run as encoded events, each once; empty for none and without
+        a run.
 
         The queue is notified of new texts.
         """

@@ -112,7 +112,7 @@ class ExecutionPollHub:
         await self._watches.drain()
         await self._reads.drain()
 
-    async def progress(self, key: ExecutionKey, wait_seconds: float) -> RunProgressReport | None:
+    async def wait_for_progress(self, key: ExecutionKey, wait_seconds: float) -> RunProgressReport | None:
         """Wait until a run has ended, at most `wait_seconds` (0: not at all), and return its progress; None if it does
         not exist.
 
@@ -131,17 +131,17 @@ class ExecutionPollHub:
                 timer.cancel()
                 self.polls -= 1
 
-    async def end_within(self, key: ExecutionKey, wait_seconds: float) -> RunProgressReport | None:
+    async def wait_for_outcome(self, key: ExecutionKey, wait_seconds: float) -> RunProgressReport | None:
         """Wait until a run has ended, at most `wait_seconds`, and return its outcome; None if it has not ended or does
         not exist.
 
         Raises a 503 error if 10,000 requests wait here.
         """
-        found = await self.progress(key, wait_seconds)
+        found = await self.wait_for_progress(key, wait_seconds)
         return found if found is not None and found.status in TERMINAL_STATUSES else None
 
     async def _wait_for_end(self, key: ExecutionKey, waiter: ExecutionWaiter) -> RunProgressReport | None:
-        """Wait until a run has ended or the waiter is over, and return its progress; None if the run does not exist.
+        """Wait until a run or the wait has ended, and return the progress of the run; None if the run does not exist.
 
         A notification of the end that contains the outcome spares the query.
         """

@@ -1373,7 +1373,7 @@ async def test_streams_are_bounded_and_a_client_that_leaves_makes_room(
     again = open_stream(harness, people.owner, execution_id)
     assert (await again.next()).name == "execution"
     await again.hang_up()
-    assert harness.gateway.live_events.open == 0
+    assert harness.gateway.live_events.open_streams == 0
 
 
 @pytest.mark.usefixtures("looks")

@@ -82,7 +82,7 @@ TAKES_OTHERS_HEADERS = {
 """Senders of events have headers of their own, by which they are known: others are no mistake."""
 BUSY = pytest.mark.timeout(600)
 """For thousands of requests, which take minutes on a busy machine."""
-PROGRESS = ExecutionPollHub.progress
+PROGRESS = ExecutionPollHub.wait_for_progress
 CLAIM = TaskHub.wait
 SAMPLES = 8
 """Parts of the document, of which the ordinary run sends generated requests to two; thorough runs send them to all."""
@@ -362,7 +362,7 @@ class FuzzReport:
 def unlimited(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lift the limit of wrong keys per address, and end waits for runs and tasks at once."""
     monkeypatch.setattr(failed_attempts, "MAX_FAILURES", 1_000_000)
-    monkeypatch.setattr(ExecutionPollHub, "progress", poll_at_once)
+    monkeypatch.setattr(ExecutionPollHub, "wait_for_progress", poll_at_once)
     monkeypatch.setattr(TaskHub, "wait", claim_at_once)
     monkeypatch.setattr(limits, "TRIGGER_SYNC_SECONDS", 0)
     monkeypatch.setattr(limits, "TRIGGER_ASYNC_SECONDS", 0)
