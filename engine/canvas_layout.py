@@ -545,7 +545,7 @@ def _reduce_crossings(part: _ConnectedPart, order: ColumnOrder, sweeps: int) -> 
         columns, neighbours = (order, part.before) if sweep % 2 else (order[::-1], part.after)
         for column in columns:
             if sweep:
-                _sort_column(column, neighbours, position, turn=sweep % 4 in {3, 0})
+                _sort_column(column, neighbours, position, reverses_ties=sweep % 4 in {3, 0})
             _exchange_neighbors(column, part, position)
         crossings = part.count_crossings(order)
         if crossings < fewest:
@@ -561,17 +561,19 @@ def _index_positions(order: ColumnOrder, count: int) -> list[int]:
     return position
 
 
-def _sort_column(column: list[int], neighbours: NeighborLists, position: list[int], *, turn: bool) -> None:
+def _sort_column(
+    column: list[int], neighbours: NeighborLists, position: list[int], *, reverses_ties: bool
+) -> None:
     """Sort a column in place by the mean position of the neighbors, and update `position`.
 
-    Nodes without neighbors keep their place. `turn` reverses the order of nodes with the same mean.
+    Nodes without neighbors keep their place. `reverses_ties` reverses the order of nodes with the same mean.
     """
     mean = {
         number: sum([position[other] for other in neighbours[number]]) / len(neighbours[number])
         for number in column
         if neighbours[number]
     }
-    moved = iter(sorted(reversed(mean) if turn else mean, key=mean.__getitem__))
+    moved = iter(sorted(reversed(mean) if reverses_ties else mean, key=mean.__getitem__))
     for index, number in enumerate(column):
         column[index] = next(moved) if number in mean else number
     for index, number in enumerate(column):

@@ -144,8 +144,8 @@ class SectionFrame:
         """Yield this frame and the frames of all iterations in progress inside it, outer ones first."""
         yield self
         for loop in self.loops:
-            for turn in loop.iterations.values():
-                yield from turn.with_inner_iterations()
+            for iteration_frame in loop.iterations.values():
+                yield from iteration_frame.with_inner_iterations()
 
     def is_fatal(self) -> bool:
         """Return whether a failure of this frame fails the run: no enclosing loop continues on errors or has
@@ -318,7 +318,7 @@ class LoopProgress(Struct, eq=False):
 
 
 class ReadinessChange(Struct):
-    """Result of one step: nodes that may start now, and nodes that never will."""
+    """Nodes that may start after an event of a frame, such as the end of a node, and nodes that never will."""
 
     ready: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
@@ -348,11 +348,11 @@ class ReadinessTracker:
         """Decide about the nodes without incoming edges; return triggers as ready, others and the nodes
         behind them as skipped.
         """
-        step = ReadinessChange()
+        change = ReadinessChange()
         roots = [node_id for node_id, count in self._undecided.items() if count == 0]
-        step.ready = [node_id for node_id in roots if node_id in self._triggers]
-        self._skip((node_id for node_id in roots if node_id not in self._triggers), step)
-        return step
+        change.ready = [node_id for node_id in roots if node_id in self._triggers]
+        self._skip((node_id for node_id in roots if node_id not in self._triggers), change)
+        return change
 
     def settle(self, node_id: str, port: str) -> ReadinessChange:
         """Record that a node has left by `port`; return the nodes that became ready or are skipped by that.
@@ -360,15 +360,15 @@ class ReadinessTracker:
         Its edges at that port are taken, the others are not. A node is ready once all its incoming edges are
         decided and one is taken, an eager node at the first taken one.
         """
-        step = ReadinessChange()
+        change = ReadinessChange()
         unreachable: list[str] = []
         self._ports[node_id] = port
         for edge in self._outbound[node_id]:
             if edge.source_port == port:
-                self._mark_reached(edge, step)
-            self._decide(edge.target, step, unreachable)
-        self._skip(unreachable, step)
-        return step
+                self._mark_reached(edge, change)
+            self._decide(edge.target, change, unreachable)
+        self._skip(unreachable, change)
+        return change
 
     def taken_edges(self, node_id: str) -> Sequence[GraphEdge]:
         """Return the taken edges into a node, in graph order; only the first taken one for an eager node."""
@@ -376,15 +376,15 @@ class ReadinessTracker:
             return [self._first[node_id]]
         return [edge for edge in self._inbound[node_id] if self._ports.get(edge.source) == edge.source_port]
 
-    def _mark_reached(self, edge: GraphEdge, step: ReadinessChange) -> None:
+    def _mark_reached(self, edge: GraphEdge, change: ReadinessChange) -> None:
         target = edge.target
         if target in self._eager and target not in self._reached:
             self._first[target] = edge
-            step.ready.append(target)
+            change.ready.append(target)
         self._reached.add(target)
 
-    def _decide(self, target: str, step: ReadinessChange, unreachable: list[str]) -> None:
-        """Count one more decided edge into a node; after its last edge, add it to `step.ready` or `unreachable`.
+    def _decide(self, target: str, change: ReadinessChange, unreachable: list[str]) -> None:
+        """Count one more decided edge into a node; after its last edge, add it to `change.ready` or `unreachable`.
 
         A node is unreachable if none of its edges was taken. An eager node was added at the first taken edge.
         """
@@ -394,20 +394,20 @@ class ReadinessTracker:
         if target not in self._reached:
             unreachable.append(target)
         elif target not in self._eager:
-            step.ready.append(target)
+            change.ready.append(target)
 
-    def _skip(self, node_ids: Iterable[str], step: ReadinessChange) -> None:
-        """Add nodes to `step.skipped`, and those behind them that can't be reached any more.
+    def _skip(self, node_ids: Iterable[str], change: ReadinessChange) -> None:
+        """Add nodes to `change.skipped`, and those behind them that can't be reached any more.
 
-        Nodes that become ready, since their last open edge is decided, are added to `step.ready`.
+        Nodes that become ready, since their last open edge is decided, are added to `change.ready`.
         """
         queue = deque(node_ids)
         while queue:
             node_id = queue.popleft()
-            step.skipped.append(node_id)
+            change.skipped.append(node_id)
             unreachable: list[str] = []
             for edge in self._outbound[node_id]:
-                self._decide(edge.target, step, unreachable)
+                self._decide(edge.target, change, unreachable)
             queue.extend(unreachable)
 
 

@@ -36,7 +36,7 @@ class LoopOwner(Protocol):
     def record_cancelled(self, visit: NodeVisit) -> None: ...
     def withdraw_waits(self, visit: NodeVisit) -> None: ...
     def give_up(self, visit: NodeVisit, reason: RunError) -> None: ...
-    def schedule_successors(self, frame: SectionFrame, step: ReadinessChange) -> None: ...
+    def schedule_successors(self, frame: SectionFrame, change: ReadinessChange) -> None: ...
     def skip_body(self, body: GraphSection, frame: SectionFrame) -> None: ...
     def to_run_error(self, visit: NodeVisit, error: NodeError) -> RunError: ...
 
@@ -138,10 +138,10 @@ class LoopScheduler:
         if self._iterations > self._limits.max_iterations:
             self._fail(loop, _too_many_iterations(loop, self._limits))
             return
-        turn = SectionFrame.for_iteration(loop, index, recorded, self._recorder.clock.now())
-        loop.iterations[index] = turn
+        iteration_frame = SectionFrame.for_iteration(loop, index, recorded, self._recorder.clock.now())
+        loop.iterations[index] = iteration_frame
         self._iterations_at_once += 1
-        self._owner.schedule_successors(turn, turn.start())
+        self._owner.schedule_successors(iteration_frame, iteration_frame.start())
 
     def _restore_iteration(self, loop: LoopProgress, index: int, span: NodeSpan) -> None:
         """Apply the recorded end of an iteration, its result or failure, without running its nodes."""
@@ -153,26 +153,26 @@ class LoopScheduler:
         loop.result_bytes += len(span.output or b"")
         loop.results[index] = values.restore_json(span.output) if span.output is not None else None
 
-    def end_iteration(self, turn: SectionFrame, loop: LoopProgress) -> None:
+    def end_iteration(self, iteration_frame: SectionFrame, loop: LoopProgress) -> None:
         """End an iteration in which nothing is left to do: record its result, failure or cancellation.
 
         Then begin further iterations, or end the loop.
         """
-        del loop.iterations[turn.index]
+        del loop.iterations[iteration_frame.index]
         self._iterations_at_once -= 1
-        self._recorder.add_progress(turn, loop.iteration_share - turn.counted)
-        if turn.failure is not None:
-            self._record_iteration(turn, loop, SpanStatus.FAILED, error=turn.failure)
-            self._on_iteration_failed(loop, turn.index, turn.failure)
-        elif turn.is_broken_off:
-            self._record_iteration(turn, loop, SpanStatus.CANCELLED)
+        self._recorder.add_progress(iteration_frame, loop.iteration_share - iteration_frame.counted)
+        if iteration_frame.failure is not None:
+            self._record_iteration(iteration_frame, loop, SpanStatus.FAILED, error=iteration_frame.failure)
+            self._on_iteration_failed(loop, iteration_frame.index, iteration_frame.failure)
+        elif iteration_frame.is_broken_off:
+            self._record_iteration(iteration_frame, loop, SpanStatus.CANCELLED)
         else:
-            self._on_iteration_completed(turn, loop)
+            self._on_iteration_completed(iteration_frame, loop)
         self._advance(loop)
 
-    def _on_iteration_completed(self, turn: SectionFrame, loop: LoopProgress) -> None:
+    def _on_iteration_completed(self, iteration_frame: SectionFrame, loop: LoopProgress) -> None:
         """Store and record the result of an iteration; the loop fails if it, or all results together, are too large."""
-        result = turn.result()
+        result = iteration_frame.result()
         try:
             encoded = run_records.encode_output(result, self._limits.max_output_bytes)
             loop.result_bytes += len(encoded)
@@ -181,8 +181,8 @@ class LoopScheduler:
         except (InvalidJson, NodeError) as error:
             self._fail(loop, self._owner.to_run_error(loop.visit, run_records.to_node_error(error)))
             return
-        loop.results[turn.index] = result
-        self._record_iteration(turn, loop, SpanStatus.COMPLETED, output=encoded)
+        loop.results[iteration_frame.index] = result
+        self._record_iteration(iteration_frame, loop, SpanStatus.COMPLETED, output=encoded)
 
     def _on_iteration_failed(self, loop: LoopProgress, index: int, error: RunError) -> None:
         """Note the failure of an iteration: a loop that continues on errors will list it, any other loop fails."""
@@ -195,16 +195,16 @@ class LoopScheduler:
         """Fail a loop with its first error, and cancel its other iterations; later errors are ignored."""
         if loop.failure is None:
             loop.failure = error
-            for turn in list(loop.iterations.values()):
-                self.cancel_iteration(turn)
+            for iteration_frame in list(loop.iterations.values()):
+                self.cancel_iteration(iteration_frame)
 
-    def cancel_iteration(self, turn: SectionFrame) -> None:
+    def cancel_iteration(self, iteration_frame: SectionFrame) -> None:
         """Stop an iteration and the loops inside it: begin nothing more, cancel reads, and record sleeping
         nodes as canceled.
 
         Writes in progress complete first; an iteration without any ends at once.
         """
-        frames = list(turn.with_inner_iterations())
+        frames = list(iteration_frame.with_inner_iterations())
         for frame in frames:
             frame.is_broken_off = True
             for loop in frame.loops:
@@ -232,14 +232,16 @@ class LoopScheduler:
 
     def _record_iteration(
         self,
-        turn: SectionFrame,
+        iteration_frame: SectionFrame,
         loop: LoopProgress,
         status: SpanStatus,
         *,
         output: bytes | None = None,
         error: RunError | None = None,
     ) -> None:
-        self._recorder.record_iteration(turn, loop.visit.program.node, status, CONTINUE, output, error)
+        self._recorder.record_iteration(
+            iteration_frame, loop.visit.program.node, status, CONTINUE, output, error
+        )
 
 
 def _empty_output(count: int) -> dict[str, Json]:

@@ -142,9 +142,9 @@ class _NodePlanner:
 
         Nodes behind one that runs again are left undecided.
         """
-        step = self._frame.start()
-        ready = list(step.ready)
-        self._skip(step.skipped)
+        change = self._frame.start()
+        ready = list(change.ready)
+        self._skip(change.skipped)
         while ready:
             ready.sort(key=self._sequence)
             able = [one for one in ready if one not in self._unknowable]
@@ -168,9 +168,9 @@ class _NodePlanner:
                 self._skip([chosen])
                 port = NO_PORT
             if port is not None:
-                step = self._frame.plan.settle(chosen, port)
-                ready += [one for one in step.ready if one not in ready]
-                self._skip(step.skipped)
+                change = self._frame.plan.settle(chosen, port)
+                ready += [one for one in change.ready if one not in ready]
+                self._skip(change.skipped)
 
     def _show_skipped(self) -> None:
         """Add decisions about nodes that are skipped because a write before them is left out, so that the plan shows

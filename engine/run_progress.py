@@ -390,14 +390,12 @@ class RunProgress:
         self.schedule_successors(frame, frame.plan.settle(node_id, candidate.port or OUTPUT))
         self._on_node_settled(frame)
 
-    def schedule_successors(self, frame: SectionFrame, step: ReadinessChange) -> None:
-        """Add the ready nodes of a step to the worklist, and record the skipped ones, with the bodies of
-        skipped loops.
-        """
-        if step.ready:
-            self._worklist.add(frame, step.ready)
-        frame.skipped.update(step.skipped)
-        for node_id in step.skipped:
+    def schedule_successors(self, frame: SectionFrame, change: ReadinessChange) -> None:
+        """Add the ready nodes of a readiness change to the worklist, and record the skipped ones, with loop bodies."""
+        if change.ready:
+            self._worklist.add(frame, change.ready)
+        frame.skipped.update(change.skipped)
+        for node_id in change.skipped:
             self._recorder.add_progress(frame, frame.share_of(node_id))
             recorded = frame.recorded.get(node_id)
             # A replay may begin with a result of a node that it then does not reach.

@@ -301,7 +301,7 @@ class SpanRecorder:
 
     def record_iteration(
         self,
-        turn: SectionFrame,
+        iteration_frame: SectionFrame,
         node: GraphNode,
         status: SpanStatus,
         port: str,
@@ -318,9 +318,9 @@ class SpanRecorder:
                 type=node.type,
                 status=status,
                 sequence=self._sequence,
-                started_at=turn.started_at,
+                started_at=iteration_frame.started_at,
                 ended_at=self.clock.now(),
-                iteration=turn.iteration,
+                iteration=iteration_frame.iteration,
                 port=port,
                 output=output,
                 error=error,

@@ -137,7 +137,9 @@ def _sends_alone(node: GraphNode, graph: ParsedGraph, catalog: NodeTypeLookup, t
 def _iterate_exposed_agents(
     running: list[GraphNode], graph: ParsedGraph, catalog: NodeTypeLookup, traits: TraitsById
 ) -> Iterator[str]:
-    """Yield the labels of agents that read private data and can send it, here and in called workflows."""
+    """Yield the labels of agents that read private data and can send it, among the nodes `running` and in workflows
+    that these call.
+    """
     for node in running:
         if node.type == SUB_WORKFLOW_TYPE:
             if label := workflow_traits.traits_of(node, traits).exposed_agent:

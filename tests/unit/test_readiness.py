@@ -54,11 +54,11 @@ def test_each_node_is_reached_or_skipped_once_in_any_order(walk: GraphWalk, rand
     told: Counter[str] = Counter()
     skipped: set[str] = set()
 
-    def follow(step: ReadinessChange) -> None:
-        told.update([*step.ready, *step.skipped])
-        skipped.update(step.skipped)
-        waiting.extend(step.ready)
-        for node_id in step.ready:
+    def follow(change: ReadinessChange) -> None:
+        told.update([*change.ready, *change.skipped])
+        skipped.update(change.skipped)
+        waiting.extend(change.ready)
+        for node_id in change.ready:
             edges = walk.graph.inbound[node_id]
             taken = [edge for edge in edges if walk.ports[edge.source] == edge.source_port]
             arrived = [edge for edge in taken if edge.source in settled]
@@ -106,6 +106,6 @@ def test_parents_come_in_the_order_in_which_their_edges_were_drawn() -> None:
     plan = ReadinessTracker(ParsedGraph(nodes, edges), ["a", "b", "c"])
     plan.start()
     for node_id in ("b", "a", "c"):
-        step = plan.settle(node_id, "output")
-    assert step.ready == ["end"]
+        change = plan.settle(node_id, "output")
+    assert change.ready == ["end"]
     assert [edge.source for edge in plan.taken_edges("end")] == ["c", "a"]
