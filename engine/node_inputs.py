@@ -235,8 +235,8 @@ class NodeInputs:
     def _digest_reads(self, frame: SectionFrame, program: NodeProgram, scope: Mapping[str, Json]) -> bytes:
         """Return the digest, for the key of a node, of the values outside `data` that the node can read.
 
-        `UNKNOWN` in an iteration, and for a loop whose body may see nodes that settle later: such a node is
-        never reused alone.
+        `UNKNOWN` in an iteration, where a replay reuses no single node, and for a loop whose body may see nodes that
+        settle later.
         """
         if frame.loop is not None:
             return node_key.UNKNOWN  # a replay never reuses one node of an iteration

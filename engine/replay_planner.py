@@ -221,7 +221,7 @@ class _NodePlanner:
     def find_misjudged(self) -> frozenset[str]:
         """Return the nodes whose results were reused although a parallel branch that they refer to runs again.
 
-        They must be decided again without that assumption.
+        The plan must be made again with these nodes as `unknowable`.
         """
         return frozenset(
             node_id for node_id in self._presumed if node_id in self._known and self._open_references(node_id)
