@@ -87,8 +87,9 @@ async def create_key(
 ) -> str:
     """Create an API key for a user, with an audit entry, and return the key itself, which is stored nowhere.
 
-    `user` is an id or e-mail address. Without `organization` the only one is meant; without `lifetime` the key doesn't
-    expire. Raises `CommandError` for a missing user, and a missing or ambiguous organization.
+    `user` is an id or e-mail address; a key with empty `scopes` permits nothing that needs a scope. Without
+    `organization` the only one is meant; without `lifetime` the key doesn't expire. Raises `CommandError` for a
+    missing user, and a missing or ambiguous organization.
     """
     secret = settings.secret
 

@@ -96,10 +96,9 @@ class RoleSettings(Struct, frozen=True):
 
     @classmethod
     def build(cls, shared: Mapping[str, Any], gateway: Mapping[str, Any]) -> RoleSettings:
-        """Return the settings of each role from given values, which win, and the environment;
-        `gateway` only applies to it.
+        """Return the settings of each role from given values, which win, and the environment.
 
-        Raises pydantic's `ValidationError`.
+        `shared` applies to all roles, `gateway` to the gateway alone. Raises pydantic's `ValidationError`.
         """
         # Local pods are not isolated from one another: in one process for one user, they all belong to that user.
         local: dict[str, Any] = {**shared, "cluster": "local"}
@@ -194,7 +193,8 @@ async def _run(
 async def _end_pods(pods: AsyncExitStack, store: JournalStore, *, owns_store: bool) -> None:
     """End the local pods while the gateway still serves them, so that they can hand off their runs.
 
-    With `owns_store`, runs that weren't handed off in time return to the queue at once, and not after their leases.
+    With `owns_store` (no other process uses the database), runs that weren't handed off in time return to the queue at
+    once, and not after their leases.
     """
     await pods.aclose()
     if owns_store:
@@ -228,8 +228,8 @@ async def _create_first_key(database: Database, settings: GatewaySettings) -> st
 
 
 def _set_gateway_url(address: str, settings: DeployerSettings) -> DeployerSettings:
-    """Return the deployer's settings with the URL at which pods reach the gateway:
-    the configured one, else `address`.
+    """Return a copy of the settings with the URL at which pods reach the gateway: the configured one, else that of
+    `address` on this machine.
     """
     return settings.model_copy(
         update={"runner_gateway_url": settings.runner_gateway_url or _to_local_url(address)}
@@ -237,12 +237,16 @@ def _set_gateway_url(address: str, settings: DeployerSettings) -> DeployerSettin
 
 
 def _set_public_url(address: str, settings: WorkerSettings) -> WorkerSettings:
-    """Return the worker's settings with the URL for links and callbacks: the configured one, else `address`."""
+    """Return a copy of the settings with the URL for links and callbacks: the configured one, else that of `address`
+    on this machine.
+    """
     return settings.model_copy(update={"public_url": settings.public_url or _to_local_url(address)})
 
 
 def _to_local_url(address: str) -> str:
-    """Return the URL at which processes on this machine reach the gateway: a loopback address for all interfaces."""
+    """Return the URL `address` with a loopback address in place of all interfaces (`0.0.0.0` or `[::]`); other URLs
+    are returned unchanged.
+    """
     return address.replace("//0.0.0.0:", "//127.0.0.1:").replace("[::]", "[::1]")
 
 
@@ -255,6 +259,8 @@ def _format_address(listener: socket.socket) -> str:
 def _build_greeting(address: str, sign_in: str, key: str | None) -> str:
     """Return the text with which a started server greets: first the link to the dashboard, which newcomers need,
     then a new key with an example for a terminal.
+
+    `sign_in` is the text of the link, empty without one; for None as `key`, key and example are left out.
     """
     if key is None:
         return f"Pilotflame runs on {address}\n{sign_in}"
@@ -302,7 +308,9 @@ def _load_example(example: ExampleWorkflow, url: str, key: str) -> bool:
 
 
 def _add_input(example: ExampleWorkflow) -> Mapping[str, Any]:
-    """Return the definition of the example with its inputs as `exampleInput`, which fills the form of the dashboard."""
+    """Return the definition of the example with its inputs as `exampleInput`, which fills the form of the dashboard;
+    unchanged without a file of inputs.
+    """
     import json
 
     if example.inputs is None:

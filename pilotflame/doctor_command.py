@@ -204,8 +204,9 @@ async def _open_stores(settings: ServerSettings, request: DoctorRequest) -> Asyn
 
 
 async def _open_broker(url: str | None) -> Broker:
-    """Return the broker at a URL, also of a Redis that may evict keys, which no other process would use:
-    that is a finding.
+    """Return the broker at a URL, or for None one inside this process.
+
+    A Redis that may evict keys, which other processes refuse to use, is opened too: a check reports it as a finding.
     """
     try:
         return await connect_broker(url)

@@ -46,7 +46,7 @@ class TextPrinter:
         """Place whose text the last printed line belongs to."""
 
     def take(self, event: RunEvent) -> None:
-        """Print an event of the steps of a run: a text, its new beginning, or a step of an agent;
+        """Print an event of the steps of a run: a part of a model's text, the restart of a text, or a step of an agent;
         other events are ignored.
         """
         match event.name:
@@ -120,7 +120,7 @@ class TextPrinter:
 
 
 def explain_retry(data: Mapping[str, Any]) -> str:
-    """Return the words for an event that a text begins again, with its reason."""
+    """Return the words for an event of a text that is written again from its beginning, with the reason."""
     reason = REASONS.get(data["reason"], f"the call failed: {data['reason']}")
     return f"begins again, since {reason}"
 

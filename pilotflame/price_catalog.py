@@ -178,7 +178,10 @@ class _Constraint(Struct, frozen=True):
 
 
 def _read_constraint(stored: Mapping[str, Any] | None) -> _Constraint:
-    """Return the condition of a price from the catalog; without a first day it is one of the time of day."""
+    """Return the condition of a price from the catalog: a first day, or if it has none, a time of day.
+
+    A price without a stored condition (None or empty) always applies.
+    """
     if not stored:
         return _Constraint()
     start = stored.get("start_date")

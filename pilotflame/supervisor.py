@@ -220,7 +220,7 @@ def _follow_parent(parent: int, name: str) -> None:
 
 
 def open_listener(host: str, port: int) -> socket.socket:
-    """Return a listening socket for the gateway; raises `CommandError` if another process listens there."""
+    """Return a listening socket for the gateway; raises `CommandError` if the port or address is not available."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=2048)

@@ -26,10 +26,10 @@ _SERVICE_HOST: Final = "_SERVICE_HOST"
 def find_unknown(
     environment: Iterable[str], own: type[BaseSettings] | None = None
 ) -> Mapping[str, list[str]]:
-    """Return variables with the prefix of settings that no process knows, each with the names of similar settings.
+    """Return the variables with the prefix of settings that no process reads, each with the names of similar settings.
 
-    The settings of `own`, and then of other processes, are loaded one after the other while variables are left.
-    Variables that Kubernetes sets for services are skipped.
+    `environment` has the names of the variables. Those that Kubernetes sets for services are skipped. The settings of
+    `own` are compared first; modules of other processes are only loaded if a variable is not among these.
     """
     given = sorted(name for name in environment if name.upper().startswith(PREFIX))
     links = tuple(

@@ -66,7 +66,7 @@ def load_workers(file: Path) -> Sequence[Worker]:
 
 
 def _describe_error(file: Path, error: Exception) -> str:
-    """Return the text for an error of a worker's file, with the innermost line of the code beside it."""
+    """Return the text for an error of a worker's file, with the innermost line of code in the folder of the file."""
     if isinstance(error, ModuleNotFoundError) and error.name is not None:
         return (
             f"{file} needs the module {error.name}, which {sys.executable} does not have: install it there. Or use the"

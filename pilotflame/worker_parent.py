@@ -43,8 +43,8 @@ class ChildDeath(NamedTuple):
 def fork_worker(release: Callable[[ChildDeath], None]) -> Announce:
     """Fork, and return in the child; the parent stays in this call, and exits with the code of the child.
 
-    The child dies with its parent. It calls the returned function with the owner name of its leases. The parent
-    forwards signals, and calls `release` after the death of the child, unless the child exited with 0 or never
+    The child dies with its parent. The child must call the returned function with the owner name of its leases. The
+    parent forwards signals, and calls `release` after the death of the child, unless the child exited with 0 or never
     announced an owner. Outside Linux there is no parent: a child could outlive it unnoticed.
     """
     if sys.platform != "linux":

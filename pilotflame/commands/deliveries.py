@@ -60,5 +60,5 @@ def redrive(delivery: DeliveryArgument, output: FormatOption = OutputFormat.JSON
 
 @app.command("samples")
 def list_samples(output: FormatOption = OutputFormat.JSON) -> None:
-    """List kept requests that match the form of no known sender."""
+    """List samples of recent requests that were rejected without a delivery."""
     show_list(list(connect().deliveries.iterate_samples()), output, {"Id": "id", "Route": "route"})

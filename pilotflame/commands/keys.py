@@ -106,7 +106,7 @@ def revoke_key(key_id: str, org: DatabaseOrganization = None) -> None:
 
 @app.command("rotate-secret")
 def rotate_secret() -> None:
-    """Encrypt secrets anew with PILOTFLAME_SECRET_KEY that a key of PILOTFLAME_PREVIOUS_SECRET_KEYS has encrypted.
+    """Encrypt all secrets with PILOTFLAME_SECRET_KEY that a key of PILOTFLAME_PREVIOUS_SECRET_KEYS encrypted before.
 
     Safe to repeat and to run beside the server; an interrupted run continues where it stopped.
     """

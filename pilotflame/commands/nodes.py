@@ -40,7 +40,7 @@ def get_type(
     version: Annotated[str | None, Option(help="Version of a custom type.", show_default="newest")] = None,
     output: FormatOption = OutputFormat.JSON,
 ) -> None:
-    """Print the schema of the config of a type of the server, or the whole document of a custom type."""
+    """Print the schema of the config of a built-in type, or the whole document of a custom type."""
     from pilotflame_sdk.request_coding import quote_type
 
     path = f"{PATH}/{quote_type(node_type)}"

@@ -82,7 +82,7 @@ def show_value(value: object, output: OutputFormat = OutputFormat.JSON) -> None:
 def show_table(rows: Sequence[Sequence[object]], headings: Sequence[str]) -> None:
     """Print rows below headings in upper case, each column as wide as its longest value.
 
-    Line breaks in values become spaces. Nothing is printed without rows and headings.
+    Line breaks in values become spaces. Without headings, only the rows are printed.
     """
     texts = [[escape_text(_format_cell(value)).replace("\n", " ") for value in row] for row in rows]
     lines = [[heading.upper() for heading in headings], *texts] if headings else texts

@@ -290,7 +290,7 @@ def resume_run(
     ] = False,
     idempotency_key: KeyOption = None,
 ) -> None:
-    """Continue a failed execution behind its completed nodes, and print the id of the new one."""
+    """Continue a failed execution in a new one after its completed nodes, and print the id of the new one."""
     resumed = connect().executions.resume(execution, fresh=is_fresh, idempotency_key=idempotency_key)
     typer.echo(resumed["executionId"])
 
@@ -471,7 +471,7 @@ def act_on_many(
     dry_run: Annotated[bool, Option("--dry-run", help="Print the selection, and change nothing.")] = False,
     yes: YesOption = False,
 ) -> None:
-    """Cancel, retry, replay or delete all executions of a filter, and print their ids."""
+    """Cancel, retry, replay or delete the executions of a filter, up to 1,000 at once, and print their ids."""
     client = connect()
     workflow_id = None if workflow is None else client.workflows.find(workflow)
     chosen = {

@@ -14,8 +14,8 @@ chosen_profiles: list[str] = []
 def connect() -> Client:
     """Return a client of the chosen server, by profile or environment; it does not connect yet.
 
-    Its requests fail at once if the server has never answered. Raises `ConfigurationError` without a server
-    or key.
+    After a lost connection, its requests are repeated only once the server has answered it before. Raises
+    `ConfigurationError` without a server or key.
     """
     from pilotflame_sdk import Client, RetryPolicy
 

@@ -14,7 +14,7 @@ app = new_noun("Show or replace the secret that signs callbacks and webhooks of 
 
 @app.command("get")
 def get_secret(output: FormatOption = OutputFormat.JSON) -> None:
-    """Print the end of the signing secret and its age; the secret itself is shown only when it is made."""
+    """Print the last characters and the age of the signing secret; the secret itself is shown only when it is made."""
     show_object(dict(connect().signing_secret.get()), output, key="hint")
 
 

@@ -56,7 +56,7 @@ def get_task(
 
 @app.command("retry")
 def retry_task(task: TaskArgument) -> None:
-    """Begin the next attempt at once, also in place of a worker that hangs; that attempt costs nothing."""
+    """Begin the next attempt at once; it replaces one of a worker that hangs, which then does not count."""
     remark(f"{task} is {connect().tasks.retry(task)['state']}")
 
 

@@ -42,7 +42,7 @@ ToolArgument = Annotated[str, Argument(metavar="TOOL", help="Name of the tool.")
 def list_servers(
     limit: LimitOption = 100, every: AllOption = False, output: FormatOption = OutputFormat.TABLE
 ) -> None:
-    """List the tool servers that the key may use, with the numbers of their tools."""
+    """List the tool servers that the key may use, each with its number of accepted, new and changed tools."""
     show_list(take(connect().iterate(SERVERS, "toolServers", {}), limit, all_items=every), output, COLUMNS)
 
 

@@ -69,7 +69,10 @@ def develop(file: FileArgument) -> None:
 
 
 def _use_profile() -> None:
-    """Let the worker, and processes of its own, use the profile of the command."""
+    """Set the profile of the command in the environment of this process, for the worker and its child processes.
+
+    It takes the place of the variables with an address and a key. Does nothing without a profile on the command line.
+    """
     import os
 
     if server_connection.chosen_profiles:

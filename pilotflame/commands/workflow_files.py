@@ -220,8 +220,10 @@ def _show_conflicts(client: Client, request: Mapping[str, Any]) -> None:
 def _confirm_removals(
     client: Client, found: Sequence[WorkflowFile], request: Mapping[str, Any], *, is_confirmed: bool
 ) -> None:
-    """Ask before an `apply` that removes workflows: by deletion, over ten, or all of a set;
-    aborts the command without a yes.
+    """Ask before an `apply` that deletes workflows, archives over ten, or removes a whole set, having no files; abort
+    the command unless the answer is yes.
+
+    The server plans the request first; nothing is asked about fewer archived workflows, or if `is_confirmed`.
     """
     planned = _send_apply(client, found, {**request, "dryRun": True})
     removed = [one["name"] for one in planned["changes"] if one["action"] in {"archive", "delete"}]
@@ -275,7 +277,9 @@ def _change_line(name: str, change: Mapping[str, Any]) -> str:
 
 
 def _value_text(change: Mapping[str, Any], side: str) -> str:
-    """Return the value of a change before or after it as JSON, truncated, or `(none)`."""
+    """Return the value before or after a change (`side` is "before" or "after") as JSON, truncated; `(none)` without
+    one.
+    """
     import json
 
     if side not in change:
