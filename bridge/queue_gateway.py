@@ -114,9 +114,10 @@ class QueueGateway:
     async def enqueue(self, messages: Sequence[SourceMessage], *, source: str) -> Sequence[MessageResult]:
         """Post messages to a workflow's queue trigger in one request; return one result for each, in order.
 
-        Raises `BridgeUnavailable` if a retry may help (also at the concurrency limit of the workflow),
-        `ContentRefused` if a message is to blame, and `BridgeRefused` for other refusals. After any error the
-        outcome of all messages is unknown: post them again, the gateway deduplicates them.
+        `source` is the label of their queue, which runs get as their origin. Raises `BridgeUnavailable` if a retry may
+        help (also at the concurrency limit of the workflow), `ContentRefused` if a message is to blame, and
+        `BridgeRefused` for other refusals. After any error the outcome of all messages is unknown: post them again, the
+        gateway deduplicates them.
         """
         sent = [
             _MessageBody(msgspec.Raw(one.body), one.deduplication_id, source, one.priority)

@@ -166,7 +166,8 @@ class RedisStream:
     async def _read(
         self, which: str, limit: int, *, block_milliseconds: int | None = None
     ) -> Sequence[StreamEntry]:
-        """Read up to `limit` entries of the consumer group: own pending ones after an id, or new ones for `>`.
+        """Read up to `limit` entries of the consumer group: if `which` is an id, own pending ones after it; if it is
+        `>`, new ones.
 
         `block_milliseconds` is how long to wait for new ones; None doesn't wait.
         """

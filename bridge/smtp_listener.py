@@ -59,8 +59,8 @@ class SmtpMailHandler:
     ) -> str:
         """Handle a recipient of the mail server (RCPT TO); return the SMTP reply and keep accepted recipients.
 
-        Refused are other domains than the configured ones (none configured: all are accepted), addresses
-        without a trigger token, and recipients after the 100th.
+        Refused are other domains than the configured ones (none configured: all are accepted), recipients after the
+        100th, addresses without a trigger token, and addresses that the gateway refuses or can't check.
         """
         del server, session
         token, domain = split_recipient(address)

@@ -71,7 +71,7 @@ _RULES: Final[Mapping[str, Callable[[ProcessFacts, QueueFacts], bool]]] = {
 
 
 async def read_queue_facts(connection: AsyncConnection) -> QueueFacts:
-    """Return delays and drift of the rows of all organizations."""
+    """Return the delays of the queues and the classes of drift found in the database, of all organizations."""
     findings = [
         *await row_checks.find_overdue_rows(connection),
         *deployment_checks.check_deployments(await deployment_checks.read_deployments(connection)),
@@ -88,8 +88,8 @@ async def read_queue_facts(connection: AsyncConnection) -> QueueFacts:
 
 
 def evaluate(processes: ProcessFacts, queue: QueueFacts) -> Sequence[Alert]:
-    """Return all alerts with their states: firing ones first, then those
-    that only Prometheus knows, then quiet ones.
+    """Return all alerts with their states: firing ones first, then unknown ones, which only Prometheus can tell, then
+    quiet ones.
     """
     order = list(AlertState)
     alerts = [Alert(notice, _determine_state(notice.name, processes, queue)) for notice in NOTICES.values()]

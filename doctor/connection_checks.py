@@ -46,8 +46,8 @@ async def check_connections(addresses: ServerAddresses) -> Sequence[DriftFinding
     broker_url = addresses.broker_url or ""
     if not is_sqlite(addresses.database_url):
         address = postgresql_sessions.driver_address(addresses.database_url)
-        announces = broker_url if broker_url.startswith("postgresql") else ""
-        found += await _check_pooler(address, announces.replace("+asyncpg", "", 1))
+        listen_url = broker_url if broker_url.startswith("postgresql") else ""
+        found += await _check_pooler(address, listen_url.replace("+asyncpg", "", 1))
     if broker_url.startswith("redis"):
         found += await _check_redis(broker_url)
     return found
@@ -77,24 +77,24 @@ async def _check_redis(url: str) -> Sequence[DriftFinding]:
     return ()
 
 
-async def _check_pooler(address: str, announces: str) -> Sequence[DriftFinding]:
+async def _check_pooler(address: str, listen_address: str) -> Sequence[DriftFinding]:
     """Return findings about the pooler in front of the database; none if it doesn't answer.
 
-    `announces` is the address of the notifications, empty if Redis carries them.
+    `listen_address` is the URL at which processes listen for notifications of PostgreSQL, empty if Redis carries them.
     """
     try:
         first = await asyncpg.connect(address, timeout=CONNECT_SECONDS)
     except (asyncpg.PostgresError, OSError, TimeoutError):
         return ()
     try:
-        return await _examine_pooler(first, address, announces)
+        return await _examine_pooler(first, address, listen_address)
     except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError):
         return ()
     finally:
         first.terminate()
 
 
-async def _examine_pooler(first: Any, address: str, announces: str) -> Sequence[DriftFinding]:  # noqa: ANN401 - asyncpg's own
+async def _examine_pooler(first: Any, address: str, listen_address: str) -> Sequence[DriftFinding]:  # noqa: ANN401 - asyncpg's own
     """Return findings about the pooler through which `first` is connected; none without a pooler.
 
     Findings are statement mode, and for transaction mode notifications through the pooler and missing database options.
@@ -114,7 +114,7 @@ async def _examine_pooler(first: Any, address: str, announces: str) -> Sequence[
     if not await _shares_sessions(first, address):
         return ()
     found: list[DriftFinding] = []
-    if announces == address:
+    if listen_address == address:
         found.append(
             _build_finding(
                 "PILOTFLAME_LISTEN_URL",

@@ -79,7 +79,7 @@ async def read_undeploying(connection: AsyncConnection) -> frozenset[str]:
 def check_deployments(deployments: Sequence[DeploymentActivity]) -> Iterator[DriftFinding]:
     """Yield at most one finding per deployment: its lifecycle policy is not kept, or its last change is not applied.
 
-    A change counts only after 60 seconds.
+    A change is found only if it has not been applied for 60 seconds.
     """
     for seen in deployments:
         if finding := _check_policy(seen) or _check_change(seen):
@@ -95,7 +95,8 @@ def compare_cluster(
     and about objects without a row.
 
     Deployments that change, or did so in the last 60 seconds, are not compared with the cluster; objects of workflows
-    in `undeploying` are no finding. A listed deployment that doesn't exist has other objects, such as a Secret.
+    in `undeploying` are no finding. An element of `listed` with a false `exists` stands for other objects of its
+    workflow, such as a Secret.
     """
     in_cluster = {one.workflow_id: one for one in listed if one.exists}
     for seen in deployments:

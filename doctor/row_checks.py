@@ -51,11 +51,11 @@ async def find_overdue_rows(connection: AsyncConnection) -> Sequence[DriftFindin
     """Return a critical finding for each row that should have been processed over 60 seconds ago, at most 100
     of a class.
 
-    Pending runs count as overdue only while a present worker could claim more.
+    Pending runs count as overdue only while a running worker could claim more.
     """
     found: list[DriftFinding] = []
     for check in _CHECKS:
-        if check.drift_class is DriftClass.PENDING_UNCLAIMED and not await _have_workers_places(connection):
+        if check.drift_class is DriftClass.PENDING_UNCLAIMED and not await _has_worker_capacity(connection):
             continue
         for row in await connection.execute(check.statement.limit(SHOWN_ROWS)):
             subject = DriftSubject(check.subject_type, row.id, row.organization_id)
@@ -66,8 +66,8 @@ async def find_overdue_rows(connection: AsyncConnection) -> Sequence[DriftFindin
     return found
 
 
-async def _have_workers_places(connection: AsyncConnection) -> bool:
-    """Return whether the workers that are present hold fewer runs together than they may."""
+async def _has_worker_capacity(connection: AsyncConnection) -> bool:
+    """Return whether running workers (seen lately and not ended) can together hold more runs than they do."""
     free = select(func.sum(col(WorkerPresence.concurrency) - col(WorkerPresence.held_runs))).where(
         col(WorkerPresence.seen_at) > before(ABSENT_SECONDS), col(WorkerPresence.ended_at).is_(None)
     )

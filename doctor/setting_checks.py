@@ -130,7 +130,7 @@ def _check_secret(facts: ServerFacts) -> Iterator[DriftFinding]:
 def _check_passwords(facts: ServerFacts) -> Iterator[DriftFinding]:
     """Yield critical findings about a bootstrap API key or a database password that others may know or guess.
 
-    A password of a database on this machine is none.
+    Passwords of a database on this machine are not checked.
     """
     key = facts.bootstrap_api_key
     if key and (len(set(key)) < FEW_CHARACTERS or PLACEHOLDER.search(key)):

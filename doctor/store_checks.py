@@ -77,7 +77,8 @@ async def check_database(connection: AsyncConnection) -> Sequence[DriftFinding]:
 
 
 async def check_blobs(database: Database, blobs: BlobStore) -> Sequence[DriftFinding]:
-    """Return one finding for all stored blobs without a run, and a critical one for each large output without its blob.
+    """Return one finding for all blobs that have had no run for over a day, and a critical one for each large output
+    without its blob.
 
     Only the newest 200 outputs are looked up. Raises `DatabaseUnavailable` and `BlobsUnavailable`.
     """
@@ -112,7 +113,7 @@ async def check_blobs(database: Database, blobs: BlobStore) -> Sequence[DriftFin
 
 async def _check_leader(connection: AsyncConnection) -> Sequence[DriftFinding]:
     """Return a critical finding if no scheduler leads; none while a process
-    with all roles (`pilotflame dev`) is present.
+    with all roles (`pilotflame dev`) is running.
     """
     leads = select(func.count()).where(col(Leadership.lease_until) > before(0))
     # One process that has all roles needs no election.
@@ -125,7 +126,7 @@ async def _check_leader(connection: AsyncConnection) -> Sequence[DriftFinding]:
 
 
 async def _check_workers(connection: AsyncConnection) -> Sequence[DriftFinding]:
-    """Return a critical finding if no worker is present; otherwise none."""
+    """Return a critical finding if no worker is running (seen lately and not ended); otherwise none."""
     if await connection.scalar(_select_present()):
         return ()
     message = "No worker is present: runs that no pod executes stay pending."
@@ -133,7 +134,7 @@ async def _check_workers(connection: AsyncConnection) -> Sequence[DriftFinding]:
 
 
 async def _check_versions(connection: AsyncConnection) -> Sequence[DriftFinding]:
-    """Return a finding for each present process of another version than this program's, at most 100 of workers
+    """Return a finding for each running process of another version than this program's, at most 100 of workers
     and of others.
     """
     own = program_version()
@@ -179,12 +180,12 @@ async def check_audit_chain(
 
 
 def _select_present() -> Select[int]:
-    """Return the statement that counts present workers (seen lately and not ended)."""
+    """Return the statement that counts running workers (seen lately and not ended)."""
     return select(func.count()).where(*_are_present())
 
 
 def _are_present() -> Sequence[ColumnElement[bool]]:
-    """Return the SQL conditions that a worker is present: seen lately and not ended."""
+    """Return the SQL conditions that a worker is running: seen lately and not ended."""
     return col(WorkerPresence.seen_at) > before(ABSENT_SECONDS), col(WorkerPresence.ended_at).is_(None)
 
 

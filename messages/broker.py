@@ -112,7 +112,7 @@ class RunBroker(Protocol):
         """Call `on_notification` on the running event loop for each message of the channel, until `close`.
 
         Returns when the channel is open, or after two seconds if the server is away: it opens once that is back. Each
-        of several listeners receives all messages but grants, which have a subject of their own.
+        of several listeners receives all messages except slot grants, which only `Broker.listen` can request.
         """
 
     def start_worker(self, on_wakeup: Callable[[int], None]) -> None:
@@ -142,8 +142,10 @@ class Broker(RunBroker, Protocol):
     async def listen(
         self, on_notification: Callable[[Notification], None], *, subject: str | None = None
     ) -> None:
-        """Listen as `RunBroker` does; with a `subject`, only to direct messages with that key, or to that
-        kind of notification.
+        """Listen as `RunBroker` does; with a `subject`, only to it.
+
+        A subject is a key in the fields of direct messages, or the constant of a kind of notification:
+        `CHANGED_EXECUTIONS` or `SLOT_GRANTS`.
         """
 
     async def wake_mail_parsers(self) -> None:
@@ -166,6 +168,7 @@ class Broker(RunBroker, Protocol):
     async def send_direct(self, worker: str, message: DirectRuns) -> bool:
         """Send runs to the worker that they are assigned to; return False if no process listens on its channel.
 
+        `worker` is the name of that channel.
         Raises `BrokerUnavailable`.
         """
 

@@ -19,10 +19,10 @@ async def connect_broker(
 ) -> Broker:
     """Connect to the Redis or PostgreSQL at `url`, or (None) return a broker inside this process.
 
-    `channel` is its name, by default a random one. Without a `seal`, and over PostgreSQL, notifications carry
-    no outcomes and no grants, so that all runs are claimed. A gateway also gets the messages to all gateways. An
-    unreachable server doesn't prevent the start.
-    Raises `RedisMayEvict`, and ValueError for an invalid URL.
+    `channel` is the name of this process, by default a random one. Without a `seal`, and over PostgreSQL,
+    notifications carry no outcomes and no grants, so that all runs are claimed. A gateway also gets the messages to
+    all gateways. An unreachable server doesn't prevent the start. Raises `RedisMayEvict`, and ValueError for an
+    invalid URL.
     """
     name = channel or uuid4().hex
     if url is None:

@@ -45,7 +45,7 @@ class LocalBroker:
             asyncio.get_running_loop().call_soon(self._wake, shard)
 
     async def watch(self, execution_ids: Sequence[str]) -> None:
-        """Watch executions of this process for 15 minutes."""
+        """Watch executions, until the next change of each or for 15 minutes."""
         now = asyncio.get_running_loop().time()
         for execution_id in execution_ids:
             self._watched_until.pop(execution_id, None)
@@ -58,7 +58,9 @@ class LocalBroker:
         outcomes: Sequence[EndedExecution] = (),
         grants: Mapping[str, SlotGrant] = NO_GRANTS,
     ) -> None:
-        """Notify the listeners of this process about executions that are watched or have its channel."""
+        """Notify the listeners of this process about executions that are watched or have its channel, with the outcomes
+        and the grant for that channel.
+        """
         self._forget_watches_before(asyncio.get_running_loop().time())
         notified = tuple(
             execution_id

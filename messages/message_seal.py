@@ -41,7 +41,10 @@ class MessageSeal:
     """Seal of the server secret for messages; it opens what was sealed with earlier secrets too."""
 
     def __init__(self, secret: bytes, previous: Sequence[bytes], clock: DatabaseClock) -> None:
-        """Derive an encryption key for each purpose, so that a message for one can't be opened for another."""
+        """Derive an encryption key for each purpose, so that a message for one can't be opened for another.
+
+        `previous` are earlier server secrets, with which messages can still be opened; `clock` tells their age.
+        """
         self._vaults = {
             purpose: SecretVault(secret, previous, purpose=purpose)
             for purpose in (NOTICES, DIRECT_RUNS, LIVE_ANSWERS)
@@ -59,8 +62,8 @@ class MessageSeal:
         return SealedMessage(sealed.secret_id, now, b64encode(sealed.content).decode())
 
     def open(self, purpose: bytes, channel: str, sealed: SealedMessage) -> bytes | None:
-        """Return the content of a sealed message; None if it was sealed over a minute ago,
-        or ahead of the database's time.
+        """Return the content of a sealed message; None if its time of sealing is over a minute before or after the
+        database's time.
 
         None too, with a warning in the log, if it was sealed for another purpose or channel, or with an unknown secret.
         """

@@ -272,9 +272,8 @@ class RedisBroker:
         )
 
     async def _put(self, name: str, actor: str, key: str, payload: dict[str, object]) -> None:
-        """Put a message into a Dramatiq queue unless the latest one with the same key is still in it (for a
-        minute at most).
-
+        """Put a message for `actor` into the Dramatiq queue `name`, unless the latest one with the same key is still in
+        it (for a minute at most).
         Raises `BrokerUnavailable`.
         """
         identity = str(uuid4())

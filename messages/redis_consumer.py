@@ -106,8 +106,8 @@ class WakeupQueues(RedisBroker):
         )
 
     def wakeup_signals(self, queue_name: str) -> list[str]:
-        """Return the two Redis keys to block on: one wakes any idle consumer of any process, one the consumer
-        of this process.
+        """Return the two Redis keys to block on: the first wakes any idle consumer of any process, the second the
+        consumers of this process.
         """
         return [
             f"{NAMESPACE}:{queue_name}.wakeup_signal",
@@ -180,7 +180,10 @@ class BlockingConsumer(Consumer):
             raise ConnectionClosed(error) from error  # type: ignore[no-untyped-call]  # Dramatiq's
 
     def close(self) -> None:
-        """Return fetched messages that no thread has taken to the queue."""
+        """Return fetched messages to the queue unless a thread has taken them, and close the connection for signals.
+
+        Raises Dramatiq's `ConnectionClosed`.
+        """
         try:
             self.requeue(self._fetched)
         finally:

@@ -55,8 +55,9 @@ def grant_tokens(demand: TokenDemand, full_at: float, now: float) -> tuple[Token
     """Return the grant for a demand from a bucket that is full again at `full_at`,
     and the time at which it is full then.
 
-    Times are in seconds of one clock. With the needed tokens, it grants up to the wanted ones, and an eighth of the
-    rest ahead. Without them it grants 0, with the seconds to wait.
+    Times are in seconds of one clock. With the needed tokens, it grants up to the wanted ones, and of `ahead` at most
+    an eighth of the rest. Without them it grants 0, with the seconds to wait. A demand that needs more than the bucket
+    can hold is granted by a full bucket, which is then in debt.
     """
     rate = demand.rate
     full_at = max(full_at, now)

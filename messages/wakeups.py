@@ -78,7 +78,7 @@ class TakenRun(Protocol):
 
     @property
     def channel(self) -> str:
-        """Channel of the gateway that accepted it."""
+        """Channel of the gateway that accepted the run; empty without one."""
 
 
 async def notify_taken_runs(broker: Broker, runs: Iterable[TakenRun]) -> None:

@@ -122,7 +122,10 @@ class RemoteModelLedger:
         return True
 
     async def settle(self, caller: RunCaller, settlement: ModelSettlement, *, is_reserved: bool) -> None:  # noqa: ARG002 - the protocol's parameter
-        """Replace the reservation of a call by its real cost; it stays if the gateway refuses or doesn't answer."""
+        """Replace the reservation of a call by its real cost; it stays if the gateway refuses or doesn't answer.
+
+        `is_reserved` is ignored: the gateway finds the reservation itself.
+        """
         path = f"/executions/{caller.execution_id}/models/settle"
         with suppress(DatabaseUnavailable, CallRefused):
             await self._gateway.call(path, ModelSettleRequest(settlement), dict[str, Any])

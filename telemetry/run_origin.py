@@ -21,11 +21,11 @@ def current_origin() -> str | None:
 
 
 def origin_of_child(execution_id: str, token: int, origin: str | None) -> str | None:
-    """Return the text for `trace_origin` of a run that another run starts:
-    the id of the other's request, and its claim.
+    """Return the text for `trace_origin` of a run that another run starts: the claim of the parent run, and the id of
+    the request that started the parent.
 
-    `token` is the fencing token of the claim, `origin` the text in the row of the other run. None without traces and
-    without a request.
+    `execution_id` is that of the parent, `token` the fencing token of its claim, `origin` the text in its row. None in
+    a process without traces if no request started the parent.
     """
     span = None
     if tracing.tracer is not None:

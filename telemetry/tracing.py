@@ -143,7 +143,8 @@ class RequestTrace(Struct):
     def context(self) -> TraceContext:
         """Trace context of the request's span.
 
-        The caller's decision whether the trace is sampled counts only if the request has a valid key.
+        The caller's decision whether the trace is sampled counts only if the request has a valid key; else the
+        configured share decides.
         """
         if self.has_key and self.parent is not None:
             return TraceContext(self.trace_id, self.span_id, self.parent.is_sampled)
@@ -198,6 +199,8 @@ class RunTrace(Struct):
     def hold_content(self, call: object, content: object) -> None:
         """Keep the content of a call of a model for its span, which is sent later;
         do nothing unless spans carry content.
+
+        `call` is any hashable value that identifies the call within the run.
         """
         if self.carries_content:
             self._contents[call] = content
