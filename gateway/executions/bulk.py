@@ -160,8 +160,8 @@ def _audit_subject(body: BulkRequest, caller: ApiCaller) -> str:
 def _count_results(chosen: ChosenExecutions, done: Sequence[str] | None) -> dict[str, Any]:
     """Return the fields of a bulk result as keyword arguments, with at most 100 ids.
 
-    `done` holds the ids of changed executions, None for a dry run. `remaining` counts matching executions beyond the
-    limit.
+    `done` holds the ids of changed executions, None for a dry run. `remaining` counts the matching executions beyond
+    the limit; in a dry run, all that match.
     """
     listed = chosen.execution_ids if done is None else done
     return {

@@ -165,7 +165,7 @@ class ExecutionPollHub:
         in effect.
 
         After its first second, it is also notified once a second, in case a notification is lost. Once the process
-        stops, it is over from the start.
+        stops, its wait has ended from the start (`is_over`).
         """
         waiter = ExecutionWaiter(asyncio.get_running_loop().time())
         if self._is_released:

@@ -118,7 +118,7 @@ class RunGraphRows(Struct, frozen=True):
 
 async def read_rows(connection: AsyncConnection, key: ExecutionKey) -> RunGraphRows | None:
     """Return the rows about the graph of a run, with the durations of the last completed run before it; None if it is
-    being deleted.
+    missing or being deleted.
 
     Up to 200 iterations of each node are read, and 1,000 failed attempts.
     """
@@ -160,9 +160,8 @@ async def read_rows(connection: AsyncConnection, key: ExecutionKey) -> RunGraphR
 
 
 async def read_head(connection: AsyncConnection, key: ExecutionKey) -> RunHead | None:
-    """Return organization, workflow, definition hash, creation time and status of a run.
-
-    None if its deletion is in progress.
+    """Return organization, workflow, definition hash, creation time and status of a run; None if it is missing or being
+    deleted.
     """
     columns: Sequence[Any] = (
         *(col(Execution.organization_id), col(Execution.workflow_id), col(Execution.definition_hash)),

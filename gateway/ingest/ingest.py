@@ -158,12 +158,12 @@ class RequestIngestor:
         self._deliveries = deliveries
 
     async def resolve_target(self, caller: ApiCaller, workflow_id: str, kind: str) -> RunTarget:
-        """Return the target of a request: a workflow that the caller may read, with its trigger of a kind, as
-        it will run.
+        """Return the target of a request: a workflow that the caller may read, with its trigger of a kind, as it will
+        run.
 
-        For a deployed workflow that is the deployed definition. Before a refusal, the cached workflow is read
-        again. Raises 404, 409 for a workflow that is neither active nor paused, and 422 for another trigger
-        or an invalid graph.
+        For a deployed workflow that is the deployed definition, and the activity is recorded, which keeps its pods up.
+        Before a refusal, the cached workflow is read again. Raises 404, 409 for a workflow that is neither active nor
+        paused, and 422 for another trigger or an invalid graph.
         """
         workflow = await self._workflows.load(workflow_id, caller)
         try:
@@ -333,8 +333,9 @@ class RequestIngestor:
             self._activation.wake_deployment(assigned_deployment_id)
 
     async def _resolve_target(self, workflow: LoadedWorkflow, kind: str) -> RunTarget:
-        """Return the target of a request for a loaded workflow; raises 409 unless active or paused, 422 for
-        another trigger.
+        """Return the target of a request for a loaded workflow, and record the activity of its deployment.
+
+        Raises 409 unless the workflow is active or paused, and 422 for another trigger or an invalid graph.
         """
         is_paused = workflow.status is WorkflowStatus.PAUSED
         if workflow.status is not WorkflowStatus.ACTIVE and not is_paused:

@@ -42,8 +42,9 @@ class JsonAttachment(Struct, frozen=True):
         return {**attachment.as_json(), "blob": reference.as_json()}
 
     def _label(self) -> AttachmentLabel:
-        """Return file name, media type, content id and disposition of the attachment, cleaned; "" for absent
-        or invalid ones.
+        """Return file name, media type, content id and disposition of the attachment, cleaned.
+
+        Absent or invalid ones are "", except the media type: `application/octet-stream`.
         """
 
         def text(name: str) -> str:

@@ -167,10 +167,10 @@ class TriggerVerifier:
         return await self.use_current_trigger(sender.caller, workflow_id, use)
 
     async def verify_again(self, verified: VerifiedSignature, target: RunTarget) -> None:
-        """Verify a request once more if the trigger that will run has another `verification` than the one it was
-        verified by.
+        """Verify a request once more if the trigger that will run has another `verification` than that by which it was
+        verified.
 
-        Raises the errors of `verify_signature`.
+        Without any, nothing is checked. Raises the errors of `verify_signature`.
         """
         current = target.trigger.config.get(FIELD)
         if current is not None and current != verified.config:

@@ -124,10 +124,10 @@ def list_chips(
 
 
 def describe_workflow(workflow: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a workflow with its trigger, the looks of its pods and of its state, its bars, and its share of
-    failures.
+    """Return a workflow with its first trigger, its pods and newest run as looks, its bars, and its share of failures.
 
-    The state is the worse of pods and newest run: pods that can't start keep runs waiting.
+    `state` is the look of the newest run, None without one. `needs_person` is true if that run failed or the pods can't
+    start, which keeps runs waiting.
     """
     run = workflow["newestRun"]
     cannot_start = workflow["deploymentStatus"] == "failed"
