@@ -70,7 +70,7 @@ def _list_variables(kind: type[BaseSettings]) -> frozenset[str]:
 
 
 def _load_kinds() -> Iterator[type[BaseSettings]]:
-    """Yield the settings of each process and bridge, whose module is loaded then."""
+    """Yield the settings of each process, bridge and the mail listener, loading the module of each only when needed."""
     # Imported on demand, so that no process loads the settings of every other one; bridges are the rarest.
     from gateway.settings import GatewaySettings
 
@@ -90,3 +90,6 @@ def _load_kinds() -> Iterator[type[BaseSettings]]:
     from bridge.settings import RabbitmqBridgeSettings, RedisBridgeSettings, SqsBridgeSettings
 
     yield from (RedisBridgeSettings, SqsBridgeSettings, RabbitmqBridgeSettings)
+    from bridge.smtp_settings import SmtpListenerSettings
+
+    yield SmtpListenerSettings

@@ -1,11 +1,14 @@
 """Environment variables that resemble settings: those of any process are known, and others are reported."""
 
+from pydantic_settings import BaseSettings
+
+from bridge.smtp_settings import SmtpListenerSettings
 from docs.settings_reference import BRIDGES, PROCESSES
 from pilotflame import unknown_variables
 
 
 def test_the_settings_of_every_process_are_known() -> None:
-    settings = [*PROCESSES.values(), *BRIDGES]
+    settings: list[type[BaseSettings]] = [*PROCESSES.values(), *BRIDGES, SmtpListenerSettings]
     names = {f"PILOTFLAME_{name.upper()}" for one in settings for name in one.model_fields}
     assert unknown_variables.known_variables() == names | unknown_variables.OF_COMMANDS
     assert unknown_variables.find_unknown([*names, "pilotflame_port", "HOME", "PILOT"]) == {}
