@@ -115,8 +115,8 @@ class QueueTransfer:
         ]
 
     async def _handle_refused(self, refused: Sequence[tuple[SourceMessage, MessageResult]]) -> None:
-        """Log messages that the gateway refuses for good, and treat them as the settings say:
-        as dead letters, drop, or stop.
+        """Log messages that are refused for good, and treat them as the settings say: make them dead letters, drop
+        them, or stop.
 
         To stop, raises `BridgeRefused` and leaves them in their queue.
         """

@@ -32,9 +32,10 @@ class PriceState(StrEnum):
 def propose_price(
     server: Client, catalog: PriceCatalog, model: Mapping[str, Any], today: date
 ) -> dict[str, Any]:
-    """Return a proposal for a model as the API shows it: its price, the public one, and the state of both.
+    """Return a proposal for a model as the API shows it: its price, the public one (None if the catalog has none), and
+    their comparison as `state`.
 
-    The proposed price is None if the catalog has none. Raises `APIError`; stores nothing.
+    Raises `APIError`, and `CommandError` for a catalog entry in another format; stores nothing.
     """
     base_url = _read_address(server, model["dataSourceId"])
     found = None if base_url is None else catalog.find(base_url, model["vendorModelId"], today)

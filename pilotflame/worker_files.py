@@ -28,7 +28,7 @@ SKIPPED: Final = frozenset({"__pycache__", "node_modules", "site-packages"})
 def read_documents(file: Path) -> Sequence[Mapping[str, Any]]:
     """Return the documents of the node types of a Python file with workers, or the one of a JSON or YAML file.
 
-    A Python file is executed. Raises `CommandError`.
+    A Python file is executed. Raises `CommandError`, and `OSError` for a document that can't be read.
     """
     if file.suffix == ".py":
         return [one.document for worker in load_workers(file) for one in worker.definitions]

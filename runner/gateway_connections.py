@@ -31,7 +31,7 @@ class GatewayConnections:
     """Connections of one event loop, as many as there are calls at once."""
 
     def __init__(self, url: str, headers: Mapping[str, str]) -> None:
-        """Connect to the origin of a URL; `headers` are sent with each call."""
+        """Prepare calls below the URL of the gateway, without a connection yet; `headers` are sent with each call."""
         parts = urlsplit(url)
         self._host = parts.hostname or ""
         self._is_secure = parts.scheme == "https"

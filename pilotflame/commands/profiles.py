@@ -24,8 +24,7 @@ def login(
     url: Annotated[str, Option(help="Address of the server.")] = "http://127.0.0.1:8000",
     name: Annotated[str, Option("--name", help="Name of the profile.")] = "default",
 ) -> None:
-    """Check an API key, and store it with its server in a profile that only you can read.
-
+    """Check an API key, store it with its server in a profile that only you can read, and choose that profile.
     The key is asked for, or read from standard input: an argument would be visible to other users.
     """
     from pilotflame_sdk import Client, RetryPolicy
