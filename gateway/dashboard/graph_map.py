@@ -183,7 +183,7 @@ def _find_targets(connections: Iterable[Connection]) -> Mapping[str, Sequence[st
 def _draw_edge(source: MapCard, target: MapCard) -> MapEdge:
     """Return the line from the right side of one card to the left side of another as an SVG path.
 
-    A back edge passes below both cards. It is taken unless one of the cards was skipped, removed or not
+    A line back to the left passes below both cards. A line is taken unless one of its cards was skipped, removed or not
     reached.
     """
     x1, y1 = source.x + CARD_WIDTH, source.y + CARD_HEIGHT // 2

@@ -159,10 +159,11 @@ def build_start_row(
     waking_seconds: float,
     wake: Mapping[str, Any] | None = None,
 ) -> StartRow | None:
-    """Return the row of the time before the start of a run; None if it is less than two percent of the axis.
+    """Return the row of the time before the start of a run; None if it is under two percent of the axis, or no start
+    came.
 
     A recorded `wake` divides the time for which pods were woken: until the pod was asked for, its start, and its claim
-    of the run.
+    of the run. A run that has not ended yet may still start.
     """
     created, started = parse_instant(run["createdAt"]), parse_instant(run["startedAt"])
     if created is None or (started is None and run["endedAt"] is not None):

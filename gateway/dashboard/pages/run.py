@@ -299,8 +299,8 @@ def summarize(timeline: RunTimeline) -> str:
 def show_shares(timing: Mapping[str, Any] | None) -> Sequence[tuple[str, str, int, int, int]]:
     """Return label, tone, milliseconds, start and width of each part of a run's time, the longest first.
 
-    Start and width are in thousandths of the whole, at least 2. Parts under a millisecond are left out. Empty without
-    timing.
+    Start and width are in thousandths of the whole; a width is at least 2. Parts under a millisecond are left out.
+    Empty without timing.
     """
     if not timing:
         return ()

@@ -109,14 +109,15 @@ async def _load_preview(page: PageRequest, path: str, policy: Mapping[str, Any])
     return await page.preview(f"{path}/lifecycle/preview", **policy)
 
 
-def read_candidate(query: Mapping[str, str], present: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the lifecycle policy that the form in the query asks for; the present one without a form.
+def read_candidate(query: Mapping[str, str], current: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the lifecycle policy that the form in the query asks for; `current`, the policy as it is now, without a
+    form.
 
     Invalid fields get defaults: 30 idle minutes, weekdays from 08:00 to 18:00, UTC.
     """
     kind = query.get("type", "")
     if kind not in POLICIES:
-        return present
+        return current
     if kind == "idle-shutdown":
         minutes = query.get("minutes", "")
         return {"type": kind, "idleTimeoutMinutes": int(minutes) if DIGITS.match(minutes) else IDLE_MINUTES}
