@@ -425,7 +425,8 @@ class WorkflowRunAcceptor:
         """Accept a run of a workflow for the caller of a request, once per idempotency key, and return the outcome.
 
         `plan` makes the run; if the workflow changes meanwhile, it is called once more. The answer gets rate limit
-        headers. A used key gives the run of its first request. Raises 404, 409, 422, 429, and the errors of `plan`.
+        headers. A used key gives the run of its first request. Raises 403 for a language model that the caller may not
+        use, 404, 409, 422, 429, 503, and the errors of `plan`.
         """
         caller = request.caller
         workflow = await self._workflows.load(workflow_id, caller)

@@ -68,7 +68,7 @@ async def read_steps(
 async def read_changed_steps(
     connection: AsyncConnection, key: ExecutionKey, wanted: StepFilter, after: int, at_most: int
 ) -> Sequence[AgentStep]:
-    """Return the matching steps that have changed since sequence number `after`, in the order of their
+    """Return the matching steps that have changed since sequence number `after`, in the order of their sequence
     numbers, at most `at_most`.
     """
     statement = (

@@ -158,8 +158,8 @@ async def show(request: GatewayRequest) -> PageResponse:
 async def answer(request: GatewayRequest) -> PageResponse:
     """Answer the question of an approval link with the posted form, and use the link up.
 
-    Invalid fields are shown in the page with 422; a link that can't answer (used, closed, not allowed) gets
-    409.
+    Invalid fields are shown in the page with 422; a link that is used, early or closed gets 409, and one that may not
+    answer 403.
     """
     question = await _find_question(request)
     if question is None:
@@ -326,10 +326,11 @@ def _read_form(content: bytes) -> Mapping[str, str]:
 
 
 def _read_answer(asked: WaitingNode, form: Mapping[str, str]) -> tuple[str | None, Json]:
-    """Return the choice and the data of a form; None for either that it doesn't have.
+    """Return the choice and the data of a form; None for either that it doesn't have, but empty data for a question
+    with a schema.
 
-    Fields are converted by the question's schema; empty ones are left out. Raises ValueError for an invalid
-    number or JSON.
+    Fields are converted by the schema; empty ones are left out, except that an unchecked box is False. Raises
+    ValueError for an invalid number or JSON.
     """
     properties = _read_properties(asked)
     data: dict[str, Json] = {}

@@ -162,7 +162,7 @@ class LiveHints:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def stream(self, caller: ApiCaller, topics: HintTopics) -> HintStream:
-        """Return a stream of hints about topics as an ASGI response; hints do not contain the changes.
+        """Return a stream of hints about topics as an ASGI response; a hint names a changed object, but not the change.
 
         Raises a 503 error if 500 streams are open here, or the process stops.
         """

@@ -332,8 +332,10 @@ async def redrive_many(request: GatewayRequest) -> JsonResponse:
 
 
 def summarize_redrive(matched: int, done: redrive_runs.RedriveResult) -> DeliveryRedriveResults:
-    """Return the answer to a redrive of a selection: `matched` objects, those done, refused, and left for the
-    next request.
+    """Return the answer to a redrive of a selection of `matched` objects: those redriven, those with an error, and
+    those remaining.
+
+    All that were not redriven remain, those with an error too.
     """
     return DeliveryRedriveResults(
         matched=matched,

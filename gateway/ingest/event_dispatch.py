@@ -207,11 +207,10 @@ class EventDispatcher:
         return EventDispatchResult(emitted.event_id, event.event_type, _merge_outcomes(planned, taken))
 
     async def _plan_dispatch(self, organization_id: str, message: RunInput) -> EventDispatchPlan:
-        """Return the runs and outcomes of an event, with the trigger output `message`, for all subscribed workflows;
-        nothing is stored.
+        """Return the runs and outcomes of an event, with the trigger output `message`, for all subscribed workflows.
 
-        Raises a 413 error if the copies of the event are too large together, and a refusal if no workflow has another
-        outcome.
+        No run is stored yet, but capacity is taken and the activity of deployments is recorded. Raises a 413 error if
+        the copies of the event are too large together, and a refusal if no workflow has another outcome.
         """
         event_type = str(_read_field(message.trigger, "event_type"))
         subscribed = await self._subscribers.find(organization_id, event_type)
@@ -237,7 +236,7 @@ class EventDispatcher:
         counted: CountedDeployment | None,
         message: RunInput,
     ) -> None:
-        """Add the run of an event for one workflow, or its error, to the plan.
+        """Add the run of an event for one workflow, or its error, to the plan, and take capacity for the run.
 
         `counted` is its deployment, with the reason if that may not start now; None without a deployment. Nothing is
         added if the definition that will run doesn't subscribe to the event, or its filter excludes it.

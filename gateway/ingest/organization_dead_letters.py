@@ -185,10 +185,10 @@ async def _find_in_state(
 
 
 async def redrive(request: GatewayRequest) -> JsonResponse:
-    """Run the present workflows again on the input of the organization's dead letters, the oldest first.
+    """Run the current workflows again on the input of the organization's dead letters, the oldest first.
 
-    At most 1,000 are redriven at a time; `remaining` counts others, up to 2,000 in all. The oldest 100,000
-    failed runs are examined. Repeated requests run each dead letter once.
+    At most 1,000 are redriven at a time; `remaining` counts others, up to 2,000 in all. The oldest 100,000 failed runs
+    are examined. Repeated requests run each dead letter once.
     """
     body = await decode_body(request, SelectDeadLetters)
     matched, chosen = await _choose(request, body, body.filter.to_filter())

@@ -148,8 +148,8 @@ class RunRedriver:
     ) -> tuple[AcceptanceResult, str]:
         """Run the current workflow of a delivery on its content again; return the result, and the kind of its trigger.
 
-        A key of None allows several redrives. Raises a 409 error when the delivery has no content to run, or has
-        several runs, and the errors of the ingest.
+        Without a key, it can be redriven several times, but only once if it has a deduplication key. Raises a 409 error
+        when the delivery has no content to run, or has several runs, and the errors of the ingest.
         """
         kind = delivery_rows.KINDS.get(IngestRoute(one.route))
         if kind is None:

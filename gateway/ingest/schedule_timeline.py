@@ -281,8 +281,9 @@ async def _read_schedules(connection: AsyncConnection, workflow_ids: Sequence[st
 
 
 def _select_waiting(caller: ApiCaller) -> Subquery:
-    """Return the first 10,000 waiting runs of the caller's organization that have a due time, by the index of
-    live runs.
+    """Return the subquery of the first 10,000 waiting runs of the caller's organization that have a due time.
+
+    It reads them by the index of live runs.
     """
     return (
         select(

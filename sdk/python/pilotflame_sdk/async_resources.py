@@ -640,7 +640,7 @@ class AsyncQueue(AsyncResource):
         return cast("t.PurgeResult", await self._client.request("POST", f"/api/v1/workflows/{self._quote(workflow_id)}/dead-letters/purge", fields={"executionIds": execution_ids, "limit": limit, "dryRun": dry_run}))
 
     async def redrive_all_dead_letters(self, *, filter: Any, limit: int | None = None, dry_run: bool | None = None) -> t.DeliveryRedriveResults:
-        """Run the present workflows again on the input of the organization's dead letters, the oldest first."""
+        """Run the current workflows again on the input of the organization's dead letters, the oldest first."""
         return cast("t.DeliveryRedriveResults", await self._client.request("POST", "/api/v1/dead-letters/redrive", fields={"filter": filter, "limit": limit, "dryRun": dry_run}))
 
     async def redrive_dead_letters(self, workflow_id: str, *, execution_ids: Sequence[str] | None = None, limit: int | None = None, dry_run: bool | None = None) -> t.DeliveryRedriveResults:
