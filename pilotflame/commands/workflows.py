@@ -217,7 +217,9 @@ def log_level(
     minutes: Annotated[int, Option(min=1, max=1_440, help="Time for which it holds.")] = 60,
     output: FormatOption = OutputFormat.JSON,
 ) -> None:
-    """Show or set the lowest level of the lines that runs log, for an hour; debug adds lines about each node."""
+    """Show the lowest level of the lines that runs log, or set it for an hour or --minutes; debug adds lines about each
+    node.
+    """
     client = connect()
     workflow_id = client.workflows.find(workflow)
     path = f"/api/v1/workflows/{workflow_id}/log-level"
