@@ -525,7 +525,7 @@ async def _find_topics(request: GatewayRequest, topics: Sequence[str]) -> HintTo
     texts: list[ExecutionKey] = []
     for topic in topics:
         if topic.startswith((live_hints.EXECUTION, live_hints.TEXTS)):
-            runs.append(await request.gateway.access.key(topic.partition(":")[2], request.caller))
+            runs.append(await request.gateway.access.find_key(topic.partition(":")[2], request.caller))
             texts += runs[-1:] if topic.startswith(live_hints.TEXTS) else []
         elif topic not in live_hints.LISTS:
             text = "topics must be executions, deliveries, execution: or texts: with an id"
@@ -649,4 +649,4 @@ async def _select_view(
 
 async def _find_key(request: GatewayRequest) -> ExecutionKey:
     """Return the key of the execution in the path; raises a 404 error unless the caller may see it."""
-    return await request.gateway.access.key(request.path_params["id"], request.caller)
+    return await request.gateway.access.find_key(request.path_params["id"], request.caller)

@@ -71,7 +71,7 @@ async def assign(request: GatewayRequest) -> JsonResponse:
     get one.
     """
     gateway, caller = request.gateway, request.caller
-    key = await gateway.access.key(request.path_params["id"], caller)
+    key = await gateway.access.find_key(request.path_params["id"], caller)
     body = body_of(request, await read_json(request), AssigneeChange)
 
     async def work(connection: AsyncConnection) -> tuple[WaitingNode, Sequence[str]]:

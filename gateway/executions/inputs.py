@@ -214,7 +214,7 @@ async def index_answered(request: GatewayRequest) -> JsonResponse:
 
 async def index(request: GatewayRequest) -> JsonResponse:
     """List the nodes of an execution that wait for a person, with the mails sent about each."""
-    key = await request.gateway.access.key(request.path_params["id"], request.caller)
+    key = await request.gateway.access.find_key(request.path_params["id"], request.caller)
     async with request.gateway.database.read() as connection:
         found = await node_answers.list_input_waits(connection, key)
         mails = await approvals.read_requests(connection, [key.execution_id])
@@ -234,7 +234,7 @@ async def answer(request: GatewayRequest) -> JsonResponse:
     `Idempotency-Key` gets the same result.
     """
     gateway, caller = request.gateway, request.caller
-    key = await gateway.access.key(request.path_params["id"], caller)
+    key = await gateway.access.find_key(request.path_params["id"], caller)
     value = await read_json(request)
     body = body_of(request, value, InputAnswer)
     idempotency_key = await offload.run(request.idempotency_key, value, workflow_id=key.execution_id)

@@ -95,7 +95,7 @@ class LiveEvents:
         Keys may be revoked while a stream is open.
         """
         caller = await self._authenticator.caller(scope)
-        await self._access.key(key.execution_id, caller)
+        await self._access.find_key(key.execution_id, caller)
 
     async def authenticate(self, scope: Scope) -> None:
         """Raise a 401 error if the client's key or session is no longer valid."""

@@ -288,7 +288,7 @@ class ExecutionAccess:
         self._database = database
         self._visible: TTLCache[tuple[str, str, UserRole], bool] = TTLCache(VISIBLE_SECONDS, MAX_VISIBLE)
 
-    async def key(self, execution_id: str, caller: ApiCaller) -> ExecutionKey:
+    async def find_key(self, execution_id: str, caller: ApiCaller) -> ExecutionKey:
         """Return the database key (id and shard) of an execution; raises a 404 error unless it exists and the caller
         may see it.
 

@@ -50,7 +50,7 @@ async def show(request: GatewayRequest) -> JsonResponse | NotModified:
     comes in time. No code runs for it.
     """
     gateway = request.gateway
-    key = await gateway.access.key(request.path_params["id"], request.caller)
+    key = await gateway.access.find_key(request.path_params["id"], request.caller)
     known = _read_known_tags(request)
     found = await change_polls.read_until(
         gateway.waiting,

@@ -159,7 +159,7 @@ async def replay(request: GatewayRequest) -> JsonResponse:
     """
     value = await read_json(request)
     body = body_of(request, value, ReplayRequest)
-    key = await request.gateway.access.key(request.path_params["id"], request.caller)
+    key = await request.gateway.access.find_key(request.path_params["id"], request.caller)
     idempotency_key = request.idempotency_key(value, workflow_id=key.execution_id)
     if not body.dry_run:
         earlier = await _find_answer(request, key, idempotency_key)

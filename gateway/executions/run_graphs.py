@@ -183,7 +183,7 @@ async def show(request: GatewayRequest) -> JsonResponse:
     Inputs and outputs are left out: `GET /executions/{id}/spans/{sub}` shows those of one node.
     """
     gateway, caller = request.gateway, request.caller
-    key = await gateway.access.key(request.path_params["id"], caller)
+    key = await gateway.access.find_key(request.path_params["id"], caller)
     async with gateway.database.read_snapshot() as connection:
         rows = await run_graph_rows.read_rows(connection, key)
     if rows is None:

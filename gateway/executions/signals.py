@@ -132,7 +132,7 @@ async def index(request: GatewayRequest) -> JsonResponse:
     A page has at most 10 MB of payloads, thus perhaps fewer signals than `limit`; `next` leads to the others.
     """
     query = request.query
-    key = await request.gateway.access.key(request.path_params["id"], request.caller)
+    key = await request.gateway.access.find_key(request.path_params["id"], request.caller)
     state = query[STATE]
     is_unread = None if state is None else state is SignalState.UNREAD
     async with request.gateway.database.read() as connection:
@@ -151,7 +151,7 @@ async def send(request: GatewayRequest) -> JsonResponse:
     With `wait`, the answer is 200 with the `reply` of the execution, or 202 if it has not replied by then.
     """
     gateway, caller = request.gateway, request.caller
-    key = await gateway.access.key(request.path_params["id"], caller)
+    key = await gateway.access.find_key(request.path_params["id"], caller)
     value = await read_json(request)
     body = body_of(request, value, SignalBody)
     idempotency_key = await offload.run(request.idempotency_key, value, workflow_id=key.execution_id)

@@ -89,9 +89,9 @@ async def compare(request: GatewayRequest) -> JsonResponse:
     Values over 256 kB are compared by their hashes.
     """
     gateway, caller = request.gateway, request.caller
-    key = await gateway.access.key(request.path_params["id"], caller)
+    key = await gateway.access.find_key(request.path_params["id"], caller)
     wanted = request.query[WITH]
-    other_key = None if wanted is None else await gateway.access.key(wanted, caller)
+    other_key = None if wanted is None else await gateway.access.find_key(wanted, caller)
     async with gateway.database.read_snapshot() as connection:
         found = await span_details.read_span(
             connection, key, request.path_params["sub"], request.query[ITERATION] or ""
