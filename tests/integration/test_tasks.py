@@ -634,6 +634,21 @@ async def _claim_apart(hub: PollService, organization_id: str, number: int) -> S
     return (await hub.wait(ParkedPoll(poll, PATIENCE_SECONDS))).tasks
 
 
+async def _wait_for_first_looks(hub: PollService, organization_id: str, count: int) -> None:
+    """Wait until the looks of new polls are over; they would find a task too that is announced meanwhile."""
+    while True:
+        polls = hub._polls.get(organization_id)  # noqa: SLF001 - nobody else asks whether a gateway looks
+        if (
+            polls is not None
+            and len(polls.all) == count
+            and polls.is_quiet
+            and polls.serving is None
+            and polls.delay is None
+        ):
+            return
+        await asyncio.sleep(0.01)
+
+
 async def test_claims_of_two_gateways_at_once_share_the_tasks(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
@@ -738,6 +753,7 @@ async def test_one_task_for_many_polls_is_one_claim(
         asyncio.create_task(_claim_apart(hub, organization_id, number))
         for number in range(3 * SERVED_TOGETHER)
     ]
+    await _wait_for_first_looks(hub, organization_id, len(polls))
     await start(people)
     await wait_for_tasks(people.owner, 1)
     await hub.announce([organization_id])  # as the executor does, which has a broker of its own here
