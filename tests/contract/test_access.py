@@ -5,7 +5,7 @@ A refusal changes nothing in the database. Objects of others get the same answer
 
 import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
-from contextlib import closing
+from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
@@ -1051,25 +1051,46 @@ WRITTEN_LATER = frozenset({"delivery", "intake_sample", "key_refusal", "process_
 CHANGED_LATER = frozenset({"last_used_at", "last_route", "last_address_hash", "delivered_at"})
 
 
-async def read_all_rows(harness: GatewayHarness) -> dict[str, list[Any]]:
-    """Return all rows of all tables, except those written later: last use of keys, presence, and audit of refusals and
-    events.
+@asynccontextmanager
+async def require_no_change(harness: GatewayHarness) -> AsyncIterator[None]:
+    """Check that a block changes no row, except those written later: last use of keys, presence, and audit of refusals
+    and events.
     """
-    statements = {}
-    for table in SQLModel.metadata.sorted_tables:
-        if table.name not in WRITTEN_LATER:
-            columns = ", ".join(column.name for column in table.columns if column.name not in CHANGED_LATER)
-            statements[table.name] = f"SELECT {columns} FROM {table.name}"
     database = harness.gateway.database
-    if is_sqlite(database.url):
-        # Directly: the threads of the asynchronous driver would take most of the time of these tests.
-        with closing(sqlite3.connect(str(database.url.database))) as file:
-            # Tables are read in the order of their row ids.
-            return {name: file.execute(text).fetchall() for name, text in statements.items()}
-    async with database.read() as connection:
+    if not is_sqlite(database.url):
+        before = await read_all_rows(harness)
+        yield
+        assert await read_all_rows(harness) == before
+        return
+    file = str(database.url.database)
+    with closing(sqlite3.connect(file)) as now, closing(sqlite3.connect(file)) as earlier:
+        version = now.execute("PRAGMA data_version").fetchall()
+        earlier.execute("BEGIN")
+        # The first read sets the moment of all.
+        earlier.execute("SELECT count(*) FROM organization").fetchall()
+        yield
+        # Where nothing at all was written, no row has changed. Tables are read in the order of their row ids.
+        if now.execute("PRAGMA data_version").fetchall() != version:
+            for text in select_rows().values():
+                assert now.execute(text).fetchall() == earlier.execute(text).fetchall(), text
+
+
+def select_rows() -> dict[str, str]:
+    """Return the statements that read the rows of each table, without columns that are written later."""
+    return {
+        table.name: f"SELECT {', '.join(one.name for one in table.columns if one.name not in CHANGED_LATER)}"
+        f" FROM {table.name}"
+        for table in SQLModel.metadata.sorted_tables
+        if table.name not in WRITTEN_LATER
+    }
+
+
+async def read_all_rows(harness: GatewayHarness) -> dict[str, list[Any]]:
+    """Return all rows of all tables of a PostgreSQL database, except those written later."""
+    async with harness.gateway.database.read() as connection:
         return {
             name: sorted(map(str, await connection.exec_driver_sql(text)))
-            for name, text in statements.items()
+            for name, text in select_rows().items()
         }
 
 
@@ -1108,9 +1129,8 @@ async def ask_everybody(cast: AccessCast, number: int) -> None:
     refused = [caller for caller, answer in row.expected.items() if answer != OK]
     allowed = [caller for caller, answer in row.expected.items() if answer == OK]
 
-    before = await read_all_rows(cast.harness)
-    answers = {caller: await cast.call(client, row, caller, targets[caller]) for caller in refused}
-    assert await read_all_rows(cast.harness) == before
+    async with require_no_change(cast.harness):
+        answers = {caller: await cast.call(client, row, caller, targets[caller]) for caller in refused}
     answers |= {caller: await cast.call(client, row, caller, targets[caller]) for caller in allowed}
     assert {caller: status_and_code(answer) for caller, answer in answers.items()} == {
         caller: f"{row.status}" if answer == OK else answer for caller, answer in row.expected.items()
