@@ -1,7 +1,9 @@
 import asyncio
 import gc
+import importlib.util
 import inspect
 import os
+import sys
 from collections.abc import Awaitable, Callable, Iterator
 from functools import wraps
 from pathlib import Path
@@ -115,6 +117,9 @@ def pytest_configure(config: pytest.Config) -> None:
     gc.disable()  # a collection of tests makes a million lasting objects, which each pass would look through
     # Otherwise every server that a test starts compiles a thousand modules, and stores none of them.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    # The client of the tests looks for it at each request, to find out whether it runs under trio.
+    if importlib.util.find_spec("sniffio") is None:
+        sys.modules["sniffio"] = None  # type: ignore[assignment] # a known absence, so that no search follows
     if config.getoption("hypothesis_profile") is None:
         pytest.MonkeyPatch().setattr(providers, "is_local_module_file", lambda _path: False)
         if config.getoption("thorough"):
