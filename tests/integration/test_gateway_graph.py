@@ -427,7 +427,7 @@ async def test_others_are_served_while_a_graph_is_gone_through(
 
     for module, step in (
         (graph_shapes, "stored_nodes"),
-        (graph_shapes, "placed"),
+        (graph_shapes, "with_all_positions"),
         (definition_snapshot, "check_graph"),
     ):
         monkeypatch.setattr(module, step, seen(getattr(module, step)))
