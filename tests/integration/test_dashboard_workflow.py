@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
+from gateway.dashboard.pages import run_replay, workflow_versions
 from models.access import UserRole
 from tests.integration.deployed_workflows import mark_running
 from tests.integration.gateway_harness import GRAPH, GatewayHarness, OrganizationUsers, create_gateway
-from tests.integration.test_dashboard import HOSTILE, MARKUP, sign_in
+from tests.integration.test_dashboard import HOSTILE, MARKUP, fail_with, sign_in
 from tests.integration.test_waiting_runs import execute_workflow, serve_worker, wait_until_ended
 from tests.ordinary_run import checksum
 from tests.services import PostgresServer
@@ -118,7 +119,7 @@ async def test_findings_lead_to_their_nodes(harness: GatewayHarness, people: Org
 
 
 async def test_versions_are_compared_by_path_and_restored_from_there(
-    harness: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     api = people.owner.api
     workflow_id = await people.owner.create(nodes=NODES, connections=EDGES, status="active")
@@ -153,6 +154,15 @@ async def test_versions_are_compared_by_path_and_restored_from_there(
     same = await browser.get(f"{address}?from=nonsense&to={MARKUP}")
     assert "No differences" in same.text, "the newest version is compared with the workflow as it is now"
     assert "<img" not in same.text
+    run_id = (await api.post(f"{path}/execute", json={})).json()["executionId"]
+    await fail_with(harness, run_id, "http-422")
+    for shown in (workflow_versions, run_replay):
+        monkeypatch.setattr(shown, "SHOWN_VERSIONS", 1)
+    newest = (await browser.get(address)).text
+    assert "Newest versions" in newest
+    assert (f"{address}?from=2&amp;" in newest, f"{address}?from=1&amp;" in newest) == (True, False)
+    plan = (await browser.get(f"/dashboard/runs/{run_id}/replay")).text
+    assert ("Version 2, v2" in plan, "Version 1" in plan) == (True, False)
 
 
 async def test_findings_of_a_version_are_shown_before_it_is_restored_or_deployed(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from engine.agents.agent_steps import AGENT_TYPE
 from gateway.dashboard.addresses import page_address
 from gateway.dashboard.page import Page, PageData, PageFrame
+from gateway.dashboard.version_query import query_newest_versions
 
 if TYPE_CHECKING:
     from gateway.dashboard.page_request import PageRequest
@@ -39,8 +40,8 @@ REASONS: Final = {
 
 
 async def load(page: PageRequest) -> PageData:
-    """Ask the API for the run, its graph and the plan of its replay, then for its workflow and versions; raises
-    `ApiError`.
+    """Ask the API for the run, its graph and the plan of its replay, then for its workflow and the newest versions of
+    it; raises `ApiError`.
 
     The plan states for each node whether its result is reused; the query chooses the definition, by default that of the
     workflow as it is now.
@@ -51,10 +52,12 @@ async def load(page: PageRequest) -> PageData:
         page.get(f"{path}/graph"),
         page.plan(f"{path}/replay", **_choose_options(page.query)),
     )
-    workflow, versions = await asyncio.gather(
-        page.get_if_present(f"/api/v1/workflows/{run['workflowId']}"),
-        page.get_if_present(f"/api/v1/workflows/{run['workflowId']}/versions", limit=SHOWN_VERSIONS),
-    )
+    workflow_path = f"/api/v1/workflows/{run['workflowId']}"
+    workflow = await page.get_if_present(workflow_path)
+    versions = None
+    if workflow is not None:
+        newest = query_newest_versions(workflow, SHOWN_VERSIONS)
+        versions = await page.get_if_present(f"{workflow_path}/versions", **newest)
     return {"run": run, "plan": plan, "workflow": workflow, "graph": graph, "versions": versions}
 
 
@@ -128,13 +131,13 @@ def _build_skip_address(frame: PageFrame, path: str, left_out: Sequence[str], no
 
 
 def _list_versions(versions: Mapping[str, Any] | None) -> Sequence[tuple[str, str]]:
-    """Return number and label of the versions of a workflow, as choices of the definition to run."""
+    """Return number and label of the versions of a workflow, the newest first, as choices of the definition to run."""
     return [
         (
             str(one["version"]),
             f"Version {one['version']}" + (f", {one['versionTag']}" if one["versionTag"] else ""),
         )
-        for one in (versions or {}).get("versions", ())
+        for one in reversed((versions or {}).get("versions", ()))
     ]
 
 

@@ -13,6 +13,7 @@ from gateway.dashboard.graph_map import draw_graph
 from gateway.dashboard.page import Page, PageData, PageFrame
 from gateway.dashboard.pages.run_node import MODEL_TYPES
 from gateway.dashboard.resource_fields import list_resource_fields, load_resources
+from gateway.dashboard.version_query import query_newest_versions
 from gateway.dashboard.visibility import list_names, list_users, may_change
 
 if TYPE_CHECKING:
@@ -67,9 +68,8 @@ async def load(page: PageRequest) -> PageData:
         asked["models"] = page.get_if_present("/api/v1/ai/models", limit=NAMED_MODELS)
     if "schedule-trigger" in types:
         asked["schedule"] = page.get_if_present(f"{path}/schedule")
-    # The oldest come first in the list.
-    skipped = max(workflow["version"] - SHOWN_VERSIONS, 0)
-    asked["versions"] = page.get_if_present(f"{path}/versions", limit=SHOWN_VERSIONS, offset=skipped or None)
+    newest = query_newest_versions(workflow, SHOWN_VERSIONS)
+    asked["versions"] = page.get_if_present(f"{path}/versions", **newest)
     asked["users"] = page.get_recent("/api/v1/auth/users", seconds=RECENT_SECONDS)
     last = runs["executions"][0]["id"] if runs and runs["executions"] else None
     if last:

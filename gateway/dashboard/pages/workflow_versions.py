@@ -13,6 +13,7 @@ from gateway.dashboard.addresses import page_address
 from gateway.dashboard.formats import show_value
 from gateway.dashboard.graph_map import draw_graph
 from gateway.dashboard.page import Page, PageData, PageFrame
+from gateway.dashboard.version_query import query_newest_versions
 from gateway.dashboard.visibility import list_names
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 PATH: Final = "/dashboard/workflows/{id}/versions"
 CURRENT: Final = "current"
+SHOWN_VERSIONS: Final = 1_000
+"""Newest versions that are listed, as many as the API lists at once."""
 ACTS: Final = ("restore", "deploy")
 """Acts on a version, which show its findings first."""
 RECENT_SECONDS: Final = 60
@@ -49,15 +52,15 @@ class ChangedPart(Struct, frozen=True):
 
 
 async def load(page: PageRequest) -> PageData:
-    """Ask the API for the workflow and its versions, then for the two that the query chooses and their differences, and
-    for the findings of the version to restore or deploy.
+    """Ask the API for the workflow and its newest versions, then for the two that the query chooses and their
+    differences, and for the findings of the version to restore or deploy.
 
     The latter are None without versions. Raises `ApiError`.
     """
     path = f"/api/v1/workflows/{page.parameters['id']}"
-    workflow, versions, users = await asyncio.gather(
-        page.get(path),
-        page.get(f"{path}/versions"),
+    workflow = await page.get(path)
+    versions, users = await asyncio.gather(
+        page.get(f"{path}/versions", **query_newest_versions(workflow, SHOWN_VERSIONS)),
         page.get_recent("/api/v1/auth/users", seconds=RECENT_SECONDS),
     )
     before, after = choose_versions(versions["versions"], page.query)
