@@ -134,20 +134,21 @@ async def revoke_invitation(
     """Revoke an invitation of an organization, and return its row as it was before; None if the organization has none
     with the id.
 
-    An accepted or revoked invitation is returned without a change.
+    An accepted or revoked invitation is returned without a change. The row is locked until the end of the transaction.
     """
     conditions = (col(Invitation.organization_id) == organization_id, col(Invitation.id) == invitation_id)
-    found = await _find(connection, *conditions)
+    # Otherwise an acceptance could come between, and the caller would take the invitation for revoked.
+    found = await _find(connection, *conditions, is_locking=True)
     if found is not None and found.accepted_at is None and found.revoked_at is None:
-        await connection.execute(
-            update(Invitation)
-            .where(*conditions, col(Invitation.accepted_at).is_(None))
-            .values(revoked_at=now)
-        )
+        await connection.execute(update(Invitation).where(*conditions).values(revoked_at=now))
     return found
 
 
-async def _find(connection: AsyncConnection, *conditions: ColumnElement[bool]) -> Invitation | None:
-    """Return an invitation that meets all conditions; None if there is none."""
-    row = (await connection.execute(select(Invitation).where(*conditions))).mappings().first()
+async def _find(
+    connection: AsyncConnection, *conditions: ColumnElement[bool], is_locking: bool = False
+) -> Invitation | None:
+    """Return an invitation that meets all conditions, its row locked if `is_locking`; None if there is none."""
+    statement = select(Invitation).where(*conditions)
+    found = await connection.execute(statement.with_for_update() if is_locking else statement)
+    row = found.mappings().first()
     return None if row is None else build_row(Invitation, row)

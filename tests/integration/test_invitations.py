@@ -13,6 +13,7 @@ from sqlmodel import col
 from models.access import SCOPES_OF_ROLES, UserRole
 from models.invitation import Invitation
 from tests.integration.gateway_harness import GatewayHarness, OrganizationUsers, UserClient, assert_refused
+from tests.integration.test_gateway_ai_models import wait_for_lock
 from tests.integration.test_gateway_sessions import WHOAMI, actions, sign_in
 
 if TYPE_CHECKING:
@@ -111,6 +112,29 @@ async def test_a_revoked_or_expired_link_makes_no_user(
     states = [one["state"] for one in (await people.admin.api.get(INVITATIONS)).json()["invitations"]]
     assert states == ["expired", "revoked"]
     assert (await people.stranger.api.get(INVITATIONS)).json()["count"] == 0
+
+
+@pytest.mark.every_database
+async def test_an_invitation_that_is_accepted_meanwhile_is_not_revoked(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    made, database = await invite(people.admin), harness.gateway.database
+    answering: asyncio.Task[Any] | None = None
+
+    async def accept(connection: AsyncConnection) -> None:
+        nonlocal answering
+        statement = update(Invitation).where(col(Invitation.id) == made["id"])
+        await connection.execute(statement.values(accepted_at=harness.gateway.clock()))
+        revocation = people.admin.api.delete(f"{INVITATIONS}/{made['id']}")
+        answering = answering or asyncio.create_task(revocation)
+        await wait_for_lock(harness, answering)
+
+    await database.transaction(accept)
+    assert answering is not None
+    assert (await answering).status_code == 204
+    [listed] = (await people.admin.api.get(INVITATIONS)).json()["invitations"]
+    assert listed["state"] == "accepted"
+    assert "invitation.revoked" not in await actions(harness, people.admin.user.organization_id)
 
 
 async def test_a_taken_address_keeps_the_link_open(
