@@ -373,12 +373,11 @@ def _list_recipients(
     """Return the mail addresses by assignee (user id, or address without a user), at most 50.
 
     The user who started the run is left out if they may not answer; a run whose `trigger_type` is among `INTAKE_KINDS`
-    was started by nobody. The address of a user counts as the user:
-    one person has one link and one vote.
+    was started by nobody. The address of a user counts as the user: one person has one link and one vote.
     """
-    assignees = approvals.assignees_of(asked.request)
-    addresses = [one for one in [*assignees, *approvals.extra_addresses(asked.request)] if "@" in one]
-    may_self = asked.request.get("allowSelf", not assignees) is True or trigger_type in INTAKE_KINDS
+    listed = [*approvals.assignees_of(asked.request), *approvals.extra_addresses(asked.request)]
+    addresses = [one for one in listed if "@" in one]
+    may_self = approvals.allows_self(asked.request) or trigger_type in INTAKE_KINDS
     found = {user.id: user.email for user in users if may_self or user.id != starter_id}
     known = {user.email.casefold() for user in users}
     for address in addresses:
