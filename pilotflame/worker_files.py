@@ -32,10 +32,10 @@ def read_documents(file: Path) -> Sequence[Mapping[str, Any]]:
     """
     if file.suffix == ".py":
         return [one.document for worker in load_workers(file) for one in worker.definitions]
-    from pilotflame.commands.workflow_definitions import read_definition
+    from pilotflame.commands.workflow_definitions import read_value
 
-    document = read_definition(file)
-    if not {"type", "version"} <= document.keys():
+    document = read_value(file)
+    if not isinstance(document, dict) or not {"type", "version"} <= document.keys():
         raise CommandError(f"{file} is no node type: it needs a type and a version")
     return [document]
 

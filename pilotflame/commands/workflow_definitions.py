@@ -30,19 +30,25 @@ def read_definition(file: Path) -> dict[str, Any]:
 
     Raises `CommandError` unless it is an object with a name, and `OSError`.
     """
+    definition = read_value(file)
+    if not isinstance(definition, dict) or not isinstance(definition.get("name"), str):
+        raise CommandError(f"{file} is not a workflow: it must be an object with a name")
+    return definition
+
+
+def read_value(file: Path) -> Any:  # noqa: ANN401 - any JSON value
+    """Return the value of a JSON or YAML file; raises `CommandError` if it is not valid, and `OSError`."""
     import yaml
 
     try:
         text = file.read_text(encoding="utf-8")
-        definition = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
-        json.dumps(definition, allow_nan=False)
+        value = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
+        json.dumps(value, allow_nan=False)
     except (ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
         raise CommandError(
             f"{file} is not valid {file.suffix.lstrip('.') or 'YAML'}: {' '.join(str(error).split())}"
         ) from error
-    if not isinstance(definition, dict) or not isinstance(definition.get("name"), str):
-        raise CommandError(f"{file} is not a workflow: it must be an object with a name")
-    return definition
+    return value
 
 
 def read_files(paths: Sequence[Path]) -> Sequence[WorkflowFile]:

@@ -146,6 +146,11 @@ def test_node_types_of_a_worker_are_added_and_deleted(shell: CommandShell) -> No
     assert shell.json("nodes", "get", "acme/resize")["version"] == "1.2.0"
     nothing = shell.file("nothing.py", "x = 1")
     assert "has no worker" in shell.run("nodes", "apply", nothing).stderr
+    for text in ("- a list", "name: Resize"):
+        refused = shell.run("nodes", "apply", shell.file("wrong.yaml", text))
+        assert "wrong.yaml is no node type: it needs a type and a version" in refused.stderr
+    nameless = shell.file("nameless.yaml", '{type: acme/nameless, version: "1.0.0"}')
+    assert shell.output("nodes", "apply", nameless) == "acme/nameless 1.0.0"
 
 
 def test_an_error_of_a_workers_file_names_its_line(shell: CommandShell) -> None:
