@@ -227,8 +227,9 @@ def _is_static(value: Json) -> bool:
 def _expression_leaves(steps: PlaceSteps, value: Json, *, needed_only: bool = False) -> Iterator[_Leaf]:
     """Yield the texts of a value that contain `{{`, with their places, in order.
 
-    Raises `ExpressionError` for too deep nesting, and for an object with `$op` unless `needed_only` is set. That option
-    is for fields that compute operations, and leaves out texts whose paths may be missing.
+    Raises `ExpressionError` for too deep nesting and, unless `needed_only` is set, for an object with `$op`.
+    `needed_only` is for conditions and computed values: texts that may find nothing, such as arguments with a fallback
+    and operands of `exists`, are left out.
     """
     left: list[tuple[PlaceSteps, Json]] = [(steps, value)]
     while left:

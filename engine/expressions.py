@@ -150,8 +150,8 @@ class FallbackExpression(Struct, frozen=True):
         return self.paths[-1].text
 
     def resolve(self, scope: ExpressionScope) -> Json | MissingType:
-        """Return the first value that is not null; else the fallback value, or the value (perhaps `MISSING`)
-        of the last path.
+        """Return the first value that is not null; without one, the fallback value, and if there is no such value
+        either, the value of the last path (null or `MISSING`).
         """
         found: Json | MissingType = MISSING
         for path in self.paths:

@@ -64,9 +64,9 @@ class LoopScheduler:
     # ── loops ─────────────────────────────────────────────────────────────────────────────────────────
 
     def begin(self, visit: NodeVisit, each: LoopRequest) -> None:
-        """Begin a loop, or continue it after the recorded iterations.
+        """Begin a loop, or continue it after the recorded iterations; without items or a body, complete it at once.
 
-        It fails for more items than the limit, and completes at once without items or a body.
+        The node of the loop fails for more items than the limit.
         """
         frame, node_id = visit.frame, visit.node_id
         if len(each.items) > self._limits.max_loop_items:
@@ -90,8 +90,8 @@ class LoopScheduler:
         self._advance(loop)
 
     def _restore_sources(self, visit: NodeVisit) -> None:
-        """Add to a visit the data sources that the body of its loop has used in earlier attempts, by the
-        recorded keys.
+        """Add to the visit of a loop the data sources that its body has used in earlier attempts, by the hashes of the
+        recorded spans.
         """
         body, found = visit.program.body, set(visit.sources or ())
         for spans in self._recorded.values():

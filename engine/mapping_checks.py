@@ -101,7 +101,7 @@ class _PathChecker:
 
         Call it for all nodes in topological order.
         """
-        self._before[node.id] = self._runs_before(node)
+        self._before[node.id] = self._find_referenced_before(node)
         reading = self._readings.get(node.id, NodeExpressions())
         given = arriving = self._flow.infer_input(node)
         if node.input_mappings:
@@ -115,7 +115,7 @@ class _PathChecker:
         yield from self._check_pass_through(node, given)
         self._flow.infer_output(node, given)
 
-    def _runs_before(self, node: GraphNode) -> int:
+    def _find_referenced_before(self, node: GraphNode) -> int:
         """Return the bit set of the nodes before a node, among those to which paths of the graph refer.
 
         The sets of its parents must be stored.

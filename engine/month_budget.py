@@ -52,12 +52,12 @@ class MonthSpending(msgspec.Struct, frozen=True):
 
 
 def month_number(at: datetime) -> int:
-    """Return year and month of a time as one number, such as 202611."""
+    """Return year and month of a time in UTC as one number, such as 202611."""
     return at.year * 100 + at.month
 
 
 def find_next_month(at: datetime) -> datetime:
-    """Return the beginning of the next calendar month in UTC."""
+    """Return the beginning, in UTC, of the calendar month after that of a time in UTC."""
     if at.month == DECEMBER:
         return datetime(at.year + 1, 1, 1, tzinfo=UTC)
     return datetime(at.year, at.month + 1, 1, tzinfo=UTC)

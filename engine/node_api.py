@@ -330,7 +330,10 @@ class ModelCallLog:
         return None
 
     async def commit(self) -> None:
-        """Make the recorded calls durable, so that none of them is made again."""
+        """Make the recorded calls durable, so that none of them is made again; waits while the database is unavailable.
+
+        If the lease of the run is lost, it does not return: the runner cancels the node.
+        """
 
 
 NO_MODEL_CALLS: Final = ModelCallLog()
@@ -378,7 +381,10 @@ class AgentSteps:
         """Record as failed the open steps of a lost worker that had their contents in its memory alone."""
 
     async def commit(self) -> None:
-        """Make everything recorded durable."""
+        """Make everything recorded durable; waits while the database is unavailable.
+
+        If the lease of the run is lost, it does not return: the runner cancels the node.
+        """
 
     @property
     def may_expire(self) -> bool:

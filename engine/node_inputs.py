@@ -293,8 +293,9 @@ class VisitModelCalls(ModelCallLog):
         return self._recorder.clock.now()
 
     async def commit(self) -> None:
-        """Commit the record of the node. If the lease is lost, it does not return: the runner notices that, and cancels
-        the node.
+        """Make the record of the node durable; waits while the database is unavailable.
+
+        If the lease of the run is lost, it does not return: the runner cancels the node.
         """
         self._recorder.record_node(self._visit, SpanStatus.RUNNING)
         try:

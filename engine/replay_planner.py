@@ -337,10 +337,10 @@ class _NodePlanner:
         return ReplayReason(ReplayReasonCode.NO_RESULT if known else ReplayReasonCode.NEW_NODE)
 
     def _decide_unfinished(self, node_id: str, span: NodeSpan) -> NodeReplay:
-        """Decide about a node with known inputs that failed or did not end in the run.
+        """Decide about a node with known inputs that failed or did not end in the run: it runs again.
 
-        It runs again. A write that may have happened is different: the same request is repeated under its
-        key, another needs a confirmation.
+        A write that may have happened is different: the same request is repeated under its key, unless the node is
+        forced or runs at most once; in all other cases it needs a confirmation.
         """
         program = self._program.nodes[node_id]
         reasons = [self._failure(span)]

@@ -124,7 +124,8 @@ class RunProgress:
     def apply_outcome(self, visit: NodeVisit, outcome: NodeOutcome) -> None:
         """Apply the outcome that a node returned: complete it, let it wait, or start a loop.
 
-        A result that can't be stored, or an unresolved path in a strict graph, makes the node fail.
+        A result that can't be stored, or an unresolved path in a strict graph, is a failed attempt of the node, as by
+        `fail`.
         """
         try:
             if not isinstance(outcome, NodeDirective):
@@ -216,8 +217,7 @@ class RunProgress:
     def fail(self, visit: NodeVisit, error: NodeError, *, is_final: bool = False) -> None:
         """Record the failed attempt of a node, and schedule a retry; without one, fail the node as `give_up` does.
 
-        There is no retry with `is_final`, in a canceled iteration, after an error that allows none, or when all
-        attempts are used up.
+        There is no retry with `is_final`, in a canceled iteration, and if `_pause_seconds` returns None.
         """
         reason = self.to_run_error(visit, error)
         pause = None if is_final or visit.frame.is_broken_off else self._pause_seconds(visit, error)
@@ -240,11 +240,13 @@ class RunProgress:
         return reason if visit.program.records_content else content_recording.strip_error(reason)
 
     def _pause_seconds(self, visit: NodeVisit, error: NodeError) -> float | None:
-        """Return the delay before the next attempt in seconds; None if there is none.
+        """Return the delay before the next attempt in seconds; None if there is none: after an error that isn't
+        retryable, or when all attempts are used up.
 
-        With `retryOnFailure`, a node that has used up its attempts gets another round of them, after up to a minute:
-        then `visit.attempt` is moved to the end of the round. An at-most-once node is repeated only after an error
-        with a known outcome. Up to 20 waits for the time that a provider of language models has named are no attempts.
+        With `retryOnFailure`, a node whose failure would fail the run then gets up to `maxRetries` further rounds of
+        attempts, each after up to a minute: `visit.attempt` is moved to the end of the round. An at-most-once node is
+        repeated only after a retryable error with a known outcome. Up to 20 waits for the time that a provider of
+        language models has named are no attempts.
         """
         node = visit.program.node
         named = sum(record.wait_milliseconds is not None for record in visit.model_calls)
@@ -297,7 +299,9 @@ class RunProgress:
         withdraw_waits(visit, self._recorder)
 
     def _fail_frame(self, frame: SectionFrame, reason: RunError) -> None:
-        """Note the first failure of a frame: it fails the run, or cancels the iteration of a loop."""
+        """Note the failure of a frame, only its first: the run fails, or, if the frame is an iteration of a loop, that
+        iteration is canceled.
+        """
         if frame.failure is not None or frame.is_broken_off:
             return
         frame.failure = reason
@@ -366,9 +370,10 @@ class RunProgress:
         self._on_node_settled(frame)
 
     def _leave_out(self, frame: SectionFrame, node_id: str) -> None:
-        """Settle a node that this replay leaves out, recorded as skipped at its start; take none of its edges.
+        """Settle a node that this replay leaves out; take none of its edges.
 
-        The nodes in the body of a loop are recorded as skipped, too.
+        The start of the replay has recorded the node as skipped. The nodes in the body of a loop are recorded as
+        skipped here.
         """
         frame.skipped.add(node_id)
         self._recorder.add_progress(frame, frame.share_of(node_id))

@@ -240,7 +240,10 @@ class RunJournalWriter(Protocol):
         """Add a share to the progress of the run; all shares of a run sum up to 1."""
 
     async def commit(self) -> None:
-        """Make all records so far durable; raises `LeaseLost` if this process no longer holds the run."""
+        """Make all records so far durable; waits while the database is unavailable.
+
+        Raises `LeaseLost` if this process no longer holds the run.
+        """
 
     def holds_lease(self) -> bool:
         """Return whether, by the monotonic clock, the lease is certain to last a moment longer."""

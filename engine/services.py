@@ -146,7 +146,10 @@ class SqlDatabase(Protocol):
         batch_rows: int,
         timeout_seconds: float,
     ) -> int:
-        """Insert rows in batches, all or none; return the number of inserted or changed rows. Raises `NodeError`."""
+        """Insert rows in batches, all or none; `upsert` decides about rows with an existing key.
+
+        Returns the number of inserted or changed rows. Raises `NodeError`.
+        """
 
     async def execute(self, statement: str, parameters: Sequence[Json], *, timeout_seconds: float) -> int:
         """Run a writing statement with bound values, a `?` for each; return the number of changed rows.
@@ -309,8 +312,9 @@ class ThrottleService(Protocol):
     async def reserve(
         self, caller: RunCaller, key: str, *, limit: int, per_seconds: float, max_wait_seconds: float
     ) -> datetime:
-        """Reserve the next slot of a rate and return its time (aware, UTC); raises `NodeError` if it is too
-        far away.
+        """Reserve the next free slot of a rate and return its time (aware, UTC); each call reserves another slot.
+
+        Raises `NodeError`, and reserves nothing, if the slot is over `max_wait_seconds` away.
         """
 
 
@@ -554,7 +558,9 @@ class RunControl:
         """Whether an answer was stored for a node since the run has last read its answers."""
 
     def ask(self, request: ControlRequest) -> None:
-        """Set a request to the run and wake the waiters of `changed`; ignored if one at least as strong is set."""
+        """Set a request to the run and wake the waiters of `changed`; ignored if the same or a stronger request, by the
+        order of `ControlRequest`, is set.
+        """
         if self.request is None or request > self.request:
             self.request = request
             self.changed.set()

@@ -217,7 +217,7 @@ class WorkflowRunner:
         if self._signals.failure is not None and not worklist.has_write_at_work:
             return RunOutcome(RunStatus.FAILED, error=self._signals.failure)
         if worklist.tasks:
-            return self._timeout_error()
+            return self._find_timeout_outcome()
         if request is ControlRequest.STOP:
             return RunOutcome(RunStatus.STOPPED)
         is_idle = not worklist.ready and not worklist.settled_before
@@ -231,7 +231,7 @@ class WorkflowRunner:
                 return RunOutcome(RunStatus.WAITING)
             if wakes_at - time.monotonic() > SHORT_WAIT_SECONDS:
                 return RunOutcome(RunStatus.WAITING, due_at=self._clock.moment_of(wakes_at))
-        return self._timeout_error()
+        return self._find_timeout_outcome()
 
     def _is_held(self) -> bool:
         """Return whether the run keeps its worker for a moment, though it only waits: a new task may end soon.
@@ -242,7 +242,7 @@ class WorkflowRunner:
             self._may_hold is not None and time.monotonic() < self._worklist.held_until and self._may_hold()
         )
 
-    def _timeout_error(self) -> RunOutcome | None:
+    def _find_timeout_outcome(self) -> RunOutcome | None:
         """Return the outcome of a run that has exceeded its timeout; None before."""
         if time.monotonic() < self._deadline:
             return None
@@ -454,7 +454,7 @@ class WorkflowRunner:
         return False
 
     def _start(self, visit: NodeVisit, pending: Coroutine[Any, Any, NodeOutcome]) -> None:
-        """Perform a node in a task of its own, which is noted as running."""
+        """Begin a task that performs a node, and note the node as running; returns at once."""
         task = asyncio.create_task(self._perform_node(visit, pending))
         self._worklist.tasks[task] = visit
         task.add_done_callback(partial(self._finish_cancelled, visit, pending))

@@ -275,9 +275,10 @@ class MailReception(Struct, frozen=True):
         }
 
     def failed_check(self, checks: Collection[str]) -> str | None:
-        """Return the first of these checks (`spf`, `dkim`, `dmarc`, `spam`, `virus`) whose result is `fail`.
+        """Return the first of these checks whose result is `fail`, in the order `spf`, `dkim`, `dmarc`, `spam`,
+        `virus`.
 
-        None if none did; a check without a result counts as not failed.
+        None if none failed; a check without a result counts as not failed.
         """
         results = {
             "spf": self.spf,

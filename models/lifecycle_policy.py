@@ -420,7 +420,7 @@ def _decide_while_down(
 def _start_reason(
     policy: DeploymentPolicy, situation: DeploymentSituation, now: datetime
 ) -> LifecycleReason | None:
-    """Return the reason why a deployment should be up now, even without a due run; None if there is none."""
+    """Return the reason, other than a due run, why a deployment should be up now; None if there is none."""
     if _is_kept_awake(situation, now):
         return LifecycleReason.KEPT_AWAKE
     is_by_hand = situation.stopped_reason is StoppedReason.MANUAL

@@ -67,7 +67,8 @@ def driver_address(url: URL) -> str:
 
 
 async def open_session(address: str, *, settings: Mapping[str, str], **options: Any) -> Any:  # noqa: ANN401 - asyncpg's own
-    """Open a session with these settings of PostgreSQL and our timeouts; `guard_server` terminates it in an outage.
+    """Open a session with these settings of PostgreSQL and the timeouts of `SESSION_TIMEOUTS`; `guard_server`
+    terminates it in an outage.
 
     Behind a pooler that refuses settings, the session has neither settings nor timeouts. Takes the options of
     `asyncpg.connect`, and raises its exceptions.

@@ -61,6 +61,8 @@ class LazyModels:
         return self._caller
 
     async def close(self) -> None:
-        """Close the connections to providers, if there are any."""
+        """Close the connections to providers and store the costs that are not stored yet; does nothing if no model was
+        used.
+        """
         if self._caller is not None:
             await self._caller.close()

@@ -185,8 +185,8 @@ def require_allowed_address(policy: OutboundPolicy, target: UrlTarget, address: 
 
 
 def require_valid_request(method: str, headers: Mapping[str, str]) -> None:
-    """Raise `OutboundRefused` for an unknown method, a header that users can't set, such as `Host`, and a login by
-    NTLM.
+    """Raise `OutboundRefused` for an unknown method, a header that users can't set, such as `Host`, a control character
+    in a header, and a login by NTLM or Negotiate.
     """
     if method not in ALLOWED_METHODS:
         raise OutboundRefused(OutboundRefusalCode.INVALID_REQUEST, f"the method {method!r} is not supported")
@@ -404,10 +404,10 @@ class OutboundClient:
             raise _build_interruption(call.target) from error
 
     async def _connect(self, target: UrlTarget) -> OutboundConnection:
-        """Return a new connection to the first permitted address that answers; wait while 256 connections are
-        in use.
+        """Return a new connection to the first of the host's addresses that answers; wait while 256 connections are in
+        use.
 
-        Raises `OutboundError`.
+        Raises `OutboundError`, also before any attempt if one of the addresses is not permitted.
         """
         failure = OutboundUnavailable(OutboundOutageCode.NAME_NOT_RESOLVED, f"{target.host} has no address")
         addresses = await self._resolve_checked_addresses(target)

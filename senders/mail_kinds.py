@@ -213,7 +213,9 @@ def _ses_key(mail: SesMail) -> str:
 
 
 def _native_deduplication_key(body: Json) -> str | None:
-    """Return the key of a mail in JSON; None without a Message-ID, so that such mails are never duplicates."""
+    """Return the key of a mail in JSON, from its Message-ID, recipient and content; None without a Message-ID, so that
+    such mails are never duplicates.
+    """
     headers = body.get("email_headers") if isinstance(body, dict) else None
     if not isinstance(body, dict) or not isinstance(headers, dict):
         return None

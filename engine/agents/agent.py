@@ -150,7 +150,8 @@ class AgentTool(Struct, frozen=True):
     def hash_call(self, step: AgentStep, *, is_tainted: bool) -> str:
         """Return the SHA-256 that binds an approval to a call: its idempotency key, tool and arguments.
 
-        Empty if `needs_approval` returns False.
+        Empty if the call needs no approval, by `needs_approval`; `is_tainted`: text of outsiders is in the
+        conversation.
         """
         return self._hash(step) if self.needs_approval(is_tainted=is_tainted) else ""
 
@@ -461,7 +462,8 @@ def _find_call_problem(
 ) -> tuple[str, str] | None:
     """Return the error of a tool call and a hint, both for the model; None for a call that can be done.
 
-    `earlier` is the number of tool calls before it in the conversation.
+    `earlier` is the number of tool calls before it in the conversation. `is_tainted`: text of outsiders is in the
+    conversation, so that the call may need an approval, for which its arguments must not be too long.
     """
     tool = task.tools.get(call.name)
     if tool is None:

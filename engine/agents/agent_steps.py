@@ -107,5 +107,5 @@ def list_current_steps(steps: Sequence[AgentStep]) -> Sequence[AgentStep]:
 
 
 def count_conversations(steps: Sequence[AgentStep]) -> int:
-    """Return the number of conversations among the steps whose contents are not recorded."""
+    """Return the number of earlier conversations, those whose contents are not recorded."""
     return max((step.conversation + 1 for step in steps if step.conversation is not None), default=0)

@@ -201,8 +201,9 @@ class VisitSteps(AgentSteps):
         return self._find_tool(step).program.node.id, call_approvals.name_iteration(step)
 
     async def commit(self) -> None:
-        """Commit the records. If the lease is lost, it does not return: the runner notices that, and cancels
-        the node.
+        """Make the records durable; waits while the database is unavailable.
+
+        If the lease of the run is lost, it does not return: the runner cancels the node.
         """
         try:
             await self._recorder.commit()
@@ -353,7 +354,9 @@ class VisitTools(AgentTools):
         ]
 
     async def _read_effect(self, tool: ToolProgram) -> NodeEffect:
-        """Return the effect of a tool: for a workflow that of its current version, for an agent that of its tools."""
+        """Return the effect of a tool: for a workflow that of its current version; for an agent `write` if one of its
+        tools writes, else `read`.
+        """
         if tool.program.agent is not None:
             effects = [await self._read_effect(each) for each in tool.program.agent.tools.values()]
             return NodeEffect.WRITE if NodeEffect.WRITE in effects else NodeEffect.READ
@@ -393,7 +396,8 @@ class VisitTools(AgentTools):
         """Do a recorded call by its node; return its result as a text for the model, or a wait or pause after which to
         call this again.
 
-        Failures are repeated by the tool's own retry policy. Raises `NodeError` for the last failure.
+        Failures are repeated by the tool's own retry policy. `is_tainted`: text of outsiders may be in the arguments.
+        Raises `NodeError` for the last failure.
         """
         tool = self._agent.tools[step.name]
         if tool.is_awaited and not self._call.records_content:
@@ -484,7 +488,7 @@ class VisitTools(AgentTools):
         """Return the call of a tool's node with its rendered config, for which the step's arguments are the root
         `args`.
 
-        Raises `ExpressionError`.
+        `is_tainted` (text of outsiders may be in the arguments) is stored in its caller. Raises `ExpressionError`.
         """
         arguments = decoding.decode(step.arguments or b"{}", dict)
         scope: dict[str, Json] = {**self._call.scope, "args": arguments}
@@ -530,9 +534,11 @@ def _limit_budget(config: Mapping[str, Json], rest: BudgetRest) -> Mapping[str, 
 
 
 async def _call_with_retries(tool: ToolProgram, call: NodeCall) -> NodeOutcome:
-    """Return the outcome of a tool's node after up to its number of attempts; raises `NodeError` of the last one.
+    """Return the outcome of a tool's node; repeat it after retryable failures up to its number of attempts, each within
+    its timeout.
 
-    A write that must not be repeated gets another attempt only after a failure that surely had no effect.
+    A write that must not be repeated gets another attempt only after a failure that surely had no effect. Raises the
+    `NodeError` of the last attempt.
     """
     node = tool.program.node
     is_sure_needed = tool.effect is NodeEffect.WRITE and not tool.is_repeated

@@ -303,7 +303,7 @@ class ChatAnswerParser:
 
     def _read_usage(self, text: str) -> TokenUsage:
         """Return the token usage with tokens of the provider's cache as input; an estimate, from the answer's `text`
-        and tool calls, if the provider gives no counts.
+        and tool calls, if the provider gives no count of input or output.
         """
         read = read_count(self._usage, "cache_read_input_tokens")
         written = read_count(self._usage, "cache_creation_input_tokens")

@@ -13,7 +13,8 @@ class ModelLedger(Protocol):
     """Ledger of the calls of an organization."""
 
     async def reserve(self, caller: RunCaller, reservation: ModelReservation) -> bool:
-        """Reserve the highest possible cost of a call, durably, in the budgets of its node, its run and the month.
+        """Reserve the highest possible cost of a call, durably, in the budgets of its node, its run and the month;
+        again with the same key, nothing more is reserved.
 
         Returns whether a budget counts the call; nothing is stored for a call without one. Raises `NodeError`
         `model-budget-exceeded` if that of a node or run doesn't suffice, `month-budget-exceeded` if that of the
@@ -25,11 +26,14 @@ class ModelLedger(Protocol):
         """Replace the reservation of a call with the real cost, and add that to the costs of the month.
 
         A second settlement with the same key changes nothing. Without a reservation (not `is_reserved`), the cost may
-        be stored later.
+        be stored later. If the database is unavailable, the reservation stays, and nothing is raised.
         """
 
     async def release(self, caller: RunCaller, key: str) -> None:
-        """Remove the reservation `key` of a call that costs nothing, since the provider has refused it."""
+        """Remove the reservation `key` of a call that costs nothing, since the provider has refused it.
+
+        A settled or missing one is ignored. If the database is unavailable, it stays, and nothing is raised.
+        """
 
     async def count_failure(self, caller: RunCaller, failed: FailedModelCall) -> None:
         """Count a failed call in the metrics of its model; the count may be stored later."""

@@ -69,10 +69,12 @@ class DatabaseEndpoint:
         resolve: ResolveHost,
         open_at: Callable[[str, ssl.SSLContext | None], Awaitable[Opened]],
     ) -> Opened:
-        """Open a connection by `open_at` at the first permitted address that accepts one, within ten seconds each.
+        """Open a connection by `open_at` at the first of the host's addresses that accepts one, within ten seconds
+        each.
 
         `open_at` gets address and TLS context. Under `DatabaseTls.PREFER`, an address that fails is tried again without
-        TLS. Raises `NodeError`.
+        TLS. Raises `NodeError`: before any attempt if one of the addresses is not permitted, and that of `open_at` at
+        once.
         """
         found = await data_source_policy.resolve_allowed(
             connection_policy, resolve, host=self.host, port=self.port, database=self.database or self.user

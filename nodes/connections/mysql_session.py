@@ -81,7 +81,8 @@ async def open_session(
 ) -> MysqlSession:
     """Connect to MySQL or MariaDB at a checked address and log in; without a TLS context, the connection is plain.
 
-    Raises `OSError` if the connection is refused, and `NodeError` for a refused login.
+    Raises `OSError` if the connection is refused or breaks, and `NodeError` for a refused login, a missing database,
+    and a server of another kind.
     """
     make: Any = Connection  # The class has no types.
     connection = make(

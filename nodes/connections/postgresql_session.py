@@ -84,7 +84,8 @@ async def open_session(
 ) -> PostgresqlSession:
     """Connect to PostgreSQL at a checked address and log in; without a TLS context, the connection is plain.
 
-    Raises `OSError` if the connection is refused, and `NodeError` for a refused login.
+    Raises `OSError` if the connection is refused or breaks, and `NodeError` for a refused login, a missing database, a
+    server of another kind, and (retryable) one that takes no more connections.
     """
     loop: Any = MeteredLoop(MessageWire)
     try:

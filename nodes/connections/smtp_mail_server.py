@@ -146,10 +146,10 @@ class SmtpMailServer:
                 client.close()
 
     async def _connect(self) -> aiosmtplib.SMTP:
-        """Connect to the first permitted address that accepts a connection, and return it after the server's
+        """Connect to the first of the host's addresses that accepts a connection, and return it after the server's
         greeting.
 
-        Raises `NodeError` if an address is not permitted, none accepts, or the greeting is negative.
+        Raises `NodeError` if one of the addresses is not permitted, none accepts, or the greeting is negative.
         """
         place = self._place
         found = await data_source_policy.resolve_allowed(

@@ -50,7 +50,8 @@ class RaggedRowAction(StrEnum):
 async def parse_csv(call: NodeCall) -> Json:
     """Return the `rows` of the CSV in the config as objects by column name, with `columns` and `count`.
 
-    Raises `NodeError` for invalid CSV, rows of another width unless they are padded, and exceeded limits.
+    Raises `NodeError` for invalid CSV, rows that are too long, or too short unless they are padded, and exceeded
+    limits.
     """
     config = call.config
     text = config_fields.read_text(config, "text").removeprefix(BYTE_ORDER_MARK)

@@ -66,7 +66,9 @@ def _read_temperature(config: Mapping[str, Json]) -> float | None:
 
 
 def _read_message(given: Json) -> ChatMessage:
-    """Return one message of a conversation; raises `NodeError` for another form than `{role, content}`."""
+    """Return one message of a conversation; raises `NodeError` for another form than `{role, content}`, and for other
+    roles than `user` and `assistant`.
+    """
     if isinstance(given, dict):
         role, content = given.get("role"), given.get("content")
         if role in {MessageRole.USER, MessageRole.ASSISTANT} and isinstance(content, str):

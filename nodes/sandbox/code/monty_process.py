@@ -73,8 +73,10 @@ def _find_interpreter() -> Path:
 
 
 def _list_needed_files(binary: Path) -> Mapping[str, int]:
-    """Return the access rights by path that the interpreter needs to start: for itself, the loader, the C
-    libraries and `/proc`.
+    """Return the Landlock rights, by path, with which the interpreter `binary` can start: itself, the loader, and the
+    folders of the C libraries.
+
+    `/proc/self/fdinfo` is readable too. Without `/proc`, the loader is missing, and the interpreter does not start.
     """
     allowed = {str(binary): landlock.RUN_RIGHTS, "/etc/ld.so.cache": landlock.READ_FILE}
     with suppress(OSError):  # Without /proc, the interpreter doesn't start, so nothing runs unconfined.
