@@ -14,9 +14,11 @@ if TYPE_CHECKING:
 
 
 async def end_abandoned_runs(database: Database, store: JournalStore, broker: Broker) -> None:
-    """Stop the unfinished sub-workflow runs of failed or stopped parents, and cancel those of canceled parents.
+    """Request the unfinished awaited sub-workflow runs of failed or stopped parents to stop, and those of canceled ones
+    to cancel.
 
-    The processes that execute them are notified; lost notifications are ignored. Raises `DatabaseUnavailable`.
+    The processes that execute them are notified, without waiting for their ends; lost notifications are ignored.
+    Raises `DatabaseUnavailable`.
     """
     for child in await children.request_abandoned_ends(database, store):
         requested = child.requested

@@ -113,13 +113,13 @@ class ChildRunStarter:
         iteration: str,
         awaited: bool,
     ) -> str:
-        """Start a run of another workflow for a node, or find the run of an earlier equal call; return its
-        execution id.
+        """Start a run of another workflow for a node, or find the run of an earlier call for the same node and
+        iteration; return its execution id.
 
         A run that is `awaited` answers the node of this very execution at its end, so a resumed execution
         starts it anew, or resumes the failed run of the execution that it replays. A run that isn't awaited
-        belongs to all executions that share its idempotency key. Waits while the database is unavailable.
-        Raises `NodeError`, also if the workflow changes three times meanwhile.
+        belongs to all executions with the caller's `key_prefix`, such as those that resume it. Waits while the
+        database is unavailable. Raises `NodeError`, also if the workflow changes three times meanwhile.
         """
         origin = caller.execution_id if awaited else caller.key_prefix
         child_id = ids.derive_id("exec", origin, node_id, iteration)

@@ -303,7 +303,9 @@ class LiveAnswers:
                 return
 
     def _list_followers(self, execution_id: str, now: float) -> Sequence[tuple[str, AnswerFollower]]:
-        """Return the followers of a run with their channels; expired ones are removed, and not returned."""
+        """Return the followers of a run with their channels; those expired by `now`, the time of the event loop, are
+        removed, and not returned.
+        """
         followers = self._followers.get(execution_id, {})
         for channel in [channel for channel, each in followers.items() if each.until <= now]:
             self._remove_follower(execution_id, channel)
@@ -327,7 +329,9 @@ class LiveAnswers:
             self._answers.pop(execution_id, None)
 
     def _purge(self, now: float) -> None:
-        """Remove expired followers of all runs, at most every 15 seconds."""
+        """Remove the followers of all runs that have expired by `now`, the time of the event loop, at most every 15
+        seconds.
+        """
         if now - self._purged_at >= FOLLOW_SECONDS:
             self._purged_at = now
             for execution_id in list(self._followers):

@@ -37,9 +37,9 @@ class SharedThrottle:
         """Reserve the next free slot of a rate of `limit` runs per `per_seconds`, shared by the key's users;
         return its time.
 
-        Slots are evenly spaced per organization and key. Raises `NodeError` (retryable) if the slot is over
-        `max_wait_seconds` away. A slot that is not used, since its worker died, stays empty. Waits while the
-        database is unavailable.
+        Slots are evenly spaced per organization and key. The caller waits for its slot; each call takes another one,
+        and an unused one stays empty. Raises `NodeError` (retryable) if the slot is over `max_wait_seconds` away.
+        Waits while the database is unavailable.
         """
         interval = timedelta(seconds=per_seconds / limit)
         max_wait = timedelta(seconds=max_wait_seconds)

@@ -89,12 +89,13 @@ class StoredModelLedger:
         """Whether organizations have a budget of the month."""
 
     async def reserve(self, caller: RunCaller, reservation: ModelReservation) -> bool:
-        """Reserve the most that a call may cost, in one transaction that counts all charges of the budgets.
+        """Reserve the most that a call may cost, in one transaction that counts all charges of the budgets; again with
+        the same key, nothing more is reserved.
 
-        Returns whether a budget counts the call; without one, nothing is stored.
-        Calls of one run reserve one after another, and so do those of an organization with a budget of the month.
-        Waits while the database is unavailable. Raises `NodeError` `model-budget-exceeded`, `month-budget-exceeded`
-        and `model-price-unknown`.
+        Returns whether a budget counts the call; without one, nothing is stored. Calls of one run reserve one after
+        another, and so do those of an organization with a budget of the month. Waits while the database is unavailable.
+        Raises `NodeError`: `model-budget-exceeded`, `month-budget-exceeded` (retryable if that budget says to wait),
+        and `model-price-unknown` if a budget limits the cost.
         """
         run = await until_available(lambda: self._find_run_budgets(caller))
         has_month = await until_available(lambda: self._has_month_budget(caller.organization_id))

@@ -106,7 +106,7 @@ async def _insert_intervals(connection: AsyncConnection, rows: Select[*tuple[Any
 
 
 async def end_interval(connection: AsyncConnection, execution_id: str) -> None:
-    """Set the end of a run's open interval, if it has one, to now: the run can be claimed from now on."""
+    """Set the end of a run's open blocked interval, if it has one, to now; for a run that was just made claimable."""
     await connection.execute(
         update(BlockedInterval)
         .where(col(BlockedInterval.execution_id) == execution_id, col(BlockedInterval.ended_at).is_(None))

@@ -88,8 +88,8 @@ def concurrency_limit(
 ) -> ConcurrencyLimit | None:
     """Return the concurrency limit for a run of a workflow with this trigger output; None without a limit.
 
-    Runs of a workflow share one key, its id, unless the settings have a key expression. Then runs share a key
-    if the expression, evaluated on the trigger's output, gives the same value.
+    Runs of a workflow share one key, its id, unless the settings have a key expression. Then those runs of it share a
+    key for which the expression, evaluated on the trigger's output, gives the same value.
     """
     concurrency = settings.get("concurrency")
     if not isinstance(concurrency, dict):

@@ -256,7 +256,7 @@ def check_graph(
     *,
     passed: Collection[str] = (),
 ) -> ValidationResult:
-    """Return the errors that keep a stored graph from running, without most warnings.
+    """Validate a stored graph for the errors that keep it from running; most warnings are not looked for.
 
     Configs of nodes whose ids are in `passed` count as valid, and are not checked again.
     """

@@ -570,16 +570,17 @@ class LeaseKeeper:
         self._thread.start()
 
     def stop(self) -> None:
-        """Stop the renewal thread; leases that are still held expire by themselves."""
+        """Let the renewal thread end, without waiting for it; leases that are still held expire by themselves."""
         self._stopping.set()
 
     def hold(
         self, key: ExecutionKey, token: int, since: float, first_seconds: float | None = None
     ) -> RunLease:
-        """Renew a lease, claimed at `since` (monotonic seconds), until it is released; return it.
+        """Return the lease of a run that was claimed at `since` (monotonic seconds); the thread renews it until
+        `release`.
 
         `first_seconds` is its duration before the first renewal, where it differs from that of other leases.
-        A lease of the same execution is replaced.
+        A lease of the same execution is replaced. If it is lost, `on_lost` is called on the event loop.
         """
         lease = RunLease(key, token, _lease_end(since, first_seconds or self._lease_seconds))
         self._leases[key.execution_id] = lease
@@ -623,7 +624,7 @@ class LeaseKeeper:
         """Return the leases to renew in this round: those whose last renewal would be over a third of their duration
         ago at the next round.
 
-        Short leases are due when they have less time left than the others have then.
+        Short leases are due when they have less time left than the others have then. `now` is by the monotonic clock.
         """
         third = self._lease_seconds / RENEWALS_PER_LEASE
         until = _lease_end(now, self._lease_seconds) + self._round_seconds - third * ROUND_TOLERANCE

@@ -58,8 +58,10 @@ class RunState(Struct, frozen=True):
 async def publish_value(
     connection: AsyncConnection, caller: RunCaller, key: str, value: bytes
 ) -> PublishVerdict:
-    """Store the value (JSON) of a key in a run's state, in the caller's transaction, and return the verdict: ended
-    also for a run that is gone. An equal value changes nothing.
+    """Store the value (JSON) of a key in a run's state, in the caller's transaction; return whether it is stored, the
+    state would be too large, or the run has ended or is gone.
+
+    An equal value changes nothing.
     """
     run = (
         await connection.execute(

@@ -188,9 +188,9 @@ async def start_due_runs(
 async def postpone_schedules(
     connection: AsyncConnection, problems: Mapping[str, str], now: ColumnElement[int]
 ) -> None:
-    """Store a problem for each due schedule, by workflow id, and look at it again in a minute.
+    """Store a problem for each due schedule, by workflow id, and make the schedule due again in a minute.
 
-    Their next instants stay as they are.
+    Their next instants stay as they are. Schedules that are not due are left alone.
     """
     for workflow_id, problem in sorted(problems.items()):
         await connection.execute(

@@ -326,7 +326,7 @@ class RunWrite(msgspec.Struct):
 
     def follow_clock(self, moved: int) -> None:
         """Move the deadlines in this write by as much as the clock was moved since they were computed; `moved` is
-        `HOST_TIME.moved`.
+        `HOST_TIME.moved`, in microseconds. A second call with the same value changes nothing.
 
         Stored deadlines were moved with the clock, in one transaction, which this write was not part of.
         """
@@ -500,10 +500,11 @@ class JournalStore(RunStore, Protocol):
         """
 
     async def ingest(self, batch: Sequence[InboundRequest]) -> Sequence[IngestResult]:
-        """Store inbound requests with deliveries and runs, each in one transaction; answers are in the order
+        """Store inbound requests with deliveries and runs, each request in one transaction; answers are in the order
         of the batch.
 
-        An answer tells whether the request is new or repeats a key, and has the answer of each run.
+        An answer tells whether the request is accepted, repeats an idempotency key, conflicts with it, or is stale (a
+        workflow has changed, and nothing is stored). An accepted one has the answer of each run, as `accept` gives it.
         """
 
     async def progress(self, keys: Sequence[ExecutionKey]) -> Sequence[RunProgressReport]:
@@ -524,5 +525,6 @@ class JournalStore(RunStore, Protocol):
         """Request a run to `stop` or `cancel`; return its status after that, its lease owner and channel,
         None for an unknown run.
 
-        A run that no process holds ends at once; another ends when its process sees the request.
+        A run that no process holds ends at once; another ends when its process sees the request. A request to cancel
+        is never replaced, and an ended run stays as it is.
         """

@@ -110,7 +110,8 @@ class RemoteModelLedger:
     async def reserve(self, caller: RunCaller, reservation: ModelReservation) -> bool:
         """Reserve the maximum cost of a call in the budgets that count it; always returns True.
 
-        Raises `NodeError`: for an exceeded budget, and a retryable one if the gateway refuses or doesn't answer.
+        Again with the same key, nothing more is reserved. Raises `NodeError`: for an exceeded budget, for an unknown
+        price under a budget that limits the cost, and a retryable one if the gateway refuses or doesn't answer.
         """
         path = f"/executions/{caller.execution_id}/models/reserve"
         try:

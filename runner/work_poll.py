@@ -68,7 +68,7 @@ class GatewayWorkPoll:
         """Do nothing: no runs are assigned to pods, which claim those of their deployment."""
 
     async def stop_worker(self) -> None:
-        """End the poll of the gateway: no more wakeups and requests arrive.
+        """End the poll of the gateway, and wait for its end: no more wakeups and requests arrive.
 
         Runs that finish meanwhile learn of requests by their lease renewals.
         """
@@ -79,7 +79,7 @@ class GatewayWorkPoll:
                 await task
 
     async def close(self) -> None:
-        """End the poll of the gateway for work."""
+        """End the poll of the gateway for work, as `stop_worker` does."""
         await self.stop_worker()
 
     async def _poll(self, on_wakeup: Callable[[int], None]) -> None:

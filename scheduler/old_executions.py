@@ -52,8 +52,8 @@ async def delete_old_executions(settings: SchedulerSettings, database: Database)
     """Delete executions beyond the retention (in days, or runs per workflow) with their blobs, and log their
     number.
 
-    If the blob storage is unavailable, blobs are left to the sweep of orphaned ones, and later executions to
-    the next run. Raises `DatabaseUnavailable`.
+    If the blob storage is unavailable, blobs are left to the sweep of orphaned ones, and executions that are not
+    deleted yet to the next call. Raises `DatabaseUnavailable`.
     """
     retention = RetentionPeriods(settings.retention_days, settings.retention_runs)
     blobs = open_blobs(settings)

@@ -297,7 +297,7 @@ def current_origin() -> str | None:
 def mark_awaited() -> None:
     """Record that the answer to the current request waits for the run that it starts.
 
-    Its span becomes the parent of the run's spans, not only a link. Does nothing outside of a request.
+    The span of the request becomes the parent of the run's spans, not only a link. Does nothing outside of a request.
     """
     trace = current.get()
     if isinstance(trace, RequestTrace):

@@ -108,8 +108,8 @@ class WakeOutcome(Enum):
 
 
 async def record_activities(database: Database, workflow_ids: Collection[str]) -> dict[str, Deployment]:
-    """Set the time of the last activity of several deployments to now; return those of deployed workflows by workflow
-    id.
+    """Set the time of the last activity of several deployments to now; return the deployments by workflow id, without
+    those of undeployed workflows.
 
     A deployment that another transaction has locked is returned unchanged. That transaction records activity itself, or
     is about to stop the deployment, and then the sweep for waiting runs finds the runs. Raises `DatabaseUnavailable`.
@@ -250,10 +250,10 @@ def _needs_nothing(seen: DeploymentActivity, condition: ColumnElement[bool]) -> 
 
 
 async def _wake_locked(connection: AsyncConnection, *, workflow_id: str) -> WakeOutcome:
-    """Lock a deployment without waiting, and start it, or defer or release its runs; return the outcome.
+    """Lock a deployment without waiting; start it, defer or release its runs, or leave those of an undeployed workflow
+    to the workers; return the outcome.
 
-    It is `NOTHING` if another transaction holds the lock. Runs of a workflow without a deployment become those of the
-    workers.
+    It is `NOTHING` without a change, and if another transaction holds the lock.
     """
     seen = await activity.read_activity(connection, workflow_id)
     if seen is not None:

@@ -415,7 +415,7 @@ async def _read_children(
 ) -> Sequence[ChildRun]:
     """Return the unfinished runs that nodes of a run have started, the oldest first, at most 20.
 
-    Each says whether the caller may see it, and which node started it ("" if unknown).
+    Each says whether the caller may see it, and which node awaits it ("" if none does).
     """
     statement = (
         select(

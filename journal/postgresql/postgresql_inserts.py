@@ -138,10 +138,10 @@ class PostgresqlInserts:
     # ── inbound requests ────────────────────────────────────────────────────────────────────────────────────
 
     async def ingest(self, batch: Sequence[InboundRequest]) -> Sequence[IngestResult]:
-        """Store inbound requests with their runs; return answers in the order of the batch.
+        """Store inbound requests with their runs; return answers, as `JournalStore.ingest`, in the order of the batch.
 
-        Requests that share keys are stored one after another, and so are requests with runs that need a free
-        slot at once. Raises `DatabaseUnavailable`.
+        Requests that share idempotency keys are stored one after another, and so are requests with runs that need a
+        free slot at once. Raises `DatabaseUnavailable`.
         """
         answers: dict[str, IngestResult] = {}
         waiting: Sequence[InboundRequest] = batch
@@ -491,8 +491,8 @@ def _transpose_labels(batch: Sequence[RunAcceptance]) -> list[str]:
 def _ingest_row(one: InboundRequest, without: Collection[str]) -> tuple[Any, ...]:
     """Return the values of an inbound request, in the order of the statement's columns.
 
-    Its idempotency key is left out if it has runs and all of them are in `without`, so that the sender may
-    repeat it.
+    Its idempotency key is left out if it has runs and no event, and all its runs are in `without`, so that the sender
+    may repeat it.
     """
     event, key = one.event, one.idempotency
     if event is None and one.runs and all(run.execution_id in without for run in one.runs):

@@ -28,8 +28,8 @@ def transpose_rows(rows: Any, width: int) -> list[str]:  # noqa: ANN401 - rows o
 
 
 def array_literal(values: Sequence[object]) -> str:
-    """Return texts, numbers, truth values or bytes as the text of a PostgreSQL array; None is NULL, and `{}`
-    if all are None.
+    """Return texts, numbers, truth values or bytes as the text of a PostgreSQL array, with NULL for None; if all values
+    are None, return `{}`.
 
     The driver takes a microsecond for each element of an array, and next to none for a text.
     """

@@ -75,7 +75,8 @@ def insert_runs(
 
 
 def ingest(connection: sqlite3.Connection, batch: Sequence[InboundRequest], now: int) -> list[IngestResult]:
-    """Store inbound requests with their runs in the open transaction; answers are in the order of the batch.
+    """Store inbound requests with their runs in the open transaction; return answers, as `JournalStore.ingest`, in the
+    order of the batch.
 
     `now` is in microseconds since 1970.
     """
@@ -83,7 +84,12 @@ def ingest(connection: sqlite3.Connection, batch: Sequence[InboundRequest], now:
 
 
 def _ingest_one(connection: sqlite3.Connection, write: InboundRequest, now: int) -> IngestResult:
-    """Store one inbound request with its runs, or return the answer to an earlier one with its key."""
+    """Store one inbound request with its runs, or return the answer to an earlier one with its idempotency key; if one
+    of its workflows has changed, store nothing (`STALE`).
+
+    Runs without a needed free slot are not stored (`FULL`). If that are all of them, and there is no event, neither
+    delivery nor key is stored, so that the request may be repeated. `now` is in microseconds since 1970.
+    """
     is_current = all(_current_workflows(connection, write.runs).values())
     key = write.idempotency
     if key is not None:
@@ -231,6 +237,8 @@ def _claim_key(
 ) -> AcceptanceResult | None:
     """Return the answer to an earlier request with this key; None without one, and then the key is bound to this run
     if `may_bind`.
+
+    `now` is in microseconds since 1970.
     """
     bound = _bind_key(connection, item.shard, key, item.execution_id, now, may_bind=may_bind)
     return None if bound is None else AcceptanceResult(*bound)

@@ -225,7 +225,7 @@ class SQLiteStore:
         return self
 
     async def close(self) -> None:
-        """Stop the writing and the reading thread after their queued work."""
+        """Close the writing and the reading thread, and wait until their queued work is done and they have ended."""
         await asyncio.to_thread(self._writer.close)
         await asyncio.to_thread(self._reader.close)
 

@@ -38,9 +38,11 @@ class TakenTasks(msgspec.Struct, frozen=True):
 
 
 async def take(connection: AsyncConnection, queue: str, after: int, places: Sequence[TaskPoll]) -> TakenTasks:
-    """Lease the next tasks of a queue, one for each place; workflows take turns, beginning at the queue turn `after`.
+    """Lease the next tasks of a queue, at most one for each place, a free slot of its poll; return them with the
+    numbers of their places.
 
-    A poll may have many places; its tasks share one lease. Polls of workers that leave get none.
+    Workflows take turns, beginning with the first one whose queue turn is `after` or higher. A poll may have several
+    places; its tasks share one lease. Polls of workers that leave get none.
     """
     leases = {id(poll): secrets.token_urlsafe(16) for poll in places}
     rows = [(poll.worker_id, poll.request_id, leases[id(poll)]) for poll in places]

@@ -100,7 +100,8 @@ def is_holder(task: TaskRow, lease: str | None) -> bool:
 
 
 def renew(task: TaskRow, now: int) -> None:
-    """Note that a worker has reported a task after its claim, and extend its lease from `now`; its deadline stays.
+    """Note that a worker has reported a task after its claim, and extend its lease from `now` (microseconds since
+    1970); its deadline stays.
 
     The lease of a task that shall be canceled is not extended.
     """
@@ -113,7 +114,8 @@ def renew(task: TaskRow, now: int) -> None:
 def complete(task: TaskRow, lease: str, now: int) -> ReportStatus:
     """Complete a task of the worker with this lease. Only `OK` means that its node gets the output.
 
-    A repetition, a lost lease and a canceled task have their own results.
+    Otherwise return `REPEATED` for a repetition, `LOST` for a lost lease, and `CANCELLED` for a task that is, or was to
+    be, canceled and ends so. `now` is in microseconds since 1970.
     """
     if task.state == TaskState.COMPLETED and task.lease == lease:
         return ReportStatus.REPEATED
@@ -139,8 +141,8 @@ def fail(
     """Count a failed attempt of a task: it waits for its next one, or has failed after the last one or if
     `is_final`.
 
-    `delay` is the time until the next attempt in microseconds, in place of the computed one. A repetition, a
-    lost lease and a canceled task have their own results.
+    `delay` is the time until the next attempt in microseconds, in place of the computed one; `now` is in microseconds
+    since 1970. The results are those of `complete`: only `OK` means that the attempt counts.
     """
     is_stored = task.state in {TaskState.FAILED, TaskState.DELAYED, TaskState.READY, TaskState.LIMITED}
     if is_stored and task.lease == lease and _error_code(task) == code:
@@ -157,7 +159,8 @@ def fail(
 def release(task: TaskRow, lease: str, now: int) -> ReportStatus:
     """Free a task that its worker has not begun; that costs no attempt.
 
-    A repetition, a lost lease and a canceled task have their own results.
+    The results are those of `complete`: only `OK` means that the task can be claimed again. `now` is in microseconds
+    since 1970.
     """
     if task.state == TaskState.READY and task.lease == lease:
         return ReportStatus.REPEATED
@@ -206,7 +209,7 @@ def move_if_due(task: TaskRow, now: int) -> None:
     """Move a task whose time has come: the end of its lease, deadline, delay or start timeout; others stay.
 
     A delayed task can be claimed, or waits for a slot of its concurrency key. An attempt over its deadline has failed;
-    one with an ended lease is lost.
+    one with an ended lease is lost. `now` is in microseconds since 1970.
     """
     if task.check_at is None or task.check_at > now:
         return

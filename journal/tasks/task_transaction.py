@@ -299,9 +299,10 @@ class TaskTransaction:
         await self._connection.execute(_INSERT_LINE, rows)
 
     def _with_logs(self, task: TaskRow, run: LockedRun, payload: bytes) -> bytes:
-        """Return an answer with all log lines of its task if a process executes the run now, which can store them.
+        """Return the answer of a task with all its log lines if a process executes the run now: that process stores
+        them.
 
-        Otherwise the answer stays as it is, and lines that were kept with the task are stored with the others.
+        Otherwise the answer stays as it is, and this transaction stores the lines, also those kept with the task.
         """
         lines = [line for one, line in self._lines.get(task.execution_id, ()) if one is task]
         if run.status in _ALIVE:

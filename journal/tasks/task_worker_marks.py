@@ -25,14 +25,15 @@ class TaskWorkerMarks:
         self._database = database
 
     async def stop(self, organization_id: str, worker_id: str) -> bool:
-        """Mark a task worker as stopped, so that it gets no more tasks; return False for an unknown worker.
+        """Mark a task worker that says it stops, so that it gets no more tasks; return False for an unknown worker.
 
         A second call keeps the time of the first.
         """
         return await self._mark(organization_id, worker_id, "stopped_at = coalesce(stopped_at, {now})")
 
     async def drain(self, organization_id: str, worker_id: str) -> bool:
-        """Mark a task worker as asked to stop, so that it gets no more tasks; return False for an unknown worker.
+        """Mark a task worker that an operator asks to stop, so that it gets no more tasks; return False for an unknown
+        worker.
 
         A second call changes nothing.
         """

@@ -64,7 +64,7 @@ async def store_callback(
     """Store the payload of a callback as the answer of its node, in the caller's transaction, and make its waiting run
     pending.
 
-    Return the verdict and the run's target; None if the run is gone.
+    Return whether the answer is taken, late, expired or not awaited, and the run's target; None if the run is gone.
     """
     statement = select(col(Execution.shard), col(Execution.target)).where(
         col(Execution.id) == place.execution_id

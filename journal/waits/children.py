@@ -79,10 +79,12 @@ def completion_for_parent(parent_id: str, node_id: str, iteration: str) -> dict[
 
 
 async def request_abandoned_ends(database: Database, store: JournalStore) -> Sequence[AbandonedRun]:
-    """Request the unfinished sub-workflow runs of failed or stopped parents to stop, and cancel those of canceled
-    parents; return all these runs.
+    """Request the unfinished awaited sub-workflow runs of failed or stopped parents to stop, and those of canceled ones
+    to cancel; return these runs.
 
-    Their own sub-workflow runs follow. Runs with such a request are left out. Raises `DatabaseUnavailable`.
+    A run that no process holds ends at once, and its own sub-workflow runs are included; those of other runs are left
+    to a call after their end. The caller notifies the processes. Runs with the same request, or one to cancel, are
+    left out. Raises `DatabaseUnavailable`.
     """
     ended: list[AbandonedRun] = []
     while True:

@@ -169,7 +169,8 @@ async def filter_awaited(
 async def list_waits(
     connection: AsyncConnection, event: EventAnnouncement, after: tuple[str, str, str] | None
 ) -> Sequence[EventWait]:
-    """Return up to 500 next waits that match an event by type and time; their conditions are not checked.
+    """Return up to 500 next waits of an event's organization that match it by type and time; their conditions are not
+    checked.
 
     `after` is the key of the last wait of the batch before (see `wait_key`), None at first.
     """

@@ -132,8 +132,9 @@ async def add_wait(
 ) -> tuple[SignalExpectation, AnswerResult]:
     """Store in the caller's transaction that a node waits for a signal, or answer it with the earliest unread one.
 
-    Return the end of its wait, or its answer, also an earlier one; and the result of an answer that was stored
-    now. Both are empty if the run is gone or the node never started. A repeated call changes nothing.
+    Return the end of its wait (None without a limit), or its answer, also an earlier one; and the result of an answer
+    that was stored now, else `NO_ANSWER`. If the run is gone or the node never started, there is neither end nor
+    answer. A repeated call changes nothing.
     """
     shard = await connection.scalar(
         select(col(Execution.shard))

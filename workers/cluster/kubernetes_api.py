@@ -103,7 +103,10 @@ class RequestBudget:
             await asyncio.sleep(seconds)
 
     def pause(self, seconds: float) -> None:
-        """Send nothing for `seconds`, and up to a quarter longer at random, so that not all clients return at once."""
+        """Let `acquire` hold back requests for `seconds`, and up to a quarter longer at random; return at once.
+
+        A longer pause in progress stays. The random part spreads the return of several clients.
+        """
         seconds *= random.uniform(1.0, 1.25)  # noqa: S311 - spreads retries, no secret
         self._paused_until = max(self._paused_until, asyncio.get_running_loop().time() + seconds)
 

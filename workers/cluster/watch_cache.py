@@ -251,7 +251,7 @@ class WatchCache:
             await asyncio.sleep(pause_seconds * random.uniform(0.5, 1.0))  # noqa: S311 - no secret
 
     async def _pause_probe(self, *, requests: int) -> None:
-        """Wait until a collection may be requested again after the last of `requests` requests was forbidden.
+        """Wait until a collection may be requested again after its last attempt, of `requests` requests, was forbidden.
 
         The collections take turns, one request per 15 s. Permissions are usually granted for all of them at
         once: a successful list ends the pauses of forbidden lists. A list that succeeded before its watch was

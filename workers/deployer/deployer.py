@@ -123,8 +123,9 @@ class Deployer:
             self._spawn(loop)
 
     async def stop(self) -> ClusterDriver | None:
-        """Stop all tasks without changing any deployment; return the driver of the cluster, None if it was
-        never opened.
+        """Cancel all tasks, wait for their ends, and return the driver of the cluster; None if it was never opened.
+
+        Deployments stay as they are.
         """
         await self._broker.stop_deployer()
         for task in self._tasks:

@@ -273,7 +273,7 @@ def _determine_state(deployment: Deployment, observed: ObservedDeployment) -> St
 
 
 def _is_unchanged_since(deployment: Deployment, state: Stored) -> bool:
-    """Return whether `state` is the last observed state that was stored, and the desired one hasn't changed since."""
+    """Return whether a deployment was last stored as `state`, and its desired state has not changed since then."""
     return deployment.observed == state and deployment.observed_generation == deployment.generation
 
 

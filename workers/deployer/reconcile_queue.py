@@ -286,7 +286,9 @@ class StartGate:
         self._starting[workflow_id] = organization_id
 
     def release(self, workflow_id: str) -> None:
-        """Free the place of a start that has ended or is stuck for waiting ones; a start that waits no longer does."""
+        """Free the place of a start that has ended or is stuck, and admit waiting workflows to it; a workflow that
+        itself waits is admitted no more.
+        """
         self._waiting.pop(workflow_id, None)
         if self._starting.pop(workflow_id, None) is not None:
             self._admit_more()

@@ -187,7 +187,7 @@ class Reconciler:
     ) -> ScheduledRetry | None:
         """Take the next step that a workflow needs, if any, and store the observed state.
 
-        Returns when to look at it again; None if nothing has to be retried. `found` is None for objects of an
+        Returns when to reconcile it again; None if nothing has to be retried. `found` is None for objects of an
         unknown workflow, which are removed. Raises `ClusterError`, `AttemptDeferred` and
         `DatabaseUnavailable`.
         """
@@ -242,7 +242,7 @@ class Reconciler:
     async def _act_under_lock(self, driver: ClusterDriver, workflow_id: str) -> ScheduledRetry | None:
         """Take the next step of a workflow under its lock against other deployers.
 
-        Returns when to look at it again: later if another deployer holds the lock, or the step takes almost
+        Returns when to reconcile it again: later if another deployer holds the lock, or the step takes almost
         as long as the lock lasts (15 s); None if nothing has to be retried. Raises `ClusterError`,
         `AttemptDeferred` and `DatabaseUnavailable`.
         """
@@ -306,7 +306,7 @@ class Reconciler:
         """Delete the objects of an undeployed workflow, and store the status; once they are gone, reclaim the
         runs of its pods.
 
-        Returns when to look at it again, None if nothing has to be retried. Raises `ClusterError` and
+        Returns when to reconcile it again, None if nothing has to be retried. Raises `ClusterError` and
         `DatabaseUnavailable`.
         """
         holders = await activity.pod_lease_owners(self._database, deployment.workflow_id)
@@ -376,7 +376,7 @@ class Reconciler:
     ) -> ScheduledRetry | None:
         """Store the observed state of a deployed workflow, and count it as a start in progress or not.
 
-        Returns when to look at it again: when a lost node or the time limit of a start is due; None if
+        Returns when to reconcile it again: when a lost node or the time limit of a start is due; None if
         nothing is. Raises `DatabaseUnavailable`.
         """
         deployment, now = found.deployment, found.now
