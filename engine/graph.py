@@ -78,7 +78,8 @@ class GraphNode(Struct, frozen=True):
 
     @classmethod
     def from_stored(cls, stored: Mapping[str, Json]) -> Self:
-        """Return the node of its stored form; fields that are missing or of another type get their defaults.
+        """Return the node of its stored form; fields that are missing or of another type get their defaults, the label
+        the id.
 
         Raises `KeyError` without `id` and `type`.
         """

@@ -271,7 +271,7 @@ def count_unanswered(records: Sequence[ModelCallRecord]) -> int:
 
 
 def sum_usage(records: Sequence[ModelCallRecord]) -> TokenUsage:
-    """Return the tokens of all calls together; estimated if those of one are."""
+    """Return the tokens of all answered calls together; estimated if those of any call are."""
     used = [record.usage for record in records if record.usage is not None]
     return TokenUsage(
         sum(each.input_tokens for each in used),

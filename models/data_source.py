@@ -85,8 +85,8 @@ def encrypt_secrets(
 
 
 def decrypt_secrets(vault: SecretVault, source: DataSource) -> dict[str, str]:
-    """Return the decrypted secrets of a data source, by name; raises `VaultError` for an unknown key or
-    corrupt data.
+    """Return the decrypted secrets of a data source, by name; raises `VaultError` if they need another server secret or
+    are corrupt.
     """
     text = vault.decrypt(
         EncryptedText(source.secret_id, source.encrypted),

@@ -174,10 +174,11 @@ class Database:
     async def _transact(
         self, work: Callable[[AsyncConnection], Awaitable[T]], *, is_statement: bool = False
     ) -> T:
-        """Run `work` in one transaction or, with `is_statement`, without one; repeat it after transient failures.
+        """Run `work` in one transaction or, with `is_statement`, without one; repeat it after transient failures, up to
+        five times in all within two seconds.
 
-        Raises `LockWaitTimeout` if another transaction keeps a lock, `DatabaseUnavailable` after five attempts or two
-        seconds, and the exceptions of `work`.
+        Raises `LockWaitTimeout` if another transaction keeps a lock, or if the last attempt was rolled back because of
+        other transactions; `DatabaseUnavailable` after any other last failure; and the exceptions of `work`.
         """
         begun_at = monotonic()
         for attempt in range(1, RETRIES + 1):

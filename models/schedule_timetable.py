@@ -305,9 +305,10 @@ def recompute_next_instant(
 def last_paused_instant(
     timetable: ScheduleTimetable, workflow_id: str, planned_at: datetime, anchor: datetime, now: datetime
 ) -> datetime | None:
-    """Return the last instant before `now` that a paused schedule has skipped; None if it has skipped none.
+    """Return the last instant that a paused schedule has skipped: its run would have begun by `now`, after the delay of
+    the workflow's runs. None if it has skipped none.
 
-    `planned_at` is the time of its last decision: instants after it had no run.
+    `planned_at` is the time of its last decision: no instant from then on had a run.
     """
     until = now - timetable.start_delay(workflow_id)
     found = timetable.last_instants(1, planned_at, until, anchor) if planned_at < until else []

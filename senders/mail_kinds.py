@@ -138,10 +138,11 @@ def parse_raw_envelope(request: SenderRequest) -> MailEnvelope:
 def deduplication_key(request: SenderRequest, kind: MailKind) -> str | None:
     """Return the key by which a repeated delivery of a mail is recognized; None where it has none.
 
-    Digests the Message-ID, the recipients of the envelope and the decoded content. So a repeated mail has the
-    same key even if it was signed or encoded anew, and another content under the same Message-ID has another
-    key. None for Mailgun's event reports, for SNS messages without a mail, and for mails in JSON without a
-    Message-ID. Raises `RequestRefused` for a malformed mail.
+    Digests the Message-ID, the recipients of the envelope and the decoded content; for a mail that SES has stored in
+    S3, its DKIM-verified headers take the place of the content. So a repeated mail has the same key even if it was
+    signed or encoded anew, and another content under the same Message-ID has another key. None for Mailgun's event
+    reports, for SNS messages without a mail, and for mails in JSON without a Message-ID. Raises `RequestRefused` for a
+    malformed mail.
     """
     match kind:
         case MailKind.MAILGUN_EVENT:

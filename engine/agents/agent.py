@@ -539,7 +539,7 @@ def _ask_again(task: AgentTask, steps: Sequence[AgentStep], last: AgentStep) -> 
 def _build_request(
     task: AgentTask, messages: Sequence[ChatMessage], tools: Sequence[ToolDescription]
 ) -> ChatRequest:
-    """Return a request to the model; with tools, the schema of the answer is its `final_schema`, else
+    """Return a request to the model, with the schema of the answer in `final_schema` if it has tools, else in
     `output_schema`.
     """
     return ChatRequest(

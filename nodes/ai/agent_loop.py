@@ -208,8 +208,8 @@ def _review_calls(call: NodeCall, task: AgentTask) -> None:
 
 
 async def _apply_decisions(call: NodeCall, task: AgentTask, *, may_expire: bool) -> set[int]:
-    """Record the decisions of people about waiting tool calls; return the step numbers of the approved calls, which may
-    begin.
+    """Record the decisions of people about waiting tool calls, and commit them if a call is approved; return the step
+    numbers of the approved calls, which may begin.
 
     A call becomes an error for the model if a person has denied it, or found that it was not made, or, with
     `may_expire`, has not decided in time. A call that a person has found to be made gets the result that the person has

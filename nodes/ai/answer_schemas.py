@@ -98,6 +98,8 @@ def _iterate_parts(schema: Mapping[str, Any]) -> Iterator[object]:
 def _is_part_enforced(part: object, *, needs_all_fields: bool) -> bool:
     """Return whether providers enforce a part of a schema by itself: common keywords, and objects closed to other
     fields.
+
+    With `needs_all_fields`, every field of an object has to be required.
     """
     if not isinstance(part, Mapping) or not part.keys() <= _COMMON:
         return False

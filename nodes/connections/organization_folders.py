@@ -132,7 +132,10 @@ class OrganizationFolder:
         return content
 
     def _put(self, folders: Sequence[str], name: str, content: bytes) -> str:
-        """Write a file atomically and durably, creating missing folders, and return its tag."""
+        """Write a file atomically and durably, creating missing folders, and return its tag.
+
+        Raises `NodeError` if the folder of the organization is full, and `OSError`.
+        """
         self._require_capacity(len(content))
         unfinished = f".{secrets.token_hex(16)}"
         with self._open_folder(folders, makes=True) as folder:

@@ -64,6 +64,8 @@ def load() -> PerformJob:
 def confine(parent: int) -> None:
     """Restrict this process to the files of organizations, without network and further processes; kill it when its
     parent, the process id `parent`, ends.
+
+    Protections that the system lacks are skipped.
     """
     confinement.limit_process(
         memory_bytes=MEMORY_BYTES, open_files=OPEN_FILES, cpu_seconds=CPU_SECONDS, file_bytes=None

@@ -183,7 +183,7 @@ class ZipArchive:
     async def _unpack(self, name: str) -> bytes:
         """Return the unpacked content of a file of the archive.
 
-        Raises `KeyError` for a missing file, and `NodeError` for a damaged file and beyond 50 MB in total.
+        Raises `KeyError` for a missing file, and `NodeError` for a damaged or encrypted file and beyond 50 MB in total.
         """
         entry = self._zip.getinfo(name)
         if entry.flag_bits & 1 or entry.compress_type not in {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}:
