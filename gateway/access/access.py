@@ -388,7 +388,7 @@ async def list_users(request: GatewayRequest) -> JsonResponse:
 async def create_user(request: GatewayRequest) -> JsonResponse:
     """Create a user of the organization; the scopes of its keys define its permissions.
 
-    Refused if a user has the e-mail address.
+    Refused if the organization has a user with the e-mail address.
     """
     value = await read_json(request)
     body = body_of(request, value, CreateUser)

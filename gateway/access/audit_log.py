@@ -80,8 +80,8 @@ async def record_change(
 
     `origin` is that request; None: the one that is being answered.
 
-    `before` and `after` are hashes of its content, None for an absent object; nothing is inserted if they are
-    equal. `changes` are the first ones by path, as `list_changes` returns them.
+    `before` and `after` are hashes of the object's content, None for an absent object; nothing is inserted if they are
+    equal. `changes` are those of single fields, as `list_changes` returns them; None for none.
     """
     if before == after:
         return

@@ -87,7 +87,7 @@ class BrowserSignIn:
         any, ends.
 
         The audit trail records it, and refusals too. Raises a 401 error for a wrong, expired or revoked key
-        or code, and 429 after ten of them from an address.
+        or code, and 429, also for a right one, to a client with ten wrong ones within a minute.
         """
         client = client_of_scope(scope)
         refusal = self._failures.refusal(client)

@@ -59,8 +59,8 @@ class InvitationAcceptor:
     async def find(self, scope: Mapping[str, Any], code: str) -> tuple[Invitation, Organization]:
         """Return the open invitation with a code, and its organization.
 
-        Raises a 401 error for an unknown, used, revoked or expired code, and 429 after ten of them from an
-        address.
+        Raises a 401 error for an unknown, used, revoked or expired code, and 429, also for an open one, to a
+        client with ten such codes within a minute.
         """
         client = client_of_scope(scope)
         refusal = self._failures.refusal(client)

@@ -104,9 +104,9 @@ async def edit(
     """Apply `change` to the requested model, and return the stored result; nothing is stored if the content stays the
     same.
 
-    Raises 404, 403, 412 if `If-Match` names another revision, 409 for a taken name or a concurrent edit, and the errors
-    of `change`; then nothing is written. A model that workflows use is replaced by another one, or taken from the
-    organization, only if `is_forced`; else 409.
+    Raises 404, 403, 412 if `If-Match` names another revision, 409 for a taken name or a concurrent edit, 422 for an
+    unusable data source or user, and the errors of `change`; then nothing is written. If workflows name the model,
+    another vendor model or data source, and the removal of users, raise a 409 error unless `is_forced`.
     """
     done: StoredModel | None = None
 

@@ -92,8 +92,7 @@ async def edit(editor: DataSourceEditor, requested: RequestedObject, change: Cha
 
 @contextmanager
 def name_own_fields(fields: Mapping[str, str]) -> Iterator[None]:
-    """Rename the fields in an `ApiError` of the block from those of the data source to those of the resource, as a 422
-    error.
+    """Translate every `ApiError` of the block to a 422 error that names fields of the resource, not of its data source.
 
     `fields` has the names of the resource's fields by those of the data source.
     """

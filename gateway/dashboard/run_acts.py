@@ -110,8 +110,8 @@ async def plan(page: PageRequest, act: ChosenAct) -> Mapping[str, Any] | None:
     """Ask the API for a dry run of an act: the number of runs that it would change, and for a replay the plans of the
     oldest 20.
 
-    Return the answer as `counted`, and in `workflow` that of the filter, for the labels of its nodes; None without one,
-    and for other acts than a replay. None if the visitor may not act. Raises `ApiError`.
+    Return the answer as `counted`, and as `workflow` the workflow of the filter, for the labels of its nodes: None if
+    the filter names none, and for other acts than a replay. Return None if the visitor may not act. Raises `ApiError`.
     """
     limit = PLANNED if act.name == "replay" else 1
     counted = await page.plan_if_allowed(

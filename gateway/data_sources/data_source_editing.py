@@ -79,8 +79,8 @@ class DataSourceEditor:
     ) -> JsonResponse:
         """Insert a data source, once per idempotency key, and return an answer with 201 and its id.
 
-        A repeated key returns the first id with a header; None inserts always. Raises a 409 error for a taken
-        name or too many data sources of the organization, 422 for a key used with another body.
+        A repeated key inserts nothing: the answer has the first id, and a header says so; None inserts always. Raises a
+        409 error for a taken name or too many data sources of the organization, 422 for a key used with another body.
         """
 
         async def insert(connection: AsyncConnection) -> str:

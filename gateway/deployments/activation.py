@@ -158,10 +158,10 @@ class DeploymentActivator:
                 del self._queues[workflow_id]
 
     async def record_request(self, workflow_id: str) -> Deployment:
-        """Record activity of a deployment, so that its policy keeps it up, and return it.
+        """Record activity of a deployment, so that its policy keeps it up, and return it; nothing is woken.
 
-        Raises a 409 error if it isn't deployed or its policy forbids a start, and 503 if over 1,000 requests
-        wait for it here.
+        Raises a 409 error if it isn't deployed, and, after the activity is recorded, 409 if it is down and its policy
+        forbids a start, and 503 if over 1,000 requests wait for it here.
         """
         deployment = await self._counts.submit(workflow_id)
         if deployment is None:
@@ -247,11 +247,11 @@ class DeploymentActivator:
     async def await_claim(
         self, key: ExecutionKey, workflow_id: str, *, is_new: bool, is_ready: bool, seconds: float
     ) -> bool:
-        """Wake the deployment for a run, and return whether the run was claimed within `seconds`.
+        """Wait until a run is claimed, at most `seconds`, with its deployment kept awake; return whether it was.
 
-        `is_new` means a run accepted here just now, `is_ready` a deployment with ready pods, which gets a
-        quarter of a second before it is woken. False also if the process stops. Raises `PodUnavailable` if
-        its pods can't start.
+        `is_new` means a run accepted here just now: for any other, True is returned at once if it was claimed, has
+        ended or is gone. `is_ready` means a deployment with ready pods, which is woken only after a quarter of a
+        second. False also if the process stops. Raises `PodUnavailable` if its pods can't start.
         """
         if not is_new and await self._has_begun(key):
             return True
@@ -269,8 +269,8 @@ class DeploymentActivator:
     async def _wait_for_claim(
         self, key: ExecutionKey, workflow_id: str, waiter: asyncio.Future[bool]
     ) -> None:
-        """Keep the deployment awake, and return once the run is claimed; raises `PodUnavailable` if its pods
-        can't start.
+        """Keep the deployment awake, and return once the run is claimed or gone, or the process stops; raises
+        `PodUnavailable` if its pods can't start.
 
         It is notified of claims, and also reads the run about once a second.
         """

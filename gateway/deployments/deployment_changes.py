@@ -148,8 +148,8 @@ class DeployerClient:
         self._settle_seconds = settle_seconds
 
     async def notify(self, workflow_id: str) -> None:
-        """Wake the deployer for a workflow, and the workers, which may have received its runs; call it after
-        the commit.
+        """After the commit, wake the deployer for a workflow, and the workers, to which its runs go if it was
+        undeployed.
 
         A lost notification only delays them.
         """

@@ -282,7 +282,7 @@ def _list_planned(
     """Yield the times from now on in which a deployment will have pods without further activity, in order.
 
     They are its current time with pods, until its next stop or `until`, or the time from its next start on, and the
-    windows that open later. Nothing for an archived workflow, which is not started any more.
+    windows that open later. Nothing for a workflow that isn't deployed, or is archived.
     """
     if seen is None or not seen.deployment.is_deployed:
         return

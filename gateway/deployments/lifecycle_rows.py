@@ -147,8 +147,8 @@ async def read_decisions(
     """Return the decisions about workflows since a time, and the last earlier one of each, ordered by workflow and
     time.
 
-    The earlier one shows whether pods ran at that time. Of more than 1,000 decisions, only the newest are returned; the
-    earlier ones then precede these.
+    The earlier one shows whether pods ran at that time. Of more than 1,000 decisions since then, only the newest 1,000
+    are returned, and the earlier one of each workflow is the last before the oldest of these.
     """
     if not workflow_ids:
         return []

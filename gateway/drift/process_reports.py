@@ -90,7 +90,9 @@ def find_failure(reports: Iterable[ProcessReport], connection: str) -> Connectio
 
 
 def find_cluster(reports: Sequence[ProcessReport]) -> ClusterHealth | None:
-    """Return the cluster that deployers use; None if none has used one, as without deployments."""
+    """Return the cluster that deployers use, Kubernetes rather than local processes; None if none has used one, as
+    without deployments.
+    """
     kind: Literal["kubernetes", "local"]
     for kind in ("kubernetes", "local"):
         connection = CLUSTER_CONNECTIONS[kind]

@@ -41,7 +41,7 @@ class RecentObservations:
     def add(self, organization_id: str, observed: frozenset[FindingKey], at: float) -> None:
         """Remember the findings of an observation at `at`, a time of `now()`.
 
-        Only the last two are kept; one less than a second after the last is dropped.
+        Only the last two are kept. An observation less than a second after the last kept one is ignored.
         """
         kept = self._kept_of(organization_id)
         if not kept or at - kept[0][0] >= GRACE_SECONDS:

@@ -424,9 +424,10 @@ class WorkflowRunAcceptor:
     ) -> AcceptanceResult:
         """Accept a run of a workflow for the caller of a request, once per idempotency key, and return the outcome.
 
-        `plan` makes the run; if the workflow changes meanwhile, it is called once more. The answer gets rate limit
-        headers. A used key gives the run of its first request. Raises 403 for a language model that the caller may not
-        use, 404, 409, 422, 429, 503, and the errors of `plan`.
+        `plan` makes the run; it is called again if the workflow has changed meanwhile. The answer gets rate limit
+        headers. A used key gives the run of its first request, with the verdict `REPEATED`. Raises 403 for a language
+        model that the caller may not use, 404, 409, 422 (also for a key used with another body), 429, 503, and the
+        errors of `plan`.
         """
         caller = request.caller
         workflow = await self._workflows.load(workflow_id, caller)

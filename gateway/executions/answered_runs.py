@@ -16,11 +16,10 @@ if TYPE_CHECKING:
 async def continue_run(
     database: Database, acceptances: RunAcceptor, pods: PodNotifier, answer: AnswerResult, target: str
 ) -> None:
-    """Wake the workers, and the pods of the deployment `target`, if a committed answer lets its run continue; else
-    nobody.
+    """Admit waiting runs of the concurrency key of a committed answer; if the answer lets its run continue, wake the
+    workers and the pods of the deployment `target`.
 
-    Before that, waiting runs of its concurrency key are admitted to free slots. `SHARED_TARGET` means no deployment. A
-    sweep makes up for a lost wakeup. Raises `DatabaseUnavailable`.
+    `SHARED_TARGET` means no deployment. A sweep makes up for a lost wakeup. Raises `DatabaseUnavailable`.
     """
     if answer.concurrency_key is not None:
         await concurrency_limits.admit_waiting_runs(database, answer.concurrency_key)

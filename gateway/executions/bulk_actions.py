@@ -132,8 +132,8 @@ def deletable(caller: ApiCaller) -> ColumnElement[bool]:
 async def find(
     database: Database, wanted: ExecutionFilter, condition: ColumnElement[bool], limit: int
 ) -> tuple[ChosenExecutions, Counter[str]]:
-    """Return the oldest executions that match a filter and a condition, at most `limit`, and the number of these by
-    workflow.
+    """Return the oldest executions that match a filter and a condition, at most `limit`, and the number of the returned
+    ones by workflow.
 
     `matched` of the result counts all matching ones, up to 10,001. `condition` must restrict the visibility.
     """
@@ -221,7 +221,8 @@ async def cancel(
 ) -> list[str]:
     """Request the cancellation of executions, 20 at a time; return the ids of those that are canceled or will be.
 
-    Those that have ended otherwise, that do not exist, and that another transaction locks are left out.
+    It does not wait for their ends; those canceled before are included. Those that have ended otherwise, that do not
+    exist, and that another transaction locks are left out.
     """
     cancelled: list[str] = []
     for some in _split_batches(execution_ids, CANCELS_AT_ONCE):

@@ -268,8 +268,8 @@ async def answer(request: GatewayRequest) -> JsonResponse:
 
 
 async def continue_run(database: Database, acceptances: RunAcceptor, given: DecisionResult) -> None:
-    """Let a run continue after a committed decision: admit runs of its concurrency key, and wake the workers
-    if the run was woken.
+    """After a committed decision, admit waiting runs of its run's concurrency key; if the decision has woken the run,
+    wake the workers.
     """
     if given.answer.concurrency_key is not None:
         await concurrency_limits.admit_waiting_runs(database, given.answer.concurrency_key)

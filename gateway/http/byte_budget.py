@@ -35,7 +35,7 @@ class ByteHolding:
         """Count received bytes, which may evict (end) transfers for lack of memory; return whether this one
         may continue.
 
-        The first 16 kB of a transfer do not count.
+        A transfer counts only from 16 kB on, then with all of its bytes.
         """
         if self.is_evicted:
             return False
@@ -45,8 +45,8 @@ class ByteHolding:
         return not self.is_evicted
 
     def lower(self, count: int) -> None:
-        """Lower the count to the `count` bytes that are left after a part was sent; nothing happens for less than 16
-        kB.
+        """Lower the count to the `count` bytes that are left after a part was sent; nothing happens if at most 16 kB
+        are left.
         """
         if UNCOUNTED_BYTES < count < self.bytes:
             self._budget.count(self, count - self.bytes)

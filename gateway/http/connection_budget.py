@@ -126,8 +126,9 @@ class ConnectionBudget:
     def _victims(self, newcomer: BoundedConnection, now: float) -> list[BoundedConnection]:
         """Return the connections that may be closed for others, in the order to close them, the phase `READING` last.
 
-        Excluded are those in the phase `SERVED`; those in `READING` whose client is within its share, or that began it
-        less than a second ago; and others of a client within its share for the first 0.2 seconds of a phase.
+        Excluded are the new one; those in the phase `SERVED`; those in `READING` whose client is within its share, or
+        that began it less than a second ago; and others of a client within its share for the first 0.2 seconds of a
+        phase.
         """
         counts = Counter(one.client_key for one in self._open)
         counts[""] = 0

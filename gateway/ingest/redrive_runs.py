@@ -66,7 +66,8 @@ async def redrive_each(
     """Redrive objects of one workflow by `redrive(id, key)`, ten at a time; return the ids of the new runs, and the API
     errors by object id.
 
-    The key is derived from the object's id, so that no bulk redrive runs an object twice.
+    The key is derived from the ids of workflow and object, so that no bulk redrive runs an object twice; objects that
+    were redriven before are in neither.
     """
 
     async def once(resource_id: str) -> AcceptanceResult:
@@ -148,8 +149,9 @@ class RunRedriver:
     ) -> tuple[AcceptanceResult, str]:
         """Run the current workflow of a delivery on its content again; return the result, and the kind of its trigger.
 
-        Without a key, it can be redriven several times, but only once if it has a deduplication key. Raises a 409 error
-        when the delivery has no content to run, or has several runs, and the errors of the ingest.
+        Each call without a key runs it again. But a delivery with a deduplication key runs once under that, redrives
+        and repetitions of its sender together. Raises a 409 error for a batch, an event, and a delivery without kept
+        content, and the errors of the ingest.
         """
         kind = delivery_rows.KINDS.get(IngestRoute(one.route))
         if kind is None:

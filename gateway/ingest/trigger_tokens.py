@@ -215,9 +215,9 @@ async def _list_valid_tokens(
 async def _expire_tokens(
     connection: AsyncConnection, workflow_id: str, now: datetime, at: datetime
 ) -> list[str]:
-    """Make the valid trigger tokens of a workflow expire at `at`, or earlier as they were to expire; return their ids.
+    """Make the valid trigger tokens of a workflow expire at `at`, unless they expire earlier; return their ids.
 
-    Only the nine newest may overlap with a new one: older ones end `now`.
+    Only the nine newest may overlap with a new one: older ones are revoked `now`, and all of them if `at` is not later.
     """
     rows = await _list_valid_tokens(connection, workflow_id, now)
     for place, row in enumerate(rows, start=1):

@@ -253,7 +253,7 @@ async def release(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
 
 
 async def promote(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
-    """Put runs of this deployment back into the queue once their wait is over; answer with their number."""
+    """Put the runs of this deployment with a wait that is over by now back into the queue; answer with their number."""
     return JsonResponse(CountResponse(await lease_checks.promote_due(request.gateway.database, holder)))
 
 

@@ -290,9 +290,10 @@ async def read_answers(
 
 
 async def promote_due(database: Database, holder: LeaseHolder) -> int:
-    """Put runs of this deployment back into the queue once their wait is over, and return the number of these runs.
+    """Put the runs of this deployment with a wait that is over by now back into the queue, and return their number.
 
-    Rows that another transaction locks are skipped. The rest of their timeout counts from now on.
+    Rows that another transaction locks are skipped. The rest of a run's timeout, which stood still during the wait,
+    counts from now on.
     """
     due = (
         select(col(Execution.id))

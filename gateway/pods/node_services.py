@@ -149,9 +149,10 @@ async def block_model(request: GatewayRequest, holder: LeaseHolder) -> JsonRespo
 
 
 async def reserve_model_call(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
-    """Reserve the most that a call of a model may cost in the budgets of the path's run.
+    """Reserve the most that a model call of the path's run may cost, in all budgets that count it, if there are any.
 
-    Raises 409 `lease-lost`, 422 for a `NodeError`, and 503 if the database does not answer.
+    A repeated request for a call reserves nothing more. Raises 409 `lease-lost`, 422 for a `NodeError`, such as an
+    exceeded budget, and 503 if the database does not answer.
     """
     call = await decode_call(request, ModelReserveRequest)
     caller = await lease_checks.read_caller(request.gateway.database, holder, request.path_params["id"])
@@ -180,7 +181,10 @@ async def release_model_call(request: GatewayRequest, holder: LeaseHolder) -> Js
 
 
 async def count_failed_model_call(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
-    """Count a failed call of a model by the path's run in the metrics of the model; raises 409 `lease-lost`."""
+    """Count a failed call of a model by the path's run in the metrics of the model; raises 409 `lease-lost`.
+
+    A repeated request counts once more; nothing is counted while the database is unavailable.
+    """
     call = await decode_call(request, ModelFailureRequest)
     caller = await lease_checks.read_caller(request.gateway.database, holder, request.path_params["id"])
     await request.gateway.pod_services.models.ledger.count_failure(caller, call.failed)
@@ -232,8 +236,8 @@ async def read_workflow_effect(request: GatewayRequest, holder: LeaseHolder) -> 
 
 
 async def create_approval_links(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
-    """Create an approval link for each node of the path's run that the body names, and answer with their URLs in
-    that order.
+    """Create an approval link for each of the named nodes of the run in the path; answer with their URLs, in the order
+    of the nodes.
 
     Anyone with a link can answer the question without an account. A repeated request gets the same URLs. Raises
     409 `lease-lost`, 422 for a `NodeError` (no public URL of the server), and 503 if the database does not answer.

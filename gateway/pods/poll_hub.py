@@ -126,7 +126,9 @@ class PodPollHub:
             )  # the rows are committed: the periodic query finds them
 
     def has_waiting_pod(self, workflow_id: str) -> bool:
-        """Return whether a pod of a workflow polls here and is notified of runs at every gateway."""
+        """Return whether a pod of a workflow polls here and would be notified of a new run at any gateway: `_watch` is
+        in effect.
+        """
         return workflow_id in self._waiters and self._watched.get(workflow_id) is not None
 
     def release(self) -> None:

@@ -268,8 +268,8 @@ class WorkflowEditor:
     ) -> JsonResponse:
         """Insert a workflow, once per idempotency key, and return an answer with 201 and `shown(workflow_id)`.
 
-        A repeated key returns the first id with a header; None inserts always. Raises a 422 error for
-        unusable data sources, and for a key that was used with another body.
+        A repeated key inserts nothing: the answer has the first id, and a header says so; None inserts always. Raises
+        a 422 error for unusable data sources, and for a key that was used with another body.
         """
         workflow = made.workflow
 

@@ -167,8 +167,8 @@ async def compare(request: GatewayRequest) -> JsonResponse:
 def _compare_snapshots(
     stored: StoredWorkflow, from_: tuple[State, Mapping[str, Any]], to: tuple[State, Mapping[str, Any]]
 ) -> VersionDifference:
-    """Return the differences between two snapshots of a workflow as the API shows them; a template's have no
-    credentials.
+    """Return the differences between two snapshots of a workflow as the API shows them; for a template, credentials are
+    removed from both first.
     """
     before, after = [_show_snapshot(_readable_snapshot(stored, snapshot)) for _, snapshot in (from_, to)]
     fields = [{name: state[name] for name in ("name", "description")} for state in (before, after)]

@@ -122,7 +122,9 @@ def _number(items: Sequence[NodeInput] | Sequence[ConnectionInput], prefix: str)
 
 
 def _to_create_request(body: BuildWorkflow) -> CreateWorkflow:
-    """Return the body as the request that creates a workflow; without a status it becomes a draft."""
+    """Return the request that creates the workflow of a body, with the same fields; without a status it becomes a
+    draft.
+    """
     return CreateWorkflow(
         name=body.name,
         description=body.description,

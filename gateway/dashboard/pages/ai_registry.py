@@ -84,9 +84,9 @@ class ToolView(Struct, frozen=True):
 
 async def load(page: PageRequest) -> PageData:
     """Ask the API for the first 100 models, tool servers and users, the settings, the costs of the month, the usage
-    of 24 hours, and the selected tool server or model.
+    of 24 hours, the selected tool server, and status and metrics of the selected model.
 
-    Answers that the visitor may not see are None.
+    Answers that the visitor may not see, or that are not asked for, are None. Raises `ApiError`.
     """
     selected = page.query.get("server", "")
     path = f"/api/v1/ai/tool-servers/{quote(selected, safe='')}"

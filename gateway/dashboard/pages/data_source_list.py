@@ -31,7 +31,8 @@ async def load(page: PageRequest) -> PageData:
     """Ask the API for a page of 50 data sources, by the type and offset of the query, and for the selected one with its
     use and the names of users.
 
-    Source and use are None for an unknown source, and users without the right to list them. Raises `ApiError`.
+    Source and use are None for an unknown source. Users are None for a visitor who may not list them. All three are
+    None without a selected source. Raises `ApiError`.
     """
     given = page.query
     selected = given.get("source", "")

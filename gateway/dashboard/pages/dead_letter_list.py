@@ -56,8 +56,9 @@ KINDS: Final = (
 async def load(page: PageRequest) -> PageData:
     """Ask the API for the groups of dead letters, and for five samples, workflow and node types of the open group.
 
-    With `plan` in the query, also for the plan of a replay of the group, and of its newest run alone. With `state`,
-    only for groups and the dead letters in that state. Parts that are not asked for are None. Raises `ApiError`.
+    Also for bulk operations and, without filters, for refused deliveries. With `plan` in the query, also for the plan
+    of a replay of the group, and of its newest run alone. With `state`, the dead letters in that state replace all but
+    groups and operations. Parts that are not asked for are None. Raises `ApiError`.
     """
     given = page.query
     filters = {name: given[name] for name in FILTERS if given.get(name)}

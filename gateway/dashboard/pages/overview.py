@@ -55,7 +55,8 @@ async def load(page: PageRequest) -> PageData:
     """Ask the API for reasons, statistics of 24 hours, deployments with their pod time, dead letters, questions,
     failed runs by cause, drift, the number of workflows, and the next five schedules.
 
-    Drift is None unless the visitor is an admin. Raises `ApiError`.
+    On a server with few workflows and no runs in that time, also for the newest run and the only workflow. Drift is
+    None unless the visitor is an admin. Raises `ApiError`.
     """
     shown = read_range(page.query)
     (

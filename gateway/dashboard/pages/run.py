@@ -46,7 +46,8 @@ async def load(page: PageRequest) -> PageData:
     """Ask the API for the run, its graph and the reasons why it waits, then for the span of the selected node with its
     open tab, and for open questions.
 
-    A span is one execution of a node. Absent parts are None. Raises `ApiError`.
+    Also for runs to compare with (the tab `diff`), and for runs that failed in the same way. A span is one execution of
+    a node. Absent parts are None. Raises `ApiError`.
     """
     path = f"/api/v1/executions/{page.parameters['id']}"
     # First, since the page of an ended run is final: its nodes must be at least as recent as its end.

@@ -86,10 +86,10 @@ REMEDIES: Final = {
 
 
 async def load(page: PageRequest) -> PageData:
-    """Ask the API for a workflow, the addresses of its trigger, eight deliveries and refused requests,
-    sources, schedule, and the next times of a cron expression in the query.
+    """Ask the API for a workflow, the addresses of its trigger, eight deliveries, eight refused requests, the data
+    sources, the schedule, and the next times of a cron expression in the query.
 
-    Parts that are forbidden or do not apply are None. Raises `ApiError`; that about the expression becomes
+    Parts that are forbidden or do not apply are None. Raises `ApiError`, but an error about the expression becomes
     the text `problem`.
     """
     path = f"/api/v1/workflows/{page.parameters['id']}"

@@ -48,9 +48,10 @@ OF_INTAKE: Final[Mapping[str, Mapping[str, object]]] = {
 async def load(page: PageRequest) -> PageData:
     """Ask the API for a workflow, and for the related objects that its visitor may see; others are None.
 
-    They are ten runs, deployment, statistics, deliveries, dead letters, five versions, address, schedule, the
-    last run's graph, findings (graphs of up to 300 nodes), costs of models of the month for one with such nodes, the
-    selected node's schema, and the data sources and models that its config may name. Raises `ApiError`.
+    They are ten runs, lifecycle with deployment, its explanation, statistics, log level, deliveries, dead letters, five
+    versions, users, address, schedule, the last run's graph and (by the query) input, findings (of graphs of up to 300
+    nodes, or with a selected node), models and their costs of the month for a graph with such nodes, the selected
+    node's schema, and the data sources and models that its config may name. Raises `ApiError`.
     """
     workflow_id = page.parameters["id"]
     path = f"/api/v1/workflows/{workflow_id}"

@@ -67,8 +67,8 @@ class LifecycleEvent(Struct, frozen=True):
 
 
 async def load(page: PageRequest) -> PageData:
-    """Ask the API for the workflow, its lifecycle policy, calendar and 12 or 100 decisions, then for previews of the
-    policy and of the one in the form.
+    """Ask the API for the workflow, its lifecycle policy, calendar, explanation and 12 decisions (100 with
+    `decisions=all` in the query), then for previews of the policy and of the one in the form.
 
     An API error about the policy of the form becomes the text `problem`; other errors are raised as `ApiError`.
     """

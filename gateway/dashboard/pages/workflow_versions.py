@@ -52,10 +52,11 @@ class ChangedPart(Struct, frozen=True):
 
 
 async def load(page: PageRequest) -> PageData:
-    """Ask the API for the workflow and its newest versions, then for the two that the query chooses and their
-    differences, and for the findings of the version to restore or deploy.
+    """Ask the API for the workflow, its newest versions and the users, then for the two versions that the query
+    chooses, their differences, and the findings of the version to restore or deploy.
 
-    The latter are None without versions. Raises `ApiError`.
+    Without versions, all but the first three are None; the findings also without a version to restore or deploy.
+    Raises `ApiError`.
     """
     path = f"/api/v1/workflows/{page.parameters['id']}"
     workflow = await page.get(path)
