@@ -66,7 +66,8 @@ async def load_resources(page: PageRequest, schema: Mapping[str, Any] | None) ->
 def list_resource_fields(
     schema: Mapping[str, Any] | None, config: Mapping[str, Any], resources: Mapping[str, Any]
 ) -> Sequence[ResourceField]:
-    """Return a field for each key of a config that names a data source or a model, by the schema of the config.
+    """Return a form field for each field of a config that may name a data source or a model, by the config's schema,
+    with its present value and the choices.
 
     `resources` are the answers of `load_resources`; fields of a kind that is absent there are left out.
     """

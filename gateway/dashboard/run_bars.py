@@ -159,8 +159,8 @@ def build_start_row(
     waking_seconds: float,
     wake: Mapping[str, Any] | None = None,
 ) -> StartRow | None:
-    """Return the row of the time before the start of a run; None if it is under two percent of the axis, or no start
-    came.
+    """Return the row of the time before the start of a run; None if it is under two percent of the axis, or the run
+    has ended without a start.
 
     A recorded `wake` divides the time for which pods were woken: until the pod was asked for, its start, and its claim
     of the run. A run that has not ended yet may still start.

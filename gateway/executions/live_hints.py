@@ -97,7 +97,7 @@ class HintQueue(Struct, eq=False):
     def put(self, hint: LiveHint) -> None:
         """Add a hint in place of an older one about the same object.
 
-        If 256 wait, all are dropped, and the next `take` asks the client to load everything again.
+        If 256 wait, these are dropped, and the next `take` asks the client to load everything again.
         """
         if len(self.waiting) >= QUEUE_LENGTH:
             self.waiting.clear()

@@ -282,11 +282,11 @@ class BacklogCount(Struct):
 
     @property
     def size(self) -> int:
-        """Known size: the last count, and the runs accepted here since."""
+        """Known size: the last count (0 before the first), and the runs accepted here since."""
         return (self.counted or 0) + self.added
 
     def lacks_capacity(self, count: int, limit: int) -> bool:
-        """Return whether `count` more runs would exceed the limit; False before the first count."""
+        """Return whether `count` more runs, added to the known size, would exceed the limit."""
         return self.size + count > limit
 
     def recount(self, found: int, *, added_before: int, began: float, ended: float) -> None:
@@ -306,7 +306,7 @@ class BacklogCount(Struct):
     def retry_seconds(self, count: int, limit: int) -> int:
         """Return the estimated seconds until `count` more runs fit the limit, from the recent speed of the backlog.
 
-        At least one; five if the speed is not known.
+        From one to 60; five if the speed is not known.
         """
         if not self.begun_per_second:
             return UNKNOWN_RETRY_SECONDS
@@ -328,7 +328,8 @@ class BacklogLimits:
         """Reserve `count` runs in the backlogs of a workflow and its organization; raises a 429 error with a delay if
         either is full.
 
-        Then nothing is reserved. Backlogs are counted about once a second, so limits may be exceeded a little.
+        Then nothing is reserved. Reserved runs count until the next count of the stored ones, about a second later;
+        other gateways don't see them, so limits may be exceeded a little.
         """
         organization = self._tally(organization_id)
         whole = self._per_organization

@@ -83,7 +83,8 @@ async def read_span(
     """Return a span of a run with config, attempts and log (1,000 each), by its id, or by node id and iteration; None
     if it is missing.
 
-    Also the times of the last completed span of the same node in the 20 runs before, and the steps of an agent.
+    The log is that of its node in all iterations. Also read are the times of the last completed span of the same node
+    in the 20 runs before, and the steps of an agent.
     """
     span = await execution_rows.find_span(connection, key, span_id, iteration)
     if span is None:

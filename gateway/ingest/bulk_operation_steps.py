@@ -130,9 +130,9 @@ class OperationPerformance:
     async def _take_step(self) -> float:
         """Renew the lease and perform one step; return the seconds from the start of this call to that of the next one.
 
-        With `first_alone`, only the first object is acted on until its run has completed. Raises `LeaseLost`, and
-        `_OperationEnd` when no object is left, the operation was stopped, its API key lost its rights, or that first
-        run failed.
+        A stored step, interrupted or postponed, is performed before another one is chosen. With `first_alone`, only the
+        first object is acted on until its run has completed. Raises `LeaseLost`, and `_OperationEnd` when no object is
+        left, the operation was stopped, its API key lost its rights, or that first run failed.
         """
         await self._store({})  # so that the lease lasts, and changes by users are known
         if self._operation.status == BulkStatus.STOPPING and not self._is_repeating:
@@ -196,7 +196,8 @@ class OperationPerformance:
         """Store the next objects behind the operation's cursor as its step: at most 20, and one second's worth of its
         pace.
 
-        The step may be empty although others follow. Raises `_OperationEnd` (completed) if no object is left.
+        The step may be empty although others follow. Raises `_OperationEnd` (completed) if no object is left, or as
+        many as the operation's total were acted on.
         """
         operation = self._operation
         left = operation.total - operation.done - operation.refused

@@ -59,8 +59,8 @@ class PodAnswers:
         """Send the pieces of a pod's streamed answers to the gateways that follow their runs, and return the followed
         runs.
 
-        Only runs that the pod holds count; without a follower, nothing is read. The result also names runs of which the
-        pod has to send the answers from their beginning.
+        Only runs that the pod holds count; without a follower, nothing is read. If the call names open answers, the
+        result also names, once, the runs of which the pod has to send the answers from their beginning.
         """
         named = {*call.open, *(piece.execution_id for piece in call.pieces)}
         followed = await self._read_held(holder, [each for each in named if self._list_channels(each)])

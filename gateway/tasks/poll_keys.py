@@ -26,7 +26,8 @@ class PollKeyChecker:
     async def end_refused(self, polls: PollService) -> None:
         """End the polls, without tasks, whose keys are revoked, expired, or without the scope by now.
 
-        Their next polls are refused. One query for all; none without open polls. Raises `DatabaseUnavailable`.
+        Their next polls are refused. A call checks at most 500 keys with one query, and the next calls the others; none
+        without open polls. Raises `DatabaseUnavailable`.
         """
         if not self._unchecked:
             self._unchecked.extend(polls.key_ids())

@@ -228,7 +228,9 @@ class TaskHub:
             self._periodic = None
 
     async def _check(self) -> None:
-        """Look once for tasks whose notification was lost, and move tasks whose time has come."""
+        """Store the presence of workers, end polls with refused keys, sweep, and look for tasks whose notification was
+        lost, each once.
+        """
         await self.presence.flush()
         await self._keys.end_refused(self._polls)
         self._polls.repeat_failed_looks()

@@ -112,7 +112,10 @@ class WorkerPresence:
             await self._database.transaction(work)  # another poll of the worker was faster
 
     async def flush(self) -> None:
-        """Store the present time for the workers that were noted since the last `flush`, 500 with one statement."""
+        """Store the present time for the workers that were noted since the last `flush`, 500 with one statement.
+
+        If it raises `DatabaseUnavailable`, the others are forgotten.
+        """
         seen, self._seen = sorted(self._seen), set()
         for start in range(0, len(seen), STORED_TOGETHER):
             part = seen[start : start + STORED_TOGETHER]
