@@ -204,8 +204,8 @@ class RunExecutor:
         """Stop claiming, let runs finish for `patience_seconds`, then hand off the others to other processes.
 
         They are handed off at the boundary of a node within ten seconds if possible; then their nodes are
-        interrupted. At the end this process holds no run, and other workers are woken. The executor can't be
-        started again.
+        interrupted. At the end all leases are released, and other workers are woken; a node that can't be interrupted
+        goes on without a lease. The executor can't be started again.
         """
         self._is_draining = True
         self._wanted.set()

@@ -323,8 +323,8 @@ async def _require_rest(
 async def _settle(
     connection: AsyncConnection, calls: Sequence[_SettledCall]
 ) -> Sequence[tuple[_SettledCall, datetime]]:
-    """Settle the charges of calls in one statement; return the calls that were not settled before, each with the
-    time of its charge.
+    """Settle the charges of calls in one statement, which inserts missing ones; return the calls that were not settled
+    before, each with the time of its charge.
     """
     by_key: dict[tuple[str, str], _SettledCall] = {}
     for call in calls:

@@ -58,7 +58,8 @@ async def count_failures(
 def failures_statement(
     organization_id: str, starts_at: datetime, last: Row[*tuple[Any, ...]] | None = None
 ) -> Select[*tuple[Any, ...]]:
-    """Return the statement of the failed runs of an hour behind `last` (None: from the first on), 1,000 at most.
+    """Return the statement of an organization's failed runs of an hour, in the order of their acceptance, 1,000 at
+    most: the next ones behind the row `last`, None at first.
 
     Private runs, such as node tests, are left out, as they are of all counts by hour: few may see them.
     """
@@ -116,8 +117,8 @@ class _FailureGroups:
         _add_runs(group, 1, failed_at, failed_at, run.id)
 
     def _choose_fingerprint(self, workflow_id: str, cause: ErrorCause) -> str:
-        """Return the fingerprint of the group for a cause that has none yet: its own, or that of all further messages
-        of its node and code.
+        """Return the fingerprint of the group for a new cause, and count the cause: its own for the first
+        `MAX_MESSAGES` causes of its node and code, a common one for all further ones.
         """
         place = (workflow_id, cause.node_id, cause.code)
         self._messages[place] += 1

@@ -368,7 +368,7 @@ _CANCELLED = "state IN ('ready', 'limited', 'delayed')"
 
 def cancel_tasks_sql(now: str) -> str:
     """Return SQL that cancels open tasks, and asks workers to stop those that they hold; the caller adds a
-    condition.
+    condition. `now` is an SQL expression in microseconds since 1970.
     """
     return (
         f"UPDATE task SET state = CASE WHEN {_CANCELLED} THEN 'cancelled' ELSE 'cancel_requested' END,"

@@ -185,7 +185,7 @@ async def _find_organization(connection: AsyncConnection, id_or_name: str | None
 
 
 async def _find_user(connection: AsyncConnection, organization: Organization, id_or_email: str) -> User:
-    """Return the user of an organization with this id or e-mail address, in any case;
+    """Return the user of an organization with this id or e-mail address (upper and lower case are the same);
     raises `CommandError` without one.
     """
     is_named = or_(col(User.id) == id_or_email, col(User.email) == id_or_email.lower())

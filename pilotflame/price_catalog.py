@@ -162,7 +162,10 @@ _MATCHES: Final[Mapping[str, Callable[[str, str], bool]]] = {
 
 
 def _is_match(rule: Mapping[str, Any], text: str) -> bool:
-    """Return whether a rule of the catalog matches a name, in any case; raises KeyError for an unknown kind of rule."""
+    """Return whether a rule of the catalog matches a name; upper and lower case are the same.
+
+    Raises `KeyError` for an unknown kind of rule.
+    """
     ((kind, argument),) = rule.items()
     if kind in {"or", "and"}:
         results = [_is_match(one, text) for one in argument]

@@ -21,7 +21,7 @@ class OutputChoice(StrEnum):
 
 
 def select_last(outputs: Mapping[str, Any], connections: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the outputs of nodes without a successor that ran, by node id.
+    """Return the outputs of the nodes that no connection joins to a later node with an output, by node id.
 
     Connections are in either format of the API: with `sourceNodeId` or `source`, `targetNodeId` or `target`.
     """

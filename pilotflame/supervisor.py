@@ -126,8 +126,8 @@ class Supervisor:
     def _fork(self, child: SupervisedChild) -> bool:
         """Start a child; return True in this process, and False in the child.
 
-        The child gets SIGTERM if this process dies. It forgets the others, and all sockets but that of the
-        gateway.
+        The child gets SIGTERM if this process dies. It forgets the other children, and closes the listening socket
+        unless it is the gateway.
         """
         parent = os.getpid()
         if pid := os.fork():

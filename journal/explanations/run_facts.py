@@ -282,7 +282,9 @@ async def _count_ahead(connection: AsyncConnection, run: Execution, *, is_suspec
 
 
 async def _slot_facts(connection: AsyncConnection, run: Execution, caller: ApiCaller) -> SlotFacts:
-    """Return the holders of a run's concurrency key, its limit, and how many waiting runs are before it."""
+    """Return the oldest 20 holders of a run's concurrency key, the number of all, the limit, and how many waiting runs
+    are before the run; numbers are counted up to 10,000.
+    """
     key = run.concurrency_key or ""
     counted = concurrency_limits.holders_statement(key).limit(MAX_COUNTED).subquery()
     held = await connection.scalar(select(func.count()).select_from(counted))

@@ -159,7 +159,8 @@ class PostgresqlInserts:
     async def _ingest_within_limit(self, write: InboundRequest) -> dict[str, IngestResult]:
         """Store an inbound request without those runs that need a free slot and get none, which are answered FULL.
 
-        Return its result by delivery id. Raises `DatabaseUnavailable`.
+        If that are all of them, and there is no event, the request may be repeated with its key. Return its result by
+        delivery id. Raises `DatabaseUnavailable`.
         """
         full: set[str] = set()
 

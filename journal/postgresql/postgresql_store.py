@@ -373,7 +373,7 @@ class PostgreSQLStore:
         """Request a run to `stop` or `cancel`; a run that no process holds ends at once.
 
         Return its status after that, and its lease owner and channel; None for an unknown run. An ended run
-        stays as it is.
+        stays as it is, and a request to cancel is never replaced.
         """
         status = ExecutionStatus.STOPPED if request == "stop" else ExecutionStatus.CANCELLED
         rows = await self._fetch(_REQUEST_END, *key, request, status.value)

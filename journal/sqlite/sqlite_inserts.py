@@ -124,7 +124,8 @@ def _insert_delivery(
 ) -> None:
     """Insert the delivery of an inbound request; an existing one stays.
 
-    If the request has several runs and no event, the stored answer is the list of the ids of its accepted runs.
+    If the request has several runs and no event, the stored answer is the list of the ids of its accepted runs. `now`
+    is in microseconds since 1970.
     """
     answer = one.answer
     if one.event is None and len(runs) > 1:
@@ -159,7 +160,7 @@ def _insert_delivery(
 
 
 def _insert_event(connection: sqlite3.Connection, one: InboundRequest, now: int) -> None:
-    """Insert the event of an inbound request, if it has one."""
+    """Insert the event of an inbound request, if it has one; `now` is in microseconds since 1970."""
     if (event := one.event) is not None:
         connection.execute(
             "INSERT INTO event (id, shard, organization_id, user_id, event_type, source, data, created_at)"

@@ -216,7 +216,7 @@ class SQLiteStore:
         """Request a run to `stop` or `cancel`; a run that no process holds ends at once.
 
         Return its status after that, and its lease owner and channel; None for an unknown run. An ended run
-        stays as it is.
+        stays as it is, and a request to cancel is never replaced.
         """
         return await self._writer.run(lambda connection: _request_end(connection, key, request))
 
@@ -473,7 +473,8 @@ def _take_run(
 ) -> ClaimedRun:
     """Set the lease of a run, count the attempt, end its blocked interval, and return the claimed run.
 
-    `may_have_more` is passed on in the result: whether more runs of its workflow may be pending.
+    `may_have_more` is passed on in the result: whether more runs of its workflow may be pending. `now` is in
+    microseconds since 1970.
     """
     row = connection.execute(
         "UPDATE execution SET status = 'running', token = token + 1, attempt = attempt + 1, is_fresh = 0,"
@@ -616,7 +617,10 @@ def _record(connection: sqlite3.Connection, batch: Sequence[RunWrite], owner: st
 
 
 def _record_tasks(connection: sqlite3.Connection, held: Sequence[RunWrite], now: int) -> None:
-    """Insert the tasks that nodes wait for, and cancel those that runs have no use for."""
+    """Insert the tasks that nodes wait for, and cancel those that runs have no use for.
+
+    `now` is in microseconds since 1970.
+    """
     for row in task_rows(held):
         connection.execute(_INSERT_TASK, {**dict(zip(TASK_COLUMNS, row, strict=True)), "now": now})
     for execution_id, node_id, iteration in cancelled_task_rows(held):
@@ -627,7 +631,7 @@ def _record_tasks(connection: sqlite3.Connection, held: Sequence[RunWrite], now:
 def _build_update(write: RunWrite, owner: str, now: int) -> tuple[str, dict[str, Any]]:
     """Return the SQL update of a run's row for a write, with its parameters; it changes no row without a valid token.
 
-    With an `owner`, only a row that it has leased is changed.
+    With an `owner`, only a row that it has leased is changed. `now` is in microseconds since 1970.
     """
     values: dict[str, Any] = {
         "id": write.execution_id,

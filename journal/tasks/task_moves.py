@@ -174,7 +174,9 @@ def release(task: TaskRow, lease: str, now: int) -> ReportStatus:
 
 
 def return_unreceived(task: TaskRow, now: int) -> None:
-    """Free a task whose claim its worker has never received, or end it if it is to be canceled."""
+    """Free a task whose claim its worker has never received, or end it if it is to be canceled; a task that no worker
+    holds stays as it is. `now` is in microseconds since 1970.
+    """
     if task.state == TaskState.CANCEL_REQUESTED:
         _end(task, TaskState.CANCELLED, now)
     elif task.state == TaskState.LEASED:
@@ -183,7 +185,9 @@ def return_unreceived(task: TaskRow, now: int) -> None:
 
 
 def cancel(task: TaskRow, now: int) -> None:
-    """Cancel a task that nobody holds, or ask its worker to stop; an ended task stays."""
+    """Cancel a task that nobody holds, or ask its worker to stop; an ended task stays. `now` is in microseconds since
+    1970.
+    """
     if task.state in UNBEGUN_STATES:
         _end(task, TaskState.CANCELLED, now)
     elif task.state == TaskState.LEASED:

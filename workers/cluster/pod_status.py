@@ -224,7 +224,7 @@ def _node_name(pod: Manifest) -> str:
 
 
 def _container_failure(statuses: Sequence[Manifest]) -> PodFailure | None:
-    """Return the first failure of a pod's containers: out of memory, image, configuration or crash; None if all run."""
+    """Return the first failure of a pod's containers: out of memory, image, configuration or crash; None for none."""
     for one in statuses:
         state, last = one.get("state") or {}, one.get("lastState") or {}
         ended = _termination_of(state) or _termination_of(last)

@@ -272,7 +272,7 @@ class StartGate:
     def admit(self, workflow_id: str, organization_id: str) -> bool:
         """Return whether a workflow may start now; if not, it waits, and `on_admit` is called with it once it may.
 
-        A workflow that is starting already may.
+        A workflow that is starting already may; one that waits already keeps its turn.
         """
         if workflow_id in self._starting:
             return True
