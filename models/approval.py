@@ -31,7 +31,7 @@ class ApprovalRequest(SQLModel, table=True):
     round: int = 0
     """Number of rounds of mails that were sent: the question, then reminders."""
     attempts: int = 0
-    """Failed attempts at the present round."""
+    """Failed attempts at the current round."""
     error: str | None = Field(default=None, sa_column=Column(Text))
     """Error of the last attempt, if it failed."""
     due_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))

@@ -126,11 +126,11 @@ class Deployment(SQLModel, table=True):
     observed_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
     """Time since which this state is observed."""
     start_deadline_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
-    """Time at which the present start has failed unless its pods make progress; None while the cluster has not
+    """Time at which the current start has failed unless its pods make progress; None while the cluster has not
     scheduled them, or has no capacity.
     """
     held_by: str | None = None
-    """Deployer that reconciles it at present, so that no other does."""
+    """Deployer that reconciles it now, so that no other does."""
     held_until: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
 
     created_at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))

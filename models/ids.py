@@ -36,7 +36,7 @@ class IdClock(Protocol):
     """Source of the time in ids."""
 
     def now(self) -> datetime:
-        """Return the present time, an aware datetime."""
+        """Return the current time, an aware datetime."""
 
 
 def use_clock(clock: IdClock) -> None:

@@ -1,6 +1,6 @@
 """Lifecycle policies of deployments: pure rules for the times at which a deployment has pods.
 
-Each rule depends on the present state, never on past events. So a late, repeated or restarted evaluation
+Each rule depends on the current state, never on past events. So a late, repeated or restarted evaluation
 gives the decision that is right at its time.
 """
 

@@ -14,7 +14,7 @@ ALL_WORKFLOWS = ""
 
 
 class RunHour(SQLModel, table=True):
-    """Runs of a workflow that were accepted within one hour, by their present status.
+    """Runs of a workflow that were accepted within one hour, by their current status.
 
     Without a row, there are none. A second row for each hour and organization has the sums of all workflows.
     """

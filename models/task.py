@@ -91,7 +91,7 @@ class Task(SQLModel, table=True):
     fence: int = Field(default=0, sa_column=Column(BigInteger, nullable=False))
     """Number of claims."""
     lease: str | None = None
-    """Random token of the present or last claim."""
+    """Random token of the current or last claim."""
     worker_id: str | None = None
     claim_id: str | None = None
     """`requestId` of the claim."""
@@ -100,7 +100,7 @@ class Task(SQLModel, table=True):
     """Whether a report of its worker has named it."""
     lease_until: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
     deadline_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
-    """End of the time of the present attempt."""
+    """End of the time of the current attempt."""
     due_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
     """Time of the next attempt, while it is delayed."""
     check_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))

@@ -64,7 +64,7 @@ class DatabaseClock:
         self._learned_at = time.monotonic()
 
     def now(self) -> datetime:
-        """Return the present time by the database's clock in UTC, estimated without a query from the last call of
+        """Return the current time by the database's clock in UTC, estimated without a query from the last call of
         `learn` or `follow_host`.
         """
         # Called several times per node: a float of this size is exact to a quarter of a microsecond.

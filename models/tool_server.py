@@ -40,7 +40,7 @@ class ListedTools(msgspec.Struct, frozen=True, rename="camel"):
 
     protocol_version: str = ""
     listed_at: datetime | None = None
-    """Time of the refresh that has found the present list; None before the first one."""
+    """Time of the refresh that has found the current list; None before the first one."""
     offered: Sequence[Mapping[str, Any]] = ()
     """Definitions in the order of the server."""
     accepted: Mapping[str, AcceptedTool] = {}

@@ -90,7 +90,7 @@ def record_phases() -> Iterator[PhaseRecorder]:
 
 
 def is_recording() -> bool:
-    """Return whether phases of connections are recorded in the present context."""
+    """Return whether phases of connections are recorded in the current context."""
     return _recorder.get() is not None
 
 

@@ -49,7 +49,9 @@ class LazyModels:
         )
 
     async def read_price(self, caller: RunCaller, model_id: str) -> ModelPrice | None:
-        """Return the present price of a model; None if it is unknown. Raises `NodeError`."""
+        """Return the current price of a model; None if it is unknown. Raises `NodeError` for a model that the caller
+        may not use.
+        """
         return await self._open().read_price(caller, model_id)
 
     def _open(self) -> ModelCaller:

@@ -96,7 +96,7 @@ def recognize_mail(request: SenderRequest) -> MailKind:
 def parse_mail_fields(request: SenderRequest) -> PostedForm:
     """Parse the form that a mail service has posted; raises `RequestRefused` for a malformed form.
 
-    On the event loop, a body of a megabyte or more raises `BudgetExceeded`.
+    Inside `try_inline`, a body of a megabyte or more raises `BudgetExceeded`.
     """
     return request.form
 

@@ -139,7 +139,9 @@ class AgentTool(Struct, frozen=True):
     """Whether a person decides about a write with an unknown outcome, in place of the model."""
 
     def needs_approval(self, *, is_tainted: bool) -> bool:
-        """Return whether a person has to approve a call; `is_tainted`: a text of outsiders is in the conversation."""
+        """Return whether a person has to approve a call, by the approval rule: every call, every write, or every write
+        if `is_tainted` (text of outsiders is in the conversation).
+        """
         if self.approval is ApprovalPolicy.ALWAYS:
             return True
         is_asked = self.approval is ApprovalPolicy.WRITES or (

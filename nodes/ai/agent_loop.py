@@ -184,7 +184,7 @@ def _record_call(call: NodeCall, task: AgentTask, step: AgentStep) -> None:
 
 
 def _review_calls(call: NodeCall, task: AgentTask) -> None:
-    """Check recorded tool calls without a result against the present tools; a call whose recorded approval doesn't
+    """Check recorded tool calls without a result against the current tools; a call whose recorded approval doesn't
     cover it now waits for a new one if its tool needs that.
 
     A resumed run may have another definition, in which the tool does something else or needs an approval now.

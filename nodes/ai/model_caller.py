@@ -90,7 +90,10 @@ class ModelCaller:
         return msgspec.structs.replace(reply, answer=json_tools.translate_answer(reply.answer, request))
 
     async def read_price(self, caller: RunCaller, model_id: str) -> ModelPrice | None:
-        """Return the present price of a model; None if it is unknown. Raises `NodeError` as `complete` does."""
+        """Return the current price of a model; None if it is unknown.
+
+        Raises `NodeError` for a model that the caller may not use.
+        """
         if model_id == ECHO_MODEL_ID:
             return ECHO_MODEL.price
         return (await self._connections.find(caller, model_id)).price

@@ -36,7 +36,10 @@ class ModelLedger(Protocol):
         """
 
     async def count_failure(self, caller: RunCaller, failed: FailedModelCall) -> None:
-        """Count a failed call in the metrics of its model; the count may be stored later."""
+        """Count a failed call in the metrics of its model; the count may be stored later.
+
+        It is not counted while the database is unavailable, and nothing is raised then.
+        """
 
     async def close(self) -> None:
         """Store the costs that are not stored yet."""

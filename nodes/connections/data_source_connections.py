@@ -249,8 +249,8 @@ class PooledSqlDatabase:
         batch_rows: int,
         timeout_seconds: float,
     ) -> int:
-        """Insert rows into a table, or with `upsert` update rows with the same key, in batches, all or none; return the
-        number of inserted or changed rows.
+        """Insert rows into a table in batches, all or none; `upsert` decides whether rows with an existing key are
+        updated or left. Return the number of inserted or changed rows.
 
         Without rows or columns it does nothing. Raises `NodeError` for invalid names, a key that is no column, the time
         limit, and failures of the server.

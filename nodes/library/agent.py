@@ -46,7 +46,8 @@ async def run(call: NodeCall) -> Json | StepPause | StepWait:
 
 
 def _list_models(config: Mapping[str, Json], model: Mapping[str, Json]) -> list[str]:
-    """Return the ids of the models to ask in turn: of the node at the port `ai`, or else of the config, fallbacks last.
+    """Return the ids of the models to ask in turn: that of the node at the port `ai`, or else of the config, and then
+    the fallbacks of that node, if there is one.
 
     Raises `NodeError` if neither names a model.
     """

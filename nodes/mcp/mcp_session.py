@@ -119,7 +119,8 @@ class McpSession:
         """Negotiated version of the protocol."""
 
     async def negotiate(self, version: str | None) -> None:
-        """Agree on a protocol version with the server: without sessions if it knows that version, else by a handshake.
+        """Agree on a protocol version with the server: the version without sessions if the server supports it, else
+        another one by a handshake, which begins a session.
 
         `version` is that of an earlier session, so that the server isn't asked for its versions; None if it is unknown.
         Raises `NodeError`.
