@@ -119,8 +119,8 @@ class BrowserSignIn:
     async def _find(self, scope: Mapping[str, Any], given: SignInRequest) -> FoundKey | None:
         """Return the key that a sign-in names, directly or by a one-time code; None for an unknown one.
 
-        The key may be expired or revoked. A code is used up by this; from another machine, and for a key's text of over
-        200 characters, the result is None.
+        The key may be expired or revoked. This uses up a code; from another machine, the result is None, and the code
+        stays valid. None also for a key's text of over 200 characters.
         """
         if given.code is not None:
             hashed = browser_session.hash_secret(given.code)

@@ -84,7 +84,7 @@ async def read_span(
     if it is missing.
 
     The log is that of its node in all iterations. Also read are the times of the last completed span of the same node
-    in the 20 runs before, and the steps of an agent.
+    and iteration in the 20 runs before, and the steps of an agent.
     """
     span = await execution_rows.find_span(connection, key, span_id, iteration)
     if span is None:
@@ -147,8 +147,8 @@ async def _find_previous(
     created_at: Any,  # noqa: ANN401 - a time as the row has it
     span: Recorded,
 ) -> Recorded | None:
-    """Return start and end of the last completed span of the same node in the 20 runs before; None if there
-    is none.
+    """Return start and end of the last completed span of the same node and iteration in the 20 runs before; None if
+    there is none.
     """
     earlier = (
         select(col(ExecutionData.execution_id), col(ExecutionData.created_at))

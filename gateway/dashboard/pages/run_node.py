@@ -114,7 +114,7 @@ def choose_tab(query: Mapping[str, str], state: State | None, graph: Mapping[str
 
 
 def writes_text(state: State) -> bool:
-    """Return whether a model may be writing a text for a node now, by its state or by one of its spans."""
+    """Return whether a model may be writing a text for a node now; `state` is that of the node, or a span of it."""
     return state["status"] == "running" and state["nodeType"] in MODEL_TYPES
 
 
@@ -210,8 +210,8 @@ def list_texts(output: Any) -> Sequence[tuple[str, str]]:  # noqa: ANN401 - any 
 
 
 def _link_iterations(state: State | None, address: Callable[..., str]) -> Sequence[IterationLink]:
-    """Return links to the iterations of a node: to all of up to 24, else to the first 24 that failed; empty
-    outside of loops.
+    """Return links to the iterations of a node: to all of up to 24, if the API lists them all, else to the first 24
+    listed ones that failed; empty outside of loops.
     """
     if state is None:
         return ()
