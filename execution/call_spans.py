@@ -87,8 +87,8 @@ class CallSpans(Struct):
     def _add_calls(
         self, calls: Sequence[ModelCallRecord], parent: TraceContext, conversation: str | None
     ) -> None:
-        """Send a span, inside of the span `parent`, for each model call that has ended since this process claimed the
-        run; none twice.
+        """Send a span, inside of the span `parent`, for each ended model call that began after this claim of the run;
+        none twice.
 
         `conversation` is the id of an agent's conversation, None for other nodes.
         """

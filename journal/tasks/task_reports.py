@@ -179,8 +179,8 @@ def _complete(
 ) -> ItemResult:
     """Complete a task with its output, or fail it for good because of the `problem` (code and message) of the output.
 
-    Returns the result of the item: refused for such an output, and for a large one that was not sent before; lost
-    without the lease.
+    Returns the result of the item: refused for such an output, and for a large one that was not sent before; without
+    the lease, and for a task that is to be canceled, as `task_moves.complete`.
     """
     output, now = item.output, transaction.now
     if item.is_uploaded and task_moves.is_holder(task, item.lease):
