@@ -29,8 +29,8 @@ class SignalWaits:
     ) -> SignalExpectation:
         """Store that a node waits for a signal, or answer it with the earliest unread one of its name.
 
-        Return the end of the wait or the answer; neither if it waits without a limit or the run is gone. Waits
-        while the database is unavailable.
+        Return the end of the wait or the answer, also an earlier one; neither if it waits without a limit, the run is
+        gone, or the node never started. Waits while the database is unavailable.
         """
         add = partial(signals.add_wait, caller=caller, wanted=wanted, node_id=node_id, iteration=iteration)
         expected, answer = await until_available(

@@ -54,7 +54,8 @@ class RunHourCounter:
         """Count the runs of the current hour and of earlier hours that have changed, group their failures, and store
         both.
 
-        Does nothing while it rests after an earlier turn. Raises `DatabaseUnavailable`.
+        Does nothing while it rests after an earlier turn. Hours for which a turn has no time are left to later ones.
+        Raises `DatabaseUnavailable`.
         """
         begun_at = time.monotonic()
         if begun_at < self._rest_until:

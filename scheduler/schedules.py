@@ -217,9 +217,9 @@ def _build_definitions(
     deployed: Mapping[str, str],
     catalogs: Mapping[str, NodeTypeRegistry],
 ) -> list[ScheduleDefinition]:
-    """Return the definitions that schedules run: the deployed one, or the workflow's graph without a deployment;
-    workflows that have changed since they were found are left out.
+    """Return the definitions that schedules run: the deployed one, or the workflow's graph without a deployment.
 
+    Workflows that have changed since they were found are left out, and so are deployed definitions that are not stored.
     `own` has graphs and `deployed` JSON texts by workflow id, and `catalogs` the node types by organization id.
     """
     found: list[ScheduleDefinition] = []
