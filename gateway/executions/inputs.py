@@ -238,8 +238,9 @@ async def answer(request: GatewayRequest) -> JsonResponse:
     value = await read_json(request)
     body = body_of(request, value, InputAnswer)
     idempotency_key = await offload.run(request.idempotency_key, value, workflow_id=key.execution_id)
-    if await _is_repeated(request, key, idempotency_key):
-        return _build_response(key, body, idempotency.REPLAYED)
+    missing = await _find_earlier_result(request, key, idempotency_key)
+    if missing is not None:
+        return _build_response(key, body, missing, idempotency.REPLAYED)
     try:
         async with gateway.database.read() as connection:
             asked = await find_waiting_node(connection, key, body.node_id, body.iteration)
@@ -248,8 +249,9 @@ async def answer(request: GatewayRequest) -> JsonResponse:
         if error.status == FORBIDDEN:
             raise
         # A node that no longer waits may have been answered by an earlier copy of this request.
-        if await _is_repeated(request, key, idempotency_key):
-            return _build_response(key, body, idempotency.REPLAYED)
+        missing = await _find_earlier_result(request, key, idempotency_key)
+        if missing is not None:
+            return _build_response(key, body, missing, idempotency.REPLAYED)
         raise
     await input_checks.require_valid_inputs(
         gateway.forms, caller.organization_id, asked.request, body.choice, body.data
@@ -259,12 +261,12 @@ async def answer(request: GatewayRequest) -> JsonResponse:
             gateway.forms, caller.organization_id, asked.request, body.choice, body.arguments
         )
         body = msgspec.structs.replace(body, arguments=changed)
-    given = await _store_answer(request, key, asked, body, idempotency_key)
+    missing, given = await _store_answer(request, key, asked, body, idempotency_key)
     if given is None:
-        return _build_response(key, body, idempotency.REPLAYED)
+        return _build_response(key, body, missing, idempotency.REPLAYED)
     await continue_run(gateway.database, gateway.acceptances, given)
     log.info("input answered", execution_id=key.execution_id, node_id=asked.node_id, user_id=caller.user_id)
-    return _build_response(key, body, {}, missing=given.missing)
+    return _build_response(key, body, missing)
 
 
 async def continue_run(database: Database, acceptances: RunAcceptor, given: DecisionResult) -> None:
@@ -336,19 +338,27 @@ async def find_approver(connection: AsyncConnection, caller: ApiCaller) -> Appro
     return Approver(caller.user_id, user.email if user else "", caller.is_admin)
 
 
-async def _is_repeated(
+async def _find_earlier_result(
     request: GatewayRequest, key: ExecutionKey, idempotency_key: IdempotencyKey | None
-) -> bool:
-    """Return whether an earlier request with this idempotency key was answered; False without a key.
+) -> int | None:
+    """Return the number of approvals that were missing after an earlier request with this idempotency key; None if
+    there is none, and without a key.
 
     Raises a 422 error if the body of that request differs.
     """
     if idempotency_key is None:
-        return False
+        return None
     earlier = await acceptance.find_earlier(request.gateway.database, key.shard, idempotency_key)
     if earlier is not None and earlier.verdict is AcceptanceVerdict.MISMATCH:
         raise idempotency.mismatch_error()
-    return earlier is not None
+    return None if earlier is None else _read_missing(earlier.execution_id)
+
+
+def _read_missing(resource_id: str) -> int:
+    """Return the number of missing approvals, 0 if the node got its answer, from the resource of an idempotency key:
+    the id of the answer, and behind a colon the number unless it is 0.
+    """
+    return int(resource_id.partition(":")[2] or 0)
 
 
 async def find_waiting_node(
@@ -383,11 +393,12 @@ async def _store_answer(
     asked: WaitingNode,
     body: InputAnswer,
     idempotency_key: IdempotencyKey | None,
-) -> DecisionResult | None:
-    """Store an answer in the journal and the audit trail in one transaction, and return its effect.
+) -> tuple[int, DecisionResult | None]:
+    """Store an answer in the journal and the audit trail in one transaction; return the number of approvals that are
+    missing then, and its effect.
 
-    None if an earlier request with the same key has stored it. Raises a 409 error for a late or repeated
-    answer, 403 if the question was passed on meanwhile, and 422 if the body of the earlier request differs.
+    The effect is None if an earlier request with the same key has stored the answer. Raises a 409 error for a late or
+    repeated answer, 403 if the question was passed on meanwhile, and 422 if the body of the earlier request differs.
     """
     caller, answered_at = request.caller, request.gateway.clock()
     decision = ApprovalDecision(
@@ -395,18 +406,21 @@ async def _store_answer(
     )
     answer_id = ids.new_id("answer")
 
-    async def work(connection: AsyncConnection) -> DecisionResult | None:
+    async def work(connection: AsyncConnection) -> tuple[int, DecisionResult | None]:
         if idempotency_key is not None:
             bound = await idempotency.reserve_key(
                 connection, idempotency_key, shard=key.shard, resource_id=answer_id, now=answered_at
             )
             if bound != answer_id:
-                return None
+                return _read_missing(bound), None
         given = await approvals.record_decision(connection, key, asked, decision)
         if given.answer.reception is not AnswerReception.TAKEN:
             raise refusal_of(given.answer.reception)
         await audit_decision(connection, key, asked, decision, caller)
-        return given
+        if idempotency_key is not None and given.missing:
+            result = f"{answer_id}:{given.missing}"
+            await idempotency.bind_key(connection, idempotency_key, shard=key.shard, resource_id=result)
+        return given.missing, given
 
     return await request.gateway.database.transaction(work, locks=key.execution_id)
 
@@ -429,7 +443,7 @@ def refusal_of(reception: AnswerReception) -> ApiError:
 
 
 def _build_response(
-    key: ExecutionKey, body: InputAnswer, headers: Mapping[str, str], *, missing: int = 0
+    key: ExecutionKey, body: InputAnswer, missing: int, headers: Mapping[str, str] | None = None
 ) -> JsonResponse:
     """Return the answer to an accepted input: `counted` while `missing` approvals are missing, else `accepted`."""
     taken = InputAnswerResult(

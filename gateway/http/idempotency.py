@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 from msgspec.structs import astuple, replace
-from sqlalchemy import delete, select
+from sqlalchemy import delete, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import col
 
@@ -24,6 +24,7 @@ from json_text import decoding
 from models.execution import Idempotency
 
 if TYPE_CHECKING:
+    from sqlalchemy import ColumnElement
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from engine.values import Json
@@ -65,11 +66,7 @@ async def reserve_key(
     Keys of different shards are different; expired ones are reserved anew. It waits for a concurrent
     transaction with the same key. Raises a 422 error when the first request had another body.
     """
-    identity = (
-        col(Idempotency.shard) == shard,
-        col(Idempotency.scope) == key.scope,
-        col(Idempotency.key) == key.key,
-    )
+    identity = _identify(key, shard)
     await connection.execute(delete(Idempotency).where(*identity, col(Idempotency.expires_at) <= now))
     row = Idempotency(
         shard=shard,
@@ -89,6 +86,20 @@ async def reserve_key(
     if bound.fingerprint != key.fingerprint:
         raise mismatch_error()
     return str(bound.resource_id)
+
+
+async def bind_key(connection: AsyncConnection, key: IdempotencyKey, *, shard: int, resource_id: str) -> None:
+    """Bind a key that the transaction has reserved to another object, once this is known."""
+    statement = update(Idempotency).where(*_identify(key, shard)).values(resource_id=resource_id)
+    await connection.execute(statement)
+
+
+def _identify(key: IdempotencyKey, shard: int) -> tuple[ColumnElement[bool], ...]:
+    return (
+        col(Idempotency.shard) == shard,
+        col(Idempotency.scope) == key.scope,
+        col(Idempotency.key) == key.key,
+    )
 
 
 # ── deduplication keys ──────────────────────────────────────────────────────────────────────────────────────

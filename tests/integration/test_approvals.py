@@ -68,9 +68,17 @@ def question(**config: Any) -> dict[str, Any]:  # noqa: ANN401 - any JSON value
     }
 
 
-async def say(person: UserClient, execution_id: str, choice: str, **body: Any) -> httpx2.Response:  # noqa: ANN401 - any JSON value
+async def say(
+    person: UserClient,
+    execution_id: str,
+    choice: str,
+    key: str = "",
+    **body: Any,  # noqa: ANN401 - any JSON value
+) -> httpx2.Response:
     return await person.api.post(
-        f"{EXECUTIONS}/{execution_id}/input", json={"nodeId": "ask", "choice": choice, **body}
+        f"{EXECUTIONS}/{execution_id}/input",
+        json={"nodeId": "ask", "choice": choice, **body},
+        headers={"Idempotency-Key": key} if key else {},
     )
 
 
@@ -147,12 +155,16 @@ async def test_a_run_continues_when_enough_people_agree(
 ) -> None:
     async with serve_worker(harness):
         run = await ask(people, approvals=2)
-        first = (await say(people.owner, run, "yes")).json()
-        assert (first["status"], first["missingApprovals"]) == ("counted", 1)
+        answers = await asyncio.gather(*(say(people.owner, run, "yes", "once") for _ in range(3)))
+        results = [(one.json()["status"], one.json()["missingApprovals"]) for one in answers]
+        assert results == [("counted", 1)] * 3
         assert_refused(await say(people.owner, run, "yes"), 409, "already-answered")
         assert (await say(people.colleague, run, "no")).json()["status"] == "counted"
-        assert (await say(people.admin, run, "yes")).json()["status"] == "accepted"
+        assert (await say(people.admin, run, "yes", "last")).json()["status"] == "accepted"
         await wait_until_ended(people.owner, run)
+        for person, key, status in ((people.owner, "once", "counted"), (people.admin, "last", "accepted")):
+            repeated = await say(person, run, "yes", key)
+            assert (repeated.json()["status"], repeated.headers["Idempotent-Replayed"]) == (status, "true")
         span = (await get_json(people.owner, f"/{run}/spans?node_id=ask"))["spans"][0]
     assert span["port"] == "yes"
     assert [(one["by"], one["choice"]) for one in span["outputData"]["approvals"]] == [
