@@ -24,7 +24,7 @@ from sqlmodel import col
 from engine import values
 from engine.run_records import CANDIDATE_STATUSES
 from engine.values import InvalidJson
-from gateway.executions import input_checks, inputs
+from gateway.executions import answered_runs, input_checks, inputs
 from gateway.http import errors
 from gateway.http.errors import ApiError
 from gateway.http.request import GatewayRequest
@@ -223,7 +223,9 @@ async def _store_answer(
         return _show_message(error.status, "Too late", error.message)
     if given is None:
         return _show_message(409, "Answered already", "This link has been used: it works for one answer.")
-    await inputs.continue_run(gateway.database, gateway.acceptances, given)
+    await answered_runs.continue_run(
+        gateway.database, gateway.acceptances, gateway.pod_services.poll_hub, given.answer
+    )
     log.info("input answered", execution_id=question.key.execution_id, node_id=asked.node_id, by_link=True)
     if given.missing:
         return _show_message(200, "Thank you", f"Your answer counts. {given.missing} more must answer so.")

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from engine.values import Json
-    from journal.waits.callbacks import CallbackReception
+    from journal.waits.node_answers import AnswerResult
 
 log = structlog.get_logger()
 
@@ -86,21 +86,17 @@ async def receive(request: GatewayRequest) -> JsonResponse:
     content = await _read_content(request)
     payload = await _encode_answer(request, content)
 
-    async def work(connection: AsyncConnection) -> CallbackReception | None:
+    async def work(connection: AsyncConnection) -> AnswerResult | None:
         return await callbacks.store_callback(connection, place, payload)
 
     received = await request.gateway.database.transaction(work, locks=place.execution_id)
     if received is None:
         raise errors.not_found("execution")
-    if received.answer.reception is not AnswerReception.TAKEN:
-        raise _refusal_of(received.answer.reception)
+    if received.reception is not AnswerReception.TAKEN:
+        raise _refusal_of(received.reception)
     gateway = request.gateway
     await answered_runs.continue_run(
-        gateway.database,
-        gateway.acceptances,
-        gateway.pod_services.poll_hub,
-        received.answer,
-        received.target,
+        gateway.database, gateway.acceptances, gateway.pod_services.poll_hub, received
     )
     log.info("callback received", execution_id=place.execution_id, node_id=place.node_id)
     return JsonResponse(

@@ -14,7 +14,7 @@ from sqlmodel import col
 from concurrency import offload
 from engine.values import fingerprint
 from gateway.access import audit_log
-from gateway.executions import acceptance, input_checks, question_shapes
+from gateway.executions import acceptance, answered_runs, input_checks, question_shapes
 from gateway.executions.question_shapes import (
     AnsweredInputs,
     AssignedInputs,
@@ -28,7 +28,6 @@ from gateway.http.parameters import LIMIT, ChoicesParameter, FlagParameter
 from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse
 from gateway.http.wire import StrictWire, WireStruct, body_of, read_json
-from journal import concurrency_limits
 from journal.store import AcceptanceVerdict
 from journal.waits import approvals, node_answers
 from journal.waits.approvals import AnswerRefusal, ApprovalDecision, Approver
@@ -46,12 +45,10 @@ if TYPE_CHECKING:
 
     from engine.values import Json
     from gateway.access.audit_log import ChangeAuthor
-    from gateway.executions.acceptance import RunAcceptor
     from journal.store import ExecutionKey, IdempotencyKey
     from journal.waits.approvals import DecisionResult
     from journal.waits.node_answers import OrganizationWait, WaitingNode
     from models.access import ApiCaller
-    from models.database import Database
 
 log = structlog.get_logger()
 
@@ -264,19 +261,11 @@ async def answer(request: GatewayRequest) -> JsonResponse:
     missing, given = await _store_answer(request, key, asked, body, idempotency_key)
     if given is None:
         return _build_response(key, body, missing, idempotency.REPLAYED)
-    await continue_run(gateway.database, gateway.acceptances, given)
+    await answered_runs.continue_run(
+        gateway.database, gateway.acceptances, gateway.pod_services.poll_hub, given.answer
+    )
     log.info("input answered", execution_id=key.execution_id, node_id=asked.node_id, user_id=caller.user_id)
     return _build_response(key, body, missing)
-
-
-async def continue_run(database: Database, acceptances: RunAcceptor, given: DecisionResult) -> None:
-    """After a committed decision, admit waiting runs of its run's concurrency key; if the decision has woken the run,
-    wake the workers.
-    """
-    if given.answer.concurrency_key is not None:
-        await concurrency_limits.admit_waiting_runs(database, given.answer.concurrency_key)
-    if given.answer.is_woken:
-        acceptances.wake_workers()
 
 
 async def audit_decision(

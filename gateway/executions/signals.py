@@ -179,11 +179,7 @@ async def _continue_run(request: GatewayRequest, key: ExecutionKey, name: str, r
     """Let the run continue if its node has received the stored signal, and log the signal."""
     gateway = request.gateway
     await answered_runs.continue_run(
-        gateway.database,
-        gateway.acceptances,
-        gateway.pod_services.poll_hub,
-        result.answer,
-        result.target,
+        gateway.database, gateway.acceptances, gateway.pod_services.poll_hub, result.answer
     )
     log.info("signal received", execution_id=key.execution_id, signal=name, state=result.verdict.value)
 

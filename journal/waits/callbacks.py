@@ -38,14 +38,6 @@ class CallbackPlace(Struct, frozen=True):
     iteration: str
 
 
-class CallbackReception(Struct, frozen=True):
-    """Result of a callback, with the target of its run."""
-
-    answer: AnswerResult
-    target: str
-    """Target of the run: its pods or the workers continue it."""
-
-
 def derive_token(secret: bytes, place: CallbackPlace) -> str:
     """Return the token of a callback URL: 256 bits that only a holder of the server's secret can make."""
     content = _encode([_PURPOSE, place.execution_id, place.node_id, place.iteration])
@@ -60,20 +52,17 @@ def is_valid_token(secrets: Sequence[bytes], place: CallbackPlace, token: str) -
 
 async def store_callback(
     connection: AsyncConnection, place: CallbackPlace, payload: bytes
-) -> CallbackReception | None:
+) -> AnswerResult | None:
     """Store the payload of a callback as the answer of its node, in the caller's transaction, and make its waiting run
     pending.
 
-    Return whether the answer is taken, late, expired or not awaited, and the run's target; None if the run is gone.
+    Return whether the answer is taken, late, expired or not awaited; None if the run is gone.
     """
-    statement = select(col(Execution.shard), col(Execution.target)).where(
-        col(Execution.id) == place.execution_id
-    )
-    run = (await connection.execute(statement)).first()
-    if run is None:
+    statement = select(col(Execution.shard)).where(col(Execution.id) == place.execution_id)
+    shard = await connection.scalar(statement)
+    if shard is None:
         return None
-    key = ExecutionKey(place.execution_id, run.shard)
-    answer = await node_answers.store_answer(
+    key = ExecutionKey(place.execution_id, shard)
+    return await node_answers.store_answer(
         connection, key, place.node_id, place.iteration, payload, kind=AnswerSource.CALLBACK
     )
-    return CallbackReception(answer, run.target)

@@ -69,6 +69,8 @@ class AnswerResult(Struct, frozen=True):
     is_woken: bool = False
     concurrency_key: str | None = None
     """Concurrency key of a woken run; such a run continues when it is admitted to a slot of the key."""
+    deployment_id: str | None = None
+    """Id of the workflow whose pods continue a woken run; None: any worker."""
 
 
 class WaitingNode(Struct, frozen=True):
@@ -115,7 +117,7 @@ async def store_answer(
     Only the first answer counts: the same one again is taken, another is late. A sub-workflow run, an event, a
     task, a callback or a signal may answer a node before its run waits; input of a person needs a waiting node.
     """
-    columns = (col(Execution.status), col(Execution.concurrency_key))
+    columns = (col(Execution.status), col(Execution.concurrency_key), col(Execution.assigned_deployment_id))
     run = (await connection.execute(select(*columns).where(*_is_run(key)).with_for_update())).first()
     if run is None:
         return AnswerResult(AnswerReception.UNAWAITED)
@@ -158,9 +160,10 @@ async def store_answer(
             "deadline_at": col(Execution.deadline_at) + DatabaseTime(),
         }
     await connection.execute(update(Execution).where(*_is_run(key)).values(changes))
-    if is_woken:
-        await blocked_intervals.end_interval(connection, key.execution_id)
-    return AnswerResult(AnswerReception.TAKEN, is_woken, run.concurrency_key if is_woken else None)
+    if not is_woken:
+        return AnswerResult(AnswerReception.TAKEN)
+    await blocked_intervals.end_interval(connection, key.execution_id)
+    return AnswerResult(AnswerReception.TAKEN, is_woken, run.concurrency_key, run.assigned_deployment_id)
 
 
 async def read_answers(

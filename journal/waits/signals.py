@@ -82,8 +82,6 @@ class SignalResult(Struct, frozen=True):
 
     verdict: SignalVerdict
     run_status: str
-    target: str
-    """Target of the run: its pods or the workers continue it."""
     signal: Signal | None = None
     """Stored signal; None unless it was delivered or is unread."""
     answer: AnswerResult = NO_ANSWER
@@ -99,15 +97,15 @@ async def store_signal(
     Nothing is stored if the run has ended. `attempted` is the result of an earlier call whose commit was not confirmed:
     it is returned if it was committed.
     """
-    columns = (col(Execution.status), col(Execution.target))
-    run = (await connection.execute(select(*columns).where(*_is_run(key)).with_for_update())).first()
-    if run is None:
+    locked = select(col(Execution.status)).where(*_is_run(key)).with_for_update()
+    status = await connection.scalar(locked)
+    if status is None:
         return None
     # After the lock, so that it sees a commit in progress.
     if attempted is not None and await find_signal(connection, key, sent.id) is not None:
         return attempted
-    if run.status in TERMINAL_STATUSES:
-        return SignalResult(SignalVerdict.ENDED, run.status, run.target)
+    if status in TERMINAL_STATUSES:
+        return SignalResult(SignalVerdict.ENDED, status)
     last = select(func.max(col(Signal.number))).where(col(Signal.execution_id) == key.execution_id)
     signal = Signal(
         execution_id=key.execution_id,
@@ -121,10 +119,10 @@ async def store_signal(
     )
     answer = await _answer_longest_wait(connection, key, signal)
     if signal.node_id is None and await _count_unread(connection, key) >= MAX_UNREAD:
-        return SignalResult(SignalVerdict.FULL, run.status, run.target)
+        return SignalResult(SignalVerdict.FULL, status)
     await connection.execute(_insert(connection, Signal).values(signal.model_dump()))
     verdict = SignalVerdict.UNREAD if signal.node_id is None else SignalVerdict.DELIVERED
-    return SignalResult(verdict, run.status, run.target, signal, answer)
+    return SignalResult(verdict, status, signal, answer)
 
 
 async def add_wait(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -215,9 +216,23 @@ async def test_one_of_several_simultaneous_answers_is_accepted(
 
 
 async def test_an_answer_that_is_sent_again_with_its_key_is_answered_the_same(
-    people: OrganizationUsers, waiting_execution_id: str
+    harness: GatewayHarness,
+    people: OrganizationUsers,
+    waiting_execution_id: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    notified: list[str] = []
+
+    async def notify_pods(workflow_ids: Sequence[str]) -> None:
+        notified.extend(workflow_ids)
+
+    monkeypatch.setattr(harness.gateway.pod_services.poll_hub, "notify_pods", notify_pods)
+    deployed = update(Execution).where(col(Execution.id) == waiting_execution_id)
+    await harness.gateway.database.transaction(
+        lambda connection: connection.execute(deployed.values(assigned_deployment_id="wf_deployed"))
+    )
     first = await answer(people.owner, waiting_execution_id, key="once")
+    assert notified == ["wf_deployed"]
     again = await answer(people.owner, waiting_execution_id, key="once")
     assert (first.status_code, again.status_code, first.json()) == (200, 200, again.json())
     assert (first.headers.get("Idempotent-Replayed"), again.headers["Idempotent-Replayed"]) == (None, "true")
