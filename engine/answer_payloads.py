@@ -69,6 +69,9 @@ def encode_wait(outcome: AnswerWait) -> Json:
 
 
 def decode_expired(stored_wait: bytes) -> NodeResult | None:
-    """Return the result that a node has when its wait expires, from the stored wait; None if the node fails then."""
+    """Return the result that a node has when its wait expires, from the stored wait; None if the node fails then.
+
+    Raises `InvalidJson` for a malformed wait.
+    """
     found = msgspec.convert(values.decode_json(stored_wait), _WaitRecord).expired
     return None if found is None else NodeResult(found.output, found.port)

@@ -39,8 +39,8 @@ def bind_condition(
 ) -> tuple[Json, list[Json]]:
     """Return a condition on an event that no longer needs its run, and the list of values that it sees as `data`.
 
-    Paths into the run are resolved now: an unresolved path is null, and is added to `unresolved`. Paths into
-    the event (`item`) stay.
+    Paths into the run are resolved now: an unresolved path is null, and is added to `unresolved`. Paths into the event
+    (`item`) stay.
     """
     binding = _ConditionBinder(scope, unresolved)
     return rewrite_expressions(condition.source, binding.bind), binding.given

@@ -122,8 +122,9 @@ class NodeInputs:
     def _gather_input(self, frame: SectionFrame, program: NodeProgram) -> tuple[Json, str | None]:
         """Return the input of a node, and the id of the single parent whose unchanged output it is, else None.
 
-        Several parents give a merged object that also has each output by node id; a join combines them as its
-        config says. A node without parents gets the input of its frame, or null if the node is pinned.
+        Several parents give a merged object that also has each output by node id; a join combines them as its config
+        says. A node without parents gets the input of its frame, or null if the node is pinned. Raises `NodeError` if
+        values to merge in a join are no objects.
         """
         edges = frame.plan.taken_edges(program.node.id)
         if not edges:
@@ -236,7 +237,7 @@ class NodeInputs:
         """Return the digest, for the key of a node, of the values outside `data` that the node can read.
 
         `UNKNOWN` in an iteration, where a replay reuses no single node, and for a loop whose body may see nodes that
-        settle later.
+        settle later. Raises `InvalidJson` and `BudgetExceeded`.
         """
         if frame.loop is not None:
             return node_key.UNKNOWN  # a replay never reuses one node of an iteration
@@ -352,7 +353,7 @@ def _apply_mappings(
 ) -> Json:
     """Return the data with the mapped fields added, or these alone if the data is no object.
 
-    Unresolved paths are added to `unresolved`, and their fields are null.
+    Unresolved paths are added to `unresolved`, and their fields are null. Raises `ExpressionError`.
     """
     scope = {"data": data, **roots}
     mapped: dict[str, Json] = {}

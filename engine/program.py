@@ -582,7 +582,10 @@ def _compile_direct_tool(
     catalog: NodeTypeLookup,
     implementation: Callable[[str], RunNode],
 ) -> ToolProgram:
-    """Compile a node that is connected to an agent without a `tool`; it keeps its own timeout and retries."""
+    """Compile a node that is connected to an agent without a `tool`; it keeps its own timeout and retries.
+
+    Raises `LookupError` for an unknown type, and `ExpressionError`.
+    """
     from engine.agents import direct_tools  # noqa: PLC0415 - loaded by workflows with such agents
 
     node_type = catalog.get(node.type, node.version)

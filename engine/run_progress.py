@@ -159,7 +159,10 @@ class RunProgress:
             visit.written = self._encode_output(visit, outcome)
 
     def _on_completed(self, visit: NodeVisit, port: str, output: Json) -> None:
-        """Record a node as completed with an output at a port, and schedule its successors."""
+        """Record a node as completed with an output at a port, and schedule its successors.
+
+        Raises `InvalidJson` and `NodeError` as `_encode_output` does.
+        """
         output, text, digest = visit.written or self._encode_output(visit, output)
         visit.written = None
         self._settle(visit, SpanStatus.COMPLETED, port, output, text, digest)
@@ -437,7 +440,10 @@ class RunProgress:
     # ── waits and answers ─────────────────────────────────────────────────────────────────────────
 
     def _begin_wait(self, visit: NodeVisit, outcome: TimerWait) -> None:
-        """Record that a node waits for a time, and let it sleep until then."""
+        """Record that a node waits for a time, and let it sleep until then.
+
+        Raises `InvalidJson` and `NodeError` as `_encode_output` does.
+        """
         _, text, _ = visit.written or self._encode_output(visit, outcome.output)
         visit.written = None
         self._recorder.record_node(visit, SpanStatus.WAITING, output=text, wake_at=outcome.until)
@@ -446,7 +452,8 @@ class RunProgress:
     def _begin_answer_wait(self, visit: NodeVisit, outcome: AnswerWait) -> None:
         """Apply the answer that a node waits for, if it is there; else record the wait and let the node sleep.
 
-        A wait for a task is committed before other nodes begin, since only the commit creates the task.
+        A wait for a task is committed before other nodes begin, since only the commit creates the task. Raises
+        `InvalidJson` and `NodeError` for a request that can't be stored, and for an unresolved path in a strict graph.
         """
         self._node_inputs.check_resolved(visit)
         payload = self._find_answer(visit)
@@ -522,7 +529,10 @@ class RunProgress:
         return self._signals.find_answer((visit.node_id, visit.frame.iteration))
 
     def _apply_answer(self, visit: NodeVisit, payload: bytes) -> None:
-        """Apply the answer to a waiting node: its log lines, and its result or final failure."""
+        """Apply the answer to a waiting node: its log lines, and its result or final failure.
+
+        Raises `InvalidJson` for malformed log lines.
+        """
         for level, message in answer_payloads.decode_logs(payload):
             self._recorder.log(level, message, visit.node_id)
         try:

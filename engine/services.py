@@ -99,7 +99,8 @@ class HttpClientService(Protocol):
     ) -> HttpResponse:
         """Send a request, and return the response of any final status; the time limit spans redirects and body.
 
-        Raises `NodeError` for a request that is refused or invalid, and without a complete response.
+        Raises `NodeError` for a request that is refused or invalid, and without a complete response. Without
+        `follow_redirects`, a redirect is returned as it is.
         """
 
 

@@ -177,7 +177,10 @@ class WorkflowRunner:
         return ended
 
     async def _run_nodes(self) -> RunOutcome:
-        """Run nodes until the run ends, waits or has to leave this process, and cancel those that still run."""
+        """Run nodes until the run ends, waits or has to leave this process, and cancel those that still run.
+
+        Raises `LeaseLost`.
+        """
         worklist, recorder = self._worklist, self._recorder
         self._progress.schedule_successors(self._root, self._root.start())
         slice_ends = time.monotonic() + SLICE_SECONDS
@@ -283,7 +286,7 @@ class WorkflowRunner:
     async def _prepare_node(self, frame: SectionFrame, node_id: str) -> None:
         """Prepare the input of a ready node, in a thread if it is large, and begin the node.
 
-        A node with a recorded wait continues to wait instead; errors fail the node.
+        A node with a recorded wait continues to wait instead; errors fail the node. Raises `LeaseLost`.
         """
         visit: NodeVisit | None
         try:

@@ -60,8 +60,10 @@ class PolicyReplay(Struct, frozen=True):
 
 
 def policy_changes(policy: DeploymentPolicy, now: datetime) -> Sequence[WindowChange]:
-    """Return the openings and closings of a policy's windows within the next 14 days; none for policies
-    without windows.
+    """Return the openings and closings of a policy's windows within the next 14 days; none for policies without
+    windows.
+
+    Raises `ZoneInfoNotFoundError` for an unknown time zone.
     """
     match policy:
         case ScheduledWindowPolicy(schedule):
@@ -71,8 +73,10 @@ def policy_changes(policy: DeploymentPolicy, now: datetime) -> Sequence[WindowCh
 
 
 def policy_clock_changes(policy: DeploymentPolicy, now: datetime) -> Sequence[ZoneClockChange]:
-    """Return the changes of the clocks in a policy's time zone within the next 14 days; none for policies
-    without windows.
+    """Return the changes of the clocks in a policy's time zone within the next 14 days; none for policies without
+    windows.
+
+    Raises `ZoneInfoNotFoundError` for an unknown time zone.
     """
     match policy:
         case ScheduledWindowPolicy(schedule):
@@ -119,6 +123,8 @@ def _replay_schedule(
 ) -> PolicyReplay:
     """Return the result for pods that are up while a schedule is open; runs outside of its windows wait for the next
     opening.
+
+    Raises `ZoneInfoNotFoundError` for an unknown time zone.
     """
     spans = [*_open_spans(schedule, since, until)]
     up_times = [(opens_at, min(closes_at, until)) for opens_at, closes_at in spans if opens_at < until]
@@ -137,6 +143,8 @@ def _open_spans(
 ) -> Iterator[tuple[datetime, datetime]]:
     """Yield start and end of the open times of a schedule from `since` on, including the first that begins after
     `until`.
+
+    Raises `ZoneInfoNotFoundError` for an unknown time zone.
     """
     end = until + weekly_windows.HORIZON
     opens_at = since if weekly_windows.is_open(schedule, since) else None

@@ -302,7 +302,10 @@ def decision_inputs(situation: DeploymentSituation, now: datetime) -> dict[str, 
 def _decide_while_up(
     policy: DeploymentPolicy, situation: DeploymentSituation, now: datetime
 ) -> LifecycleVerdict:
-    """Return the decision about a deployment that is up, by its policy."""
+    """Return the decision about a deployment that is up, by its policy.
+
+    Raises `ZoneInfoNotFoundError` for an unknown time zone.
+    """
     match policy:
         case AlwaysOnPolicy():
             return LifecycleVerdict(LifecycleAction.NONE, LifecycleReason.ALWAYS_ON)
@@ -356,7 +359,8 @@ def _stop_unless_open(
 ) -> LifecycleVerdict:
     """Return a stop while the schedule is closed; after a start by a user, only from the next closing on.
 
-    Otherwise return no action, with the time of the next closing as the time to check again.
+    Otherwise return no action, with the time of the next closing as the time to check again. Raises
+    `ZoneInfoNotFoundError` for an unknown time zone.
     """
     if weekly_windows.is_open(schedule, now):
         closes_at = weekly_windows.next_closing(schedule, now)
@@ -374,6 +378,8 @@ def _decide_while_draining(
 ) -> LifecycleVerdict:
     """Return the decision about a draining deployment: start it again; stop it if no run is in progress or the drain
     has lasted until `until`; else wait.
+
+    Raises `ZoneInfoNotFoundError` for an unknown time zone.
     """
     again = _decide_while_down(policy, situation, now)
     if again.action is not LifecycleAction.NONE:
@@ -394,7 +400,7 @@ def _decide_while_down(
     no action.
 
     After a failed start, no action before the time of the next retry. With no action, that time, or the next opening of
-    the windows, is the time to check again.
+    the windows, is the time to check again. Raises `ZoneInfoNotFoundError` for an unknown time zone.
     """
     if situation.stopped_reason is StoppedReason.ARCHIVED:
         return LifecycleVerdict(LifecycleAction.NONE, LifecycleReason.NOT_DEPLOYED)

@@ -97,8 +97,9 @@ class ItemKeys(Struct, frozen=True):
 
     @classmethod
     def from_config(cls, call: NodeCall, name: str) -> Self:
-        """Return the keys that the config field `name` lists, or that its expression gives; raises `NodeError` for none
-        or over 20.
+        """Return the keys that the config field `name` lists, or that its expression gives.
+
+        Raises `NodeError` for none or over 20, and `ExpressionError`.
         """
         template = call.values[name]
         if isinstance(template.source, list):

@@ -58,9 +58,10 @@ async def write_object(call: NodeCall, bucket: ObjectBucket) -> dict[str, Json]:
 
 
 async def _encode_content(call: NodeCall) -> tuple[bytes, str]:
-    """Return the `content` of the config as bytes in its `format`, and its media type; raises `NodeError`.
+    """Return the `content` of the config as bytes in its `format`, and its media type.
 
-    `auto` takes the format from the content. A blob keeps its own media type unless the config has one.
+    `auto` takes the format from the content. A blob keeps its own media type unless the config has one. Raises
+    `NodeError` and `InvalidJson`.
     """
     value = call.config.get("content")
     wanted = config_fields.read_choice(call.config, "format", ObjectFormat)

@@ -313,7 +313,7 @@ class OutboundClient:
         redirects and body.
 
         Raises `OutboundRefused` if it is not permitted or invalid, also for an invalid URL, and `OutboundUnavailable`
-        if it may succeed later.
+        if it may succeed later. Without `follow_redirects`, a redirect is returned as it is.
         """
         require_valid_request(method.upper(), headers)
         call = OutboundCall(method.upper(), parse_target(url), headers, body)

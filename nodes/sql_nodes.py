@@ -117,7 +117,7 @@ async def _build_table(call: NodeCall) -> tuple[list[str], list[list[Json]]]:
     ones.
 
     The rows are those of `_read_items`; `columns` of the config maps each row first. Raises `NodeError` for a row that
-    is no object, and for over 100,000 rows.
+    is no object, and for over 100,000 rows. Raises `ExpressionError` for a failing operation in `columns`.
     """
     template = call.values.get("columns")
     turn = LoopShare()

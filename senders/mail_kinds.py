@@ -233,7 +233,10 @@ def _native_deduplication_key(body: Json) -> str | None:
 
 
 def _form_message_id(form: PostedForm, kind: MailKind) -> str | None:
-    """Return the Message-ID of a mail in a form, where its format keeps it; None without one."""
+    """Return the Message-ID of a mail in a form, where its format keeps it; None without one.
+
+    Raises `RequestRefused` for an invalid escape.
+    """
     match kind:
         case MailKind.SENDGRID_PARSED:
             return find_message_id(form.first("headers") or memoryview(b""))
@@ -272,7 +275,10 @@ def _drop_attachment(_label: AttachmentLabel, pieces: Iterator[bytes]) -> None:
 
 
 def _form_digest(form: PostedForm) -> str:
-    """Return a SHA-256 in hexadecimal over names and values of all parts, except the fields of Mailgun's signature."""
+    """Return a SHA-256 in hexadecimal over names and values of all parts, except the fields of Mailgun's signature.
+
+    Raises `RequestRefused` for an invalid escape.
+    """
     digest = sha256()
     for piece in _iterate_pieces(form):
         digest.update(b"%d:" % len(piece))

@@ -442,7 +442,8 @@ class VisitTools(AgentTools):
     ) -> ToolResult | StepWait | StepPause:
         """Let another agent do a tool call within the budget `rest`; return its answer, or its wait or pause.
 
-        It continues after its own recorded steps of earlier attempts. `is_tainted` is as in `perform`.
+        It continues after its own recorded steps of earlier attempts. `is_tainted` is as in `perform`. Raises
+        `NodeError`.
         """
         steps = self._steps.nest(tool, step)
         built = self._build_call(tool, step, is_tainted=is_tainted)
@@ -467,7 +468,7 @@ class VisitTools(AgentTools):
         """Return the result of a call that another process does if its answer is stored, or else the wait for it.
 
         The first time, the node is called, which starts the run or task, and the wait is recorded. `is_tainted` is as
-        in `perform`.
+        in `perform`. Raises `NodeError` for a failure.
         """
         payload = self._steps.find_call_answer(tool, step)
         if payload is not None:

@@ -149,7 +149,7 @@ async def ask_in_turn(
     live: LiveAnswer = HIDDEN_ANSWERS,
 ) -> tuple[ChatAnswer, ModelCallRecord]:
     """Ask the models in turn until one answers, and return its answer with its record; raises `ModelCallFailed` if none
-    does.
+    does, and other `NodeError`s if no model is named, a model may not be used, or a budget doesn't suffice.
 
     Another model is asked only if it may do better: not after a refusal of the request itself. `note_failure` gets the
     record of each failed call. If no model answers, the node waits for the first of those whose providers have named a

@@ -71,6 +71,8 @@ class CsvDialect(Struct, frozen=True):
     def _field(self, value: Json) -> str:
         """Return a value as a field of CSV, quoted if needed; with `guards`, a text that may be a formula gets an
         apostrophe.
+
+        Raises `InvalidJson` for an object or list that is too large.
         """
         text = value_as_text(value)
         if self.guards and isinstance(value, str) and _may_be_formula(text):

@@ -137,6 +137,8 @@ class XlsxWorkbook:
     async def _read_relationships(self, part: str) -> dict[str, tuple[str, str]]:
         """Return the relationships of a part of the workbook: kind and name of each related part, by identifier; empty
         if it has none.
+
+        Raises `NodeError`.
         """
         folder, name = posixpath.split(part)
         related = posixpath.join(folder, "_rels", f"{name}.rels")

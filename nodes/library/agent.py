@@ -138,7 +138,7 @@ def _select_tools(
 ) -> dict[str, AgentTool]:
     """Return the enabled tools with allowed effects, by name.
 
-    Before the first step, logs a warning for each tool with an effect that is not allowed.
+    Before the first step, logs a warning for each tool with an effect that is not allowed. Raises `NodeError`.
     """
     allowed = {NodeEffect.PURE.value, *map(str, config_fields.read_sequence(config, "effects"))}
     enabled = config.get("enabledTools")

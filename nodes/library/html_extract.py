@@ -97,7 +97,8 @@ class PageExtractor:
         """Return the value of a field: of the first match of its selector among `elements`, or of all as a list;
         without a selector, of `element` itself.
 
-        Without a match, an empty list for all; else null, and the name of the field is added to `missing`.
+        Without a match, an empty list for all; else null, and the name of the field is added to `missing`. Raises
+        `NodeError` beyond the limits.
         """
         self._count(1, 0)
         found = [element] if element else []

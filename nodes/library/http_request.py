@@ -192,7 +192,7 @@ def _replace_headers(headers: Mapping[str, str], others: Mapping[str, str]) -> d
 def _encode_body(body: Json) -> tuple[bytes | None, str | None]:
     """Return the request body and its content type: a text as it is, another value as JSON.
 
-    Both are None without a body.
+    Both are None without a body. Raises `InvalidJson`.
     """
     if body is None:
         return None, None

@@ -93,7 +93,9 @@ def _build_instruction(routes: Mapping[str, str]) -> str:
 
 
 def _build_schema(routes: Mapping[str, str], *, has_confidence: bool) -> dict[str, Any]:
-    """Return the JSON Schema of a choice, in the subset that all providers know."""
+    """Return the JSON Schema of a choice, in the subset that all providers know: port and reason, and with
+    `has_confidence` a number from 0 to 1.
+    """
     ports = [DEFAULT_PORT, *(port for port in routes if port != DEFAULT_PORT)]
     fields: dict[str, Any] = {"port": {"enum": ports}, "reason": {"type": "string"}}
     if has_confidence:

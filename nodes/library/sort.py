@@ -58,7 +58,8 @@ class SortCriterion(Struct, frozen=True):
     def from_config(cls, call: NodeCall, source: Json) -> Self:
         """Return the criterion of an entry of `by`: a key, or an object with key and settings.
 
-        The key is compiled as written, settings are rendered. Raises `NodeError` for invalid keys or settings.
+        The key is compiled as written, settings are rendered. Raises `NodeError` for invalid keys or settings, and
+        `ExpressionError`.
         """
         if not isinstance(source, dict):
             return cls._of({}, ItemKey.from_config("by", call, source))

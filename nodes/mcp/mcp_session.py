@@ -324,9 +324,10 @@ class McpSession:
             raise NodeError("The tool server refuses its own session", code=mcp_errors.REFUSED) from error
 
     async def _find_answer(self, stream: OutboundStream, number: int) -> Mapping[str, Json]:
-        """Return the result for request `number` from one document or a stream of events; raises `NodeError`.
+        """Return the result for request `number` from one document or a stream of events.
 
-        Messages with other ids are ignored, and requests of the server are answered.
+        Messages with other ids are ignored, and requests of the server are answered. Raises `NodeError`, and
+        `OutboundError` if the response breaks off.
         """
         async for data in _read_documents(stream):
             for message in mcp_messages.read_messages(data):
