@@ -21,7 +21,7 @@ from engine.month_budget import (
 )
 from engine.run_errors import NodeError
 from models.ai_model import AiSettings
-from models.model_spending import month_sums_statement
+from models.model_spending import ModelCharge, month_sums_statement
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -61,7 +61,8 @@ async def require_rest(
     every call passes.
 
     Calls are checked one after another: in PostgreSQL by the locked row of the budget, in SQLite by its write lock. The
-    error may be retried, after a time, if the budget says to wait.
+    error may be retried, after a time, if the budget says to wait. A call that is reserved already passes, as after a
+    commit without an answer.
     """
     budget = await find(connection, organization_id, is_locking=True)
     if budget is None:
@@ -71,7 +72,7 @@ async def require_rest(
         raise NodeError(message, code="model-price-unknown")
     spending = await read_spending(connection, organization_id, month_number(now))
     problem = find_problem(budget, spending, reservation)
-    if not problem:
+    if not problem or await _is_reserved(connection, reservation.key):
         return
     seconds = None
     if budget.on_limit is MonthLimitAction.WAIT:
@@ -83,6 +84,12 @@ async def require_rest(
     raise NodeError(
         message, code=MONTH_BUDGET_EXCEEDED, retryable=seconds is not None, retry_after_seconds=seconds
     )
+
+
+async def _is_reserved(connection: AsyncConnection, key: str) -> bool:
+    """Return whether the call with this key has a charge, reserved or settled."""
+    charge = select(col(ModelCharge.key)).where(col(ModelCharge.key) == key)
+    return await connection.scalar(charge) is not None
 
 
 def find_problem(budget: MonthBudget, spending: MonthSpending, reservation: ModelReservation) -> str:
