@@ -166,7 +166,7 @@ async def create_organization(connection: AsyncConnection, *, name: str, now: da
     organization_id = ids.new_id("org")
     shard = ids.shard_of(organization_id)
     organization = Organization(id=organization_id, shard=shard, name=name, created_at=now)
-    await connection.execute(insert(Organization).values(organization.model_dump()))
+    await connection.execute(insert(Organization), organization.model_dump())
     return organization
 
 
@@ -206,7 +206,7 @@ async def create_user(
         created_at=now,
     )
     try:
-        await connection.execute(insert(User).values(user.model_dump()))
+        await connection.execute(insert(User), user.model_dump())
     except IntegrityError as error:
         raise EmailTaken(f"The organization already has a user {user.email}") from error
     return user
@@ -332,7 +332,7 @@ async def create_key(  # noqa: PLR0913 - one for each column that its caller dec
         created_at=now,
         expires_at=expires_at,
     )
-    await connection.execute(insert(ApiKey).values(row.model_dump()))
+    await connection.execute(insert(ApiKey), row.model_dump())
     return CreatedKey(text, row)
 
 

@@ -379,9 +379,10 @@ async def add_workflow(connection: AsyncConnection, stored: StoredWorkflow, cata
         created_at=workflow.created_at,
         definition_hash=await hash_definition(stored, catalog),
     )
-    await connection.execute(insert(Workflow).values(_collect_columns(workflow)))
-    await connection.execute(insert(WorkflowGraph).values(column_values(graph)))
-    await connection.execute(insert(WorkflowVersion).values(column_values(version)))
+    # Values beside the statements: within them, SQLAlchemy would build each statement anew, at twice the cost.
+    await connection.execute(insert(Workflow), _collect_columns(workflow))
+    await connection.execute(insert(WorkflowGraph), column_values(graph))
+    await connection.execute(insert(WorkflowVersion), column_values(version))
     await add_triggers(connection, stored, catalog)
     await _add_tags(connection, workflow)
 
