@@ -44,7 +44,7 @@ check: .venv/installed-for-tests
 		check-units check-types check-style check-imports check-words
 
 check-units: .venv/installed-for-tests
-	$(bin)/python -m $(PYTEST) --quiet --numprocesses 3 --dist worksteal tests/unit
+	$(bin)/python -m $(PYTEST) --quiet --numprocesses 2 --dist worksteal tests/unit
 
 # The SDK supports an older Python than the server.
 check-types: .venv/installed-for-tests

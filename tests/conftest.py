@@ -90,7 +90,7 @@ settings.register_profile("search", deadline=None, suppress_health_check=[Health
 settings.register_profile(
     "thorough", settings.get_profile("search"), derandomize=True, database=None, max_examples=25
 )
-settings.register_profile("ordinary", settings.get_profile("thorough"), max_examples=12)
+settings.register_profile("ordinary", settings.get_profile("thorough"), max_examples=8)
 settings.load_profile("ordinary")
 
 
