@@ -315,7 +315,7 @@ class ThrottleService(Protocol):
     ) -> datetime:
         """Reserve the next free slot of a rate and return its time (aware, UTC); each call reserves another slot.
 
-        Raises `NodeError`, and reserves nothing, if the slot is over `max_wait_seconds` away.
+        Raises a retryable `NodeError`, and reserves nothing, if the slot is over `max_wait_seconds` away.
         """
 
 
@@ -432,9 +432,10 @@ class ModelService(Protocol):
     ) -> ModelReply:
         """Ask a model once, and return its complete answer with its cost; `on_text` gets its text as it is written.
 
-        The most that the call may cost is reserved before in the budgets of the node and of the run. Each call needs
-        an idempotency key of its own, also a repeated one. Raises `ModelCallFailed` if the model has not answered, and
-        other `NodeError`s before anything is sent: `model-budget-exceeded` if a budget doesn't suffice.
+        The most that the call may cost is reserved before in the budgets of the node, the run and the organization's
+        month. Each call needs an idempotency key of its own, also a repeated one. Raises `ModelCallFailed` if the model
+        has not answered, and other `NodeError`s before anything is sent: `model-budget-exceeded` if a budget doesn't
+        suffice.
         """
 
     async def read_price(self, caller: RunCaller, model_id: str) -> ModelPrice | None:
