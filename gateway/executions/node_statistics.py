@@ -70,12 +70,13 @@ async def show(request: GatewayRequest) -> JsonResponse:
 async def _read_spans(
     connection: AsyncConnection, workflow_id: str, shard: int, since: datetime
 ) -> Sequence[Recorded]:
-    """Return the ended spans of the 100 newest runs of a workflow since a time, at most 5,000.
+    """Return the ended spans of the 100 newest runs of a workflow since a time, at most 5,000: those of
+    the newest of these runs.
 
     Reused results and iterations as a whole are left out; nodes in iterations are included.
     """
     runs = (
-        select(col(ExecutionData.execution_id), col(ExecutionData.shard))
+        select(col(ExecutionData.execution_id), col(ExecutionData.created_at))
         .where(col(ExecutionData.workflow_id) == workflow_id, col(ExecutionData.created_at) >= since)
         .order_by(col(ExecutionData.created_at).desc(), col(ExecutionData.execution_id).desc())
         .limit(RUNS)
@@ -96,6 +97,9 @@ async def _read_spans(
         )
         .limit(SPANS)
     )
+    if connection.dialect.name == "postgresql":
+        # SQLite reads the spans run by run anyway, and would sort those of all runs.
+        statement = statement.order_by(runs.c.created_at.desc(), runs.c.execution_id.desc())
     return (await connection.execute(statement)).all()
 
 

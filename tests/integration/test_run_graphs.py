@@ -297,7 +297,7 @@ async def test_a_node_is_compared_with_the_last_completed_run_by_path(
 
 @pytest.mark.every_database
 async def test_statistics_count_the_ends_and_failures_of_each_node(
-    harness: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     owner = people.owner
     nodes = [NODES[0], {"id": "check", "nodeId": "stop-with-error", "config": {"message": "No"}}]
@@ -325,6 +325,10 @@ async def test_statistics_count_the_ends_and_failures_of_each_node(
     assert of_node["odd"]["p95Ms"] >= of_node["odd"]["p50Ms"] >= 0
     answer = await people.stranger.api.get(f"/api/v1/workflows/{workflow_id}/statistics")
     assert answer.status_code == 404
+    monkeypatch.setattr(node_statistics, "SPANS", 4)
+    newest = (await owner.api.get(f"/api/v1/workflows/{workflow_id}/statistics")).json()
+    assert [(one["nodeId"], one["ended"]) for one in newest["nodes"]] == [("odd", 2), ("start", 2)]
+    assert newest["runs"] == 2
 
 
 def test_quantiles_are_values_that_were_measured() -> None:
