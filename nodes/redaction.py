@@ -133,7 +133,7 @@ def redact_value(value: Json, secrets: Iterable[str]) -> Json:
 @contextmanager
 def redact_errors(secrets: Iterable[str]) -> Iterator[None]:
     """Redact secrets in the message of a `NodeError` that the block raises: a server may repeat secrets that
-    it got.
+    it got. Its code and its retries stay.
     """
     try:
         yield
@@ -141,7 +141,9 @@ def redact_errors(secrets: Iterable[str]) -> Iterator[None]:
         shown = redact_excerpt(error.message, secrets)
         if shown == error.message:
             raise
-        raise NodeError(shown, code=error.code, retryable=error.retryable) from None
+        raise NodeError(
+            shown, code=error.code, retryable=error.retryable, retry_after_seconds=error.retry_after_seconds
+        ) from None
 
 
 def redact_body(body: bytes, secrets: Iterable[str]) -> bytes:

@@ -6,8 +6,8 @@ repeated here; the code of its error says whether it may have been done.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from http.client import responses as reasons
 from typing import TYPE_CHECKING, Any, Final
 
@@ -98,7 +98,7 @@ async def open_session(
     message has no secrets.
     """
     session = McpSession(outbound, address)
-    with _redact_key(address):
+    with redaction.redact_errors([address.key]):
         try:
             await session.negotiate(version)
             yield session
@@ -376,20 +376,6 @@ class McpSession:
         if status >= _FIRST_SERVER_ERROR:
             raise NodeError(_add_reason(answered, body), code=mcp_errors.FAILED, retryable=True)
         raise NodeError(_add_reason(answered, body), code=mcp_errors.REFUSED)
-
-
-@contextmanager
-def _redact_key(address: ToolServerAddress) -> Iterator[None]:
-    """Redact the key of a tool server in the message of a `NodeError` that the block raises."""
-    try:
-        yield
-    except NodeError as error:
-        shown = redaction.redact_excerpt(error.message, [address.key])
-        if shown == error.message:
-            raise
-        raise NodeError(
-            shown, code=error.code, retryable=error.retryable, retry_after_seconds=error.retry_after_seconds
-        ) from None
 
 
 def _require_valid_list(found: Sequence[ToolDefinition]) -> None:

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.run_errors import NodeError
 from nodes import redaction
 
 
@@ -101,3 +102,14 @@ def test_a_text_in_pieces_shows_a_secret_no_more_than_the_whole_text(
     else:
         assert shown.count(redaction.REDACTED) >= whole.count(redaction.REDACTED)
         assert shown.replace(redaction.REDACTED, secret) == text
+
+
+def test_a_redacted_error_is_retried_like_the_original() -> None:
+    original = NodeError(
+        "Key sk-1234 is busy", code="model-rate-limited", retryable=True, retry_after_seconds=7
+    )
+    with pytest.raises(NodeError) as raised, redaction.redact_errors(["sk-1234"]):
+        raise original
+    error = raised.value
+    assert error.message == "Key [hidden] is busy"
+    assert (error.code, error.retryable, error.retry_after_seconds) == ("model-rate-limited", True, 7)
