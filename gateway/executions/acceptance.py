@@ -117,11 +117,11 @@ class RunAcceptor:
         self._stored: TTLCache[DefinitionKey, bool] = TTLCache(STORED_SECONDS, MAX_STORED)
 
     async def accept(self, acceptance: RunAcceptance) -> AcceptanceResult:
-        """Store a run with others in one transaction, and return its outcome after the commit, such as `REPEATED`,
-        `STALE` or `FULL`.
+        """Store a run with others in one transaction, and return its outcome after the commit: nothing is stored with
+        another verdict than `ACCEPTED`, such as `REPEATED`, `STALE` or `FULL`.
 
         An accepted run begins by itself, without `dispatch`. A run that must not wait for a concurrency slot is stored
-        separately. Raises a 503 error while 2,000 runs wait.
+        separately. Raises a 503 error while 2,000 runs wait, and `DatabaseUnavailable`.
         """
         group = self._group if acceptance.may_wait else self._separate
         if group.depth >= limits.ACCEPTANCES_WAITING:
@@ -130,10 +130,10 @@ class RunAcceptor:
 
     async def ingest(self, write: InboundRequest) -> IngestResult:
         """Store an inbound request (a delivery with its runs) with others in one transaction, and return the outcome
-        after the commit.
+        after the commit, that of a repeated request with the id of the first delivery.
 
         Its runs begin by themselves, without `dispatch`, those that are deferred or delayed at their time. Raises a 503
-        error while 2,000 requests wait.
+        error while 2,000 requests wait, and `DatabaseUnavailable`.
         """
         if self._ingests.depth >= limits.ACCEPTANCES_WAITING:
             raise errors.not_ready("Too many executions wait to be accepted: try again")
@@ -147,7 +147,7 @@ class RunAcceptor:
     def is_stored(self, definition: DefinitionKey) -> bool:
         """Return whether the database surely has a definition, so that its text need not be sent again.
 
-        False may be wrong, also an hour after the definition was stored here; the text is then stored again.
+        False may be wrong: only definitions that this process stored within the last hour are remembered.
         """
         return self._stored.get(definition) is not None
 
@@ -165,7 +165,9 @@ class RunAcceptor:
         self._wakeups.submit(None)
 
     async def drain(self) -> None:
-        """Wait until all accepted requests are committed and all wakeups are sent, before the process stops."""
+        """Wait until all accepted requests are committed, their runs are sent or admitted, and all notifications are
+        sent; call it before the process stops.
+        """
         await self._group.drain()
         await self._separate.drain()
         await self._ingests.drain()
@@ -177,10 +179,11 @@ class RunAcceptor:
         await self._pod_notifications.drain()
 
     async def _commit(self, batch: Sequence[RunAcceptance]) -> Sequence[AcceptanceResult]:
-        """Store a batch of runs, some assigned to workers with free slots, in one transaction; return their outcomes in
+        """Assign runs of a batch to workers with free slots, and store all in one transaction; return their outcomes in
         order.
 
-        After the commit, assigned runs are sent, and the processes that can claim the others are notified.
+        After the commit, assigned runs are sent, and the processes that can claim the others are notified. If the
+        commit fails, the slots are freed, and the error is raised.
         """
         # Expect the executions before the commit, so that no later change is missed.
         self._waiting.expect({one.execution_id: one.total_nodes for one in batch})
@@ -241,8 +244,8 @@ class RunAcceptor:
                 )
 
     def _notify(self, accepted: Sequence[RunAcceptance]) -> None:
-        """Notify pods and workers of runs that may start now, and admit runs of their concurrency keys to
-        free slots.
+        """Notify pods and workers in the background of runs that may start now, and admit runs of their concurrency
+        keys to free slots.
 
         Runs that were sent to a worker directly need no notification.
         """
@@ -258,8 +261,8 @@ class RunAcceptor:
                 self._begin_admission(one.concurrency_key)
 
     def _begin_admission(self, key: str) -> None:
-        """Start to admit waiting runs of a concurrency key in the background; a locked key then delays only
-        its own runs.
+        """Start to admit waiting runs of a concurrency key in the background, so that a lock on the key delays no runs
+        of other keys.
         """
         task = asyncio.create_task(self._admit(key))
         self._admissions.add(task)
@@ -384,7 +387,9 @@ RunPlanner: TypeAlias = Callable[[LoadedWorkflow], Awaitable[RunRequest]]
 
 
 def require_one_spelling(trigger_inputs: object, inputs: object) -> None:
-    """Raise a 422 error if a body has the inputs of a run under both names, `inputs` and `triggerInputs`."""
+    """Raise a 422 error if a body has the inputs of a run under both names, `inputs` and `triggerInputs`; None is an
+    absent one.
+    """
     if trigger_inputs is not None and inputs is not None:
         message = "inputs and triggerInputs have the same meaning: send only one of them"
         raise errors.invalid([errors.problem("inputs", "ambiguous", message)])
@@ -453,8 +458,9 @@ class WorkflowRunAcceptor:
     ) -> AcceptanceResult:
         """Plan a run and store it, and return the outcome, which may be `STALE` or `MISMATCH`.
 
-        A repeated request gets its first answer even if the run would be refused now. Raises a 409 error if
-        its concurrency key has no free slot and its runs may not wait.
+        A repeated request gets its first answer even if the run would be refused now. Raises a 409 error if its
+        concurrency key has no free slot and its runs may not wait, 429 for a full backlog, and the errors of
+        `_plan_run`.
         """
         try:
             run = await self._plan_run(caller, plan, workflow)
@@ -507,8 +513,8 @@ class WorkflowRunAcceptor:
         """Return the run that `plan` makes of the workflow; if it refuses, call it again with the stored workflow if
         that differs.
 
-        So no request is refused because of the cache. Raises the errors of `plan`, and 403 for a language model that
-        the caller may not use.
+        So no request is refused because of the cache. Raises the errors of `plan`, 403 for a language model that the
+        caller may not use, and 404 if the workflow was deleted meanwhile.
         """
         try:
             return await self._plan_permitted(caller, plan, workflow)

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 async def continue_run(
     database: Database, acceptances: RunAcceptor, pods: PodNotifier, answer: AnswerResult
 ) -> None:
-    """Admit waiting runs of the concurrency key of a committed answer; if the answer lets its run continue, wake the
-    workers and the pods of the run's deployment.
+    """Let the run of a committed answer continue if the answer has woken it: admit waiting runs of its concurrency key
+    to free slots, and wake workers and the pods of its deployment.
 
-    A sweep makes up for a lost wakeup. Raises `DatabaseUnavailable`.
+    A sweep makes up for a lost wakeup. Raises `DatabaseUnavailable`, but only for a run with a concurrency key.
     """
     if answer.concurrency_key is not None:
         await concurrency_limits.admit_waiting_runs(database, answer.concurrency_key)

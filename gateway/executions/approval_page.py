@@ -149,7 +149,8 @@ class PageResponse(Struct, frozen=True):
 async def show(request: GatewayRequest) -> PageResponse:
     """Show the question of an approval link; nothing changes.
 
-    The page explains a link that is used, early or closed, and an unknown one.
+    The page explains a link that is used, early or closed (200), or may not answer (403); an unknown one gets 404, and
+    429 after many of them.
     """
     question = await _find_question(request)
     return _refuse(request) if question is None else _show_question(question)
@@ -158,8 +159,8 @@ async def show(request: GatewayRequest) -> PageResponse:
 async def answer(request: GatewayRequest) -> PageResponse:
     """Answer the question of an approval link with the posted form, and use the link up.
 
-    Invalid fields are shown in the page with 422; a link that is used, early or closed gets 409, and one that may not
-    answer 403.
+    Invalid fields are shown in the page with 422; a link that is used, early or closed gets 409, one that may not
+    answer 403, and an unknown one 404, or 429 after many of them.
     """
     question = await _find_question(request)
     if question is None:
@@ -198,10 +199,11 @@ def _refuse(request: GatewayRequest) -> PageResponse:
 async def _store_answer(
     request: GatewayRequest, question: ApprovalQuestion, asked: WaitingNode, choice: str | None, data: Json
 ) -> PageResponse:
-    """Store an answer by a link with its audit entry, use the link up, and let the run continue; return the page to
-    show.
+    """Store an answer by a link with its audit entry, use the link up, and let the run continue once enough people have
+    made the same choice; return the page to show.
 
-    That is a page with 409 if the link was used or the question closed meanwhile.
+    If the link was used or the question was closed (409) or assigned to others (403) meanwhile, nothing is stored, and
+    the page says so.
     """
     gateway, link = request.gateway, question.link
     user_id = None if "@" in link.assignee or link.assignee == approvals.ANYONE else link.assignee
@@ -238,7 +240,8 @@ async def _find_question(request: GatewayRequest) -> ApprovalQuestion | None:
     """Return the question of the link with the token of the path, with its run and workflow; None for an unknown token
     and a deleted run.
 
-    A question that was answered or has expired has None as its waiting node.
+    Its waiting node is None if the question is not asked yet (`is_early`), was answered or has expired, or the run has
+    ended.
     """
     async with request.gateway.database.read() as connection:
         link = await approvals.find_link(connection, request.path_params["id"])
@@ -300,7 +303,7 @@ async def _find_question(request: GatewayRequest) -> ApprovalQuestion | None:
 
 
 async def _was_reached(connection: AsyncConnection, link: ApprovalLink) -> bool:
-    """Return whether the node of a link has begun in its run."""
+    """Return whether the node of a link has begun in its run, in the link's iteration."""
     statement = select(col(SpanRow.status)).where(
         col(SpanRow.execution_id) == link.execution_id,
         col(SpanRow.shard) == link.shard,
@@ -331,8 +334,8 @@ def _read_answer(asked: WaitingNode, form: Mapping[str, str]) -> tuple[str | Non
     """Return the choice and the data of a form; None for either that it doesn't have, but empty data for a question
     with a schema.
 
-    Fields are converted by the schema; empty ones are left out, except that an unchecked box is False. Raises
-    ValueError for an invalid number or JSON.
+    Fields are converted by the schema; empty ones are left out, except that an unchecked box is False. Without fields
+    in the schema, the data is the `note`, if there is one. Raises ValueError for an invalid number or JSON.
     """
     properties = _read_properties(asked)
     data: dict[str, Json] = {}

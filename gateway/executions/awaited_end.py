@@ -79,7 +79,7 @@ class EndAwaiter:
         it goes on.
 
         Outputs of over a million characters are omitted. None also if the run can't be read now: it is accepted, so no
-        failure may cost the client its id, with which it polls next.
+        failure may cost the client its id, with which it polls next. After None, the caller may read the run at once.
         """
         try:
             found = await self._polls.wait_for_outcome(ExecutionKey(execution_id, caller.shard), seconds)

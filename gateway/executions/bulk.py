@@ -59,7 +59,8 @@ class BulkRetryResult(BulkResult):
 async def cancel(request: GatewayRequest) -> JsonResponse:
     """Cancel the executions that match a filter and have not ended, the oldest first.
 
-    The answer has the number of those that remain beyond `limit`. With `dryRun`, they are only counted.
+    The answer does not wait for their ends; it has the number of those that remain beyond `limit`. With `dryRun`, they
+    are only counted, and the first 100 listed.
     """
     body = await decode_body(request, BulkRequest)
     chosen = await _choose_executions(
@@ -77,8 +78,9 @@ async def cancel(request: GatewayRequest) -> JsonResponse:
 async def delete(request: GatewayRequest) -> JsonResponse:
     """Delete the executions that match a filter, with their spans, logs and blobs, the oldest first.
 
-    Only the owner of their workflow or an admin may do this. Executions that have not ended, have a pending
-    callback or other completion action, or were started by an execution that has not ended are kept.
+    Those of other people's workflows are skipped, except for an admin. Executions that have not ended, have a pending
+    callback or other completion action, or were started by an execution that has not ended are kept. With `dryRun`,
+    nothing is deleted.
     """
     body = await decode_body(request, BulkRequest)
     chosen = await _choose_executions(
@@ -94,8 +96,9 @@ async def delete(request: GatewayRequest) -> JsonResponse:
 async def retry(request: GatewayRequest) -> JsonResponse:
     """Resume the failed executions that match a filter, the oldest first, each as a new execution.
 
-    Executions that were resumed already, and those of paused, archived or deleted workflows, are skipped. The answer
-    has the number of those that remain beyond `limit`. Nothing is resumed with `dryRun`, or if a backlog is full (429).
+    Executions that were resumed or replayed already, and those of paused, archived or deleted workflows, are skipped.
+    The answer has the number of those that remain beyond `limit`. Nothing is resumed with `dryRun`, or if a backlog is
+    full (429).
     """
     value = await read_json(request)
     body = body_of(request, value, BulkRequest)
@@ -125,7 +128,7 @@ async def retry(request: GatewayRequest) -> JsonResponse:
 async def _retry_chosen(
     request: GatewayRequest, chosen: ChosenExecutions, headers: Mapping[str, str]
 ) -> JsonResponse:
-    """Resume the chosen executions, and return the answer, with at most 100 new ids."""
+    """Resume the chosen executions, and return the answer with these headers and at most 100 new ids."""
     gateway = request.gateway
     resumed = await bulk_actions.retry(
         gateway.database, gateway.acceptances, gateway.access, request.caller, chosen

@@ -90,7 +90,8 @@ def cancellable(caller: ApiCaller) -> ColumnElement[bool]:
 
 
 def retryable(caller: ApiCaller) -> ColumnElement[bool]:
-    """Return the SQL condition for failed executions that the caller may resume and that were not resumed yet.
+    """Return the SQL condition for failed executions that the caller may see, in draft or active workflows, that were
+    neither resumed nor replayed yet.
 
     Node tests are excluded: their purpose ends with the test. So are dead letters that were redriven or purged.
     """
@@ -98,8 +99,8 @@ def retryable(caller: ApiCaller) -> ColumnElement[bool]:
 
 
 def replayable(caller: ApiCaller) -> ColumnElement[bool]:
-    """Return the SQL condition for ended executions that the caller may replay and that were not resumed or
-    replayed yet.
+    """Return the SQL condition for ended executions that the caller may see, in draft or active workflows, that were
+    neither resumed nor replayed yet.
 
     Node tests are excluded, and dead letters that were redriven or purged.
     """
@@ -301,8 +302,8 @@ async def _resume(
 ) -> dict[str, str | None]:
     """Insert copies of failed executions under new ids, and return their concurrency keys (or None) by failed id.
 
-    Executions that an earlier call has resumed are included, with None; those that can't be resumed are left
-    out.
+    Executions that an earlier call has resumed under these ids are included, with None; those that can't be resumed are
+    left out. Raises `LockWaitTimeout` if another transaction locks any of them.
     """
     of_batch = col(Execution.id).in_(list(new_ids))
     # A separate statement, so that the next ones see the commit of the previous lock holder.
@@ -333,7 +334,8 @@ async def delete(database: Database, blobs: BlobStore, execution_ids: Sequence[s
     """Delete ended executions with their data, 100 at a time; return the ids of the deleted ones. Visibility is not
     checked.
 
-    Blobs that can't be deleted now are left to the sweep of orphans, with a warning in the log.
+    Those that have not ended, or that another transaction locks, are left out. Blobs that can't be deleted now are left
+    to the sweep of orphans, with a warning in the log.
     """
     deleted: list[str] = []
     for some in _split_batches(execution_ids, DELETIONS_AT_ONCE):

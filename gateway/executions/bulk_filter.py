@@ -31,7 +31,7 @@ class BulkFilter(StrictWire):
     """Only these; absent: all. An empty list is refused, since it might be an empty choice."""
 
     def to_filter(self, organization_id: str) -> ExecutionFilter:
-        """Return the filter for queries within an organization; raises a 422 error for invalid labels."""
+        """Return the filter for queries within an organization; a tag or metadata that no run can have matches none."""
         statuses = [self.status] if isinstance(self.status, ExecutionStatus) else self.status
         return ExecutionFilter(
             organization_id=organization_id,

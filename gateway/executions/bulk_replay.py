@@ -95,7 +95,8 @@ async def replay(request: GatewayRequest) -> JsonResponse:
     """Replay the ended executions that match a filter, the oldest first, each as a new execution.
 
     Executions that were resumed or replayed already, and those of paused, archived or deleted workflows, are skipped.
-    An execution whose plan needs a confirmation that `confirm` does not give is listed in `refused`.
+    `refused` lists executions that can't be replayed, or whose plan needs a confirmation that `confirm` does not give.
+    Nothing is replayed with `dryRun`, or if a backlog is full (429).
     """
     value = await read_json(request)
     body = body_of(request, value, BulkReplayRequest)
@@ -149,8 +150,10 @@ async def replay_all(
 async def _replay_one(
     request: GatewayRequest, key: ExecutionKey, new_id: str, body: ReplayOptions, outcome: _BulkOutcome
 ) -> None:
-    """Plan the replay of an execution, start it as `new_id` unless it is a dry run, and add the result or
-    refusal to `outcome`.
+    """Plan the replay of an execution, start it as `new_id` unless it is a dry run, and add the result or refusal to
+    `outcome`.
+
+    Refusals are all API errors, a plan that needs confirmations, and a lock of another transaction (`not-ready`).
     """
     try:
         planned = await request.gateway.replays.plan(key, request.caller, body.to_choice())

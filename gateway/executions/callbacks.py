@@ -78,7 +78,8 @@ class CallbackReceipt(WireStruct):
 
 
 async def receive(request: GatewayRequest) -> JsonResponse:
-    """Answer the node that has sent this callback URL; the first answer counts, and may be repeated.
+    """Answer the node that has sent this callback URL; the first answer counts, and may be repeated, but another one
+    gets 409.
 
     The body, JSON or a text, becomes `body` in the output of the node. The token in the URL replaces a key.
     """

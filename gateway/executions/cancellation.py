@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 async def request_end_of_run(
     store: JournalStore, broker: Broker, key: ExecutionKey, action: str
 ) -> EndRequestOutcome | None:
-    """Request the end of an execution by the action `stop` or `cancel`, notify its worker, and return its status with
-    the notified ones.
+    """Request the end of an execution by the action `stop` or `cancel`, notify the process that executes it, and return
+    its status; None if it does not exist.
 
-    It does not wait for the end. Return None if the execution does not exist; an ended one does not change. Raises
-    `LockWaitTimeout` if another transaction locks it.
+    It does not wait for the end; an ended execution does not change. The result also has the owner and the channel that
+    were notified. Raises `LockWaitTimeout` if another transaction locks the execution.
     """
     requested = await store.request_end(key, action)
     if requested is not None:

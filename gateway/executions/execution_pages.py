@@ -43,7 +43,8 @@ async def list_page(
     """Return a page of the executions behind the cursor of `bounds` that the caller may see and that match.
 
     A page examines at most 10,000 rows of each index, so it may be short or empty although `next_cursor` names another
-    one. Its count is at most 10,000 and may be a lower bound.
+    one. Its count is at most 10,000 and may be a lower bound. It calls `follow_indexes`, which holds for the rest of
+    the transaction.
     """
     await keyset.follow_indexes(connection)
     found: list[tuple[datetime, Execution]] = []

@@ -603,9 +603,10 @@ async def read_heads(connection: AsyncConnection, keys: Sequence[ExecutionKey]) 
 async def read_changes(
     connection: AsyncConnection, key: ExecutionKey, after: int, *, at_most: int
 ) -> RunChanges:
-    """Return the spans and log lines with sequence numbers above `after`, at most `at_most` of each, in their order.
+    """Return the spans, attempts and log lines with sequence numbers above `after`, in their order: at most `at_most`
+    spans and attempts, and as many lines.
 
-    If one list was cut, the other ends at the same number, and `is_all` is False.
+    If a list is that long, the other ends at the same number, and `is_all` is False.
     """
     # Commits may happen between the two statements: both end at the highest number of one moment.
     newest = (await connection.execute(_select_newest(key))).one()

@@ -504,7 +504,8 @@ async def live(request: GatewayRequest) -> ASGIApp:
     """Stream hints that runs or deliveries have changed, as server-sent events; ask the other routes what has changed.
 
     After `resync`, hints were dropped: load everything again. A comment is sent every 15 seconds. The topic `texts:`
-    adds the events `token` and `retry` of one run, as `GET /executions/{id}/steps?follow=true` has them.
+    adds the events `token` and `retry` of one run, as `GET /executions/{id}/steps?follow=true` has them. Topics that
+    only name ended runs are answered with 204.
     """
     topics = [topic for topic in (request.query[TOPICS] or "").split(",") if topic]
     if not topics or len(topics) > limits.LIVE_TOPICS:
@@ -547,7 +548,8 @@ async def cancel(request: GatewayRequest) -> JsonResponse:
 
 
 async def _ask_to_end(request: GatewayRequest, action: str) -> JsonResponse:
-    """Request the end of the path's execution by `stop` or `cancel`, and return its status.
+    """Request the end of the path's execution by `stop` or `cancel`, and return its status at once, without a wait for
+    the end.
 
     Raises a 404 error unless the caller may see it; an ended one does not change.
     """
@@ -603,8 +605,8 @@ async def resume(request: GatewayRequest) -> JsonResponse:
 
 
 def _refuse_fields_of_replays(body: Json) -> None:
-    """Raise a 422 error for every field but `fresh` in the body of a resume; it refers to the replay, which
-    has most of them.
+    """Raise a 422 error for every field but `fresh` in the body of a resume, and for a body that is no object; the
+    message refers to the replay, which has most of these fields.
     """
     if body is None or (isinstance(body, dict) and body.keys() <= {"fresh"}):
         return
@@ -636,10 +638,11 @@ async def _find_owner(request: GatewayRequest, key: ExecutionKey) -> BlobOwner:
 async def _select_view(
     request: GatewayRequest, execution_id: str, owner: BlobOwner | None, references: Sequence[str]
 ) -> ShownOutputs:
-    """Return the view of an execution's outputs that the query selects: large ones explained, or with
-    `expand=blobs` shown.
+    """Return the view of an execution's outputs that the query selects: large ones explained, or with `expand=blobs`
+    shown.
 
-    `owner` None means that there are none. Raises a 503 error if the blob storage does not answer.
+    `references` are the texts of the references to the large ones that are shown, `owner` is None without any. Raises a
+    503 error if the blob storage does not answer.
     """
     shown = request.gateway.large_outputs
     if owner is None or not references or Expansion.BLOBS not in request.query[EXPAND]:

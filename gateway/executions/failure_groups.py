@@ -219,10 +219,10 @@ async def _read_revisions(
 
 
 def read_hours(since: datetime | None, until: datetime | None, now: datetime) -> tuple[datetime, datetime]:
-    """Return the begin of the first and the end of the last hour that a time range touches, among the 24 hours that
-    are kept.
+    """Return the begin of the first and the end of the last hour that a time range touches, limited to the 24 hours
+    that are kept, up to the present one.
 
-    Raises a 400 error for a range that ends before it begins.
+    None as `since` or `until` means the limit. Raises a 400 error unless `until` is later than `since`.
     """
     if since is not None and until is not None and until <= since:
         raise invalid_query(UNTIL.name, "invalid-value", "until must be later than since")
@@ -371,7 +371,11 @@ def _show_group(
     *,
     previous_version: int | None,
 ) -> FailureGroup:
-    """Return a group as the API shows it; `last` is the row of the hour with its last failure."""
+    """Return a group as the API shows it; `last` is the row of the hour with its last failure, and `last_runs` has its
+    last run unless that is no longer kept.
+
+    `previous_version` is the version before the failures; None for none, or if the workflow has changed since.
+    """
     last_run = last_runs.get(last.execution_id)
     return FailureGroup(
         workflow_id=group.workflow_id,

@@ -139,7 +139,8 @@ def _resolve_assignees(
     """Return the assignees that `names` mean, users by their ids, without repetition; raises a 422 error that lists
     each unknown name.
 
-    Mail addresses without a user are accepted only if they are among the `current` assignees.
+    `users` are those of `_read_users`. The role of admins is accepted, too, but mail addresses without a user only if
+    they are among the `current` assignees.
     """
     kept = {approvals.ADMIN_ROLE, *(approvals.fold_assignee(one) for one in current if "@" in one)}
     folded = [approvals.fold_assignee(one) for one in names]
@@ -164,9 +165,9 @@ async def _require_visible(
     users: Mapping[str, User],
     assignees: Sequence[str],
 ) -> None:
-    """Raise a 422 error for users without access to the run: they would never find its question.
+    """Raise a 422 error if users among the assignees have no access to the run: they would never find its question.
 
-    A question that is sent by mail reaches them by its link.
+    Call it only for a question that is not sent by mail; otherwise its link reaches them.
     """
     problems = []
     for user in (users[one] for one in assignees if one in users):

@@ -33,10 +33,10 @@ def read_choices(request: Mapping[str, Json]) -> Sequence[Mapping[str, Json]]:
 async def require_valid_inputs(
     forms: FormChecker, organization_id: str, asked: Mapping[str, Json], choice: str | None, data: Json
 ) -> None:
-    """Raise a 422 error unless `choice` is one of the question's choices and `data` matches its schema.
+    """Raise a 422 error unless `choice` is one of the question's choices and `data` matches its schema, if it has one.
 
-    A question without choices accepts only None as the choice. At most 100 problems are listed. Raises 503 if
-    the schema could not be checked in time.
+    A question without choices accepts only None as the choice. At most 100 problems are listed; a schema that can't be
+    used or takes over three seconds to check gives 422, too. Raises 503 if no process is free for the check.
     """
     found = ProblemCollector()
     ports = [str(one["port"]) for one in read_choices(asked)]
@@ -62,7 +62,7 @@ async def require_valid_arguments(
     """Return the arguments that replace those of an approved tool call; None if they are the same.
 
     Raises a 422 error for a question or a choice that takes none, for too long ones, and unless they match the
-    parameters of the tool; 503 if these could not be checked in time.
+    parameters of the tool; 503 if no process is free for the check.
     """
     call = asked.get("toolCall")
     given = _encode_sorted(arguments)
@@ -90,9 +90,11 @@ def _encode_sorted(value: object) -> bytes:
 async def require_valid_value(
     forms: FormChecker, organization_id: str, schema: Mapping[str, Json], value: Json, name: str
 ) -> None:
-    """Raise a 422 error unless a value matches the schema of its node; problems have paths that begin with `name`.
+    """Raise a 422 error unless `value` matches `schema`; the error has at most 100 problems, with paths that begin with
+    `name`.
 
-    At most 100 are listed. Raises 503 if the schema could not be checked in time.
+    It is also raised for a schema that can't be used or takes over three seconds to check. Raises 503 if no process is
+    free for the check; organizations share them fairly.
     """
     found = ProblemCollector()
     for violation in await _find_violations(forms, organization_id, schema, value, name):
@@ -106,7 +108,8 @@ async def _find_violations(
 ) -> Sequence[FormViolation]:
     """Return up to 100 violations of a schema by the answer `data`.
 
-    Raises a 422 error of the field `name` for an invalid schema, and 503 if the check takes too long.
+    Raises a 422 error of the field `name` for a schema that can't be used or takes over three seconds to check, and 503
+    if no process is free for the check.
     """
     try:
         found = await forms.check(organization_id, schema, data)

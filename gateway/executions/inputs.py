@@ -330,8 +330,8 @@ async def find_approver(connection: AsyncConnection, caller: ApiCaller) -> Appro
 async def _find_earlier_result(
     request: GatewayRequest, key: ExecutionKey, idempotency_key: IdempotencyKey | None
 ) -> int | None:
-    """Return the number of approvals that were missing after an earlier request with this idempotency key; None if
-    there is none, and without a key.
+    """Return the number of approvals that were missing after an earlier request with this idempotency key, 0 if the
+    node got its answer; None if there is none, and without a key.
 
     Raises a 422 error if the body of that request differs.
     """
@@ -353,10 +353,10 @@ def _read_missing(resource_id: str) -> int:
 async def find_waiting_node(
     connection: AsyncConnection, key: ExecutionKey, node_id: str, iteration: str | None
 ) -> WaitingNode:
-    """Return the waiting node that a request is for, by node and iteration.
+    """Return the waiting node that a request is for, by node and iteration, also one whose deadline is over.
 
-    Raises a 409 error if none waits or it was answered, and 422 if the body names no iteration although several
-    wait, or a tool call of an agent: another call may wait at the same node since the caller has read its arguments.
+    Raises a 409 error if none waits or it was answered, and 422 if the body names no iteration although several wait,
+    or a tool call of an agent: another call may wait at the same node since the caller has read its arguments.
     """
     waiting = [
         one

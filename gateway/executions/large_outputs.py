@@ -99,7 +99,7 @@ class LargeOutputs:
         return ShownOutputs(f"{self._address}/{execution_id}", contents, reasons)
 
     async def _content(self, owner: BlobOwner, reference: BlobReference) -> Raw | None:
-        """Return the content of a blob as JSON; None if it is lost, too large or no JSON.
+        """Return the content of a blob as JSON; None if it is lost, larger than its reference says, or no JSON.
 
         Raises a 503 error if the storage does not answer.
         """

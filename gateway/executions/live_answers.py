@@ -276,12 +276,12 @@ class LiveAnswerHub:
 
     async def follow(self, execution_id: str, owner: str) -> None:
         """Ask the process that holds a run for its answers, unless it was asked in the last five seconds and nothing
-        was lost since.
+        was lost since; an unavailable broker is only logged.
 
-        Nothing happens without readers. `owner` is its name in the lease. If it is another one than before, the texts
-        of the earlier one are dropped, and the new one is asked for its own from their beginning: gateways may have
-        passed them on before. An empty name changes nothing, since the last texts of a run that has just left its
-        process may still arrive.
+        Nothing happens without readers. `owner` is the name of the process in the lease. If it is another one than
+        before, the texts of the earlier one are dropped, and the new one is asked for its own from their beginning:
+        gateways may have passed them on before. An empty name changes nothing, since the last texts of a run that has
+        just left its process may still arrive.
         """
         run = self._runs.get(execution_id)
         if run is None or not owner:
@@ -321,7 +321,8 @@ class LiveAnswerHub:
         """Add a piece to its text, or begin a text with it, and notify the readers; a part that was added before is
         left out.
 
-        A piece behind a gap is left out too, and the run is marked, so that its process is asked for all of it again.
+        A piece behind a gap is left out too, and the run is marked, so that its process is asked for all of it again. A
+        text that reaches the limit, of its own or of all texts, grows no further.
         """
         call = (piece.attempt, piece.model_call)
         text = run.texts.get(piece.place)

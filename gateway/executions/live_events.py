@@ -146,7 +146,7 @@ class EventSource(Protocol):
         """Filter of the nodes for which the stream also sends the texts that models are writing; None for no texts."""
 
     async def read(self, connection: AsyncConnection, key: ExecutionKey, after: int) -> EventBatch:
-        """Return up to `EVENTS_AT_ONCE` records with sequence numbers above `after`."""
+        """Return the next records with sequence numbers above `after`, at most `EVENTS_AT_ONCE` of each kind."""
 
 
 class RunRecords(Struct, frozen=True):
@@ -207,8 +207,8 @@ def _show_lines(rows: Iterable[Recorded]) -> Iterable[RecordEvent]:
 
 
 def _merge(events: Sequence[RecordEvent], changes: RunChanges, after: int) -> EventBatch:
-    """Return events sorted by sequence number as a batch that ends with the last record of `changes`, at
-    `after` without any.
+    """Return events sorted by sequence number as a batch that ends with the last record of `changes`, from which the
+    events may be a selection, or at `after` if it has none.
     """
     last = max((row.sequence for row in (*changes.spans, *changes.logs)), default=after)
     return EventBatch(sorted(events, key=lambda event: event[0]), last, changes.is_all)
@@ -337,8 +337,8 @@ class RunEventStream:
         return True
 
     async def _send_records(self, head: Execution, send: Send) -> None:
-        """Send the progress of the run and the records since the last call; after the end of the run, also the event
-        `end`.
+        """Send the progress of the run, if the source has it, and the records since the last call; after the end of the
+        run, also its outcome, with the event id `end`.
 
         Nothing is read or sent if the row of the run has not changed.
         """

@@ -204,7 +204,7 @@ class LiveHints:
         """Yield a function that returns the new texts of a run as encoded events, each once; empty for none and without
         a run.
 
-        The queue is notified of new texts.
+        During the block, the queue is notified of new texts, and it ends if the client may not see the run any more.
         """
         if run is None:
             yield bytes
@@ -281,7 +281,9 @@ class LiveHints:
     # ── lists ───────────────────────────────────────────────────────────────────────────────────────────────
 
     def _join_list(self, queue: HintQueue, topic: str, organization_id: str) -> None:
-        """Add a queue to those that are notified of changes of a list; the first one starts the watch."""
+        """Add a queue to those that are notified of changes of a list, with a hint if it has changed within the last
+        minute; the first one starts the watch.
+        """
         watch = self._lists.setdefault((topic, organization_id), ListWatch())
         watch.queues.add(queue)
         if watch.version and self._is_recent(watch.changed_at):
@@ -404,7 +406,7 @@ class HintStream:
     ) -> None:
         """Send hints, and texts behind them, until the queue ends, the client leaves, or its key is no longer valid.
 
-        The key is checked every 15 seconds.
+        The key is checked every 15 seconds; if the database is unavailable then, the stream ends, too.
         """
         following = asyncio.create_task(self._live.follow(queue, self._caller, self._topics))
         gone = asyncio.create_task(_until_gone(receive))

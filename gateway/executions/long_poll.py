@@ -116,7 +116,7 @@ class ExecutionPollHub:
         """Wait until a run has ended, at most `wait_seconds` (0: not at all), and return its progress; None if it does
         not exist.
 
-        Raises a 503 error if 10,000 requests wait here.
+        Raises a 503 error if 10,000 requests wait here, and `DatabaseUnavailable`.
         """
         if wait_seconds <= 0:
             return await self._reads.submit(key)
@@ -135,7 +135,7 @@ class ExecutionPollHub:
         """Wait until a run has ended, at most `wait_seconds`, and return its outcome; None if it has not ended or does
         not exist.
 
-        Raises a 503 error if 10,000 requests wait here.
+        Raises the errors of `wait_for_progress`.
         """
         found = await self.wait_for_progress(key, wait_seconds)
         return found if found is not None and found.status in TERMINAL_STATUSES else None
@@ -292,7 +292,7 @@ class ExecutionAccess:
         """Return the database key (id and shard) of an execution; raises a 404 error unless it exists and the caller
         may see it.
 
-        Visibility is cached for five seconds.
+        A positive answer is cached for five seconds, for which a caller who loses access still gets it.
         """
         if self._visible.get((execution_id, caller.user_id, caller.role)) is None:
             statement = select(col(Execution.id)).where(

@@ -31,17 +31,18 @@ _SUMS: Final = ("calls", "unpriced_calls", "input_tokens", "output_tokens", "cos
 async def read_hours(
     connection: AsyncConnection, caller: ApiCaller, since: datetime, now: datetime
 ) -> Mapping[datetime, Row[*tuple[Any, ...]]]:
-    """Return the sums of answered calls by the begin of the hour since a time, of the models with metrics that the
-    caller may see.
+    """Return the sums of the answered calls of models in each hour since `since`, by the begin of the hour.
 
-    Hours without calls are absent.
+    For an admin, all models of the organization count, deleted ones too; for others, their own. Hours without calls are
+    absent.
     """
     rows = await connection.execute(hours_statement(caller, since, now))
     return {row.starts_at: row for row in rows}
 
 
 def hours_statement(caller: ApiCaller, since: datetime, now: datetime) -> Select[*tuple[Any, ...]]:
-    """Return the statement that sums the answered calls of models by hour.
+    """Return the statement that sums the answered calls of models by hour, from `since` to the present hour, in which
+    `now` is.
 
     An admin's models are those with costs in the months of these hours, deleted ones among them; others have their own.
     By the ids of the models, the database reads their hours from an index.

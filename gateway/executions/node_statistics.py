@@ -70,8 +70,8 @@ async def show(request: GatewayRequest) -> JsonResponse:
 async def _read_spans(
     connection: AsyncConnection, workflow_id: str, shard: int, since: datetime
 ) -> Sequence[Recorded]:
-    """Return the ended spans of the 100 newest runs of a workflow since a time, at most 5,000: those of
-    the newest of these runs.
+    """Return the completed and failed spans of the 100 newest runs of a workflow since a time; of over 5,000, only
+    those of the newest of these runs.
 
     Reused results and iterations as a whole are left out; nodes in iterations are included.
     """

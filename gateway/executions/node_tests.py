@@ -69,9 +69,9 @@ class PendingNodeTest(WireStruct):
 async def run_node(request: GatewayRequest) -> JsonResponse:
     """Run one node of a workflow on your own input. Writes of the node are real.
 
-    The test is an execution with the trigger type `test`. It uses the stored config, mappings and retries of
-    the node. A loop runs with its body. No predecessor runs: provide their data in `input`, and other paths
-    in `trigger` and `nodes`.
+    The test is an execution with the trigger type `test`. It uses the stored config, mappings and retries of the node.
+    A loop runs with its body. No predecessor runs: provide their data in `input`, and other paths in `trigger` and
+    `nodes`. If it has not ended after `wait` seconds, the answer is 202.
     """
     value = await read_json(request)
     body = body_of(request, value, NodeTestRequest)

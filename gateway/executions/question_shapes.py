@@ -181,7 +181,9 @@ class AnsweredInputs(WireStruct):
 
 
 def find_refusal(wait: OrganizationWait, approver: Approver) -> AnswerRefusal | None:
-    """Return the reason why a person may not answer a question; None if they may."""
+    """Return the reason why a person may not answer a question by its rules; None if they may, although they may have
+    answered it already.
+    """
     return approvals.find_refusal(
         wait.node.request, approver, starter_id=wait.user_id, trigger_type=wait.trigger_type
     )

@@ -189,10 +189,11 @@ async def _start(
     *,
     again: bool,
 ) -> JsonResponse:
-    """Start a planned replay as a new execution with capacity in the backlogs, and return the answer 201.
+    """Start a planned replay as a new execution, and return the answer 201; with `again`, also of an execution that was
+    resumed or replayed before.
 
-    A used idempotency key gives the answer to its first request. Raises 404, 409 and 429, and 422 for a key with
-    another body.
+    A used idempotency key gives the answer to its first request. Raises 404, 409, 429 for a full backlog, and 422 for a
+    key with another body.
     """
     caller, gateway = request.caller, request.gateway
     await gateway.backlog.require_capacity(caller.organization_id, planned.workflow_id)
@@ -221,7 +222,7 @@ async def _start(
 async def _find_answer(
     request: GatewayRequest, key: ExecutionKey, idempotency_key: IdempotencyKey | None
 ) -> JsonResponse | None:
-    """Return the answer to an earlier request with the same idempotency key; None without one.
+    """Return the answer to an earlier request with the same idempotency key; None if there was none, and without a key.
 
     Raises a 422 error if that request had another body.
     """

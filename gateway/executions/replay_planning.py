@@ -176,8 +176,9 @@ class ReplayPlanner:
         """Return the plan of a replay: for each node, whether its recorded result is reused; nothing is stored.
 
         Recorded values are loaded only if an input may have changed, or a new concurrency key depends on the trigger.
-        Raises 404, 409 for an execution that has not ended, 422 for unknown nodes and invalid definitions, and 503
-        while the blob storage is unavailable.
+        Writes that need a confirmation raise nothing: they are `unconfirmed` in the plan. Raises 404, 409 for an
+        execution that has not ended, 422 for unknown nodes, wrong choices and invalid definitions, and 503 while the
+        blob storage is unavailable.
         """
         async with self._database.read() as connection:
             recorded = await _read_execution(connection, key, caller)
@@ -302,7 +303,8 @@ class ReplayPlanner:
     async def _load_values(self, plan: _Planning) -> None:
         """Load recorded inputs and outputs, and the recorded output of the trigger, into the plan.
 
-        Lost values are noted as expired. Raises a 503 error if the blob storage does not answer.
+        Lost values are noted as expired; if that of the trigger is lost, `has_outputs` is False. Raises a 503 error if
+        the blob storage does not answer.
         """
         recorded = plan.recorded
         row = recorded.row
@@ -590,8 +592,8 @@ def _has_outside_trigger(graph: ParsedGraph) -> bool:
 
 
 def _choose_steps(plan: ReplayPlan, program: WorkflowProgram) -> dict[str, StepReuse]:
-    """Return how recorded steps are used, by the node ids of the agents of a plan, and of the tools in them
-    that are agents.
+    """Return the use of recorded steps, by the node ids of the agents of a plan, and of the tools in them that are
+    agents; agents that use none are absent.
     """
     found: dict[str, StepReuse] = {}
     for node in plan.nodes:

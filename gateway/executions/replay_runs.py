@@ -47,8 +47,7 @@ async def start_planned(
     """Start the planned replay `new_id` of an execution in a transaction of its own, make it visible to the caller, and
     wake workers.
 
-    An existing `new_id` is left as it is. Raises 404, and 409 if the source was resumed, replayed or redriven before,
-    or may not be replayed.
+    An existing `new_id` is left as it is. Raises the errors of `start_replay` without `again`.
     """
     await database.transaction(
         partial(
@@ -77,8 +76,8 @@ async def start_replay(
 ) -> None:
     """Insert the execution `new_id` as a replay of `source` by a plan; nothing changes if it exists already.
 
-    Raises 404, and 409 if the source has not ended, was resumed, replayed or redriven before (unless `again`), or its
-    workflow is paused, archived or deleted.
+    Raises 404, 409 if the source has not ended, was resumed, replayed or redriven before (unless `again`), or its
+    workflow is paused, archived or deleted, and `LockWaitTimeout` if another transaction locks the source.
     """
     ended = await resume_runs.lock_ended(connection, source, caller)
     resume_runs.require_ended(ended.status)

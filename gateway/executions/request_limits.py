@@ -120,7 +120,7 @@ class RunRateLimiter:
         also: Sequence[RateLimit] = (),
     ) -> None:
         """Take tokens for `count` runs from the rate limits of a request, and add rate limit headers to its answer;
-        raises a 429 error beyond a limit.
+        raises a 429 error beyond a limit, and then takes none.
 
         `key` is the id of the sender for the limit of each sender: None means the API key of the caller, and "" no such
         limit. `workflow_id` adds the limit of a workflow; pass it only for callers who may run it. `also` adds limits
@@ -329,7 +329,8 @@ class BacklogLimits:
         either is full.
 
         Then nothing is reserved. Reserved runs count until the next count of the stored ones, about a second later;
-        other gateways don't see them, so limits may be exceeded a little.
+        other gateways don't see them, so limits may be exceeded a little. While the database is unavailable, the last
+        counts are used.
         """
         organization = self._tally(organization_id)
         whole = self._per_organization
@@ -393,7 +394,7 @@ class BacklogLimits:
     ) -> None:
         """Start a count of a backlog by `find` in the background if the last one is outdated.
 
-        Wait for it only before the first answer, and if `count` more runs would exceed the limit.
+        Wait for it only if there was no count yet, or if `count` more runs would exceed the limit.
         """
         if tally.counting is None and monotonic() >= tally.fresh_until:
             tally.counting = asyncio.create_task(self._count(tally, find))

@@ -84,10 +84,11 @@ async def resume_execution(
 
 
 async def lock_ended(connection: AsyncConnection, ended: ExecutionKey, caller: ApiCaller) -> Row[Any]:
-    """Lock an execution until the transaction ends, and return its status, trigger type, concurrency key and workflow.
+    """Lock an execution until the transaction ends, and return a row of its status, trigger type and concurrency key,
+    and of its workflow's id, status and time of deletion.
 
     The lock excludes resume, replay and deletion. The caller checks whether the execution has ended. Raises a 404 error
-    unless the caller may see it.
+    unless the caller may see it, and `LockWaitTimeout` if another transaction locks it for too long.
     """
     statement: Select[*tuple[Any, ...]] = (
         select(
@@ -113,7 +114,9 @@ def require_ended(status: str) -> None:
 
 
 def require_open(found: Row[Any]) -> None:
-    """Raise a 409 error if the workflow of an execution is deleted, paused or archived."""
+    """Raise a 409 error if the workflow of an execution is deleted, paused or archived; `found` is a row of
+    `lock_ended`.
+    """
     if found.deleted_at is not None:
         raise errors.conflict("workflow-deleted", "The execution's workflow is deleted")
     acceptance.require_open(WorkflowStatus(found.workflow_status))

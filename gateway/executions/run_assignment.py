@@ -54,7 +54,8 @@ class GrantingWorker(Struct):
     until: float = 0.0
 
     def apply_grant(self, grant: SlotGrant, now: float) -> None:
-        """Apply a grant of slots (free places for runs) of this worker that arrived at `now`, a time of the event loop.
+        """Apply a grant of slots (free places for runs) of this worker that arrived at `now`, a time of the event loop,
+        in place of its earlier one.
 
         Assigned runs that the worker has not received yet count as used slots. The grant ends after `GRANT_SECONDS`.
         """

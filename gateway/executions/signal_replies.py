@@ -47,7 +47,7 @@ async def wait_for_reply(
     database: Database, waiting: ExecutionPollHub, key: ExecutionKey, sent: Signal, seconds: int
 ) -> Signal:
     """Wait until a node has replied to a signal or the run has ended, at most `seconds`, and return the signal as it is
-    then.
+    then; with 0, return `sent` at once.
 
     Raises 404 if the run is gone, and 503 if 10,000 requests wait here.
     """

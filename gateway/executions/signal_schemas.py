@@ -43,7 +43,8 @@ class SignalSchemas:
         """Raise a 422 error if no node of the run waits for signals of this name, or if the payload violates the schema
         of one of these nodes.
 
-        Raises 404 if the run is gone, and 503 if the schema could not be checked in time.
+        A schema that can't be used or takes over three seconds to check gives 422, too. Raises 404 if the run is gone,
+        and 503 if no process is free for the check.
         """
         schemas = await self._load(key, organization_id)
         if name not in schemas:
@@ -80,7 +81,9 @@ class SignalSchemas:
 
 
 def _find_schemas(definition: str) -> SchemasByName:
-    """Return the schemas of the nodes that wait for signals in a definition (JSON text), by signal name."""
+    """Return the schemas of the nodes that wait for signals in a definition (JSON text), by signal name; empty for a
+    name of nodes without a schema.
+    """
     found: dict[str, list[Mapping[str, Json]]] = {}
     nodes: Sequence[Mapping[str, Any]] = decoding.decode(definition).get("nodes", [])
     for node in nodes:

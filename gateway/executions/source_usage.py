@@ -165,8 +165,8 @@ async def show(request: GatewayRequest) -> JsonResponse:
 async def _list_workflows(
     connection: AsyncConnection, source_id: str, caller: ApiCaller
 ) -> Sequence[SourceWorkflow]:
-    """Return up to 20 workflows that the caller may read and that name the data source, with the nodes that
-    name it and their deployments.
+    """Return up to 20 workflows that the caller may read and that name the data source, each with its deployment and
+    the nodes that name the source.
     """
     names = dict(await data_source_rows.list_referring_workflows(connection, source_id, caller, WORKFLOWS))
     found = select(col(Workflow.id), col(Workflow.version)).where(col(Workflow.id).in_(names))

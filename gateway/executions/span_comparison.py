@@ -126,7 +126,7 @@ def _compare(gateway: GatewayState, found: SpanDetails, other: SpanDetails | Non
     """Return the differences of definition, config, input and output between two spans, of which `other` is the earlier
     side.
 
-    A span is one execution of a node. Without the other span, all differences are None.
+    A span is one execution of a node. A part that either side lacks has None; without the other span, all have.
     """
     span = found.span
     if other is None:

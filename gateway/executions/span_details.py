@@ -193,7 +193,8 @@ def _find_node(definition: str, node_id: str) -> tuple[bytes | None, bytes]:
 def show_config(details: SpanDetails, catalog: NodeCatalog) -> ShownConfig:
     """Return the config of a span as it was rendered, without credentials, and the effect of its node under it.
 
-    A config without expressions is that of the definition.
+    A config without expressions is that of the definition. The config is None if it was not rendered, the effect if the
+    node's type is gone.
     """
     text = details.rendered_config
     defined, program = _compile_node(details, catalog)

@@ -81,10 +81,11 @@ def plan_partial_run(
     catalog: NodeCatalog,
     now: datetime,
 ) -> RunRequest:
-    """Return the run of a part of a graph, with a definition of its own.
+    """Return the run of a part of a graph, with a definition of its own; an invalid one raises nothing: its validation
+    has the errors.
 
-    Nodes with a pinned output return it without running; the part up to a node leaves out all that it does
-    not need. Raises a 422 error if the part names unknown nodes, or pinned outputs exceed 1 MB.
+    Nodes with a pinned output return it without running; the part up to a node leaves out all that it does not need.
+    Raises a 422 error if the part names unknown nodes, or pinned outputs exceed 1 MB.
     """
     known = {str(node["id"]) for node in nodes}
     asked = {} if piece.up_to is None else {"upTo": piece.up_to}
@@ -102,8 +103,9 @@ def plan_node_test(
     """Return the private run of one node behind a node that returns the given input; a loop runs with its body, a
     trigger alone.
 
-    Outputs of other nodes are as given. Raises 404 for an unknown node, 409 if two nodes share the id, and 422 for
-    unknown nodes, too much data, or a trigger's input that is no object.
+    Outputs of other nodes are as given. An invalid definition raises nothing: its validation has the errors. Raises 404
+    for an unknown node, 409 if two nodes share the id, and 422 for unknown nodes, too much data, or a trigger's input
+    that is no object.
     """
     nodes, connections = select_graph(workflow)
     tried = node_edits.find_node(nodes, node_id)
