@@ -47,12 +47,12 @@ class DuplicateName(ValueError):
 def decode_in_pieces(
     text: bytes, decode_piece: Callable[[bytes], Any], *, piece_bytes: int = PIECE_BYTES
 ) -> Any:  # noqa: ANN401 - any JSON value
-    """Decode a JSON text in pieces of about `piece_bytes`, each by `decode_piece`, so that other threads run
-    in between.
+    """Return the value of a JSON text, decoded in pieces of about `piece_bytes`, each by `decode_piece`, so that other
+    threads run in between.
 
-    Returns the value of the whole text. Raises the errors of `decode_piece`, and `DecodeError` and
-    `RecursionError` for a text that isn't JSON. Raises `DuplicateName` if members of the same name are in
-    different pieces, or if `decode_piece` merges them.
+    Raises `DecodeError` for a text that isn't JSON, `RecursionError` for a too deep one, and the errors of
+    `decode_piece`. Raises `DuplicateName` for members of the same name in different pieces; those within one piece are
+    left to `decode_piece`, and if it merges them, not always noticed.
     """
     # Takes 4 ns a byte at most, with the interpreter's lock held. A text that passes can be cut
     # unambiguously.

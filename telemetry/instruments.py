@@ -113,9 +113,9 @@ def expose() -> None:
 def counter(name: str, *values: str) -> Counter | UnreadInstrument:
     """Return the counter of a metric family with these label values, in the order of its labels.
 
-    Values that the family does not list, and combinations beyond 5,000 per family, share the counter `other`.
-    While the process exposes no metrics, an instrument that counts nothing is returned; otherwise raises
-    LookupError for an unknown family or one of another kind.
+    Values that the family does not list, and combinations beyond 5,000 per family, share the counter `other`. While the
+    process exposes no metrics, an instrument that counts nothing is returned; otherwise raises `LookupError` for an
+    unknown family or one of another kind, and `ValueError` for another number of values.
     """
     return _find_counter(name, values) if is_exposed else _UNREAD
 
@@ -124,9 +124,9 @@ def counter(name: str, *values: str) -> Counter | UnreadInstrument:
 def gauge(name: str, *values: str) -> Gauge | UnreadInstrument:
     """Return the gauge of a metric family with these label values, in the order of its labels.
 
-    Values that the family does not list, and combinations beyond 5,000 per family, share the gauge `other`.
-    While the process exposes no metrics, an instrument that shows nothing is returned; otherwise raises
-    LookupError for an unknown family or one of another kind.
+    Values that the family does not list, and combinations beyond 5,000 per family, share the gauge `other`. While the
+    process exposes no metrics, an instrument that shows nothing is returned; otherwise raises `LookupError` for an
+    unknown family or one of another kind, and `ValueError` for another number of values.
     """
     return _find_gauge(name, values) if is_exposed else _UNREAD
 
@@ -135,15 +135,16 @@ def gauge(name: str, *values: str) -> Gauge | UnreadInstrument:
 def histogram(name: str, *values: str) -> Histogram | UnreadInstrument:
     """Return the histogram of a metric family with these label values, in the order of its labels.
 
-    Values that the family does not list, and combinations beyond 5,000 per family, share the histogram `other`.
-    While the process exposes no metrics, an instrument that observes nothing is returned; otherwise raises
-    LookupError for an unknown family or one of another kind.
+    Values that the family does not list, and combinations beyond 5,000 per family, share the histogram `other`. While
+    the process exposes no metrics, an instrument that observes nothing is returned; otherwise raises `LookupError` for
+    an unknown family or one of another kind, and `ValueError` for another number of values.
     """
     return _find_histogram(name, values) if is_exposed else _UNREAD
 
 
 def declare(*names: str) -> None:
-    """Expose metric families from now on, as 0, with every combination of the label values that the table lists.
+    """Show metric families at 0 from the beginning if this process exposes metrics, with every combination of the label
+    values that the table lists.
 
     A family with a label of free values is exposed without values until its first use. Raises `KeyError` for an unknown
     family.

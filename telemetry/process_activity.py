@@ -120,11 +120,11 @@ class ActivityMeter:
         self._claims, self._commits, self._committed_runs = 0, 0, 0
 
     def take(self) -> dict[str, Any]:
-        """Return the activity since the last call as JSON: `claims` and `commits` per second, `commitSize` as
-        the mean number of executions in a commit, `streams` (open event streams), `retention` in days by name,
-        `duties` with `every`, `seconds` and `age` of their last ticks, `queues` with their lengths (None if unknown),
-        `renewalAge`, `lead` with its `owner` and `age`, and `connections`; without those that do not apply. Times and
-        ages are in seconds.
+        """Return the activity since the last call as JSON: `claims` and `commits` per second, `commitSize` as the mean
+        number of executions in a commit, `streams` (open event streams), `retention` in days by name, `duties` with
+        `every`, `seconds` and `age` of their last ticks, `queues` with their lengths (None if unknown), `renewalAge`,
+        `lead` with its `owner` and `age`, and `connections` as `ConnectionActivity.show` returns them; without those
+        that do not apply. Times and ages are in seconds.
         """
         now, activity = time.monotonic(), self._activity
         seconds = max(now - self._at, 0.001)

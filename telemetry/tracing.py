@@ -81,8 +81,8 @@ def parse_traceparent(text: str) -> TraceContext | None:
 
 
 def limit_code(code: str) -> str:
-    """Return an error code for a trace: the code itself if it is letters, digits and hyphens,
-    else `error`, since it may be data.
+    """Return an error code for a trace: the code itself if it is up to 64 small letters, digits and hyphens that begin
+    with a letter, else `error`, since it may be data.
     """
     return code if _CODE.fullmatch(code) else "error"
 
@@ -358,8 +358,9 @@ class Tracer:
         """Begin the trace segment of a run that a worker has claimed, make it current, and return it.
 
         `origin` is the stored text about the request that started the run, None without one; `token` is the fencing
-        token of the claim. `accepted_at` is given only at the first claim: then the span from acceptance to
-        `started_at` is sent, the parent of all segments of the run.
+        token of the claim at `claimed_at`, and `started_at` the time of the run's first claim. `accepted_at` is given
+        only at the first claim: then the span from acceptance to `started_at` is sent, the parent of all segments of
+        the run.
         """
         caller, is_child = decode_origin(origin)
         trace_id, is_sampled = self.trace_of(execution_id, caller, is_child=is_child)
