@@ -50,10 +50,10 @@ class GroupCommit(Generic[Item, Answer]):
         self._task: asyncio.Task[None] | None = None
 
     def submit(self, item: Item) -> asyncio.Future[Answer]:
-        """Queue an item for the next commit, and return the future of its answer, which may raise the error
-        of the commit.
+        """Queue an item for the next commit, and return the future of its answer, which may raise the error of the
+        commit.
 
-        It must be called on the event loop.
+        It must be called on the event loop. An item whose future is canceled is committed all the same.
         """
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self._waiting.append((item, future, self._weigh(item)))
@@ -107,8 +107,8 @@ class GroupCommit(Generic[Item, Answer]):
         return batch
 
     async def _settle(self, batch: list[tuple[Item, asyncio.Future[Answer]]]) -> None:
-        """Commit a batch, and give each item its answer or the error; after an error that one item may have caused,
-        each is committed alone.
+        """Commit a batch, and give each item its answer or the error; after any error but an unreachable database, each
+        item is committed alone.
         """
         try:
             answers = await self._commit([item for item, _ in batch])

@@ -98,10 +98,11 @@ class RunRecorder:
     """Recorder that groups the writes of all runs of a process."""
 
     def __init__(self, store: RunStore, on_committed: OnCommitted) -> None:
-        """Create a recorder; `on_committed` is called after each commit.
+        """Create a recorder; `on_committed` is called after each commit that has written a run.
 
-        It gets the changed runs by id, each with its channel if the run has ended, and the outcomes of runs that ended
-        with all their records in this commit.
+        It gets the changed runs by id, each with its channel if the run has ended, together with keys of organizations
+        whose task workers have news (without a channel); and the outcomes of runs that ended with all their records in
+        this commit.
         """
         self._store = store
         self._on_committed = on_committed
@@ -302,8 +303,8 @@ class RunJournal:
         self._done += share
 
     def set_answer_count(self, wait_answer_count: int) -> None:
-        """Set the number of wait answers that the run has seen, which the write of a wait compares with the
-        stored number.
+        """Set the number of wait answers that the run has seen: if more are stored when the run is to wait, it becomes
+        pending instead.
         """
         self._wait_answer_count = wait_answer_count
 
@@ -316,7 +317,8 @@ class RunJournal:
     async def restore(self, spans: Sequence[NodeSpan]) -> Sequence[NodeSpan]:
         """Return recorded spans with the values that their rows keep in blobs, and track the waits among them.
 
-        Raises `RecordedValueLost`, and `LeaseLost` if the lease ends while the storage is unavailable.
+        Raises `RecordedValueLost`, and `LeaseLost` if the lease ends, or the run is canceled or handed off at once,
+        while the storage is unavailable.
         """
         for span in spans:
             self._track_wait(span)
@@ -328,8 +330,8 @@ class RunJournal:
     async def read_trigger(self, text: str) -> Json:
         """Return the output of the trigger node from the text of its row; a body in a blob is read.
 
-        Raises `InvalidJson`, `RecordedValueLost`, and `LeaseLost` if the lease ends while the storage is
-        unavailable.
+        Raises `InvalidJson`, `RecordedValueLost`, and `LeaseLost` if the lease ends, or the run is canceled or handed
+        off at once, while the storage is unavailable.
         """
         if self._large is None or not text.startswith(large_values.SEPARATE_BODY):
             return await offload.run(values.decode_json, text.encode())
@@ -338,7 +340,7 @@ class RunJournal:
 
     @property
     def owes_result(self) -> bool:
-        """Whether a new result waits for the next commit."""
+        """Whether the result of a node, or of a step with recorded contents, waits for the next commit."""
         return self._write.has_new_result
 
     async def pass_trial(self) -> None:
@@ -352,7 +354,9 @@ class RunJournal:
 
     @property
     def is_dirty(self) -> bool:
-        """Whether spans, steps, log lines or metadata wait for the next commit."""
+        """Whether spans, steps, log lines or metadata wait for the next commit; records of attempts alone don't count,
+        and are committed with others.
+        """
         write = self._write
         return bool(write.spans or write.steps or write.logs or write.metadata)
 
@@ -364,7 +368,8 @@ class RunJournal:
     async def commit(self) -> None:
         """Make everything recorded so far durable, after a commit in progress; without records it commits nothing.
 
-        Waits while the database is unavailable. Raises `LeaseLost`, also after an earlier write was refused.
+        Waits while the database or the blob storage is unavailable. Raises `LeaseLost`, also after an earlier write was
+        refused, and for a canceled run that waits for the blob storage.
         """
         async with self._commit_lock:
             if self.is_dirty or self._is_broken:
@@ -470,7 +475,7 @@ class RunJournal:
     async def _repeat_until_done(self, begin: Callable[[], asyncio.Future[T]]) -> T:
         """Begin work again after each outage, every quarter of a second, until it succeeds; return its result.
 
-        Raises `LeaseLost` when the lease ends, or if a canceled run waits for blobs.
+        Raises `LeaseLost` when the lease ends, or if a run that is canceled or handed off at once waits for blobs.
         """
         is_logged = False
         while True:
@@ -592,7 +597,7 @@ class LeaseKeeper:
             del self._leases[lease.key.execution_id]
 
     def execution_ids(self) -> list[str]:
-        """Return the ids of the executions with held leases."""
+        """Return the ids of the executions with leases that are not released yet, lost ones included."""
         return list(self._leases)
 
     async def _renew_forever(self) -> None:
@@ -675,8 +680,8 @@ class LeaseKeeper:
 def _ended_execution(write: RunWrite) -> EndedExecution | None:
     """Return status, error and outputs of a run that ends with this write, for a notification.
 
-    None if the run does not end, a value is stored as a blob, or the outcome is too large. The write must
-    hold all records of the run.
+    None if the run does not end, an output outside of loops is stored as a blob, or the outcome is too large. The write
+    must hold all records of the run.
     """
     if write.end is None or write.end in UNFINISHED_STATUSES:
         return None

@@ -164,9 +164,9 @@ async def insert_copy(
 ) -> None:
     """Insert the execution `new_id`, which resumes a failed one with its committed results, labels and attempts.
 
-    It is pending, or unparsed if its mail is. `trigger_type` is the kind of its trigger, and `also` has values of
-    columns that differ from the failed one. Agents without a result continue their conversations, or begin new ones
-    unless `keeps_conversations`.
+    It is pending; with a concurrency key it waits for a slot, and for parsing if its mail is unparsed. `trigger_type`
+    is that of the failed one, and `also` has values of columns that differ from the failed one. Agents without a result
+    continue their conversations, or begin new ones unless `keeps_conversations`.
     """
     kept = select(col(SpanRow.node_id), col(SpanRow.iteration), _SETTLED.label("is_settled")).where(
         _spans_of(failed), _KEPT
@@ -207,8 +207,8 @@ async def insert_replay(
 ) -> None:
     """Insert the execution `new_id`, a replay of an ended one, with labels and the results that `replay` reuses.
 
-    It runs the definition, settings and trigger that `replay` names, and is pending, or unparsed if its mail
-    is.
+    It runs the definition, settings and trigger that `replay` names. It is pending; with a concurrency key it waits for
+    a slot, and for parsing if its mail is unparsed.
     """
     changes: dict[str, SQLColumnExpression[Any]] = {
         "completed_nodes": literal(len(replay.spans[ResultUse.SETTLED])),
@@ -296,7 +296,7 @@ async def _insert_skipped(
 
 
 def _span_changes(use: ResultUse, source: ExecutionKey, key_id: str) -> dict[str, SQLColumnExpression[Any]]:
-    """Return the columns in which the first span of a replay differs from the recorded one.
+    """Return the columns in which a span that a replay begins with differs from the recorded one.
 
     By `use`, the result is taken over as settled, is a candidate that the run may take, or its node runs again with the
     same write key. `key_id` is the execution id in this key, for spans that have recorded none.

@@ -94,11 +94,13 @@ _RUN_TABLES: Final[Sequence[tuple[type[SQLModel], Sequence[SQLColumnExpression[A
 async def delete_runs(
     database: Database, execution_ids: Collection[str], left_over: Collection[str] = ()
 ) -> dict[str, BlobOwner]:
-    """Delete ended executions with all their records; return the blob owner of each deleted run, by its id.
+    """Delete ended executions with all their records, in several transactions; return the blob owner of each deleted
+    run, by its id.
 
-    Unfinished executions are skipped, and those with rows that another transaction has locked. `left_over`
-    are ids of runs without an execution whose records remain. Raises `LockWaitTimeout` for other locked rows,
-    and `DatabaseUnavailable`. The caller deletes the blobs afterwards with `journal.blobs.orphan_blobs`.
+    Executions are skipped that are unfinished, have completion actions left, or are locked by another transaction.
+    `left_over` are ids of runs without an execution, whose remaining records are deleted too; the result lacks them.
+    Raises `DatabaseUnavailable`, and `LockWaitTimeout` for locked records: the rest is left over then. The caller
+    deletes the blobs afterwards with `journal.blobs.orphan_blobs`.
     """
 
     async def delete_rows(connection: AsyncConnection) -> dict[str, BlobOwner]:

@@ -532,8 +532,8 @@ def suspect_sql(max_isolation_losses: str) -> str:
 
 
 def blocked_rows(batch: Sequence[RunWrite]) -> list[tuple[str, str, str | None]]:
-    """Return execution id, reason and node (None without one) of each write that blocks its run: the run then
-    waits.
+    """Return execution id, reason and node (None without one) of each write that blocks its run, which then waits or is
+    released.
 
     Other writes are left out.
     """

@@ -428,10 +428,11 @@ class RunStore(Protocol):
     async def renew(
         self, held: Sequence[LeaseRenewal], lease_seconds: float, *, owner: str = ""
     ) -> Sequence[RenewalResult]:
-        """Extend leases to `lease_seconds` from now, only those of `owner` if it is given; return the held ones.
+        """Extend leases to `lease_seconds` from now, only those of `owner` if it is given; return a result for each
+        lease that is still held.
 
-        A lease that is not among the answers is lost. An answer has a client's request to stop or cancel the
-        run.
+        A lease without a result is lost. One with `is_locked` is still held, but was not extended. A result has a
+        client's request to stop or cancel the run.
         """
 
     async def definitions(self, keys: Sequence[DefinitionKey]) -> dict[DefinitionKey, str]:
@@ -443,8 +444,8 @@ class RunStore(Protocol):
         """
 
     async def steps(self, keys: Sequence[ExecutionKey]) -> dict[str, list[AgentStep]]:
-        """Return the recorded steps of agents that have not ended, by execution id, in the order of their
-        numbers.
+        """Return the recorded steps, ended ones too, of those agents that have not ended, by execution id, in the order
+        of their numbers.
 
         Runs without such steps are left out.
         """
@@ -464,18 +465,20 @@ class RunStore(Protocol):
     async def sweep(self, limit: int) -> SweepResult:
         """Make up to `limit` runs of dead workers pending, or end them; promote due runs; check for pending runs.
 
-        A run ends that was asked to stop, or lost too many workers. Locked rows are left to the next sweep.
+        A run ends that was asked to stop or cancel, or lost too many workers. Locked rows are left to the next sweep.
         """
 
     async def release(self, owner: str, held: Sequence[str]) -> int:
-        """Make the running runs of a process pending, except those in `held`; return their number.
+        """Make the running runs of a process pending, except those with ids in `held`; return their number.
 
-        Runs with a request to stop or cancel end instead, and count too. The claims do not count as
-        attempts. Locked rows keep their leases until these end.
+        Runs with a request to stop or cancel end instead, and count too. The claims do not count as attempts. Locked
+        rows keep their leases until these end.
         """
 
     async def for_thread(self) -> RunStore:
-        """Return a store on the same database for the event loop of another thread."""
+        """Return a store on the same database for the event loop of another thread: this store itself, or another one,
+        which the caller closes.
+        """
 
     async def close(self) -> None:
         """Close connections and threads after their work in progress; the store is unusable then."""
@@ -508,23 +511,24 @@ class JournalStore(RunStore, Protocol):
         """
 
     async def progress(self, keys: Sequence[ExecutionKey]) -> Sequence[RunProgressReport]:
-        """Return status, progress and error of runs, with the outputs of nodes of ended runs; unknown runs
-        are left out.
+        """Return status, progress and error of runs, with the outputs of nodes of ended runs; unknown runs are left
+        out.
+
+        An output in a blob is its reference, and `references` has the ids of these nodes.
         """
 
     async def reclaim(self, owner_prefix: str, *, out_of_memory: bool = False) -> int:
-        """Make all runs of dead processes pending, or end them, without waiting for their leases; return
-        their number.
+        """Make all runs of dead processes pending, or end them, without waiting for their leases; return their number.
 
-        The owners are those whose names begin with `owner_prefix`. If the process ran out of memory, all its
-        runs become suspects with a loss that counts. If one of its runs was on trial, the loss counts for
-        that run alone.
+        A run ends that was asked to stop or cancel, or lost too many workers. The owners are those whose names begin
+        with `owner_prefix`. If the process ran out of memory, all its runs become suspects with a loss that counts. If
+        one of its runs was on trial, the loss counts for that run alone.
         """
 
     async def request_end(self, key: ExecutionKey, request: str) -> EndRequestOutcome | None:
-        """Request a run to `stop` or `cancel`; return its status after that, its lease owner and channel,
-        None for an unknown run.
+        """Request a run to `stop` or `cancel`; return its status after that, its lease owner (None if no process holds
+        it), channel and organization. None for an unknown run.
 
-        A run that no process holds ends at once; another ends when its process sees the request. A request to cancel
-        is never replaced, and an ended run stays as it is.
+        A run that no process holds ends at once; another ends when its process sees the request. A request to cancel is
+        never replaced, and an ended run stays as it is.
         """

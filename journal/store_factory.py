@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 async def open_store(url: URL, *, clock: DatabaseClock | None = None, connections: int = 6) -> JournalStore:
     """Return the store for a database: SQLite or PostgreSQL, without loading the module of the other kind.
 
-    The store updates `clock`, which other parts of the process may share. `connections` limits the pool of
-    PostgreSQL.
+    It connects with the first operation, so an unreachable database raises nothing here. The store updates `clock`,
+    which other parts of the process may share. `connections` limits the pool of PostgreSQL.
     """
     clock = clock or DatabaseClock()
     if is_sqlite(url):

@@ -159,8 +159,8 @@ class PostgresqlInserts:
     async def _ingest_within_limit(self, write: InboundRequest) -> dict[str, IngestResult]:
         """Store an inbound request without those runs that need a free slot and get none, which are answered FULL.
 
-        If that are all of them, and there is no event, the request may be repeated with its key. Return its result by
-        delivery id. Raises `DatabaseUnavailable`.
+        If no run gets a slot, and there is no event, neither delivery nor key is stored, so that the request may be
+        repeated. Return its result by delivery id. Raises `DatabaseUnavailable`.
         """
         full: set[str] = set()
 
@@ -224,8 +224,8 @@ class PostgresqlInserts:
 
 
 async def _lock_free_slots(connection: Any, item: RunAcceptance) -> int:  # noqa: ANN401 - the pool's proxy has no type
-    """Lock a concurrency key until the transaction ends, and return how many of its slots are free; negative
-    above the limit.
+    """Lock a concurrency key until the transaction ends, and return how many of its slots no run holds or awaits;
+    negative if more runs do than the limit allows.
     """
     # A statement of its own, so that the next one sees the commit of the previous holder.
     await connection.execute(

@@ -245,11 +245,11 @@ class PostgreSQLStore:
     async def renew(
         self, held: Sequence[LeaseRenewal], lease_seconds: float, *, owner: str = ""
     ) -> Sequence[RenewalResult]:
-        """Extend leases to `lease_seconds` from now; return those that are still held, with requests to stop
+        """Extend leases to `lease_seconds` from now; return a result for each that is still held, with requests to stop
         or cancel.
 
-        A lease that is not among the answers is lost. Locked rows are tried three times within 0.2 seconds,
-        and then returned as locked, not extended. Learns the database time.
+        A lease without a result is lost. Locked rows are tried three times within 0.2 seconds, and then returned as
+        locked, not extended. Learns the database time.
         """
         left = sorted((lease.execution_id, lease.shard, lease.token) for lease in held)
         renewed: list[RenewalResult] = []
@@ -287,7 +287,7 @@ class PostgreSQLStore:
         return found
 
     async def steps(self, keys: Sequence[ExecutionKey]) -> dict[str, list[AgentStep]]:
-        """Return the steps of agents that have not ended, by execution id; see `RunStore.steps`."""
+        """Return all steps of those agents that have not ended, by execution id; see `RunStore.steps`."""
         found: dict[str, list[AgentStep]] = {}
         for row in await self._fetch(_STEPS, *transpose_rows(keys, 2)):
             found.setdefault(row[0], []).append(decode_step(row))
@@ -298,10 +298,10 @@ class PostgreSQLStore:
         return {row[0]: row[1] for row in await self._fetch(_LAST_LOG_LINES, *transpose_rows(keys, 2))}
 
     async def progress(self, keys: Sequence[ExecutionKey]) -> Sequence[RunProgressReport]:
-        """Return status, progress and error of runs, with the outputs of nodes of ended runs; unknown runs
-        are left out.
+        """Return status, progress and error of runs, with the outputs of nodes of ended runs; unknown runs are left
+        out.
 
-        Each has the names of nodes whose output is a blob.
+        An output in a blob is its reference, and `references` has the ids of these nodes.
         """
         outputs: dict[str, list[tuple[str, str]]] = {}
         references: dict[str, list[str]] = {}
@@ -334,7 +334,7 @@ class PostgreSQLStore:
     async def sweep(self, limit: int) -> SweepResult:
         """Find runs whose lease has ended: up to `limit` become pending, or end; and make due runs pending.
 
-        A run ends that was asked to stop, or lost too many workers. The result has the numbers, the ended
+        A run ends that was asked to stop or cancel, or lost too many workers. The result has the numbers, the ended
         ids, and whether pending runs wait.
         """
         # Before due runs: a run of a dead worker has waited longest, for the end of its lease and then for
@@ -357,7 +357,7 @@ class PostgreSQLStore:
         return len(await self._fetch(_RECLAIM_OWNER, owner_prefix, OUT_OF_MEMORY_ERROR, counts))
 
     async def release(self, owner: str, held: Sequence[str]) -> int:
-        """Make the running runs of a process pending, except those in `held`; return their number.
+        """Make the running runs of a process pending, except those with ids in `held`; return their number.
 
         Runs with a request to stop or cancel end instead, and count too. The claims do not count as attempts.
         """
@@ -372,8 +372,8 @@ class PostgreSQLStore:
     async def request_end(self, key: ExecutionKey, request: str) -> EndRequestOutcome | None:
         """Request a run to `stop` or `cancel`; a run that no process holds ends at once.
 
-        Return its status after that, and its lease owner and channel; None for an unknown run. An ended run
-        stays as it is, and a request to cancel is never replaced.
+        Return its status after that, and its lease owner, channel and organization; None for an unknown run. An ended
+        run stays as it is, and a request to cancel is never replaced.
         """
         status = ExecutionStatus.STOPPED if request == "stop" else ExecutionStatus.CANCELLED
         rows = await self._fetch(_REQUEST_END, *key, request, status.value)
@@ -741,7 +741,8 @@ SELECT id FROM held
 
 
 def _record_statements(lock_milliseconds: int) -> Mapping[tuple[bool, bool, bool], str]:
-    """Return the statements that record a batch, by whether it has attempts of nodes, blocked runs, and metadata.
+    """Return the statements that record a batch, by whether it has attempts of nodes, blocked runs, and metadata,
+    approvals, tasks or steps.
 
     `lock_milliseconds` limits the wait for locked rows.
     """

@@ -41,11 +41,10 @@ _LEASE = int(DIRECT_LEASE_SECONDS * 1_000_000)
 def insert_runs(
     connection: sqlite3.Connection, batch: Sequence[RunAcceptance], now: int
 ) -> list[AcceptanceResult]:
-    """Insert runs in the open transaction; answers are in the order of the batch. `now` is in microseconds
-    since 1970.
+    """Insert runs in the open transaction; answers are in the order of the batch. `now` is in microseconds since 1970.
 
-    An answer tells whether a run is new, repeats a key, is stale (its workflow has changed), or found no free
-    slot.
+    An answer tells whether a run is new, repeats a key, conflicts with it, is stale (its workflow has changed), or
+    found no free slot.
     """
     is_current = _current_workflows(connection, batch)
     started_at = from_microseconds(now)
@@ -87,7 +86,7 @@ def _ingest_one(connection: sqlite3.Connection, write: InboundRequest, now: int)
     """Store one inbound request with its runs, or return the answer to an earlier one with its idempotency key; if one
     of its workflows has changed, store nothing (`STALE`).
 
-    Runs without a needed free slot are not stored (`FULL`). If that are all of them, and there is no event, neither
+    Runs without a needed free slot are not stored (`FULL`). If no run gets a slot, and there is no event, neither
     delivery nor key is stored, so that the request may be repeated. `now` is in microseconds since 1970.
     """
     is_current = all(_current_workflows(connection, write.runs).values())
@@ -160,7 +159,9 @@ def _insert_delivery(
 
 
 def _insert_event(connection: sqlite3.Connection, one: InboundRequest, now: int) -> None:
-    """Insert the event of an inbound request, if it has one; `now` is in microseconds since 1970."""
+    """Insert the event that an inbound request sends to its subscribers, if the request has one; an event that is
+    stored stays. `now` is in microseconds since 1970.
+    """
     if (event := one.event) is not None:
         connection.execute(
             "INSERT INTO event (id, shard, organization_id, user_id, event_type, source, data, created_at)"

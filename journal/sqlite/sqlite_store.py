@@ -141,10 +141,10 @@ class SQLiteStore:
     async def renew(
         self, held: Sequence[LeaseRenewal], lease_seconds: float, *, owner: str = ""
     ) -> Sequence[RenewalResult]:
-        """Extend leases to `lease_seconds` from now; return those that are still held, with requests to stop
+        """Extend leases to `lease_seconds` from now; return a result for each that is still held, with requests to stop
         or cancel.
 
-        A lease that is not among the answers is lost.
+        A lease without a result is lost.
         """
         renewed = await self._writer.run(lambda connection: _renew(connection, held, lease_seconds, owner))
         self.clock.follow_host()
@@ -162,7 +162,7 @@ class SQLiteStore:
         return await self._reader.run(lambda connection: _read_spans(connection, keys))
 
     async def steps(self, keys: Sequence[ExecutionKey]) -> dict[str, list[AgentStep]]:
-        """Return the steps of agents that have not ended, by execution id; see `RunStore.steps`."""
+        """Return all steps of those agents that have not ended, by execution id; see `RunStore.steps`."""
         return await self._reader.run(lambda connection: _read_steps(connection, keys))
 
     async def last_log_lines(self, keys: Sequence[ExecutionKey]) -> dict[str, int]:
@@ -170,10 +170,10 @@ class SQLiteStore:
         return await self._reader.run(lambda connection: _last_log_lines(connection, keys))
 
     async def progress(self, keys: Sequence[ExecutionKey]) -> Sequence[RunProgressReport]:
-        """Return status, progress and error of runs, with the outputs of nodes of ended runs; unknown runs
-        are left out.
+        """Return status, progress and error of runs, with the outputs of nodes of ended runs; unknown runs are left
+        out.
 
-        Each has the names of nodes whose output is a blob.
+        An output in a blob is its reference, and `references` has the ids of these nodes.
         """
         return await self._reader.run(lambda connection: _read_progress(connection, keys))
 
@@ -184,7 +184,7 @@ class SQLiteStore:
     async def sweep(self, limit: int) -> SweepResult:
         """Find runs whose lease has ended: up to `limit` become pending, or end; and make due runs pending.
 
-        A run ends that was asked to stop, or lost too many workers. The result has the numbers, the ended
+        A run ends that was asked to stop or cancel, or lost too many workers. The result has the numbers, the ended
         ids, and whether pending runs wait.
         """
         return await self._writer.run(lambda connection: _sweep(connection, limit))
@@ -200,7 +200,7 @@ class SQLiteStore:
         )
 
     async def release(self, owner: str, held: Sequence[str]) -> int:
-        """Make the running runs of a process pending, except those in `held`; return their number.
+        """Make the running runs of a process pending, except those with ids in `held`; return their number.
 
         Runs with a request to stop or cancel end instead, and count too. The claims do not count as attempts.
         """
@@ -215,8 +215,8 @@ class SQLiteStore:
     async def request_end(self, key: ExecutionKey, request: str) -> EndRequestOutcome | None:
         """Request a run to `stop` or `cancel`; a run that no process holds ends at once.
 
-        Return its status after that, and its lease owner and channel; None for an unknown run. An ended run
-        stays as it is, and a request to cancel is never replaced.
+        Return its status after that, and its lease owner, channel and organization; None for an unknown run. An ended
+        run stays as it is, and a request to cancel is never replaced.
         """
         return await self._writer.run(lambda connection: _request_end(connection, key, request))
 
