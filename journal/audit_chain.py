@@ -93,11 +93,11 @@ def _list_content(previous: str, sequence: int, entry: Row[*tuple[object, ...]])
 
 
 async def chain_entries(database: Database) -> int:
-    """Give new audit entries their numbers and hashes in the chains of their organizations; return how many
-    got them.
+    """Give new audit entries their numbers and hashes in the chains of their organizations; return how many got them.
 
-    One call covers at most 50 organizations and 500 entries of each. The new head of each chain is logged, so
-    that a log outside of the database can prove that no entry was removed from its end. Raises `DatabaseUnavailable`.
+    One call covers at most 50 organizations and 500 entries of each. The new head of each chain is logged, so that a
+    log outside of the database can prove that no entry was removed from its end. Raises `DatabaseUnavailable`, and
+    SQLAlchemy's `IntegrityError` if another process has chained entries meanwhile.
     """
     unchained = (
         select(col(AuditEntry.organization_id))
@@ -158,8 +158,8 @@ async def find_breaks(
 ) -> Sequence[ChainBreak]:
     """Return the first break of each chain that has one: a missing or changed entry. Intact chains are left out.
 
-    Without `organization_id`, the chains of all organizations are checked; with `newest`, only so many of the
-    last entries of each.
+    Without `organization_id`, the chains of all organizations are checked; with `newest`, only so many of the last
+    entries of each. Entries that are missing at the end of a chain, or not chained yet, are not noticed.
     """
     heads = select(col(AuditEntry.organization_id), func.max(col(AuditEntry.sequence))).where(
         col(AuditEntry.sequence).is_not(None)

@@ -33,8 +33,10 @@ _DEFERRED: Final = and_(
 async def count_organization_backlog(
     connection: AsyncConnection, organization_id: str, *, at_most: int
 ) -> int:
-    """Return the number of unstarted runs of an organization: pending and deferred ones; it counts no further
-    than `at_most`.
+    """Return how many runs of an organization have not started, counted no further than `at_most`.
+
+    Pending runs count, also those that wait for a concurrency slot or for the parsing of their mail, and so do delayed
+    and deferred ones.
     """
     deployed = select(col(Deployment.workflow_id)).where(
         col(Deployment.organization_id) == organization_id, col(Deployment.is_deployed)
@@ -46,8 +48,8 @@ async def count_organization_backlog(
 async def count_workflow_backlog(
     connection: AsyncConnection, organization_id: str, workflow_id: str, *, at_most: int
 ) -> int:
-    """Return the number of unstarted runs of a workflow: pending and deferred ones; it counts no further than
-    `at_most`.
+    """Return how many runs of a workflow have not started, counted no further than `at_most`: the same runs as in
+    `count_organization_backlog`.
     """
     return await _count_up_to(connection, workflow_statements(organization_id, workflow_id), at_most)
 

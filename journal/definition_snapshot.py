@@ -38,7 +38,7 @@ class NodeTypeRegistry(NodeTypeLookup, Protocol):
     def node_types(self) -> Mapping[str, NodeType]: ...
 
     def document(self, node_type: NodeType) -> str | None:
-        """Return the JSON text of a custom type; None for a type of the library."""
+        """Return the definition of a custom type as canonical JSON text; None for a type of the library."""
 
 
 class CustomTypeUse(Struct, frozen=True):
@@ -99,10 +99,10 @@ class LoadedWorkflow(Struct, frozen=True):
         return None if self.trigger is None else self.trigger.kind
 
     def is_readable_by(self, caller: ApiCaller) -> bool:
-        """Return whether a caller may read the workflow: of its organization, admins, the owner and users with whom
-        it is shared, and everybody if it is public or a template; of others, nobody.
+        """Return whether a caller may read the workflow; False for callers of other organizations.
 
-        `models.workflow.is_readable_by` is the same rule for the row.
+        Within the organization, everybody may read a public workflow and a template, and otherwise admins, the owner
+        and users with whom it is shared. `models.workflow.is_readable_by` is the same rule for the row.
         """
         return self.organization_id == caller.organization_id and (
             caller.is_admin
@@ -116,11 +116,10 @@ class LoadedWorkflow(Struct, frozen=True):
 def load_workflow(
     row: Row[Any], readers: frozenset[str], catalog: NodeTypeRegistry, *, is_deployed: bool = False
 ) -> LoadedWorkflow:
-    """Build a loaded workflow from its row joined with its graph's row; its graph is validated, and its
-    definition hashed.
+    """Build a loaded workflow from its row joined with its graph's row: validate the graph, and hash the definition.
 
-    `readers` are the ids of users it is shared with; they and `is_deployed` are passed on. The result also exists for
-    an invalid graph: `validation` has the errors. Takes noticeable time for a large graph.
+    `readers`, the ids of users it is shared with, and `is_deployed` are kept in the result as they are. An invalid
+    graph raises nothing: `validation` has its errors. Takes noticeable time for a large graph.
     """
     text = encode_canonical(build_definition(row.nodes, row.connections, row.settings, catalog))
     settings = effective_settings(row.settings)
@@ -163,6 +162,8 @@ def find_models(
 ) -> Mapping[str, str]:
     """Return the language models that a stored graph names: the id of the first node that names a model, by the model's
     id.
+
+    The default model counts with its own id.
     """
     if not any(may_name_model(str(node["type"]), catalog) for node in nodes):
         return EMPTY
@@ -185,8 +186,8 @@ def build_definition(
 ) -> dict[str, Json]:
     """Return a graph and its settings in the form that a run stores, with defaults for settings that are not given.
 
-    With a `catalog`, `nodeTypes` holds the documents of the custom types that nodes use, and the id of the default
-    model replaces `default`, so that an executor needs no lookup.
+    With a `catalog`, `nodeTypes` holds the documents of the custom types that nodes use (it is missing without any),
+    and the id of the default model, if there is one, replaces `default`, so that an executor needs no lookup.
     """
     definition: dict[str, Json] = {
         "nodes": list(nodes),

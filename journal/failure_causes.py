@@ -61,10 +61,10 @@ class ErrorCause(Struct, frozen=True):
 
 def describe_error(workflow_id: str, stored: Mapping[str, Any] | None) -> ErrorCause:
     """Return node, code and message of the innermost error of a failed run of a workflow, and a fingerprint of 16
-    hexadecimal digits; None has the code `unknown`.
+    hexadecimal digits; None has the code `unknown`, no node and an empty message.
 
-    Runs with one fingerprint failed in one node with one code and kind of message: its first 200 characters,
-    in which numbers and ids don't count.
+    Runs with one fingerprint failed in one node with one code and kind of message: its first 200 characters, in which
+    numbers, ids and quoted texts don't count.
     """
     error: Mapping[str, Any] = stored or {}
     cause: Mapping[str, Any] = error.get("cause") or error

@@ -38,7 +38,8 @@ async def follow_log_levels(database: Database) -> AsyncIterator[Mapping[str, st
     """Yield the log levels that are set for workflows at present, by workflow id; they are read again every two
     seconds.
 
-    The mapping changes in place until the context ends. While the database is unavailable, it stays as it is.
+    The mapping is empty until the first read, and changes in place until the context ends. While the database is
+    unavailable, it stays as it is.
     """
     levels: dict[str, str] = {}
     task = asyncio.create_task(_read_forever(database, levels))

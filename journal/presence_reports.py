@@ -52,10 +52,11 @@ def host_name() -> str:
 
 @asynccontextmanager
 async def report_regularly(database: Database, report: Reporter, report_end: Report) -> AsyncIterator[None]:
-    """Perform a report every five seconds while the context lasts, and `report_end` after it, for which it waits five
-    seconds at most.
+    """Perform a report at once and every five seconds while the context lasts, and `report_end` after it, for which it
+    waits five seconds at most.
 
-    `report` returns the statement of the next report. An unreachable database is no error.
+    `report` gets the delay of the event loop in milliseconds and the activity since the last report, and returns the
+    work of a transaction. An unreachable database is no error.
     """
     meter = LoopLagMeter()
     tasks = (

@@ -82,7 +82,9 @@ async def forget_process(connection: AsyncConnection, *, owner: str) -> None:
 
 
 async def has_leader(connection: AsyncConnection) -> bool:
-    """Return whether a process does the duties of the scheduler: a leading one, or one with all roles."""
+    """Return whether a process does the duties of the scheduler: one whose lead has not expired, or one with all roles
+    that has reported within 15 seconds.
+    """
     is_held = select(col(Leadership.name)).where(col(Leadership.lease_until) > DatabaseTime())
     has_all_roles = select(col(WorkerPresence.owner)).where(
         col(WorkerPresence.owner).startswith(ALL_IN_ONE_OWNER),

@@ -101,7 +101,8 @@ async def count_hour(connection: AsyncConnection, starts_at: datetime) -> Sequen
     """Return the counts of the runs that were accepted within the hour from `starts_at` on: of each workflow, and the
     sums of each organization.
 
-    Workflows and organizations without runs are left out.
+    Workflows and organizations without runs are left out. On PostgreSQL, the transaction uses neither parallel workers
+    nor JIT from then on.
     """
     if connection.dialect.name == "postgresql":
         await share_transaction(connection)

@@ -65,7 +65,9 @@ async def insert_labels(connection: AsyncConnection, run: ExecutionKey, labels: 
 
 
 async def copy_labels(connection: AsyncConnection, origin: ExecutionKey, new_id: str) -> None:
-    """Copy the labels of a run to a repetition of it whose `ExecutionData` is stored; without that, none is copied."""
+    """Copy the labels of a run to a repetition of it; if it has labels, the `ExecutionData` of the repetition must be
+    stored.
+    """
     new_time = select(col(ExecutionData.created_at)).where(
         col(ExecutionData.execution_id) == new_id, col(ExecutionData.shard) == origin.shard
     )

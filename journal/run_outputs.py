@@ -75,11 +75,11 @@ class _DefinitionConnections(msgspec.Struct):
 async def read_leaf_outputs(
     connection: AsyncConnection, key: ExecutionKey, definition: DefinitionKey, *, max_characters: int
 ) -> Mapping[str, LeafOutput]:
-    """Return the outputs of a run's leaves by node id, in the order of their spans; iterations of loops are
-    left out.
+    """Return the outputs of a run's leaves by node id, in the order of their spans; iterations of loops are left out.
 
-    A leaf is a node with output that reached no other: no connection leads from its chosen port to a node
-    with a span. Raises `OutputsTooLarge` above `max_characters` together, before it reads them.
+    A leaf is a node with output that reached no other: no connection leads from its chosen port to a node with a span.
+    Without the stored definition, all nodes with output are leaves. Raises `OutputsTooLarge` above `max_characters`
+    together, before it reads them; an output in a blob counts with its reference.
     """
     run = {"execution_id": key.execution_id, "shard": key.shard}
     rows = (await connection.execute(_SETTLED, run)).all()

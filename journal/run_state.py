@@ -58,8 +58,8 @@ class RunState(Struct, frozen=True):
 async def publish_value(
     connection: AsyncConnection, caller: RunCaller, key: str, value: bytes
 ) -> PublishVerdict:
-    """Store the value (JSON) of a key in a run's state, in the caller's transaction; return whether it is stored, the
-    state would be too large, or the run has ended or is gone.
+    """Store the value (JSON) of a key in the state of the caller's run, in the caller's transaction; return whether it
+    is stored, the state would be too large, or the run has ended or is gone.
 
     An equal value changes nothing.
     """

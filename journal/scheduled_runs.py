@@ -160,7 +160,7 @@ async def start_due_runs(
     next times; return the result.
 
     Schedules are left alone that another transaction has locked, or whose workflow or deployed definition has changed.
-    A schedule without an active trigger gets no next time.
+    A schedule without its trigger, or of a workflow that is not active, gets no next time.
     """
     locked = [*await connection.scalars(_lock_statement(runnables, now))]
     # A statement of its own: rows that PostgreSQL reads together with a lock may be older than the lock.

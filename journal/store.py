@@ -491,8 +491,9 @@ class JournalStore(RunStore, Protocol):
         """Insert runs; answers are in the order of the batch. Runs that need a free slot at once may be inserted in
         transactions of their own.
 
-        An answer tells whether the run is new, repeats an idempotency key, conflicts with it, is stale (its
-        workflow has changed), or found no free slot.
+        An answer tells whether the run is new, repeats an idempotency key, conflicts with it, is stale (its workflow
+        has changed), or found no free slot. A run that an earlier call with a lost answer has inserted counts as new,
+        and stays as it is.
         """
 
     async def return_direct(self, keys: Sequence[ExecutionKey]) -> int:
@@ -503,11 +504,12 @@ class JournalStore(RunStore, Protocol):
         """
 
     async def ingest(self, batch: Sequence[InboundRequest]) -> Sequence[IngestResult]:
-        """Store inbound requests with deliveries and runs, each request in one transaction; answers are in the order
-        of the batch.
+        """Store inbound requests with deliveries and runs, each request in one transaction; answers are in the order of
+        the batch.
 
         An answer tells whether the request is accepted, repeats an idempotency key, conflicts with it, or is stale (a
         workflow has changed, and nothing is stored). An accepted one has the answer of each run, as `accept` gives it.
+        A request that an earlier call with a lost answer has stored is accepted again, and stays as it is.
         """
 
     async def progress(self, keys: Sequence[ExecutionKey]) -> Sequence[RunProgressReport]:

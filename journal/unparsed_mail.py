@@ -68,7 +68,8 @@ class ScreeningRules(msgspec.Struct, frozen=True, rename="camel", omit_defaults=
     def rejection_reason(self, received: MailReception) -> str | None:
         """Return the reason why the rules reject a mail, by the report of its mail service; None if they accept it.
 
-        A failed check that `reject_on` names has precedence over a spam score above the maximum.
+        A failed check that `reject_on` names has precedence over a spam score above the maximum. `accept_automatic` is
+        not looked at.
         """
         if (check := received.failed_check(self.reject_on)) is not None:
             return f"The mail service reports that the mail failed its {check} check, which `rejectOn` names"
@@ -178,11 +179,11 @@ class MailRunState(Struct, frozen=True):
 async def release_parsed(
     connection: AsyncConnection, batch: Sequence[MailParseResult]
 ) -> list[MailRunState | None]:
-    """Store the output of parsed mails and let their runs be claimed; return the state of each run, None for
-    a lost lease.
+    """Store the output of parsed mails and let their runs be claimed; return the state of each run, None for a lost
+    lease.
 
-    No attempt is counted. A run with a stop or cancel request ends. So does a run that may not wait and finds
-    no free concurrency slot. Each run gets the metadata of its workflow's settings.
+    No attempt is counted. A run with a stop or cancel request ends, and a run that may not wait and finds no free
+    concurrency slot fails. Each run gets the metadata of its workflow's settings.
     """
     settings = await _read_settings(connection, batch)
     limits = {

@@ -89,7 +89,9 @@ async def store_presence(
 
 
 async def end_presence(connection: AsyncConnection, *, owner: str) -> None:
-    """Record that a worker has stopped in an orderly way, so that it no longer counts as alive."""
+    """Record that the worker `owner`, named as in its leases, has stopped in an orderly way, so that it no longer
+    counts as alive; nothing happens for an unknown one.
+    """
     await connection.execute(
         update(WorkerPresence)
         .where(col(WorkerPresence.owner) == owner)

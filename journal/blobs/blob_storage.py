@@ -48,7 +48,9 @@ class BlobStorage(Protocol):
     """Storage of blobs as executors use it. Every method raises `BlobsUnavailable`."""
 
     async def put(self, owner: BlobOwner, sha256: str, content: bytes, label: BlobLabel) -> None:
-        """Store a blob durably under its hash; if the owner has it already, it is kept or written again."""
+        """Store a blob durably under its hash, which is not checked; if the owner has it already, it is kept or written
+        again.
+        """
 
     def open(self, owner: BlobOwner, sha256: str) -> AbstractAsyncContextManager[OpenBlob]:
         """Open a blob for reading in pieces until the block ends; raises `BlobLost` if it is missing."""

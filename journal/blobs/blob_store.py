@@ -65,10 +65,10 @@ class RunBlobs:
 
     @asynccontextmanager
     async def open(self, owner: BlobOwner, sha256: str) -> AsyncIterator[OpenBlob]:
-        """Open a blob for reading in chunks within the block, without a time limit.
+        """Open a blob for reading in chunks within the block, without a limit of time or of the number of transfers.
 
-        Raises `BlobLost` for a missing blob and an invalid hash and, instead of the last chunk, for a corrupt
-        blob; and `BlobsUnavailable`.
+        Raises `BlobLost` for a missing blob and an invalid hash and, instead of the last chunk, for a corrupt blob; and
+        `BlobsUnavailable`.
         """
         _require_ids(owner)
         if not _SHA256.fullmatch(sha256):
@@ -88,9 +88,9 @@ class BlobStore(RunBlobs):
         self._backend = backend
 
     async def delete_all(self, owners: Iterable[BlobOwner]) -> None:
-        """Delete all blobs of each owner, one owner after another; raises `BlobsUnavailable`.
+        """Delete all blobs of each owner, one owner after another; raises `BlobsUnavailable` at the first failure.
 
-        An owner is a run with the runs that resumed it. The caller checks that no run is left.
+        An owner is a run with the runs that resumed or replayed it. The caller checks that no run is left.
         """
         for owner in owners:
             _require_ids(owner)

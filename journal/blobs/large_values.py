@@ -62,8 +62,8 @@ class LargeValues(Struct, frozen=True):
     async def restore(self, spans: Sequence[NodeSpan]) -> list[NodeSpan]:
         """Return spans with references replaced by the values from the blobs, read one after another.
 
-        All outputs are read, and inputs only for nodes that have not ended. Raises `RecordedValueLost` and
-        `BlobsUnavailable`.
+        All outputs are read, and inputs only for nodes that have not ended; a reference in place of a rendered config
+        stays. Raises `RecordedValueLost` and `BlobsUnavailable`.
         """
         return [await self._restore_span(span) for span in spans]
 

@@ -264,13 +264,13 @@ async def decide_and_apply(
     user_id: str | None = None,
     lock: LockDeployment = lock_deployment,
 ) -> DecidedDeployment | None:
-    """Read a deployment, call `decide`, and apply its decision in one transaction; return the decision and
-    the deployment after it.
+    """Read a deployment, call `decide`, and apply its decision in one transaction; return the decision and the
+    deployment after it.
 
-    None for a workflow that was never deployed, or if `lock` doesn't get the deployment. A start gets
-    `replicas` pods, by default the last number. `user_id` is the author. Concurrent activity is either seen
-    here, or sees the decision. `decide` may be called again, and its exceptions propagate. Raises
-    `DatabaseUnavailable`.
+    A decision with the action `none` changes and records nothing. None for a workflow that was never deployed, or if
+    `lock` doesn't get the deployment. A start gets `replicas` pods, by default the last number. `user_id` is the
+    author. Concurrent activity is either seen here, or sees the decision. `decide` may be called again, and its
+    exceptions propagate. Raises `DatabaseUnavailable`.
     """
     work = partial(
         _decide_and_apply,
@@ -308,11 +308,12 @@ async def apply_decision(
     replicas: int | None = None,
     user_id: str | None = None,
 ) -> Deployment:
-    """Store a deployment's new desired state under the next generation, with a record of the decision; return
-    the new state.
+    """Store a deployment's new desired state under the next generation, with a record of the decision; return the new
+    state.
 
-    `replicas` is the number of pods of a start, None for the last number; `user_id` is who decided, None for
-    the lifecycle policy. Raises `DeploymentChanged` if the state has changed since it was read.
+    The action of the decision must not be `none`. `replicas` is the number of pods of a start, None for the last
+    number; `user_id` is who decided, None for the lifecycle policy. Raises `DeploymentChanged` if the state has changed
+    since it was read.
     """
     before = seen.deployment
     changes = {
@@ -426,7 +427,9 @@ def _determine_changes(
 
 
 async def pod_lease_owners(database: Database, workflow_id: str) -> frozenset[PodProcess]:
-    """Return the processes of a workflow's pods that hold leases of its running runs; raises `DatabaseUnavailable`."""
+    """Return the processes of a workflow's pods that hold leases of its running runs, expired ones included; raises
+    `DatabaseUnavailable`.
+    """
     prefix = lease_owner_prefix(workflow_id)
     statement = (
         select(col(Execution.lease_owner))

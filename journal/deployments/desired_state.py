@@ -60,12 +60,12 @@ async def find_deployment(connection: AsyncConnection, workflow_id: str) -> Depl
 
 
 async def deploy_workflow(connection: AsyncConnection, order: DeployRequest, *, secret: bytes) -> Deployment:
-    """Store a definition, make it the desired state of its workflow's deployment, and start it; return the
-    new state.
+    """Store a definition, make it the desired state of its workflow's deployment, and start it; return the new state.
 
     If the same definition and version is deployed, with pods that are desired and have not failed, only the
-    definition's age changes. New pods get a new token; the token of replaced pods stays valid until none of them is
-    left. Raises `LockWaitTimeout`, and `LookupError` for an unknown workflow.
+    definition's age changes. A deployed workflow keeps its number of pods, another gets one pod. New pods get a new
+    token, derived from `secret`; the token of replaced pods stays valid until none of them is left. Raises
+    `LockWaitTimeout`, and `LookupError` for an unknown workflow.
     """
     await _store_definition(connection, order)
     await activity.lock_deployment(connection, order.workflow_id)

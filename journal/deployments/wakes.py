@@ -144,11 +144,11 @@ def decide_for_run(seen: DeploymentActivity) -> LifecycleVerdict:
 
 
 async def wake_for_waiting_runs(database: Database) -> dict[str, WakeOutcome]:
-    """Start, defer or release the deployments that have unclaimed or deferred runs; return the outcomes by
-    workflow id.
+    """Start, defer or release the deployments that have unclaimed or deferred runs, and leave such runs of undeployed
+    workflows to the workers; return the outcomes by workflow id.
 
-    Deployments that need nothing are left out. The caller notifies the deployer of each woken deployment.
-    Raises `DatabaseUnavailable`.
+    Deployments that need nothing are left out. The caller notifies the deployer of each woken deployment. Raises
+    `DatabaseUnavailable`.
     """
     done: dict[str, WakeOutcome] = {}
     for condition in (IS_PENDING, IS_DEFERRED):

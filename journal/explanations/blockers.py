@@ -186,7 +186,7 @@ def code_of_wait(status: SpanStatus, kind: str | None) -> BlockerCode:
     """Return the code for a node that waits or retries; `kind` is the source of the answer for which it waits, None for
     a timer.
 
-    A source without a code of its own, such as a sub-workflow, gives `node-running`.
+    A retry has `retry-at`. A source without a code of its own, such as a sub-workflow, gives `node-running`.
     """
     if status is SpanStatus.RETRYING:
         return BlockerCode.RETRY_AT

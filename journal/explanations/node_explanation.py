@@ -72,7 +72,8 @@ def explain_node(
     triggers: Collection[str],
     eager: Collection[str],
 ) -> Explanation:
-    """Explain why a node of a run has not ended; without blockers, it has ended or starts at once.
+    """Explain why a node of a run has not ended, or was skipped; without blockers, the node or the run has ended, or
+    the node starts at once.
 
     `settled` are the ended nodes, `triggers` the ids of nodes that may start a run, and `eager` the ids of those that
     start after their first branch.
@@ -126,8 +127,8 @@ def _find_blockers(
 
 
 def _ready_blockers(facts: RunFacts, graph: ParsedGraph) -> Sequence[Blocker]:
-    """Return the reasons why a ready node has not started: the limit of parallel nodes, or else the blockers
-    of the run.
+    """Return the reasons why a ready node has not started: the limit of parallel nodes, or else the blockers of the
+    run, without its nodes at work.
     """
     limit = graph.settings.parallelism
     at_work = [node for node in facts.nodes if node.status is SpanStatus.RUNNING]

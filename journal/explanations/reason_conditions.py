@@ -24,9 +24,10 @@ async def build_condition(
     connection: AsyncConnection, organization_id: str, codes: Sequence[BlockerCode]
 ) -> ColumnElement[bool]:
     """Return the SQL condition of the runs of an organization that wait for one of the reasons `codes` now, without
-    private runs.
+    private runs; the caller adds the condition that they belong to the organization.
 
-    Workers and deployments are read first: the same run has another reason when a worker or a pod appears.
+    Workers, and deployments of the organization, are read first: the same run has another reason when a worker or a pod
+    appears.
     """
     now, workers = await run_counts.read_workers(connection)
     pods = await run_counts.list_deployed_targets(connection, organization_id)

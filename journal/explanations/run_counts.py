@@ -96,7 +96,7 @@ class RunCounts(Struct, frozen=True):
 async def count_runs(connection: AsyncConnection, organization_id: str | None = None) -> RunCounts:
     """Count the unfinished runs of an organization, or (None) of all, by the reason why they do not move.
 
-    Private runs of an organization don't count. Each kind is counted up to 10,000. Runs in the queue of the workers
+    Private runs count only without an organization. Each kind is counted up to 10,000. Runs in the queue of the workers
     all count as queued, or as without a worker. The result has the reports of up to 1,000 workers.
     """
     now, present = await read_workers(connection)

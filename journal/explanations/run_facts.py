@@ -169,8 +169,8 @@ async def read_run_facts(
 ) -> RunFacts | None:
     """Return the facts from which the state of a run is explained; None for a run that the caller may not see.
 
-    An ended run gets only its row and blocked intervals. `is_broker_reachable` is passed on. The connection must read
-    one snapshot. Every statement is bounded, by an index and a limit.
+    An ended run gets only its row and blocked intervals. `is_broker_reachable` is kept in the facts as it is. The
+    connection must read one snapshot. Every statement is bounded, by an index and a limit.
     """
     claimable = f"({run_rows.pending_sql('target')} AND {_claimable_sql()})"
     statement = select(

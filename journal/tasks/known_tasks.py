@@ -32,12 +32,15 @@ class KnownTasks:
         self._facts: dict[str, TaskFacts] = {}
 
     def add(self, tasks: Iterable[ClaimedTask]) -> None:
-        """Keep the organization, run and type of leased tasks in memory, for the reports about them."""
+        """Keep the organization, run, type and version of leased tasks in memory, for the reports about them; beyond
+        20,000 tasks, the first ones are dropped.
+        """
         for one in tasks:
             self._keep(TaskFacts(one.id, one.organization_id, one.execution_id, one.type, one.version))
 
     async def find(self, task_ids: Collection[str]) -> dict[str, TaskFacts]:
-        """Return organization, run and type of tasks by id, from memory or the database; unknown ids are left out.
+        """Return organization, run, type and version of tasks by id, from memory or the database; unknown ids are left
+        out.
 
         Raises `DatabaseUnavailable`.
         """

@@ -49,11 +49,11 @@ class TaskClaims:
     async def read_news(
         self, organization_id: str, polls: Sequence[TaskPoll], worker_ids: Sequence[str]
     ) -> OrganizationNews:
-        """Return the news for the polls of an organization: queues with tasks, cancellations, leaving workers, and the
-        tasks of repeated claims.
+        """Return the news for the polls of an organization: queues with tasks, cancellations, leaving workers,
+        concurrency keys with waiting tasks, and the tasks of repeated claims.
 
-        It claims nothing new. `polls` are those that may repeat an earlier claim; only workers among `worker_ids` are
-        reported as leaving.
+        It claims nothing new, but `put_back` of the first claim no longer frees the tasks of a repeated one. `polls`
+        are those that may repeat an earlier claim; only workers among `worker_ids` are reported as leaving.
         """
         async with self._database.read() as connection:
             if connection.dialect.name == POSTGRESQL:
@@ -81,9 +81,11 @@ class TaskClaims:
         return await self._database.transaction(work)
 
     async def claim(self, polls: Sequence[TaskPoll], queues: Sequence[str]) -> Claim:
-        """Lease tasks of queues to polls with the same types and pools, in their order, to each at most its `limit`.
+        """Lease tasks of queues to polls with the same types and pools, in their order, to each at most its `limit` and
+        at most 100.
 
-        Workflows are served in turn. Workers that leave get nothing. Each queue is a transaction of its own.
+        Workflows are served in turn. Workers that leave get nothing. Each queue is a transaction of its own. Raises
+        `DatabaseUnavailable`: then tasks of earlier queues stay leased until their leases end.
         """
         places = [number for number, poll in enumerate(polls) for _ in range(min(poll.limit, MAX_CLAIM))]
         places = places[:CLAIMED_TOGETHER]

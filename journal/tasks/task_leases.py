@@ -184,8 +184,8 @@ async def _choose(connection: AsyncConnection, queue: dict[str, Any], after: int
 async def _find_turns(
     connection: AsyncConnection, queue: dict[str, Any], after: int, limit: int
 ) -> list[int]:
-    """Return up to `limit` turns (numbers of workflows) of a queue with tasks to claim, beginning at `after`, then the
-    lower ones.
+    """Return the turns (numbers of workflows) of a queue with tasks to claim, beginning at `after`, then the lower
+    ones: at least `limit` if there are so many, and at most twice as many.
 
     `queue` has the parameters that name organization and queue.
     """

@@ -213,7 +213,8 @@ def move_if_due(task: TaskRow, now: int) -> None:
     """Move a task whose time has come: the end of its lease, deadline, delay or start timeout; others stay.
 
     A delayed task can be claimed, or waits for a slot of its concurrency key. An attempt over its deadline has failed;
-    one with an ended lease is lost. `now` is in microseconds since 1970.
+    one with an ended lease is lost. A task that no worker has begun in time fails, and one that is to be canceled ends
+    with its lease. `now` is in microseconds since 1970.
     """
     if task.check_at is None or task.check_at > now:
         return

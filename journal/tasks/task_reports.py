@@ -45,8 +45,8 @@ class TaskReports:
         """Apply reports of workers in one transaction; return the results of the items of each report, in order, and
         the effects to announce.
 
-        An output for which `check` returns a problem is refused. Ids among `held` that the worker has lost are added to
-        its results. Raises `DatabaseUnavailable`.
+        An output for which `check`, called before the transaction, returns a problem is refused. Ids among `held` that
+        the worker has lost, or should stop, are added to its results. Raises `DatabaseUnavailable`.
         """
         item_ids = sorted({item.id for report in batch for item in report.items})
         facts = await self._known.find(item_ids)

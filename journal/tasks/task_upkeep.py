@@ -41,7 +41,8 @@ class TaskUpkeep:
     async def sweep(self, limit: int = 200) -> TaskEffects:
         """Move up to `limit` tasks whose time has come: ends of leases, deadlines, delays and start timeouts.
 
-        Returns the effects to announce. Raises `DatabaseUnavailable`.
+        Tasks that other transactions have locked are left to the next sweep. Returns the effects to announce. Raises
+        `DatabaseUnavailable`.
         """
         async with self._database.read() as connection:
             now = NOW[connection.dialect.name]
@@ -68,7 +69,9 @@ class TaskUpkeep:
         return await self._database.transaction(work)
 
     async def cancel_abandoned(self, limit: int = 200) -> TaskEffects:
-        """Cancel up to `limit` open tasks whose runs have ended or are gone; return the effects to announce."""
+        """Cancel up to `limit` open tasks whose runs have ended or are gone, or ask the workers that hold them to stop;
+        return the effects to announce.
+        """
         statement = text(
             "SELECT id FROM task WHERE ended_at IS NULL AND state <> 'cancel_requested' AND NOT EXISTS"
             " (SELECT 1 FROM execution WHERE execution.id = task.execution_id AND execution.ended_at IS NULL)"
@@ -93,6 +96,8 @@ class TaskUpkeep:
     async def admit(self, keys: Sequence[str]) -> set[str]:
         """Give free places of concurrency keys to waiting tasks, which can be claimed then; return the organizations of
         these tasks.
+
+        Each key is a transaction, which waits for the key's lock. Raises `LockWaitTimeout` and `DatabaseUnavailable`.
         """
         ready: set[str] = set()
         for key in keys:

@@ -140,11 +140,12 @@ def fold_assignee(assignee: str) -> str:
 def find_refusal(
     request: Mapping[str, Json], approver: Approver, *, starter_id: str, trigger_type: str
 ) -> AnswerRefusal | None:
-    """Return the reason for a person not to answer a question; None if they may.
+    """Return the reason for a person not to answer a question; None if they may. An earlier answer of theirs is not
+    looked for.
 
-    They must be among the assignees, if there are any. The person who started the run may answer if
-    `allowSelf` says so, by default only a question without assignees. Nobody counts as the
-    starter of a run with a `trigger_type` of `INTAKE_KINDS`, such as `webhook`.
+    They must be among the assignees, if there are any. The person who started the run may answer if `allowSelf` says
+    so, by default only a question without assignees. Nobody counts as the starter of a run with a `trigger_type` of
+    `INTAKE_KINDS`, such as `webhook`.
     """
     assignees = assignees_of(request)
     names = {approver.user_id, approver.email.casefold()} | ({ADMIN_ROLE} if approver.is_admin else set())
@@ -345,8 +346,8 @@ def hash_token(token: str) -> str:
 def is_addressed(request: Mapping[str, Json], link: ApprovalLink, user: User | None) -> bool:
     """Return whether the assignee of a link is among the people of a question, or further addresses of `notify`.
 
-    `user` is the assignee of the link, None for an address without a user. Questions without assignees are for
-    everybody who has a link.
+    True for a link that the workflow sends by itself (`ANYONE`), and for a question without assignees. `user` is the
+    assignee of the link, None for an address without a user.
     """
     assignees = assignees_of(request)
     if not assignees or link.assignee == ANYONE:

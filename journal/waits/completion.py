@@ -128,8 +128,8 @@ def requested_actions(
     callback_url: str = "",
     answering: Mapping[str, Mapping[str, str]] | None = None,
 ) -> str | None:
-    """Return the completion actions of a run as JSON text: callback, failure workflow or URL, and answer to a
-    parent; None for none.
+    """Return the completion actions of a run as JSON text: callback to `callback_url`, failure workflow or URL of the
+    settings (`onFailure`), and answer to a parent; None for none.
 
     `answering` names the waiting node of the parent, as `children.completion_for_parent` returns it.
     """
@@ -142,7 +142,8 @@ def requested_actions(
 
 
 def due_statement(limit: int, *, but_of: Collection[str] = ()) -> CompoundSelect[*tuple[Any, ...]]:
-    """Return the statement that finds up to `limit` ended runs with new, and with due repeated, completion actions.
+    """Return the statement that finds ended runs: up to `limit` with new completion actions, then up to `limit` with
+    actions that are due again.
 
     Runs of the organizations in `but_of` are left out.
     """
@@ -208,8 +209,8 @@ async def settle_completion(
 ) -> None:
     """Store the remaining actions of a claimed run, their outcome (None: no change), and when they are due again.
 
-    `delay_seconds` is the time until then; None: the lease continues. Writes nothing if another worker has
-    claimed the run meanwhile.
+    `delay_seconds` is the time until then; None: the lease continues. Without remaining actions, the run is not due
+    again. Writes nothing if another worker has claimed the run meanwhile.
     """
     changes: dict[str, Any] = {
         "completion_action": msgspec.to_builtins(left) if left != NO_ACTION else null()

@@ -106,7 +106,8 @@ async def add_wait(
 async def list_events_since(
     connection: AsyncConnection, wait: EventWait, after: tuple[datetime, str] | None
 ) -> Sequence[EventRecord]:
-    """Return up to 50 next events in the period of a wait whose type matches it, earliest first.
+    """Return up to 50 next events in the period of a wait whose type matches it, earliest first; its condition is not
+    checked.
 
     `after` are time and id of the last event of the batch before, None at first.
     """

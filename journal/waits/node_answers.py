@@ -114,8 +114,9 @@ async def store_answer(
 ) -> AnswerResult:
     """Store the answer of a node in the caller's transaction, and make its waiting run pending; return the result.
 
-    Only the first answer counts: the same one again is taken, another is late. A sub-workflow run, an event, a
-    task, a callback or a signal may answer a node before its run waits; input of a person needs a waiting node.
+    Only the first answer counts: the same one again is taken, another is late. A run that has ended or is gone awaits
+    none. A sub-workflow run, an event, a task, a callback or a signal may answer a node before its run waits; input of
+    a person, `user_id`, needs a waiting node.
     """
     columns = (col(Execution.status), col(Execution.concurrency_key), col(Execution.assigned_deployment_id))
     run = (await connection.execute(select(*columns).where(*_is_run(key)).with_for_update())).first()
@@ -169,7 +170,8 @@ async def store_answer(
 async def read_answers(
     database: Database, keys: Sequence[ExecutionKey]
 ) -> dict[str, dict[tuple[str, str], bytes]]:
-    """Return the stored answers of runs by execution id, then by node id and iteration.
+    """Return the stored answers of runs by execution id, then by node id and iteration; runs without answers are left
+    out.
 
     Raises `DatabaseUnavailable`.
     """
@@ -194,8 +196,10 @@ async def read_answers(
 
 
 async def list_input_waits(connection: AsyncConnection, key: ExecutionKey) -> list[WaitingNode]:
-    """Return the nodes of an unfinished run that wait for input of a person and have no answer, in the order
-    of their spans.
+    """Return the nodes of an unfinished run that wait for input of a person and have no answer, in the order of their
+    spans.
+
+    A node whose wait is over is included until its run continues.
     """
     answered = select(col(WaitAnswer.node_id)).where(
         col(WaitAnswer.execution_id) == col(SpanRow.execution_id),
@@ -382,11 +386,12 @@ def organization_waits_statement(
     limit: int,
     mentions: Sequence[str] = (),
 ) -> Select[*tuple[Any, ...]]:
-    """Return the statement of `limit` nodes of an organization with input of a person to wait for, by their own index.
+    """Return the statement of the next `limit` nodes of an organization that wait for input of a person, read by their
+    own index.
 
-    Ordered by the ids of their runs, which have the order of time, the newest first; `behind` is the last node
-    of the page before. `is_open` of a row is 1 if its run satisfies the condition, waits, and has no answer for
-    the node. Each row is examined once: a join that dropped some would read on for a full page.
+    Ordered by the ids of their runs, which have the order of time, the newest first; `behind` is the last node of the
+    page before. `is_open` of a row is 1 if its run satisfies `visible`, waits, and has no answer for the node. Each row
+    is examined once: a join that dropped some would read on for a full page.
     """
     # A shard has several organizations: a page must neither depend on another one nor name its runs. It is looked up
     # row by row, so that the index of questions stays the one that is read.

@@ -128,11 +128,12 @@ async def store_signal(
 async def add_wait(
     connection: AsyncConnection, caller: RunCaller, wanted: SignalRequest, node_id: str, iteration: str
 ) -> tuple[SignalExpectation, AnswerResult]:
-    """Store in the caller's transaction that a node waits for a signal, or answer it with the earliest unread one.
+    """Store in the caller's transaction that a node waits for a signal, or answer it with the earliest unread signal of
+    the wanted name.
 
-    Return the end of its wait (None without a limit), or its answer, also an earlier one; and the result of an answer
-    that was stored now, else `NO_ANSWER`. If the run is gone or the node never started, there is neither end nor
-    answer. A repeated call changes nothing.
+    Return the end of its wait (None without a limit), or its answer, which may have been given before this call; and
+    the result of an answer that was stored now, else `NO_ANSWER`. If the run is gone or the node never started, there
+    is neither end nor answer. A repeated call changes nothing.
     """
     shard = await connection.scalar(
         select(col(Execution.shard))
