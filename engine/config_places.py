@@ -367,11 +367,11 @@ def required_scopes(graph: ParsedGraph, catalog: NodeTypeLookup) -> list[str]:
 
 
 def list_references(graph: ParsedGraph, catalog: NodeTypeLookup) -> list[ResourceReference]:
-    """Return every reference to a resource id, such as a data source, in configs of a graph, in the order of
-    nodes and fields.
+    """Return every reference to a resource id, such as a data source, in the configs of nodes and of targets of tools,
+    in the order of nodes and fields; repeated ones too.
 
-    The schemas of the node types say which fields those are. Nodes of unknown types have none. Texts that are no
-    ids, such as templates, and `default` for a model are left out.
+    The schemas of the node types say which fields those are. Nodes of unknown types have none. Texts that are no ids,
+    such as templates, and `default` for a model are left out.
     """
     return [
         ResourceReference(
@@ -393,7 +393,9 @@ def is_resource_id(text: str) -> bool:
 
 
 def iterate_resource_texts(nodes: Sequence[GraphNode], catalog: NodeTypeLookup) -> Iterator[ResourceText]:
-    """Yield the texts of all fields that refer to resources, of nodes and of the targets of tools."""
+    """Yield the texts of all fields that refer to resources, of nodes and of the targets of tools; unknown types have
+    none.
+    """
     types: dict[tuple[str, str | None], NodeType | None] = {}
     for node, prefix in _with_tool_targets(nodes):
         key = (node.type, node.version)

@@ -36,11 +36,10 @@ class DataFlow:
         """Shape of the root `trigger`."""
 
     def infer_input(self, node: GraphNode) -> ValueShape:
-        """Return the shape of a node's input: the trigger's data, the output of one predecessor, or a union
-        of several.
+        """Return the shape of a node's input: the trigger's data, the output of one predecessor, or a union of several.
 
-        A join has the shape that it builds. The shape is unknown without predecessors or behind an invalid
-        port.
+        A join has the shape that it builds. The shape is unknown without predecessors or behind an invalid port. Raises
+        `KeyError` if `infer_output` was not called for a predecessor.
         """
         edges = self._graph.inbound[node.id]
         node_type = self._types.get(node.id)
@@ -119,7 +118,7 @@ class DataFlow:
         return ValueShape({"error": _ERROR, "data": self._given[node_id]})
 
     def _output_shape(self, node: GraphNode, given: ValueShape) -> ValueShape:
-        """Return the shape of a node's output for its input, its own without pass-through fields."""
+        """Return the shape of a node's output, by that of its input (`given`), without pass-through fields."""
         node_type = self._types.get(node.id)
         if node_type is None:
             return UNKNOWN

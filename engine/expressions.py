@@ -258,10 +258,10 @@ class ValueTemplate(Struct, frozen=True, eq=False):
     ) -> Json:
         """Return the value with its expressions replaced by values of `scope`.
 
-        An unresolved path becomes null, or an empty text within a longer one, and its text is added to
-        `unresolved`. `allowance` limits the size of the result together with other results; None limits it
-        alone. Parts without expressions are shared by all results and must not be changed. Raises
-        `ExpressionError` for a failing operation or a result that is too large.
+        An unresolved path becomes null, or an empty text within a longer one, and its text is added to `unresolved`.
+        `allowance` limits the size of the result together with other results; None limits it alone. Parts without
+        expressions are shared by all results and must not be changed. Raises `ExpressionError` for a failing operation
+        or a result that is too large, and `BudgetExceeded` within `offload.try_inline`.
         """
         if self._render is None:
             return self.source

@@ -150,7 +150,7 @@ class FindingCollector:
     def add(self, finding: GraphFinding) -> None:
         """Add a finding as an error or a warning, by its type.
 
-        Beyond 1,000 of a kind it is dropped, and the result is marked as truncated.
+        Beyond 1,000 errors, or 1,000 warnings, it is dropped, and the result is marked as truncated.
         """
         kept = self._warnings if finding.type in self._warning_types else self._errors
         if len(kept) < MAX_FINDINGS:

@@ -219,7 +219,9 @@ class NodeVisit(msgspec.Struct, eq=False):
 
     @property
     def is_at_most_once(self) -> bool:
-        """Whether an attempt with an unknown outcome fails the node; an agent fails that tool call alone."""
+        """Whether an attempt with an unknown outcome fails the node instead of being repeated: for a write with
+        `atMostOnce`, but not for an agent, which fails the tool call alone.
+        """
         return self.program.node.at_most_once and self.is_write and self.program.agent is None
 
     def note_sources_in_loops(self) -> None:
@@ -355,10 +357,11 @@ class ReadinessTracker:
         return change
 
     def settle(self, node_id: str, port: str) -> ReadinessChange:
-        """Record that a node has left by `port`; return the nodes that became ready or are skipped by that.
+        """Record that a node has left by `port`; return the nodes that became ready or are skipped by that. Call it
+        once for each node.
 
-        Its edges at that port are taken, the others are not. A node is ready once all its incoming edges are
-        decided and one is taken, an eager node at the first taken one.
+        Its edges at that port are taken, the others are not. A node is ready once all its incoming edges are decided
+        and one is taken, an eager node at the first taken one.
         """
         change = ReadinessChange()
         unreachable: list[str] = []
@@ -443,7 +446,8 @@ class Worklist(Struct):
         """Remove the ready and sleeping nodes of frames, such as those of a canceled iteration, and cancel their
         running nodes without side effects; return the visits that were sleeping, for the caller to record.
 
-        Running nodes with side effects (writes) continue.
+        Removed nodes are no longer counted as open. Running nodes with side effects (writes) continue; the others are
+        not waited for.
         """
         dropped = [frame for frame, _ in self.ready if frame in frames]
         dropped += [frame for _, _, frame in self.settled_before if frame in frames]

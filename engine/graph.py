@@ -81,7 +81,7 @@ class GraphNode(Struct, frozen=True):
         """Return the node of its stored form; fields that are missing or of another type get their defaults, the label
         the id.
 
-        Raises `KeyError` without `id` and `type`.
+        Raises `KeyError` without `id` or `type`.
         """
         timeout = stored.get("timeout")
         version = stored.get("version")
@@ -279,11 +279,12 @@ class LoopBodies(Struct, frozen=True):
 
 
 def find_bodies(graph: ParsedGraph, loops: Collection[str]) -> LoopBodies:
-    """Return for each node the innermost loop whose body contains it, and the number of enclosing loops.
+    """Return for each node the innermost loop whose body contains it, and the number of enclosing loops; nothing
+    without loops.
 
     `loops` are ids of nodes. A body is all that is reached from a loop's port `continue`. A node in several bodies
-    belongs to the deepest. Edges that lead into a body from outside are listed as `crossing`. Nodes on cycles are left
-    out.
+    belongs to the deepest. Edges that lead into a body from outside are listed as `crossing`. Nodes on cycles, or
+    behind one, are left out.
     """
     if not loops:
         return LoopBodies(frozenset(), {}, {}, ())

@@ -33,15 +33,15 @@ _Steps: TypeAlias = "list[str]"
 
 
 def find_secrets(value: Json) -> list[str]:
-    """Return the places of at most `MAX_PATHS` credentials in a value, such as `headers.authorization` or `args.0`."""
+    """Return the places of at most 1,000 credentials in a value, such as `headers.authorization` or `args.0`."""
     return remove_secrets(value)[1]
 
 
 def remove_secrets(value: Json) -> tuple[Json, list[str]]:
     """Return a value without its credentials, and their places (at most 1,000), such as `headers.authorization`.
 
-    A field is removed with its name. In a list an empty text replaces a credential, so that the other items
-    keep their positions; so it does for a value that is a credential itself. A text of several lines (a
+    Only texts are credentials. A field is removed with its name. In a list an empty text replaces a credential, so that
+    the other items keep their positions; so it does for a value that is a credential itself. A text of several lines (a
     program, a message) loses only the credential, unless the field name marks all of it.
     """
     found: list[str] = []

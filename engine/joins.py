@@ -41,7 +41,9 @@ class JoinConfig(Struct, frozen=True):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Json]) -> Self:
-        """Read the fields `mode` and `combine`; raises `ExpressionError` for an unknown value."""
+        """Read the fields `mode` (`all` if missing) and `combine` (`by-node`); raises `ExpressionError` for an unknown
+        value.
+        """
         mode, combine = config.get("mode", JoinMode.ALL), config.get("combine", JoinCombination.BY_NODE)
         try:
             return cls(JoinMode(str(mode)), JoinCombination(str(combine)))

@@ -66,7 +66,8 @@ class LoopScheduler:
     def begin(self, visit: NodeVisit, each: LoopRequest) -> None:
         """Begin a loop, or continue it after the recorded iterations; without items or a body, complete it at once.
 
-        The node of the loop fails for more items than the limit.
+        The node of the loop fails, without a retry, for more items than the limit, and after a recorded failed
+        iteration unless the loop continues on errors.
         """
         frame, node_id = visit.frame, visit.node_id
         if len(each.items) > self._limits.max_loop_items:

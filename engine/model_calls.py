@@ -284,7 +284,7 @@ def sum_usage(records: Sequence[ModelCallRecord]) -> TokenUsage:
 
 
 def sum_cost(records: Sequence[ModelCallRecord]) -> int | None:
-    """Return the cost of all answers in nano-dollars; None if that of one is unknown."""
+    """Return the cost of all answers in nano-dollars, 0 without any; None if the cost of one is unknown."""
     costs = [record.cost for record in records if record.usage is not None]
     known = [cost for cost in costs if cost is not None]
     return sum(known) if len(known) == len(costs) else None

@@ -31,7 +31,9 @@ class ModelLimitShare(msgspec.Struct, frozen=True):
 
 
 def share_limits(limits: ModelLimits, processes: int) -> ModelLimitShare:
-    """Return the limits of one of several processes: equal shares, but at least one call at a time."""
+    """Return the limits of one of several processes: equal shares, `concurrency` rounded down to 1 at least; None stays
+    None.
+    """
     requests, tokens = limits.requests_per_minute, limits.tokens_per_minute
     return ModelLimitShare(
         None if requests is None else requests / processes,

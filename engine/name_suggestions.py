@@ -50,6 +50,6 @@ def _shares_prefix(known: str, given: str) -> bool:
 
 
 def _shares_stem(known: str, given: str) -> bool:
-    """Return whether two names differ only in short endings."""
+    """Return whether two normalized names share at least their first four letters, and have at most three more each."""
     stem = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(known, given, strict=False)))
     return stem >= MIN_STEM and max(len(known), len(given)) - stem <= MAX_ENDING

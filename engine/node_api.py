@@ -408,7 +408,7 @@ class AgentSteps:
         return None
 
     def close_question(self, step: AgentStep) -> None:
-        """Record that the question about a tool call is decided or has expired."""
+        """Record that the question about a tool call is decided, by its stored answer, or has expired without one."""
 
 
 class CallableTool(Struct, frozen=True):
@@ -471,7 +471,7 @@ class AgentTools:
         return False
 
     def render_model_config(self) -> Mapping[str, Json]:
-        """Return the config of the node at the port `ai`; empty without one."""
+        """Return the config of the node at the port `ai`; empty without one. Raises `ExpressionError`."""
         return {}
 
     async def perform(
@@ -483,12 +483,13 @@ class AgentTools:
     ) -> ToolResult | StepWait | StepPause:
         """Do a recorded tool call; return its result, or the wait or pause after which it is done again to get it.
 
-        An agent that does it spends at most `rest`. `is_tainted`: text of outsiders may be in the arguments.
+        A tool that is an agent, or asks models itself, spends at most `rest`. `is_tainted`: text of outsiders may be in
+        the arguments. Raises `NodeError` for a failure of the tool.
         """
         raise LookupError(step.name)
 
     def collect_calls(self, step: AgentStep) -> Sequence[ModelCallRecord]:  # noqa: ARG002 - for its subclass
-        """Return the calls of models that the agent of a tool call has made so far; none for other tools."""
+        """Return the calls of models that a tool call has made so far, itself or by its agent."""
         return ()
 
     def count_losses(self, step: AgentStep) -> int:  # noqa: ARG002 - for its subclass

@@ -148,10 +148,10 @@ class NodeInputs:
     def build_call(self, visit: NodeVisit, roots: Mapping[str, Json] | None = None) -> NodeCall:
         """Return the call of the node of a visit, after rendering its config.
 
-        Sets config, unresolved paths and `hashes` of the visit: the key by which a replay recognizes an equal call. A
-        recorded config is used unchanged, with the defaults of later fields. Raises `ExpressionError`, `InvalidJson`,
-        `NodeError` for missing configuration or, in a strict graph, unresolved paths, and `BudgetExceeded` within
-        `offload.try_inline`. See `build_visit` for `roots`.
+        Sets the start of the attempt, config, unresolved paths and `hashes` of the visit: the key by which a replay
+        recognizes an equal call. A recorded config is used unchanged, with the defaults of later fields. Raises
+        `ExpressionError`, `InvalidJson`, `NodeError` for missing configuration or, in a strict graph, unresolved paths,
+        and `BudgetExceeded` within `offload.try_inline`. See `build_visit` for `roots`.
         """
         program, frame = visit.program, visit.frame
         visit.begun_at = self._recorder.clock.now()

@@ -192,8 +192,8 @@ class WorkflowProgram(Struct, frozen=True):
     ) -> Self:
         """Compile a graph, reduced to the nodes that run; `implementation` returns the function of a node type.
 
-        Raises `InvalidDefinition` for an unknown type, an invalid expression, and other definitions that
-        validation refuses.
+        Raises `InvalidDefinition` for a graph that can't be compiled, such as one with an unknown type or an invalid
+        expression; other errors of validation are not detected.
         """
         try:
             drawn = prune_graph(graph, catalog)
@@ -373,8 +373,9 @@ def mapping_paths(program: NodeProgram) -> Iterator[ExpressionPath]:
 def compile_node(node: GraphNode, catalog: NodeTypeLookup) -> NodeProgram:
     """Compile one node: its config, mappings, conditions and the static part of its key.
 
-    Defaults of the type complete the config, and the first missing field is noted as such. Raises
-    `LookupError` for an unknown type or version, and `ExpressionError` for a bad expression.
+    Defaults of the type complete the config. A missing required field is no error: `missing` has the message about the
+    first, with which the node fails when it is reached. Raises `LookupError` for an unknown type or version, and
+    `ExpressionError` for a bad expression.
     """
     node_type = catalog.get(node.type, node.version)
     config = catalog.with_defaults(node_type, node.config)

@@ -130,7 +130,8 @@ def edge_ends(edge: GraphEdge) -> tuple[str, str, str]:
 
 
 def diff_paths(before: Json, after: Json, prefix: str = "") -> list[str]:
-    """Return up to 20 places at which two values differ, such as `headers.Accept`.
+    """Return up to 20 places at which two values differ, such as `headers.Accept`; `prefix` is the place of the values
+    themselves.
 
     Lists of different lengths, and values of different kinds, count as one difference.
     """

@@ -193,7 +193,7 @@ class ReplayPlan(Struct, frozen=True):
 
     @property
     def unconfirmed(self) -> tuple[str, ...]:
-        """Ids of the writes that need a confirmation before the replay may start."""
+        """Ids of the writes that need a confirmation before the replay may start, and have none yet."""
         return tuple(node.node_id for node in self.nodes if node.decision is ReplayDecision.ASK)
 
     def digest(self, *context: Json) -> str:

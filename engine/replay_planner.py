@@ -61,8 +61,8 @@ if TYPE_CHECKING:
 
 
 def plan_replay(facts: ReplayFacts, options: ReplayOptions) -> ReplayPlan:
-    """Return the plan of a replay: for each node whether it is reused, runs again, may run, or needs a
-    confirmation.
+    """Return the plan of a replay: for each node whether it is reused, runs again, may run, is left out, or needs a
+    confirmation that `options` doesn't give.
 
     It has no side effects. It takes noticeable time for large outputs, so call it in a thread.
     """
@@ -586,7 +586,10 @@ class _NodePlanner:
     # ── decisions ─────────────────────────────────────────────────────────────────────────────────
 
     def _repeat(self, node_id: str, reasons: list[ReplayReason], key: NodeKey | None) -> NodeReplay:
-        """Return the decision to run a completed node again; a write needs a confirmation first."""
+        """Return the decision to run a completed node again; a write needs a confirmation first.
+
+        The result of a write stays a candidate if it has a `key` and the node isn't forced.
+        """
         if not self._program.nodes[node_id].is_write:
             return self._run(node_id, *reasons)
         is_forced = any(reason.code is ReplayReasonCode.FORCED for reason in reasons)

@@ -20,5 +20,5 @@ class RunLimits:
 
 
 def setting_name(name: str) -> str:
-    """Return the name of the environment variable that changes a limit."""
+    """Return the name of the environment variable that changes the limit `name`, a field of `RunLimits`."""
     return f"PILOTFLAME_{name.upper()}"

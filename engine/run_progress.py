@@ -72,7 +72,9 @@ class RunSignals:
         return self.failure is not None or self._control.request is not None
 
     def find_answer(self, place: tuple[str, str]) -> bytes | None:
-        """Return the stored answer to the question at a node and an iteration; None if there is none yet."""
+        """Return the stored answer for which a node or a tool call waits, by node id and iteration; None if there is
+        none yet.
+        """
         return self.wait_answers.get(place)
 
 
@@ -356,8 +358,8 @@ class RunProgress:
     def restore(self, frame: SectionFrame, span: NodeSpan) -> None:
         """Restore a settled node from its recorded span instead of running it, and schedule its successors.
 
-        Call this in the order in which nodes settled, so that an eager node is reached by the branch that was
-        first.
+        A recorded failure without a port fails the frame again. Call this in the order in which nodes settled, so that
+        an eager node is reached by the branch that was first.
         """
         if span.status is SpanStatus.SKIPPED:
             self._leave_out(frame, span.node_id)
@@ -482,7 +484,7 @@ class RunProgress:
         return not sleeper.places.isdisjoint(self._signals.wait_answers)
 
     def apply_early_answer(self, visit: NodeVisit) -> bool:
-        """Complete a node that has got its answer before it began to wait, in an attempt that was cut off.
+        """Apply the answer that a node has got before it began to wait, in an attempt that was cut off.
 
         Return False if it has no answer. Calling the node again would repeat a request that was received.
         """

@@ -133,8 +133,10 @@ class SqlDatabase(Protocol):
         max_bytes: int,
         timeout_seconds: float,
     ) -> QueryRows:
-        """Run a reading statement with bound values, a `?` for each; exceeding a limit or the time raises
-        `NodeError`.
+        """Run a reading statement with bound values, a `?` for each.
+
+        Raises `NodeError` for a statement that writes, a result above `max_rows` or `max_bytes`, the time limit, and
+        failures of the server.
         """
 
     async def write(
@@ -149,12 +151,14 @@ class SqlDatabase(Protocol):
     ) -> int:
         """Insert rows in batches, all or none; `upsert` decides about rows with an existing key.
 
-        Returns the number of inserted or changed rows. Raises `NodeError`.
+        Returns the number of inserted or changed rows; without rows or columns it is 0, and nothing is sent. Raises
+        `NodeError` for invalid names or values, the time limit, and failures of the server.
         """
 
     async def execute(self, statement: str, parameters: Sequence[Json], *, timeout_seconds: float) -> int:
         """Run a writing statement with bound values, a `?` for each; return the number of changed rows.
-        Raises `NodeError`.
+
+        Raises `NodeError` for a refused statement, the time limit, and failures of the server.
         """
 
 
@@ -171,13 +175,23 @@ class ObjectBucket(Protocol):
     """Bucket of a user, or the part of a bucket below a prefix."""
 
     async def get(self, key: str, *, max_bytes: int, timeout_seconds: float) -> bytes:
-        """Return the content of an object; raises `NodeError` if it is missing or larger than `max_bytes`."""
+        """Return the content of an object.
+
+        Raises `NodeError` if it is missing or larger than `max_bytes`, at the time limit, and for failures of the
+        storage.
+        """
 
     async def put(self, key: str, content: bytes, *, media_type: str, timeout_seconds: float) -> str:
-        """Write an object as a whole, in place of an earlier one; return its entity tag. Raises `NodeError`."""
+        """Write an object as a whole, in place of an earlier one; return its entity tag.
+
+        Raises `NodeError` for content over 50 MB, at the time limit, and for failures of the storage.
+        """
 
     async def list(self, prefix: str, *, max_objects: int, timeout_seconds: float) -> Sequence[StoredObject]:
-        """Return all objects whose keys begin with a prefix, sorted by key; raises `NodeError` above `max_objects`."""
+        """Return all objects whose keys begin with a prefix, sorted by key; empty if there are none.
+
+        Raises `NodeError` above `max_objects`, at the time limit, and for failures of the storage.
+        """
 
 
 class MailServerService(Protocol):
@@ -186,8 +200,10 @@ class MailServerService(Protocol):
     async def send(
         self, sender: str, recipients: Sequence[str], message: bytes, *, timeout_seconds: float
     ) -> None:
-        """Send one composed mail to all recipients or to none; addresses are bare and in ASCII, as is the
-        mail. Raises `NodeError`.
+        """Send one composed mail to all recipients or to none; addresses are bare and in ASCII, as is the mail.
+
+        Raises `NodeError` if the server refuses the sender, any recipient or the mail, can't be reached, or at the time
+        limit.
         """
 
 
@@ -208,7 +224,11 @@ class ToolServerService(Protocol):
     """Tool server of a user."""
 
     async def call(self, request: ToolCallRequest) -> Json:
-        """Call a tool once, and return its result; raises `NodeError`, also for a tool that nobody has accepted."""
+        """Call a tool once, and return its result.
+
+        Raises `NodeError` for failures of the server or the tool, and before the call if nobody has accepted the tool,
+        or its definition has changed since.
+        """
 
 
 class DataSourceService(Protocol):
@@ -230,8 +250,10 @@ class DataSourceService(Protocol):
         """Return the tool server of a data source, without connecting; raises `NodeError` if it can't be used."""
 
     async def headers(self, caller: RunCaller, source_id: str, url: str) -> Mapping[str, str]:
-        """Return authorization headers (http-bearer, http-basic, api-key) for `url`; raises `NodeError`
-        unless its host matches.
+        """Return authorization headers (http-bearer, http-basic, api-key) for `url`.
+
+        Raises `NodeError` if the data source lists hosts and that of `url` is not among them, and if the data source
+        can't be used or has another type.
         """
 
 
@@ -248,12 +270,16 @@ class BlobService(Protocol):
     async def put(
         self, caller: RunCaller, content: bytes, *, media_type: str, name: str = ""
     ) -> dict[str, Json]:
-        """Store content durably; return its reference: `{"$blob": {sha256, size, type, name}}`. Raises `NodeError`."""
+        """Store content durably; return its reference: `{"$blob": {sha256, size, type, name}}`.
+
+        Raises `NodeError` above 50 MB, and (retryable) if the storage is unavailable.
+        """
 
     async def get(self, caller: RunCaller, reference: Json, *, max_bytes: int) -> bytes:
         """Return the content of a blob of the caller's chain of runs, by its reference.
 
-        Raises `NodeError` for other references, and for content over `max_bytes`.
+        Raises `NodeError` for an invalid reference, a missing or corrupt blob, content over `max_bytes`, and
+        (retryable) if the storage is unavailable.
         """
 
 
@@ -297,10 +323,11 @@ class SubRunService(Protocol):
         iteration: str,
         awaited: bool,
     ) -> str:
-        """Start a run of another workflow, at most once per node and iteration; return its execution id.
+        """Start a run of another workflow, at most once per node and iteration; return its execution id, that of the
+        earlier run in a repeated call.
 
-        An `awaited` run answers the node when it ends. Raises `NodeError`, also for a workflow that writes if the
-        caller may only read.
+        It doesn't wait for the end of the run; an `awaited` run answers the node then. Raises `NodeError`, also for a
+        workflow that writes if the caller may only read.
         """
 
     async def may_write(self, caller: RunCaller, workflow_id: str) -> bool:
@@ -353,9 +380,9 @@ class ApprovalLinkService(Protocol):
     """Links that answer questions of a run without an account."""
 
     async def create_links(self, caller: RunCaller, places: Sequence[tuple[str, str]]) -> Sequence[str]:
-        """Return the URL of a link for each node, given by id and iteration; the same in every call.
+        """Return the URL of a link for each node, given by id and iteration, in their order; the same in every call.
 
-        Raises `NodeError` without a public address of the server.
+        Raises `NodeError` without a public address of the server, and if the run no longer exists.
         """
 
 
@@ -381,10 +408,10 @@ class EventWaitService(Protocol):
     async def expect(
         self, caller: RunCaller, wanted: EventWaitRequest, *, node_id: str, iteration: str
     ) -> datetime | None:
-        """Let the first matching event answer the node; return the expiry of the wait (aware, UTC), None
-        without one.
+        """Let the first matching event answer the node; return the end of the wait (aware, UTC).
 
-        Look-back and timeout count from when the node was first reached, also in repeated calls.
+        None if the node waits without a limit, has its answer already, or has never started. Look-back and timeout
+        count from when the node was first reached, also in repeated calls.
         """
 
 
@@ -411,7 +438,8 @@ class StateService(Protocol):
     """State of the run of a node, which clients read."""
 
     async def publish(self, caller: RunCaller, key: str, value: bytes) -> None:
-        """Store the value (JSON) of a key, in place of an earlier one; may be repeated.
+        """Store the value (JSON) of a key, in place of an earlier one; may be repeated. Nothing is stored once the run
+        has ended.
 
         Raises `NodeError` above the maximum size of a state.
         """
@@ -463,7 +491,7 @@ class LiveAnswer(Protocol):
         """Begin the text of the next call of a model, after a failed one for example."""
 
     def add(self, text: str) -> None:
-        """Add text, which has no secrets in it."""
+        """Append text to what clients see of this call; the caller has removed secrets from it."""
 
     def drop(self, reason: str) -> None:
         """Drop the text of a call that has failed; `reason` is the code of the failure."""

@@ -63,7 +63,7 @@ SCALAR: Final = ValueShape()
 def follow_path(shape: ValueShape, steps: ShapeSteps) -> ValueShape | PathDeadEnd:
     """Return the shape at the end of a path, or its dead end: the step and the shape that surely lacks it.
 
-    It is `UNKNOWN` behind a step that a shape may or may not have.
+    The shape is `UNKNOWN` if a step may or may not exist.
     """
     for at, step in enumerate(steps):
         below = _child_shape(shape, step)
@@ -86,8 +86,9 @@ def _child_shape(shape: ValueShape, step: PathStep) -> ValueShape | None:
 
 
 def shape_of_schema(schema: Json) -> ValueShape:
-    """Return the shape of a JSON Schema, by types, properties and items; other keywords, such as `anyOf`, are
-    ignored.
+    """Return the shape of a JSON Schema, by types, properties and items; other keywords, such as `anyOf`, are ignored.
+
+    A part without a single `type` is `UNKNOWN`.
     """
     if not isinstance(schema, dict):
         return UNKNOWN

@@ -91,8 +91,9 @@ class SpanRecorder:
         return self._sequence - self._committed > MAX_PENDING or self._pending_bytes > MAX_PENDING_BYTES
 
     async def commit(self) -> None:
-        """Make all records so far durable in the journal; raises `LeaseLost`. The limits of uncommitted
-        records begin anew.
+        """Make all records so far durable in the journal; waits while the database is unavailable. Raises `LeaseLost`.
+
+        The limits of uncommitted records begin anew.
         """
         self.has_uncommitted_write = False
         self._committed, self._pending_bytes = self._sequence, 0

@@ -60,8 +60,8 @@ _encode = msgspec.json.Encoder().encode
 def build_runner(node: GraphNode, node_type: NodeType, catalog: NodeTypeLookup) -> RunNode:
     """Return the function of a custom node: it returns the wait for a new task that a worker performs.
 
-    The function raises `NodeError` for an invalid rendered config. Raises `ExpressionError` for an invalid
-    concurrency key, `ValueError` for a type that is no custom type.
+    The function raises `NodeError` for an invalid rendered config, and for a concurrency key that can't be rendered.
+    Raises `ExpressionError` for an invalid concurrency key, `ValueError` for a type that is no custom type.
     """
     rules = node_type.task
     if rules is None:

@@ -62,8 +62,8 @@ _LAYOUTS: Final[Mapping[str, TriggerLayout]] = {
 def trigger_output(kind: str, inputs: Json | Mapping[str, Json], now: datetime) -> dict[str, Json]:
     """Return the output of a trigger of a kind for the inputs of a run; a scheduled run without a time gets `now`.
 
-    Inputs become the payload field, unless they are an output already. `{"title": …, "body": …}` is payload:
-    `title` is no output field.
+    Inputs become the payload field, unless they are an output already; missing fields get their defaults. `{"title": …,
+    "body": …}` is payload: `title` is no output field. An unknown kind counts as `manual`.
     """
     layout = _LAYOUTS.get(kind, _MANUAL)
     fields = dict(layout.fields)

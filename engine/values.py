@@ -118,7 +118,10 @@ def _decode_at_once(raw: bytes, max_depth: int) -> Json:
 
 
 def restore_json(raw: bytes) -> Json:
-    """Return the value of a text that `encode_json` has written, without the checks of `decode_json`."""
+    """Return the value of a text that `encode_json` has written, without the checks of `decode_json`.
+
+    Raises `ValueError` for malformed JSON.
+    """
     value: Json = decoding.decode(raw)
     return value
 

@@ -104,10 +104,11 @@ async def run_workflow(
     services: NodeServices,
     limits: RunLimits = DEFAULT_LIMITS,
 ) -> RunOutcome:
-    """Run a workflow until this attempt ends, waits or is handed off, and return its outcome; nodes are
-    recorded in the journal.
+    """Run a workflow until this attempt ends, waits or is handed off, and return its outcome; nodes are recorded in the
+    journal.
 
-    The caller stores the outcome. Raises `LeaseLost` if another process may hold the run.
+    The caller stores the outcome, together with the records that are not committed yet. Failures of nodes and of the
+    run are outcomes; raises `LeaseLost` if another process may hold the run.
     """
     return await WorkflowRunner(program, start, journal, control, services, limits).run()
 

@@ -252,7 +252,9 @@ AgentAction: TypeAlias = "CallModel | CallTools | AwaitApprovals | Finish | Fail
 def decide_next(task: AgentTask, steps: Sequence[AgentStep]) -> AgentAction:
     """Return the next action of an agent, which follows from its task and its recorded steps alone.
 
-    Steps whose contents are not recorded count in the budget only: the conversation begins after them.
+    Tool calls without a result come first, in order, up to one that waits for a person; people are asked about waiting
+    calls only if the first is one. Without such calls, the model is asked, or the agent ends or fails. Steps whose
+    contents are not recorded count in the budget only: the conversation begins after them.
     """
     pending = list_pending_calls(steps)
     if pending:
@@ -275,11 +277,12 @@ def decide_next(task: AgentTask, steps: Sequence[AgentStep]) -> AgentAction:
 def plan_tool_calls(
     task: AgentTask, answer: StoredAnswer, earlier: Sequence[AgentStep], model_step: AgentStep, key: str
 ) -> list[AgentStep]:
-    """Return the steps of the tool calls in an answer, for the caller to record together with it.
+    """Return the steps of the tool calls in an answer, for the caller to record together with it; empty without calls.
 
     `model_step` has the answer, and `earlier` are the steps before it. `key` is the idempotency key of the node, to
-    which each step adds its number. Sequence numbers are 0. Calls of unknown tools, with invalid arguments or beyond
-    the limit are failed, with an error for the model; those that a person has to approve are waiting.
+    which each step adds its number. Sequence numbers are 0 until a step is recorded. Calls of unknown tools, with
+    invalid arguments or beyond the limit of tool calls are failed, with an error for the model; those that a person has
+    to approve are waiting, the others started.
     """
     done = sum(step.kind is StepKind.TOOL for step in list_current_steps(earlier))
     is_tainted = is_conversation_tainted(task, earlier)
@@ -340,9 +343,10 @@ def begin_approved(
 ) -> AgentStep:
     """Return the step of an approved tool call as started, with the arguments of its approver.
 
-    None keeps the arguments of the model. The hash is that of the new call, empty if it needs no approval by the
-    tool's rule and `is_tainted` (text of outsiders is in the conversation). The idempotency key stays, also when a call
-    with an unknown outcome is made again. Invalid arguments give a step that failed at `moment`.
+    None keeps the arguments of the model. The hash is that of the new call, empty if it needs no approval by the tool's
+    rule and `is_tainted` (text of outsiders is in the conversation). The idempotency key stays, also when a call with
+    an unknown outcome is made again. Invalid arguments give a step that failed at `moment`, with an error for the
+    model.
     """
     if arguments is None:
         begun = msgspec.structs.replace(step, status=StepStatus.STARTED)
@@ -361,7 +365,7 @@ def begin_approved(
 def ask_about_outcome(step: AgentStep, tool: AgentTool, moment: datetime) -> AgentStep:
     """Return the step of a tool call with an unknown outcome as waiting, from `moment` on, for a person's decision.
 
-    The attempt number rises by 1, so that each question has a hash of its own.
+    The attempt number rises by 1, so that the hash (`AgentTool.hash_outcome`) is another one for each question.
     """
     asked = msgspec.structs.replace(
         step, status=StepStatus.WAITING, started_at=moment, attempt=step.attempt + 1
@@ -393,7 +397,7 @@ def complete_tool_step(step: AgentStep, result: str, moment: datetime) -> AgentS
 
 
 def read_stored_answer(step: AgentStep) -> StoredAnswer:
-    """Return the answer of a completed step of a model."""
+    """Return the answer of a completed step of a model; raises `ValueError` for a step without an answer."""
     return decoding.decode(step.result or b"", StoredAnswer)
 
 
@@ -446,7 +450,8 @@ def _show_result(step: AgentStep, requested: RequestedToolCall | None) -> str:
 
 
 def _choose_together(task: AgentTask, pending: Sequence[AgentStep]) -> Sequence[AgentStep]:
-    """Return the first pending calls that are done at the same time: reads, up to the limit, or one other call alone.
+    """Return the first of the pending calls that are done at the same time: reads, up to the agent's `parallel_tools`,
+    or one other call alone.
 
     Writes, paid calls and calls of agents are done alone. The order of the model is kept.
     """
@@ -558,7 +563,8 @@ def _build_request(
 def _conclude(task: AgentTask, steps: Sequence[AgentStep], answer: StoredAnswer) -> AgentAction:
     """Return the end with a final answer, or a request to correct an answer that doesn't fit the schema.
 
-    After two corrections, or without budget for one, it returns a failure. A cut or refused answer is not corrected.
+    After two corrections, or without budget for one, it returns a failure. A cut or refused answer is the end too,
+    uncorrected and without a value.
     """
     reason = _find_stop_reason(task, steps)
     if answer.finish_reason in _INCOMPLETE:
@@ -585,7 +591,9 @@ def _conclude(task: AgentTask, steps: Sequence[AgentStep], answer: StoredAnswer)
 
 
 def _list_final_answers(steps: Sequence[AgentStep]) -> Sequence[AgentStep]:
-    """Return the last steps of the model that asked for no tool, the newest first: an answer, and its corrections."""
+    """Return the last answers of the model in a row that asked for no tool, the newest first: the corrections, then the
+    answer that they correct.
+    """
     return list(
         takewhile(
             lambda step: step.kind is StepKind.MODEL and not read_stored_answer(step).tool_calls,
@@ -641,7 +649,8 @@ def _find_stop_reason(task: AgentTask, steps: Sequence[AgentStep]) -> StopReason
 def _find_limit(task: AgentTask, steps: Sequence[AgentStep], request: ChatRequest) -> StopReason | None:
     """Return the limit that a further answer with tools would exceed; None if it may be asked for.
 
-    The budget has to suffice for that answer and a last one.
+    The limits are repeated failures or calls, the numbers of answers and of tool calls, the size of the conversation,
+    and the budget, in this order. The budget has to suffice for that answer and a last one.
     """
     limits, current = task.limits, list_current_steps(steps)
     answers = [step for step in current if step.kind is StepKind.MODEL]
@@ -731,7 +740,8 @@ def _count_lost(steps: Sequence[AgentStep]) -> int:
 
 
 def compute_rest(task: AgentTask, steps: Sequence[AgentStep]) -> BudgetRest:
-    """Return the rest of an agent's budget that one of its tool calls may spend; a part without a limit is None.
+    """Return the rest of an agent's budget that one of its tool calls may spend: at least 0, None for a part without a
+    limit.
 
     The tokens and cost of one last answer to the conversation so far, and of lost answers, are kept back.
     """

@@ -53,7 +53,9 @@ def remove_providers(graph: ParsedGraph) -> ParsedGraph:
 
 
 def find_rewired_agents(before: ParsedGraph, after: ParsedGraph) -> frozenset[str]:
-    """Return the ids of the agents in `after` whose models or tools are not the same in `before`."""
+    """Return the ids of the agents in `after` whose models or tools are not the same in `before`; also of new agents
+    that have any.
+    """
     return frozenset(
         agent.id
         for agent in list_agents(after.nodes)

@@ -138,7 +138,10 @@ def show_arguments(arguments: Mapping[str, Json]) -> str:
 
 
 def read_decision(payload: bytes) -> CallDecision:
-    """Return the decision in a stored answer to a question; anything but an approval or a result is a denial."""
+    """Return the decision in a stored answer to a question; anything but an approval or a result is a denial.
+
+    Raises `InvalidJson` for a malformed answer.
+    """
     try:
         answer = answer_payloads.decode_answer(payload)
     except NodeError as error:

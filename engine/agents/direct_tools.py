@@ -71,7 +71,9 @@ def list_unfilled(node: GraphNode, node_type: NodeType) -> Sequence[str]:
 
 
 def _is_open(name: str, schema: object, node: GraphNode, node_type: NodeType) -> bool:
-    """Return whether a model fills in a config field: the node's config lacks it, and others than its author may."""
+    """Return whether a model fills in a config field: the node's config lacks it, and it isn't reserved for the node's
+    author.
+    """
     only = OPEN_FIELDS.get(node_type.type)
     evaluated = {place.partition(OF_EACH)[0] for place in node_type.compiled}
     return (

@@ -169,7 +169,9 @@ class VisitSteps(AgentSteps):
         return self._find_answer(call_waits.find_place(tool, step))
 
     def begin_wait(self, tool: ToolProgram, step: AgentStep, outcome: AnswerWait) -> StepWait:
-        """Add the wait of a tool call for its result to the next commit."""
+        """Add the wait of a tool call for its result to the next commit, and return it for the agent; only the first
+        commit creates a task.
+        """
         return call_waits.begin(self._visit, self._recorder, tool, step, outcome)
 
     def find_wait(self, tool: ToolProgram, step: AgentStep) -> StepWait | None:
@@ -177,7 +179,11 @@ class VisitSteps(AgentSteps):
         return self._visit.call_waits.get(call_waits.find_place(tool, step))
 
     def end_wait(self, tool: ToolProgram, step: AgentStep, payload: bytes) -> NodeResult:
-        """Record the end of the wait of a tool call, and return its result; raises `NodeError` for a failure."""
+        """Record the end of the wait of a tool call, and return its result.
+
+        Raises `NodeError` for an answer that is a failure, which is recorded too, and `InvalidJson` for a malformed
+        one.
+        """
         return call_waits.end(self._recorder, tool, step, payload)
 
     def find_decision(self, step: AgentStep) -> CallDecision | None:
@@ -396,8 +402,9 @@ class VisitTools(AgentTools):
         """Do a recorded call by its node; return its result as a text for the model, or a wait or pause after which to
         call this again.
 
-        Failures are repeated by the tool's own retry policy. `is_tainted`: text of outsiders may be in the arguments.
-        Raises `NodeError` for the last failure.
+        Retryable failures are repeated by the tool's own retry policy. `rest` limits a tool that is an agent, or asks
+        models itself; `is_tainted` says that text of outsiders may be in the arguments. Raises `NodeError` for the last
+        failure, whatever the node has raised.
         """
         tool = self._agent.tools[step.name]
         if tool.is_awaited and not self._call.records_content:
@@ -443,7 +450,7 @@ class VisitTools(AgentTools):
         """Let another agent do a tool call within the budget `rest`; return its answer, or its wait or pause.
 
         It continues after its own recorded steps of earlier attempts. `is_tainted` is as in `perform`. Raises
-        `NodeError`.
+        `NodeError`, and other errors that `perform` converts.
         """
         steps = self._steps.nest(tool, step)
         built = self._build_call(tool, step, is_tainted=is_tainted)
@@ -468,7 +475,7 @@ class VisitTools(AgentTools):
         """Return the result of a call that another process does if its answer is stored, or else the wait for it.
 
         The first time, the node is called, which starts the run or task, and the wait is recorded. `is_tainted` is as
-        in `perform`. Raises `NodeError` for a failure.
+        in `perform`. Raises `NodeError` for a failure, and other errors that `perform` converts.
         """
         payload = self._steps.find_call_answer(tool, step)
         if payload is not None:
@@ -519,7 +526,7 @@ class VisitTools(AgentTools):
 
 
 def _limit_budget(config: Mapping[str, Json], rest: BudgetRest) -> Mapping[str, Json]:
-    """Return a copy of the config of a node that asks models, with its `budget` lowered to at most `rest`.
+    """Return a copy of the config of a node that asks models, with its `budget` lowered to at most `rest`, or added.
 
     Limits below that stay. The least limit of tokens is 1.
     """
@@ -562,7 +569,10 @@ async def _call_with_retries(tool: ToolProgram, call: NodeCall) -> NodeOutcome:
 
 
 async def _call_once(tool: ToolProgram, call: NodeCall) -> NodeOutcome:
-    """Call a tool's node, and return its outcome; a long computation without effects is moved to a thread."""
+    """Call a tool's node, and return its outcome; a long computation without effects is moved to a thread.
+
+    Raises the exceptions of the node, without a time limit or a retry.
+    """
     run = tool.run
     if not inspect.iscoroutinefunction(run):
         return await offload.run(cast("Callable[[NodeCall], NodeOutcome]", run), call)
@@ -574,7 +584,7 @@ async def _call_once(tool: ToolProgram, call: NodeCall) -> NodeOutcome:
 def _show_outcome(outcome: NodeOutcome, max_bytes: int) -> str:
     """Return the output of a tool's node as a text for the model, cut as by `cut_text`.
 
-    Raises `NodeError` for a wait or a loop.
+    Raises `NodeError` for a wait or a loop, and `InvalidJson` for an output that is too large to be encoded.
     """
     if isinstance(outcome, NodeResult):
         outcome = outcome.output

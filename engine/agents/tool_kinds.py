@@ -43,7 +43,9 @@ class ToolKind(Struct, frozen=True):
 
 
 def _read_node(target: Mapping[str, Json]) -> ToolTarget | None:
-    """Return the node of the catalog that `target.node` gives by type, version and config; None without a type."""
+    """Return the node of the catalog that the field `node` of `target` gives by type, version and config; None without
+    a type.
+    """
     node = target.get("node")
     if not isinstance(node, dict) or not isinstance(node.get("type"), str):
         return None

@@ -95,8 +95,10 @@ def sends_freely(
 def describe_workflow(
     graph: ParsedGraph, settings: Mapping[str, Json], catalog: NodeTypeLookup, traits: TraitsById
 ) -> WorkflowTraits:
-    """Return the traits of a workflow: its effect, sources and ways out; `traits` has those of called
-    workflows by id.
+    """Return the traits of a workflow: its effect, the sources of its texts and data, and whether these can be sent.
+
+    An action `onFailure` in its `settings` counts as a write that can send. `traits` has the traits of the workflows
+    that it calls, by id; without them the worst case counts.
     """
     providers = agent_wiring.list_providers(graph)
     running = [node for node in graph.nodes if node.id not in providers]

@@ -61,6 +61,8 @@ def list_called(graph: ParsedGraph) -> frozenset[str]:
 
 
 def iterate_callers(graph: ParsedGraph) -> Iterator[GraphNode]:
-    """Yield the nodes of a graph; in place of each tool the node that does its calls."""
+    """Yield the nodes of a graph; in place of each tool the node that does its calls, or the tool if it has no valid
+    target.
+    """
     for node in graph.nodes:
         yield (agent_wiring.target_of(node) or node) if node.type == TOOL_TYPE else node

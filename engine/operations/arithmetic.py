@@ -65,7 +65,10 @@ def compute_remainder(dividend: Number, divisor: Number) -> Number:
 
 @define_operation("round")
 def round_number(value: Number, decimals: int = 0) -> Number:
-    """Round a number, halves away from zero, to a number of decimals: 0 by default, negative for tens and more."""
+    """Round a number, halves away from zero, to a number of decimals: 0 by default, negative for tens and more.
+
+    Raises `OperationError` for more than 15 decimals.
+    """
     result = _round_decimals(value, decimals)
     return int(result) if decimals <= 0 or type(value) is int else float(result)
 
@@ -120,8 +123,8 @@ def sum_numbers(first: Json, *more: Json) -> Number:
 def format_number(value: Number, decimals: int = 0, group: str = ",", point: str = ".") -> str:
     """Format a number with a number of decimals, a separator of thousands and a decimal mark.
 
-    Halves are rounded away from zero. Raises `OperationError` for too many or negative decimals and long
-    separators.
+    Halves are rounded away from zero. Raises `OperationError` for more than 15 or negative decimals, and for separators
+    of more than ten characters.
     """
     if decimals < 0:
         raise OperationError(f"writes 0 to {MAX_DECIMALS} decimals, not {decimals}")

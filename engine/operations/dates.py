@@ -31,7 +31,8 @@ _MONTHS = {"months": 1, "years": 12}
 def parse_date(date: Json, zone: str = "UTC") -> str:
     """Parse an ISO 8601 date, or seconds since 1970, into UTC; the time zone applies to dates without an offset.
 
-    Raises `OperationError` for other values and unknown time zones.
+    Returns ISO 8601 that ends with `Z`. Raises `OperationError` for other values and unknown time zones, and
+    `OverflowError`.
     """
     if type(date) is str:
         return _format_moment(_parse_moment(date, _load_zone(zone)))
@@ -72,7 +73,8 @@ def add_time(date: str, amount: int, unit: str, zone: str = "UTC") -> str:
 def date_diff(start: str, end: str, unit: str = "seconds") -> Number:
     """Count the seconds, minutes, hours, days or weeks from one date to another.
 
-    Negative if `end` is earlier. Raises `OperationError` for invalid dates and units.
+    A whole number if it divides evenly, else a fraction; negative if `end` is earlier. Days have 24 hours. Raises
+    `OperationError` for invalid dates and units.
     """
     difference, step = _parse_moment(end) - _parse_moment(start), _parse_unit(unit)
     return difference // step if difference % step == timedelta() else difference / step

@@ -54,8 +54,8 @@ class ExpressionOperation(Struct, frozen=True):
     def apply(self, arguments: Sequence[Json]) -> Json:
         """Convert the arguments, of a permitted number, and compute the result.
 
-        Raises `OperationError` for wrong types, division by zero, and results that are out of range or too
-        large.
+        Raises `OperationError` for wrong types, division by zero, and results that are out of range or too large, and
+        `BudgetExceeded` within `offload.try_inline`.
         """
         try:
             converted = [convert(given) for convert, given in zip(self._converters, arguments, strict=False)]
@@ -171,7 +171,7 @@ _CONVERTERS: Final[Mapping[str, ArgumentConverter]] = {
 
 
 def _check_size(result: Json) -> None:
-    """Raise `OperationError` for a result that is too large: a number, a text or a list."""
+    """Raise `OperationError` for a result that is too large: a number, a text, a list or an object."""
     if type(result) is int or type(result) is float:
         if not -MAX_NUMBER <= result <= MAX_NUMBER:
             raise OperationError("gives a number that is too large")

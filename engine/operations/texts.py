@@ -19,7 +19,8 @@ from engine.values import Json, type_name, value_as_text
 def concat(first: Json, *more: Json) -> Json:
     """Join values into one text, or lists into one list.
 
-    Raises `OperationError` for objects, for lists among other values, and for a result that is too long.
+    Values become text as by `to_text`, null the empty one. Raises `OperationError` for objects, for lists among other
+    values, and for a result that is too long.
     """
     values = [first, *more]
     if all(type(value) is list for value in values):
@@ -71,7 +72,11 @@ def split(value: str, separator: str) -> Json:
 
 @define_operation("join")
 def join(values: list[Json], separator: str = "") -> str:
-    """Join the values of a list into one text, with an optional separator between them."""
+    """Join the values of a list into one text, with an optional separator between them.
+
+    Values become text as by `to_text`: null the empty one, lists and objects JSON. Raises `OperationError` for a result
+    that is too long, and `InvalidJson` as `to_text` does.
+    """
     return _join_texts(separator, values)
 
 
@@ -85,8 +90,8 @@ def substring(value: str, start: int, end: int | None = None) -> str:
 def pad(value: str, length: int, fill: str = " ", side: str = "start") -> str:
     """Pad a text to a length, at its `start` or `end`, with a character.
 
-    A longer text stays unchanged. Raises `OperationError` for several characters, another side or a great
-    length.
+    A longer text stays unchanged. Raises `OperationError` for a `fill` of no or several characters, another side or a
+    great length.
     """
     check_text_length(length)
     if len(fill) != 1 or side not in ("start", "end"):
