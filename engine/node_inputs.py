@@ -49,7 +49,7 @@ class NodeInputs:
     ) -> None:
         """`steps` are those of agents in earlier attempts; `is_interrupted` asks agents to pause.
 
-        `find_answer` returns the stored answer to the question at a node and an iteration.
+        `find_answer` returns the stored answer to the wait at a node and an iteration, None if there is none yet.
         """
         self._steps = steps
         self._find_answer = find_answer

@@ -275,6 +275,8 @@ def _compile_pinned_or_node(node: GraphNode, graph: ParsedGraph, catalog: NodeTy
 def _mark_tainted_starts(nodes: Mapping[str, NodeProgram], drawn: ParsedGraph) -> dict[str, NodeProgram]:
     """Return marked copies of the sub-workflow nodes whose input may hold text of outsiders, by id; others are left
     out.
+
+    `drawn` is the graph with the models and tools of agents, whose texts count too.
     """
     starts = [program for program in nodes.values() if program.node.type == SUB_WORKFLOW_TYPE]
     if not starts:

@@ -87,7 +87,8 @@ def changed_body_nodes(
     graph: ParsedGraph,
     rewired_agents: frozenset[str] = frozenset(),
 ) -> frozenset[str]:
-    """Return the nodes of a loop's body that differ between two definitions, and the nodes of the body behind them.
+    """Return the nodes of a loop's body that differ between the `original` definition, of the recorded run, and
+    `graph`, and the nodes of the body behind them.
 
     `rewired_agents` are ids of agents that differ too: by their models or tools, which are in neither graph.
     """

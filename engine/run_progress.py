@@ -480,7 +480,10 @@ class RunProgress:
         self._worklist.held_until = max(self._worklist.held_until, time.monotonic() + seconds)
 
     def is_any_answered(self, sleeper: SleepingNode) -> bool:
-        """Return whether a question of an agent that sleeps has an answer."""
+        """Return whether a wait of a sleeping agent has an answer: that for a person, or for the result of a tool call.
+
+        False for other nodes.
+        """
         return not sleeper.places.isdisjoint(self._signals.wait_answers)
 
     def apply_early_answer(self, visit: NodeVisit) -> bool:

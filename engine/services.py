@@ -340,8 +340,10 @@ class ThrottleService(Protocol):
     async def reserve(
         self, caller: RunCaller, key: str, *, limit: int, per_seconds: float, max_wait_seconds: float
     ) -> datetime:
-        """Reserve the next free slot of a rate and return its time (aware, UTC); each call reserves another slot.
+        """Reserve the next free slot of a rate and return its time (aware, UTC); each call reserves another slot, for
+        which the caller itself waits.
 
+        The rate is `limit` slots, evenly spaced, per `per_seconds`, shared by all users of `key` in the organization.
         Raises a retryable `NodeError`, and reserves nothing, if the slot is over `max_wait_seconds` away.
         """
 
@@ -421,10 +423,11 @@ class SignalWaitService(Protocol):
     async def expect(
         self, caller: RunCaller, wanted: SignalRequest, *, node_id: str, iteration: str
     ) -> SignalExpectation:
-        """Let the earliest unread signal of a name, or else the next one, answer the node; return the state of its
-        wait.
+        """Let the earliest unread signal of a name, or else the next one, answer the node; return the end of its wait,
+        or the answer, which may have been given before this call.
 
-        The timeout counts from when the node was first reached, also in repeated calls.
+        The result has neither if the node waits without a limit, the run is gone, or the node never started. The
+        timeout counts from when the node was first reached, also in repeated calls.
         """
 
     async def reply(self, caller: RunCaller, node_id: str, iteration: str, value: bytes) -> None:
@@ -460,10 +463,10 @@ class ModelService(Protocol):
     ) -> ModelReply:
         """Ask a model once, and return its complete answer with its cost; `on_text` gets its text as it is written.
 
-        The most that the call may cost is reserved before in the budgets of the node, the run and the organization's
-        month. Each call needs an idempotency key of its own, also a repeated one. Raises `ModelCallFailed` if the model
-        has not answered, and other `NodeError`s before anything is sent: `model-budget-exceeded` if a budget doesn't
-        suffice.
+        The most that the call may cost is reserved before in the budgets of the node (in `spending`), the run and the
+        organization's month. Each call needs an idempotency key of its own, also a repeated one. Raises
+        `ModelCallFailed` if the model has not answered, and other `NodeError`s before anything is sent:
+        `model-budget-exceeded` if a budget doesn't suffice.
         """
 
     async def read_price(self, caller: RunCaller, model_id: str) -> ModelPrice | None:

@@ -111,12 +111,11 @@ class SpanRecorder:
         error: RunError | None = None,
         awaits: bytes | None = None,
     ) -> None:
-        """Record the state of a node in the journal under the next sequence number; it is written with the
-        next commit.
+        """Record the state of a node in the journal under the next sequence number; it is written with the next commit.
 
-        None for a port, output, end, wake time or error means that the node has none so far. Second and later
-        attempts are recorded by rows of their own. Data sources in use are added to the key. At the log level
-        `debug`, the state is logged.
+        None for a port, output, end, wake time or error means that the node has none so far; `awaits` is the JSON of
+        the answer that it waits for. Second and later attempts are recorded by rows of their own. Data sources in use
+        are added to the key. At the log level `debug`, the state is logged.
         """
         if visit.attempt > 1 or status is SpanStatus.RETRYING:
             self._record_attempt_state(visit, status, ended_at, wake_at, error)

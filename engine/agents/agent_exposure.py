@@ -105,7 +105,7 @@ def can_send(
     *,
     free_host: re.Pattern[str] = ARGUMENT_HOST,
 ) -> bool:
-    """Return whether a node can send data out of the server: by a mail, a task, HTTP or a tool server.
+    """Return whether a node with this effect can send data out of the server: by a mail, a task, HTTP or a tool server.
 
     HTTP counts for a write, and for an address whose host matches `free_host`: by default one that a model fills in. A
     tool server counts for a write, and a workflow by its traits. Other nodes count as unable, even if they write.

@@ -103,7 +103,7 @@ def find_unrecorded(agent: GraphNode, graph: ParsedGraph, depth: int = 1) -> Gra
     """Return the node whose config prevents the recording of an agent's contents; None if they are recorded.
 
     It is the agent itself, its model, a tool, or such a node of an agent inside it, since each of them sees the
-    contents.
+    contents. `depth` is 1 for the outermost agent.
     """
     if not content_recording.is_recorded(agent.type, agent.config):
         return agent

@@ -38,7 +38,7 @@ def find_effect(
     """Return the effect of a node: that of its type and config, or of the workflow that it calls.
 
     An agent writes if one of its tools does. `of_unknown` is the effect of workflows without traits, and of types that
-    are unknown.
+    are unknown. `depth` is 1 except for the tools of an agent, for which the function calls itself.
     """
     if node.type == SUB_WORKFLOW_TYPE:
         known = traits.get(workflow_traits.name_workflow(node))
@@ -69,7 +69,8 @@ def sends_freely(
     """Return whether an agent can send data out of the server by this tool without an approval.
 
     A tool that is an agent can if one of its own tools can. The approval rule `tainted` counts like `writes`, since it
-    asks once texts of outsiders are read. False for unknown types.
+    asks once texts of outsiders are read. False for unknown types, and for a write that the agent may not do. `depth`
+    is 1 except for the tools of an agent inside, for which the function calls itself.
     """
     target = target_of(tool)
     if target is None:

@@ -49,7 +49,8 @@ def slice_list(values: list[Json], start: int, end: int | None = None) -> Json:
 def get_element(value: Json, key: Json, fallback: Json = None) -> Json:
     """Return the value of an object's key or of a list's position, or a fallback where there is none.
 
-    Negative positions count from the end. Raises `OperationError` for a key of a wrong type.
+    The fallback is null by default. Negative positions count from the end. Raises `OperationError` for a key of a wrong
+    type, and for a value that is no object or list.
     """
     if type(value) is list:
         position = require_whole_number(key)
@@ -85,7 +86,8 @@ def reverse_list(values: list[Json]) -> Json:
 def sort_list(values: list[Json], by: str | None = None, order: str = "ascending") -> Json:
     """Sort numbers or texts, or objects by one of their keys, in ascending or descending order.
 
-    Raises `OperationError` for mixed or other types, and for an unknown order.
+    `by` is that key, which no object may lack. Raises `OperationError` for mixed or other types, and for an unknown
+    order.
     """
     if order not in ("ascending", "descending"):
         raise OperationError(f'sorts in "ascending" or "descending" order, not {order[:40]!r}')
