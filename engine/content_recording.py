@@ -43,7 +43,9 @@ OPEN_CODES: Final = frozenset(
 
 
 def is_recorded(node_type: str, config: Mapping[str, Json]) -> bool:
-    """Return whether the contents of a node of this type are recorded; the config is that of the definition."""
+    """Return whether the contents of a node are recorded: unless its type calls models, or is a tool, and its config in
+    the definition has `recordContent` set to false.
+    """
     return node_type not in TYPES or config.get(FIELD) is not False
 
 

@@ -289,9 +289,9 @@ def build_timeout_error(node: GraphNode) -> NodeError:
 
 
 def to_run_error(reason: RunError) -> RunError:
-    """Convert a node's error to the error of its run: `timeout` stays, others become `node-error`.
+    """Convert a node's error to the error of its run: `timeout` stays, without a cause; others become `node-error`.
 
-    The cause keeps the node's code and message.
+    Their cause is that of the node's error, or else the node's code and message.
     """
     if reason.code == TIMEOUT_CODE:
         return replace(reason, cause=None)

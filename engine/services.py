@@ -97,7 +97,8 @@ class HttpClientService(Protocol):
         timeout_seconds: float,
         follow_redirects: bool = True,
     ) -> HttpResponse:
-        """Send a request, and return the response of any final status; the time limit spans redirects and body.
+        """Send a request, and return the response of any final status, 4xx and 5xx too; the time limit spans redirects
+        and body.
 
         Raises `NodeError` for a request that is refused or invalid, and without a complete response. Without
         `follow_redirects`, a redirect is returned as it is.
@@ -412,8 +413,8 @@ class EventWaitService(Protocol):
     ) -> datetime | None:
         """Let the first matching event answer the node; return the end of the wait (aware, UTC).
 
-        None if the node waits without a limit, has its answer already, or has never started. Look-back and timeout
-        count from when the node was first reached, also in repeated calls.
+        None if the node waits without a limit, has its answer already or never started, or the run is gone. Look-back
+        and timeout count from when the node was first reached, also in repeated calls.
         """
 
 

@@ -103,7 +103,9 @@ def build_runner(node: GraphNode, node_type: NodeType, catalog: NodeTypeLookup) 
 
 
 def _limits_of(node: GraphNode, rules: TaskRules) -> dict[str, Any]:
-    """Return the timeouts, delays and attempts of a task; timeout and retry of the node replace those of its type."""
+    """Return the timeouts, delays and attempts of a task: a timeout or a retry policy of the node itself replaces that
+    of its type.
+    """
     limits: dict[str, Any] = {
         "timeout_seconds": node.timeout_seconds or rules.timeout_seconds,
         "lease_seconds": rules.lease_seconds,

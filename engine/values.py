@@ -402,7 +402,8 @@ class ValueDifference(Struct, frozen=True):
 
 
 def compare_values(before: Json | Missing, after: Json | Missing, *, at_most: int) -> ValueDifference:
-    """Return the first `at_most` differences of two values, with their paths, and the number of equal values seen.
+    """Return the first `at_most` differences of two values, with their paths, and the number of equal values seen that
+    are neither objects nor lists.
 
     Lists are compared by position. The result says whether there are more differences.
     """

@@ -255,9 +255,10 @@ class WorkflowRunner:
         return RunOutcome(RunStatus.FAILED, error=RunError(TIMEOUT_CODE, message))
 
     async def _cancel_tasks(self) -> None:
-        """Cancel the running nodes and wait for them; one that doesn't react within ten seconds is abandoned.
+        """Cancel the running nodes and wait for them; one that doesn't react within ten seconds is abandoned: it runs
+        on unattended.
 
-        Interrupted ones are noted, to be recorded.
+        Canceled and abandoned nodes are noted as interrupted, to be recorded.
         """
         if not self._worklist.tasks:
             return

@@ -252,9 +252,9 @@ AgentAction: TypeAlias = "CallModel | CallTools | AwaitApprovals | Finish | Fail
 def decide_next(task: AgentTask, steps: Sequence[AgentStep]) -> AgentAction:
     """Return the next action of an agent, which follows from its task and its recorded steps alone.
 
-    Tool calls without a result come first, in order, up to one that waits for a person; people are asked about waiting
-    calls only if the first is one. Without such calls, the model is asked, or the agent ends or fails. Steps whose
-    contents are not recorded count in the budget only: the conversation begins after them.
+    Tool calls without a result come first, in order, up to one that waits for a person; if the first one does, the
+    agent waits for the decisions about all of these. Without such calls, the model is asked, or the agent ends or
+    fails. Steps whose contents are not recorded count in the budget only: the conversation begins after them.
     """
     pending = list_pending_calls(steps)
     if pending:

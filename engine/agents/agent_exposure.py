@@ -55,7 +55,9 @@ NO_TRAITS: Final[TraitsById] = MappingProxyType({})
 
 
 def list_untrusted(agent: GraphNode, graph: ParsedGraph, traits: TraitsById = NO_TRAITS) -> list[GraphNode]:
-    """Return the nodes before an agent, and its tools, with outputs that may hold text of outsiders."""
+    """Return the nodes before an agent, and the nodes that do the calls of its tools, with outputs that may hold text
+    of outsiders.
+    """
     nodes = [*_list_ancestors(agent, graph), *_list_targets(agent, graph)]
     return [node for node in nodes if reads_outside_text(node, traits)]
 
@@ -83,7 +85,7 @@ def reads_outside_text(node: GraphNode, traits: TraitsById) -> bool:
 
 
 def list_private(agent: GraphNode, graph: ParsedGraph, traits: TraitsById = NO_TRAITS) -> list[GraphNode]:
-    """Return the nodes before an agent, and its tools, with outputs of private data."""
+    """Return the nodes before an agent, and the nodes that do the calls of its tools, with outputs of private data."""
     nodes = [*_list_ancestors(agent, graph), *_list_targets(agent, graph)]
     return [node for node in nodes if reads_private_data(node, traits)]
 
