@@ -49,8 +49,8 @@ class LazyModels:
         )
 
     async def read_price(self, caller: RunCaller, model_id: str) -> ModelPrice | None:
-        """Return the current price of a model; None if it is unknown. Raises `NodeError` for a model that the caller
-        may not use.
+        """Return the current price of a model; None if the price is unknown. Raises `NodeError` for a model that the
+        caller may not use.
         """
         return await self._open().read_price(caller, model_id)
 

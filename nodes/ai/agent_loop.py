@@ -41,8 +41,8 @@ async def run_agent(
     """Continue an agent after its recorded steps, and return its end, or a pause or wait after which this function is
     called again.
 
-    It pauses if the run is interrupted, and waits for people or for results of tools. Raises `NodeError` if the agent
-    fails or no model answers.
+    Each answer is that of the first of `model_ids` that answers. The agent pauses if the run is interrupted, and waits
+    for people or for results of tools. Raises `NodeError` if the agent fails or no model answers.
     """
     begun_here: set[int] = set()
     call.steps.close_lost_steps()
@@ -94,8 +94,8 @@ async def _answer_request(
 
 
 async def _reuse_turn(call: NodeCall, task: AgentTask, turn: Sequence[AgentStep]) -> None:
-    """Record `turn`, an answer of the replayed run with its tool calls and their results, without the costs, which that
-    run has paid.
+    """Record `turn`, an answer of the replayed run with its tool calls and their results, to be stored by the next
+    commit, without the costs, which that run has paid.
 
     Tool calls without a result are continued under their recorded idempotency keys; those that wait for people ask
     again.
@@ -187,7 +187,9 @@ def _review_calls(call: NodeCall, task: AgentTask) -> None:
     """Check recorded tool calls without a result against the current tools; a call whose recorded approval doesn't
     cover it now waits for a new one if its tool needs that.
 
-    A resumed run may have another definition, in which the tool does something else or needs an approval now.
+    A resumed run may have another definition, in which the tool does something else or needs an approval now. A waiting
+    call without a decision asks again; a waiting call whose tool is gone waits no longer, so that it fails when it is
+    to be made.
     """
     steps = call.steps.recorded
     for step in agent.list_pending_calls(steps):
@@ -208,12 +210,13 @@ def _review_calls(call: NodeCall, task: AgentTask) -> None:
 
 
 async def _apply_decisions(call: NodeCall, task: AgentTask, *, may_expire: bool) -> set[int]:
-    """Record the decisions of people about waiting tool calls, and commit them if a call is approved; return the step
-    numbers of the approved calls, which may begin.
+    """Record the decisions of people about waiting tool calls, and commit them if a call may begin; return the step
+    numbers of the calls that may begin: the approved ones, except for a call whose arguments a person has changed to
+    invalid ones.
 
     A call becomes an error for the model if a person has denied it, or found that it was not made, or, with
     `may_expire`, has not decided in time. A call that a person has found to be made gets the result that the person has
-    given.
+    given. Without a call that may begin, the next commit stores the decisions.
     """
     approved: set[int] = set()
     waiting = [
@@ -264,7 +267,9 @@ def _earlier_calls(call: NodeCall, number: int) -> Sequence[ModelCallRecord]:
 
 
 def _join_waits(outcomes: Sequence[StepWait | StepPause]) -> StepWait:
-    """Return one wait that ends with the first of the waits in `outcomes`; pauses among them are ignored."""
+    """Return one wait that ends with the first of the waits in `outcomes`, without a time limit if none has one; pauses
+    among them are ignored.
+    """
     waits = [each for each in outcomes if isinstance(each, StepWait)]
     times = [wait.until for wait in waits if wait.until is not None]
     return StepWait(
@@ -280,9 +285,9 @@ async def _perform_tools(
     """Make tool calls at the same time, and record their results; return the waits or pauses of calls without a result
     yet.
 
-    If `steps` is a single call that writes or is paid, its result is committed at once. Such a write, if an earlier
-    process has begun it (it is not in `begun_here`), is not repeated unless its tool allows that: it fails, or people
-    are asked about its outcome.
+    The result of a single call that writes or is paid is committed at once; the next commit stores those of others. A
+    write that an earlier process has begun (it is not in `begun_here`) is not repeated unless its tool allows that: it
+    fails, or people are asked about its outcome.
     """
     if len(steps) > 1:
         async with asyncio.TaskGroup() as group:
@@ -307,9 +312,9 @@ async def _perform_tool(call: NodeCall, task: AgentTask, step: AgentStep) -> Ste
     """Make one tool call, and record its result or its error for the model; return its wait or pause if it has neither
     yet.
 
-    People may be asked about a write with an unknown outcome. A `NodeError` is raised only by a tool that is an agent:
-    if another attempt may succeed, or its replay has diverged. A resumed run may have lost a tool, or the permission
-    for it, since the call was recorded.
+    A tool that the run has lost since the call was recorded, and a budget that doesn't suffice for another agent, are
+    errors for the model too. People may be asked about a write with an unknown outcome. A `NodeError` is raised only by
+    a tool that is an agent: if another attempt may succeed, or its replay has diverged.
     """
     if step.name not in task.tools:
         error = f"There is no tool {step.name!r} any more"

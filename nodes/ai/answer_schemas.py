@@ -29,10 +29,10 @@ _MAX_DEPTH: Final = 32
 
 
 def close_objects(schema: Mapping[str, Any], *, keeps_bounds: bool = True) -> dict[str, Any] | None:
-    """Return a copy of a schema in which objects with named fields allow no others; None for a schema of over 32
-    levels.
+    """Return a copy of a schema in which objects with named fields allow no others unless they have
+    `additionalProperties`; None for a schema of over 32 levels.
 
-    Without `keeps_bounds`, limits of texts, numbers and lists are left out.
+    Without `keeps_bounds`, limits of texts, numbers and lists are left out, and so are defaults and examples.
     """
     try:
         return _close(schema, 0, keeps_bounds=keeps_bounds)
@@ -99,7 +99,8 @@ def _is_part_enforced(part: object, *, needs_all_fields: bool) -> bool:
     """Return whether providers enforce a part of a schema by itself: common keywords, and objects closed to other
     fields.
 
-    With `needs_all_fields`, every field of an object has to be required.
+    False for a part that is no schema, allows any value, or refers to anything but `$defs`. With `needs_all_fields`,
+    every field of an object has to be required.
     """
     if not isinstance(part, Mapping) or not part.keys() <= _COMMON:
         return False

@@ -52,7 +52,8 @@ def build_key_headers(model: ModelConnection) -> dict[str, str]:
 
 
 def build_body(model: ModelConnection, request: ChatRequest) -> dict[str, Any]:
-    """Return the body of a request; a schema is sent only to models that are known to follow it.
+    """Return the body of a request; a schema is sent only if the model is known to follow it, and the provider enforces
+    it.
 
     The temperature of the request is left out: the protocol has none any more.
     """
@@ -330,7 +331,9 @@ def _complete_block(block: Mapping[str, Any], call: RequestedToolCall) -> dict[s
 
 
 def build_stream_failure(error: object) -> ModelCallFailed:
-    """Return the failure of an error that arrives in the middle of an answer, by its type."""
+    """Return the failure of an error that arrives in the middle of an answer, by its type; retryable unless the
+    provider refuses the request itself.
+    """
     kind = read_text(error.get("type")) if isinstance(error, dict) else ""
     failure = provider_json.build_interruption(error)
     match kind:

@@ -21,10 +21,11 @@ _ACCEPTED: Final = re.compile(r"[A-Za-z0-9]{9}")
 
 
 def unify(messages: Sequence[ChatMessage], model_id: str) -> Sequence[ChatMessage]:
-    """Return messages in which tool calls have ids that every provider accepts, and their results name the same ids.
+    """Return messages in which tool calls have unique ids that every provider accepts, and their results name the same
+    ids.
 
-    Accepted ids stay, and so do ids in content of the called model's own form, which may be signed. The beginning of a
-    conversation has the same ids in each of its requests, so that caches of prompts hold.
+    Accepted ids stay unless another call has them, and so do ids in content of the called model's own form, which may
+    be signed. The beginning of a conversation has the same ids in each of its requests, so that caches of prompts hold.
     """
     own = [message for message in messages if _is_own(message, model_id)]
     taken = {call.id for message in own for call in message.tool_calls}

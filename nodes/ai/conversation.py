@@ -65,12 +65,12 @@ class _Turn(Struct):
 async def ask_models(
     call: NodeCall, model_ids: Sequence[str], request: ChatRequest, *, max_repairs: int = MAX_REPAIRS
 ) -> NodeAnswer:
-    """Return the answer of the first model that answers; that model corrects it until it fits the schema of the
+    """Return the answer of the first model that answers; that model alone corrects it until it fits the schema of the
     request.
 
     An answer that was cut off or refused is returned without a value. Calls are added to the recorded calls of the
-    node, and recorded answers are not asked for again. Raises `NodeError` if no model answers, or if the answer doesn't
-    fit after `max_repairs` corrections.
+    node, and recorded answers are not asked for again. Raises the `NodeError`s of `ask_in_turn`, for corrections too,
+    another if the answer doesn't fit after `max_repairs` corrections, and one for an invalid `budget` in the config.
     """
     recorded = [record for record in call.model_calls.recorded if record.text is not None]
     # A conversation without a fitting answer is over: another attempt of the node begins a new one.
@@ -124,7 +124,8 @@ def _note_answer(call: NodeCall, turn: _Turn) -> None:
 def open_live_answer(call: NodeCall, number: int, attempt: int) -> AbstractContextManager[LiveAnswer]:
     """Return a context with the live text of an answer, which clients of the run see while it is written.
 
-    `number` and `attempt` are those of the step. Clients see nothing if the contents of the node are not recorded.
+    `number` and `attempt` are those of an agent's step, or in other nodes the number of the answer and the attempt of
+    the node. Clients see nothing if the contents of the node are not recorded.
     """
     answers = call.services.live_answers if may_show_contents(call) else HIDDEN_ANSWERS
     iteration = call.iteration if call.model_calls.iteration is None else call.model_calls.iteration
@@ -148,13 +149,15 @@ async def ask_in_turn(
     budget: ModelBudget | None = None,
     live: LiveAnswer = HIDDEN_ANSWERS,
 ) -> tuple[ChatAnswer, ModelCallRecord]:
-    """Ask the models in turn until one answers, and return its answer with its record; raises `ModelCallFailed` if none
-    does, and other `NodeError`s if no model is named, a model may not be used, or a budget doesn't suffice.
+    """Ask the models in turn until one answers, and return its answer with the record of its call; raises
+    `ModelCallFailed` if none does, and other `NodeError`s if no model is named, a model may not be used, or a budget
+    doesn't suffice.
 
-    Another model is asked only if it may do better: not after a refusal of the request itself. `note_failure` gets the
-    record of each failed call. If no model answers, the node waits for the first of those whose providers have named a
-    time. `key` is the idempotency key of the call of the first model; those of later models have `:1`, `:2` and so on
-    added. The calls of the node with a `budget` never cost more. `live` gets the text while it is written.
+    Another model is asked only if it may do better: not after a refusal of the request itself. Of several failures, the
+    retryable failure with the shortest wait that a provider or limit has named is raised; without any, or after such a
+    refusal, the last. `note_failure` gets the record of each failed call. `key` is the idempotency key of the call of
+    the first model; those of later models have `:1`, `:2` and so on added. All calls of the node and iteration together
+    never cost more than `budget`. `live` gets the text while it is written.
     """
     failures: list[ModelCallFailed] = []
     spending = NodeSpending(f"{call.node_id}:{call.iteration}", budget)
@@ -216,9 +219,11 @@ def _read_budget(call: NodeCall) -> ModelBudget | None:
 
 
 def _choose_failure(failures: Sequence[ModelCallFailed]) -> ModelCallFailed:
-    """Return the failure that a node reports: the retryable failure with the shortest wait, or without any the last.
+    """Return the failure that a node reports: the retryable failure with the shortest wait; the last if none names a
+    wait.
 
-    The last also if it can't fall back: after a refusal of the request itself, waiting doesn't help.
+    The last also if it can't fall back: after a refusal of the request itself, waiting doesn't help. `failures` is not
+    empty.
     """
     waits = [
         (failure.retry_after_seconds, number)

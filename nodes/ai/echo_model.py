@@ -64,7 +64,11 @@ def _choose_tool(request: ChatRequest, question: str) -> RequestedToolCall | Non
 
 
 def build_sample(schema: Mapping[str, Any], text: str, depth: int = 0) -> Json:
-    """Return a small value of a schema: of several choices the first that occurs in `text`, else the first."""
+    """Return a small value of a schema: of an `enum` the first value that occurs in `text`, else the first; of `anyOf`
+    and `oneOf` always the first.
+
+    `depth` is the level of the schema within the whole; beyond level 10 the value is None.
+    """
     if "const" in schema:
         found: Json = schema["const"]
         return found

@@ -36,10 +36,11 @@ _ANY_OBJECT: Final[Mapping[str, Any]] = {"type": "object"}
 
 
 def is_needed(model: ModelConnection, request: ChatRequest) -> bool:
-    """Return whether a request has to be translated for a model: it has tools or their results, and the model can't
-    call tools.
+    """Return whether a request has to be translated for a model: it has tools, calls or their results, and the model is
+    to call tools by answers with JSON.
 
-    Without a mode in the request, the model's test decides; a model that was never tested calls tools itself.
+    `tool_mode` of the request decides that; if it is `auto`, the model's test: a model that was never tested calls
+    tools itself.
     """
     if request.tool_mode is ToolMode.NATIVE or (
         request.tool_mode is ToolMode.AUTO and not model.ignores_tools
@@ -53,7 +54,8 @@ def is_needed(model: ModelConnection, request: ChatRequest) -> bool:
 def translate_request(request: ChatRequest) -> ChatRequest:
     """Return a request in which tools are a schema of the answer, and calls and results are texts.
 
-    A request without tools, such as the last one of an agent, allows the final answer alone.
+    A request without tools, such as the last one of an agent, allows the final answer alone. If the request has an
+    output schema, that stays, and only calls and results are translated.
     """
     messages = _translate_messages(request.messages)
     if request.output_schema is not None:
@@ -69,8 +71,9 @@ def translate_request(request: ChatRequest) -> ChatRequest:
 def translate_answer(answer: ChatAnswer, request: ChatRequest) -> ChatAnswer:
     """Return an answer to a translated request with the tool call, or the final text, that its JSON has.
 
-    `request` is the original request. Another text is the final answer as it is, such as a text that is no JSON, or the
-    answer of a model that leaves out the field around it.
+    `request` is the original request; with an output schema in it, the answer is returned unchanged. Another text is
+    the final answer as it is, such as a text that is no JSON, or the answer of a model that leaves out the field around
+    it.
     """
     if request.output_schema is not None:
         return answer
@@ -172,7 +175,8 @@ def _add_rules(messages: Sequence[ChatMessage], rules: str) -> Sequence[ChatMess
 def _translate_messages(messages: Sequence[ChatMessage]) -> tuple[ChatMessage, ...]:
     """Return messages in which each tool call is an answer with JSON, followed by its result as a text of the user.
 
-    Texts of the user in a row become one, since templates of many models want the roles to alternate.
+    Texts of the user in a row become one, since templates of many models want the roles to alternate. A text beside
+    tool calls, and calls without a result, are left out.
     """
     translated: list[ChatMessage] = []
     calls: dict[str, RequestedToolCall] = {}

@@ -61,13 +61,15 @@ class ModelCaller:
     ) -> ModelReply:
         """Ask a model once, and return its answer with its cost, which is None without a price.
 
-        The highest possible cost is reserved before. It becomes the real cost with the answer, is released if the
-        provider refuses the call, and stays if the provider may bill the call. `on_text` gets the text while it is
-        written, but nothing if the model can't call tools and the request is translated for it.
+        The highest possible cost is reserved before, for each call anew, even if it repeats the `idempotency_key` of an
+        earlier one. The reservation, in the budgets of the node in `spending`, its run and the month, becomes the real
+        cost with the answer, is released if the provider refuses the call, and stays if the provider may bill the call.
+        The answer is no longer than the model's own maximum. `on_text` gets the text while it is written, but nothing
+        if the model can't call tools and the request is translated for it.
 
         Raises `ModelCallFailed`, also before the time that the provider has named after an earlier call, and if the
         limits of the model don't admit the call within five seconds; `NodeError` for a model that the caller may not
-        use and a budget that doesn't suffice.
+        use, a budget that doesn't suffice, and a budget of costs if the price is unknown.
         """
         if model_id == ECHO_MODEL_ID:
             answer = await self._client.complete(
@@ -90,7 +92,7 @@ class ModelCaller:
         return msgspec.structs.replace(reply, answer=json_tools.translate_answer(reply.answer, request))
 
     async def read_price(self, caller: RunCaller, model_id: str) -> ModelPrice | None:
-        """Return the current price of a model; None if it is unknown.
+        """Return the current price of a model; None if the price is unknown.
 
         Raises `NodeError` for a model that the caller may not use.
         """

@@ -144,7 +144,8 @@ class ModelClient:
 
         `on_text` gets the text of the answer while it is written, without the key of the provider.
 
-        No provider promises that a repeated request is not billed again. The key is for gateways that honor it.
+        No provider promises that a repeated request is not billed again. `idempotency_key` is for gateways that honor
+        it.
         """
         if model.provider is ModelProvider.ECHO:
             answer = echo_model.answer_request(request)
@@ -221,9 +222,9 @@ class ModelClient:
             raise _build_transport_failure(error) from error
 
     async def list_models(self, model: ModelConnection) -> Sequence[str]:
-        """Return the names of the models that a provider lists; raises `ModelCallFailed`.
+        """Return the names of the models that a provider lists; empty if it lists none, or answers with something else.
 
-        Empty if it lists none.
+        Raises `ModelCallFailed` if it can't be reached or answers with an error.
         """
         url = f"{model.base_url.rstrip('/')}/models"
         with _redact_key(model):
@@ -295,7 +296,7 @@ def build_headers(model: ModelConnection) -> dict[str, str]:
 
 def _adapt_to_abilities(model: ModelConnection, request: ChatRequest) -> ChatRequest:
     """Return a request for a value of a schema in the best form that the model supports: the schema itself; else words,
-    with the JSON mode of the provider; else a tool; else words alone.
+    with the JSON mode of the provider; else a tool; else words alone. Unchanged without a schema.
     """
     schema = request.output_schema
     if schema is None or _follows_schema(model, schema):
@@ -387,7 +388,7 @@ async def _read_answer(stream: OutboundStream, parser: AnswerParser, written: _W
     whole.
 
     The text of the answer goes to `written` while it arrives. Raises `ModelCallFailed` for an event of over 4 MB and an
-    invalid answer.
+    invalid answer, and `OutboundError` if the stream breaks off.
     """
     if stream.headers.get("content-type", "").lower().startswith("application/json"):
         written.add(parser.feed(b"".join([piece async for piece in stream])))
@@ -427,7 +428,11 @@ async def _read_error(stream: OutboundStream) -> bytes:
 
 
 def build_status_failure(status: int, headers: Mapping[str, str], body: bytes) -> ModelCallFailed:
-    """Return the failure for an error status, with the provider's message if the body is JSON."""
+    """Return the failure for an error status, with the provider's message if the body is JSON.
+
+    It is retryable for a rate limit, 408, 409, 425 and errors of the server. Another model may do better except after a
+    refusal of the request itself, the code `model-request-refused`.
+    """
     said, error_code = provider_json.read_error(body)
     answered = f"The provider answered {status} {reasons.get(status, '')}".rstrip()
     message = f"{answered}: {said}" if said else answered
@@ -481,7 +486,9 @@ def _read_retry_after(headers: Mapping[str, str]) -> float | None:
 
 
 def _build_transport_failure(error: OutboundError) -> ModelCallFailed:
-    """Return the failure of a request without a complete response."""
+    """Return the failure of a request without a complete response: retryable, unless the client has refused the request
+    or its response.
+    """
     match error:
         case OutboundUnavailable():
             return ModelCallFailed(

@@ -57,7 +57,7 @@ class ModelConnection(msgspec.Struct, frozen=True):
 
 
 def build_listing_connection(settings: Mapping[str, Json], secrets: Mapping[str, str]) -> ModelConnection:
-    """Return a connection that lists the models of a provider, from settings and secrets of its data source."""
+    """Return a connection that lists the models of a provider, from valid settings and secrets of its data source."""
     return ModelConnection(
         id="",
         provider=ModelProvider(str(settings.get("provider", ModelProvider.OPENAI_COMPATIBLE))),

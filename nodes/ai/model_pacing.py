@@ -46,7 +46,7 @@ class RateWindow:
         """Return the seconds until an entry of this weight fits under the limit; 0 if it does, as any entry in an empty
         window.
 
-        Entries that have left the window are removed.
+        `now` is a time of the pacer's clock, in seconds. Entries that have left the window are removed.
         """
         self.forget(now)
         left = self._total
@@ -118,7 +118,11 @@ class _ModelPace:
         return not self.calls and self.requests.is_empty and self.tokens.is_empty
 
     def count_wait_seconds(self, share: ModelLimitShare, tokens: int, now: float) -> float:
-        """Return the seconds until the rate limits admit a call of so many tokens; 0 if they do."""
+        """Return the seconds until the rate limits in `share`, the limits of this process, admit a call of so many
+        tokens; 0 if they do.
+
+        The limit of concurrent calls doesn't count here. `now` is a time of the pacer's clock.
+        """
         waits = [0.0]
         if share.requests_per_minute is not None:
             waits.append(self.requests.count_wait_seconds(now, 1, share.requests_per_minute))
@@ -136,13 +140,15 @@ class _ModelPace:
 
     def compute_return(self, now: float, wait: float) -> float:
         """Return the seconds after which a refused run should come back: `wait`, or more if earlier runs have booked
-        that time.
+        that time, but a day at most.
         """
         return min(max(wait, self.booked_until - now), LONGEST_WAIT)
 
     def book(self, share: ModelLimitShare, tokens: int, now: float, wait: float) -> float:
-        """Book the time at which a refused run comes back, and return the seconds until then; runs booked later come
-        back later.
+        """Book the time at which a refused run comes back, and return the seconds until then: at least `wait`, a day at
+        most.
+
+        Runs booked later come back later, by the time that the limits in `share` need for this call.
         """
         wait = self.compute_return(now, wait)
         steps = [0.0]
@@ -170,10 +176,11 @@ class ModelPacer:
 
     @asynccontextmanager
     async def admit(self, model: ModelConnection, tokens: int) -> AsyncIterator[AdmittedCall]:
-        """Wait until the limits of a model admit a call of at most so many tokens, and count it while the block runs.
+        """Wait until the limits of a model admit a call of at most so many tokens, input and answer together, and count
+        it while the block runs.
 
-        Raises `ModelCallFailed` if that takes over five seconds, with the time after which the call may be admitted. A
-        model without limits admits every call.
+        Raises `ModelCallFailed`, with the time after which the call may be admitted, if the limits don't admit it
+        within five seconds; at once if the rate limits say so. A model without limits admits every call.
         """
         share = model.limits
         if share is None:
@@ -194,7 +201,9 @@ class ModelPacer:
             pace.end_call(self._clock() - now)
 
     async def _wait_for_turn(self, pace: _ModelPace, share: ModelLimitShare, tokens: int) -> None:
-        """Wait until a call is admitted; raises `ModelCallFailed` if that takes over five seconds."""
+        """Wait until a call is admitted; raises `ModelCallFailed` after five seconds, or at once if the rate limits
+        take longer.
+        """
         began = self._clock()
         while True:
             now = self._clock()
@@ -218,8 +227,8 @@ class ModelPacer:
     def _build_failure(
         self, pace: _ModelPace, share: ModelLimitShare, tokens: int, wait: float
     ) -> ModelCallFailed:
-        """Return the failure of a call that isn't admitted; its `book_return` books the time at which the run comes
-        back.
+        """Return the failure of a call that isn't admitted for `wait` seconds; its `book_return` books the time at
+        which the run comes back.
 
         A run that gets its answer from another model books nothing: times that nobody uses would add up.
         """

@@ -242,7 +242,8 @@ class ChatAnswerParser:
         return text
 
     def _take_tool_call(self, piece: Mapping[str, Any]) -> None:
-        """Add a piece of a tool call: to the draft with its index, or without one to the last draft.
+        """Add a piece of a tool call to the draft with its index; without an index to the last draft, or to a new one
+        if the piece begins another call by a name.
 
         `type` is not needed: vLLM leaves it out of the first piece.
         """
@@ -292,7 +293,7 @@ def _complete_tool_calls(drafts: list[_ToolCallDraft]) -> tuple[RequestedToolCal
 
 
 def _read_content(value: object) -> str:
-    """Return the text of a content, which is a text or a list of parts."""
+    """Return the text of a content, which is a text or a list of parts; empty for anything else."""
     if isinstance(value, list):
         return "".join(read_text(part.get("text")) for part in value if isinstance(part, dict))
     return read_text(value)

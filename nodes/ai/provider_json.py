@@ -58,7 +58,8 @@ def read_event(data: bytes) -> dict[str, Any]:
 
 
 def read_tool_arguments(text: str, value: object = None) -> tuple[dict[str, Any] | None, str]:
-    """Return the arguments of a tool call and an empty text; or None and the problem, if they are no JSON object.
+    """Return the arguments of a tool call and an empty text; or None and the problem, if they are no JSON object, or
+    can't be stored.
 
     They are the JSON `text`, or `value` if that is blank. JSON null, or nothing, gives an empty object.
     """
@@ -130,7 +131,7 @@ def build_broken_answer() -> ModelCallFailed:
 
 
 def build_invalid_answer(what: str) -> ModelCallFailed:
-    """Return the failure of an answer that can't be read; `what` completes the message "The provider sent …"."""
+    """Return the retryable failure of an unreadable answer; `what` completes the message "The provider sent …"."""
     return ModelCallFailed(
         f"The provider sent {what}",
         code="model-invalid-answer",

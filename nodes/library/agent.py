@@ -46,8 +46,8 @@ async def run(call: NodeCall) -> Json | StepPause | StepWait:
 
 
 def _list_models(config: Mapping[str, Json], model: Mapping[str, Json]) -> list[str]:
-    """Return the ids of the models to ask in turn: that of the node at the port `ai`, or else of the config, and then
-    the fallbacks of that node, if there is one.
+    """Return the ids of the models to ask in turn: that of `model`, the rendered config of the node at the port `ai`
+    (empty without one), or else of `config`, and then the fallbacks of `model`.
 
     Raises `NodeError` if neither names a model.
     """
@@ -136,9 +136,11 @@ def _read_answer(text: str, schema: Mapping[str, Any]) -> tuple[Json, Sequence[s
 def _select_tools(
     call: NodeCall, config: Mapping[str, Json], connected: Sequence[CallableTool]
 ) -> dict[str, AgentTool]:
-    """Return the enabled tools with allowed effects, by name.
+    """Return the tools among `connected` that the config enables (all without a list) and whose effects it allows, by
+    name.
 
-    Before the first step, logs a warning for each tool with an effect that is not allowed. Raises `NodeError`.
+    Before the first step, logs a warning for each tool with an effect that is not allowed. Raises `NodeError` for an
+    invalid config.
     """
     allowed = {NodeEffect.PURE.value, *map(str, config_fields.read_sequence(config, "effects"))}
     enabled = config.get("enabledTools")

@@ -52,7 +52,8 @@ async def run(call: NodeCall) -> NodeResult:
 
 
 async def _choose(call: NodeCall, model_id: str, request: ChatRequest) -> Mapping[str, Any]:
-    """Return the choice of a model; for an answer without a valid choice, the default port, with a warning in the log.
+    """Return the choice of a model; the default port for an answer that stays invalid, with a warning in the log, and
+    for one that was cut off or refused.
 
     Raises `NodeError` if the model doesn't answer.
     """
