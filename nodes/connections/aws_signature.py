@@ -49,7 +49,8 @@ class AwsSigner:
         """Return the headers of a signed request: `given`, and the headers of AWS Signature 4 (date, digest of the
         body, session token if any, and signature).
 
-        `path` and `query` are not encoded yet. `host` is signed but not returned: the client adds it.
+        `path` and `query` are not encoded yet, and `now` is in UTC. `host` is signed but not returned: the client adds
+        it.
         """
         moment = now.strftime("%Y%m%dT%H%M%SZ")
         payload = sha256(body).hexdigest()

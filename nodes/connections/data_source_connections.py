@@ -53,10 +53,11 @@ class DataSourceConnections:
         self._tool_servers: ToolServers | None = None
 
     async def database(self, caller: RunCaller, source_id: str, type: str) -> SqlDatabase:  # noqa: A002 - the field's own word
-        """Return the SQL database of a data source of this type, over pooled connections; it connects at the
-        first statement.
+        """Return the SQL database of a data source of this type, over pooled connections; it connects at the first
+        statement.
 
-        Raises `NodeError` if the caller may not use it, or its type is another one.
+        Raises `NodeError` if the caller may not use it, its type is another one, or the settings of a server are
+        unusable; an unusable file name of SQLite fails at the first statement.
         """
         source = await self._find(caller, source_id, type)
         return PooledSqlDatabase(self._pool_of(source), SqlDialect(type), tuple(source.secrets.values()))
@@ -135,8 +136,8 @@ class DataSourceConnections:
         self._names.close()
 
     async def _find(self, caller: RunCaller, source_id: str, *types: str) -> ConnectionSource:
-        """Return a data source of one of the types, and note its use in the node's key by `note_source_use`; raises
-        `NodeError` for another type.
+        """Return a data source of one of the types, and add it to the sources that the node uses by `note_source_use`;
+        raises `NodeError` if the caller may not use it, and for another type.
         """
         source = await self._sources.find(caller, source_id)
         note_source_use(source.id, source.revision)
@@ -171,7 +172,10 @@ class DataSourceConnections:
         return made
 
     def _choose_opener(self, source: ConnectionSource) -> Callable[[], Awaitable[DatabaseSession]]:
-        """Return the function that opens a connection to a data source, by its type."""
+        """Return the function that opens a connection to a data source, by its type: SQLite, MySQL, or else PostgreSQL.
+
+        Raises `NodeError` for unusable settings of a server.
+        """
         match source.type:
             case SqlDialect.SQLITE:
                 from nodes.connections import sqlite_session  # noqa: PLC0415 - see the class
@@ -225,8 +229,8 @@ class PooledSqlDatabase:
     ) -> QueryRows:
         """Run a read-only statement with its parameters, and return its columns and rows.
 
-        Raises `NodeError` for a statement that writes, more rows, bytes or time than the limits, and failures
-        of the server.
+        Raises `NodeError` for a statement that writes or has another number of placeholders, more rows, bytes or time
+        than the limits, and failures of the server.
         """
         try:
             read = sql_text.parse_reading(statement, self._dialect, len(parameters))
@@ -253,7 +257,7 @@ class PooledSqlDatabase:
         updated or left. Return the number of inserted or changed rows.
 
         Without rows or columns it does nothing. Raises `NodeError` for invalid names, a key that is no column, the time
-        limit, and failures of the server.
+        limit, and failures of the server, such as a row that exists already if `upsert` has no key.
         """
         missing = [name for name in upsert.key if name not in columns]
         if missing:
@@ -319,7 +323,8 @@ def _build_refusal(error: StatementRefused) -> NodeError:
 def _check_host(source: ConnectionSource, url: str) -> None:
     """Raise `NodeError` if the data source lists hosts and the URL's host is not among them.
 
-    Its secret headers are sent to no other host. Invalid URLs are refused in the same way.
+    Its secret headers are sent to no other host. Without a list, every URL passes; with one, an invalid URL is refused
+    too.
     """
     hosts = source.settings.get("hosts")
     if not hosts:

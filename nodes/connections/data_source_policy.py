@@ -118,8 +118,8 @@ def _require_allowed(
 
 
 async def _resolve(host: str, resolve: ResolveHost) -> Sequence[IpAddress]:
-    """Return up to 16 addresses of a host; raises `NodeError`, retryable if it can't be resolved within
-    five seconds.
+    """Return up to 16 addresses of a host; raises `NodeError` for an invalid host, and, retryable, if it has no address
+    or can't be resolved within five seconds.
     """
     try:
         name = url_targets.canonicalize_host(f"[{host}]" if ":" in host else host)
@@ -142,10 +142,11 @@ async def _resolve(host: str, resolve: ResolveHost) -> Sequence[IpAddress]:
 async def _is_server_database(
     own: ServerDatabase, addresses: Sequence[IpAddress], resolve: ResolveHost
 ) -> bool:
-    """Return whether one of the addresses belongs to the machine of the server's own database.
+    """Return whether one of the addresses belongs to the machine of the server's own database; False for an SQLite
+    file.
 
-    False for an SQLite file. Raises `NodeError` if the host of that database can't be resolved: it may lead there again
-    a moment later.
+    Raises `NodeError` if the host of that database can't be resolved now: a moment later it may have one of these
+    addresses.
     """
     if own.file is not None:
         return False

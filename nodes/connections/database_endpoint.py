@@ -73,8 +73,8 @@ class DatabaseEndpoint:
         each.
 
         `open_at` gets address and TLS context. Under `DatabaseTls.PREFER`, an address that fails is tried again without
-        TLS. Raises `NodeError`: before any attempt if one of the addresses is not permitted, and that of `open_at` at
-        once.
+        TLS. Raises `NodeError`: before any attempt if one of the addresses is not permitted, that of `open_at` at once,
+        and a retryable one if no address accepts a connection.
         """
         found = await data_source_policy.resolve_allowed(
             connection_policy, resolve, host=self.host, port=self.port, database=self.database or self.user

@@ -262,8 +262,8 @@ class MysqlSession:
 
     @contextmanager
     def _mark_busy(self, timeout_seconds: float, max_bytes: int = MAXIMUM_BYTES) -> Iterator[None]:
-        """Mark the session as busy for the block, and translate its failures to `NodeError`; after a failure it stays
-        busy.
+        """Mark the session as busy for the block, and translate its failures to `NodeError`, except for `TimeoutError`;
+        after a failure it stays busy.
 
         `max_bytes` is the limit that an error about too many received bytes names.
         """
@@ -279,7 +279,7 @@ class MysqlSession:
         self._is_idle = True
 
     async def _limit_time(self, timeout_seconds: float) -> None:
-        """Set the time limit of statements and of waits for locks at the server."""
+        """Set the time limit, in seconds, of statements and of waits for locks at the server."""
         limit = (
             f"max_statement_time = {timeout_seconds:.3f}"
             if self._is_mariadb

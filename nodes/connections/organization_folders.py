@@ -67,7 +67,7 @@ class OrganizationFolder:
     async def get(self, key: str, *, max_bytes: int, timeout_seconds: float) -> bytes:
         """Return the content of a file of the organization, at most `max_bytes`.
 
-        Raises `NodeError` if it is missing or larger, and at the time limit.
+        Raises `NodeError` for an invalid key, a missing or larger file, and at the time limit.
         """
         return await self._in_time(timeout_seconds, partial(self._get, *_split_key(key), max_bytes))
 
@@ -75,7 +75,7 @@ class OrganizationFolder:
         """Write a file atomically, so that readers see the old or the new content, never a part; return its tag.
 
         `media_type` is ignored, since files have none. Raises `NodeError` for an invalid key, content over 50 MB, a
-        full folder (10,000 files, 5 GB), and at the time limit.
+        full folder (10,000 files or 5 GB, to which a file that is replaced counts too), and at the time limit.
         """
         if len(content) > MAX_OBJECT_BYTES:
             message = f"The content has {len(content):,} bytes; at most {MAX_OBJECT_BYTES:,} are written"
@@ -164,8 +164,8 @@ class OrganizationFolder:
         return sorted(found, key=lambda one: one.key)
 
     def _require_capacity(self, wanted_bytes: int) -> None:
-        """Raise `NodeError` if the folder has as many files, or with the new one as many bytes, as the limits
-        allow.
+        """Raise `NodeError` if the folder has as many files, or with the new one as many bytes, as the limits allow; a
+        file that is to be replaced counts too.
         """
         sizes = [status.st_size for _, status in self._iterate_files()]
         if len(sizes) >= MAX_FILES:
@@ -176,8 +176,8 @@ class OrganizationFolder:
             raise NodeError(message, code="folder-full")
 
     def _iterate_files(self) -> Iterator[tuple[str, os.stat_result]]:
-        """Yield the key and the stat result of each file; files with a leading dot, such as incomplete files, are left
-        out.
+        """Yield the key and the stat result of each file; links, and files with a leading dot, such as incomplete
+        files, are left out.
 
         Yields nothing if the folder doesn't exist.
         """

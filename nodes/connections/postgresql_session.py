@@ -263,7 +263,8 @@ class PostgresqlSession:
 
     @contextmanager
     def _limited(self, max_bytes: int, timeout_seconds: float) -> Iterator[None]:
-        """Translate failures of the block to `NodeError`: timeouts, too much or unreadable data from the server.
+        """Translate failures of the block to `NodeError`, such as a timeout at the server, or too much or unreadable
+        data; `TimeoutError` passes.
 
         Until `_allow_data` allows rows, little data may be received.
         """

@@ -85,8 +85,8 @@ class S3Location(Struct, frozen=True):
     def from_settings(cls, settings: Mapping[str, Json]) -> S3Location:
         """Return the location in the settings of an S3 data source.
 
-        The bucket is part of the path with `pathStyle`, for a name with dots and an IP address; otherwise of the host.
-        Raises `NodeError` for an unusable bucket, region, prefix or endpoint.
+        The bucket is part of the path with `pathStyle`, if its name has dots, and at an endpoint with an IP address;
+        otherwise of the host. Raises `NodeError` for an unusable bucket, region, prefix or endpoint.
         """
         bucket, region = _text_setting(settings, "bucket"), _text_setting(settings, "region") or "us-east-1"
         if not BUCKET_PATTERN.fullmatch(bucket) or ".." in bucket:

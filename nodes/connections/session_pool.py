@@ -39,7 +39,8 @@ class SessionPool:
         return not self._lent and not self._idle and not self._endings and not self._slots.locked()
 
     async def acquire(self) -> DatabaseSession:
-        """Return a session for exclusive use, a living idle one or a new one; wait while all are in use.
+        """Return a session for exclusive use, a living idle one or a new one; wait, without a time limit, while all are
+        in use.
 
         The caller must pass it to `release` or `discard`. Raises the errors of opening a session.
         """

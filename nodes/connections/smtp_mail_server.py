@@ -100,7 +100,8 @@ class SmtpMailServer:
     ) -> None:
         """Send one mail to all recipients over SMTP; if a recipient is refused, nobody gets it.
 
-        Raises `NodeError` if the server refuses anything, and at the time limit.
+        Raises `NodeError` if the server refuses anything, and at the time limit; with the code `delivery-unknown` if
+        the connection is lost before the server confirms the content.
         """
         written = await offload.run_in_thread(_stuff_dots, message)
         async with self._session(timeout_seconds) as client:
@@ -244,7 +245,8 @@ def _stuff_dots(message: bytes) -> bytes:
 async def _send_content(client: aiosmtplib.SMTP, written: bytes) -> None:
     """Send a mail of `_stuff_dots` in pieces with flow control, and wait for the server's confirmation.
 
-    Raises `NodeError`: with the retryable code `delivery-unknown` if the connection is lost before the confirmation.
+    Raises `NodeError`: with the retryable code `delivery-unknown` if the connection is lost after the last piece,
+    before the confirmation. A loss before raises `OSError` or `SMTPServerDisconnected`.
     """
     with _translate_refusal("mail-refused", "the mail"):
         _require_code(await client.execute_command(b"DATA"), 354)

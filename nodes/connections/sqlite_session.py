@@ -159,9 +159,11 @@ class SqliteSession:
         max_bytes: int = 0,
         batch_rows: int = 1,
     ) -> Json:
-        """Run a statement on the file in a child process, which is killed at the time limit; return its result.
+        """Run a statement on the file in a child process, which is killed at the time limit; return its result: for a
+        query, a `SqliteResult` as JSON, else the number of rows.
 
-        `values` are its parameters, for a write the rows. Raises `NodeError`.
+        `values` are its parameters, for a write the rows. Raises `NodeError`, with the retryable code `timeout` at the
+        time limit.
         """
         if self._policy.files is not None and not self._policy.files.is_dir():
             durable_folders.make_folder(

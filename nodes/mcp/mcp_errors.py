@@ -27,9 +27,10 @@ def build_invalid_answer(what: str) -> NodeError:
 
 
 def build_transport_failure(error: OutboundError) -> NodeError:
-    """Return the failure of a request without a complete response.
+    """Return the failure of a request without a complete response, with the code of `error`, or `tool-server-failed` if
+    it has none.
 
-    Its code says whether the request may have arrived: only with `interrupted` and `timed-out`.
+    The request may have arrived if `engine.run_records.UNKNOWN_OUTCOMES` has that code.
     """
     match error:
         case OutboundUnavailable():

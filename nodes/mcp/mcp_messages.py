@@ -82,7 +82,7 @@ def build_handshake(number: int) -> bytes:
 
 
 def build_notification(method: str) -> bytes:
-    """Return the body of a message without an answer."""
+    """Return the body of a JSON-RPC notification, a message that gets no answer, without parameters."""
     return msgspec.json.encode({"jsonrpc": "2.0", "method": method})
 
 

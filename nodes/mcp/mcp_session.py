@@ -94,8 +94,8 @@ async def open_session(
 ) -> AsyncIterator[McpSession]:
     """Negotiate a version with a tool server, and yield the session, which is ended after the block.
 
-    `version` is that of an earlier session, which saves a request; None if it is unknown. Raises `NodeError`, whose
-    message has no secrets.
+    `version` is that of an earlier session, which saves a request; None if it is unknown. Raises `NodeError`; the key
+    is redacted in its message, and in that of a `NodeError` which the block raises.
     """
     session = McpSession(outbound, address)
     with redaction.redact_errors([address.key]):
@@ -175,7 +175,8 @@ class McpSession:
     ) -> Mapping[str, Json]:
         """Call a tool once, and return its result as the server sends it; raises `NodeError`.
 
-        `idempotency_key` is for servers that recognize a repeated call by it.
+        A call that the server refuses since its session has expired is sent again in a new session. `idempotency_key`
+        is for servers that recognize a repeated call by it.
         """
         headers = {"Idempotency-Key": idempotency_key}
         if self.version == STATELESS_VERSION:
@@ -211,8 +212,8 @@ class McpSession:
     # ── versions ────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def _ask_for_stateless_version(self) -> bool:
-        """Ask the server for its versions; return whether it answers without sessions, False if it refuses the
-        question.
+        """Ask the server for its versions; return whether it answers without sessions, False if it refuses or
+        misunderstands the question.
 
         Raises `NodeError` for a server that can't be reached, refuses the key, or has only unknown versions.
         """
@@ -454,7 +455,9 @@ def _find_refusal(body: bytes) -> ServerRefusal | None:
 
 
 def _add_reason(answered: str, body: bytes) -> str:
-    """Return a message with the reason in a JSON body added; other bodies, which may be internal pages, add nothing."""
+    """Return the message `answered` with the reason in a JSON body added; other bodies, which may be internal pages,
+    add nothing.
+    """
     said, _ = provider_json.read_error(body)
     return f"{answered}: {said}" if said else answered
 

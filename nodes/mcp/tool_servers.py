@@ -48,8 +48,8 @@ class ToolServers:
     async def call(self, source: ConnectionSource, request: ToolCallRequest) -> Json:
         """Call a tool once, and return its result with the key of the server redacted.
 
-        Raises `NodeError`: `tool-not-accepted` and `tool-changed` before the tool is called, and the errors of the
-        server.
+        The accepted definition is compared with a list of the server's tools that is at most a minute old. Raises
+        `NodeError`: `tool-not-accepted` and `tool-changed` before the tool is called, and the errors of the server.
         """
         pin = _require_accepted(source, request)
         key = (source.organization_id, source.id)
