@@ -31,8 +31,8 @@ def add_url(body: Json, url: str) -> Json:
 
 
 async def sign(call: NodeCall, body: bytes | None) -> Mapping[str, str]:
-    """Return the headers that sign a request with `body` by Standard Webhooks, with the same message id in every
-    attempt.
+    """Return the headers that sign a request with `body` (None signs an empty one) by Standard Webhooks, with the same
+    message id in every attempt.
 
     Raises `NodeError` if the organization has no signing secret.
     """
@@ -45,7 +45,8 @@ def build_wait(call: NodeCall, method: str, url: str) -> AnswerWait:
     """Return the wait of a node for its callback, until `callbackTimeoutSeconds` of the config have passed since
     `call.now`.
 
-    `method` and `url`, redacted, describe the request that was sent. Raises `NodeError` for a wrong timeout.
+    `method` and `url`, redacted, describe the request that was sent. Raises `NodeError` unless the timeout is a number
+    from 1 second to a year.
     """
     seconds = config_fields.read_number(
         call.config, "callbackTimeoutSeconds", minimum=1, maximum=LONGEST_SECONDS
@@ -58,7 +59,9 @@ def build_wait(call: NodeCall, method: str, url: str) -> AnswerWait:
 
 
 def require_writing_method(method: str, *, is_read: bool) -> None:
-    """Raise `NodeError` if `is_read`, as `method` only reads: such requests are not recorded before they are sent."""
+    """Raise `NodeError` if `is_read`: a request that only reads is not recorded before it is sent. The message names
+    `method`.
+    """
     if is_read:
         message = f"`waitForCallback` needs the method POST, PUT, PATCH or DELETE, not {method}"
         raise NodeError(message, code="invalid-config")

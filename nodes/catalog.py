@@ -135,9 +135,11 @@ class NodeCatalog:
     _digests: dict[str, bytes] = field(default_factory=dict, init=False, repr=False)
 
     def get(self, type: str, version: str | None = None) -> NodeType:  # noqa: A002 - the field's own word
-        """Return a node type in `version`, or if that is None, in its newest version.
+        """Return a node type in `version`, or if that is None, in its newest version; aliases are unknown here (see
+        `canonical_name`).
 
-        Raises `UnknownNodeType` with similar names or the known versions.
+        Raises `UnknownNodeType` for an unknown type, with similar names or else all, and for an unknown version, with
+        the known versions.
         """
         node_type = self.node_types.get(type)
         if node_type is None:
@@ -213,7 +215,8 @@ class NodeCatalog:
     def implementation(self, type: str) -> RunNode:  # noqa: A002 - the field's own word
         """Import the module of a node type and return its function `run`, which executes a node.
 
-        Only processes that execute nodes need it. Raises `UnknownNodeType`.
+        Only processes that execute nodes need it. Raises `UnknownNodeType`, and `ModuleNotFoundError` for a type that
+        is not `runnable`.
         """
         module = import_module(f"nodes.library.{_file_stem(self.get(type).type)}")
         return cast("RunNode", module.run)
@@ -428,8 +431,8 @@ def _build_output(written: _OutputTable) -> OutputDescription:
 def _add_condition_schemas(
     schema: Mapping[str, Json], compiled: Mapping[str, FieldCompilation]
 ) -> Mapping[str, Json]:
-    """Return `schema` with the schema of conditions added to each field that holds one; keywords of the file take
-    precedence.
+    """Return `schema` with the schema of conditions added to each field that `compiled` marks as a condition; keywords
+    that the field has already take precedence.
     """
     schema = {"properties": {}, **schema}
     for place, kind in compiled.items():
@@ -439,7 +442,9 @@ def _add_condition_schemas(
 
 
 def _fill_defaults(schema: Mapping[str, Json], config: Mapping[str, Json]) -> dict[str, Json]:
-    """Return a config with the defaults of a schema for missing fields, also in the objects that it contains."""
+    """Return a config with the defaults of a schema for missing fields, also in the objects that it contains, but not
+    in lists.
+    """
     filled = dict(config)
     for name, of_field in _schema_properties(schema).items():
         if name not in filled and "default" in of_field:

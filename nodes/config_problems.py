@@ -118,7 +118,8 @@ def linear_patterns() -> RegexOptions:
 
 
 def change_schema(schema: JsonSchema, place: str, change: Callable[[JsonSchema], JsonSchema]) -> JsonSchema:
-    """Return `schema` with the schema of one field replaced by `change(schema of the field)`.
+    """Return `schema` with the schema of one field replaced by `change(schema of the field)`; a missing field is added,
+    with the change of an empty schema.
 
     `place` is a field such as `condition`, or a field of list items such as `cases[].condition`.
     """
@@ -134,7 +135,7 @@ def change_schema(schema: JsonSchema, place: str, change: Callable[[JsonSchema],
 
 
 def accept_templates(schema: JsonSchema) -> dict[str, Json]:
-    """Return a schema that accepts a text with `{{` for any property and item without `x-constant`.
+    """Return a schema that accepts a text with `{{` for any property and item without `x-constant` or `x-language`.
 
     Also within `anyOf`, `allOf`, `then`, `else` and `oneOf`. A value with an expression may fit several schemas of
     `oneOf`, since only the rendered value shows which is meant; with `oneOf`, the result refers to
@@ -186,8 +187,8 @@ def find_problems(
 ) -> list[ConfigProblem]:
     """Return up to 50 problems of a config, without its values, which may be secrets; an empty list for a valid one.
 
-    `schema` is that of `checker` before templates were accepted; it has the names of fields for messages. An invalid
-    config with over 10,000 values has one problem without a location.
+    `schema` is the schema of `checker`, or if that accepts templates, the original one; it tells which fields are
+    known. An invalid config with over 10,000 values has one problem without a location.
     """
     if checker.is_valid(config):
         return []

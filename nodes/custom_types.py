@@ -374,7 +374,7 @@ def build_strict_validator(schema: Mapping[str, Json]) -> Draft202012Validator:
 def decode_node_type(text: bytes | str, content_hash: str, *, is_deprecated: bool = False) -> NodeType:
     """Return the node type of a stored document; raises ValueError for an invalid document.
 
-    `content_hash`, the stored hash of the document, is taken over without a check.
+    `content_hash`, the stored hash of the document, and `is_deprecated` are taken over without a check.
     """
     document = _decode_document(text)
     return build_node_type(document, content_hash, is_deprecated=is_deprecated)
@@ -440,7 +440,9 @@ class OrganizationCatalog(NodeCatalog):
     )
 
     def document(self, node_type: NodeType) -> str | None:
-        """Return the canonical JSON of a custom type; None for a type of the library."""
+        """Return the canonical JSON of a custom type; None for a type of the library, and for all types in the catalog
+        of a stored definition.
+        """
         return self.documents.get((node_type.type, node_type.version))
 
     def implementation_digest(self, node_type: NodeType) -> bytes:
@@ -477,8 +479,8 @@ class OrganizationCatalog(NodeCatalog):
         return config_problems.find_problems(checker, {"output": output}, whole)
 
     def config_problems(self, node_type: NodeType, config: Mapping[str, Json]) -> list[ConfigProblem]:
-        """Return the problems of a stored config by its schema; those of library types come from the
-        library's catalog.
+        """Return the problems of a stored config, with its templates, by the schema of its type; for a library type,
+        the library's catalog finds them.
         """
         if node_type.task is None:
             return self.base.config_problems(node_type, config)
@@ -501,7 +503,8 @@ def build_catalog(
 ) -> OrganizationCatalog:
     """Return the catalog of an organization: the library, and custom types in the versions `node_types`.
 
-    `documents` has the JSON of each by type and version; `default_model_id` is its default language model.
+    `documents` has the canonical JSON of each by type and version; `default_model_id` is the organization's default
+    language model, None without one.
     """
     versions: dict[str, list[NodeType]] = {}
     for one in node_types:

@@ -67,7 +67,7 @@ class ItemKey(Struct, frozen=True):
 
     def missing_paths(self, item_count: int) -> list[str]:
         """Return the paths that were missing in all of the `item_count` items passed to `value_of`, and are probably
-        misspelled.
+        misspelled; without items, all paths.
         """
         if isinstance(self.source, str):
             needed = [f"item.{self.source}"]

@@ -25,7 +25,8 @@ class MissingFieldAction(StrEnum):
 
 
 def require_fields(call: NodeCall, paths: Sequence[str], item_count: int) -> None:
-    """Raise `NodeError` for `paths`, which all items lack, if there are at least two items; with fewer, log a warning.
+    """Raise `NodeError` for `paths`, which all items lack, if there are at least two items; with fewer, log a warning,
+    and add the paths to the unresolved paths of the call.
 
     Does nothing if `paths` is empty, if the call is not strict about mappings (`is_strict`), or if the config has
     `missing: "null"`.

@@ -82,11 +82,11 @@ class OutboundConnection(asyncio.Protocol):
         """Called when an idle connection is lost."""
 
     async def exchange(self, head: bytes, body: bytes, *, is_head: bool) -> RawResponse:
-        """Send a request, encoded as `head` and `body`, and return the final response; `is_head` is for HEAD,
-        which has no body.
+        """Send a request, encoded as `head` and `body`, and return the final response, without a time limit; `is_head`
+        is for HEAD, which has no body.
 
-        Raises `ResponseInvalid`, `ResponseTooLarge` or `ConnectionBroken`; the connection is closed then, and
-        when the caller is canceled.
+        Raises `ResponseInvalid`, `ResponseTooLarge` or `ConnectionBroken`; the connection is closed then, and when the
+        caller is canceled.
         """
         transport, response = self._begin_exchange(is_head=is_head)
         transport.write(head + body)
@@ -98,9 +98,11 @@ class OutboundConnection(asyncio.Protocol):
             self._response = self._parser = None
 
     async def open_stream(self, head: bytes, body: bytes) -> StreamedResponse:
-        """Send a request and return the final response once its headers have arrived, with its body as a stream.
+        """Send a request and return the final response once its headers have arrived, without a time limit, with its
+        body as a stream.
 
-        The stream raises the same errors as `exchange`. Call `end_stream` afterwards, also after a failure.
+        It raises the same errors as `exchange`, and so does the stream. Call `end_stream` afterwards, also after a
+        failure.
         """
         transport, response = self._begin_exchange(is_head=False)
         stream = self._stream = StreamedResponse(transport)

@@ -309,11 +309,12 @@ class OutboundClient:
         timeout_seconds: float | None = None,
         follow_redirects: bool = True,
     ) -> OutboundResponse:
-        """Send a request and return the response, of any final status; the timeout spans resolution, connections,
-        redirects and body.
+        """Send a request and return the response, of any final status; the timeout, by default the policy's, spans
+        resolution, connections, redirects and body.
 
-        Raises `OutboundRefused` if it is not permitted or invalid, also for an invalid URL, and `OutboundUnavailable`
-        if it may succeed later. Without `follow_redirects`, a redirect is returned as it is.
+        Raises `OutboundRefused` if it is not permitted or invalid, also for an invalid URL and an invalid or too large
+        response, and `OutboundUnavailable` if it may succeed later. Without `follow_redirects`, a redirect is returned
+        as it is.
         """
         require_valid_request(method.upper(), headers)
         call = OutboundCall(method.upper(), parse_target(url), headers, body)
@@ -611,14 +612,14 @@ def _build_refusal(target: UrlTarget, error: ResponseInvalid | ResponseTooLarge)
 
 
 @contextmanager
-def _translate_failures(target: UrlTarget, idle_seconds: float) -> Iterator[None]:
+def _translate_failures(target: UrlTarget, limit_seconds: float) -> Iterator[None]:
     """Convert failures of a stream's connection in the block to `OutboundError`s; that of a timeout names
-    `idle_seconds`.
+    `limit_seconds`.
     """
     try:
         yield
     except TimeoutError as error:
-        raise _build_timeout(target, idle_seconds) from error
+        raise _build_timeout(target, limit_seconds) from error
     except (ResponseInvalid, ResponseTooLarge) as error:
         raise _build_refusal(target, error) from error
     except ConnectionBroken as error:

@@ -36,8 +36,8 @@ class StreamedResponse:
         return self
 
     async def __anext__(self) -> bytes:
-        """Wait for the next piece of the body and return it; after the last piece, raises the error of an exchange that
-        has failed.
+        """Wait for the next piece of the body and return it; after the last piece, the iteration ends, or the error of
+        an exchange that has failed is raised.
         """
         await self._wait_until(lambda: bool(self._pieces))
         if not self._pieces:

@@ -31,8 +31,8 @@ class StepBudget:
         self._left = MAXIMUM_STEPS
 
     def take(self, count: int) -> None:
-        """Subtract `count` from the remaining steps; raises `NodeError` when none are left (of five million for one
-        call of a node).
+        """Subtract `count` from the remaining steps, of five million for one call of a node; raises `NodeError` if
+        fewer are left.
         """
         self._left -= count
         if self._left < 0:

@@ -391,8 +391,8 @@ class SheetCells(WorkbookPart):
             self._row.cells[self._column] = value
 
     def _convert_value(self, written: str) -> Json:
-        """Return the value of the cell that ends from its text: formulas by their last result, errors as Excel shows
-        them, dates as ISO texts.
+        """Return the value of the cell that ends from its text, null for an empty cell: formulas by their last result,
+        errors as Excel shows them, dates as ISO texts.
 
         Raises `NodeError` for a reference to a missing text and an invalid number.
         """
@@ -464,7 +464,11 @@ def _display_of_format(code: str) -> NumberDisplay:
 
 
 def _format_serial(serial: float, shows: NumberDisplay, *, counts_from_1904: bool) -> Json:
-    """Return the ISO date or time of an Excel serial number of days; the number itself if it is out of range."""
+    """Return the ISO date, time or both, as `shows` says, of an Excel serial number of days; the number itself if it is
+    out of range.
+
+    A date with a part of a day, and a time of a day or more, become date and time.
+    """
     if not 0 <= serial < MAX_DAYS:
         return _simplify_number(serial)
     milliseconds = round(serial * DAY_MILLISECONDS)

@@ -57,7 +57,7 @@ def _find_reference(config: Mapping[str, Json]) -> dict[str, Json]:
     """Return the blob reference in the config: `attachment` itself, or its `blob` if it is the description of an
     attachment.
 
-    Raises `NodeError` for other values, and for an attachment that is still at the URL of a mail service.
+    Raises `NodeError` for other values, such as an attachment that is still at the URL of a mail service.
     """
     given = config_fields.read_mapping(config, "attachment")
     inner = given if REFERENCE_KEY in given else given.get("blob")

@@ -187,8 +187,8 @@ def _count_whole_months(start: datetime, end: datetime, each: int) -> int:
 
 
 def _start_of_unit(date: datetime, unit: DateUnit, zone: ZoneInfo) -> datetime:
-    """Return the first moment of the unit that contains `date`, by the local time of the zone; weeks begin
-    on Monday.
+    """Return the first moment of the unit that contains `date`, by the local time of the zone and in that zone; weeks
+    begin on Monday.
     """
     local = date.astimezone(zone).replace(microsecond=0)
     match unit:

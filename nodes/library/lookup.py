@@ -55,10 +55,12 @@ class LookupJoin(Struct, frozen=True):
 
     def join_item(self, item: Json, index: int, rows: list[Json]) -> Iterator[Json]:
         """Yield an item joined with its matching `rows`: by `matches` once with the first row, once with each row, or
-        once with the list of all.
+        once with the list of all. The item's own fields win over those of a row.
 
         Without rows, by `on_missing`, it yields nothing, raises `NodeError`, or yields the item, in which the field
-        `name`, if set, is null or an empty list. It is lazy, since a single item can exceed the limit of the output.
+        `name`, if set, is null or an empty list. Raises `NodeError` also for a joined item that is no object, and, if
+        `name` is not set, for a row that is no object. It is lazy, since a single item can exceed the limit of the
+        output.
         """
         if not rows:
             yield from self._handle_missing(item, index)

@@ -92,8 +92,7 @@ class SortCriterion(Struct, frozen=True):
         )
 
     def rank(self, item: Json, index: int) -> SortRank:
-        """Return the value by which an item is sorted, in the order null, false, true, numbers, texts, lists,
-        objects.
+        """Return the value by which an item is sorted, in the order false, true, numbers, texts, lists, objects.
 
         Nulls are placed at the configured end, whatever the direction. Raises the errors of the key.
         """
@@ -135,8 +134,8 @@ async def run(call: NodeCall) -> Json:
 async def _sort_places(
     places: list[int], ranks: list[SortRank], turn: LoopShare, *, descends: bool
 ) -> list[int]:
-    """Return `places`, indexes of `ranks`, sorted stably by the rank at each, in batches between which
-    other tasks run.
+    """Return `places`, indexes of `ranks`, sorted stably by the rank at each, the highest first if `descends`, in
+    batches between which other tasks run.
     """
     parts: list[list[int]] = []
     for begin in range(0, len(places), SORT_BATCH):

@@ -28,7 +28,8 @@ def run(call: NodeCall) -> Json | TimerWait:
 
 
 def _wake_time(call: NodeCall) -> datetime:
-    """Return the time at which the wait ends: `seconds` after the time of the call, or the time `until`.
+    """Return the time at which the wait ends, which may be over: `seconds` after the time of the call, or the time
+    `until`.
 
     Raises `NodeError` for an invalid time, also without a time zone.
     """

@@ -28,9 +28,9 @@ class FairSlots:
 
     @asynccontextmanager
     async def hold(self, organization_id: str) -> AsyncIterator[None]:
-        """Wait for a slot, and hold it during the block; waiting organizations get slots in turn.
+        """Wait for a slot, without a time limit, and hold it during the block; waiting organizations get slots in turn.
 
-        Raises `NodeError` (retryable) if 1,000 jobs of the organization wait.
+        Raises `NodeError` (retryable) if 1,000 jobs of the organization wait already.
         """
         await self._acquire(organization_id)
         try:

@@ -44,8 +44,8 @@ class FormChecker:
     ) -> Sequence[FormViolation]:
         """Return the violations of a form's schema in the answer `data`, an empty list if it is valid.
 
-        It runs in a child process for three seconds at most. Raises `InvalidSchema` for a schema that can't
-        be used or takes longer, and a retryable `NodeError` if no child process is free.
+        It runs in a child process for three seconds at most. Raises `InvalidSchema` for a schema that can't be used or
+        takes longer, and a retryable `NodeError` if too many checks wait for a child process, or none can be started.
         """
         job = await offload.run(_encode_job, schema, data)
         try:

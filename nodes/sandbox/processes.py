@@ -111,8 +111,9 @@ class ProcessPool:
         """Run an encoded job in a child process, and return its result; `listener` gets its log lines and unresolved
         paths.
 
-        Organizations share the processes fairly. Raises the `NodeError` that the job has reported, or one with the code
-        `timeout` (after `seconds` and a grace), `crashed` or `busy`. A child that has not replied is ended.
+        Organizations share the processes fairly; the wait for one doesn't count. Raises the `NodeError` that the job
+        has reported, or one with the code `timeout` (after `seconds`, and for some kinds a grace), `crashed` (retryable
+        if the child has not started) or `busy` (retryable). A child that has not replied is ended.
         """
         async with self._places.hold(organization_id):
             child = await self._acquire()
@@ -245,11 +246,11 @@ class ChildProcess:
             raise InvalidFrame("it isn't ready")
 
     async def perform(self, job: bytes, listener: JobListener) -> NodeResult | NodeError:
-        """Send a job and return its result or its error; log lines (1,001 at most) and unresolved paths go to
-        `listener`.
+        """Send a job and return its result or its error, without a time limit; log lines (1,001 at most) and unresolved
+        paths go to `listener`.
 
-        Raises `InvalidFrame`, `EOFError` or `OSError` if the child ends, or violates the protocol or its
-        limit of bytes.
+        Raises `InvalidFrame`, `EOFError` or `OSError` if the child ends, or violates the protocol or its limit of
+        bytes.
         """
         await self._send(encode_frame(FrameTag.JOB, job))
         assembly = ValueAssembler()

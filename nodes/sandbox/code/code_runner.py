@@ -69,7 +69,8 @@ class CodeRunner:
         max_memory_bytes: int,
         print_line: PrintLine,
     ) -> Json:
-        """Run a script in a child process that is not shared with other organizations, and return its result.
+        """Run a script in a child process, by an interpreter that never runs scripts of two organizations, and return
+        its result.
 
         `inputs` are its global variables; `print_line` gets its printed lines. Raises `NodeError` for a failing script
         and at its limits.

@@ -227,9 +227,7 @@ def _translate_error(error: BaseException) -> NodeError:
 
 
 def _last_script_line(traceback: TracebackType | None) -> int | None:
-    """Return the line of the script in the innermost of its frames in a traceback; None if no frame is of the
-    script.
-    """
+    """Return the line number in the innermost frame of the script in a traceback; None if no frame is of the script."""
     line = None
     while traceback is not None:
         if traceback.tb_frame.f_code.co_filename == CODE_FILE:

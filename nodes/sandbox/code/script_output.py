@@ -31,7 +31,10 @@ class PrintedLines:
         self._characters = 0
 
     def write(self, stream: str, text: str) -> None:
-        """Log the lines that end in `text`, printed to a stream of `LOG_LEVELS`; the rest is kept for its line end."""
+        """Log the lines that end in `text`, printed to a stream of `LOG_LEVELS`; the rest is kept for its line end.
+
+        Output beyond a million characters or 1,000 lines is left out.
+        """
         remaining = MAX_PRINTED_CHARACTERS - self._characters
         self._characters += len(text)
         *lines, begun = (self._begun[stream] + text[:remaining]).split("\n")
