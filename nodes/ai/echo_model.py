@@ -30,7 +30,8 @@ MAX_TEXT: Final = 2_000
 
 
 def answer_request(request: ChatRequest) -> ChatAnswer:
-    """Return the answer to a request: the last result of a tool or message of the user, cut to the maximum length.
+    """Return the answer to a request: the last result of a tool, or without one the last message of the user, cut to
+    the maximum length.
 
     Instead, a tool that the question names is called once, and a request with a schema gets a sample value of it.
     """

@@ -145,7 +145,8 @@ class ModelCaller:
 
 
 async def _reserve(ledger: ModelLedger, caller: RunCaller, reservation: ModelReservation) -> bool:
-    """Reserve the highest possible cost of a call; return whether a budget counts the call.
+    """Reserve the highest possible cost of a call; return whether a budget may count the call, as `ModelLedger.reserve`
+    does.
 
     Raises `NodeError` if a budget doesn't suffice, `ModelCallFailed` if the run has to wait for the next month.
     """

@@ -16,10 +16,11 @@ class ModelLedger(Protocol):
         """Reserve the highest possible cost of a call, durably, in the budgets of its node, its run and the month;
         again with the same key, nothing more is reserved.
 
-        Returns whether a budget counts the call; nothing is stored for a call without one. Waits while the database is
-        unavailable. Raises `NodeError` `model-budget-exceeded` if that of a node or run doesn't suffice,
-        `month-budget-exceeded` if that of the organization doesn't, with the seconds for which the run waits if it is
-        to wait, and `model-price-unknown` if a budget limits the cost and the price is unknown.
+        Returns False if no budget counts the call, so that nothing is stored; True if one does, or that is unknown.
+        While the database is unavailable, it waits, or raises a retryable `NodeError`. Raises `NodeError`
+        `model-budget-exceeded` if that of a node or run doesn't suffice, `month-budget-exceeded` if that of the
+        organization doesn't, with the seconds for which the run waits if it is to wait, and `model-price-unknown` if a
+        budget limits the cost and the price is unknown.
         """
 
     async def settle(self, caller: RunCaller, settlement: ModelSettlement, *, is_reserved: bool) -> None:

@@ -85,7 +85,7 @@ class OrganizationFolder:
     async def list(self, prefix: str, *, max_objects: int, timeout_seconds: float) -> Sequence[StoredObject]:
         """Return all files whose key begins with the prefix, sorted by key; empty if the folder doesn't exist.
 
-        Raises `NodeError` for more than `max_objects`, and at the time limit.
+        Raises `NodeError` for a prefix with control characters, for more than `max_objects`, and at the time limit.
         """
         found = await self._in_time(
             timeout_seconds, partial(self._list, object_keys.require_key_prefix(prefix))

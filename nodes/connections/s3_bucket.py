@@ -194,10 +194,10 @@ class S3Bucket:
     async def _read_page(
         self, client: OutboundClient, prefix: str, token: str, *, found: int, max_objects: int
     ) -> ListingReader:
-        """Return one page of a listing, at most 1,000 objects, and at most one more than `max_objects` in all.
+        """Return one page of a listing, at most 1,000 objects.
 
-        `found` objects were on earlier pages, and `token` ("" at first) names the page. Raises `NodeError`,
-        also for an unreadable answer.
+        `found` objects were on earlier pages, and `token` ("" at first) names the page. Raises `NodeError` as soon as
+        there are more than `max_objects` in all, and for an unreadable answer.
         """
         query = {
             "list-type": "2",

@@ -58,8 +58,8 @@ class SessionPool:
             raise
 
     async def _open_within_limit(self) -> DatabaseSession:
-        """Open a session and return it; if the caller is canceled meanwhile, the session is closed once it is open, in
-        the background.
+        """Open a session and return it; if the caller is canceled meanwhile, the session is closed in the background
+        once it is open, or its opening is canceled after ten seconds.
         """
         opening = asyncio.ensure_future(self._open_session())
         try:

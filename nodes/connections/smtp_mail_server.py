@@ -101,7 +101,7 @@ class SmtpMailServer:
         """Send one mail to all recipients over SMTP; if a recipient is refused, nobody gets it.
 
         Raises `NodeError` if the server refuses anything, and at the time limit; with the code `delivery-unknown` if
-        the connection is lost before the server confirms the content.
+        the connection is lost after the whole content was sent, but before the server confirms it.
         """
         written = await offload.run_in_thread(_stuff_dots, message)
         async with self._session(timeout_seconds) as client:

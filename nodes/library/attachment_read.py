@@ -70,7 +70,9 @@ def _find_reference(config: Mapping[str, Json]) -> dict[str, Json]:
 
 
 def _choose_form(content: bytes, name: str, media_type: str) -> AttachmentForm:
-    """Return the default form for the content of a file: CSV, JSON or text; Base64 for Excel and unknown files."""
+    """Return the default form for the content of a file: CSV, JSON, text (also for XML and JSON Lines), or Base64 for
+    Excel and unknown files.
+    """
     match file_reader.guess_format(content, name=name, media_type=media_type):
         case FileFormat.CSV:
             return AttachmentForm.CSV

@@ -165,8 +165,8 @@ def _add_units(date: datetime, amount: int, unit: DateUnit, zone: ZoneInfo) -> d
 def _count_units(date: datetime, until: datetime, unit: DateUnit, zone: ZoneInfo) -> Json:
     """Return the number of units between two moments, negative if `until` is earlier.
 
-    Months and years count as whole ones; days and longer by the local time of the zone, and shorter units by
-    the clock, with fractions.
+    Months and years count as whole ones. Days and weeks count by the local time of the zone, shorter units by the
+    clock, both with fractions.
     """
     start, end = date.astimezone(zone), until.astimezone(zone)
     if unit in UNIT_MONTHS:

@@ -168,7 +168,8 @@ async def _read_attachments(call: NodeCall) -> Sequence[EnclosedFile]:
 
 
 async def _read_content(call: NodeCall, given: dict[str, Json]) -> bytes:
-    """Return the content of an attachment: of its blob, its `text` in UTF-8, or its decoded `base64`.
+    """Return the content of an attachment: of its blob, its `text` in UTF-8, or its decoded `base64`, which a blob
+    beside it replaces.
 
     Raises `NodeError` for none of them, invalid Base64, and `text` beside another.
     """
