@@ -81,9 +81,10 @@ class KeyAuthenticator:
     async def caller(self, scope: Scope) -> ApiCaller:
         """Return the caller of the request's API key; without a key, that of its browser session.
 
-        Keys are cached for a second. Raises a 401 error without a valid key or session, 403 for a change that
-        another site requests by a session, and 429 for a client with 50 failures within a minute. A request
-        with a key never looks at cookies.
+        Keys are cached for a second. Raises a 401 error without a valid key or session, for a wrong key 429 instead if
+        the client had 50 failures within a minute, and 403 for a change that another site requests by a session. A
+        valid key is never refused for failures of its client. A request with a key, also an invalid one, never looks at
+        cookies.
         """
         key = _read_key(scope)
         if key is None:
@@ -109,7 +110,11 @@ class KeyAuthenticator:
         return None if remembered is None else remembered.caller
 
     async def _caller_of_session(self, scope: Scope) -> ApiCaller | None:
-        """Return the caller of the browser session in the request's cookie; None without a valid one."""
+        """Return the caller of the browser session in the request's cookie; None without a valid one, and if the
+        request has a key.
+
+        Raises the 403 error of `SessionAuthenticator.caller`.
+        """
         has_key = any(name == b"x-api-key" for name, _ in scope["headers"])
         return None if has_key else await self.sessions.caller(scope)
 
@@ -161,7 +166,7 @@ class KeyAuthenticator:
         self._in_background(self._record_use(key_id, use))
 
     async def _record_use(self, key_id: str, use: KeyUse) -> None:
-        """Store the last use of a key; failures are only logged."""
+        """Store the last use of a key; while the database is away, this is only logged."""
         try:
             await access_store.record_use(self._database, key_id, use, every=USE_RECORDED_EVERY)
         except DatabaseUnavailable as error:
@@ -179,7 +184,7 @@ class KeyAuthenticator:
 
 
 def name_route(scope: Scope) -> str:
-    """Return method and path template of a request, such as `POST /api/v1/workflows/{id}/execute`."""
+    """Return method and path template of a routed request, such as `POST /api/v1/workflows/{id}/execute`."""
     return f"{scope['method']} {scope['route'].path}"
 
 

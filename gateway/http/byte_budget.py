@@ -45,8 +45,8 @@ class ByteHolding:
         return not self.is_evicted
 
     def lower(self, count: int) -> None:
-        """Lower the count to the `count` bytes that are left after a part was sent; nothing happens if at most 16 kB
-        are left.
+        """Lower the count to the `count` bytes that are left after a part was sent; if at most 16 kB are left, the
+        count stays as it was.
         """
         if UNCOUNTED_BYTES < count < self.bytes:
             self._budget.count(self, count - self.bytes)
@@ -64,7 +64,7 @@ class ByteHolding:
         self._evict()
 
     def rate(self, now: float) -> float:
-        """Return the average bytes per second since the transfer began."""
+        """Return the average bytes per second from the begin of the transfer to `now`, a time by `monotonic`."""
         return self.bytes / max(now - self.since, _SHORTEST_SECONDS)
 
 

@@ -28,7 +28,8 @@ class BlobDownload:
 
     @classmethod
     async def of(cls, blobs: BlobStore, owner: BlobOwner, sha256: str) -> BlobDownload:
-        """Open a blob and return its download as an answer, which closes it when sent.
+        """Open a blob and return its download as an answer, which closes it when sent; an answer that is not sent keeps
+        it open.
 
         Raises `BlobLost` for a missing one and `BlobsUnavailable` if the storage does not answer.
         """

@@ -148,7 +148,7 @@ def _has_cache_control(headers: Iterable[tuple[bytes, bytes]]) -> bool:
 
 
 def _request_id(scope: Scope) -> str:
-    """Return the request id that the client sends if it is valid, otherwise a new one."""
+    """Return the request id that the client sends, if it has 1 to 64 letters, digits, `_` and `-`, else a new id."""
     for name, value in scope["headers"]:
         if name == b"x-request-id" and _REQUEST_ID.match(value):
             given: bytes = value

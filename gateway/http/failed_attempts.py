@@ -35,7 +35,9 @@ class FailedAttempts:
     """Failed attempts of one process, by client."""
 
     def __init__(self, message: str, *, max_failures: int | None = None) -> None:
-        """Set the message of refusals, and the failures that get the ordinary answer (default: `MAX_FAILURES`)."""
+        """Set the message of refusals, and the failures within a minute that get the ordinary answer (default:
+        `MAX_FAILURES`).
+        """
         self._message = message
         self._max_failures = max_failures
         self._failures: OrderedDict[str, ClientFailures] = OrderedDict()
@@ -93,8 +95,8 @@ class PasswordAttempts:
         self._hashing_key = secrets.token_bytes(32)
 
     def require_allowed(self, client: str, offered: str) -> None:
-        """Raise a 429 error if a client has failed too often, unless the credentials `offered` were right
-        within a day.
+        """Raise a 429 error if a client has failed too often, unless the same credentials `offered` were right within a
+        day, from any client.
 
         So others behind one address can't lock out a sender.
         """

@@ -108,8 +108,8 @@ class KeyRefusals:
             self._writing = None
 
     async def _write_rows(self, rows: Sequence[KeyRefusal]) -> None:
-        """Add counts to those in the database, and delete those of past days with the first write of a day; errors are
-        logged.
+        """Add counts to those in the database, and with the first write of a day delete those of days before the last
+        seven; errors are logged.
         """
         first = key_refusal.first_day(self._database.clock.now())
 

@@ -200,8 +200,10 @@ async def list_rows(
     created_at: SQLColumnExpression[Any],
     item_id: SQLColumnExpression[Any],
 ) -> ListPage[RowMapping]:
-    """Return a page of the rows that match, with their number up to 10,000; `columns` contain `created_at`
-    and `id`.
+    """Return a page of the rows that match `conditions`, with the number of all of these, up to 10,000.
+
+    Rows are in the order of `created_at`, then `item_id`, in the direction of `bounds`; `columns` contain both, as
+    `created_at` and `id`. It calls `follow_indexes`, which holds for the rest of the transaction.
     """
     page = await read_rows(connection, columns, conditions, bounds, created_at=created_at, item_id=item_id)
     counted = await count_rows(connection, conditions, created_at)
@@ -216,8 +218,8 @@ async def list_examined(
 ) -> ListPage[RowMapping]:
     """Return a page of the rows of a source that match, with their number; `columns` contain `created_at` and `id`.
 
-    At most 10,000 rows are examined for the page, and 5,000 for the number, so that a page may be short, or
-    empty, although another follows.
+    At most 10,000 rows are examined for the page, and 5,000 for the number, so that a page may be short, or empty,
+    although another follows. It calls `follow_indexes`, which holds for the rest of the transaction.
     """
     found = await read_examined(connection, columns, source, bounds)
     counted = await count_page(connection, source, bounds, found)
@@ -248,7 +250,8 @@ async def read_rows(
 ) -> RowPage:
     """Return a page of the rows that match and the cursor of the next one, without a count of all.
 
-    It calls `follow_indexes`, which holds for the rest of the transaction.
+    `columns` contain `created_at` and `item_id`, the latter as `id`. It calls `follow_indexes`, which holds for the
+    rest of the transaction.
     """
     await follow_indexes(connection)
     statement = select(*columns).where(*conditions, *bounds.condition(created_at, item_id))
@@ -314,7 +317,7 @@ async def read_examined(
 
 
 async def _find_edge(connection: AsyncConnection, source: RowSource, bounds: KeysetBounds) -> datetime | None:
-    """Return the time of the last row that a page examines; None if the list has no more than these.
+    """Return the time of the last row that a page examines; None if fewer rows are left than it may examine.
 
     Only the times are read, without the ids that order rows of one time: then the index has all columns.
     """

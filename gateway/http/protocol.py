@@ -254,7 +254,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         """Receive bytes: set the time limit for head or body, and close the connection if too much arrives unread.
 
-        Limits are 64 kB for the head and 32 MB for pipelined requests.
+        Limits are 64 kB for the head, and 32 MB for the rest of a body that was answered before it was read.
         """
         super().data_received(data)
         is_served = self._is_served
@@ -278,7 +278,11 @@ class BoundedProtocol(HttpToolsProtocol):
         self._unread_bytes = 0
 
     def on_headers_complete(self) -> None:
-        """Count a request against the limits of its client, by which it may be refused, before its task starts."""
+        """Count a request against the limits of its client before its task starts, and refuse it with 503 beyond these,
+        or if there are too many connections.
+
+        Requests of pods, probes and trusted proxies are not counted.
+        """
         super().on_headers_complete()  # its task starts in the next event loop iteration at the earliest
         self._is_head = False
         self._unread_bytes = 0
@@ -327,7 +331,9 @@ class BoundedProtocol(HttpToolsProtocol):
     # ── answers ───────────────────────────────────────────────────────────────────────────────────────────
 
     def pause_writing(self) -> None:
-        """Count the unsent bytes of an answer against their budget, and check later that the client takes them."""
+        """Count the unsent bytes of an answer against their budget, which may cut off connections, and check later that
+        the client takes them.
+        """
         super().pause_writing()
         if self._unsent is None:
             client = self._holding.client if self._holding is not None else self._peer

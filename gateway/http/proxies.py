@@ -79,10 +79,11 @@ class TrustedProxies:
     def client(
         self, peer: tuple[str, int] | None, headers: Iterable[tuple[bytes, bytes]]
     ) -> tuple[str, int] | None:
-        """Return the client of a request: its peer, unless a trusted proxy names another in `X-Forwarded-For`.
+        """Return the client of a request: its peer, or if that is a trusted proxy, the last untrusted address in
+        `X-Forwarded-For`.
 
-        The first such header from an untrusted peer is logged as a warning. None for connections without an
-        address.
+        If all of its addresses are trusted, it is the first one. The first such header from an untrusted peer is logged
+        as a warning. None for connections without an address.
         """
         is_trusted = peer is not None and peer[0] in self._trusted
         if not is_trusted and self._has_warned:

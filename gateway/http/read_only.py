@@ -33,8 +33,8 @@ def warn_of_new(
 ) -> None:
     """Check read-only fields in the body of a new object, which is often a copied answer.
 
-    Raises a 422 error for those that another route sets; those that the server sets only add a warning to the
-    answer.
+    Only those count that differ from the new object as the API shows it, which `shown` returns. Raises a 422 error for
+    those that another route sets; those that the server sets only add a warning to the answer.
     """
     found = [*_find_differing_fields(given, kind, shown)]
     refused = [problem for name, problem in found if kind.read_only[name]]

@@ -86,8 +86,8 @@ class GatewayRequest(StarletteRequest):
 
     @property
     def sender(self) -> RequestSender:
-        """Sender by key, token or browser session; raises a 401 error without one, and for a token of another workflow
-        than the path's.
+        """Sender by key, token or browser session; raises a 401 error without one, and for a token that may not send to
+        the workflow of the path.
         """
         workflow_id = self.path_params.get("id")
         if self._sender is None or not (workflow_id is None or self._sender.may_send_to(workflow_id)):
@@ -124,8 +124,8 @@ class GatewayRequest(StarletteRequest):
     def idempotency_key(self, body: Json, *, workflow_id: str = "") -> IdempotencyKey | None:
         """Return the idempotency key of the request, None without one; raises a 400 error for an invalid one.
 
-        Requests are equal when one user, or tokens of one workflow, send them to one route and workflow with
-        one key; the `body` of equal requests is then compared.
+        Requests are equal when one user, or tokens of one workflow, send them to one route and workflow with one key;
+        the `body` of equal requests is then compared. A large `body` takes a while: call it in a thread.
         """
         key = read_idempotency_key(self.headers)
         if key is None:
@@ -360,5 +360,8 @@ class QueryString:
         return parameter.read(parameter.collect(self._given))
 
     def page(self, limit: IntegerParameter = LIMIT) -> PageBounds:
-        """Return the page that `limit` and `offset` request; raises a 400 error for an invalid value."""
+        """Return the page that `limit` and `offset` request; raises a 400 error for an invalid value.
+
+        `limit` is the route's parameter of that name.
+        """
         return PageBounds(self[limit], self[OFFSET])

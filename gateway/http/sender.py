@@ -63,8 +63,8 @@ class RequestSender(Struct, frozen=True):
         return str(self.token and self.token.workflow_id)
 
     def may_send_to(self, workflow_id: str) -> bool:
-        """Return whether the sender may send to a workflow: True for a key, for a trigger token only to its
-        own workflow.
+        """Return whether the sender may send to a workflow: True for a key, for a trigger token only to its own
+        workflow, False for an event token.
         """
         if self.token is None:
             return True
@@ -88,11 +88,12 @@ class SenderAuthenticator:
         self._background: set[asyncio.Task[None]] = set()
 
     async def authenticate(self, scope: Scope) -> RequestSender | None:
-        """Return the sender of an API key, of a token in the URL, or of a browser session; None without any of them.
+        """Return the sender of an API key, else of a token in the URL, else of a browser session; None without any of
+        them.
 
-        An invalid or expired session counts as none. Raises a 401 error for an invalid key or token, 403 without the
-        scope to execute workflows or for a change that another site requests by a session, and 429 after too many
-        failures of a client.
+        An invalid or expired session counts as none. Raises a 401 error for an invalid key or token, or 429 instead
+        after too many failures of the client, and 403 without the scope to execute workflows or for a change that
+        another site requests by a session.
         """
         if any(name == b"x-api-key" for name, _ in scope["headers"]):
             return _sender_of(await self._authenticator.caller(scope))
@@ -107,7 +108,7 @@ class SenderAuthenticator:
     async def by_path_token(self, scope: Scope, token: str) -> RequestSender:
         """Return the sender of a trigger token in the path of a URL, which identifies the workflow too.
 
-        Raises a 404 error for any other token, and 429 after too many failures of a client.
+        Raises a 404 error for any other token, or 429 instead after too many failures of the client.
         """
         try:
             sender = await self.by_token(scope, token)
@@ -120,10 +121,10 @@ class SenderAuthenticator:
         return sender
 
     async def by_token(self, scope: Scope, token: str) -> RequestSender:
-        """Return the sender of a token, and keep it with the request as `scope["sender"]`.
+        """Return the sender of a token, with the right to execute only, and keep the sender with the request as
+        `scope["sender"]`.
 
-        It has the right to execute only. Raises a 401 error for an invalid one, 429 after too many failures
-        of a client.
+        Raises a 401 error for an invalid token, or 429 instead after too many failures of the client.
         """
         found = await self._find(scope, token)
         self._note_use(found)
@@ -146,7 +147,7 @@ class SenderAuthenticator:
     async def _find(self, scope: Scope, token: str) -> FoundSenderToken:
         """Return a token from the cache of a second or the database.
 
-        Raises a 401 error for an unknown or expired one, and 429 after too many failures of a client.
+        Raises a 401 error for an unknown or expired one, or 429 instead after too many failures of the client.
         """
         hashed = sender_tokens.hash_token(token)
         kept = self._kept.get(hashed)
@@ -212,8 +213,8 @@ def _sender_of(caller: ApiCaller) -> RequestSender:
 
 
 def _read_token(scope: Scope) -> str | None:
-    """Return the token in a URL (parameter `key`), None without one; "", which is invalid, for a repeated
-    parameter.
+    """Return the token in a URL (parameter `key`), None without one; "", which is invalid, for a repeated parameter,
+    and for a query of more than 20 parameters.
     """
     try:
         fields = parse_qsl(

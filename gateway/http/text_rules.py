@@ -50,7 +50,8 @@ class ProblemCollector:
 def check_line(
     value: str, path: str, problems: ProblemCollector, *, max_length: int, may_be_empty: bool = False
 ) -> str:
-    """Return a one-line text in its stored form: normalized (NFC) and without surrounding spaces.
+    """Return a one-line text in its stored form, also if it is invalid: normalized (NFC) and without surrounding
+    spaces.
 
     A text that is empty (unless it may be) or too long, or has control characters, is added to `problems` with `path`.
     """
@@ -66,14 +67,16 @@ def check_line(
 
 
 def check_identifier(value: str, path: str, problems: ProblemCollector) -> str:
-    """Return a client's id unchanged; an invalid one is added to `problems`."""
+    """Return a client's id unchanged; unless it has 1 to 64 letters, digits, `_` and `-`, a problem with `path` is
+    added to `problems`.
+    """
     if not ids.is_id(value):
         problems.add(path, "invalid-id", f"{path} must have 1 to 64 of the characters A-Z a-z 0-9 _ -")
     return value
 
 
 def check_paragraphs(value: str, path: str, problems: ProblemCollector, *, max_length: int) -> str:
-    """Return a text of several lines in its stored form, normalized (NFC).
+    """Return a text of several lines in its stored form, normalized (NFC), also if it is invalid.
 
     A text that is too long, or has control characters other than line breaks and tabs, is added to `problems` with
     `path`.

@@ -100,14 +100,14 @@ class JsonRequest(Protocol):
 async def decode_body(request: JsonRequest, kind: type[Body]) -> Body:
     """Return the JSON body as `kind`; an absent body is an empty object.
 
-    The answer warns of unknown fields. Raises a 400 error for invalid JSON, 413 for too many bytes, 415 for
-    other types, 422 for invalid fields.
+    Unknown fields are refused or warned of, as in `convert`. Raises a 400 error for invalid JSON, 413 for too many
+    bytes, 415 for other types, 422 for invalid fields, and the other errors of `request.body`.
     """
     return body_of(request, await read_json(request), kind)
 
 
 def body_of(request: JsonRequest, value: Json, kind: type[Body]) -> Body:
-    """Return the request's JSON as `kind`; the answer warns of unknown fields.
+    """Return the request's JSON as `kind`; unknown fields are refused or warned of in the answer, as in `convert`.
 
     Raises a 422 error with all invalid fields.
     """
@@ -117,7 +117,8 @@ def body_of(request: JsonRequest, value: Json, kind: type[Body]) -> Body:
 async def read_json(request: JsonRequest) -> Json:
     """Return the body as JSON; an absent one is an empty object.
 
-    Raises a 400 error for invalid JSON, 415 for other types, 413 for a body that is too large.
+    Raises a 400 error for invalid JSON, 415 for other types, and the errors of `request.body`, such as 413 for a body
+    that is too large.
     """
     return await json_of(request, await request.body())
 
@@ -142,11 +143,11 @@ async def json_of(request: JsonRequest, raw: bytes) -> Json:
 def convert(
     value: Json, kind: type[Shape], path: str = "", warnings: list[dict[str, Json]] | None = None
 ) -> Shape:
-    """Return a JSON value, found at `path`, as `kind`; raises a 422 error with one entry per invalid field,
-    at most 100.
+    """Return a JSON value, found at `path`, as `kind`; raises a 422 error with one entry per invalid field, at most
+    100.
 
-    Read-only fields are left out, 2.0 counts as an integer. Unknown fields that resemble a known one are
-    refused; others are added to `warnings`, unless the body is strict.
+    Read-only fields are left out, 2.0 counts as an integer. A `StrictWire` refuses every unknown field, a `GuardedWire`
+    those that resemble a known field; its others are added to `warnings`, if given. Other types ignore unknown fields.
     """
     if isinstance(value, dict) and (read_only := _read_only(kind)):
         value = {name: item for name, item in value.items() if name not in read_only}
@@ -207,7 +208,9 @@ def optional_instant(moment: datetime | None) -> str | None:
 
 
 def _find_problems(value: Json, kind: Any, path: str) -> Iterator[dict[str, Json]]:  # noqa: ANN401 - any type annotation
-    """Yield the problems that prevent a conversion of `value` to `kind`, with their paths, nested fields included."""
+    """Yield the problems that prevent a conversion of `value` to `kind`, with their paths, nested fields included, but
+    no unknown fields.
+    """
     try:
         msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
@@ -277,9 +280,11 @@ class _UnknownFields(Struct):
         return len(self.refused) >= limits.FINDINGS
 
     def add(self, kind: type[msgspec.Struct], name: str, path: str, *, is_strict: bool) -> None:
-        """Record an unknown field of the body at `path`, to warn of, or to refuse if it resembles a known one.
+        """Record an unknown field of the body at `path`, to warn of, or to refuse if it resembles a known one, or if
+        100 are warned of.
 
-        Strict bodies refuse all; known read-only fields are not recorded, and each field of a type once.
+        Strict bodies refuse all. Not recorded are known read-only fields, and a field of a type that is warned of
+        already.
         """
         if (kind, name) in self.warned_of or name in _read_only(kind):
             return
