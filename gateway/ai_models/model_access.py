@@ -25,8 +25,8 @@ async def require_usable(
 ) -> None:
     """Raise a 403 error that names the language models that the user of a run may not use, if there are any.
 
-    `models` maps the id of each model to the id of a node that names it. Models that don't exist are refused in the
-    same way, so that guessing an id reveals nothing. The error has at most 100 details.
+    `models` maps the id of each model to the id of a node that names it; everybody may use `echo`. Models that don't
+    exist are refused in the same way, so that guessing an id reveals nothing. The error has at most 100 details.
     """
     asked = models.keys() - {ECHO_MODEL_ID}
     if not asked:

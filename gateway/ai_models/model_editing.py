@@ -105,8 +105,9 @@ async def edit(
     same.
 
     Raises 404, 403, 412 if `If-Match` names another revision, 409 for a taken name or a concurrent edit, 422 for an
-    unusable data source or user, and the errors of `change`; then nothing is written. If workflows name the model,
-    another vendor model or data source, and the removal of users, raise a 409 error unless `is_forced`.
+    unusable data source or user, and the errors of `change`; then nothing is written. Unless `is_forced`, also 409 if
+    workflows name the model, for another vendor model or data source and for the removal of users, and if the default
+    model is no longer shared.
     """
     done: StoredModel | None = None
 
@@ -150,7 +151,8 @@ async def edit(
 
 
 async def delete(database: Database, requested: RequestedObject, *, is_forced: bool) -> None:
-    """Delete the requested model, with an audit entry.
+    """Delete the requested model, with an audit entry; with `is_forced` even the default model, after which there is
+    none.
 
     Raises 404 if it is missing or invisible, 403 unless the caller is its owner or an admin, 412 if `If-Match` names
     another revision, and 409 if workflows use it or it is the default model, unless `is_forced`.

@@ -163,7 +163,7 @@ def periods_statement(
 
 
 def _sum_rows(rows: Iterable[Row[*tuple[Any, ...]]]) -> dict[str, Any]:
-    """Return the fields of `ModelAmounts` for the sums of rows."""
+    """Return the fields of `ModelAmounts` for the sums of rows of `periods_statement`."""
     total, times = Counter[str](), Counter[str]()
     failed = 0
     for row in rows:

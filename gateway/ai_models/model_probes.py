@@ -137,7 +137,8 @@ class ModelProber:
         """Call a model up to six times until a time by `monotonic`, and return its abilities.
 
         The first call may take half of the time, each further one an equal share of the rest; an ability is None if its
-        call took longer. Raises `NodeError` if the first call fails, `TimeoutError` if it takes too long.
+        call took longer. Raises `NodeError` if the first call fails, `TimeoutError` if it takes too long, and the
+        `ModelCallFailed` of further calls.
         """
         from nodes.ai.model_client import ModelClient, open_model_outbound  # noqa: PLC0415 - loaded with the first test
 
@@ -191,8 +192,8 @@ def _describe_abilities(found: CapabilitiesShape) -> str:
 
 
 async def _calls_tools(client: ModelClient, model: ModelConnection) -> bool:
-    """Return whether a model, asked to use a tool, calls it with valid arguments; False if the provider refuses the
-    request.
+    """Return whether a model, asked to use a tool, calls it with valid arguments; False also if the call fails for
+    good, as when the provider refuses the request.
 
     It makes one call. Raises `ModelCallFailed` for a temporary failure.
     """
@@ -201,8 +202,8 @@ async def _calls_tools(client: ModelClient, model: ModelConnection) -> bool:
 
 
 async def _calls_tools_at_once(client: ModelClient, model: ModelConnection) -> bool:
-    """Return whether a model, asked for two uses of a tool, calls it twice in one answer; False if the provider
-    refuses.
+    """Return whether a model, asked for two uses of a tool, calls it twice in one answer; False also if the call fails
+    for good.
 
     It makes one call. Raises `ModelCallFailed` for a temporary failure.
     """
@@ -211,8 +212,8 @@ async def _calls_tools_at_once(client: ModelClient, model: ModelConnection) -> b
 
 
 async def _follows_schemas(client: ModelClient, model: ModelConnection) -> bool:
-    """Return whether a model's answer fits a JSON Schema that the request has as a parameter; False if the provider
-    refuses.
+    """Return whether a model's answer fits a JSON Schema that the request has as a parameter; False also if the call
+    fails for good.
 
     It makes one call. Raises `ModelCallFailed` for a temporary failure.
     """
@@ -221,10 +222,10 @@ async def _follows_schemas(client: ModelClient, model: ModelConnection) -> bool:
 
 
 async def _answers_in_json_mode(client: ModelClient, model: ModelConnection) -> bool:
-    """Return whether a model's answer in its provider's JSON mode fits a schema that the prompt describes.
+    """Return whether a model's answer in its provider's JSON mode fits a schema that the prompt describes; False also
+    if the call fails.
 
-    False if the provider refuses it, and without a call if the protocol has no such mode. Raises `ModelCallFailed` for
-    a rate limit.
+    False without a call if the protocol has no such mode. Raises `ModelCallFailed` for a rate limit alone.
     """
     from nodes.ai.model_client import PROTOCOLS  # noqa: PLC0415 - loaded with the first test
 
@@ -235,10 +236,9 @@ async def _answers_in_json_mode(client: ModelClient, model: ModelConnection) -> 
 
 
 async def _sees_images(client: ModelClient, model: ModelConnection) -> bool:
-    """Return whether a model names the color of an image, which few would guess; False if the provider refuses the
-    image.
+    """Return whether a model names the color of a purple image in one call; False also if the call fails.
 
-    It makes one call. Raises `ModelCallFailed` for a rate limit.
+    Raises `ModelCallFailed` for a rate limit alone.
     """
     from nodes.ai.model_client import PROTOCOLS  # noqa: PLC0415 - loaded with the first test
 
@@ -252,9 +252,9 @@ async def _sees_images(client: ModelClient, model: ModelConnection) -> bool:
 async def _ask_for_optional_ability(
     client: ModelClient, model: ModelConnection, request: ChatRequest
 ) -> ChatAnswer | None:
-    """Return the answer to a request that many servers don't support; None if the provider refuses it.
+    """Return the answer to a request that many servers don't support; None if the call fails.
 
-    They refuse it with any status, 500 among them. Raises `ModelCallFailed` for a rate limit.
+    Servers refuse it with any status, 500 among them. Raises `ModelCallFailed` for a rate limit alone.
     """
     from nodes.ai.model_client import RATE_LIMITED  # noqa: PLC0415 - loaded with the first test
 
@@ -267,9 +267,9 @@ async def _ask_for_optional_ability(
 
 
 async def _ask(client: ModelClient, model: ModelConnection, request: ChatRequest) -> ChatAnswer | None:
-    """Return the answer to a request; None if the provider refuses it.
+    """Return the answer to a request; None if the call fails for good, as when the provider refuses the request.
 
-    Raises `ModelCallFailed` for a temporary failure.
+    Raises `ModelCallFailed` for a temporary failure, which another attempt might avoid.
     """
     try:
         return await client.complete(model, request, idempotency_key=ids.new_id("test"))

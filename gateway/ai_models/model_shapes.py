@@ -160,7 +160,8 @@ class ModelShape(WireStruct):
 def build_model(caller: ApiCaller, body: CreateModel, now: datetime) -> StoredModel:
     """Return a new model of the caller, not stored yet; raises a 422 error for invalid texts.
 
-    Its insertion sets the provider if the body leaves it to the data source, and checks the users.
+    If the body names no provider, the model has a placeholder, in place of which the insertion sets that of the data
+    source. The insertion checks the users, too.
     """
     problems = ProblemCollector()
     model = AiModel(
@@ -247,7 +248,7 @@ def _check_line(text: str, path: str, problems: ProblemCollector) -> str:
 
 
 def _to_stored(shape: PriceShape | LimitsShape | None) -> dict[str, Any] | None:
-    """Return prices or limits as they are stored, without fields of None; None without any."""
+    """Return prices or limits as they are stored, without fields of None: {} if all are; None for None."""
     if shape is None:
         return None
     values: dict[str, Any] = msgspec.to_builtins(shape)

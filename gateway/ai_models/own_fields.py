@@ -80,9 +80,10 @@ async def read(
 
 
 async def edit(editor: DataSourceEditor, requested: RequestedObject, change: Change) -> StoredDataSource:
-    """Apply `change` to the requested resource, with an audit entry, and return it as stored.
+    """Apply `change`, which has to check the type of the data source, to the requested resource, and return it as
+    stored.
 
-    Raises a 409 error for a taken name, and the others of `DataSourceEditor.edit`.
+    A change gets an audit entry. Raises a 409 error for a taken name, and the others of `DataSourceEditor.edit`.
     """
     try:
         return await editor.edit(requested, AuditAction.DATA_SOURCE_UPDATED, change)

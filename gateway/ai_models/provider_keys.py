@@ -251,7 +251,8 @@ def _build_data_source(body: CreateProviderKey) -> CreateDataSource:
 def _build_changes(before: StoredDataSource, body: UpdateProviderKey) -> UpdateDataSource:
     """Return the changes of the data source.
 
-    Raises a 422 error if address or header change without the key, which would be sent elsewhere.
+    Raises a 422 error if address or header change and the body doesn't repeat a stored key, which would be sent
+    elsewhere.
     """
     settings: dict[str, Any] = {}
     if body.base_url is not msgspec.UNSET:

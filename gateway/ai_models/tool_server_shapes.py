@@ -210,7 +210,8 @@ def build_data_source(body: CreateToolServer) -> CreateDataSource:
 def build_changes(before: StoredDataSource, body: UpdateToolServer) -> UpdateDataSource:
     """Return the changes of the data source.
 
-    Raises a 422 error if address or header change without the key, which would be sent elsewhere.
+    Raises a 422 error if address or header change and the body doesn't repeat a stored key, which would be sent
+    elsewhere.
     """
     given = {"url": body.url, "keyHeader": body.key_header}
     settings: dict[str, Any] = {name: value for name, value in given.items() if value is not msgspec.UNSET}
