@@ -248,7 +248,7 @@ async def create_key(request: GatewayRequest) -> JsonResponse:
 
 
 async def revoke_key(request: GatewayRequest) -> NoContent:
-    """Revoke an API key; it stops working at once.
+    """Revoke an API key; it stops working within a second.
 
     You may revoke your own keys, and an admin those of the organization.
     """

@@ -122,7 +122,7 @@ class _AuditTable(Struct, frozen=True):
 
     @property
     def columns(self) -> Sequence[SQLColumnExpression[Any]]:
-        """All columns, and the time of the entry as `created_at`."""
+        """Columns that `build` needs, with the time of the entry as `created_at`."""
         if self.model is Delivery:
             return [getattr(Delivery, name) for name in DeferredDelivery.__struct_fields__]
         columns = self.model.__table__.columns  # type: ignore[union-attr]  # SQLModel adds it

@@ -118,7 +118,8 @@ async def index(request: GatewayRequest) -> JsonResponse:
 async def create(request: GatewayRequest) -> JsonResponse:
     """Invite a person: only this answer contains the link, which works once and until it expires.
 
-    The person who opens the link becomes a user with this address and role: send it only to that person.
+    The person who opens the link becomes a user with this address and role: send it only to that person. If the
+    organization has a user with the address, only the acceptance is refused.
     """
     body = await decode_body(request, CreateInvitation)
     problems = ProblemCollector()

@@ -65,7 +65,10 @@ class RedirectWithCookies:
 
 
 async def begin(request: GatewayRequest) -> ASGIApp:
-    """Lead a browser to the provider; with `link`, to connect the identity with the user who is signed in."""
+    """Lead a browser to the provider; with `link`, to connect the identity with the user who is signed in.
+
+    A failed attempt redirects to a page that explains it.
+    """
     from gateway.access.openid_provider import ProviderUnavailable  # noqa: PLC0415 - see _require_provider
 
     cookie, openid = sign_in.require_cookie(request), _require_provider(request)
@@ -95,7 +98,8 @@ async def begin(request: GatewayRequest) -> ASGIApp:
 async def begin_invitation(request: GatewayRequest) -> JsonResponse:
     """Return the address of the provider for the acceptance of an invitation with an account there.
 
-    Also sets the cookie of the attempt. Refused for an unknown, used, revoked or expired code.
+    Also sets the cookie of the attempt. Refused for an unknown, used, revoked or expired code; 503 if the provider
+    can't be reached.
     """
     from gateway.access.openid_provider import ProviderUnavailable  # noqa: PLC0415 - see _require_provider
 
@@ -160,6 +164,7 @@ async def _finish(
 ) -> ASGIApp:
     """Sign the browser in, or connect the identity for an attempt that began with a link, and redirect to its page.
 
+    If the user of such a link is not signed in any more, or lacks scopes, the redirect is to a page that explains this.
     Raises `ProviderUnavailable`, `ProviderRefusal`, `NoAccount`, `EmailTaken` and `IdentityTaken`.
     """
     claims = await openid.provider.fetch_claims(

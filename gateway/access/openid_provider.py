@@ -226,8 +226,7 @@ class OpenIdProvider:
     async def _userinfo(self, url: str, tokens: TokenAnswer, subject: str) -> Mapping[str, Any]:
         """Return the claims of the provider's `userinfo`.
 
-        Raises `ProviderRefusal` if they are about another subject, and `ProviderUnavailable` without an
-        answer.
+        Raises `ProviderRefusal` if they are about another subject, and `ProviderUnavailable` without a valid answer.
         """
         require_secure(url)
         headers = {"authorization": f"Bearer {tokens.access_token}", "accept": "application/json"}

@@ -138,8 +138,8 @@ class OpenIdSignIn(Struct, frozen=True):
     ) -> tuple[User, str]:
         """Return the user of an identity, and the id of the key that its sessions stand for.
 
-        A new identity gets a user by an invitation. The key gets a new expiry, even if it had expired; if it is
-        revoked or gone, a new one replaces it. Raises `NoAccount` and `IdentityTaken`.
+        A new identity gets a user by an invitation. The key gets a new expiry, even if it had expired; if it is revoked
+        or gone, a new one replaces it. Raises the errors of `sign_in`.
         """
         found = await user_identity.find_identity(connection, claims.issuer, claims.subject)
         if found is None:
@@ -201,7 +201,7 @@ class OpenIdSignIn(Struct, frozen=True):
     ) -> str:
         """Connect an identity with a user in the transaction, and return the id of a new key for its sessions.
 
-        The audit trail records both.
+        The audit trail records both. Raises `IdentityTaken` if a concurrent request has connected the identity.
         """
         key_id = await self._create_key(connection, user, claims, now)
         await user_identity.add_identity(

@@ -46,7 +46,7 @@ async def create(request: GatewayRequest) -> JsonResponse:
 
 
 async def end(request: GatewayRequest) -> NoContent:
-    """Sign a browser out: delete its session and its cookie."""
+    """Sign a browser out: delete its session, if it has one, and its cookie."""
     cookie = require_cookie(request)
     cookie.require_same_origin(request.scope)
     secret = cookie.value_of(request.scope)

@@ -516,7 +516,7 @@ class AsyncKeys(AsyncResource):
         return self._client.iterate("/api/v1/auth/keys", "keys", {})
 
     async def revoke(self, key_id: str) -> None:
-        """Revoke an API key; it stops working at once."""
+        """Revoke an API key; it stops working within a second."""
         await self._client.request("DELETE", f"/api/v1/auth/keys/{self._quote(key_id)}")
 
 
