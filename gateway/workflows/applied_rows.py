@@ -71,7 +71,9 @@ async def find_members(
 async def _read_all(
     connection: AsyncConnection, caller: ApiCaller, ids: Iterable[str]
 ) -> Sequence[StoredWorkflow]:
-    """Return the workflows with these ids that the caller may read, each locked until the transaction ends."""
+    """Return the workflows with these ids that the caller may read, with graphs and shares, in the order of the ids;
+    each is locked until the transaction ends.
+    """
     found = []
     for workflow_id in ids:
         await workflow_rows.lock_workflow(connection, workflow_id, caller)

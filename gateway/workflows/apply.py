@@ -102,10 +102,10 @@ class ApplyResult(WireStruct):
 async def apply(request: GatewayRequest) -> JsonResponse:
     """Create, change and archive workflows so that they equal the given ones, all of them or none.
 
-    The server plans the changes in the transaction that carries them out. Names identify the workflows. A
-    workflow that was edited since it was applied, that was never applied, or that belongs to another set is a
-    conflict: 409 `apply-conflict` with an entry for each. `dryRun` shows the differences, `force` applies anyway.
-    Repeating a request changes nothing.
+    The server plans the changes in the transaction that carries them out. Names identify the workflows. A workflow with
+    other content that was never applied, or was edited since it was applied, is a conflict, and so is one that belongs
+    to another set: 409 `apply-conflict` with an entry for each. `dryRun` shows the differences and conflicts with 200,
+    `force` applies anyway. Repeating a request changes nothing.
     """
     body = await decode_body(request, ApplyWorkflows)
     if body.prune is not None and body.set is None:
@@ -154,8 +154,9 @@ class _ApplyRun(Struct, frozen=True):
     async def run(self) -> Sequence[PlannedChange]:
         """Return the plan, carried out in one transaction unless it is a dry run.
 
-        Raises a 409 error for conflicts and ambiguous names, 422 for invalid workflows, and 403 for workflows
-        of others.
+        Raises a 409 error for ambiguous names, 422 for invalid workflows, and 403 for workflows of others. Unless it is
+        a dry run, which has conflicts in its plan, also 409 for conflicts, and for the deletion of a workflow that is
+        deployed or has executions that have not ended.
         """
         return await self.database.transaction(self._work, locks=f"apply:{self.caller.organization_id}")
 

@@ -105,7 +105,8 @@ def read_workflows(
     catalog: NodeCatalog,
     now: datetime,
 ) -> Sequence[WantedWorkflow]:
-    """Parse the workflows of a request, in its order; raises one 422 error with the problems of all of them.
+    """Parse the workflows of a request, in its order; raises one 422 error with the problems of all of them, and for a
+    name that two of them have.
 
     `sources` holds ids of data sources by name, which replace `@name` in configs.
     """
@@ -297,7 +298,8 @@ def plan_removal(
 ) -> PlannedChange:
     """Return the change of a member of a set that the request does not have: archive, or delete if `is_deleted`.
 
-    One that was edited since it was applied is a conflict unless `is_forced`; an archived one stays.
+    A member that was edited since it was applied is a conflict unless `is_forced`. Without `is_deleted`, an archived
+    member is unchanged.
     """
     action, after = ApplyAction.DELETE, before
     if not is_deleted:
@@ -318,7 +320,8 @@ def _conflict(
     """Return why a workflow is not changed without force: of another set, never applied, or edited since; None
     otherwise.
 
-    An equal workflow (`is_same`) is a conflict only if it belongs to another set than the one that the request names.
+    A change of the status counts as an edit if the last request named a status. An equal workflow (`is_same`) is a
+    conflict only if it belongs to another set than the one that the request names.
     """
     if (
         applied is not None
@@ -425,7 +428,9 @@ def hash_content(stored: StoredWorkflow) -> str:
 
 
 def compare(before: StoredWorkflow, after: StoredWorkflow) -> dict[str, Any]:
-    """Return the differences between two states of a workflow, as the fields of a `WorkflowDiff`."""
+    """Return the differences between two states of a workflow, as the fields of a `WorkflowDiff`; positions of nodes
+    don't count.
+    """
     old, new = (_fields(one) for one in (before, after))
     nodes = _compare_items(before.nodes, after.nodes)
     edges = _compare_items(before.connections, after.connections)

@@ -207,7 +207,8 @@ async def _find_template(
     """Return the template that a body names, and a replacement for each reference by the id in the template.
 
     None in place of the mapping keeps all references; a value None empties the field. References of a template that
-    ships with the server are emptied by default, except for the built-in model. Raises a 404 error.
+    ships with the server are emptied by default, except for the built-in model. Raises a 404 error unless the id is
+    that of a template that the caller may read.
     """
     common = shipped_templates.load_templates().get(body.template_id)
     if common is not None:

@@ -109,7 +109,8 @@ class NodeTypeVersions(WireStruct):
 async def add(request: GatewayRequest) -> JsonResponse:
     """Add a version of a custom node type, which workers of the organization perform.
 
-    The same content again is answered with 200. An older version never becomes the newest.
+    The same content again is answered with 200, and may change `deprecated`; other content for the same version is
+    refused. An older version never becomes the newest.
     """
     value = await read_json(request)
     body = body_of(request, value, AddNodeType)

@@ -142,9 +142,10 @@ class WorkflowEditor:
     ) -> WorkflowEdit:
         """Apply `change` to the requested workflow after all concurrent edits, and return it before and after.
 
-        Both are the same object if nothing has changed; else revision and audit trail advance. `also` runs in
-        the transaction of a change, `anyway` even without one. Raises 404, 403, 412 if `If-Match` names
-        another revision, 422 if an active workflow would become invalid, and the errors of `change`, `also`
+        Both are the same object if nothing has changed; else revision and audit trail advance. `also` runs in the
+        transaction of a change, `anyway` even without one. Raises 404, 403, 412 if `If-Match` names another revision,
+        422 if an active workflow would become invalid or name an unusable data source, or a template would have
+        credentials, 409 if a custom type of the nodes is deleted at the same time, and the errors of `change`, `also`
         and `anyway`; then nothing is written.
         """
         caller = requested.caller
@@ -216,10 +217,11 @@ class WorkflowEditor:
     async def create_in(
         self, connection: AsyncConnection, caller: ApiCaller, made: StoredWorkflow, action: AuditAction
     ) -> None:
-        """Insert a workflow in a transaction, with its audit record; raises a 422 error for unusable data sources.
+        """Insert a workflow in a transaction, with its audit record; raises a 422 error for unusable data sources, and
+        409 if a custom type of its nodes is being deleted.
 
-        Only those of an active workflow are checked: each must exist, be usable by the owner, decrypt, and have a
-        suitable type.
+        Data sources are checked only for an active workflow: each must exist, be usable by the owner, decrypt, and have
+        a suitable type.
         """
         catalog = await self.read_catalog(connection, caller.organization_id)
         if made.workflow.status == WorkflowStatus.ACTIVE:
@@ -245,7 +247,7 @@ class WorkflowEditor:
     ) -> StoredWorkflow:
         """Store a changed workflow as its next revision, and return it.
 
-        Raises a 409 error for a concurrent edit, and 422 for unusable data sources.
+        Raises a 409 error for a concurrent edit or deletion of a custom type, and 422 for unusable data sources.
         """
         after = wanted.after.with_columns(
             revision=before.workflow.revision + 1, updated_at=self._database.clock.now()
@@ -266,10 +268,11 @@ class WorkflowEditor:
         *,
         shown: Callable[[str], object] = lambda workflow_id: {"workflowId": workflow_id},
     ) -> JsonResponse:
-        """Insert a workflow, once per idempotency key, and return an answer with 201 and `shown(workflow_id)`.
+        """Insert a workflow in a transaction of its own, once per idempotency key, and return an answer with 201 and
+        `shown(workflow_id)`.
 
         A repeated key inserts nothing: the answer has the first id, and a header says so; None inserts always. Raises
-        a 422 error for unusable data sources, and for a key that was used with another body.
+        the errors of `create_in`, and 422 for a key that was used with another body.
         """
         workflow = made.workflow
 
@@ -320,7 +323,7 @@ def content_hash(stored: StoredWorkflow) -> str:
 
 
 def _list_changes(before: StoredWorkflow, after: StoredWorkflow) -> Sequence[Mapping[str, str | None]]:
-    """Return the changed paths of an edit for the audit trail, with values only for fields that can't contain
+    """Return the first 20 changed paths of an edit for the audit trail, with values only for fields that can't contain
     credentials.
     """
     contents = [

@@ -347,7 +347,7 @@ def shown_node(node: StoredNode) -> dict[str, Json]:
 
 
 def shown_connection(connection: StoredConnection) -> dict[str, Json]:
-    """Return a stored connection in API form: with `sourceNodeId` and `targetNodeId`."""
+    """Return a stored connection in API form, which has `sourceNodeId` and `targetNodeId` for `source` and `target`."""
     return {
         "id": connection["id"],
         "sourceNodeId": connection["source"],

@@ -112,8 +112,9 @@ def with_changes(
 ) -> StoredWorkflow:
     """Return a workflow with changed fields of one node; nothing is stored.
 
-    Config is merged, and None in it removes a key; absent fields stay, None removes an optional one. Raises a
-    404 error for an unknown node, and 422 for invalid fields and too large nodes.
+    Config is merged, and None in it removes a key; absent fields stay, None removes an optional one. The config is not
+    checked by the schema. Raises a 404 error for an unknown node, 409 if two nodes share the id, and 422 for invalid
+    fields and too large nodes.
     """
     node = node_of(before, node_id)
     problems = ProblemCollector()
@@ -142,9 +143,9 @@ def with_changes(
 
 
 def require_config(node: StoredNode, given: Mapping[str, Json], catalog: NodeCatalog) -> None:
-    """Raise a 422 error if every key of a body is a field of nodes, and none a key of the config of this node's type.
+    """Raise a 422 error if every key of `given` is a field of nodes, and none a key of the config of this node's type.
 
-    Such a body was meant as changes of the node, though the request would take it for the node's config.
+    `given` is a body that the request would take for the node's config, though it was meant as changes of the node.
     """
     if not given.keys() <= NODE_FIELDS or not given.keys().isdisjoint(_list_config_keys(node, catalog)):
         return
@@ -179,24 +180,29 @@ def _describe_field(name: str) -> str:
 
 
 def with_mappings(before: StoredWorkflow, node_id: str, mappings: dict[str, Json]) -> StoredWorkflow:
-    """Return a workflow with other input mappings of one node, not checked here; raises a 404 error for an
-    unknown node.
+    """Return a workflow with other input mappings of one node, not checked here; nothing is stored.
+
+    Raises a 404 error for an unknown node, 409 if two nodes share the id, and 422 for too large nodes.
     """
     node = node_of(before, node_id)
     return _replace_node(before, node, {**node, "inputMappings": mappings})
 
 
 def with_pass_through(before: StoredWorkflow, node_id: str, values: Mapping[str, str]) -> StoredWorkflow:
-    """Return a workflow with other pass-through values of one node; raises a 404 error for an unknown node.
+    """Return a workflow with other pass-through values of one node; nothing is stored.
 
-    Such a value copies a key of the input to the output.
+    Such a value copies a key of the input to the output. Raises a 404 error for an unknown node, 409 if two nodes share
+    the id, and 422 for too large nodes.
     """
     node = node_of(before, node_id)
     return _replace_node(before, node, {**node, "passThroughValues": dict(values)})
 
 
 def without_node(before: StoredWorkflow, node_id: str) -> StoredWorkflow:
-    """Return a workflow without one node and its connections; raises a 404 error for an unknown node."""
+    """Return a workflow without the node with an id (all nodes, if several have it) and its connections.
+
+    Raises a 404 error for an unknown id.
+    """
     nodes = [node for node in before.nodes if node["id"] != node_id]
     if len(nodes) == len(before.nodes):
         raise errors.not_found("node")
@@ -230,7 +236,10 @@ def _merge_config(before: Mapping[str, Json], given: Mapping[str, Json]) -> dict
 def _check_version(
     given: str | None, node_type: str, catalog: NodeCatalog, problems: ProblemCollector
 ) -> str | None:
-    """Return a node's version, None for none; one that the type doesn't have is added to `problems`."""
+    """Return `given`, a node's version, even if it is invalid; None for none.
+
+    If the type doesn't have the version, a problem is added to `problems`.
+    """
     if not given:
         return None
     try:
@@ -276,10 +285,11 @@ def _free_position(nodes: Iterable[StoredNode]) -> CanvasPosition:
 
 
 def with_connection(before: StoredWorkflow, edge: ConnectionInput, catalog: NodeCatalog) -> StoredWorkflow:
-    """Return a workflow with one more connection, which has an id; nothing is stored.
+    """Return a workflow with one more connection as the last one, with a generated id if `edge` has none; nothing is
+    stored.
 
-    Raises a 409 error for a repeated id or connection, and 422 for unknown nodes or ports, a cycle, and more
-    than 20,000 connections.
+    Raises a 409 error for a repeated id or connection, and 422 for unknown nodes or ports, a cycle, and more than
+    20,000 connections.
     """
     problems = ProblemCollector()
     made = graph_shapes.stored_connection(edge, "", problems)
@@ -296,7 +306,9 @@ def with_connection(before: StoredWorkflow, edge: ConnectionInput, catalog: Node
 
 
 def without_connection(before: StoredWorkflow, connection_id: str) -> StoredWorkflow:
-    """Return a workflow without one connection; raises a 404 error for an unknown id."""
+    """Return a workflow without the connection with an id (all, if several have it); raises a 404 error for an unknown
+    id.
+    """
     connections = [edge for edge in before.connections if edge["id"] != connection_id]
     if len(connections) == len(before.connections):
         raise errors.not_found("connection")

@@ -127,7 +127,7 @@ def _check_expression(key: str, path: str, problems: ProblemCollector) -> None:
 
 
 def _check_failure(on_failure: FailureSettings, workflow_id: str, problems: ProblemCollector) -> None:
-    """Add a problem unless the failure settings name either another workflow or a valid URL."""
+    """Add a problem unless the failure settings name either another workflow, which need not exist, or a valid URL."""
     path = "settings.onFailure"
     if (on_failure.workflow_id is None) == (on_failure.url is None):
         problems.add(path, "conflict", f"{path} must have a workflowId or a url, and not both")

@@ -33,9 +33,9 @@ async def save_schedule(
 ) -> None:
     """Insert, update, suspend or delete the schedule of a workflow in the transaction that changes the workflow.
 
-    It is suspended unless the workflow is active and has a schedule `trigger` (None for none), and deleted if
-    the workflow is deleted. A schedule that continues with the same instants keeps its next one, even if other
-    settings have changed.
+    It is suspended unless the workflow is active, no template, and has a schedule `trigger` (None for none), and
+    deleted if the workflow is deleted. A schedule that continues with the same instants keeps its next one, even if
+    other settings have changed.
     """
     is_of_workflow = col(Schedule.workflow_id) == workflow.id
     if workflow.deleted_at is not None:
@@ -72,7 +72,7 @@ async def save_schedule(
 def _last_run_at(found: RowMapping | None, now: datetime) -> datetime:
     """Return the time up to which instants were run: `now`, or a later run that began after this transaction.
 
-    A stored time that is too far ahead is ignored.
+    `found` is the stored schedule, None without one; its last run is ignored if it is more than an hour ahead.
     """
     last_run_at = found["last_run_at"] if found is not None else None
     return (

@@ -185,8 +185,8 @@ def _compare_snapshots(
 
 
 async def find_restored(connection: AsyncConnection, stored: StoredWorkflow, number: str) -> StoredWorkflow:
-    """Return a workflow as it would be after the restore of a version, not stored; raises a 404 error for an unknown
-    version.
+    """Return a workflow as it would be after the restore of a version, not stored, and for a template without
+    credentials; raises a 404 error for an unknown version.
     """
     version = await _find(connection, stored, number)
     return _restore_snapshot(stored, _readable_snapshot(stored, version.snapshot))

@@ -241,7 +241,9 @@ def _to_items(value: Json) -> Sequence[Json]:
 
 
 def _convert_valid_fields(value: Json, kind: type[Body]) -> Body:
-    """Return a body of a type that has only optional fields, without the invalid ones."""
+    """Return a body of a type that has only optional fields, without the invalid ones; an empty one for a value that is
+    no object.
+    """
     fields = value if isinstance(value, dict) else {}
     return convert(
         {name: field for name, field in fields.items() if _is_convertible({name: field}, kind)}, kind

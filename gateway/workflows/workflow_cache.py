@@ -93,10 +93,11 @@ class WorkflowCache:
         return workflow
 
     async def load_for_sender(self, workflow_id: str) -> LoadedWorkflow | None:
-        """Return a workflow for a request that proves its sender itself, such as a signed one; None if it is missing.
+        """Return a workflow for a request that proves its sender itself, such as a signed one; None if it is missing or
+        deleted.
 
-        No permission is checked: the caller of this method verifies the request. A workflow that is found is
-        cached for five seconds.
+        No permission is checked: the caller of this method verifies the request. A workflow that is found is cached for
+        five seconds.
         """
         organization_id = self._organizations.get(workflow_id)
         if organization_id is None:
@@ -171,8 +172,8 @@ class WorkflowCache:
             load.exception()  # callers have the error; without callers, asyncio would log it
 
     async def _load(self, key: tuple[str, str]) -> LoadedWorkflow | None:
-        """Read a workflow with its organization's node types, and cache it unless it was dropped meanwhile;
-        None if it does not exist.
+        """Read a workflow with its organization's node types, and cache it unless `forget` was called meanwhile; None
+        if it does not exist.
         """
         asked_at = monotonic()
         async with self._database.read() as connection:

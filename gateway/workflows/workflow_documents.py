@@ -165,10 +165,9 @@ def _join_path(part: str, path: str) -> str:
 def copy_workflow(
     source: StoredWorkflow, caller: ApiCaller, now: datetime, *, is_template: bool = False
 ) -> CredentialFreeWorkflow:
-    """Return a new draft of the caller with the content of another workflow, not stored, and the removed
-    credentials.
+    """Return a new draft of the caller with the content of another workflow, not stored, and the removed credentials.
 
-    Shares and history are left out too.
+    Shares and history are left out too. `strictMappings` is true if the source has no such setting.
     """
     found = strip_credentials(source)
     content = found.stored.workflow
@@ -191,7 +190,10 @@ def copy_workflow(
 
 
 def name_of_copy(name: str) -> str:
-    """Return the name of a copied workflow: the original name with " (copy)", cut to 200 characters."""
+    """Return the name of a copied workflow: the original name, cut if it is too long, and " (copy)".
+
+    It has at most 200 characters in all.
+    """
     return name[: limits.WORKFLOW_NAME_LENGTH - len(COPY)].rstrip() + COPY
 
 
@@ -199,8 +201,8 @@ def name_of_copy(name: str) -> str:
 
 
 def export_document(stored: StoredWorkflow, catalog: NodeCatalog) -> dict[str, object]:
-    """Return a workflow as a document for export, without credentials; equal content gives equal documents,
-    for every caller.
+    """Return a workflow as a document for export, with the external resources that it names but without credentials;
+    equal content gives equal documents, for every caller.
     """
     found = strip_credentials(stored)
     workflow = found.stored.workflow
@@ -335,7 +337,9 @@ def _check_graph(
 
 
 def _check_ids(kind: str, code: str, given: Sequence[str | None], problems: ProblemCollector) -> None:
-    """Add a problem for each id that occurred before; None is no id."""
+    """Add a problem with `code` for each id that occurred before in the list `kind` (`nodes` or `connections`); None is
+    no id.
+    """
     seen: set[str] = set()
     for index, item_id in enumerate(given):
         if item_id and item_id in seen:
@@ -348,7 +352,8 @@ def _check_ids(kind: str, code: str, given: Sequence[str | None], problems: Prob
 def resolve_references(
     stored: StoredWorkflow, named: Sequence[ExternalReference], given: Mapping[str, str | None]
 ) -> StoredWorkflow:
-    """Return a workflow with its references replaced by the given ids; None as an id removes the field.
+    """Return a workflow with its references, which `named` lists, replaced by the given ids; None as an id removes the
+    field.
 
     Raises a 422 error for a reference without a replacement, an unknown reference, and an invalid id.
     """

@@ -60,9 +60,10 @@ async def show(request: GatewayRequest) -> JsonResponse:
 
 
 async def update(request: GatewayRequest) -> JsonResponse:
-    """Set the log level of a workflow for an hour, or until a time.
+    """Set the log level of a workflow for an hour, or until a time; null ends the present one.
 
-    It holds within two seconds for runs that start or continue after a wait, in workers and in pods.
+    Its owner and admins may. It holds within two seconds for runs that start or continue after a wait, in workers and
+    in pods.
     """
     body = await decode_body(request, SetLogLevel)
     caller, requested = request.caller, request.requested_object

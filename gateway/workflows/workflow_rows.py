@@ -141,7 +141,9 @@ async def find_readable_ids(
 
 
 def _build_workflow(row: Mapping[Any, Any], shared_with: Mapping[str, datetime]) -> StoredWorkflow:
-    """Return a workflow from its row joined with that of its graph."""
+    """Return a workflow from its row joined with that of its graph; `shared_with` has the time of each share by user
+    id.
+    """
     fields = stored_workflow.move_foreign_settings(row)
     nodes, connections = fields.pop("nodes"), fields.pop("connections")
     return StoredWorkflow(build_row(Workflow, fields), nodes, connections, shared_with)
@@ -265,7 +267,9 @@ async def count_by_status(
     connection: AsyncConnection, caller: ApiCaller
 ) -> tuple[Mapping[str, int], Mapping[str, int]]:
     """Return the number of workflows in each status, without templates: all of the organization, and those that the
-    caller may read. A status without workflows is absent.
+    caller may read.
+
+    A status without workflows is absent from both; if the caller may read none of them, its second number is 0.
     """
     # One pass through the index of statuses alone.
     readable = func.sum(case((is_open_to(caller), 1), else_=0))

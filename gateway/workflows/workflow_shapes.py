@@ -278,11 +278,10 @@ def _merge_settings(
     given: Mapping[str, Json],
     problems: ProblemCollector,
 ) -> dict[str, Json]:
-    """Return all settings, with the given ones merged in; null removes a key.
+    """Return all settings, with the given ones merged in and defaults for absent ones; null removes a key.
 
-    `before` and `config` are the stored ones. Unknown keys are added to `problems`, except for those that
-    older servers accepted: they may be sent with their stored values, from before or after their move to
-    `config.settings`.
+    `before` and `config` are the stored ones. Unknown keys are added to `problems`, except for those that older servers
+    accepted: they may be sent with their stored values, from before or after their move to `config.settings`.
     """
     whole = cast("Mapping[str, Json]", with_whole_numbers(dict(given), KnownSettings))
     removed = {

@@ -996,7 +996,7 @@ class AsyncWorkflows(AsyncResource):
         return cast("t.MappingsAnswer", await self._client.request("PUT", f"/api/v1/workflows/{self._quote(workflow_id)}/nodes/{self._quote(node_id)}/input-mappings", fields={"mappings": mappings, "inputMappings": input_mappings}))
 
     async def set_log_level(self, workflow_id: str, *, level: Literal['debug', 'error', 'info', 'warning'] | None, until: str | None = None) -> t.LogLevelShape:
-        """Set the log level of a workflow for an hour, or until a time."""
+        """Set the log level of a workflow for an hour, or until a time; null ends the present one."""
         return cast("t.LogLevelShape", await self._client.request("PUT", f"/api/v1/workflows/{self._quote(workflow_id)}/log-level", fields={"until": until}, nullable={"level": level}))
 
     async def set_passthrough_values(self, workflow_id: str, node_id: str, *, values: Mapping[str, str] | None = None, pass_through_values: Mapping[str, str] | None = None) -> t.PassThroughAnswer:
