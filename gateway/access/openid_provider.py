@@ -274,8 +274,8 @@ def verify_id_token(
 ) -> Mapping[str, Any]:
     """Return the claims of an ID token after the checks of OpenID Connect Core 3.1.3.7, with a minute of leeway.
 
-    They are signature (asymmetric keys only), issuer, audience, times and nonce. Raises `ProviderRefusal` for
-    a token that fails one, and `UnknownKey` if the provider's keys should be read again.
+    They are signature (asymmetric keys only), issuer, audience, times and nonce. `keys` is the provider's JWK Set.
+    Raises `ProviderRefusal` for a token that fails one, and `UnknownKey` if the provider's keys should be read again.
     """
     from joserfc import jwt  # noqa: PLC0415 - loaded by servers with a provider alone
     from joserfc.errors import InvalidKeyIdError, JoseError  # noqa: PLC0415 - see above

@@ -119,7 +119,10 @@ async def _apply(
     changes: Mapping[str, Any],
     now: datetime,
 ) -> AiSettings:
-    """Store changes of settings with an audit entry, and return the result; nothing is stored for equal ones."""
+    """Store `changes`, values by column, with an audit entry, and return the settings after them.
+
+    If the content stays the same, nothing is stored, and `before` is returned.
+    """
     after = AiSettings(**{**before.model_dump(), **changes, "updated_at": now})
     hashes = [_hash_content(settings) for settings in (before, after)]
     if hashes[0] == hashes[1]:

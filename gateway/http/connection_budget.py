@@ -128,7 +128,7 @@ class ConnectionBudget:
 
         Excluded are the new one; those in the phase `SERVED`; those in `READING` whose client is within its share, or
         that began it less than a second ago; and others of a client within its share for the first 0.2 seconds of a
-        phase.
+        phase. The share of a client is the limit divided by the number of clients.
         """
         counts = Counter(one.client_key for one in self._open)
         counts[""] = 0

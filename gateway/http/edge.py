@@ -264,7 +264,7 @@ class PathRouter:
     def match(self, path: str) -> RouteMatch | None:
         """Return the route of a path with the values of its named segments; None if no route matches.
 
-        Literal segments take precedence; an empty segment matches no name.
+        Literal segments take precedence; an empty segment matches no name. A route that ends with `/*` has no values.
         """
         branch = self._root
         path_params: dict[str, str] = {}

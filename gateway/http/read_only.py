@@ -46,7 +46,10 @@ def warn_of_new(
 def _find_differing_fields(
     given: Json, kind: type[WireStruct], shown: Callable[[], Mapping[str, Json]]
 ) -> Iterator[tuple[str, dict[str, Json]]]:
-    """Yield name and problem of each read-only field of a body that differs from the object's current value."""
+    """Yield name and problem of each read-only field of a body that differs from the object's current value.
+
+    Nothing for a body that is no object.
+    """
     if not isinstance(given, dict):
         return
     names = [name for name in kind.read_only if name in given and name not in IGNORED]

@@ -24,8 +24,8 @@ class JsonResponse:
         self.headers = [_JSON, (b"content-length", b"%d" % len(self.body)), *_encode_headers(headers)]
 
     def warn(self, warnings: Sequence[object]) -> None:
-        """Add the field `warnings` to the JSON body, which must be an object with at least one field, and
-        correct its length.
+        """Add the field `warnings` to the JSON body, which must be an object with at least one field but not this one,
+        and correct its length.
         """
         self.body = b'%b,"warnings":%b}' % (self.body[:-1], _encode(warnings))
         self.headers[1] = (b"content-length", b"%d" % len(self.body))

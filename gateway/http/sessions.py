@@ -45,8 +45,8 @@ class SessionAuthenticator:
     async def caller(self, scope: Scope) -> ApiCaller | None:
         """Return the caller of the request's browser session; None without a valid one.
 
-        Sessions are cached for a second. Raises a 403 error for a request of another site that may change
-        something.
+        Sessions are cached for a second. Raises a 403 error for a request of another site that may change something, if
+        it has the cookie, even of a session that has ended.
         """
         cookie = session_cookies.cookie_of(scope, self._public_url)
         secret = None if cookie is None else cookie.value_of(scope)

@@ -55,7 +55,7 @@ async def find_members(
 ) -> Sequence[StoredWorkflow]:
     """Return the workflows of a set of `apply` that the caller may read, each locked until the transaction ends.
 
-    A set is a named group of workflows that are applied together.
+    A set is a named group of workflows that are applied together. Deleted workflows are left out.
     """
     statement = (
         select(col(AppliedWorkflow.workflow_id))

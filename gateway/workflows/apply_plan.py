@@ -182,7 +182,7 @@ def _with_sources(
 ) -> Json:
     """Return nodes with the ids of data sources in place of `@name` in their configs.
 
-    Unknown and ambiguous names stay and are added to `problems`.
+    Unknown and ambiguous names stay and are added to `problems`, by the `place` of the workflow in the request.
     """
     if not isinstance(nodes, list):
         return nodes
@@ -260,8 +260,8 @@ def plan_change(
 ) -> PlannedChange:
     """Return the change of one workflow: create, update, unchanged, or a conflict unless `is_forced`.
 
-    `before` is None for a new one, `applied` the record of its last `apply`, None if it was never applied;
-    `set_name` is empty without a set.
+    `before` is None for a new one, `applied` the record of its last `apply`, None if it was never applied; `set_name`
+    is empty without a set. A forced update has the reason of the conflict, too.
     """
     if before is None:
         return PlannedChange(

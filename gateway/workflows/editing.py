@@ -187,8 +187,8 @@ class WorkflowEditor:
     ) -> WorkflowEdit:
         """Apply `change` to a workflow that the open transaction has locked; return it before and after.
 
-        `also` and `anyway` add statements to the transaction: the first only if the workflow changes, the
-        second always. A change gets an audit entry. Access and `If-Match` must have been checked; raises the
+        `also` and `anyway` add statements to the transaction: the first only if the workflow changes, the second
+        always. A change gets an audit entry with `action`. Access and `If-Match` must have been checked; raises the
         other errors of `edit`.
         """
         catalog = await self.read_catalog(connection, caller.organization_id)

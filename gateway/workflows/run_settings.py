@@ -108,16 +108,14 @@ def check_settings(
             _check_expression(expression, f"settings.metadata.{name}", problems)
 
 
-def _check_expression(key: str, path: str, problems: ProblemCollector) -> None:
-    """Add a problem unless a text of at most 500 characters is an expression that reads the trigger, and
-    nothing else.
-    """
-    if len(key) > limits.CONCURRENCY_KEY_LENGTH:
+def _check_expression(expression: str, path: str, problems: ProblemCollector) -> None:
+    """Add a problem unless `expression` reads the trigger and nothing else, and has at most 500 characters."""
+    if len(expression) > limits.CONCURRENCY_KEY_LENGTH:
         message = f"{path} may have at most {limits.CONCURRENCY_KEY_LENGTH:,} characters"
         problems.add(path, "too-long", message)
         return
     try:
-        template = compile_template(key)
+        template = compile_template(expression)
     except ExpressionError as error:
         problems.add(path, "invalid-expression", f"{path}: {error}")
         return

@@ -111,7 +111,7 @@ async def remove(request: GatewayRequest) -> NoContent:
 
 
 async def set_visibility(request: GatewayRequest) -> JsonResponse:
-    """Set the visibility of a workflow to the whole organization; admins also make it a template."""
+    """Set whether the whole organization may read and execute a workflow; admins also set whether it is a template."""
     value = await read_json(request)
     body = body_of(request, value, SetVisibility)
 

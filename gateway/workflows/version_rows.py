@@ -133,7 +133,9 @@ def select_newest_version(workflow_id: str, moment: datetime) -> Select[*tuple[A
 def _select_version(
     order: Sequence[ColumnElement[Any]], *conditions: ColumnElement[bool]
 ) -> ColumnElement[Any]:
-    """Return the subquery for the first version, by this order, with the definition of the outer query's execution."""
+    """Return the subquery for the first version, by this order and with these conditions, with the definition of the
+    outer query's execution.
+    """
     return (
         select(col(WorkflowVersion.version))
         .where(

@@ -143,8 +143,8 @@ def _locate_findings(
     wrong: InvalidFields,
     reported: Iterable[Problem],
 ) -> Iterator[Problem]:
-    """Yield the findings with their paths in the body, without those that follow from problems reported
-    already (`reported`).
+    """Yield the findings with their paths in the body, without those that follow from invalid fields (`wrong`) or from
+    problems reported already (`reported`).
     """
     nodes = {str(node["id"]): f"nodes.{number}" for number, node in enumerate(stored.nodes)}
     edges = {str(edge["id"]): f"connections.{number}" for number, edge in enumerate(stored.connections)}

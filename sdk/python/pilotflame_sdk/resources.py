@@ -1008,7 +1008,7 @@ class Workflows(Resource):
         return cast("t.Workflow", self._client.request("PUT", f"/api/v1/workflows/{self._quote(workflow_id)}/status", fields={"status": status}))
 
     def set_visibility(self, workflow_id: str, *, is_public: bool | None = None, is_template: bool | None = None) -> t.Workflow:
-        """Set the visibility of a workflow to the whole organization; admins also make it a template."""
+        """Set whether the whole organization may read and execute a workflow; admins also set whether it is a template."""
         return cast("t.Workflow", self._client.request("PUT", f"/api/v1/workflows/{self._quote(workflow_id)}/visibility", fields={"isPublic": is_public, "isTemplate": is_template}))
 
     def share(self, workflow_id: str, *, user_id: str) -> t.ShareResult:
