@@ -180,7 +180,7 @@ class DataSourceProber:
             await outbound.close()
 
     async def _list_tools(self, source: DataSource, secrets: Mapping[str, str]) -> ProbeResult:
-        """Return the tools that a tool server lists; raises `NodeError`."""
+        """Return a successful result with the tools that a tool server lists; raises `NodeError`."""
         from nodes.mcp import mcp_session  # noqa: PLC0415 - most gateways never need it
 
         outbound = mcp_session.open_outbound(

@@ -190,7 +190,9 @@ async def remove(connection: AsyncConnection, source: DataSource) -> None:
 
 
 async def has_referring_workflows(connection: AsyncConnection, organization_id: str, object_id: str) -> bool:
-    """Return whether a workflow of the organization refers to a data source or model by its id."""
+    """Return whether a workflow of the organization that is not deleted has the id of a data source or model in its
+    graph or deployed version.
+    """
     statement = _select_referring_workflows(organization_id, object_id)
     return await connection.scalar(statement.limit(1)) is not None
 
@@ -198,8 +200,8 @@ async def has_referring_workflows(connection: AsyncConnection, organization_id: 
 async def list_referring_workflows(
     connection: AsyncConnection, object_id: str, caller: ApiCaller, limit: int
 ) -> list[tuple[str, str]]:
-    """Return ids and names of at most `limit` workflows that refer to a data source or model and that the caller
-    may read.
+    """Return ids and names of at most `limit` workflows that the caller may read, with the id of a data source or model
+    in their graph or deployed version.
     """
     statement = (
         _select_referring_workflows(caller.organization_id, object_id)

@@ -136,7 +136,7 @@ def apply_changes(
     before: StoredDataSource, body: UpdateDataSource, vault: SecretVault, now: datetime
 ) -> StoredDataSource:
     """Return a data source with the changes of a body, not stored yet; absent fields stay, a setting of null is
-    removed.
+    removed, and secrets replace all earlier ones.
 
     If the destination of the secrets changes, such as the host, the secrets must be sent again, and accepted tools are
     removed. Raises a 422 error with all invalid fields.

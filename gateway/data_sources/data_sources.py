@@ -233,7 +233,9 @@ async def unshare(request: GatewayRequest) -> NoContent:
 
 
 async def set_visibility(request: GatewayRequest) -> JsonResponse:
-    """Set the visibility of a data source to the whole organization."""
+    """Set whether the whole organization may see, test and use a data source, or only its owner, admins, and users with
+    a share.
+    """
     value = await read_json(request)
     is_public = body_of(request, value, SetDataSourceVisibility).is_public
 

@@ -175,7 +175,7 @@ class DeploymentActivator:
     async def record_run(self, workflow_id: str) -> CountedDeployment | None:
         """Record activity of a deployment for a run without a waiting client, and return it; None if it isn't deployed.
 
-        The result has the refusal of a start by its policy, or None if the deployment may start.
+        The result has the refusal of a start by its policy, or None if the deployment is up or may start.
         """
         deployment = await self._counts.submit(workflow_id)
         if deployment is None:
@@ -191,8 +191,8 @@ class DeploymentActivator:
         )
 
     async def record_runs(self, workflow_ids: Sequence[str]) -> Mapping[str, CountedDeployment]:
-        """Record activity of several deployments at once; return each by its workflow id, with the refusal of
-        its start if any.
+        """Record activity of several deployments at once; return each by its workflow id, with the refusal of its
+        start, None if it is up or may start.
 
         Workflows that aren't deployed are omitted.
         """
@@ -247,11 +247,13 @@ class DeploymentActivator:
     async def await_claim(
         self, key: ExecutionKey, workflow_id: str, *, is_new: bool, is_ready: bool, seconds: float
     ) -> bool:
-        """Wait until a run is claimed, at most `seconds`, with its deployment kept awake; return whether it was.
+        """Wait until a run is claimed, at most `seconds`, with its deployment kept awake; return whether it was, True
+        also for a run that has ended or is gone.
 
-        `is_new` means a run accepted here just now: for any other, True is returned at once if it was claimed, has
-        ended or is gone. `is_ready` means a deployment with ready pods, which is woken only after a quarter of a
-        second. False also if the process stops. Raises `PodUnavailable` if its pods can't start.
+        `is_new` means a run accepted here just now: for any other, the run is read first, and True is returned at once
+        if it was claimed. `is_ready` means a deployment with ready pods, which is woken only after a quarter of a
+        second. False also if the process stops. Raises `PodUnavailable` if its pods can't start, or its policy forbids
+        a start now.
         """
         if not is_new and await self._has_begun(key):
             return True
@@ -269,8 +271,8 @@ class DeploymentActivator:
     async def _wait_for_claim(
         self, key: ExecutionKey, workflow_id: str, waiter: asyncio.Future[bool]
     ) -> None:
-        """Keep the deployment awake, and return once the run is claimed or gone, or the process stops; raises
-        `PodUnavailable` if its pods can't start.
+        """Keep the deployment awake, and return once the run is claimed, ended or gone, or the process stops; raises
+        `PodUnavailable` if its pods can't start, or its policy forbids a start now.
 
         It is notified of claims, and also reads the run about once a second.
         """
@@ -379,8 +381,8 @@ class DeploymentActivator:
     async def _check_deployment(self, workflow_id: str, *, is_first: bool) -> BadNews | None:
         """Wake a deployment that is stopped, failed or about to stop; return why its pods can't start, or None.
 
-        A failure or a lack of capacity counts only after the first check, which wakes a failed deployment; a
-        refusal by its policy counts at once. None if it isn't deployed: workers execute its runs.
+        A failure or a lack of capacity counts only after the first check, which wakes a failed deployment; a refusal by
+        its policy counts at once. None if it isn't deployed: workers execute its runs. Raises `DatabaseUnavailable`.
         """
         async with self._database.read() as connection:
             seen = await activity.read_activity(connection, workflow_id)

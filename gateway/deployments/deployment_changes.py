@@ -55,10 +55,13 @@ async def deploy_workflow(
     token_id: str,
     secret: bytes,
 ) -> Deployment:
-    """Deploy the definition of a snapshot in the transaction of `connection`, and return the deployment.
+    """Deploy the definition of a snapshot of the workflow `stored` in the transaction of `connection`, and return the
+    deployment.
 
-    `version` is its number, `token_id` identifies the token of its pods, which is hashed with `secret`; it is
-    made before, so that a repeated transaction has the same. The audit trail gets an entry.
+    `version` is the number of the snapshot. `token_id` is the id of a token for its pods, created before the
+    transaction so that a repetition has the same; the token is derived from it and `secret`. If the same definition and
+    version is deployed already, with pods that are desired and have not failed, they stay. The audit trail gets an
+    entry in either case.
     """
     workflow = stored.workflow
     text = await asyncio.to_thread(_encode_definition, snapshot, catalog)
@@ -106,10 +109,10 @@ async def change_deployment(
     *,
     replicas: int | None = None,
 ) -> Deployment:
-    """Lock the deployment of the requested workflow, apply the decision of `decide` to it, and return it.
+    """Lock the deployment of the requested workflow, apply the decision of `decide` to it, and return it as it is then.
 
-    A decision without an action changes nothing; another one gets an audit entry. `replicas` None keeps the
-    number of pods. Raises 404, 403, and 409 if the workflow isn't deployed.
+    A decision without an action changes nothing; another one gets an audit entry with `action`. `replicas` None keeps
+    the number of pods. The caller notifies the deployer. Raises 404, 403, and 409 if the workflow isn't deployed.
     """
     workflow_id, caller = requested.id, requested.caller
 

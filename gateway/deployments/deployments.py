@@ -148,7 +148,8 @@ class PodLog(WireStruct):
 async def deploy(request: GatewayRequest) -> JsonResponse:
     """Deploy the current version of a workflow: its runs then execute in pods of its own, all with this definition.
 
-    The workflow becomes active, so its graph must be valid. Deploying it again replaces its pods one by one.
+    The workflow becomes active, so its graph must be valid. Deploying it again replaces its pods one by one, unless
+    they have this version already.
     """
     token_id = deployment_changes.fresh_token_id()
 
@@ -174,9 +175,11 @@ async def deploy(request: GatewayRequest) -> JsonResponse:
 
 
 async def deploy_version(request: GatewayRequest) -> JsonResponse:
-    """Deploy a given version of a workflow, such as the previous one; the workflow itself doesn't change.
+    """Deploy a given version of a workflow, such as the previous one; the workflow becomes active, but its own graph
+    doesn't change.
 
-    Refused if the version's graph is not valid with the present node types.
+    Refused if the version's graph is not valid with the present node types, or if the workflow's own graph is not valid
+    when it becomes active.
     """
     wanted = (await decode_body(request, DeployVersion)).version
     token_id = deployment_changes.fresh_token_id()
@@ -218,11 +221,10 @@ def _require_runnable(version: WorkflowVersion, catalog: NodeTypeLookup) -> None
 
 
 async def _deploy_answer(request: GatewayRequest, stored: StoredWorkflow) -> JsonResponse:
-    """Notify the deployer, wait until the pods run, fail or lack capacity, and return the answer about the
-    deployment.
+    """Notify the deployer, wait until the pods run, fail or lack capacity, and return the answer about the deployment.
 
-    The wait ends after the configured time. The status is 200 if all pods run, else 202 with the state so
-    far.
+    The wait also ends after the configured time, and if somebody stops the deployment meanwhile. The status is 200 if
+    all pods run, else 202 with the state so far.
     """
     workflow_id = stored.workflow.id
     await request.gateway.deployer.notify(workflow_id)
@@ -243,7 +245,8 @@ async def _deploy_answer(request: GatewayRequest, stored: StoredWorkflow) -> Jso
 async def undeploy(request: GatewayRequest) -> JsonResponse:
     """Remove a workflow's pods for good; it becomes a draft, and workers execute its accepted runs.
 
-    An archived workflow stays archived.
+    An archived workflow stays archived. The answer comes when the pods have ended, or else after a limited time with
+    202.
     """
 
     async def order(connection: AsyncConnection, edited: WorkflowEdit) -> None:
@@ -273,8 +276,9 @@ def _make_draft(before: StoredWorkflow) -> StoredWorkflow:
 async def stop(request: GatewayRequest) -> JsonResponse:
     """Stop a workflow's pods: new runs don't start, and running ones have a minute to finish.
 
-    Runs that don't finish return to the queue. The deployment remains. It starts again by `start`, or for the
-    next run if its lifecycle policy allows that.
+    Runs that don't finish return to the queue. The deployment remains. It starts again by `start`, or for the next run
+    if its lifecycle policy allows that. The answer comes when the pods have ended, or else after a limited time with
+    202.
     """
     deployment = await deployment_changes.change_deployment(
         request.gateway.database, request.requested_object, AuditAction.WORKFLOW_STOPPED, _decide_stop
@@ -329,7 +333,7 @@ async def start(request: GatewayRequest) -> JsonResponse:
 
 
 async def show(request: GatewayRequest) -> JsonResponse:
-    """Show the desired and observed state of a workflow's deployment."""
+    """Show the desired and observed state of a workflow's deployment, also for a workflow that was never deployed."""
     async with request.gateway.database.read() as connection:
         stored = await editing.find_readable(connection, request.requested_object)
         deployment = await desired_state.find_deployment(connection, stored.workflow.id)

@@ -63,7 +63,9 @@ class DiscoveredWorkflow(WireStruct):
 
 
 async def index(request: GatewayRequest) -> JsonResponse:
-    """List the active, deployed workflows of an application with their trigger URLs; `appId` is required."""
+    """List the active, deployed workflows of an application with their trigger URLs, newest first, at most 1,000;
+    `appId` is required.
+    """
     app_id = request.query[APP_ID]
     if app_id is None:
         raise invalid_query("appId", "required", "appId is required")

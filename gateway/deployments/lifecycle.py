@@ -256,8 +256,8 @@ async def update(request: GatewayRequest) -> JsonResponse:
 async def _read_policy(request: GatewayRequest) -> LifecyclePolicy:
     """Return the policy of a body, which is either a policy or an answer of `GET` that contains one.
 
-    Other fields of such an answer must be unchanged. Raises a 422 error for an invalid policy or a changed
-    field.
+    In such an answer, `workflowId` and `deploymentStatus` must be as they are now; its other fields are ignored. Raises
+    a 422 error for an invalid policy or a difference, and 404 if the workflow is then missing or unreadable.
     """
     value = await read_json(request)
     if not isinstance(value, dict) or "type" in value or "lifecyclePolicy" not in value:
@@ -274,7 +274,8 @@ async def _read_policy(request: GatewayRequest) -> LifecyclePolicy:
 async def history(request: GatewayRequest) -> JsonResponse:
     """List the decisions about a workflow's deployment, by users and by its policy, newest first.
 
-    `changes` has the changes of the policy among them, and the times until which users keep it awake.
+    `changes` has the changes of the policy in the time of these decisions, and those of the times until which users
+    keep the deployment awake.
     """
     part = request.query.page()
     async with request.gateway.database.read() as connection:

@@ -173,7 +173,9 @@ async def show(request: GatewayRequest) -> JsonResponse:
 
 
 async def show_usage(request: GatewayRequest) -> JsonResponse:
-    """Show the pod time of the caller's deployments since midnight in UTC, and without any stop."""
+    """Show the pod time since midnight in UTC of the deployments that the caller may read, and their pod time if they
+    had never stopped.
+    """
     now = request.gateway.clock()
     today = TimeRange(start_of_day(now.astimezone(UTC)), now)
     async with request.gateway.database.read() as connection:
@@ -198,7 +200,7 @@ async def show_usage(request: GatewayRequest) -> JsonResponse:
 def list_awake_spans(decisions: Iterable[PodChange], since: datetime, now: datetime) -> Iterable[AwakeSpan]:
     """Yield the times with pods since `since`; the last one ends at `now` if pods still run.
 
-    `decisions` are those about one deployment, ordered by time.
+    `decisions` are those about one deployment since then, preceded by the last earlier one, ordered by time.
     """
     begun: PodChange | None = None
     for one in decisions:
@@ -272,7 +274,7 @@ async def _sum_without_stops(
 
 
 def _list_days(shown: TimeRange) -> Sequence[datetime]:
-    """Return the midnights of the days within a time, in order."""
+    """Return the beginning of each day of a time that begins at a midnight, in order."""
     return [shown.since + number * DAY for number in range((shown.until - shown.since) // DAY)]
 
 

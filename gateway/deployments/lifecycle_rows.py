@@ -113,7 +113,7 @@ async def list_decisions(
 
 
 def changes_statement(organization_id: str, workflow_id: str, span: TimeRange) -> Select[*tuple[Any, ...]]:
-    """Return the statement that reads changes of a workflow's policy within a time, newest first.
+    """Return the statement that reads changes of a workflow's policy within a time, newest first, at most 100.
 
     Changes of holds count too: times until which users keep the deployment awake.
     """

@@ -44,8 +44,8 @@ class PodLogReader:
     async def read(self, workflow_id: str, limit: int) -> Sequence[PodLogEntry]:
         """Return the last lines of a workflow's pods, at most `limit`, from a deployer.
 
-        Raises a 503 error if no deployer or its cluster answers within 15 seconds, and if 100 requests wait
-        here.
+        Raises a 503 error if no deployer answers within 15 seconds, if the cluster doesn't return the logs, and if 100
+        requests wait here; also `BrokerUnavailable`.
         """
         if len(self._answers) >= MAX_REQUESTS:
             raise errors.not_ready("Too many requests wait here for pod logs: try again")

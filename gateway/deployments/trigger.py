@@ -204,10 +204,11 @@ def _check_body(body: TriggerRequest) -> TriggerRequest:
 async def _plan_run(
     request: GatewayRequest, workflow: LoadedWorkflow, body: TriggerRequest, times: TriggerTimings
 ) -> RunRequest:
-    """Return the run to accept, with the deployed definition, and note in `times` whether its pods must start.
+    """Record activity of the deployment, and return the run to accept, with the deployed definition; note in `times`
+    whether its pods must start.
 
-    Raises a 409 error if the workflow accepts no runs, isn't active, isn't deployed or may not start, 503 if
-    over 1,000 requests wait, 422 for invalid labels.
+    Raises a 409 error if the workflow accepts no runs, isn't active, isn't deployed or may not start, 503 if over 1,000
+    requests wait, 422 for invalid labels.
     """
     acceptance.require_open(workflow.status)
     deployment = await request.gateway.activation.record_request(workflow.id)
@@ -227,7 +228,8 @@ async def _wait_for_pod(
 ) -> None:
     """Wait until a pod has claimed the run or the loop's time `until` is over, and measure the wait.
 
-    `times.taken` becomes the time of the claim, or None. Raises `PodUnavailable` if pods can't start.
+    `times.taken` becomes the time of the claim, or None. Raises `PodUnavailable` if pods can't start, or may not start
+    now.
     """
     is_taken = await request.gateway.activation.await_claim(
         _build_key(request, accepted),

@@ -495,7 +495,7 @@ async def _read_newest_runs(
 
 
 def newest_runs_statement(workflow_ids: Sequence[str]) -> Select[*tuple[Any, ...]]:
-    """Return the statement of the newest run of each workflow that is not private, by the index of lists."""
+    """Return the statement of the newest run that is not private of each workflow, by the index of lists."""
     newest = (
         select(col(ExecutionData.execution_id))
         .join(Execution, col(Execution.id) == col(ExecutionData.execution_id))

@@ -164,7 +164,7 @@ class AsyncDatasources(AsyncResource):
         return self._client.iterate("/api/v1/datasources", "dataSources", {"type": type, "sort": sort})
 
     async def set_visibility(self, datasource_id: str, *, is_public: bool) -> t.DataSource:
-        """Set the visibility of a data source to the whole organization."""
+        """Set whether the whole organization may see, test and use a data source, or only its owner, admins, and users with a share."""
         return cast("t.DataSource", await self._client.request("PUT", f"/api/v1/datasources/{self._quote(datasource_id)}/visibility", fields={"isPublic": is_public}))
 
     async def share(self, datasource_id: str, *, user_id: str) -> t.DataSourceShareResult:
@@ -252,11 +252,11 @@ class AsyncDeployments(AsyncResource):
         return cast("t.DeployResult", await self._client.request("POST", f"/api/v1/workflows/{self._quote(workflow_id)}/deploy"))
 
     async def deploy_version(self, workflow_id: str, *, version: int) -> t.DeployResult:
-        """Deploy a given version of a workflow, such as the previous one; the workflow itself doesn't change."""
+        """Deploy a given version of a workflow, such as the previous one; the workflow becomes active, but its own graph doesn't change."""
         return cast("t.DeployResult", await self._client.request("POST", f"/api/v1/workflows/{self._quote(workflow_id)}/deploy-version", fields={"version": version}))
 
     async def discover(self, *, app_id: str | None = None) -> List[t.DiscoveredWorkflow]:
-        """List the active, deployed workflows of an application with their trigger URLs; `appId` is required."""
+        """List the active, deployed workflows of an application with their trigger URLs, newest first, at most 1,000; `appId` is required."""
         return cast("List[t.DiscoveredWorkflow]", await self._client.request("GET", "/api/v1/workflows/discover", query={"appId": app_id}))
 
     async def end_hold(self, workflow_id: str) -> None:
@@ -296,7 +296,7 @@ class AsyncDeployments(AsyncResource):
         return cast("t.StartResult", await self._client.request("POST", f"/api/v1/workflows/{self._quote(workflow_id)}/start", fields={"replicas": replicas}))
 
     async def status(self, workflow_id: str) -> t.Deployment:
-        """Show the desired and observed state of a workflow's deployment."""
+        """Show the desired and observed state of a workflow's deployment, also for a workflow that was never deployed."""
         return cast("t.Deployment", await self._client.request("GET", f"/api/v1/workflows/{self._quote(workflow_id)}/status"))
 
     async def stop(self, workflow_id: str) -> t.StopResult:
@@ -528,7 +528,7 @@ class AsyncLifecycleCalendar(AsyncResource):
         return cast("t.LifecycleCalendar", await self._client.request("GET", f"/api/v1/workflows/{self._quote(workflow_id)}/lifecycle/calendar"))
 
     async def show_usage(self) -> t.PodTime:
-        """Show the pod time of the caller's deployments since midnight in UTC, and without any stop."""
+        """Show the pod time since midnight in UTC of the deployments that the caller may read, and their pod time if they had never stopped."""
         return cast("t.PodTime", await self._client.request("GET", "/api/v1/deployments/usage"))
 
 
