@@ -67,7 +67,8 @@ MANY_WRITES = 20
 async def contact(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
     """Answer a pod's first call with its deployed definition and the database that data sources must not reach.
 
-    The runs of earlier processes of the pod are returned to the queue. Raises a 409 error `not-deployed`.
+    The runs of earlier processes of the pod are returned to the queue. Raises a 409 error `not-deployed` if the
+    workflow was never deployed; an undeployed one still has its last definition.
     """
     gateway = request.gateway
     await _reclaim_earlier(gateway, holder)
@@ -166,9 +167,10 @@ async def _record_wakes(gateway: GatewayState, holder: LeaseHolder, claimed: Seq
 
 
 async def suspects(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
-    """Return whether suspects of this deployment wait for a run in isolation.
+    """Answer whether suspects of this deployment wait for a trial, a run apart from all others.
 
-    A suspect is a run whose process died while it ran.
+    A suspect is a run that lost several processes; those that lost more than `max_isolation_losses` of the body in
+    trials don't count.
     """
     call = await decode_call(request, SuspectsRequest)
     store = request.gateway.store

@@ -140,7 +140,8 @@ async def find_model(request: GatewayRequest, holder: LeaseHolder) -> JsonRespon
 async def block_model(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
     """Store the time for which the provider of a model accepts no calls, if the user of the path's run may use it.
 
-    Nothing is stored for other models, and if a later time is stored. Raises 409 `lease-lost`.
+    Nothing is stored for other models, if a later time is stored, and if the database becomes unavailable. Raises 409
+    `lease-lost`.
     """
     call = await decode_call(request, ModelBlockRequest)
     caller = await lease_checks.read_caller(request.gateway.database, holder, request.path_params["id"])
@@ -164,7 +165,8 @@ async def reserve_model_call(request: GatewayRequest, holder: LeaseHolder) -> Js
 async def settle_model_call(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
     """Store usage and cost of a call of a model by the path's run, in place of its reservation.
 
-    A repeated request for a call changes nothing. Raises 409 `lease-lost`.
+    A repeated request for a call changes nothing. If the database becomes unavailable, the reservation stays, and the
+    answer is the same. Raises 409 `lease-lost`.
     """
     call = await decode_call(request, ModelSettleRequest)
     caller = await lease_checks.read_caller(request.gateway.database, holder, request.path_params["id"])
@@ -173,7 +175,9 @@ async def settle_model_call(request: GatewayRequest, holder: LeaseHolder) -> Jso
 
 
 async def release_model_call(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
-    """Remove the reservation of a model call of the path's run, unless its cost is stored; raises 409 `lease-lost`."""
+    """Remove the reservation of a model call of the path's run, unless its cost is stored or the database becomes
+    unavailable; raises 409 `lease-lost`.
+    """
     call = await decode_call(request, ModelReleaseRequest)
     caller = await lease_checks.read_caller(request.gateway.database, holder, request.path_params["id"])
     await request.gateway.pod_services.models.ledger.release(caller, call.key)
@@ -227,7 +231,8 @@ async def start_run(request: GatewayRequest, holder: LeaseHolder) -> JsonRespons
 async def read_workflow_effect(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
     """Answer whether a run of another workflow may write, for the user of the path's run.
 
-    Raises 409 `lease-lost`, and 503 if the database does not answer.
+    Raises 409 `lease-lost`, and 503 if the database is unavailable at first; if it becomes so later, this waits without
+    a limit.
     """
     call = await decode_call(request, WorkflowEffectRequest)
     caller = await lease_checks.read_caller(request.gateway.database, holder, request.path_params["id"])
@@ -278,9 +283,9 @@ async def sign(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
 async def expect_event(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
     """Register that a node of the path's run waits for an event, and answer with the time when the wait expires.
 
-    It is null for a wait without a limit, and if the run is gone or the node has its answer. Earlier events
-    within its period answer it at once. Raises 409 `lease-lost`, 422 for a `NodeError`, and 503 if the database
-    does not answer.
+    It is null for a wait without a limit, and if the run is gone or the node has its answer. Earlier events within its
+    period answer it at once. Raises 409 `lease-lost`, 422 for an invalid filter or a `NodeError`, and 503 if the
+    database does not answer.
     """
     call = await decode_call(request, ExpectEventRequest)
     record_checks.require_readable(call)

@@ -148,7 +148,9 @@ class PodPollHub:
         await self._forwarder.close()
 
     async def _begin(self, waiter: WaitingPod) -> None:
-        """Begin a poll: watch for runs at other gateways, and look once for runs and requests."""
+        """Begin a poll: watch for runs at other gateways, and look once for runs and requests if the pod wants work or
+        the watch is new.
+        """
         if await self._watch(waiter.workflow_id):
             waiter.wants_work = True  # one query finds the runs that were accepted before the watch began
         if waiter.wants_work:

@@ -51,7 +51,10 @@ class HeldPoll(Struct, frozen=True):
         return answer
 
     async def wait_again(self) -> PollAnswer | None:
-        """Record that the worker is present, and return the answer, None if a heartbeat is due before."""
+        """Record that the worker is present, and return the answer, None if a heartbeat is due before.
+
+        It raises no 409: for a worker that has stopped meanwhile, the answer has `is_stopped`.
+        """
         self.presence.note_open_poll(self.parked.poll.organization_id, self.parked.poll.worker_id)
         return await self.parked.wait()
 

@@ -35,8 +35,10 @@ class HeldTask(msgspec.Struct, frozen=True):
 
 
 async def find_task(database: Database, organization_id: str, task_id: str) -> HeldTask | None:
-    """Return a task (work of a custom node for an external worker) of an organization by its id; None if it
-    is missing.
+    """Return a task (work of a custom node for an external worker) of an organization by its id, in any state; None if
+    it is missing.
+
+    The caller checks its state and lease.
     """
     columns = (col(getattr(Task, name)) for name in HeldTask.__struct_fields__)
     statement = select(*columns).where(col(Task.id) == task_id, col(Task.organization_id) == organization_id)

@@ -80,7 +80,8 @@ class PollService:
         poll.
 
         The answer is empty too once its client has left: tasks for a dead worker would wait for the end of their
-        leases. Raises 409 for a stopped worker, and 503 while too many workers wait or the gateway stops.
+        leases. Raises 409 for a stopped worker, 503 while too many workers wait or the gateway stops, and the error of
+        the first look for tasks, such as `DatabaseUnavailable`.
         """
         await self.open(parked, call_on_disconnect)
         try:
@@ -114,7 +115,10 @@ class PollService:
 
     @staticmethod
     async def wait_first(parked: ParkedPoll) -> PollAnswer | None:
-        """Return the answer to a poll, None if a heartbeat is due before; raises 409 for a stopped worker."""
+        """Return the answer to a poll, None if a heartbeat is due before.
+
+        Raises 409 for a stopped worker, and the error of the first look for tasks, such as `DatabaseUnavailable`.
+        """
         answer = await parked.wait()
         if answer is not None and answer.is_stopped:
             raise errors.conflict("worker-stopped", "The worker has said that it stops: start with a new id")
@@ -194,12 +198,16 @@ class PollService:
                 self._start(organization_id, polls)
 
     async def announce_leaving(self, organization_id: str) -> None:
-        """Answer the open polls of an organization's stopping and draining workers, and notify the other gateways."""
+        """Answer the open polls of an organization's stopping and draining workers here, in the background, and notify
+        the other gateways; an unavailable broker is only logged.
+        """
         self._serve_leaving(organization_id)
         await self._publish([workers_key(organization_id)])
 
     async def announce(self, organization_ids: Collection[str]) -> None:
-        """Serve the polls of organizations with changed tasks here, and notify the other gateways."""
+        """Serve the polls of organizations with changed tasks here, in the background, and notify the other gateways;
+        an unavailable broker is only logged.
+        """
         for organization_id in organization_ids:
             self.serve(organization_id)
         await self._publish(map(watch_key, organization_ids))
@@ -260,7 +268,7 @@ class PollService:
     async def _serve_once(self, organization_id: str, polls: OrganizationPolls) -> None:
         """Look once for news of an organization: answer the polls that they concern, and claim tasks for the others.
 
-        An error of the look fails the new polls, and is raised.
+        An error of the look is raised and fails the new polls; one of the claims is only raised.
         """
         await self._claim_likely(organization_id, polls)
         # First the watch, then the look: a task that is created in between is announced.
@@ -282,7 +290,7 @@ class PollService:
                 self._begin_waiting(one)
 
     def _begin_waiting(self, parked: ParkedPoll) -> None:
-        """Let the time and the heartbeats of a poll begin: its first look has neither failed nor found anything.
+        """Let the time and the heartbeats of a poll begin after its first look, unless that has ended it.
 
         Not earlier, so that also a poll that does not wait gets tasks, and no heartbeat precedes a refusal.
         """

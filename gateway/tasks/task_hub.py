@@ -91,8 +91,9 @@ class TaskHub:
     ) -> PollAnswer:
         """Return tasks or cancellations for a worker as soon as there are any; an empty answer after `seconds`.
 
-        A worker that disconnects meanwhile gets no tasks: `call_on_disconnect` registers a callback for that. Raises
-        a 409 error for a stopped worker, and 503 while 20,000 polls wait or the gateway stops.
+        A worker that disconnects meanwhile gets no tasks: `call_on_disconnect` registers a callback for that. Raises a
+        409 error for a stopped worker, 503 while 20,000 polls wait or the gateway stops, and the error of the first
+        look for tasks, such as `DatabaseUnavailable`.
         """
         from gateway.tasks.parked_polls import ParkedPoll  # noqa: PLC0415 - loaded with the first worker
 
@@ -110,7 +111,8 @@ class TaskHub:
     ) -> HeldPoll:
         """Open a poll with heartbeats, which may wait for minutes, and return it; the caller waits and closes it.
 
-        Raises 503 while 20,000 polls wait or the gateway stops.
+        Raises 503 while 20,000 polls wait or the gateway stops, and `DatabaseUnavailable`; `HeldPoll.wait_first` raises
+        409 for a stopped worker.
         """
         from gateway.tasks.held_polls import HeldPoll  # noqa: PLC0415 - loaded with the first worker
         from gateway.tasks.parked_polls import ParkedPoll  # noqa: PLC0415 - as above
@@ -124,7 +126,11 @@ class TaskHub:
     # ── reports ─────────────────────────────────────────────────────────────────────────────────────────────
 
     async def report(self, report: WorkerReport) -> Sequence[ItemResult]:
-        """Apply a worker's report about its tasks, together with other reports; return the result of each item."""
+        """Apply a worker's report about its tasks, in one transaction with other reports; return the result of each
+        item, then those of held tasks that are lost or canceled.
+
+        Raises `DatabaseUnavailable`.
+        """
         self._keep_active()
         return await self._reports.submit(report)
 
@@ -242,7 +248,8 @@ class TaskHub:
     async def sweep(self) -> None:
         """Move tasks whose time has come, and admit tasks of free concurrency keys.
 
-        Less often, tasks of ended runs are canceled and rows of long absent workers deleted.
+        Less often, tasks of ended runs are canceled and rows of long absent workers deleted. Raises
+        `DatabaseUnavailable` and `LockWaitTimeout`.
         """
         await self.follow(await self.tasks.upkeep.sweep())
         if keys := await self.tasks.upkeep.list_limited_keys():
@@ -255,7 +262,7 @@ class TaskHub:
             await self.tasks.workers.forget()
 
     def release(self) -> None:
-        """Answer all open polls without tasks and refuse new ones, because the gateway stops."""
+        """Answer all open polls without tasks and refuse new ones with 503, because the gateway stops."""
         self._is_closed = True
         self._polls.release()
 

@@ -199,7 +199,10 @@ async def show(request: GatewayRequest) -> JsonResponse:
 
 
 def _explain(row: Row[Any], service: TaskService, now: datetime) -> str | None:
-    """Return why no worker performs a task: limited, delayed, or without a worker for its type; None if one does."""
+    """Return why no worker performs a task: limited, delayed, or without a worker for its type.
+
+    None if a worker performs it or can begin it, and for an ended task.
+    """
     match row.state:
         case TaskState.LIMITED:
             return f"At most {row.concurrency_limit} tasks with its concurrency key are performed at once"

@@ -451,7 +451,9 @@ def _log_lines(one: ReportItem) -> ItemKind | ItemError:
 
 
 def _line(line: LogLineInput) -> LogText:
-    """Return a log line in its stored form, without a time with that of its report; a time without zone is UTC."""
+    """Return a log line in its stored form; a time without zone is UTC, and a missing one `NEVER`, in place of which
+    the time of the report is stored.
+    """
     if line.at is None:
         return LogText(line.level, line.message, NEVER)
     moment = line.at if line.at.tzinfo else line.at.replace(tzinfo=UTC)
@@ -519,7 +521,9 @@ async def _held_task(request: GatewayRequest) -> HeldTask:
 
 
 async def stop(request: GatewayRequest) -> JsonResponse:
-    """Store that a worker takes no more tasks; its open polls end without any. It may still report."""
+    """Store that a worker takes no more tasks; its open polls end without any. It may still report. An unknown worker
+    is ignored.
+    """
     body = await decode_body(request, StopWorker)
     hub = request.gateway.task_hub
     await hub.stop(request.caller.organization_id, body.worker)

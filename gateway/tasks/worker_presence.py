@@ -51,7 +51,8 @@ class WorkerPresence:
     async def note(self, worker: WorkerDescription) -> None:
         """Note a poll of a worker: store a new or changed worker at once.
 
-        An unchanged one is stored by the next `flush`, unless it was stored within the last 25 seconds.
+        An unchanged one is stored by the next `flush`, unless it was stored within the last 25 seconds. Raises
+        `DatabaseUnavailable`.
         """
         key = (worker.organization_id, worker.id)
         content = msgspec.json.encode(worker)
