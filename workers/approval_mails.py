@@ -166,8 +166,10 @@ class ApprovalMailer:
         return await self._database.transaction(take)
 
     async def _perform(self, request: ClaimedRequest) -> None:
-        """Send the mails of one request, and store when the next round (a reminder) is due; a failure is logged, and
-        tried again up to nine times.
+        """Send the mails of one request, and store when the next round (a reminder) is due; end the request without a
+        mail if no answer is awaited any more.
+
+        A `NodeError` is logged and stored, and the round tried again up to nine times. Raises `DatabaseUnavailable`.
         """
         question = await self._read_question(request)
         if question is None:
@@ -204,8 +206,9 @@ class ApprovalMailer:
     ) -> None:
         """Store the outcome of a round of mails, unless another worker has claimed the request meanwhile.
 
-        `due_in_seconds` is the time until the request is due again; None ends it. `round_` is the next round;
-        None: the same. Raises `DatabaseUnavailable`.
+        `due_in_seconds` is the time until the request is due again; None ends it. `round_` is the next round; None: the
+        same. `attempts` is the number of failed attempts at that round, and `error` the last failure, None for a
+        success. Raises `DatabaseUnavailable`.
         """
         due_at = None if due_in_seconds is None else DatabaseTime() + int(due_in_seconds * 1_000_000)
         statement = (
@@ -228,8 +231,9 @@ class ApprovalMailer:
         """Send the mail of this round, with an approval link of their own, to each assignee who has not got it yet;
         note each mail.
 
-        An assignee whose link was used gets no mail, and the first failure ends the round. Raises `NodeError` for a
-        missing setting or a failure of the mail server, and `DatabaseUnavailable`.
+        `notify` has the question's settings of mails. An assignee whose link was used gets no mail, and the first
+        failure ends the round. Raises `NodeError` for a missing setting or a failure of the mail server, and
+        `DatabaseUnavailable`.
         """
         if not self._public_url:
             raise NodeError("PILOTFLAME_PUBLIC_URL is not set: links need the address of the gateway")

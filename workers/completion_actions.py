@@ -248,8 +248,8 @@ class CompletionActions:
         outcome: CompletionOutcome | None = None,
         delay_seconds: float | None = None,
     ) -> None:
-        """Store the actions of a run that are left to do, the outcome of the last one, and in how many
-        seconds they are due.
+        """Store the actions of a run that are left to do, the outcome of the last one, and in how many seconds they are
+        due; nothing if another worker has claimed the run meanwhile.
 
         `outcome` None: no change; `delay_seconds` None: this process keeps its claim of them. Raises
         `DatabaseUnavailable`.

@@ -552,8 +552,10 @@ class MailParser:
             await wakeups.wake_workers(self._broker)
 
     async def _end(self, parse_task: MailParseTask, status: RunStatus, error: RunError) -> None:
-        """End the run of a mail with an error, store a rejection in its delivery, and publish the end, unless
-        the lease was lost.
+        """End the run of a mail with an error, store a rejection in its delivery, and publish the end, unless the lease
+        was lost.
+
+        Raises `DatabaseUnavailable`.
         """
         if not await self._store_end(parse_task, end=status, error=error):
             return

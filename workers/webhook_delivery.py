@@ -46,7 +46,7 @@ class WebhookFailure(Struct, frozen=True):
 
 
 def retry_delay_seconds(attempts: int, chance: float) -> float | None:
-    """Return the seconds to pause after so many attempts, from 5 s to a day; None after the tenth.
+    """Return the seconds to pause after `attempts` failed attempts, from 5 s to a day; None after the tenth.
 
     `chance`, a random number from 0 to 1, adds up to a fifth.
     """

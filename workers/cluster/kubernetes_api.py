@@ -232,10 +232,11 @@ class KubernetesApi:
         body: Manifest | None = None,
         content_type: str = JSON,
     ) -> bytes:
-        """Send a request within the budget, and return the body of its answer; repeat it for up to 30 s while
-        it is deferred (429).
+        """Send a request within the budget, and return the body of its answer; repeat it for up to 30 s while it is
+        deferred (429).
 
-        Raises `ObjectNotFound`, `ObjectConflict`, `VersionExpired` and `ClusterError`.
+        Raises `ObjectNotFound`, `ObjectConflict`, `VersionExpired` and `ClusterError`, such as `ClusterBusy` after that
+        time.
         """
         loop = asyncio.get_running_loop()
         gives_up_at = loop.time() + BUSY_SECONDS

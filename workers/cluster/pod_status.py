@@ -88,7 +88,9 @@ def is_between_crashes(pod: Manifest) -> bool:
 
 
 def _observe_pod(pod: Manifest, port: int) -> ObservedPod:
-    """Return the observed state of one pod; a terminating pod is not ready, and has no failure."""
+    """Return the observed state of one pod; a terminating pod is not ready, and has no failure. A pod without an
+    address is not ready either.
+    """
     metadata, status = pod["metadata"], pod.get("status") or {}
     is_terminating = "deletionTimestamp" in metadata
     is_ready = any(

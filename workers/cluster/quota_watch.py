@@ -116,7 +116,8 @@ class QuotaWatch:
             await asyncio.gather(notifying, return_exceptions=True)
 
     async def _listen(self) -> bool:
-        """List the quotas, then apply events until the stream ends; return False if an error ended it.
+        """List the quotas, then apply events until the stream ends; return False if an error other than an expired
+        version ended it.
 
         A growth since the last list counts. Raises `ClusterForbidden`.
         """

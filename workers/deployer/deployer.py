@@ -123,7 +123,8 @@ class Deployer:
             self._spawn(loop)
 
     async def stop(self) -> ClusterDriver | None:
-        """Cancel all tasks, wait for their ends, and return the driver of the cluster; None if it was never opened.
+        """Cancel all tasks, wait for their ends, and return the driver of the cluster, which the caller closes; None if
+        it was never opened.
 
         Deployments stay as they are.
         """

@@ -209,11 +209,11 @@ async def unlock_deployment(database: Database, workflow_id: str, deployer: str)
 
 
 async def store_status(database: Database, before: Deployment, status: ObservedStatus) -> bool:
-    """Store the observed state; return False if the desired or the observed state has changed since `before`
-    was read.
+    """Store the observed state; return False, without effect, if the desired or the observed state has changed since
+    `before` was read.
 
-    A status without a difference is not written. When pods run, the count of failed starts is reset; the
-    tokens of an undeployed workflow without pods are revoked. Raises `DatabaseUnavailable`.
+    A status without a difference is not written, and gives True. When pods run, the count of failed starts is reset;
+    the tokens of an undeployed workflow without pods are revoked. Raises `DatabaseUnavailable`.
     """
     last = stored_status(before)
     if not status.differs_from(last):

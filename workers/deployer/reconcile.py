@@ -60,7 +60,10 @@ def plan(deployment: Deployment, observed: ObservedDeployment, *, is_applied: bo
 
 
 def starts_pods(deployment: Deployment, observed: ObservedDeployment, taken: ReconcileStep) -> bool:
-    """Return whether the step `taken` starts pods: those of a stopped workflow, or replacements of its current ones."""
+    """Return whether the step `taken` starts pods: those of a stopped workflow, or replacements of its current ones.
+
+    More pods beside ready ones are no start.
+    """
     if deployment.replicas == 0:
         return False
     return taken is ReconcileStep.APPLY or (taken is ReconcileStep.SCALE and not observed.ready_pods)

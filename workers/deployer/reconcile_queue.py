@@ -322,8 +322,8 @@ class StartClock:
         """Return the time of the last progress of a start, from which its time limit counts; None if no limit applies
         now.
 
-        None applies without a start, and while the cluster has not scheduled its pods and gives no reason. A change of
-        the desired state and a lack of capacity begin anew. Phases of the start are measured.
+        No limit applies without a start, and while the cluster has not scheduled its pods and gives no reason. A change
+        of the desired state and a lack of capacity begin anew. Phases of the start are measured.
         """
         coming = [pod for pod in observed.pods if not pod.is_terminating and not pod.is_ready]
         if not observed.is_starting:

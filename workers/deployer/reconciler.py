@@ -220,8 +220,8 @@ class Reconciler:
         """Stop these pods, so that the cluster starts others; return the observed state after it. Raises
         `ClusterError`.
 
-        Another deployer may do the same at once. If an object that pods need is missing, all objects are
-        applied again.
+        Another deployer may do the same at once. If an object that pods need is missing, the next reconciliation
+        applies all objects again.
         """
         reasons = {pod.failure.reason for pod in stale if pod.failure is not None}
         await driver.replace(workflow_id, [pod.name for pod in stale])
@@ -270,8 +270,10 @@ class Reconciler:
         return await self._observe_again(driver, workflow_id)
 
     async def _carry_out(self, driver: ClusterDriver, found: DeploymentSnapshot, step: ReconcileStep) -> None:
-        """Apply or scale the objects of a deployment; nothing happens if its row has changed, or its objects are gone,
-        meanwhile.
+        """Apply or scale the objects of a deployment by `step`.
+
+        Nothing happens if the row has changed before the first object of an absent deployment is created, or if the
+        objects to scale are gone. Raises `ClusterError` and `DatabaseUnavailable`.
         """
         deployment = found.deployment
         workflow_id = deployment.workflow_id
