@@ -99,7 +99,7 @@ def open_sealed(
     channel: str, seal: MessageSeal, notification: Notification, subject: str, kind: type[Content]
 ) -> Content | None:
     """Return the content of a message of `send_sealed` with this subject to a channel; None for any other notification,
-    and, with a warning, for an unreadable message.
+    for one sealed over a minute ago, and, with a warning, for an unreadable message.
     """
     if not isinstance(notification, DirectMessage) or subject not in notification.message:
         return None

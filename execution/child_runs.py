@@ -327,7 +327,7 @@ class ChildRunStarter:
     ) -> LoadedWorkflow:
         """Return a workflow that the user of the run may run, from the cache if its revision has not changed.
 
-        Raises `NodeError` if it is missing, unreadable, paused or invalid.
+        Raises `NodeError` if it is missing, unreadable, neither draft nor active, or invalid.
         """
         readable = (
             col(Workflow.id) == workflow_id,

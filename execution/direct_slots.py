@@ -69,11 +69,11 @@ class DirectSlots:
             return []
 
     def grant(self, free: int, channels: Iterable[str] | None = None) -> Mapping[str, SlotGrant]:
-        """Return grants of slots by the channel of each known gateway: an equal share of the `free` slots, at
-        most 50 each.
+        """Return grants of slots by the channel of each known gateway: an equal share of the `free` slots, at most 50
+        each.
 
-        A grant lets a gateway assign so many runs. With `channels`, only theirs. Gateways that were not seen
-        for 60 seconds are forgotten.
+        A grant lets a gateway assign so many runs, in place of its earlier grant; 0 if `free` is less than the number
+        of gateways. With `channels`, only theirs. Gateways that were not seen for 60 seconds are forgotten.
         """
         oldest = time.monotonic() - REMEMBERED_SECONDS
         for channel in [name for name, one in self._gateways.items() if one.seen_at < oldest]:

@@ -498,7 +498,7 @@ class RunExecutor:
         self._in_background(partial(self._begin_direct, runs, leases))
 
     async def _begin_direct(self, runs: Sequence[ClaimedRun], leases: Sequence[RunLease]) -> None:
-        """Begin assigned runs in the background; a failure is logged."""
+        """Begin assigned runs as `_begin_or_release` does; meanwhile they count as a claim in progress."""
         self._claims_in_progress += 1
         try:
             await self._begin_or_release(runs, leases)
@@ -518,8 +518,10 @@ class RunExecutor:
         )
 
     def _count_free_slots(self) -> int:
-        """Return the number of slots that gateways may fill; 0 while runs wait to be claimed, on trial, and
-        while draining.
+        """Return the number of slots that gateways may fill; 0 while runs wait to be claimed, on trial, and while
+        draining.
+
+        It is negative if more runs are held than there are slots.
         """
         if self._is_behind or self._is_draining or not self._grants_slots or not self._isolation.is_open:
             return 0
@@ -531,7 +533,11 @@ class RunExecutor:
         await self._suppress_outages(self._send_grants)
 
     async def _send_grants(self) -> None:
-        """Send grants of the slots that are free now to all known gateways."""
+        """Grant an equal share of the slots that are free now to each known gateway, in place of its earlier grant; 0
+        if none is free.
+
+        Raises `BrokerUnavailable`.
+        """
         if grants := self._slots.grant(self._count_free_slots()):
             await self._broker.publish({}, (), grants)
 
@@ -729,8 +735,10 @@ class RunExecutor:
         return active if active is not None and active.lease is lease else None
 
     def _publish(self, channels: Mapping[str, str], outcomes: Sequence[EndedExecution] = ()) -> None:
-        """Publish in the background that runs have changed, by their channels, with outcomes and with grants
-        for the gateways.
+        """Publish in the background that runs have changed, and the outcomes of ended ones.
+
+        `channels` has for each ended run the channel of the gateway that accepted it, which also gets a grant of slots;
+        an empty one for other runs, and for keys of organizations with changed tasks.
         """
         ended = [channel for channel in channels.values() if channel]
         # The runs that have just ended leave their slots in a moment.
@@ -746,10 +754,10 @@ class RunExecutor:
             self.wake()
 
     async def _sweep(self) -> None:
-        """After the interval of sweeps (20 % more or less), reclaim runs of dead workers, then call the hook
-        for sweeps.
+        """After the interval of sweeps (20 % more or less), reclaim runs of dead workers, then call the hook for
+        sweeps.
 
-        It claims runs if any are pending.
+        It wakes the claim loop if any runs are pending.
         """
         # Jitter, so that workers that started together don't all sweep at once.
         await asyncio.sleep(self._settings.seconds_between_sweeps * random.uniform(0.8, 1.2))  # noqa: S311 - no secret

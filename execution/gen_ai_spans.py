@@ -131,7 +131,9 @@ def describe_messages(request: ChatRequest, answer: ChatAnswer) -> Mapping[str, 
 
 
 def describe_result(step: AgentStep) -> Mapping[str, str]:
-    """Return the attributes with arguments and result of a tool call, as far as they are recorded."""
+    """Return the attributes for arguments and result of a tool call, for its span; what the step doesn't have is left
+    out.
+    """
     texts: dict[str, str] = {}
     if step.arguments is not None:
         texts["gen_ai.tool.call.arguments"] = _encode(values.restore_json(step.arguments))

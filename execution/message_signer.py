@@ -33,7 +33,7 @@ class MessageSigner:
         self._vault = vault
 
     async def sign(self, organization_id: str, message_id: str, body: bytes) -> Mapping[str, str] | None:
-        """Return the headers that sign a message; None if the organization has no secret.
+        """Return the headers that sign a message; None if the organization has no secret that can be decrypted.
 
         Raises `DatabaseUnavailable`.
         """

@@ -61,8 +61,8 @@ async def require_rest(
     every call passes.
 
     Calls are checked one after another: in PostgreSQL by the locked row of the budget, in SQLite by its write lock. The
-    error may be retried, after a time, if the budget says to wait. A call that is reserved already passes, as after a
-    commit without an answer.
+    error may be retried, after a time, if the budget says to wait; not `model-price-unknown`, for a model without a
+    price under a limit of cost. A call that is reserved already passes, as after a commit without an answer.
     """
     budget = await find(connection, organization_id, is_locking=True)
     if budget is None:

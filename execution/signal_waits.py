@@ -27,10 +27,10 @@ class SignalWaits:
     async def expect(
         self, caller: RunCaller, wanted: SignalRequest, *, node_id: str, iteration: str
     ) -> SignalExpectation:
-        """Store that a node waits for a signal, or answer it with the earliest unread one of its name.
+        """Store that a node waits for a signal, or answer it with the earliest unread signal of the wanted name.
 
-        Return the end of the wait or the answer, also an earlier one; neither if it waits without a limit, the run is
-        gone, or the node never started. Waits while the database is unavailable.
+        Return the end of the wait, or the node's answer, which may have been given before this call; neither if it
+        waits without a limit, the run is gone, or the node never started. Waits while the database is unavailable.
         """
         add = partial(signals.add_wait, caller=caller, wanted=wanted, node_id=node_id, iteration=iteration)
         expected, answer = await until_available(

@@ -93,9 +93,11 @@ class StoredModels:
         return build_row(AiModel, row)
 
     async def block(self, caller: RunCaller, model_id: str, seconds: float) -> None:
-        """Store that the provider of a model accepts no calls for `seconds` from now, unless a later end is stored.
+        """Store that the provider of a model accepts no calls for `seconds` from now, at most a day, unless a later end
+        is stored.
 
-        Nothing is stored while the database is unavailable: the next call is refused by the provider again.
+        Nothing is stored for a model that the run may not use, and while the database is unavailable: the next call is
+        refused by the provider again.
         """
         until = self._database.clock.now() + timedelta(seconds=min(seconds, MAX_BLOCKED_SECONDS))
         statement = (

@@ -235,7 +235,10 @@ async def _watch_clock(ticker: AsyncIOScheduler) -> None:
 
 
 async def _run_duty(duty: PeriodicDuty, running: set[asyncio.Task[None]]) -> None:
-    """Do a duty once, measure its time, and log any exception instead of raising it."""
+    """Do a duty once, as a task that is in `running` until its end; log any exception instead of raising it.
+
+    Only a success is measured, and reported as the duty's last turn unless another process leads.
+    """
     if task := asyncio.current_task():
         running.add(task)
         task.add_done_callback(running.discard)

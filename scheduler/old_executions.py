@@ -128,11 +128,11 @@ async def _record_deletion(
 
 
 def workflows_statement(after: str, retention: RetentionPeriods) -> Select[*tuple[Any, ...]]:
-    """Return the statement that lists up to 100 workflows after an id, with times that show whether
-    executions may be expired.
+    """Return the statement that lists up to 100 workflows after an id, with times that show whether executions may be
+    expired.
 
-    Its columns are the acceptance of a workflow's oldest run (`oldest`), and of the newest one beyond the
-    limit of runs (`beyond`).
+    Besides `id`, `organization_id` and `shard`, its columns are the acceptance of a workflow's oldest run (`oldest`,
+    NULL without runs), and of the newest one beyond the limit of runs (`beyond`, NULL within it).
     """
     of_workflow = col(ExecutionData.workflow_id) == col(Workflow.id)
     accepted_at = select(col(ExecutionData.created_at)).where(of_workflow).correlate(Workflow)
@@ -183,7 +183,7 @@ def expired_statement(
 
     They are over a day old, and ended before the retention or were accepted no later than `beyond`, the acceptance of
     the newest run above the limit of runs. Unfinished executions, those with pending completion actions, and those with
-    an unfinished parent are left out. Data without an execution is listed too.
+    an unfinished parent are left out. Data without an execution is listed too, with a NULL as `id`.
     """
     is_over = col(Execution.ended_at) < DatabaseTime() - retention.days * 24 * _HOUR_MICROSECONDS
     is_superfluous = col(ExecutionData.created_at) <= beyond if beyond is not None else false()

@@ -78,8 +78,9 @@ class RunHourCounter:
             self._rest_until = ended_at + rest_factor * (ended_at - begun_at)
 
     def _list_changed(self, now: datetime, unfinished: dict[datetime, int]) -> Iterable[datetime]:
-        """Return the hours to count: the current one, then others that have changed, those counted longest ago
-        first.
+        """Return the hours to count: the current one, then others that have changed, those counted longest ago first.
+
+        `unfinished` has the present number of unfinished runs by hour.
         """
         present = hour_of(now)
         earlier = [present - number * HOUR for number in range(1, run_hours.HOURS)]
@@ -119,7 +120,9 @@ class RunHourCounter:
             self._written[starts_at] = digest
 
     async def _forget_hours(self, first: datetime) -> None:
-        """Delete the counts of hours that statistics no longer show, once for each hour."""
+        """Delete the counts of hours before `first`, which statistics no longer show; nothing happens if the last call
+        had the same `first`.
+        """
         if first == self._first:
             return
 

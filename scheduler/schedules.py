@@ -52,7 +52,9 @@ class ScheduleRunner:
         catalog: NodeCatalog,
         now: ColumnElement[int] | None = None,
     ) -> None:
-        """Create a runner; `now` is a SQL expression for the time, by default the database's own time."""
+        """Create a runner; `now` is a SQL expression for the time in microseconds since 1970, by default the database's
+        own time.
+        """
         self._database = database
         self._broker = broker
         self._catalogs = OrganizationCatalogs(database, catalog)
