@@ -57,8 +57,8 @@ async def read_spending(connection: AsyncConnection, organization_id: str, month
 async def require_rest(
     connection: AsyncConnection, organization_id: str, reservation: ModelReservation, now: datetime
 ) -> None:
-    """Raise a `NodeError` unless the rest of an organization's month budget suffices for a call; without a budget,
-    every call passes.
+    """Raise a `NodeError` unless the rest of an organization's budget for the month of `now` suffices for a call;
+    without a budget, every call passes.
 
     Calls are checked one after another: in PostgreSQL by the locked row of the budget, in SQLite by its write lock. The
     error may be retried, after a time, if the budget says to wait; not `model-price-unknown`, for a model without a

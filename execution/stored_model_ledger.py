@@ -195,8 +195,8 @@ class StoredModelLedger:
         await self._database.transaction(work)
 
     async def release(self, caller: RunCaller, key: str) -> None:
-        """Remove the reservation of a call; a settled charge stays, and so does a reservation while the database is
-        unavailable.
+        """Remove the reservation of the call with this key in the caller's run; a settled charge stays, and so does a
+        reservation while the database is unavailable.
         """
         statement = delete(ModelCharge).where(
             col(ModelCharge.execution_id) == caller.execution_id,

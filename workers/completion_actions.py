@@ -217,11 +217,11 @@ class CompletionActions:
         callback: WebhookFailure | None,
         on_failure: WebhookFailure | None,
     ) -> None:
-        """Store the results of a callback and a failure action, and schedule the next attempt of retryable
-        failures; log a failure.
+        """Store the results of a callback and a failure action, and schedule the next attempt of retryable failures;
+        log a failure.
 
-        None as a result is a success. Without an attempt left, or after a final failure, the action is given
-        up. Raises `DatabaseUnavailable`.
+        `tried` are the actions of this attempt. None as a result is a success, or an action that is not among them.
+        Without an attempt left, or after a final failure, the action is given up. Raises `DatabaseUnavailable`.
         """
         attempts = due.outcome.attempts + 1
         pause = webhook_delivery.retry_delay_seconds(attempts, random.random())  # noqa: S311 - no secret

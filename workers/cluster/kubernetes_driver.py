@@ -400,11 +400,11 @@ class ChangeAttempts:
 
     @asynccontextmanager
     async def begin(self, workflow_id: str, goal: object) -> AsyncIterator[ChangeAttempt]:
-        """Begin an attempt at a change of a workflow; the caller sends each of its requests by `send`.
+        """Begin an attempt at a change of a workflow to the state `goal`; the caller sends each of its requests by
+        `send`.
 
-        If the last attempt at an equal goal has failed, its failed request is repeated first, so that another
-        failure costs one request. Each `ClusterError` that leaves the context says how many requests were
-        sent.
+        If the last attempt at an equal goal has failed, its failed request is repeated first, so that another failure
+        costs one request. Each `ClusterError` that leaves the context says how many requests were sent.
         """
         attempt = ChangeAttempt()
         failed = self._failed.get(workflow_id)

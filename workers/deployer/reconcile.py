@@ -186,7 +186,7 @@ def seconds_until_replaced(deployment: Deployment, seen: ObservedStatus, *, now:
     """Return the seconds until pods of a lost node are replaced, unless the node returns before; None without such
     pods.
 
-    Negative if they are overdue.
+    `seen` is the status at `now`, and the row of `deployment` has the one before. Negative if they are overdue.
     """
     if seen.observed is not Stored.STARTING or seen.observed_reason_code != PodFailureReason.NODE_NOT_READY:
         return None
