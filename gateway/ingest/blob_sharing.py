@@ -30,10 +30,11 @@ async def build_redrive_input(
 ) -> RunInput:
     """Return the input of a new run that runs the trigger output `given` (JSON text) of an earlier run again.
 
-    Its blobs are copied from the earlier run `source`, None without stored blobs, to a new execution id, which the
-    input contains. A lost attachment is left to the node that reads it. An unparsed mail is parsed again, without the
-    rules that may have rejected it. Raises a 409 error if a stored mail or body is gone, and 503 if the blob storage
-    does not answer.
+    The blobs that `given` references are copied from the earlier run `source`, None without stored blobs, to a new
+    execution id, which the input contains, like `idempotency_key`. A lost attachment keeps its reference, with which
+    the node that reads it fails. An unparsed mail is parsed again, without the rules that may have rejected it. Raises
+    a 409 error if a stored mail or body can't be copied, since it is gone or `source` is None, and 503 if the blob
+    storage does not answer.
     """
     execution_id = ids.new_id("exec")
     if large_values.has_separate_body(given):
@@ -57,7 +58,7 @@ async def build_redrive_input(
 
 async def _copy_body(blobs: BlobStore, given: str, source: BlobOwner | None, execution_id: str) -> Json:
     """Copy the stored webhook body that `given` (a trigger output as JSON text) references to the blobs of an
-    execution; return the output with the body in place.
+    execution; return the decoded output, with the content of the body in place of the reference.
 
     Raises a 409 error if the body is gone or `source` is None, and 503 if the blob storage does not answer.
     """

@@ -124,15 +124,18 @@ class OperationPerformance:
             await self._end(BulkStatus.FAILED, "internal-error")
 
     async def release(self) -> None:
-        """End this gateway's lease of the operation, so that another gateway continues it at once."""
+        """End this gateway's lease of the operation, so that another gateway continues it at once; nothing happens if
+        the lease was lost.
+        """
         await self._services.database.transaction(partial(bulk_operation.release, operation=self._operation))
 
     async def _take_step(self) -> float:
         """Renew the lease and perform one step; return the seconds from the start of this call to that of the next one.
 
         A stored step, interrupted or postponed, is performed before another one is chosen. With `first_alone`, only the
-        first object is acted on until its run has completed. Raises `LeaseLost`, and `_OperationEnd` when no object is
-        left, the operation was stopped, its API key lost its rights, or that first run failed.
+        first object is acted on until its run has completed. Raises `LeaseLost`, `DatabaseUnavailable`, and
+        `_OperationEnd` when no object is left, the operation was stopped, its API key lost its rights, or that first
+        run failed.
         """
         await self._store({})  # so that the lease lasts, and changes by users are known
         if self._operation.status == BulkStatus.STOPPING and not self._is_repeating:
@@ -171,9 +174,10 @@ class OperationPerformance:
         return found.caller
 
     async def _may_follow_first(self) -> bool:
-        """Return whether the next step may begin: with `first_alone`, not until the first run has completed.
+        """Return whether the next step may begin: True without `first_alone` and before the first object, else once the
+        first run has completed.
 
-        Once it has, `first_alone` is cleared in the database. Raises `_OperationEnd` (failed) if the first object was
+        Its completion clears `first_alone` in the database. Raises `_OperationEnd` (failed) if the first object was
         refused, or its run ended otherwise or is gone.
         """
         operation = self._operation
@@ -196,8 +200,9 @@ class OperationPerformance:
         """Store the next objects behind the operation's cursor as its step: at most 20, and one second's worth of its
         pace.
 
-        The step may be empty although others follow. Raises `_OperationEnd` (completed) if no object is left, or as
-        many as the operation's total were acted on.
+        The step may be empty although others follow. With the last objects, `total` becomes the number of all that are
+        acted on. Raises `_OperationEnd` (completed) if no object is left, or as many as the operation's total were
+        acted on.
         """
         operation = self._operation
         left = operation.total - operation.done - operation.refused
@@ -223,7 +228,9 @@ class OperationPerformance:
         await self._store(values)
 
     async def _store_result(self, result: StepResult) -> None:
-        """Add the counts of a performed step to the operation; its postponed objects become the next step."""
+        """Add the counts of a performed step to the operation, and the id of the first run that it started; its
+        postponed objects become the next step. Raises the errors of `_store`.
+        """
         operation = self._operation
         refusals = Counter(operation.refusals) + Counter(result.refused.values())
         started = next((run for run in result.done.values() if run is not None), None)
@@ -238,7 +245,7 @@ class OperationPerformance:
         )
 
     async def _store(self, values: Mapping[str, Any]) -> None:
-        """Set columns of the operation in the database, renew its lease, and keep the new row.
+        """Set columns of the operation in the database, by name, renew its lease, and keep the new row.
 
         Raises `LeaseLost` if another gateway has taken the operation, or it has ended.
         """
@@ -302,9 +309,11 @@ class OperationPerformance:
         return result
 
     async def _redrive(self, caller: ApiCaller, failed: Sequence[FailedRun], result: StepResult) -> None:
-        """Run the current workflow of each failed run on its input, ten at a time, and add the outcomes to `result`.
+        """Run the current workflow of each failed run on its input, ten at a time, mark the runs as settled, and add
+        the outcomes to `result`.
 
-        A run that an earlier attempt of this step has started is found by its idempotency key, and counts as done.
+        A run that an earlier attempt of this step has started is found by its idempotency key, and counts as done; a
+        purged one is refused as `already-settled`, and a locked one is postponed.
         """
 
         async def redrive(one: FailedRun) -> None:
@@ -344,8 +353,8 @@ class OperationPerformance:
         result.done |= {one.id: None for one in failed}
 
     async def _cancel(self, caller: ApiCaller, execution_ids: Sequence[str], result: StepResult) -> None:
-        """Request the cancellation of executions and add the outcomes to `result`; ended and locked ones are
-        refused.
+        """Request the cancellation of executions and add the outcomes to `result`; ended and locked ones are refused as
+        `execution-ended`.
         """
         services = self._services
         canceled = await bulk_actions.cancel(services.store, services.broker, caller, execution_ids)
@@ -355,7 +364,7 @@ class OperationPerformance:
 
     async def _retry(self, caller: ApiCaller, runs: Mapping[str, FailedRun], result: StepResult) -> None:
         """Resume failed executions as new ones and add the outcomes to `result`; those resumed or locked meanwhile are
-        refused.
+        refused as `already-resumed`.
 
         Without capacity for all of them, none is resumed, and all are postponed.
         """
@@ -371,7 +380,7 @@ class OperationPerformance:
 
     async def _replay(self, caller: ApiCaller, runs: Mapping[str, FailedRun], result: StepResult) -> None:
         """Replay executions one after the other and add the outcomes to `result`; a plan with an unconfirmed write is
-        refused.
+        refused, and a locked execution is postponed.
 
         Without capacity for all of them, none is replayed, and all are postponed.
         """

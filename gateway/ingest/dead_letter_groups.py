@@ -236,7 +236,8 @@ async def mute(request: GatewayRequest) -> JsonResponse:
 async def unmute(request: GatewayRequest) -> NoContent:
     """End the mute of a group of dead letters; nothing happens if it has ended.
 
-    Only the owner of the workflow and admins may.
+    Only the owner of the workflow and admins may. A group that is neither muted nor among the newest 2,000 failed runs
+    is a 404.
     """
     workflow = await _find_workflow(request)
     group_id = request.path_params["id"]
@@ -359,7 +360,11 @@ def _group_by_cause(rows: Sequence[FailedRun]) -> Sequence[_GroupedRuns]:
 def _show_group(
     group: _GroupedRuns, name: str, facts: _GroupFacts, versions: Sequence[int], muted: MuteShape | None
 ) -> DeadLetterGroup:
-    """Return a group of dead letters as the API shows it; `name` is the name of its workflow."""
+    """Return a group of dead letters as the API shows it.
+
+    `name` is the name of its workflow, `facts` compare it with the workflow as it is now, and `versions` are those that
+    failed.
+    """
     return DeadLetterGroup(
         id=group.cause.fingerprint,
         workflow_id=group.newest.workflow_id,
@@ -381,7 +386,9 @@ def _show_group(
 
 
 def _show_mute(muted: DeadLetterMute | None, names: Mapping[str, str]) -> MuteShape | None:
-    """Return a mute as the API shows it, with the name of its user among `names`; None without a mute."""
+    """Return a mute as the API shows it, with the name of its user among `names`, else the user's id; None without a
+    mute.
+    """
     if muted is None:
         return None
     return MuteShape(

@@ -309,8 +309,8 @@ async def mark_settled(connection: AsyncConnection, execution_ids: Sequence[str]
 async def mark_purged(
     connection: AsyncConnection, failed: Sequence[Execution | FailedRun], now: datetime
 ) -> None:
-    """Use up the redrive keys of failed runs, so that none can be redriven; runs that were redriven before
-    keep their successor.
+    """Use up the redrive keys of failed runs, so that none can be redriven, and mark the runs as settled; runs that
+    were redriven before keep their successor.
     """
     for one in sorted(failed, key=lambda one: one.id):
         idempotency_key = idempotency.redrive_key(one.workflow_id, one.id)
@@ -412,7 +412,8 @@ def _count_completed(wanted: CompletedRunsFilter) -> ColumnElement[int]:
 
 
 def _build_failure_conditions(caller: ApiCaller, wanted: DeadLetterFilter) -> Iterable[ColumnElement[bool]]:
-    """Yield the SQL conditions for failed runs of inbound requests that the caller may see and redrive and that match.
+    """Yield the SQL conditions for failed runs of inbound requests that match, of workflows that the caller may read
+    and that are not deleted.
 
     The groups and the kind of failure are not among them, since they depend on the text of the error.
     """
@@ -456,7 +457,8 @@ async def _find_open(
     matches: Callable[[Row], bool],
     examined_at_most: int,
 ) -> OpenRows[Row]:
-    """Return the rows of a source that match and are neither redriven nor purged, up to the limit of `bounds`.
+    """Return the rows of a source that match and have no used redrive key (as `_find_settled` finds), up to the limit
+    of `bounds`.
 
     No further batch is read once `examined_at_most` rows were read.
     """
@@ -506,7 +508,9 @@ async def _read_batches(
 async def _find_settled(
     connection: AsyncConnection, caller: ApiCaller, rows: Sequence[Row]
 ) -> frozenset[str]:
-    """Return the ids of those rows that a bulk redrive has run or a purge has settled: their redrive keys are used."""
+    """Return the ids of those rows with a used redrive key: of deliveries that a bulk redrive has run, and of runs that
+    were redriven in bulk, resumed, replayed or purged.
+    """
     return frozenset(await _read_redrive_keys(connection, caller, rows))
 
 

@@ -135,8 +135,10 @@ async def purge(request: GatewayRequest) -> JsonResponse:
 async def _choose_dead_letters(
     connection: AsyncConnection, workflow: Workflow, body: ChooseDeadLetters
 ) -> tuple[int, dict[str, Execution]]:
-    """Return the number of dead letters that match the body, and the chosen ones by id: the named ones, or
-    the oldest up to its limit.
+    """Return the number of dead letters of the workflow that match the body, and by id those that failed first, up to
+    its limit.
+
+    Named ids of runs that are no dead letters match nothing, and are left out.
     """
     count, found = await delivery_rows.list_dead_letters(
         connection, workflow, PageBounds(body.limit, 0), body.execution_ids or ()
@@ -183,8 +185,10 @@ async def settle_runs(
 
 
 def show_dead_letter(failed: Execution | FailedRun, given: str | None, outputs: ShownOutputs) -> DeadLetter:
-    """Return a dead letter as the API shows it; `given` is its trigger output as JSON text, None if it is too
-    large for a list.
+    """Return a dead letter, from its run's row or a part of it, as the API shows it.
+
+    `given` is its trigger output as JSON text, None if it is too large for a list; `outputs` are of the same run, and
+    show a large webhook body.
     """
     return DeadLetter(
         execution_id=failed.id,
@@ -197,7 +201,7 @@ def show_dead_letter(failed: Execution | FailedRun, given: str | None, outputs: 
 
 
 def _show_error(error: Mapping[str, Any] | str | None) -> msgspec.Raw | None:
-    """Return a stored error as JSON for an answer; None without one."""
+    """Return a stored error, JSON text or decoded, as JSON for an answer; None without one."""
     if not error:
         return None
     return msgspec.Raw(error.encode() if isinstance(error, str) else msgspec.json.encode(error))

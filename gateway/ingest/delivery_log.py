@@ -90,8 +90,10 @@ def repetition_delivery(
 
 
 def noted_delivery(inbound: InboundRequest, now: datetime, *, status: int, reason: str) -> Delivery:
-    """Return the delivery of an accepted request that starts no run, not stored yet; of `reason`, 500
-    characters are kept.
+    """Return the delivery of an accepted request that starts no run, not stored yet; of `reason`, 500 characters are
+    kept.
+
+    `status` is that of its answer.
     """
     return _build_delivery(
         inbound, now, outcome=DeliveryOutcome.ACCEPTED, status=status, reason=reason[:REASON_LENGTH]
@@ -209,7 +211,7 @@ class DeliveryLog:
 
     def _may_store_content(self, delivery: Delivery) -> bool:
         """Return whether the refused content may be stored too: a million characters at most, and within the
-        organization's quota.
+        organization's quota, from which it is taken.
         """
         size = len(delivery.payload or "")
         if size > limits.KEPT_REFUSED_CHARACTERS:

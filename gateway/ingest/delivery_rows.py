@@ -100,8 +100,8 @@ async def list_deliveries(
 ) -> ListPage[Delivery]:
     """Return a page of the matching deliveries of a workflow, without payloads and the newest first, with their number.
 
-    With `bounds`, the page follows its cursor, the number is counted up to 10,000, and a page of one outcome or route
-    examines at most 10,000 rows. With None, limit and offset of `part` count.
+    With `bounds`, the page follows its cursor, the number is counted up to 10,000, and a page of one outcome, route or
+    reason examines at most 10,000 rows. With None, limit and offset of `part` count, and the number is that of all.
     """
     if bounds is not None:
         within = [*_select_workflow(workflow), *_time_conditions(wanted)]
@@ -315,7 +315,8 @@ def _time_conditions(wanted: DeliveryFilter) -> Iterable[ColumnElement[bool]]:
 
 
 def _is_settled(workflow: Workflow, resource: SQLColumnExpression[Any]) -> Any:  # noqa: ANN401 - a correlated condition
-    """Return the SQL condition that a delivery or run was purged, or run by a bulk redrive: its redrive key is used.
+    """Return the SQL condition that a delivery or run has a used redrive key: it was run by a bulk redrive, or (runs
+    only) resumed, replayed or purged.
 
     `resource` is the column with the id of the delivery or run.
     """

@@ -184,7 +184,7 @@ async def _add_redrive_content(inbound: InboundRequest, target: MailTarget, cont
 
 def _build_unparsed_mail(mail: VerifiedMail, body: bytes = b"") -> UnparsedMail:
     """Return the posted form of a mail service as an unparsed mail, which a worker parses later; raises
-    `RequestRefused`.
+    `RequestRefused` for a malformed form.
 
     `body` is the posted form, empty if it is stored as a blob.
     """
@@ -244,11 +244,12 @@ async def _ingest_raw(request: GatewayRequest, mail: VerifiedMail, inbound: Inbo
 async def _process_sns_message(
     request: GatewayRequest, mail: VerifiedMail, inbound: InboundRequest
 ) -> JsonResponse:
-    """Confirm or end a subscription of SNS, or run the workflow on the mail that the message reports; return
-    the answer.
+    """Confirm or end a subscription of SNS, or run the workflow on the mail that the message reports; return the
+    answer.
 
-    Messages without a mail are recorded as deliveries. Raises `RequestRefused` for a subscription to a topic
-    that the trigger doesn't name.
+    Messages without a mail are recorded as deliveries. Raises `RequestRefused` for a malformed message, and for a
+    subscription to a topic that the trigger doesn't name; also the errors of `confirm`, `_find_stored_mail` and
+    `_ingest_unparsed`.
     """
     message = await offload.run(sns.parse_sns_message, mail.content)
     match message.type:
@@ -289,8 +290,8 @@ def _require_content(mail: SesMail) -> bytes:
 async def _find_stored_mail(
     sources: StoredDataSources, mail: VerifiedMail, place: SesStoredMail
 ) -> StoredMailObject:
-    """Return data source and key of the object of a mail that SES has stored, if the trigger's config allows its bucket
-    and prefix.
+    """Return the data source of a mail that SES has stored, and the key of its object below the source's prefix, if the
+    trigger's config allows its bucket and prefix.
 
     Raises a 503 error otherwise: SNS treats a 4xx as final, and the owner may correct the config meanwhile.
     """
@@ -332,11 +333,11 @@ async def _ingest_unparsed(
     *,
     ses_id: str = "",
 ) -> JsonResponse:
-    """Ingest a mail that a worker parses, and return the answer; content over 64 kB is durable as a blob
-    before its run.
+    """Ingest a mail that a worker parses, and return the answer; content over 64 kB is durable as a blob before its
+    run.
 
-    `content` None means that it is stored elsewhere. Raises a 503 error if the blob storage does not answer,
-    and the errors of `_ingest`.
+    Shorter content is part of the input, and of the delivery if the mail is refused. `content` None means that it is
+    stored elsewhere. Raises a 503 error if the blob storage does not answer, and the errors of `_ingest`.
     """
     blobs, organization_id = request.gateway.blobs, mail.target.workflow.organization_id
     if content is not None and len(content) <= MAX_INLINE_BYTES:

@@ -58,7 +58,7 @@ class QueueMessage(GuardedWire):
 
     @property
     def payload(self) -> Any:  # noqa: ANN401 - any JSON value
-        """Content of the message, which the output of the trigger node contains; from either of its two fields."""
+        """Content of the message for the output of the trigger node: `message`, or `data` if that is null."""
         return self.data if self.message is None else self.message
 
     def delayed_until(self, now: datetime) -> datetime | None:
@@ -227,7 +227,8 @@ def check_message(
     """Return `value` as a message of type `kind`; raises a 422 error that lists all invalid fields, below the place
     `path`.
 
-    A start more than a year ahead, or without a time zone, is invalid. Unknown fields are added to `warnings`.
+    A start more than a year ahead, or without a time zone, is invalid. Unknown fields are added to `warnings`, if that
+    is given, except those that resemble a field or are in a batch: these are invalid.
     """
     body = convert(value, kind, path, warnings)
     problems = ProblemCollector()

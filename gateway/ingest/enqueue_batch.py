@@ -154,10 +154,12 @@ async def _ingest_messages(
     callback_url: str | None,
     key: IdempotencyKey | None,
 ) -> BatchAnswers:
-    """Ingest all valid messages in one commit, or find the results of the first request with the same key.
+    """Ingest all valid messages in one commit, or find the results of the first request with the same key; `planned`
+    has no repetitions.
 
-    `key` None means that repetitions of the batch aren't detected. Raises a 422 error when the first request
-    had another body, 409, 429, and the errors of verification.
+    `key` None means that repetitions of the batch aren't detected. Raises a 422 error when the first request, or an
+    earlier message with the same key, had another content; also 403, 404, 409, 429, 503, and the errors of
+    verification.
     """
     gateway, now = request.gateway, request.gateway.clock()
     runs: list[IngestedRun] = []
@@ -199,7 +201,8 @@ async def _first_results(
     """Return the results that the same messages got in the first request with the same key, which has the delivery
     `delivery_id`.
 
-    A message without a run had no free concurrency slot then.
+    The verdict is `ACCEPTED` for runs that this delivery has started, `REPEATED` for earlier ones, and `FULL` for a
+    message without a run, which had no free concurrency slot then.
     """
     database = request.gateway.database
     idempotency_keys = [one.idempotency_key for one in planned if one.idempotency_key is not None]

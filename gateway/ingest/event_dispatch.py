@@ -115,7 +115,7 @@ class EventDispatchPlan(Struct):
     def refuse(self, workflow: LoadedWorkflow, error: ApiError) -> None:
         """Record a refusal, such as a full backlog, as the outcome for a workflow; no run of it is started.
 
-        The whole event is refused with it if no workflow has another outcome.
+        The last refusal is that of the whole event if no workflow has another outcome.
         """
         self.outcomes.append(
             WorkflowEventOutcome(workflow.id, workflow.name, None, (error.code, error.message))
@@ -306,8 +306,8 @@ class EventDispatcher:
 
 
 def _matches_subscription(kind: str, config: Mapping[str, Json], trigger: Json) -> bool:
-    """Return whether a trigger is an event trigger that subscribes to the type of an event (by patterns such
-    as `order.*`).
+    """Return whether a trigger with this kind and config is an event trigger that subscribes (by patterns such as
+    `order.*`) to the type of the event in the trigger output `trigger`.
 
     It is checked again since a deployed trigger may differ from the current one.
     """

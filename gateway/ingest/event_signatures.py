@@ -50,12 +50,12 @@ def seal_secrets(
 
 
 async def verify_event(request: SenderRequest, sender: RequestSender, vault: SecretVault) -> Provider | None:
-    """Verify the signature of an event and return its provider; None for the API's own format and unsigned
-    CloudEvents.
+    """Verify the signature of an event that is sent with a token; return the provider or format that its headers name,
+    None for the API's own format.
 
-    A request with an API key needs no signature. With a token, requests of a provider known to sign must be
-    signed, and a token with secrets accepts signed requests only. Raises 400, 401, and 503 when the secrets
-    can't be read.
+    A request with an API key needs no signature, and its provider is not verified; CloudEvents have none. With a token,
+    requests of a provider known to sign must be signed, and a token with secrets accepts signed requests only. Raises
+    the errors of `refusal_error`, such as 401, and 503 when the secrets can't be read.
     """
     try:
         claimed = event_senders.recognize_sender(request)

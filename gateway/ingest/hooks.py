@@ -140,7 +140,7 @@ async def _answer_request(
     request: GatewayRequest, inbound: InboundRequest, verified: VerifiedWebhookRequest, started: float
 ) -> ASGIApp:
     """Start the run of a verified request and return the HTTP answer: at once, or the run's own if the trigger waits
-    for it.
+    for it and the run may start now.
 
     A challenge that checks the address, and an event that the trigger does not allow, start no run: they are recorded
     as deliveries and answered with 200. The wait ends at a deadline, counted from `started` by the event loop's clock.
@@ -258,8 +258,8 @@ async def _ingest(
 ) -> tuple[AcceptanceResult, bool]:
     """Store the run of a request; return it, or the earlier one of a repetition, and whether its start is deferred.
 
-    A large body is durable as a blob before its run. Raises a 503 error if the blob storage does not answer,
-    and those of limits and ingest.
+    `encoded` is the JSON of `trigger`, the output of the trigger node. A large body is durable as a blob before its
+    run. Raises a 503 error if the blob storage does not answer, and those of limits and ingest.
     """
     gateway = request.gateway
     idempotency_key = _idempotency_key(request, inbound, verified)

@@ -74,8 +74,8 @@ _REASONS: Final[Mapping[StartRefusalCode, str]] = {
 
 
 def find_deferral(refusal: StartRefusal | None, *, is_paused: bool) -> RunDeferral | None:
-    """Return the reason why a run may not start now, None if it may: its workflow is paused, or its deployment refuses
-    to start.
+    """Return the reason why a run may not start now, None if it may: its workflow is paused, or else its deployment
+    refuses to start.
     """
     if is_paused:
         return PAUSED
@@ -85,9 +85,10 @@ def find_deferral(refusal: StartRefusal | None, *, is_paused: bool) -> RunDeferr
 def describe_deferral(
     deferral: RunDeferral | None, delay_until: datetime | None = None
 ) -> Mapping[str, object]:
-    """Return outcome, reason and earliest start of a delivery, as fields of its request.
+    """Return outcome, reason and earliest start of a delivery, as fields of its `InboundRequest`.
 
-    `delay_until` is the time to which the sender has delayed its run.
+    Without a deferral it is accepted, without a reason. `delay_until` is the time to which the sender has delayed its
+    run; the later of it and the deferral's time counts.
     """
     if deferral is None:
         return {"outcome": DeliveryOutcome.ACCEPTED, "reason": None, "not_before": delay_until}
@@ -180,7 +181,8 @@ class RequestIngestor:
         """Return the run of a message, not stored yet; it runs with the rights of the workflow's owner, not of the
         sender.
 
-        Its id is new unless the message has one. A run of a paused workflow waits until the workflow is resumed.
+        Its id is new unless the message has one. A run of a paused workflow waits until the workflow is resumed, in
+        place of the message's own delay.
         """
         workflow = target.workflow
         definition = DefinitionKey(workflow.organization_id, workflow.definition_hash, workflow.shard)
@@ -231,12 +233,13 @@ class RequestIngestor:
         own_key: IdempotencyKey | None = None,
         refuse_reuse: Callable[[], ApiError] = idempotency.mismatch_error,
     ) -> AcceptanceResult:
-        """Ingest the one run of a request with its delivery, or return the earlier run with the same
-        idempotency key.
+        """Ingest the one run of a request with its delivery, or return the earlier run with the same idempotency key,
+        even if the request would be refused now.
 
-        `plan` makes the input for the target. `own_key` identifies the request itself; if it was used for
-        other content, `refuse_reuse` returns the error. A repetition, answered with `status`, is stored as a
-        duplicate. Raises 404, 409, 422, 429, 503, and the errors of `plan`.
+        `plan` makes the input for the target; unless its body is a blob, it is also set as the payload of `inbound`.
+        `own_key` identifies the request itself; if it was used for other content, `refuse_reuse` returns the error. The
+        deployment of a new run is woken; a repetition, answered with `status`, is stored as a duplicate. Raises 404,
+        409, 422, 429, 503, and the errors of `plan`.
         """
         workflow_id = str(inbound.workflow_id)
         runs: list[IngestedRun] = []
@@ -297,8 +300,8 @@ class RequestIngestor:
     async def find_repetition(
         self, inbound: InboundRequest, idempotency_key: IdempotencyKey, *, status: int
     ) -> AcceptanceResult | None:
-        """Return the run of an earlier request with the same key, and store this request as a duplicate; None for a
-        first request.
+        """Return the run of an earlier request with the same key, and store this request, answered with `status`, as a
+        duplicate; None for a first request.
 
         None also for a key that was used with another body, which is refused later.
         """
@@ -311,8 +314,8 @@ class RequestIngestor:
     async def note_repetition(
         self, inbound: InboundRequest, *, status: int, execution_id: str | None
     ) -> None:
-        """Store a request that repeats an earlier one as a duplicate; `execution_id` is the earlier run, None
-        for none or several.
+        """Store a request that repeats an earlier one, and is answered with `status`, as a duplicate; `execution_id` is
+        the earlier run, None for none or several.
         """
         now = self._database.clock.now()
         await self._deliveries.note(
@@ -405,8 +408,8 @@ class IngestCapacity:
     async def require(self, request: RateLimitedRequest, target: RunTarget, count: int = 1) -> None:
         """Take capacity for `count` runs from all limits, and add rate limit headers to the answer.
 
-        Raises a 409 error for a paused workflow, and 429 when a limit of workflow, organization or sender is
-        reached.
+        Raises a 409 error for a paused workflow, and 429 when a limit of workflow, organization or sender is reached;
+        tokens of rate limits stay taken if then a backlog is full.
         """
         await self.require_not_paused(request.caller, target)
         await self._rates.take(request, target.workflow.id, count=count)

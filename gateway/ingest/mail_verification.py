@@ -184,12 +184,12 @@ class MailVerifier:
     async def verify(
         self, target: MailTarget, content: SenderRequest, known: RequestSender | None, *, address: str
     ) -> VerifiedMail:
-        """Verify a mail by signature or credentials, and return it with its sender; raises `ApiError` when it
-        is refused.
+        """Verify a mail by signature or credentials, and return it with its sender; raises `ApiError` when it is
+        refused.
 
-        A signature is checked whenever the mail has one and the trigger has its key, even for authenticated
-        callers. Wrong passwords are limited by the client's `address`. A trigger that isn't ready is loaded
-        again, since its owner may have corrected it a moment ago.
+        `known` is the sender with a key or token, None without. A signature is checked whenever the mail has one and
+        the trigger has its key, even for authenticated callers. Wrong passwords are limited by the client's `address`.
+        A trigger that isn't ready is loaded again, since its owner may have corrected it a moment ago.
         """
         kind = await recognize_service(content)
         try:
@@ -205,9 +205,11 @@ class MailVerifier:
             return await self._verify(current.build_mail(content, kind, known), known, address)
 
     async def _verify(self, mail: VerifiedMail, known: RequestSender | None, address: str) -> VerifiedMail:
-        """Verify a mail by its signature, its credentials or its known sender, and return it with the result.
+        """Verify a mail by its signature, its known sender or its credentials, the first of these that there is, and
+        return it with the result.
 
-        Raises `ApiError` for a refused mail, with a status that its mail service understands.
+        If the trigger requires a signature, the others don't suffice. Raises `ApiError` for a refused mail, with a
+        status that its mail service understands.
         """
         with refuse_until_later(mail.kind), refuse_for_good(mail.kind):
             signed = await self._verify_signature(mail)
@@ -225,8 +227,8 @@ class MailVerifier:
     async def _verify_signature(self, mail: VerifiedMail) -> tuple[str, SignatureResult] | None:
         """Verify a mail's signature; return the kind of its sender, and the result.
 
-        None when the mail has none or the trigger has no key for it. Raises `RequestRefused` for a wrong one,
-        and 503 while the key can't be read.
+        None when the trigger has no key for its format, and for an unsigned mail of SendGrid. Raises `RequestRefused`
+        for a wrong one, and if Mailgun or SNS has not signed; 503 while the key or certificate can't be read.
         """
         trigger = mail.target.trigger
         if mail.kind in mail_kinds.SENDGRID_KINDS and trigger.sendgrid is not None:

@@ -173,7 +173,9 @@ async def _find_in_state(
     bounds: KeysetBounds,
     state: DeadLetterState,
 ) -> SettledRows:
-    """Return a page of the dead letters in a state, each with its successor, which is None for open and purged ones."""
+    """Return a page of the dead letters in a state, each with its successor: None for open and purged ones, and if it
+    is no longer kept.
+    """
     examined = limits.EXAMINED_DEAD_LETTERS
     if state is not DeadLetterState.OPEN:
         is_live = state is DeadLetterState.REDRIVING

@@ -119,7 +119,8 @@ async def record_redrive(
     resource_ids: Sequence[str],
     selection: StrictWire,
 ) -> None:
-    """Record a redrive in the audit trail before it begins; `about` is the id of the workflow or organization.
+    """Record a redrive in the audit trail, in a transaction of its own before it begins; `about` is the id of the
+    workflow or organization.
 
     `selection` is the filter that has selected the objects.
     """
@@ -202,10 +203,12 @@ class RunRedriver:
         origin: Delivery | None,
         own_key: IdempotencyKey | None = None,
     ) -> AcceptanceResult:
-        """Run a workflow on an input as a new request of `caller`, without the verification and rate limits of senders.
+        """Run a workflow by its trigger of this kind on the input `given`, as a new request of `caller`, without the
+        verification and rate limits of senders.
 
         `origin` is the delivery that it redrives, None for a dead letter. `own_key` identifies the request itself, as
-        in `ingest_request`. An error is raised without a delivery for the refused request.
+        in `ingest_request`. Raises 409 for a paused workflow, 429 for a full backlog, and the errors of
+        `build_redrive_input` and `ingest_request`; no delivery is stored for a refused request.
         """
         inbound = InboundRequest(
             delivery_id=delivery_log.new_delivery_id(),

@@ -88,8 +88,8 @@ class RejectedSamples:
             self._writing = asyncio.create_task(self._write())
 
     def _may_sample(self, scope: Scope) -> bool:
-        """Return whether a sample may be stored: 20 an hour per workflow or token, so that a flood leaves the
-        samples of others.
+        """Return whether a sample may be stored, and count it: 20 an hour per workflow or token, so that a flood leaves
+        the samples of others.
         """
         demand = TokenDemand(str(scope["path_params"].get("id")), PER_WORKFLOW, needed=1, wanted=1)
         return self._per_workflow.take(demand, monotonic()).tokens > 0

@@ -309,10 +309,11 @@ def _show_schedule(
     last: _LastExecution | None,
     now: datetime,
 ) -> WorkflowSchedule:
-    """Return the schedule of a workflow as the API shows it, with its next five runs.
+    """Return the schedule of a workflow as the API shows it, with its next five runs, but without the reason why it is
+    overdue, which `_explain_overdue` sets.
 
-    It is inactive without an active workflow and a valid schedule trigger, and says why. `row` None means
-    that it was never active; `last` is its last run.
+    It is inactive without an active workflow and a valid schedule trigger, and says why. `row` None means that it was
+    never active; `last` is its last run.
     """
     shape = WorkflowSchedule(
         workflow_id=workflow.id,

@@ -213,8 +213,10 @@ async def timeline(request: GatewayRequest) -> JsonResponse:
 async def _list_rows(
     connection: AsyncConnection, caller: ApiCaller, waiting: Collection[str], limit: int, offset: int
 ) -> tuple[int, Sequence[_LaneRow]]:
-    """Return the number of workflows with an active schedule, a deployment or waiting runs that the caller may
-    read, and a page of them. `waiting` has the ids of the workflows with waiting runs.
+    """Return the number of workflows with an active schedule, a deployment or waiting runs that the caller may read,
+    and a page of them, the next to start first.
+
+    `waiting` has the ids of the workflows with waiting runs.
     """
     listed = _listed_statement(caller, waiting)
     order = (col(Schedule.due_at).is_(None), col(Schedule.due_at), col(Workflow.id))
@@ -281,7 +283,8 @@ async def _read_schedules(connection: AsyncConnection, workflow_ids: Sequence[st
 
 
 def _select_waiting(caller: ApiCaller) -> Subquery:
-    """Return the subquery of the first 10,000 waiting runs of the caller's organization that have a due time.
+    """Return the subquery of at most 10,000 waiting runs of the caller's organization that have a due time, without
+    private ones.
 
     It reads them by the index of live runs.
     """
@@ -338,9 +341,11 @@ async def read_due_runs(
 
 
 def due_statement(caller: ApiCaller, shown: TimelineRange) -> Select[*tuple[Any, ...]]:
-    """Return the statement that counts waiting runs by workflow, kind, and part of a range.
+    """Return the statement that counts waiting runs by workflow, kind, and part (a hundredth) of the future of a range,
+    the earliest first.
 
-    Those that become due at other times have no kind and no part.
+    Its columns are `workflow_id`, `kind`, `at` (the earliest due time in microseconds since 1970) and `number`. Runs
+    that become due at other times have no kind and no part.
     """
     waiting = _select_waiting(caller)
     retries = (

@@ -64,7 +64,9 @@ async def index(request: GatewayRequest) -> JsonResponse:
 async def _list_tokens(
     connection: AsyncConnection, caller: ApiCaller, part: PageBounds, now: datetime
 ) -> tuple[int, Sequence[WorkflowTokenShape]]:
-    """Return the number of valid tokens at `now`, of workflows that the caller may read, and a page of them."""
+    """Return the number of valid tokens at `now`, of workflows that the caller may read, and a page of them, the newest
+    first.
+    """
     of_organization = col(SenderToken.organization_id) == caller.organization_id
     is_for_trigger = col(SenderToken.kind) == SenderTokenKind.TRIGGER
     conditions = (of_organization, is_for_trigger, is_valid_token(now), is_readable_by(caller))

@@ -179,9 +179,9 @@ class TriggerVerifier:
     async def verify_signature(self, workflow: LoadedWorkflow, request: SenderRequest) -> VerifiedSignature:
         """Verify a request by the workflow's trigger and return the result.
 
-        The provider `none` accepts all. Raises a 401 error for an invalid signature, and 400 for a request
-        that can't be parsed. Raises 422 when the trigger has no valid `verification`, and 503 when its secret
-        is missing or can't be read.
+        The provider `none` accepts all. Raises a 401 error for an invalid signature, and 400, 413 or 415 for a request
+        that can't be parsed. Raises 422 when the trigger has no valid `verification`, and 503 when its secret is
+        missing or can't be read.
         """
         configured = None if workflow.trigger is None else workflow.trigger.config.get(FIELD)
         verification = parse_config(configured)

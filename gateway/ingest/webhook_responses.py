@@ -61,7 +61,8 @@ class AwaitedRunState(Struct, frozen=True):
 async def await_answer(
     database: Database, waiting: ExecutionPollHub, key: ExecutionKey, seconds: float
 ) -> AwaitedRunState | None:
-    """Wait until a run has answered or ended, at most `seconds`, and return its state; None if there is no such run.
+    """Wait until a run has answered or ended, at most `seconds`, and return its state then; None if there is no such
+    run.
 
     Raises a 503 error when 10,000 requests wait here, and 500 for an answer that can't be rendered.
     """

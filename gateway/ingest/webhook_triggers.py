@@ -153,7 +153,8 @@ def parse_request(hook: WebhookTrigger, request: SenderRequest) -> ParsedWebhook
 def build_input(hook: WebhookTrigger, request: SenderRequest, body: Json) -> dict[str, Json]:
     """Return the output of the webhook trigger node for a request: body, headers, query, method and mode of answer.
 
-    A query parameter with several values is a list. Headers with credentials are left out.
+    A query parameter with several values is a list. Headers with credentials are left out. Raises `RequestRefused` for
+    a query with the character NUL.
     """
     query: dict[str, Json] = {
         sender_event.require_storable(name): _one_or_all(
