@@ -144,7 +144,10 @@ def _draw_bar(span: _Span, day: datetime) -> CalendarBar:
 
 
 def _say_bars(bars: Sequence[CalendarBar]) -> str:
-    """Return the titles of the first 12 bars of a day as text for a screen reader, and the number of the others."""
+    """Return the titles of the first 12 bars of a day as text for a screen reader, and the number of the others.
+
+    Without bars, the text is `never up`.
+    """
     more = len(bars) - SPOKEN_BARS
     said = [bar.title for bar in bars[:SPOKEN_BARS]] + ([f"and {more} more"] if more > 0 else [])
     return "; ".join(said) or "never up"

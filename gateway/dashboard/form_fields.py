@@ -35,7 +35,8 @@ class FormField(Struct, frozen=True):
 def list_fields(schema: Mapping[str, Any] | None) -> Sequence[FormField]:
     """Return a form field for each property of an object's JSON Schema, in its order; empty for None.
 
-    A property with text choices is a `choice`; other types than text, integer, number and boolean become `json`.
+    A property with text choices is a `choice`, a text of the format `date` a `date`; other types than text, integer,
+    number and boolean become `json`.
     """
     properties = (schema or {}).get("properties", {})
     required = (schema or {}).get("required", [])

@@ -173,9 +173,11 @@ def icon_of_trigger(kind: str) -> str:
 
 
 def parse_moment(text: str) -> datetime:
-    """Return a time in an API answer or an address (ISO 8601) as an aware datetime in UTC.
+    """Return a time in an API answer or an address (ISO 8601) as an aware datetime in UTC; raises ValueError for other
+    texts.
 
-    One without a zone counts as UTC, as in the API.
+    A time without a zone counts as UTC, as in the API. Raises OverflowError for one that is before year 1 or after year
+    9999 in UTC.
     """
     moment = datetime.fromisoformat(text)
     return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).astimezone(UTC)

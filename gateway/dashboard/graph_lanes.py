@@ -110,7 +110,7 @@ def _lane_to(lines: Sequence[_Line | None], row: int, own: int) -> int:
 
 
 def _free_lane(lines: Sequence[_Line | None]) -> int:
-    """Return the first lane without a line; a new one after the last if all have one."""
+    """Return the index of the first lane without a line; the number of lanes if all have one."""
     return next((lane for lane, line in enumerate(lines) if line is None), len(lines))
 
 

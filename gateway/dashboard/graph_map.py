@@ -150,8 +150,8 @@ def _place_cards(
     notes: Mapping[str, str],
     targets: Mapping[str, Sequence[str]],
 ) -> dict[str, MapCard]:
-    """Return the cards of the nodes by id, at their stored positions, scaled and moved so that the first
-    begin at the margin.
+    """Return the cards of the nodes by id, at their stored positions, scaled and moved so that the leftmost and the
+    topmost begin at the margin.
 
     `states` is None outside of runs; `targets` are the ids of the nodes to which each node leads.
     """

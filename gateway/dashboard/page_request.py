@@ -101,7 +101,8 @@ class PageRequest:
         return found[1]
 
     async def plan(self, path: str, **fields: object) -> Any:  # noqa: ANN401 - any JSON value
-        """Return the JSON answer of a public API route to POST as a dry run; raises its error answers as `ApiError`.
+        """Return the JSON answer of a public API route to POST as a dry run: its body has `fields` and `dryRun`; raises
+        its error answers as `ApiError`.
 
         A dry run changes nothing, so a link on another site may lead to a page that shows its plan.
         """

@@ -126,7 +126,7 @@ def _show_spent(progress: Mapping[str, Any]) -> str:
 
 
 def view_agent(span: Mapping[str, Any] | None, recorded: Sequence[Step] = ()) -> AgentView | None:
-    """Return the turns of the agent in a span with `steps`; None for other nodes.
+    """Return the newest 30 turns of the agent in a span with `steps`; None for other nodes.
 
     `recorded` holds steps of all agents of the run: those of agents that do tool calls are shown inside of the calls.
     """
@@ -149,8 +149,9 @@ def view_agent(span: Mapping[str, Any] | None, recorded: Sequence[Step] = ()) ->
 def _view_turns(
     steps: Sequence[Step], inner: Mapping[str, Sequence[Step]], depth: int
 ) -> Sequence[AgentTurn]:
-    """Return the turns of one agent; `inner` holds the steps of the agents that do its tool calls, by their
-    iterations.
+    """Return the turns of one agent; `inner` holds the steps of the agents that do its tool calls, by their iterations.
+
+    `depth` is 1 for the agent of the node, 2 for an agent that does one of its calls, and so on up to the maximum.
     """
     turns: list[AgentTurn] = []
     for step in steps:

@@ -157,7 +157,7 @@ def question_address(
 
 
 def find_shown(questions: Sequence[Mapping[str, Any]], wanted: str | None) -> Mapping[str, Any] | None:
-    """Return the question with the id `wanted`, or the first one without an id; None if it is not in the list.
+    """Return the question with the id `wanted`, or the first one if `wanted` is empty; None if it is not in the list.
 
     A question that somebody has answered is not replaced by the next one: a click could approve the wrong one.
     """

@@ -283,7 +283,7 @@ def describe_plan(
     """Return the plan of a group's replay for the page: counts of nodes, and the nodes that run again in its newest
     run.
 
-    `newest` is the plan of that run, None if it was refused. None without a plan.
+    `newest` is the plan of that run, None if it was refused; `labels` are those of nodes by id. None without a plan.
     """
     if plan is None:
         return None

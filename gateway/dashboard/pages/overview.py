@@ -240,8 +240,8 @@ def describe_pod_time(usage: Mapping[str, Any] | None) -> str:
 
 
 def find_shade(hours: Sequence[Mapping[str, Any]], shown: Mapping[str, str]) -> tuple[int, int] | None:
-    """Return the index of the first hour on the charts that a time range touches, and the number of hours
-    that it touches; None if there are none.
+    """Return the index of the first hour on the charts that the range `shown` (of `read_range`) touches, and the number
+    of hours that it touches; None if there are none.
     """
     if not shown:
         return None
@@ -273,7 +273,9 @@ def count_by_workflow(dead: Mapping[str, Any] | None) -> str:
 
 
 def list_waits(reasons: Sequence[Mapping[str, Any]], now: datetime) -> Sequence[Mapping[str, Any]]:
-    """Return the reasons of waits, most frequent first, with words and a tone each, and their known end."""
+    """Return the reasons of waits in the given order, with words and a tone each, and their known end; runs that nodes
+    execute are left out.
+    """
     found = []
     for one in reasons:
         if one["code"] != RUNS:

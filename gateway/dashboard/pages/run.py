@@ -255,7 +255,8 @@ def list_writes(graph: Mapping[str, Any], error: Mapping[str, Any]) -> Sequence[
     """Return the labels of the nodes with a write that have run, also if they failed; None if the effect of a node is
     unknown.
 
-    A node that failed before its call, by a mapping that finds nothing, is left out unless it is in a loop.
+    `error` is that of the run. A node that failed before its call, by a mapping that finds nothing, is left out unless
+    it is in a loop.
     """
     effects = {node["id"]: node["effect"] for node in graph["nodes"]}
     cause = error.get("cause") or error

@@ -129,7 +129,9 @@ def select_own(query: Mapping[str, str]) -> Mapping[str, str]:
 
 
 def describe_filters(filters: Mapping[str, str], names: Mapping[str, str]) -> Sequence[str]:
-    """Return the filters besides the state in words, such as `wait for a free slot`; `names` are those of workflows."""
+    """Return each filter besides `status` in words, such as `wait for a free slot` for a reason; `names` has the names
+    of workflows by id, and an unknown id is shown itself.
+    """
     words = {
         "reason": lambda value: " or ".join(f"wait {look_of_wait(one)[0]}" for one in value.split(",")),
         "workflow_id": lambda value: f"of {names.get(value, value)}",

@@ -75,10 +75,10 @@ def choose_state(states: Sequence[State], query: Mapping[str, str]) -> State | N
 
 
 def choose_iteration(state: State, query: Mapping[str, str]) -> str:
-    """Return the selected iteration of a node in a loop, else the first that failed or still runs, else the
-    last one listed.
+    """Return the iteration in the query, else of a node in a loop the first that failed or still runs, else the last
+    one listed.
 
-    Iterations are texts such as `2` or `2.0`. Empty for a node outside of loops.
+    Iterations are texts such as `2` or `2.0`. Empty for a node outside of loops, without an iteration in the query.
     """
     iterations = state["iterations"]
     if query.get("iteration") or not iterations:
@@ -173,8 +173,8 @@ def list_found_names(paths: Iterable[str], data: Any) -> Sequence[tuple[str, Seq
     """Return, for each of the paths that find nothing in `data`, its longest part that exists and up to ten names
     there.
 
-    For `data.order.sum`, these are `data.order` and its names. Paths with such a part that is no object, or empty, are
-    left out.
+    For `data.order.sum`, these are `data.order` and its names. Paths that don't begin with `data`, and those with such
+    a part that is no object, empty or a blob, are left out.
     """
     found: dict[str, Sequence[str]] = {}
     for path in paths:

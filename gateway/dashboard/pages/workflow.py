@@ -219,7 +219,7 @@ def list_notes(
     """Return a note below each node of the map, by node id: its figures, or below a trigger the time of the last
     delivery.
 
-    A warning of a path that finds nothing takes their place. Nodes without a note are left out.
+    A warning of a path that finds nothing takes their place. Nodes without any are left out, or have an empty note.
     """
     unresolved = {one.get("nodeId") for one in warnings if one["type"] == UNRESOLVED}
     newest = deliveries["deliveries"][0] if deliveries and deliveries["deliveries"] else None
@@ -235,7 +235,7 @@ def list_notes(
 
 
 def _given_input(data: Any) -> Mapping[str, Any]:  # noqa: ANN401 - any JSON value
-    """Return the inputs in the output of a trigger, to fill the form; empty for no object and for more than
+    """Return the `body` in the output `data` of a trigger, to fill the form; empty for no object and for more than
     200,000 characters.
     """
     body = data.get("body") if isinstance(data, dict) else None

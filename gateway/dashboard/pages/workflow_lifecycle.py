@@ -113,7 +113,8 @@ def read_candidate(query: Mapping[str, str], current: Mapping[str, Any]) -> Mapp
     """Return the lifecycle policy that the form in the query asks for; `current`, the policy as it is now, without a
     form.
 
-    Invalid fields get defaults: 30 idle minutes, weekdays from 08:00 to 18:00, UTC.
+    Missing fields get defaults: 30 idle minutes, weekdays from 08:00 to 18:00, UTC; so do invalid minutes and days, but
+    invalid times and zones are left to the API, which refuses them.
     """
     kind = query.get("type", "")
     if kind not in POLICIES:
@@ -302,8 +303,10 @@ def compare_policies(replay: Mapping[str, Any]) -> Sequence[tuple[str, str, str,
 
 
 def _compare(label: str, now: float, then: float, show: Any) -> tuple[str, str, str, str, str]:  # noqa: ANN401 - a formatter
-    """Return label, both values, tone and difference in words; more is `bad`, less `good`, and equal as shown
-    has no tone.
+    """Return label, both values, tone and difference in words; more is `bad`, less `good`, and equal as shown has no
+    tone.
+
+    `now` is the value of the present policy, `then` of the candidate, and `show` turns a value into text.
     """
     difference = then - now
     if show(abs(difference)) == show(0):

@@ -101,10 +101,10 @@ async def _load_snapshot(
 
 
 def choose_versions(versions: Sequence[Mapping[str, Any]], query: Mapping[str, str]) -> tuple[str, str]:
-    """Return the two versions to compare by the query; by default the newest one and `current`, the workflow
-    as it is now.
+    """Return the two versions to compare by the query; by default the newest one and `current`, the workflow as it is
+    now.
 
-    The first is empty if there is no version.
+    `versions` begin with the oldest. The first is empty if there is no version.
     """
     known = [CURRENT, *(str(one["version"]) for one in versions)]
     newest = known[-1] if len(known) > 1 else ""
