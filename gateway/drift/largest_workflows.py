@@ -46,8 +46,9 @@ class StoredWorkflow(Struct, frozen=True):
 async def find_largest(connection: AsyncConnection, caller: ApiCaller) -> Sequence[StoredWorkflow]:
     """Return up to ten workflows of all organizations with their estimated runs, the one with the most runs first.
 
-    The name is None for a workflow that `caller` may not read, the organization too for one that is gone.
-    Empty before the first analysis of PostgreSQL.
+    The name is None for a workflow that `caller` may not read; if the workflow no longer exists, its name and
+    organization are both None. The estimates come from PostgreSQL's statistics (empty before its first analysis) or
+    from a sample of SQLite's rows.
     """
     is_postgresql = connection.dialect.name == "postgresql"
     runs = await (_read_statistics(connection) if is_postgresql else _sample_rows(connection))

@@ -103,7 +103,8 @@ async def read_figures(
 ) -> ServerFigures:
     """Return the figures of the server from its rows and the reported activities of its present processes.
 
-    Names of workflows are those that the caller may read.
+    `queue` has the seconds for which the oldest pending run, schedule and waiting run have been due. Names of workflows
+    are those that the caller may read.
     """
     commits = sum(one.get("commits", 0) for one in activities)
     committed = sum(one.get("commits", 0) * one.get("commitSize", 0) for one in activities)

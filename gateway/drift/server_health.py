@@ -227,7 +227,11 @@ async def show(request: GatewayRequest) -> JsonResponse:
 def _list_alerts(
     processes: Sequence[ServerProcess], lead: SchedulerLead | None, queue: QueueFacts
 ) -> Sequence[ServerAlert]:
-    """Return the alerts with their states; a present process with all roles counts as a leading scheduler."""
+    """Return the alerts with their states, by the present ones of `processes`, the lead, and the facts about all rows
+    in `queue`.
+
+    A present process with all roles counts as a leading scheduler.
+    """
     present = [one for one in processes if one.is_present]
     has_all_roles = any(one.role == ALL_IN_ONE for one in present)
     facts = ProcessFacts(
@@ -249,7 +253,9 @@ def _list_alerts(
 
 
 def _date_lead(lead: SchedulerLead | None, reports: Sequence[ProcessReport]) -> SchedulerLead | None:
-    """Return a lead with the time at which it began, if the report of the process that holds it has that."""
+    """Return a lead with the time at which it began, if the report of the process that holds it has that; else
+    unchanged, and None for None.
+    """
     for one in reports:
         reported = (one.activity or {}).get("lead")
         if lead is not None and lead.is_held and reported is not None and reported["owner"] == lead.name:
@@ -258,7 +264,9 @@ def _date_lead(lead: SchedulerLead | None, reports: Sequence[ProcessReport]) -> 
 
 
 def _list_duties(reports: Sequence[ProcessReport]) -> Sequence[SchedulerDuty]:
-    """Return the last tick of each periodic duty, by the process that did it last, sorted by name."""
+    """Return the last successful run of each periodic duty, in whichever process, sorted by the duty's name; a duty
+    without one is left out.
+    """
     found: dict[str, tuple[datetime, Mapping[str, float]]] = {}
     for one in reports:
         for name, tick in ((one.activity or {}).get("duties") or {}).items():

@@ -345,9 +345,10 @@ def _in_header(header: HeaderDoc) -> Part:
 
 
 def _build_success(meaning: str, note: OperationDoc, answer: Part | None, shown: object) -> Part:
-    """Return the documentation of a success response; without a schema it has no body.
+    """Return the documentation of a success response; without a schema `answer` it has no body.
 
-    An event stream is documented as text, with the schema of its events.
+    `meaning` is its description, and `shown` its example, None without one. An event stream is documented as text, with
+    the schema of its events.
     """
     response = _build_response(meaning, note.sends)
     if answer is None:
