@@ -138,7 +138,7 @@ Keys stay in users' systems forever, so the code is part of them from the start.
 
 
 def new_key() -> str:
-    """Return a new API key: `sk-`, a routing code of two characters, 260 random bits."""
+    """Return a new API key: `sk-`, a constant routing code of two characters, 260 random bits."""
     number = secrets.randbits(260)
     return KEY_PREFIX + _ROUTING_CODE + "".join(ALPHABET[number >> shift & 31] for shift in range(0, 260, 5))
 

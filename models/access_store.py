@@ -194,7 +194,7 @@ async def create_user(
 ) -> User:
     """Insert a user of an organization, with the mail address in lower case, and return the row.
 
-    Raises `EmailTaken` if the organization has a user with the address.
+    Raises `EmailTaken` if the organization has a user with the address; the transaction must then be rolled back.
     """
     user = User(
         id=ids.new_id("user"),
@@ -290,7 +290,8 @@ async def find_organization_by_prefix(connection: AsyncConnection, prefix: str) 
     """Return the organization whose keys, valid or not, have the visible prefix `prefix`; if no key has it, the only
     organization of the server.
 
-    None if several organizations are possible, or none exists.
+    None if several organizations have keys with it, or if no key has it and the server has several organizations or
+    none.
     """
     with_prefix = select(col(ApiKey.organization_id)).where(col(ApiKey.prefix) == prefix)
     statement = select(Organization).where(col(Organization.id).in_(with_prefix)).limit(2)

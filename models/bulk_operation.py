@@ -179,8 +179,9 @@ def due_statement(limit: int) -> Select[str]:
 async def claim_operations(
     connection: AsyncConnection, limit: int, lease_seconds: float
 ) -> Sequence[BulkOperation]:
-    """Lease at most `limit` open operations, of all organizations, whose lease has ended, and return them; operations
-    locked by another transaction are skipped.
+    """Lease at most `limit` open operations, of all organizations, whose lease has ended; return them with their new
+    lease.
+    Operations locked by another transaction are skipped.
     """
     due = due_statement(limit).with_for_update(skip_locked=True).cte("due")
     statement = (
@@ -213,8 +214,9 @@ async def store_progress(
 async def store_end(
     connection: AsyncConnection, operation: BulkOperation, status: BulkStatus, reason: str | None
 ) -> bool:
-    """Store status, reason and time of the end of an operation; return False, without a change, if its
-    lease was lost.
+    """Store status, reason and time of the end of an operation, and empty its step.
+
+    Return False, without a change, if it has ended already or its lease was lost.
     """
     statement = (
         update(BulkOperation)
@@ -225,8 +227,8 @@ async def store_end(
 
 
 async def release(connection: AsyncConnection, operation: BulkOperation) -> None:
-    """End the lease of an operation, so that another gateway may perform it at once; changes nothing if the lease was
-    lost.
+    """End the lease of an operation, so that another gateway may perform it at once; changes nothing if the operation
+    has ended or the lease was lost.
     """
     await connection.execute(
         update(BulkOperation).where(*_is_leased(operation)).values(leased_until=DatabaseTime())

@@ -93,7 +93,9 @@ class CircuitBreaker:
         self._check = asyncio.get_running_loop().call_later(CHECK_SECONDS, self._check_oldest_call)
 
     async def _probe_once(self) -> None:
-        """Probe the server; without an answer, interrupt all calls and refuse new ones until it answers."""
+        """Probe the server; without an answer, interrupt all calls and refuse new ones until it answers, or nobody has
+        called for a minute.
+        """
         try:
             if not await self._probe_in_time():
                 await self._open()
@@ -105,7 +107,7 @@ class CircuitBreaker:
     async def _open(self) -> None:
         """Interrupt all calls, terminate the connections, and probe every half second until the server answers.
 
-        Returns too if no new call was made for a minute. The caller lets calls pass again.
+        It also returns, without an answer, once no new call was made for a minute. The caller lets calls pass again.
         """
         log.warning("database does not answer", calls=len(self._calls))
         self._is_open = True
@@ -120,8 +122,8 @@ class CircuitBreaker:
                 return
 
     async def _probe_in_time(self) -> bool:
-        """Probe the server; return whether it answers without an error within 1.5 seconds, not counting time in which
-        the event loop was busy.
+        """Return whether the server answers a probe within 1.5 seconds, even by an error; time in which the event loop
+        was busy is not counted.
         """
         probe = asyncio.ensure_future(self._probe())
         now = begun_at = monotonic()
@@ -167,7 +169,7 @@ class GuardedCall:
     def give_up(self) -> None:
         """Cancel the task in the context because of an outage; then leaving the context raises `DatabaseUnavailable`.
 
-        Later calls do nothing.
+        Does nothing if no task is in the context, and in later calls.
         """
         if self._task is not None and not self._is_given_up:
             self._is_given_up = True

@@ -151,11 +151,11 @@ class Database:
     ) -> T:
         """Run `work` in one transaction, commit it, and return its result.
 
-        After transient failures `work` is called again, up to five times in all, so it must change nothing but the
-        database. If the caller is canceled, the transaction still ends by itself: SQLite's driver, interrupted inside
-        it, would keep the file locked. Transactions of this process with equal `locks`, a name for a row, run one after
-        another. An exception of `work` rolls the transaction back and propagates. Raises `DatabaseUnavailable`, and
-        `LockWaitTimeout` if another transaction keeps a row or key locked.
+        After transient failures `work` is called again, up to five times in all and within two seconds, so it must
+        change nothing but the database. If the caller is canceled, the transaction still ends by itself: SQLite's
+        driver, interrupted inside it, would keep the file locked. Transactions of this process with equal `locks`, a
+        name for a row, run one after another. An exception of `work` rolls the transaction back and propagates. Raises
+        `DatabaseUnavailable`, and `LockWaitTimeout` if another transaction keeps a row or key locked.
         """
         return await self._shield(
             self._transact(work) if locks is None else self._transact_in_turn(work, locks)
@@ -399,7 +399,10 @@ class WriteLockBreaker:
             self._changes += 1
 
     def _wait(self, execute: Callable[[str], object]) -> None:
-        """Begin a transaction, and retry while writers of this process hold the lock; raises `DatabaseUnavailable`."""
+        """Begin a transaction, and retry for up to 30 seconds while writers of this process hold the lock.
+
+        Raises `DatabaseUnavailable` after that, and if another process holds the lock; then later calls don't wait.
+        """
         give_up_at = monotonic() + OWN_WRITES_SECONDS
         while True:
             before = self._changes

@@ -14,7 +14,7 @@ limit.
 def raise_descriptor_limit() -> int:
     """Raise this process's soft limit of open files to the hard one, at most 65,536; return the limit that holds then.
 
-    A limit that is higher already is not lowered.
+    A limit that is higher already is not lowered; for an unlimited one, 65,536 is returned.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)

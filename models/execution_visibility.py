@@ -21,7 +21,8 @@ def visibility_condition(caller: ApiCaller) -> ColumnElement[bool]:
     else those of readable workflows.
 
     Executions of a deleted workflow, and private executions (of node tests, for example), are visible to admins, the
-    owner of the workflow, and the user of the execution only.
+    owner of the workflow, and the user of the execution only; to that user, a private one only while the workflow is
+    readable or if it is deleted.
     """
     own = and_(col(Execution.organization_id) == caller.organization_id, col(Execution.shard) == caller.shard)
     if caller.is_admin:

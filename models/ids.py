@@ -41,7 +41,7 @@ class IdClock(Protocol):
 
 def use_clock(clock: IdClock) -> None:
     """Set the clock for new ids of this process, so that they sort together with ids of other hosts that use the same
-    clock.
+    clock. If it is behind the clock before, new ids may sort before earlier ones.
     """
     global _clock, _last_millisecond
     with _lock:
@@ -71,8 +71,8 @@ def time_of(text: str) -> datetime | None:
 
 
 def new_ids(prefix: str, count: int) -> list[str]:
-    """Return `count` new ids that differ in their last characters, up to 1,024 from one UUID; cheaper than `new_id` for
-    each.
+    """Return `count` new ids in ascending order, up to 1,024 from one UUID, which differ in their last characters;
+    cheaper than `new_id` for each.
     """
     made: list[str] = []
     while len(made) < count:

@@ -134,7 +134,8 @@ async def revoke_invitation(
     """Revoke an invitation of an organization, and return its row as it was before; None if the organization has none
     with the id.
 
-    An accepted or revoked invitation is returned without a change. The row is locked until the end of the transaction.
+    An accepted or revoked invitation is returned without a change; an expired one is revoked. The row is locked until
+    the end of the transaction.
     """
     conditions = (col(Invitation.organization_id) == organization_id, col(Invitation.id) == invitation_id)
     # Otherwise an acceptance could come between, and the caller would take the invitation for revoked.

@@ -90,7 +90,8 @@ def replay_runs(
 ) -> PolicyReplay:
     """Return the pod time, cold starts and waits that `policy` would have caused for past runs between two times.
 
-    `runs` must be sorted by acceptance. A cold start counts as a wait of ten seconds.
+    `runs` must be sorted by acceptance. A cold start counts as a wait of ten seconds. Raises `ZoneInfoNotFoundError`
+    for an unknown time zone.
     """
     match policy:
         case AlwaysOnPolicy():

@@ -218,7 +218,7 @@ def parse_policy(stored: Mapping[str, Any]) -> DeploymentPolicy:
 
 def decide(policy: DeploymentPolicy, situation: DeploymentSituation, now: datetime) -> LifecycleVerdict:
     """Return the decision of a policy about a deployment at `now`: the action, its reason, and the time to decide
-    again.
+    again, None if only other facts can change the decision.
 
     It depends on its arguments alone. Raises `ZoneInfoNotFoundError` for an unknown time zone.
     """
@@ -291,7 +291,9 @@ def next_transition(
 
 
 def decision_inputs(situation: DeploymentSituation, now: datetime) -> dict[str, Any]:
-    """Return the inputs of `decide`, the situation and `now`, as JSON, to be stored with the decision."""
+    """Return the inputs of `decide`, the situation and `now`, as a JSON object with names in camel case, to be stored
+    with the decision.
+    """
     facts = {"now": now, **asdict(situation)}
     return {
         _to_camel_case(name): timestamps.format_timestamp(value) if isinstance(value, datetime) else value
@@ -326,8 +328,8 @@ def _is_kept_awake(situation: DeploymentSituation, now: datetime) -> bool:
 
 
 def _keep_awake(verdict: LifecycleVerdict, situation: DeploymentSituation, now: datetime) -> LifecycleVerdict:
-    """Return `verdict`; or no action, if it would stop a deployment before the end of the time for which a user keeps
-    it awake.
+    """Return `verdict`; or if it stops a deployment, or is to be checked, before the end of the time for which a user
+    keeps it awake, no action until then.
     """
     until = situation.kept_awake_until
     if until is None or until <= now:
@@ -341,8 +343,10 @@ def _keep_awake(verdict: LifecycleVerdict, situation: DeploymentSituation, now: 
 def _stop_unless_in_use(
     stop: LifecycleVerdict, situation: DeploymentSituation, timeout: timedelta, now: datetime
 ) -> LifecycleVerdict:
-    """Return `stop` once a deployment has been idle for `timeout`; before, no action, with the reason and the time to
-    check again.
+    """Return `stop` once a deployment has been idle for `timeout`, counted from its last activity.
+
+    Before, return no action with that time as the time to check again; without one while a run is due or in progress,
+    or pods start.
     """
     if situation.has_due or situation.has_running or situation.is_waking:
         return LifecycleVerdict(LifecycleAction.NONE, LifecycleReason.IN_USE)
@@ -357,7 +361,7 @@ def _stop_unless_in_use(
 def _stop_unless_open(
     schedule: WindowSchedule, situation: DeploymentSituation, now: datetime
 ) -> LifecycleVerdict:
-    """Return a stop while the schedule is closed; after a start by a user, only from the next closing on.
+    """Return a stop (or drain) while the schedule is closed; after a start by a user, only from the next closing on.
 
     Otherwise return no action, with the time of the next closing as the time to check again. Raises
     `ZoneInfoNotFoundError` for an unknown time zone.
@@ -399,8 +403,9 @@ def _decide_while_down(
     """Return the decision about a deployment that is down or drains: start it for its policy, wake it for a due run, or
     no action.
 
-    After a failed start, no action before the time of the next retry. With no action, that time, or the next opening of
-    the windows, is the time to check again. Raises `ZoneInfoNotFoundError` for an unknown time zone.
+    After a failed start, no action before the time of the next retry. With no action, that time (if pods are wanted),
+    or the next opening of the windows, is the time to check again; there is none without windows and for an archived
+    workflow. Raises `ZoneInfoNotFoundError` for an unknown time zone.
     """
     if situation.stopped_reason is StoppedReason.ARCHIVED:
         return LifecycleVerdict(LifecycleAction.NONE, LifecycleReason.NOT_DEPLOYED)
@@ -426,7 +431,11 @@ def _decide_while_down(
 def _start_reason(
     policy: DeploymentPolicy, situation: DeploymentSituation, now: datetime
 ) -> LifecycleReason | None:
-    """Return the reason, other than a due run, why a deployment should be up now; None if there is none."""
+    """Return the reason, other than a due run, why a deployment should be up now; None if there is none.
+
+    Unless a user keeps it awake, a stop by a user holds until the next opening of the windows, or under an always-on
+    policy until a start. Raises `ZoneInfoNotFoundError` for an unknown time zone.
+    """
     if _is_kept_awake(situation, now):
         return LifecycleReason.KEPT_AWAKE
     is_by_hand = situation.stopped_reason is StoppedReason.MANUAL

@@ -104,7 +104,7 @@ class PodProcess(Struct, frozen=True):
 def lease_owner(workflow_id: str, process: PodProcess) -> str:
     """Return the lease owner name of a pod's process, under which it claims runs of its workflow.
 
-    Only pods of the workflow have names with this beginning.
+    It begins with `lease_owner_prefix`, as only names of pods of this workflow do.
     """
     return f"{lease_owner_prefix(workflow_id)}{process.name}"
 
@@ -115,8 +115,8 @@ def lease_owner_prefix(workflow_id: str) -> str:
 
 
 def derive_token(token_id: str, secret: bytes) -> str:
-    """Return the token of a pod: derived from the id of its row and the server secret, `rt-`, a routing code of two
-    characters, and 260 bits.
+    """Return the token of a pod, always the same for the id of its row and the server secret: `rt-`, a constant routing
+    code of two characters, and 260 bits.
     """
     key = blake2b(secret, digest_size=64, person=b"runner tokens").digest()
     number = int.from_bytes(blake2b(token_id.encode(), key=key, digest_size=33).digest(), "big")

@@ -141,7 +141,7 @@ class ScheduleTimetable(Struct, frozen=True, dict=True):
     def last_instants(self, count: int, first: datetime, last: datetime, anchor: datetime) -> list[datetime]:
         """Return the last instants from `first` to `last`, both included, at most `count`, earliest first.
 
-        It doesn't compute all instants of a long time.
+        Intervals count from `anchor`. It doesn't compute all instants of a long time.
         """
         stretch = _FIRST_STRETCH
         while True:
@@ -225,8 +225,8 @@ def _to_whole_number(value: object) -> object:
 
 @lru_cache(maxsize=4_096)
 def is_cron_expression(cron: str) -> bool:
-    """Return whether a text is a cron expression of five fields, at most 200 characters, that matches at least one
-    time.
+    """Return whether a text is a cron expression of five fields with single spaces between, at most 200 characters,
+    that matches at least one time.
     """
     if len(cron) > CRON_CHARACTERS or len(cron.split(" ")) != CRON_FIELDS or cron != " ".join(cron.split()):
         return False
@@ -239,11 +239,12 @@ def is_cron_expression(cron: str) -> bool:
 
 def decide_instants(timetable: ScheduleTimetable, state: ScheduleState, now: datetime) -> ScheduleDecision:
     """Return the decision about all instants due since `state.next_run_at`: which of them get a run, and the next
-    instant.
+    instant, None if there is none.
 
-    It also has the reason and the time of the last skipped instant. Runs are added only up to 1,000 unstarted runs of
-    the workflow. Under the overlap policy `skip`, at most one instant gets a run, none while the last run of the
-    schedule is in progress.
+    An instant is due after the start delay of the workflow. The decision also has the reason and the time of the last
+    skipped instant, None if none is skipped. Under the overlap policy `skip`, at most one instant gets a run, none
+    while the last run of the schedule is in progress; otherwise runs are added up to 1,000 unstarted runs of the
+    workflow.
     """
     due_until = now - timetable.start_delay(state.workflow_id)
     if state.next_run_at > due_until:
@@ -264,7 +265,8 @@ def _instants_to_run(
     """Return the due instants to run, the reason for skipped instants, and the last skipped instant; the latter two are
     None if none is skipped.
 
-    If the first instant is at most a minute late, all run; otherwise the misfire policy chooses.
+    If the first instant is at most a minute late, all run. Otherwise the misfire policy chooses those of the last
+    minute (`skip`), the last (`run_once`) or the last `misfire_limit` (`run_all`).
     """
     first, anchor_at = state.next_run_at, state.anchor_at
     in_time_since = due_until - GRACE_TIME
@@ -293,8 +295,8 @@ def recompute_next_instant(
 ) -> datetime | None:
     """Return the corrected next instant of a schedule after its clock was found to be ahead; None if there is none.
 
-    `last_run_at` is the last instant that had a run. Instants that ran early are not run again, unless the clock was
-    over an hour ahead, after which nothing would run for long.
+    `last_run_at` is the last instant that had a run, and `anchor` the time from which intervals count. Instants that
+    ran early are not run again, unless the clock was over an hour ahead, after which nothing would run for long.
     """
     since = now - timetable.start_delay(workflow_id)
     if last_run_at is not None and since < last_run_at <= since + MAX_AHEAD:
@@ -308,7 +310,7 @@ def last_paused_instant(
     """Return the last instant that a paused schedule has skipped: its run would have begun by `now`, after the delay of
     the workflow's runs. None if it has skipped none.
 
-    `planned_at` is the time of its last decision: no instant from then on had a run.
+    `planned_at` is the time of its last decision: no instant from then on had a run. Intervals count from `anchor`.
     """
     until = now - timetable.start_delay(workflow_id)
     found = timetable.last_instants(1, planned_at, until, anchor) if planned_at < until else []

@@ -48,7 +48,7 @@ class FoundSenderToken(Struct, frozen=True):
 
 
 def new_token(kind: SenderTokenKind) -> str:
-    """Return a new random token with the prefix of its kind, a routing code of two characters, and 260 random bits."""
+    """Return a new random token: the prefix of its kind, a constant routing code of two characters, 260 random bits."""
     number = secrets.randbits(_BITS)
     return (
         TOKEN_PREFIXES[kind]

@@ -211,7 +211,7 @@ class ServerSettings(TraceSettings):
 
     @property
     def broker_url(self) -> str | None:
-        """URL of Redis, or else of PostgreSQL, by which processes wake one another.
+        """URL of Redis, or else of PostgreSQL (`listen_url`, else the database), by which processes wake one another.
 
         None for SQLite without Redis, which allows one process only.
         """

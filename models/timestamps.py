@@ -39,7 +39,7 @@ def hour_of(moment: datetime) -> datetime:
 
 
 def format_timestamp(moment: datetime) -> str:
-    """Format a time in UTC by ISO 8601, to the millisecond, with a final `Z`."""
+    """Format an aware time, converted to UTC, by ISO 8601, cut to the millisecond, with a final `Z`."""
     return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 

@@ -31,7 +31,7 @@ class AcceptedTool(msgspec.Struct, frozen=True, rename="camel"):
 
     @property
     def hash(self) -> str:
-        """SHA-256 of the definition, in hexadecimal."""
+        """SHA-256 of the definition, in hexadecimal, which is stored in it."""
         return str(self.definition["hash"])
 
 

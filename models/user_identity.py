@@ -48,9 +48,9 @@ async def find_identity(connection: AsyncConnection, issuer: str, subject: str) 
 async def add_identity(
     connection: AsyncConnection, user: User, *, issuer: str, subject: str, key_id: str, now: datetime
 ) -> UserIdentity:
-    """Store an identity of a user at a provider and return it; raises `IdentityTaken` if any user has it.
+    """Store an identity of a user at a provider and return it; new sessions of it act under the API key `key_id`.
 
-    New sessions of the identity act under the API key `key_id`.
+    Raises `IdentityTaken` if any user, also this one, has the identity; the transaction must then be rolled back.
     """
     row = UserIdentity(
         issuer=issuer,

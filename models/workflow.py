@@ -226,6 +226,6 @@ def is_open_to(caller: ApiCaller) -> ColumnElement[bool]:
 
 def is_writable_by(caller: ApiCaller) -> ColumnElement[bool]:
     """Return the SQL condition for workflows that a caller may change, share and delete: the caller's own; for an
-    admin, all of the organization.
+    admin, all of the organization; templates too, but no deleted ones.
     """
     return and_(*_is_present(caller), true() if caller.is_admin else col(Workflow.owner_id) == caller.user_id)
