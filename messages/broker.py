@@ -166,10 +166,10 @@ class Broker(RunBroker, Protocol):
         """
 
     async def send_direct(self, worker: str, message: DirectRuns) -> bool:
-        """Send runs to the worker that they are assigned to; return False if no process listens on its channel.
+        """Send runs to the worker that they are assigned to; return False, with nothing sent, if no process listens on
+        its channel, or this broker can't assign runs.
 
-        `worker` is the name of that channel.
-        Raises `BrokerUnavailable`.
+        `worker` is the name of that channel. Raises `BrokerUnavailable`.
         """
 
     async def is_heard(self, channel: str) -> bool:

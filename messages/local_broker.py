@@ -136,7 +136,9 @@ class LocalBroker:
         await self.stop_worker()
 
     def _wake(self, shard: int) -> None:
-        """Call the worker once for a queued shard, if there is one."""
+        """Call the worker of this process for a queued shard, and take the shard out of the queue; without a worker it
+        stays there.
+        """
         # Taken out before the claim, so that a wakeup after a later commit is sent again. Without a worker, it waits
         # for the next one.
         if self._worker is not None and shard in self._queued_shards:

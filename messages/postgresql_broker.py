@@ -133,7 +133,7 @@ class _DirectPayload(msgspec.Struct):
 
 @asynccontextmanager
 async def _check_answer() -> AsyncIterator[None]:
-    """Raise `BrokerUnavailable` for failures of PostgreSQL in the block, or if it takes too long."""
+    """Raise `BrokerUnavailable` for failures of PostgreSQL in the block, or if it takes over two seconds."""
     try:
         async with asyncio.timeout(ANSWER_SECONDS):
             yield
@@ -333,7 +333,7 @@ class PostgresqlBroker:
                     self._url, timeout=ANSWER_SECONDS, command_timeout=ANSWER_SECONDS
                 )
                 try:
-                    await self._hear(connection)
+                    await self._receive_notifications(connection)
                 finally:
                     self._is_channel_open.clear()
                     connection.terminate()
@@ -343,11 +343,12 @@ class PostgresqlBroker:
                 is_lost = True
             await asyncio.sleep(RECONNECT_SECONDS)
 
-    async def _hear(self, connection: asyncpg.Connection) -> None:
-        """Listen on a session until it ends, and every five seconds check it, its lock and the queues.
+    async def _receive_notifications(self, connection: asyncpg.Connection) -> None:
+        """Receive notifications on a session until it ends, and hold the lock that shows that the channel is heard.
 
-        Each minute, outdated rows of the queues are deleted. Raises the errors of asyncpg and `TimeoutError`
-        if a check fails.
+        Every five seconds, the queues are read, lest a notification be missed, and the lock is requested again, since
+        an earlier session may have had it. Each minute, outdated rows of the queues are deleted. Raises the errors of
+        asyncpg, and `TimeoutError` if the session does not answer in time.
         """
         await connection.add_listener(QUEUE_CHANNEL, lambda *given: self._drain(given[3]))
         await connection.add_listener(CHANGES_CHANNEL, lambda *given: self._deliver_changes(given[3]))

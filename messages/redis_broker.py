@@ -191,7 +191,8 @@ async def connect(
     """Return a broker for Redis; an unreachable server doesn't prevent the start.
 
     `channel` is the name of this process; a gateway also receives the messages to all gateways. Without a `seal`,
-    notifications carry no outcomes and no runs are assigned directly. Raises `RedisMayEvict` if Redis may evict keys.
+    notifications carry no outcomes and no runs are assigned directly. Raises `RedisMayEvict` if Redis may evict keys,
+    and `ValueError` for an invalid URL.
     """
     broker = RedisBroker(url, channel=channel, seal=seal, is_gateway=is_gateway)
     try:
