@@ -81,7 +81,7 @@ class GatewayClient:
     @property
     def failing_seconds(self) -> float:
         """Seconds for which every call on this loop has failed: no gateway answered, or it doesn't know this
-        pod; 0.0 after a success.
+        pod; 0.0 after a success or any other refusal.
         """
         return 0.0 if self._failing_since is None else monotonic() - self._failing_since
 
@@ -90,9 +90,9 @@ class GatewayClient:
     ) -> Answer:
         """Post a call to the gateway and return its answer, decoded to the type `answer`.
 
-        Raises `DatabaseUnavailable`, after a pause that grows to two seconds, if the gateway does not answer
-        in time or asks for a retry, `NodeError` for errors of node services, and `CallRefused` for other
-        refusals.
+        `call` None sends an empty object. Raises `DatabaseUnavailable`, after a pause that grows to two seconds, if the
+        gateway does not answer within `seconds`, fails, asks for a retry or refuses the token of the pod; `NodeError`
+        for errors of node services, and `CallRefused` for other refusals.
         """
         body = b"{}" if call is None else msgspec.json.encode(call)
         async with self._translated_errors(seconds):

@@ -46,8 +46,8 @@ class GatewayConnections:
     async def post(self, path: str, body: bytes) -> RawResponse:
         """Post JSON and return the whole response, of any status; an idle connection is reused.
 
-        Raises `OSError`, such as `ConnectionError` for a broken, invalid or too large response. There is no retry,
-        even if the gateway has closed an idle connection.
+        Raises `OSError`, such as `ConnectionError` for a broken, invalid or too large response. There is no time limit
+        and no retry, even if the gateway has closed an idle connection.
         """
         connection = self._take_idle() or await self._connect()
         lines = f"POST {self._path}{path} HTTP/1.1\r\n{self._head}Content-Type: application/json\r\n"

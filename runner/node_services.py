@@ -73,7 +73,8 @@ class RemoteDataSources:
     async def find(self, caller: RunCaller, source_id: str) -> ConnectionSource:
         """Return a data source with its secrets from the gateway, cached for two seconds per run.
 
-        Raises `NodeError` if the run may not use it, and (retryable) if the gateway does not answer.
+        Raises the `NodeError` of the gateway, such as for a source that the run may not use, and a retryable one if the
+        gateway refuses or doesn't answer.
         """
         key = (caller.execution_id, source_id)
         known = self._remembered.get(key)
@@ -197,7 +198,8 @@ class RemoteRunStarter:
     ) -> str:
         """Start a run of another workflow through the gateway, at most once per node and iteration; return its id.
 
-        An `awaited` run answers the node at its end. Raises `NodeError`; waits while the gateway is unavailable.
+        An `awaited` run answers the node at its end. Raises `NodeError` or `CallRefused`; waits while the gateway is
+        unavailable.
         """
         inputs = msgspec.Raw(msgspec.json.encode(trigger_inputs))
         call = StartRunRequest(
@@ -236,7 +238,7 @@ class RemoteApprovalLinks:
         """Return the URLs of approval links, in the order of `places`, pairs of node id and iteration;
         the same in every call.
 
-        Raises `NodeError`; waits while the gateway is unavailable.
+        Raises `NodeError` or `CallRefused`; waits while the gateway is unavailable.
         """
         path, call = f"/executions/{caller.execution_id}/approval-links", ApprovalLinksRequest(places)
         return (await until_available(lambda: self._gateway.call(path, call, ApprovalLinksResponse))).urls
@@ -249,17 +251,18 @@ class RemoteCallbacks:
         self._gateway = gateway
 
     async def create_url(self, caller: RunCaller, *, node_id: str, iteration: str) -> str:
-        """Return the callback URL of a node, the same in every call.
+        """Return the callback URL of a node and iteration, the same in every call.
 
-        Raises `NodeError`; waits while the gateway is unavailable.
+        Raises `NodeError` or `CallRefused`; waits while the gateway is unavailable.
         """
         path, call = f"/executions/{caller.execution_id}/callback-url", CallbackUrlRequest(node_id, iteration)
         return (await until_available(lambda: self._gateway.call(path, call, CallbackUrlResponse))).url
 
     async def sign(self, caller: RunCaller, message_id: str, body: bytes) -> Mapping[str, str]:
-        """Return the headers that sign a request with the organization's secrets, which stay at the gateway.
+        """Return the headers that sign `body`, as the message `message_id`, with the organization's secrets, which stay
+        at the gateway.
 
-        Raises `NodeError`; waits while the gateway is unavailable.
+        Raises `NodeError` or `CallRefused`; waits while the gateway is unavailable.
         """
         path, call = f"/executions/{caller.execution_id}/signatures", SignatureRequest(message_id, body)
         return (await until_available(lambda: self._gateway.call(path, call, SignatureResponse))).headers
@@ -274,9 +277,10 @@ class RemoteThrottle:
     async def reserve(
         self, caller: RunCaller, key: str, *, limit: int, per_seconds: float, max_wait_seconds: float
     ) -> datetime:
-        """Reserve the next free slot of a rate of `limit` runs per `per_seconds` at the gateway; return its time.
+        """Reserve the next free slot of the rate `key`, `limit` runs per `per_seconds`, at the gateway.
 
-        Raises `NodeError` if it is over `max_wait_seconds` away; waits while the gateway is unavailable.
+        Return the time of the slot; each call reserves another one. Raises `NodeError` if it is over `max_wait_seconds`
+        away, and `CallRefused`; waits while the gateway is unavailable.
         """
         call = ThrottleRequest(key, limit, per_seconds, max_wait_seconds)
         path = f"/executions/{caller.execution_id}/reservations"
@@ -294,8 +298,8 @@ class RemoteEventWaits:
     ) -> datetime | None:
         """Register a node as waiting for an event at the gateway; return the time at which the wait expires.
 
-        None without an expiry, or if the node has its answer already. Raises `NodeError`; waits while the
-        gateway is unavailable.
+        None without an expiry, or if the node has its answer already. Raises `NodeError` or `CallRefused`; waits while
+        the gateway is unavailable.
         """
         call = ExpectEventRequest(
             node_id,
@@ -322,7 +326,7 @@ class RemoteSignalWaits:
         """Register a node as waiting for a signal at the gateway; return the end of the wait,
         or the answer if it has arrived.
 
-        Raises `NodeError`; waits while the gateway is unavailable.
+        Raises `NodeError` or `CallRefused`; waits while the gateway is unavailable.
         """
         call = ExpectSignalRequest(node_id, iteration, wanted.name, wanted.timeout_seconds)
         path = f"/executions/{caller.execution_id}/signal-waits"
@@ -331,7 +335,7 @@ class RemoteSignalWaits:
     async def reply(self, caller: RunCaller, node_id: str, iteration: str, value: bytes) -> None:
         """Store the reply (JSON) of a node to the signal that it received, at the gateway.
 
-        Raises `NodeError`; waits while the gateway is unavailable.
+        Raises `NodeError` or `CallRefused`; waits while the gateway is unavailable.
         """
         path = f"/executions/{caller.execution_id}/signal-replies"
         call = ReplyToSignalRequest(node_id, iteration, value)
@@ -347,7 +351,7 @@ class RemoteState:
     async def publish(self, caller: RunCaller, key: str, value: bytes) -> None:
         """Publish the value (JSON) of a key in the state of the run, at the gateway, in place of an earlier one.
 
-        Raises `NodeError`; waits while the gateway is unavailable.
+        Raises `NodeError` or `CallRefused`; waits while the gateway is unavailable.
         """
         path, call = f"/executions/{caller.execution_id}/state", PublishRequest(key, value)
         await until_available(lambda: self._gateway.call(path, call, PublishResponse))

@@ -89,7 +89,8 @@ class RemoteRunStore:
     async def record(self, batch: Sequence[RunWrite], *, owner: str = "") -> frozenset[str]:  # noqa: ARG002 - the gateway knows the owner
         """Write the progress of runs in several calls; return the ids of runs that still held their token.
 
-        Raises `PartialCommit` if some writes are not stored; see `RunStore.record`.
+        Raises `PartialCommit` if some writes are not stored; see `RunStore.record`. If a call fails, the writes of
+        those before it are stored. `owner` is ignored: the gateway knows the pod.
         """
         held: set[str] = set()
         unwritten: set[str] = set()
@@ -112,8 +113,8 @@ class RemoteRunStore:
         """Extend leases to `lease_seconds` from now through the gateway; return those still held, with
         requests to stop or cancel.
 
-        Leases of locked rows are marked, and not extended. A lease that is not among the answers is lost.
-        Also sets the clock by the answer.
+        Leases of locked rows are marked (`is_locked`), and not extended. A lease without a result is lost. Also sets
+        the clock by the answer. `owner` is ignored: the gateway knows the pod.
         """
         leases = [LeaseIdentity(one.execution_id, one.shard, one.token) for one in held]
         asked_at = time.monotonic()
