@@ -72,7 +72,7 @@ def check_header(name: str, value: str) -> None:
     """Raise `ValueError` for a header that a workflow may not set on an outgoing mail.
 
     Refused are malformed names, headers that the server sets itself, such as From and Content-Type, and
-    values with line ends, which would inject another header.
+    values with line ends, which would inject another header, or other control characters.
     """
     if not _NAME.fullmatch(name):
         raise ValueError(f"{name[:100]!r} is not a valid header name")
@@ -94,7 +94,7 @@ def compose_mail(mail: OutgoingMail) -> bytes:
     """Return an outgoing mail as the bytes of RFC 5322, with text, HTML and attachments.
 
     Sets Date, Message-ID and `Auto-Submitted: auto-generated`. Raises `ValueError` for headers that may not
-    be set, and for line ends in the subject or a header.
+    be set, and for control characters, such as line ends, in the subject or a header.
     """
     composed = EmailMessage(policy=_POLICY)
     composed["From"] = _to_address(mail.sender)

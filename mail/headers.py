@@ -174,7 +174,8 @@ def parse_parameters(value: str) -> tuple[str, dict[str, str]]:
     """Split a header such as `text/plain; charset=utf-8` into its first part, in lower case, and its parameters by
     lower-case name.
 
-    Parameters that are continued or encoded by RFC 2231 are joined and decoded; the first of two equal names counts.
+    Parameters that are continued or encoded by RFC 2231 are joined and decoded, and count more than a plain one of the
+    name; the first of two equal names counts.
     """
     head, semicolon, rest = value.partition(";")
     plain: dict[str, str] = {}

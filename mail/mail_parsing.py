@@ -36,10 +36,12 @@ _REPLY_HEADERS: Final = ("in-reply-to", "references")
 def parse_mail(
     raw: Raw | BinaryIO, keep_attachment: KeepAttachment, limits: MailLimits = DEFAULT_LIMITS
 ) -> ParsedMailContent:
-    """Parse a raw mail, calling `keep_attachment` with each attachment; raises `InvalidMail` beyond the limits.
+    """Parse a raw mail, calling `keep_attachment` with each attachment.
 
-    Malformed parts are read leniently. Text parts beyond `max_text_bytes` become attachments. The time is
-    proportional to the size of the mail, in steps of milliseconds: call it in a thread.
+    Raises `InvalidMail` for headers or attachments with too many bytes. Headers, parts and attachments beyond the
+    maximum numbers are left out, and counted in `truncated`. Malformed parts are read leniently. Text parts beyond
+    `max_text_bytes` become attachments. The time is proportional to the size of the mail, in steps of milliseconds:
+    call it in a thread.
     """
     given = raw if isinstance(raw, bytes | bytearray | memoryview | mmap) else raw.read()
     root = MailPart.parse(given, _find_beginning(given), len(given), limits)
@@ -110,8 +112,9 @@ class AttachmentCollector:
     def add(self, label: AttachmentLabel, pieces: Iterable[bytes]) -> None:
         """Pass one attachment to the callback, and add it to `found` with its size and SHA-256.
 
-        Beyond the maximum number it is only counted in `omitted`. Raises `InvalidMail` for one that is too
-        large, alone or together with the earlier ones, and the errors of the callback.
+        Pieces that the callback doesn't take are read all the same. Beyond the maximum number the attachment is only
+        counted in `omitted`. Raises `InvalidMail` for one that is too large, alone or together with the earlier ones,
+        and the errors of the callback.
         """
         if len(self.found) == self._limits.max_attachments:
             self.omitted += 1
@@ -133,7 +136,9 @@ class AttachmentCollector:
         self.found.append(MailAttachment(label, self._bytes - before, digest.hexdigest()))
 
     def _check(self, size: int) -> None:
-        """Raise `InvalidMail` if this attachment, or all together, have more bytes than the limits allow."""
+        """Raise `InvalidMail` if this attachment, with `size` bytes so far, or all together, have more bytes than the
+        limits allow.
+        """
         if size > self._limits.max_attachment_bytes:
             most = f"{self._limits.max_attachment_bytes:,}"
             raise InvalidMail(f"An attachment has more than {most} bytes")
@@ -178,14 +183,16 @@ def is_automatic(mail: ParsedMailContent) -> bool:
 def is_reply_to_workflow(mail: ParsedMailContent) -> bool:
     """Return whether a mail answers a mail that a workflow has sent.
 
-    True if its In-Reply-To or References has the Message-ID of such a mail.
+    True if its In-Reply-To or References has a Message-ID that `is_workflow_mail` recognizes.
     """
     named = " ".join(_first_header(mail, name) for name in _REPLY_HEADERS)
     return any(composition.is_workflow_mail(one) for one in named.split())
 
 
 def _first_header(mail: ParsedMailContent, name: str) -> str:
-    """Return the first value of a header of a parsed mail, by its lower-case name; empty without it."""
+    """Return the value of a header of a parsed mail, by its lower-case name; of a repeated header, all values with
+    spaces between; empty without it.
+    """
     values = next((value for each, value in mail.email_headers.items() if each.lower() == name), "")
     return values if isinstance(values, str) else " ".join(values)
 

@@ -38,8 +38,8 @@ def parse_sendgrid_form(
 ) -> ParsedMailContent:
     """Return the mail in a form of SendGrid's Inbound Parse, in its raw or its parsed format.
 
-    `keep_attachment` is called with each attachment. Raises `InvalidMail` for a mail beyond the limits;
-    malformed fields count as empty.
+    `keep_attachment` is called with each attachment. Raises `InvalidMail` for headers or attachments with too many
+    bytes; those beyond the maximum numbers are left out, and counted in `truncated`. Malformed fields count as empty.
     """
     if "email" in form.fields:
         return mail_parsing.parse_mail(form.first("email"), keep_attachment, limits)
@@ -76,7 +76,8 @@ def parse_mailgun_form(
     """Return the mail in a form of a Mailgun route: `forward()`, raw or parsed, or `store()`.
 
     `keep_attachment` is called with each attachment in the form; those that Mailgun stores get a URL instead
-    of a content. Raises `InvalidMail` for a mail beyond the limits.
+    of a content. Raises `InvalidMail` for attachments or raw headers with too many bytes; what exceeds the maximum
+    numbers is left out, and counted in `truncated`.
     """
     if "body-mime" in form.fields:
         return mail_parsing.parse_mail(form.first("body-mime"), keep_attachment, limits)
@@ -111,7 +112,7 @@ def _keep_attachments(
     """Pass the files of a form to `keep` in the order of their numbers; return the collector that measured them.
 
     They are posted in any order, before and between the fields. `label` gives the attributes of each file.
-    Raises `InvalidMail` beyond the limits.
+    Raises `InvalidMail` for too many bytes; files beyond the maximum number are only counted in `omitted`.
     """
     kept = mail_parsing.AttachmentCollector(keep, limits)
     for file in sorted(form.files, key=_attachment_number):

@@ -58,7 +58,7 @@ def parse_event(request: SenderRequest) -> SenderEvent | EventBatch:
 
     A media type other than `application/cloudevents…` means the binary mode: attributes in `ce-` headers,
     data in the body. Raises `RequestRefused` for a charset other than UTF-8, another CloudEvents media type,
-    and invalid events.
+    and invalid events; one of these refuses its whole batch.
     """
     media_type = request.media_type
     if not media_type.name.startswith("application/cloudevents"):

@@ -65,6 +65,7 @@ def recognize_sender(request: SenderRequest) -> EventSender | None:
 def parse_event(request: SenderRequest, sender: EventSender) -> SenderMessage:
     """Parse a request with the parser of this sender; its signature must have been verified before.
 
-    Returns one event, a batch, or a URL challenge. Raises `RequestRefused` for a malformed request.
+    Returns one event, a batch, or a URL challenge. Raises `RequestRefused` for a malformed request, and
+    `BudgetExceeded` as the accessors of `SenderRequest` do.
     """
     return _EVENT_PARSERS[sender](request)

@@ -20,7 +20,8 @@ def verify(request: SenderRequest, secrets: Sequence[str]) -> SignatureResult:
 
     Returns the deduplication key of the delivery, made from `X-GitHub-Delivery`, None without that header.
     The signature covers no time, so it never becomes stale; the legacy SHA-1 signature is ignored. Raises
-    `RequestRefused` for a missing or wrong signature and without a non-blank secret.
+    `RequestRefused` for a missing or wrong signature and without a non-blank secret, and `BudgetExceeded` as
+    `SenderRequest.require_offloaded` does.
     """
     keys = signatures.usable_secrets(secrets)
     signature = request.headers.single("X-Hub-Signature-256")

@@ -52,7 +52,8 @@ def verify(request: SenderRequest, secrets: Sequence[str], scheme: HmacScheme) -
 
     Returns the deduplication key made from the scheme's delivery header, None if the scheme or the request
     has none. A prefix of the header value, such as `sha256=`, is required if the scheme names one. Raises
-    `RequestRefused` for a missing, wrong or stale signature, and without a non-blank secret.
+    `RequestRefused` for a missing, wrong or stale signature, and without a non-blank secret, and `BudgetExceeded` as
+    `SenderRequest.require_offloaded` does.
     """
     keys = signatures.usable_secrets(secrets)
     header = request.headers.single(scheme.header)

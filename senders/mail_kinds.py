@@ -76,7 +76,7 @@ def recognize_mail(request: SenderRequest) -> MailKind:
     """Return the format of a mail in a request, by its media type, headers and field names; nothing is verified.
 
     An empty request without a media type counts as `NATIVE`. Raises `RequestRefused` for a request that is no
-    mail.
+    mail, and `BudgetExceeded` as the accessors of `SenderRequest` do.
     """
     headers = request.headers
     if sns.TYPE_HEADER in headers or sns.RAW_HEADER in headers:
@@ -139,10 +139,11 @@ def deduplication_key(request: SenderRequest, kind: MailKind) -> str | None:
     """Return the key by which a repeated delivery of a mail is recognized; None where it has none.
 
     Digests the Message-ID, the recipients of the envelope and the decoded content; for a mail that SES has stored in
-    S3, its DKIM-verified headers take the place of the content. So a repeated mail has the same key even if it was
-    signed or encoded anew, and another content under the same Message-ID has another key. None for Mailgun's event
-    reports, for SNS messages without a mail, and for mails in JSON without a Message-ID. Raises `RequestRefused` for a
-    malformed mail.
+    S3, its DKIM-verified headers take the place of the content, or without these, the id that SES assigned is the key.
+    So a repeated mail has the same key even if it was signed or encoded anew, and another content under the same
+    Message-ID has another key. None for Mailgun's event reports, for SNS messages without a mail, and for mails in JSON
+    without a Message-ID. Raises `RequestRefused` for a malformed mail, and `BudgetExceeded` as the accessors of
+    `SenderRequest` do.
     """
     match kind:
         case MailKind.MAILGUN_EVENT:
@@ -305,7 +306,7 @@ def parse_mail_form(
 ) -> tuple[ParsedMailContent, MailReception]:
     """Return the mail in a form, and the service's report about it, such as its spam score.
 
-    `keep` is called with each attachment. Raises `InvalidMail` for a mail beyond the limits, and
+    `keep` is called with each attachment. Raises `InvalidMail` for headers or attachments with too many bytes, and
     `RequestRefused` for a value with an invalid percent escape.
     """
     given = _to_mail_form(form)

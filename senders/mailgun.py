@@ -28,7 +28,7 @@ def verify(request: SenderRequest, signing_keys: Sequence[str]) -> SignatureResu
     The signature covers only time and token, so an observed one could be put on another mail. So a token is
     valid for one delivery: the returned deduplication key has to be remembered for longer than 12 hours, from
     the moment at which its mail is accepted. Raises `RequestRefused` for a missing, wrong or stale signature
-    and without a non-blank key.
+    and without a non-blank key, and `BudgetExceeded` as the accessors of `SenderRequest` do.
     """
     keys = signatures.usable_secrets(signing_keys)
     time, token, signature = _signature_fields(request)

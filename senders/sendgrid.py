@@ -28,7 +28,8 @@ def verify(request: SenderRequest, keys_in_base64: Sequence[str]) -> SignatureRe
     """Verify SendGrid's ECDSA signature, at most 3 days and 6 hours old, with any of the public keys.
 
     Keys are DER in base64; unusable ones are ignored. The result has no deduplication key. Raises
-    `RequestRefused` for a missing, wrong or stale signature, and without a usable key.
+    `RequestRefused` for a missing, wrong or stale signature, and without a usable key, and `BudgetExceeded` as
+    `SenderRequest.require_offloaded` does.
     """
     from senders import public_keys  # noqa: PLC0415 - loads cryptography
 

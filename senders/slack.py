@@ -22,8 +22,9 @@ def verify(
 ) -> SignatureResult:
     """Verify Slack's HMAC-SHA-256 signature, at most `tolerance` old, with any of the signing secrets.
 
-    Returns the deduplication key of the event or command, None where it has no id. Raises `RequestRefused`
-    for a missing, wrong or stale signature, and without a non-blank secret.
+    The result has the deduplication key of the event or command, None without an id. Raises `RequestRefused` for a
+    missing, wrong or stale signature, without a non-blank secret, and for a malformed payload, and `BudgetExceeded` as
+    `SenderRequest.require_offloaded` does.
     """
     keys = signatures.usable_secrets(secrets)
     time = request.headers.single("X-Slack-Request-Timestamp")

@@ -33,7 +33,7 @@ def verify(
     Secrets are in base64, optionally after `whsec_`; texts after `whpk_` are Ed25519 public keys. Headers
     begin with `webhook-` or `svix-`. Returns the deduplication key made from the message id. Raises
     `RequestRefused` for a missing, wrong or stale signature, for over 20 signatures, and without a usable
-    secret.
+    secret, and `BudgetExceeded` as `SenderRequest.require_offloaded` does.
     """
     keys, verifying_keys = _split_secrets(secrets)
     name, time, header = (_read_signed_header(request, suffix) for suffix in ("id", "timestamp", "signature"))

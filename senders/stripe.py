@@ -23,7 +23,7 @@ def verify(
 
     Returns the deduplication key made from the event's id, None if the body has none. Raises `RequestRefused`
     for a missing, wrong or stale signature, for a header without exactly one time, for malformed JSON, and
-    without a non-blank secret.
+    without a non-blank secret, and `BudgetExceeded` as `SenderRequest.require_offloaded` does.
     """
     keys = signatures.usable_secrets(secrets)
     header = request.headers.single("Stripe-Signature")
