@@ -65,17 +65,19 @@ class MailGateway:
         self._session = aiohttp.ClientSession(timeout=timeout, trust_env=False)
 
     async def find_address(self, token: str) -> SmtpReply:
-        """Ask the gateway whether the address of a trigger token accepts mail; return the SMTP reply, never raise.
+        """Ask the gateway whether the address of a trigger token accepts mail; return the SMTP reply.
 
         250 if it does, 4xx if the gateway can't be reached (the sender tries again later), 5xx for an unknown address.
+        Raises only `BridgeRefused`, for an answer that is too large.
         """
         return await self._ask("GET", token, {}, None)
 
     async def hand_off(self, token: str, content: bytes, *, sender: str, recipient: str) -> SmtpReply:
-        """Post a raw mail (RFC 5322) to the address of a trigger token; return the SMTP reply, never raise.
+        """Post a raw mail (RFC 5322) to the address of a trigger token; return the SMTP reply.
 
-        The reply is 250 once the mail's runs are committed, else 4xx (send it again) or 5xx (refused for good). The
-        call may take up to 60 seconds.
+        `sender` and `recipient` are those of its envelope. The reply is 250 once the mail's runs are committed, else
+        4xx (send it again) or 5xx (refused for good). The call may take up to 60 seconds. Raises only `BridgeRefused`,
+        for an answer that is too large.
         """
         headers = {
             "Content-Type": "message/rfc822",
@@ -93,7 +95,8 @@ class MailGateway:
     ) -> SmtpReply:
         """Send a request about a trigger token to the gateway, with a raw mail or None; return the SMTP reply.
 
-        An unreachable gateway gives a temporary reply (4xx) and is logged.
+        An unreachable gateway gives a temporary reply (4xx) and is logged. Raises `BridgeRefused` for an answer that is
+        too large.
         """
         url = self._base + quote(token, safe="")
         data = None if content is None else BytesIO(content)
@@ -110,7 +113,8 @@ class MailGateway:
 def _reply_for_status(status: int, text: bytes) -> SmtpReply:
     """Return the SMTP reply for the HTTP status and body of the gateway's answer.
 
-    2xx gives 250, statuses that no repetition helps give 5xx, all others 4xx.
+    2xx gives 250; 404, and with an error body of the gateway any other status that no repetition helps, give 5xx; all
+    others 4xx.
     """
     if status in SUCCESS_STATUSES:
         return OK_REPLY

@@ -58,7 +58,8 @@ async def _serve(settings: BridgeSettings) -> None:
 def open_source(settings: BridgeSettings) -> MessageSource:
     """Return the client of the queue (Redis, SQS or RabbitMQ) that these settings describe.
 
-    It connects when messages are first taken. Raises `TypeError` for other settings.
+    It connects when messages are first taken. Raises `InvalidSettings` for an unusable name and for missing credentials
+    of SQS, and `TypeError` for other settings.
     """
     match settings:
         case RedisBridgeSettings():

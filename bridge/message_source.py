@@ -103,7 +103,7 @@ def parse_priority(text: str | None) -> int | None:
 def make_deduplication_id(label: str, message_id: str) -> str:
     """Return the deduplication id by which the gateway recognizes a repeated message: label, slash, message id.
 
-    An id with over 255 characters in all, or with others than visible ASCII, is replaced by its SHA-256.
+    If that has over 255 characters, or others than visible ASCII, the message id is replaced by its SHA-256.
     """
     plain = f"{label}/{message_id}"
     if _DEDUPLICATION_ID.fullmatch(plain):

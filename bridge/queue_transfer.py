@@ -55,8 +55,9 @@ class QueueTransfer:
     async def run(self) -> None:
         """Move messages from the source to the gateway, batch after batch, until the stop event is set.
 
-        The current batch is finished first; unacknowledged messages are released at the end. Raises
-        `BridgeRefused` for failures that an operator must fix, and other `BridgeError`s of the source.
+        The current batch is finished first, unless it has to wait for source or gateway; unacknowledged messages are
+        released at the end. Raises `BridgeRefused` for failures that an operator must fix, and other `BridgeError`s of
+        the source.
         """
         try:
             while not self._stop.is_set():

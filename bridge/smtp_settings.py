@@ -102,7 +102,7 @@ class SmtpListenerSettings(BaseSettings):
     def tls_context(self) -> ssl.SSLContext | None:
         """Return the server's TLS context for STARTTLS from the configured files; None without a certificate.
 
-        Raises `InvalidSettings` for files that are missing, unreadable or don't fit.
+        Raises `InvalidSettings` for files that are missing, unreadable, or don't belong together.
         """
         if self.smtp_tls_certificate is None:
             return None

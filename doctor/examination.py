@@ -80,7 +80,7 @@ class ExaminationReport(Struct, frozen=True):
 
     @property
     def is_clean(self) -> bool:
-        """Whether every store was read and nothing was found."""
+        """Whether every examined store was read and nothing was found."""
         return not self.findings and not self.has_unreachable_store
 
 
@@ -130,9 +130,10 @@ async def _observe(stores: ExaminedStores) -> _Observation:
 
 
 async def _observe_database(stores: ExaminedStores, seen: _Observation) -> None:
-    """Add the findings of the database, read in one snapshot, and of the cluster if it is examined.
+    """Add the findings of the database, read on one connection, and of the cluster if it is examined.
 
-    Stores that don't answer are marked as unreachable. If the tables are of another version, nothing else is checked.
+    Stores that don't answer are marked as unreachable. If the tables are of another version, or the database doesn't
+    answer, the cluster is marked as not examined.
     """
     seen.stores["database"] = StoreState.OK
     seen.stores["cluster"] = StoreState.NOT_EXAMINED
@@ -179,7 +180,10 @@ async def _observe_broker(stores: ExaminedStores, seen: _Observation) -> None:
 
 
 async def _observe_blobs(stores: ExaminedStores, seen: _Observation) -> None:
-    """Add the findings about stored blobs (large outputs of nodes); an unreachable store is only marked."""
+    """Add the findings about stored blobs (large outputs of nodes); an unreachable store is only marked.
+
+    It is marked as not examined if it isn't to be examined, or if the database does not answer.
+    """
     if stores.blobs is None:
         seen.stores["blobs"] = StoreState.NOT_EXAMINED
         return

@@ -89,7 +89,7 @@ async def create_key(
 
     `user` is an id or e-mail address; a key with empty `scopes` permits nothing that needs a scope. Without
     `organization` the only one is meant; without `lifetime` the key doesn't expire. Raises `CommandError` for a
-    missing user, and a missing or ambiguous organization.
+    missing user, and a missing or ambiguous organization, and `InvalidSettings` without a usable server secret.
     """
     secret = settings.secret
 

@@ -98,7 +98,8 @@ class RoleSettings(Struct, frozen=True):
     def build(cls, shared: Mapping[str, Any], gateway: Mapping[str, Any]) -> RoleSettings:
         """Return the settings of each role from given values, which win, and the environment.
 
-        `shared` applies to all roles, `gateway` to the gateway alone. Raises pydantic's `ValidationError`.
+        `shared` applies to all roles, `gateway` to the gateway alone; pods run on this machine, regardless of the
+        environment. Raises pydantic's `ValidationError`.
         """
         # Local pods are not isolated from one another: in one process for one user, they all belong to that user.
         local: dict[str, Any] = {**shared, "cluster": "local"}

@@ -27,7 +27,7 @@ def serve(
     """Run all roles until a stop signal; settings `given` on the command line override the environment.
 
     The data folder is locked, and a missing secret created. `example` is the definition of a workflow to store in a new
-    database, with the file of its inputs. Raises `CommandError`.
+    database, with the file of its inputs. Raises `CommandError`, and pydantic's `ValidationError`.
     """
     gc_tuning.postpone_until_loaded()
     settings = ServerSettings()

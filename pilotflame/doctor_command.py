@@ -110,8 +110,8 @@ _Fix = Callable[[_OpenStores, Sequence["DriftFinding"]], Awaitable[None]]
 async def examine_installation(settings: ServerSettings, request: DoctorRequest) -> DoctorResult:
     """Examine every store, fix the findings of the requested classes with audit entries, and return the report.
 
-    A finding is a contradiction between stores; after a fix, all is examined again. Raises `CommandError`,
-    `InvalidSettings`, and `DatabaseUnavailable` in a fix.
+    A finding is a contradiction between stores; after a fix, all is examined again. Requested classes without a fix or
+    a finding are skipped. Raises `CommandError`, `InvalidSettings`, and `DatabaseUnavailable` in a fix.
     """
     _require_file(settings)
     async with _open_stores(settings, request) as stores:
@@ -293,7 +293,7 @@ async def _delete_blobs(stores: _OpenStores, _found: Sequence[DriftFinding]) -> 
 
 
 async def _reconcile(stores: _OpenStores, found: Sequence[DriftFinding]) -> None:
-    """Wake a deployer for the workflow of each finding."""
+    """Wake a deployer for the workflow of each finding; an unavailable broker is ignored."""
     for finding in found:
         await wakeups.wake_deployer(stores.broker, finding.subject.id)
 

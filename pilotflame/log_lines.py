@@ -304,7 +304,8 @@ def configure_logging(level: str, render: LineRenderer, lines: LineWriter | None
     """Send all logging to a writer, by default a `LogLineWriter` to standard output, and return the writer.
 
     The project's own logs are sent from `level` up, warnings of libraries always. Loggers are created at
-    first use and filtered then: calls below the level cost next to nothing.
+    first use and filtered then: calls below the level cost next to nothing. The writer is closed at the exit of the
+    process.
     """
     writer = lines or LogLineWriter(STANDARD_OUTPUT, render)
     structlog.configure(

@@ -213,8 +213,8 @@ def _choose_period(
 def _build_price(
     entry: str, periods: Sequence[tuple[_Constraint, Mapping[str, Any]]], today: date
 ) -> CatalogPrice:
-    """Return the price of the last period that has begun; its `problem` is set
-    if the price of a model can't express it.
+    """Return the price of the last period that has begun, under the catalog's name `entry`; its `problem` is set if
+    the price of a model can't express it.
     """
     values, problem = _choose_period(periods, today)
     price = {}

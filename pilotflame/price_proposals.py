@@ -32,8 +32,8 @@ class PriceState(StrEnum):
 def propose_price(
     server: Client, catalog: PriceCatalog, model: Mapping[str, Any], today: date
 ) -> dict[str, Any]:
-    """Return a proposal for a model as the API shows it: its price, the public one (None if the catalog has none), and
-    their comparison as `state`.
+    """Return a proposal for a model as the API shows it: its price, the public one (None if the catalog has none, or
+    the model's data source can't be read), and their comparison as `state`.
 
     Raises `APIError`, and `CommandError` for a catalog entry in another format; stores nothing.
     """

@@ -168,7 +168,7 @@ class Supervisor:
         return max(min(due) - time.monotonic(), 0.01) if due else LONGEST_PAUSE_SECONDS
 
     def _stop(self) -> int:
-        """Stop the children one after the other, and return the exit code: 0 if all exited with 0, else 1.
+        """Stop the running children one after the other; return the exit code: 0 if all these exited with 0, else 1.
 
         A child that takes longer than 60 seconds is killed. Another stop signal is sent to all that are left at once.
         """

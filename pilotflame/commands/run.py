@@ -159,7 +159,7 @@ def read_connections(
 ) -> Sequence[Mapping[str, Any]]:
     """Return the connections of the graph to run: of the body's own definition, else of the workflow.
 
-    Empty if the key may execute the workflow but not read it.
+    Empty after any `APIError`, such as for a key that may execute the workflow but not read it.
     """
     from pilotflame_sdk import APIError
 

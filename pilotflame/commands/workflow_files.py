@@ -184,7 +184,8 @@ def _build_request(
 def _send_apply(client: Client, found: Sequence[WorkflowFile], request: Mapping[str, Any]) -> dict[str, Any]:
     """Send an `apply` request and return the answer.
 
-    Raises `APIError`, with files in place of positions; the differences of conflicts are printed before.
+    Raises `APIError`, with files in place of positions; the differences of conflicts are printed before, except for a
+    dry run.
     """
     from pilotflame_sdk import APIError
 
