@@ -78,7 +78,8 @@ class QueueTransfer:
         """Post messages to the gateway, acknowledge the accepted and duplicate ones,
         which are counted, and handle the refused.
 
-        Waits while source or gateway are unavailable.
+        Waits while source or gateway are unavailable; raises `BridgeStopped` if the process stops meanwhile, and
+        `BridgeRefused`.
         """
         answers = await self._enqueue_halving(messages)
         both = list(zip(messages, answers, strict=True))

@@ -85,18 +85,26 @@ class RedisStream:
             return await self._messages(entries)
 
     async def hold(self, ids: Sequence[str]) -> None:
-        """Reset the idle time of entries, as if they had just been delivered, so that no other consumer claims them."""
+        """Reset the idle time of entries, as if they had just been delivered, so that no other consumer claims them.
+
+        Raises `BridgeUnavailable` and `BridgeRefused`.
+        """
         await self._set_idle(ids, milliseconds=0)
 
     async def acknowledge(self, ids: Sequence[str]) -> None:
-        """Acknowledge entries in the consumer group, so that no consumer gets them again,
-        and delete them if configured.
+        """Acknowledge entries in the consumer group, so that no consumer gets them again, and delete them if
+        configured.
+
+        Raises `BridgeUnavailable` and `BridgeRefused`.
         """
         async with self._translate_errors():
             await self._acknowledge(ids)
 
     async def release(self, ids: Sequence[str]) -> None:
-        """Set the idle time of entries to the hold time, so that other consumers claim them as abandoned."""
+        """Set the idle time of entries to the hold time, so that other consumers claim them as abandoned.
+
+        Raises `BridgeUnavailable` and `BridgeRefused`.
+        """
         await self._set_idle(ids, milliseconds=self._hold_milliseconds)
 
     async def dead_letter(self, reasons: Mapping[str, str]) -> None:

@@ -133,17 +133,26 @@ class SqsQueue:
         return [*first, *(one for some in rest if not isinstance(some, BaseException) for one in some)]
 
     async def hold(self, ids: Sequence[str]) -> None:
-        """Restart the visibility timeout of messages, so that no other consumer gets them for another hold period."""
+        """Restart the visibility timeout of messages, so that no other consumer gets them for another hold period.
+
+        Raises `BridgeUnavailable` and `BridgeRefused`; messages that this process no longer holds are only logged.
+        """
         await self._change_visibility(ids, self._hold_seconds)
 
     async def acknowledge(self, ids: Sequence[str]) -> None:
-        """Delete messages, so that they are never delivered again; one whose
-        visibility timeout has ended is only logged.
+        """Delete messages, so that they are never delivered again; messages that this process no longer holds are only
+        logged.
+
+        Raises `BridgeUnavailable` and `BridgeRefused`.
         """
         await self._in_batches("DeleteMessageBatch", ids, {})
 
     async def release(self, ids: Sequence[str]) -> None:
-        """Make messages visible at once, so that other consumers get them."""
+        """Make messages visible at once, so that other consumers get them; messages that this process no longer holds
+        are only logged.
+
+        Raises `BridgeUnavailable` and `BridgeRefused`.
+        """
         await self._change_visibility(ids, 0)
 
     async def dead_letter(self, reasons: Mapping[str, str]) -> None:

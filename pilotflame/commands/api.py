@@ -68,7 +68,8 @@ def send_request(
 def _method_and_path(parts: list[str], *, has_body: bool) -> tuple[str, str]:
     """Return method and path of a request from the arguments; raises `CommandError`.
 
-    The method is GET, or POST with a body, by default; `/api/v1` is added to a path without it.
+    The method is GET, or POST with a body, by default; `/api/v1` is added to a path without it, except to `/healthz`,
+    `/readyz` and `/openapi.json`.
     """
     method = "POST" if has_body else "GET"
     match parts:

@@ -101,8 +101,10 @@ def bridge_rabbitmq(
 
 
 def _run_bridge(kind: type[BridgeSettings], given: Mapping[str, Any]) -> None:
-    """Run a bridge with settings from the command line and the environment until it is stopped; raises
-    `CommandError`.
+    """Run a bridge with settings from the command line, which win, and the environment until it is stopped.
+
+    Raises `CommandError` for failures that an operator must fix, and `InvalidSettings` and pydantic's `ValidationError`
+    for unusable settings.
     """
     settings = kind(**{f"bridge_{name}": value for name, value in given.items() if value is not None})
     server_processes.begin_log(settings)

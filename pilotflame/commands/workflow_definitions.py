@@ -109,7 +109,9 @@ def strip_document(document: Mapping[str, Any], sources: Mapping[str, str]) -> d
 
 
 def _plain_node(node: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a node without `nodeId`, which repeats its type, and without empty fields."""
+    """Return a node without `nodeId`, which repeats its type, and without empty `config`, `inputMappings` and
+    `passThroughValues`.
+    """
     return {
         name: value
         for name, value in node.items()
