@@ -98,7 +98,8 @@ class QueueTransfer:
         """Post messages, and return one result for each, in order; waits while the gateway is unavailable.
 
         A request with refused content is halved until the message to blame is alone; that one gets a refused
-        result. A message with a `problem`, always alone, is refused without a request.
+        result. A message with a `problem`, always alone, is refused without a request. Raises `BridgeStopped` if the
+        process stops during a wait.
         """
         problem = messages[0].problem
         if problem is not None:
@@ -120,7 +121,8 @@ class QueueTransfer:
         """Log messages that are refused for good, and treat them as the settings say: make them dead letters, drop
         them, or stop.
 
-        To stop, raises `BridgeRefused` and leaves them in their queue.
+        To stop, raises `BridgeRefused` and leaves them in their queue. Raises `BridgeStopped` if the process stops
+        during a wait.
         """
         policy = self._on_refused
         reasons: dict[str, str] = {}

@@ -58,8 +58,8 @@ class RabbitmqQueue:
         """Take up to `limit` received messages, connecting first if needed; empty if none arrives within
         `wait_seconds`.
 
-        Raises `BridgeUnavailable` for a lost connection, which the next call reopens, and `BridgeRefused` for
-        a missing queue.
+        Raises `BridgeUnavailable` for a lost connection, which the next call reopens, and `BridgeRefused` for a missing
+        or locked queue and wrong credentials.
         """
         if self._consumer is None:
             async with _translate_errors():
@@ -142,7 +142,7 @@ class RabbitmqConsumer:
         """Connect to RabbitMQ and start to receive messages of an existing queue.
 
         At most `prefetch` unacknowledged messages are sent at a time. Raises the errors of the library, and
-        `TimeoutError` after 5 seconds.
+        `TimeoutError` after 5 seconds, for the connection and for the subscription.
         """
         connection = await aio_pika.connect(url, timeout=CONNECT_SECONDS)
         consumer = cls(connection)

@@ -159,8 +159,8 @@ class SqsQueue:
         """Make messages visible at once; SQS itself moves them to its dead-letter
         queue after the configured number of receives.
 
-        The reasons are not passed on. Raises `BridgeRefused` if the queue has no redrive policy, and so no dead-letter
-        queue.
+        The reasons are not passed on. Raises `BridgeRefused`, also if the queue has no redrive policy, and so no
+        dead-letter queue, and `BridgeUnavailable`.
         """
         found = await self._call(
             "GetQueueAttributes",
@@ -206,7 +206,10 @@ class SqsQueue:
             return SourceMessage(received.receipt_handle, deduplication_id, problem=str(error))
 
     async def _change_visibility(self, ids: Sequence[str], seconds: int) -> None:
-        """Set for how many seconds messages stay hidden from other consumers; 0 makes them visible at once."""
+        """Set for how many seconds messages stay hidden from other consumers; 0 makes them visible at once.
+
+        Raises `BridgeUnavailable` and `BridgeRefused`.
+        """
         await self._in_batches("ChangeMessageVisibilityBatch", ids, {"VisibilityTimeout": seconds})
 
     async def _in_batches(self, action: str, ids: Sequence[str], about_each: Mapping[str, int]) -> None:
@@ -237,8 +240,8 @@ class SqsQueue:
     async def _call(self, action: str, call: Mapping[str, Any], answer: type[T], *, seconds: float) -> T:
         """Call an action of SQS with signed JSON; return the decoded answer.
 
-        Raises `BridgeUnavailable` without an answer within `seconds`, and `BridgeRefused` for a refusal or an
-        answer that is not of SQS.
+        Raises `BridgeUnavailable` without an answer within `seconds`, and for a refusal that a retry may change, and
+        `BridgeRefused` for any other refusal and an answer that is not of SQS or too large.
         """
         body = msgspec.json.encode({"QueueUrl": self._queue_url, **call})
         given = {"content-type": "application/x-amz-json-1.0", "x-amz-target": f"AmazonSQS.{action}"}

@@ -101,8 +101,8 @@ class DirectQueue:
                 on_runs(runs)
 
     def _open(self, body: bytes) -> DirectRuns | None:
-        """Return the runs of a message; None, with a warning, if it can't be read or opened, since their
-        leases end soon.
+        """Return the runs of a message; None if it is over a minute old or, with a warning, can't be read or opened:
+        their leases end soon.
         """
         try:
             message: dramatiq.Message[Any] = decoding.decode(body, dramatiq.Message)

@@ -31,7 +31,7 @@ MAX_LISTED: Final = 10_000
 async def create_organization(settings: ServerSettings, name: str) -> str:
     """Create an organization in the database and return its id.
 
-    Names need not be unique. Raises `OutdatedDatabase` and `DatabaseUnavailable`, as all functions here.
+    Names need not be unique. Raises the errors of `open_database`.
     """
 
     async def create(connection: AsyncConnection) -> str:
@@ -50,7 +50,7 @@ async def create_user(
     """Create a user in the database with an entry in the audit trail, and return its id.
 
     `organization` is an id or a name. Raises `CommandError` if it is missing or ambiguous, or the e-mail address is
-    taken.
+    taken, and the errors of `open_database`.
     """
 
     async def create(connection: AsyncConnection) -> str:
@@ -89,7 +89,8 @@ async def create_key(
 
     `user` is an id or e-mail address; a key with empty `scopes` permits nothing that needs a scope. Without
     `organization` the only one is meant; without `lifetime` the key doesn't expire. Raises `CommandError` for a
-    missing user, and a missing or ambiguous organization, and `InvalidSettings` without a usable server secret.
+    missing user, and a missing or ambiguous organization, `InvalidSettings` without a usable server secret, and the
+    errors of `open_database`.
     """
     secret = settings.secret
 
@@ -119,8 +120,8 @@ async def create_key(
 async def list_keys(settings: ServerSettings, organization: str | None) -> Sequence[ApiKey]:
     """Return the keys of an organization, the newest first, at most 10,000, without their secrets.
 
-    Without `organization` the only one is meant. Raises `CommandError` for a missing or ambiguous
-    organization.
+    Without `organization` the only one is meant. Raises `CommandError` for a missing or ambiguous organization, and the
+    errors of `open_database`.
     """
     async with open_database(settings) as database, database.read() as connection:
         found = await _find_organization(connection, organization)
@@ -132,7 +133,7 @@ async def revoke_key(settings: ServerSettings, organization: str | None, key_id:
     """Revoke a key by its id, with an audit entry; do nothing if it is revoked already.
 
     Without `organization` the only one is meant. Raises `CommandError` for a missing key, and a missing or ambiguous
-    organization.
+    organization, and the errors of `open_database`.
     """
 
     async def revoke(connection: AsyncConnection) -> None:
@@ -158,7 +159,7 @@ async def revoke_key(settings: ServerSettings, organization: str | None, key_id:
 async def open_database(settings: ServerSettings) -> AsyncIterator[Database]:
     """Yield the database of the settings, and close it after the block.
 
-    Raises `OutdatedDatabase` if it is not migrated, and `DatabaseUnavailable`.
+    Raises `OutdatedDatabase` if it is not migrated, `NewerDatabase`, `InvalidDatabaseUrl` and `DatabaseUnavailable`.
     """
     database = Database(parse_url(settings.database_url))
     try:

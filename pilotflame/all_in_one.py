@@ -204,8 +204,9 @@ async def _end_pods(pods: AsyncExitStack, store: JournalStore, *, owns_store: bo
 
 
 async def _bring_up_to_date(database: Database, migration: subprocess.Popen[bytes] | None) -> None:
-    """Wait for the migration, if one runs, and run another if the schema is still older;
-    raises `CommandError` if that fails.
+    """Wait for the migration, if one runs, and run another if the schema is still older.
+
+    Raises `CommandError` if that fails, `NewerDatabase` and `DatabaseUnavailable`.
     """
     try:
         if migration is not None:

@@ -49,8 +49,8 @@ async def rotate_secret(settings: ServerSettings) -> RotationResult:
     """Encrypt all stored secrets with the current key; return counts, and the ids of those that no key can decrypt.
 
     API keys move to the current key only at their next use; those that still depend on an earlier one are counted. Safe
-    to repeat and to run beside the server. Raises `OutdatedDatabase`, `DatabaseUnavailable`, and `InvalidSettings`
-    without usable secrets.
+    to repeat and to run beside the server. Raises the errors of `open_database`, and `InvalidSettings` without usable
+    secrets.
     """
     vault = SecretVault(settings.secret, settings.previous_secrets)
     rotation = RotationResult()

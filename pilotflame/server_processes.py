@@ -178,7 +178,8 @@ def run_server(*, has_deployer: bool) -> NoReturn:
 
     This process loads the modules of its children and forks them, so that they share this memory and start at
     once. It has no thread and no connection, since a fork would copy those halfway. Children that end are
-    started again. Exit with 0 if every child did, 2 if one refuses to start at first, else 1.
+    started again. Exit with 0 if every child did, 2 if one refuses to start at first, else 1. Raises `InvalidSettings`
+    and `CommandError` before the first start.
     """
     from gateway.settings import GatewaySettings
     from pilotflame.log_lines import UnthreadedLineWriter

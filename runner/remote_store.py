@@ -81,7 +81,7 @@ class RemoteRunStore:
         """Return whether runs of this deployment that lost several workers wait for a trial;
         see `RunStore.has_suspects`.
 
-        `target` is ignored: the gateway knows the deployment.
+        `target` is ignored: the gateway knows the deployment. Raises `DatabaseUnavailable` and `CallRefused`.
         """
         call = SuspectsRequest(max_isolation_losses)
         return (await self._gateway.call("/suspects", call, SuspectsResponse)).has_suspects
@@ -90,7 +90,8 @@ class RemoteRunStore:
         """Write the progress of runs in several calls; return the ids of runs that still held their token.
 
         Raises `PartialCommit` if some writes are not stored; see `RunStore.record`. If a call fails, the writes of
-        those before it are stored. `owner` is ignored: the gateway knows the pod.
+        those before it are stored. `owner` is ignored: the gateway knows the pod. Raises `DatabaseUnavailable` and
+        `CallRefused`.
         """
         held: set[str] = set()
         unwritten: set[str] = set()
@@ -114,7 +115,8 @@ class RemoteRunStore:
         requests to stop or cancel.
 
         Leases of locked rows are marked (`is_locked`), and not extended. A lease without a result is lost. Also sets
-        the clock by the answer. `owner` is ignored: the gateway knows the pod.
+        the clock by the answer. `owner` is ignored: the gateway knows the pod. Raises `DatabaseUnavailable` and
+        `CallRefused`.
         """
         leases = [LeaseIdentity(one.execution_id, one.shard, one.token) for one in held]
         asked_at = time.monotonic()
@@ -129,17 +131,25 @@ class RemoteRunStore:
     async def definitions(self, keys: Sequence[DefinitionKey]) -> dict[DefinitionKey, str]:
         """Return the definitions with which runs of this pod were accepted, by their keys;
         missing ones are left out.
+
+        Raises `DatabaseUnavailable` and `CallRefused`.
         """
         call = DefinitionsRequest([key.hash for key in keys])
         texts = (await self._gateway.call("/definitions", call, DefinitionsResponse)).texts
         return {key: texts[key.hash] for key in keys if key.hash in texts}
 
     async def spans(self, keys: Sequence[ExecutionKey]) -> dict[str, list[NodeSpan]]:
-        """Return the recorded spans of each run by execution id, in order; an empty list for a run without any."""
+        """Return the recorded spans of each run by execution id, in order; an empty list for a run without any.
+
+        Raises `DatabaseUnavailable` and `CallRefused`.
+        """
         return {key.execution_id: await self._read_spans(key.execution_id) for key in keys}
 
     async def _read_spans(self, execution_id: str) -> list[NodeSpan]:
-        """Return all recorded spans of a run, with candidates of a replay, read page by page."""
+        """Return all recorded spans of a run, with candidates of a replay, read page by page.
+
+        Raises `DatabaseUnavailable` and `CallRefused`.
+        """
         found: list[NodeSpan] = []
         while True:
             after = found[-1].sequence if found else 0
@@ -155,12 +165,17 @@ class RemoteRunStore:
     async def steps(self, keys: Sequence[ExecutionKey]) -> dict[str, list[AgentStep]]:
         """Return the steps of unfinished agents by execution id, in the order of their numbers;
         runs without any are left out.
+
+        Raises `DatabaseUnavailable` and `CallRefused`.
         """
         found = {key.execution_id: await self._read_steps(key.execution_id) for key in keys}
         return {execution_id: steps for execution_id, steps in found.items() if steps}
 
     async def _read_steps(self, execution_id: str) -> list[AgentStep]:
-        """Return all steps of the unfinished agents of a run, in the order of their numbers."""
+        """Return all steps of the unfinished agents of a run, in the order of their numbers.
+
+        Raises `DatabaseUnavailable` and `CallRefused`.
+        """
         found: list[AgentStep] = []
         while True:
             after = found[-1].sequence if found else 0
@@ -171,12 +186,17 @@ class RemoteRunStore:
                 return sorted(found, key=lambda step: step.number)
 
     async def last_log_lines(self, keys: Sequence[ExecutionKey]) -> dict[str, int]:
-        """Return the highest number of each run's log lines by execution id; runs without any are left out."""
+        """Return the highest number of each run's log lines by execution id; runs without any are left out.
+
+        Raises `DatabaseUnavailable` and `CallRefused`.
+        """
         return dict((await self._gateway.call("/log-ends", _runs_request(keys), LogPositions)).last_lines)
 
     async def answers(self, keys: Sequence[ExecutionKey]) -> dict[str, dict[tuple[str, str], bytes]]:
         """Return the wait answers of nodes by execution id, then by node id and iteration;
         runs without any are left out.
+
+        Raises `DatabaseUnavailable` and `CallRefused`.
         """
         found: dict[str, dict[tuple[str, str], bytes]] = {}
         for one in (await self._gateway.call("/answers", _runs_request(keys), NodeAnswersResponse)).answers:
@@ -186,6 +206,8 @@ class RemoteRunStore:
     async def promote_due(self) -> int:
         """Make runs of this deployment pending whose wait or delay is over, through the gateway; return their
         number.
+
+        Raises `DatabaseUnavailable` and `CallRefused`.
         """
         return (await self._gateway.call("/promote", None, CountResponse)).count
 
@@ -197,7 +219,8 @@ class RemoteRunStore:
         """Make the runs that this pod holds pending, except those in `held`, through the gateway; return
         their number.
 
-        See `RunStore.release`. `owner` is ignored: the gateway knows the pod.
+        See `RunStore.release`. `owner` is ignored: the gateway knows the pod. Raises `DatabaseUnavailable` and
+        `CallRefused`.
         """
         return (await self._gateway.call("/release", ReleaseRequest(list(held)), CountResponse)).count
 

@@ -158,7 +158,8 @@ class FormPart:
     def value(self) -> memoryview:
         """Bytes of the part, without percent escapes; a view on the body where it has none.
 
-        Raises `RequestRefused` for an invalid escape.
+        Raises `RequestRefused` for an invalid escape, and `BudgetExceeded` for an escaped part of over a megabyte
+        inside `try_inline`.
         """
         if self.is_escaped:
             return _unescape(self.body, self.start, self.end)
