@@ -21,7 +21,7 @@ log = structlog.get_logger()
 def serve(settings: BridgeSettings) -> None:
     """Run the bridge from a message queue to a workflow until SIGTERM or SIGINT; blocks.
 
-    Raises `BridgeRefused` for failures that an operator must fix.
+    Raises `BridgeRefused` for failures that an operator must fix, and `InvalidSettings`.
     """
     uvloop.run(_serve(settings))
 

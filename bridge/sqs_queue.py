@@ -268,8 +268,8 @@ class SqsQueue:
 
 
 def _error_for_response(status: int, text: bytes) -> Exception:
-    """Return (not raise) the error for an answer of SQS that is no success: `BridgeUnavailable` if a retry
-    may help.
+    """Return (not raise) the error for an answer of SQS that is no success: `BridgeUnavailable` if a retry may help,
+    else `BridgeRefused`.
     """
     try:
         error = decoding.decode(text, _SqsError)

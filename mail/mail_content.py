@@ -158,7 +158,7 @@ def clean_media_type(text: str) -> str:
 
 
 def clean_charset(text: str) -> str:
-    """Return the name of a charset if it is well-formed (up to 40 characters), else an empty text."""
+    """Return the name of a charset in lower case if it is well-formed (up to 40 characters), else an empty text."""
     return text.lower() if _CHARSET.fullmatch(text) else ""
 
 

@@ -315,7 +315,8 @@ def parse_sendgrid_reception(form: MailForm) -> MailReception:
 def parse_mailgun_reception(mail: ParsedMailContent) -> MailReception:
     """Return the service's report in the headers that Mailgun adds to a mail, raw or parsed.
 
-    The sender may have written a header of the same name: then the worst result counts.
+    The sender may have written a header of the same name: then `fail` counts if it is among the results, else different
+    results give None; of spam scores the highest counts.
     """
     headers = {name.lower(): value for name, value in mail.email_headers.items()}
 

@@ -133,7 +133,7 @@ def _is_secret(name: str) -> bool:
 def _truncate_value(value: object, depth: int = 0) -> object:
     """Return a value for a log line: texts up to 2,000 characters, containers up to 20 items and two levels.
 
-    Other objects are shown as their `repr`.
+    Other objects, and containers in deeper levels, are shown as their `repr`.
     """
     if isinstance(value, str):
         # `str()` converts a member of an enum to plain text.

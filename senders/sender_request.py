@@ -246,10 +246,11 @@ def decode_value(value: memoryview | bytes) -> str:
 
 
 def _parse_multipart(body: bytes, boundary: str) -> Iterator[FormPart]:
-    """Yield the parts of a multipart body; text before the first and after the last delimiter is skipped.
+    """Yield the parts of a multipart body; text after the last delimiter is skipped.
 
-    Raises `RequestRefused` for a missing or overlong boundary (256 characters), for a body without its
-    delimiters, for headers of over a megabyte together, and for over 2,000 parts.
+    Raises `RequestRefused` for a missing or overlong boundary (256 characters), for a body that doesn't begin with a
+    delimiter or lacks the last one, for headers that are too long, alone or together (a megabyte), and for over 2,000
+    parts.
     """
     if not 1 <= len(boundary) <= MAX_BOUNDARY_LENGTH:
         raise RequestRefused("malformed-form", "The Content-Type of the form has no valid boundary")
