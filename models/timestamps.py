@@ -38,6 +38,16 @@ def hour_of(moment: datetime) -> datetime:
     return moment.replace(minute=0, second=0, microsecond=0)
 
 
+def parse_timestamp(text: str) -> datetime:
+    """Return an ISO 8601 time, as clients and addresses have it, in UTC; a time without a zone counts as UTC.
+
+    A space before the zone counts as an unescaped plus sign of a query. Raises ValueError for other texts, and
+    OverflowError for a time that is before year 1 or after year 9999 in UTC.
+    """
+    moment = datetime.fromisoformat(text[:11] + text[11:].replace(" ", "+"))
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).astimezone(UTC)
+
+
 def format_timestamp(moment: datetime) -> str:
     """Format an aware time, converted to UTC, by ISO 8601, cut to the millisecond, with a final `Z`."""
     return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

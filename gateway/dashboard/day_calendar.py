@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from msgspec import Struct
 
-from gateway.dashboard.formats import parse_moment
+from models.timestamps import parse_timestamp
 
 DAY: Final = timedelta(days=1)
 HOUR_SECONDS: Final = 3_600
@@ -62,8 +62,8 @@ class _Span(Struct, frozen=True):
 def draw_calendar(calendar: Mapping[str, Any], clock_changes: Sequence[datetime]) -> Sequence[CalendarDay]:
     """Return the days of the API's calendar in UTC, the earliest first; `clock_changes` are moments to mark."""
     spans = _cut_to_days(_list_spans(calendar))
-    failures = [parse_moment(at) for at in calendar["failedStarts"]]
-    now = parse_moment(calendar["now"])
+    failures = [parse_timestamp(at) for at in calendar["failedStarts"]]
+    now = parse_timestamp(calendar["now"])
     return [_draw_day(day, spans, failures, clock_changes, now) for day in calendar["days"]]
 
 
@@ -96,12 +96,14 @@ def _list_spans(calendar: Mapping[str, Any]) -> Iterator[_Span]:
     A time awake has the tone `hand` if a user started it, unless by a deployment.
     """
     for one in calendar["windows"]:
-        yield _Span(parse_moment(one["start"]), parse_moment(one["end"]), "window")
+        yield _Span(parse_timestamp(one["start"]), parse_timestamp(one["end"]), "window")
     for one in calendar["awake"]:
         is_by_hand = one["isByHand"] and one["reason"] != "deployed"
-        yield _Span(parse_moment(one["start"]), parse_moment(one["end"]), "hand" if is_by_hand else "up")
+        yield _Span(
+            parse_timestamp(one["start"]), parse_timestamp(one["end"]), "hand" if is_by_hand else "up"
+        )
     for one in calendar["planned"]:
-        yield _Span(parse_moment(one["start"]), parse_moment(one["end"]), "pre")
+        yield _Span(parse_timestamp(one["start"]), parse_timestamp(one["end"]), "pre")
 
 
 def _draw_day(
@@ -112,7 +114,7 @@ def _draw_day(
     now: datetime,
 ) -> CalendarDay:
     """Return a day with the parts of spans within it in percent of its width, marks, and its pod time."""
-    start = parse_moment(day["startsAt"])
+    start = parse_timestamp(day["startsAt"])
     end = start + DAY
     is_today = start <= now < end
     seconds = day["plannedPodSeconds"] if start > now else day["podSeconds"]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 from msgspec import Struct
+
+from models.timestamps import parse_timestamp
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -172,26 +174,15 @@ def icon_of_trigger(kind: str) -> str:
     return TRIGGER_ICONS.get(kind, "hand")
 
 
-def parse_moment(text: str) -> datetime:
-    """Return a time in an API answer or an address (ISO 8601) as an aware datetime in UTC; raises ValueError for other
-    texts.
-
-    A time without a zone counts as UTC, as in the API. Raises OverflowError for one that is before year 1 or after year
-    9999 in UTC.
-    """
-    moment = datetime.fromisoformat(text)
-    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).astimezone(UTC)
-
-
 def parse_instant(text: str | None) -> datetime | None:
     """Return a time in an API answer (ISO 8601) as an aware datetime in UTC; None for None."""
-    return None if text is None else parse_moment(text)
+    return None if text is None else parse_timestamp(text)
 
 
 def is_moment(value: object) -> bool:
     """Return whether a value of an API answer is a time with a date, such as `2026-01-01T00:00:00.000Z`."""
     try:
-        return isinstance(value, str) and "T" in value and bool(parse_moment(value))
+        return isinstance(value, str) and "T" in value and bool(parse_timestamp(value))
     except ValueError:
         return False
 

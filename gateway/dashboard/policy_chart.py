@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from msgspec import Struct
 
-from gateway.dashboard.formats import parse_moment
+from models.timestamps import parse_timestamp
 
 HEIGHT: Final = 96
 TOP: Final = 16
@@ -55,7 +55,7 @@ def draw_policy_chart(days: Sequence[Mapping[str, Any]]) -> PolicyChart:
 
 def _draw_day(day: Mapping[str, Any], number: int, slot: float, width: float, top: int) -> DayBars:
     """Return the two bars of a day: the present policy on the left, the candidate on the right."""
-    at, center = parse_moment(day["startsAt"]), LEFT + (number + 0.5) * slot
+    at, center = parse_timestamp(day["startsAt"]), LEFT + (number + 0.5) * slot
     heights = [round(HEIGHT * day[name] / top, 1) for name in ("currentPodHours", "candidatePodHours")]
     return DayBars(
         str(at.day),

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from msgspec import Struct
 
-from gateway.dashboard.formats import parse_moment
 from gateway.http import limits
+from models.timestamps import parse_timestamp
 
 if TYPE_CHECKING:
     from gateway.dashboard.page_request import PageRequest
@@ -101,7 +101,7 @@ def read_act(query: Mapping[str, str], filters: Mapping[str, str]) -> ChosenAct 
 def select_runs(filters: Mapping[str, str]) -> Mapping[str, str]:
     """Return the filter of a bulk operation for the filters of the list; times without a zone become times in UTC."""
     return {
-        BULK_FIELDS[name]: parse_moment(value).isoformat() if name in {"since", "until"} else value
+        BULK_FIELDS[name]: parse_timestamp(value).isoformat() if name in {"since", "until"} else value
         for name, value in filters.items()
     }
 

@@ -9,7 +9,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, Protocol, TypeVar
 
@@ -19,6 +19,7 @@ from sqlalchemy.sql.expression import SQLColumnExpression
 
 from gateway.http import limits
 from gateway.http.errors import invalid_query
+from models.timestamps import parse_timestamp
 
 if TYPE_CHECKING:
     from engine.values import Json
@@ -182,12 +183,8 @@ class TimeParameter(QueryParameter[datetime | None]):
         """
         if not given:
             return None
-        value = given[-1]
         try:
-            # An unescaped plus sign has become a space.
-            moment = datetime.fromisoformat(value[:11] + value[11:].replace(" ", "+"))
-            aware = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
-            return aware.astimezone(UTC)
+            return parse_timestamp(given[-1])
         except (ValueError, OverflowError) as error:
             text = f"{self.name} must be a time such as 2025-01-15T10:30:00Z"
             raise invalid_query(self.name, "invalid-time", text) from error

@@ -655,6 +655,14 @@ async def test_hostile_parameters_of_the_pages_of_runs_are_refused_or_shown_as_t
             assert page.status_code in {200, 400, 404, 422}, (path, names, given)
             assert "<img" not in page.text
             assert "<script>" not in page.text
+    for act, since, status in (
+        ("retry", "2026-01-01T00:00:00 02:00", 200),  # an unescaped plus sign, which the API accepts too
+        ("replay", "0001-01-01T00:00:00+14:00", 400),
+        ("retry", HOSTILE, 400),
+    ):
+        query = {"status": "failed", "since": since, "act": act}
+        page = await browser.get("/dashboard/runs", params=query)
+        assert page.status_code == status, query
 
 
 async def test_the_page_of_a_plan_leaves_a_write_out_and_shows_the_consequences(

@@ -6,9 +6,10 @@ import asyncio
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
-from gateway.dashboard.formats import is_moment, parse_moment
+from gateway.dashboard.formats import is_moment
 from gateway.dashboard.page import Page, PageData, PageFrame
 from gateway.dashboard.pages.overview import RECENT_SECONDS
+from models.timestamps import parse_timestamp
 
 if TYPE_CHECKING:
     from gateway.dashboard.page_request import PageRequest
@@ -95,7 +96,7 @@ def does_cluster_fail(cluster: Mapping[str, Any] | None) -> bool:
     if cluster is None or cluster["lastFailure"] is None:
         return False
     answered_at, failed_at = cluster["answeredAt"], cluster["lastFailure"]["at"]
-    return answered_at is None or parse_moment(answered_at) < parse_moment(failed_at)
+    return answered_at is None or parse_timestamp(answered_at) < parse_timestamp(failed_at)
 
 
 PAGE: Final = Page("/dashboard/health", "health.html", load, view, "health", ("executions",))

@@ -16,13 +16,12 @@ from gateway.dashboard.formats import (
     look_of_pod,
     look_of_wait,
     parse_instant,
-    parse_moment,
     show_count,
     show_day_time,
 )
 from gateway.dashboard.hour_charts import draw_bars, draw_lines, label_hours
 from gateway.dashboard.page import Page, PageData, PageFrame
-from models.timestamps import format_timestamp
+from models.timestamps import format_timestamp, parse_timestamp
 
 if TYPE_CHECKING:
     from gateway.dashboard.page_request import PageRequest
@@ -125,7 +124,7 @@ def read_range(query: Mapping[str, str]) -> Mapping[str, str]:
     It is empty unless both are times and `since` is earlier.
     """
     try:
-        since, until = parse_moment(query["since"]), parse_moment(query["until"])
+        since, until = parse_timestamp(query["since"]), parse_timestamp(query["until"])
     except (KeyError, ValueError, OverflowError):
         return {}
     return {"since": format_timestamp(since), "until": format_timestamp(until)} if since < until else {}
@@ -170,7 +169,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "range_ends": [
             (end, show_day_time(end, frame.now))
             for hour in hours
-            for end in (format_timestamp(parse_moment(hour["startsAt"]) + HOUR),)
+            for end in (format_timestamp(parse_timestamp(hour["startsAt"]) + HOUR),)
         ],
         "is_first": data["workflow_count"] == 0 and frame.may("workflows:write"),
         "only_workflow": data["only_workflow"],
@@ -202,7 +201,7 @@ def find_needs(
     ]
     pending = [one for one in reasons if one["code"] in PENDING and one["oldestSince"] is not None]
     oldest = min(pending, key=lambda one: one["oldestSince"], default=None)
-    is_late = oldest is not None and parse_moment(oldest["oldestSince"]) < now - LONG_WAIT
+    is_late = oldest is not None and parse_timestamp(oldest["oldestSince"]) < now - LONG_WAIT
     minor = [one for one in findings if one["severity"] != "critical"]
     return {
         "workers": [] if has_worker else [True],
@@ -245,11 +244,11 @@ def find_shade(hours: Sequence[Mapping[str, Any]], shown: Mapping[str, str]) -> 
     """
     if not shown:
         return None
-    since, until = parse_moment(shown["since"]), parse_moment(shown["until"])
+    since, until = parse_timestamp(shown["since"]), parse_timestamp(shown["until"])
     inside = [
         number
         for number, hour in enumerate(hours)
-        for start in (parse_moment(hour["startsAt"]),)
+        for start in (parse_timestamp(hour["startsAt"]),)
         if start < until and start + HOUR > since
     ]
     return (inside[0], len(inside)) if inside else None

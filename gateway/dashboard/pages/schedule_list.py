@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Final
 from msgspec import Struct
 
 from gateway.dashboard.addresses import page_address
-from gateway.dashboard.formats import LIFECYCLE_REASONS, parse_instant, parse_moment
+from gateway.dashboard.formats import LIFECYCLE_REASONS, parse_instant
 from gateway.dashboard.page import Page, PageData, PageFrame
+from models.timestamps import parse_timestamp
 
 if TYPE_CHECKING:
     from gateway.dashboard.page_request import PageRequest
@@ -83,7 +84,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "count": listed["count"],
         "lanes": [{**lane, "marks": build_marks(lane, axis, collisions)} for lane in timeline["workflows"]],
         "collisions": [
-            (at, names) for at, names in collisions.items() if parse_moment(f"{at}Z") <= axis.until
+            (at, names) for at, names in collisions.items() if parse_timestamp(f"{at}Z") <= axis.until
         ][:SHOWN_COLLISIONS],
         "collision_count": len(collisions),
         "has_due": any(lane["due"] for lane in timeline["workflows"]),
@@ -91,7 +92,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "late_duties": list_late_duties(data["scheduler"], frame.now),
         "now_x": axis.x(axis.now),
         "clock_changes": [
-            (axis.x(parse_moment(one["at"])), describe_clock_change(one), one["at"])
+            (axis.x(parse_timestamp(one["at"])), describe_clock_change(one), one["at"])
             for one in timeline["clockChanges"]
         ],
         "labels": axis.list_labels(RULER_STEPS[int(hours)]),
@@ -117,7 +118,7 @@ class LaneAxis(Struct, frozen=True):
     @classmethod
     def of(cls, timeline: Mapping[str, Any]) -> LaneAxis:
         """Return the axis with the bounds and the present time of a timeline of the API."""
-        return cls(*(parse_moment(timeline[name]) for name in ("since", "now", "until")))
+        return cls(*(parse_timestamp(timeline[name]) for name in ("since", "now", "until")))
 
     def x(self, at: datetime) -> float:
         """Return the position of a time in percent of the range; times outside of it are at its ends."""
@@ -156,7 +157,7 @@ def list_late_duties(scheduler: Mapping[str, Any] | None, now: datetime) -> Sequ
     return [
         one["name"]
         for one in ([] if scheduler is None else scheduler["duties"])
-        if (now - parse_moment(one["lastAt"])).total_seconds()
+        if (now - parse_timestamp(one["lastAt"])).total_seconds()
         > LATE_TICKS * one["everySeconds"] + LATE_SECONDS
     ]
 
@@ -177,10 +178,10 @@ def build_marks(
     for one in lane["due"]:
         runs = "run" if one["count"] == 1 else "runs"
         title = f"{one['count']:,} {runs} {DUE_WORDS[one['kind']]}, from {one['at'][11:16]} UTC on"
-        marks.append(LaneMark(one["kind"], axis.x(parse_moment(one["at"])), 0, title))
+        marks.append(LaneMark(one["kind"], axis.x(parse_timestamp(one["at"])), 0, title))
     ticks = lane["ticks"]
     if lane["ticksAreCut"]:
-        first, last = axis.x(parse_moment(ticks[0]["at"])), axis.x(axis.until)
+        first, last = axis.x(parse_timestamp(ticks[0]["at"])), axis.x(axis.until)
         return [*marks, LaneMark("dense", first, max(last - first, 0.5), "runs again and again")]
     for one in ticks:
         names = collisions.get(one["at"][:MINUTE_TEXT], ())
@@ -190,7 +191,7 @@ def build_marks(
             title += (
                 f", in the same minute as {', '.join(name for name in names if name != lane['workflowName'])}"
             )
-        marks.append(LaneMark(kind, axis.x(parse_moment(one["at"])), 0, title))
+        marks.append(LaneMark(kind, axis.x(parse_timestamp(one["at"])), 0, title))
     ran_at = parse_instant(lane["lastRunAt"])
     if ran_at is not None and ran_at >= axis.since:
         marks.append(LaneMark("ran", axis.x(ran_at), 0, f"ran at {lane['lastRunAt']}"))
@@ -199,7 +200,7 @@ def build_marks(
 
 def _span(kind: str, span: Mapping[str, Any], title: str, axis: LaneAxis) -> LaneMark:
     """Return a shape of this kind for a span of time with `start` and `end`, at least 0.3 percent wide."""
-    start, end = axis.x(parse_moment(span["start"])), axis.x(parse_moment(span["end"]))
+    start, end = axis.x(parse_timestamp(span["start"])), axis.x(parse_timestamp(span["end"]))
     return LaneMark(kind, start, round(max(end - start, 0.3), 2), title)
 
 

@@ -15,7 +15,6 @@ from gateway.dashboard.day_calendar import HOUR_SECONDS, draw_calendar
 from gateway.dashboard.formats import (
     LIFECYCLE_REASONS,
     look_of_pod,
-    parse_moment,
     show_day_time,
     show_duration,
 )
@@ -23,6 +22,7 @@ from gateway.dashboard.page import Page, PageData, PageFrame
 from gateway.dashboard.policy_chart import draw_policy_chart
 from gateway.http.errors import ApiError
 from json_text import decoding
+from models.timestamps import parse_timestamp
 
 if TYPE_CHECKING:
     from gateway.dashboard.page_request import PageRequest
@@ -137,7 +137,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
     """Return the template values: the calendar of times awake, decisions, and the comparison of both policies."""
     workflow, lifecycle, decisions = data["workflow"], data["lifecycle"], data["history"]["decisions"]
     status = lifecycle["deploymentStatus"]
-    changes = [parse_moment(one["at"]) for one in data["preview"]["clockChanges"]]
+    changes = [parse_timestamp(one["at"]) for one in data["preview"]["clockChanges"]]
     page_path = f"{frame.root}{PATH.replace('{id}', workflow['id']).removesuffix('/lifecycle')}"
     present = lifecycle["lifecyclePolicy"]
     days = draw_calendar(data["calendar"], changes)
@@ -164,7 +164,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "saving": describe_saving(data["calendar"]["days"], frame),
         "hold": hold,
         "holder": next(holders[hold["kind"]], None) if hold else None,
-        "left_seconds": max(int((parse_moment(hold["until"]) - frame.now).total_seconds()), 60)
+        "left_seconds": max(int((parse_timestamp(hold["until"]) - frame.now).total_seconds()), 60)
         if hold and hold["until"]
         else 0,
         "hold_choices": [
@@ -197,7 +197,7 @@ def list_events(
 ) -> Sequence[LifecycleEvent]:
     """Return starts and stops with the changes by users among them, the newest first."""
     found = [*map(_show_decision, decisions), *map(_show_change, by_users)]
-    return sorted(found, key=lambda one: parse_moment(one.at), reverse=True)
+    return sorted(found, key=lambda one: parse_timestamp(one.at), reverse=True)
 
 
 def _show_decision(decision: Mapping[str, Any]) -> LifecycleEvent:
@@ -222,7 +222,7 @@ def _show_change(change: Mapping[str, Any]) -> LifecycleEvent:
     _, until = values.get("keptAwakeUntil", (None, None))
     if until is None:
         return LifecycleEvent(change["at"], "", "hand", "Released", f"{who}: its policy decides again")
-    until = parse_moment(str(until))
+    until = parse_timestamp(str(until))
     return LifecycleEvent(
         change["at"], "warn", "hand", "Kept awake", f"{who}: until {until:%Y-%m-%d %H:%M} UTC"
     )
@@ -252,13 +252,15 @@ def describe_saving(days: Sequence[Mapping[str, Any]], frame: PageFrame) -> str:
 
     Empty for a workflow that was never deployed.
     """
-    past = [day for day in days if parse_moment(day["startsAt"]) <= frame.now and day["alwaysOnPodSeconds"]]
+    past = [
+        day for day in days if parse_timestamp(day["startsAt"]) <= frame.now and day["alwaysOnPodSeconds"]
+    ]
     if not past:
         return ""
     used, whole = (
         sum(day[name] for day in past) / HOUR_SECONDS for name in ("podSeconds", "alwaysOnPodSeconds")
     )
-    since = parse_moment(past[0]["startsAt"])
+    since = parse_timestamp(past[0]["startsAt"])
     saved = max(round(100 * (1 - used / whole)), 0)
     return f"{used:,.1f} h since {since:%a} {since.day}, of {whole:,.1f} h always on: {saved} % saved"
 
