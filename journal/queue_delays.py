@@ -13,6 +13,7 @@ from models.database_time import DatabaseTime
 from models.execution import (
     DELAYED_TARGET,
     ISOLATED_TARGET,
+    ISOLATED_UNPARSED_TARGET,
     LIMITED_TARGET,
     SHARED_TARGET,
     UNPARSED_TARGET,
@@ -34,7 +35,13 @@ SHARED: Final = col(Execution.target) == SHARED_TARGET
 OF_PODS: Final = col(Execution.target) > SHARED_TARGET
 """Runs that pods of a deployment alone may claim."""
 
-SPECIAL_TARGETS: Final = (LIMITED_TARGET, DELAYED_TARGET, UNPARSED_TARGET, ISOLATED_TARGET)
+SPECIAL_TARGETS: Final = (
+    LIMITED_TARGET,
+    DELAYED_TARGET,
+    UNPARSED_TARGET,
+    ISOLATED_TARGET,
+    ISOLATED_UNPARSED_TARGET,
+)
 """Targets that are neither all workers nor the pods of a deployment."""
 
 

@@ -20,7 +20,7 @@ from sqlalchemy import update
 from sqlmodel import col
 
 from gateway.ingest import delivery_log
-from journal import unparsed_mail
+from journal import queue_delays, unparsed_mail
 from journal.blobs.blob_storage import BlobOwner, BlobsUnavailable
 from journal.store import ClaimedRun, ClaimQuery, ExecutionKey, InboundRequest
 from journal.unparsed_mail import UnparsedMail
@@ -551,6 +551,8 @@ async def test_a_mail_under_which_two_readers_died_is_read_apart_from_others(
         assert execution_id in {one.execution_id for one in await claim_mails(mails, "dead.reader")}
         await mails.gateway.store.reclaim("dead")
     assert (await mails.run(execution_id)).target == ISOLATED_UNPARSED_TARGET
+    async with mails.gateway.database.read() as connection:
+        assert (ISOLATED_UNPARSED_TARGET, 1, False) in await queue_delays.count_pending(connection)
 
     async def is_read() -> bool:
         return bool((await mails.run(execution_id)).target == "shared")

@@ -26,6 +26,7 @@ QUEUES: Final = {
     "delayed": "for their time",
     "intake": "mails to parse",
     "isolated": "on trial after lost workers",
+    "isolated-intake": "mails to parse, on trial after lost workers",
 }
 """Words behind the number of pending runs of a queue."""
 PHASES: Final = {
