@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from msgspec import Raw
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from sqlalchemy import ColumnElement, Row
+    from sqlalchemy.ext.asyncio import AsyncConnection
 
     from journal.tasks.task_service import TaskService
 
@@ -265,18 +266,27 @@ async def workers(request: GatewayRequest) -> JsonResponse:
     async with request.gateway.database.read() as connection:
         count = await connection.scalar(select(func.count()).select_from(TaskWorker).where(is_own))
         rows = (await connection.execute(found)).all()
-        held = (
-            select(col(Task.worker_id), func.count().label("tasks"))
-            .where(
-                col(Task.organization_id) == caller.organization_id,
-                col(Task.worker_id).in_([row.id for row in rows]),
-                col(Task.state).in_([TaskState.LEASED.value, TaskState.CANCEL_REQUESTED.value]),
-            )
-            .group_by(col(Task.worker_id))
-        )
-        counts = {row.worker_id: row.tasks for row in await connection.execute(held)} if rows else {}
+        counts = await _count_held(connection, caller.organization_id, [row.id for row in rows])
     shown = [_worker(row, counts.get(row.id, 0), now) for row in rows]
     return JsonResponse(TaskWorkerList(count=count or 0, limit=page.limit, offset=page.offset, workers=shown))
+
+
+async def _count_held(
+    connection: AsyncConnection, organization_id: str, worker_ids: Sequence[str]
+) -> Mapping[str, int]:
+    """Return the numbers of tasks that workers of the organization hold, by worker id; none for one without tasks."""
+    if not worker_ids:
+        return {}
+    held = (
+        select(col(Task.worker_id), func.count().label("tasks"))
+        .where(
+            col(Task.organization_id) == organization_id,
+            col(Task.worker_id).in_(worker_ids),
+            col(Task.state).in_([TaskState.LEASED.value, TaskState.CANCEL_REQUESTED.value]),
+        )
+        .group_by(col(Task.worker_id))
+    )
+    return {row.worker_id: row.tasks for row in await connection.execute(held)}
 
 
 def _worker(row: Row[Any], tasks: int, now: datetime) -> TaskWorkerShape:
@@ -302,19 +312,20 @@ def _worker(row: Row[Any], tasks: int, now: datetime) -> TaskWorkerShape:
 
 async def drain(request: GatewayRequest) -> JsonResponse:
     """Ask a worker to stop: its next answer says so, and it gets no more tasks."""
-    worker_id = request.path_params["id"]
-    if not await request.gateway.task_hub.drain(request.caller.organization_id, worker_id):
+    organization_id, worker_id = request.caller.organization_id, request.path_params["id"]
+    if not await request.gateway.task_hub.drain(organization_id, worker_id):
         raise errors.not_found("worker")
     now = request.gateway.clock()
     async with request.gateway.database.read() as connection:
         row = (
             await connection.execute(
                 select(TaskWorker).where(
-                    col(TaskWorker.organization_id) == request.caller.organization_id,
+                    col(TaskWorker.organization_id) == organization_id,
                     col(TaskWorker.id) == worker_id,
                 )
             )
         ).first()
-    if row is None:
-        raise errors.not_found("worker")
-    return JsonResponse(_worker(row, 0, now))
+        if row is None:
+            raise errors.not_found("worker")
+        counts = await _count_held(connection, organization_id, [worker_id])
+    return JsonResponse(_worker(row, counts.get(worker_id, 0), now))

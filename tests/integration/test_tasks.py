@@ -463,7 +463,7 @@ async def test_a_stopped_worker_gets_nothing_and_a_draining_one_is_told(people: 
     parked = asyncio.create_task(people.owner.api.post(f"{TASKS}/claim", json=worker.poll()))
     await asyncio.sleep(0)
     drained = await people.owner.api.post(f"/api/v1/workers/{worker.id}/drain")
-    assert drained.json()["draining"] is True
+    assert (drained.json()["draining"], drained.json()["tasks"]) == (True, 1)
     assert (await asyncio.wait_for(parked, 60)).json()["drain"] is True
     assert (await people.owner.api.post(f"{TASKS}/stop", json={"worker": worker.id})).status_code == 200
     await start(people)
