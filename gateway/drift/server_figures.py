@@ -31,7 +31,7 @@ class QueueFigure(WireStruct):
 
     target: str
     """`workers`, `pods`, or the name of another queue: `limited` waits for a slot, `delayed` for a time, `intake`
-    for the parser of mails, and `isolated` for a trial after several lost workers.
+    for the parser of mails, and `isolated` (mails: `isolated-intake`) for a trial after several lost workers.
     """
     count: int
     count_is_lower_bound: bool
