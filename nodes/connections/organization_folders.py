@@ -75,7 +75,7 @@ class OrganizationFolder:
         """Write a file atomically, so that readers see the old or the new content, never a part; return its tag.
 
         `media_type` is ignored, since files have none. Raises `NodeError` for an invalid key, content over 50 MB, a
-        full folder (10,000 files or 5 GB, to which a file that is replaced counts too), and at the time limit.
+        full folder (10,000 files or 5 GB, without the file that is replaced), and at the time limit.
         """
         if len(content) > MAX_OBJECT_BYTES:
             message = f"The content has {len(content):,} bytes; at most {MAX_OBJECT_BYTES:,} are written"
@@ -136,7 +136,7 @@ class OrganizationFolder:
 
         Raises `NodeError` if the folder of the organization is full, and `OSError`.
         """
-        self._require_capacity(len(content))
+        self._require_capacity("/".join((*folders, name)), len(content))
         unfinished = f".{secrets.token_hex(16)}"
         with self._open_folder(folders, makes=True) as folder:
             try:
@@ -163,11 +163,11 @@ class OrganizationFolder:
         ]
         return sorted(found, key=lambda one: one.key)
 
-    def _require_capacity(self, wanted_bytes: int) -> None:
-        """Raise `NodeError` if the folder has as many files, or with the new one as many bytes, as the limits allow; a
-        file that is to be replaced counts too.
+    def _require_capacity(self, key: str, wanted_bytes: int) -> None:
+        """Raise `NodeError` if the file of the key would exceed the number of files or bytes that the limits allow; the
+        file that it replaces does not count.
         """
-        sizes = [status.st_size for _, status in self._iterate_files()]
+        sizes = [status.st_size for found, status in self._iterate_files() if found != key]
         if len(sizes) >= MAX_FILES:
             message = f"The folder has {MAX_FILES:,} files, which is the limit"
             raise NodeError(message, code="folder-full")

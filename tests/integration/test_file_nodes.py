@@ -384,4 +384,6 @@ async def test_a_folder_has_room_for_so_much_and_no_more(
     assert await file_stores.refused("file-destination", {"key": "b", "content": "123456"}) == "folder-full"
     monkeypatch.setattr(organization_folders, "MAX_FILES", 1)
     assert await file_stores.refused("file-destination", {"key": "c", "content": "1"}) == "folder-full"
+    for key, content in (("a", "123456"), ("a", "12345")):
+        await file_stores.call("file-destination", {"key": key, "content": content})
     assert await file_stores.refused("file-source", {"key": "a", "maxBytes": 4}) == "object-too-large"
