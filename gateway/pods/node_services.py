@@ -231,12 +231,12 @@ async def start_run(request: GatewayRequest, holder: LeaseHolder) -> JsonRespons
 async def read_workflow_effect(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
     """Answer whether a run of another workflow may write, for the user of the path's run.
 
-    Raises 409 `lease-lost`, and 503 if the database is unavailable at first; if it becomes so later, this waits without
-    a limit.
+    Raises 409 `lease-lost`, and 503 if the database does not answer.
     """
     call = await decode_call(request, WorkflowEffectRequest)
     caller = await lease_checks.read_caller(request.gateway.database, holder, request.path_params["id"])
-    may_write = await request.gateway.pod_services.runs.may_write(caller, call.workflow_id)
+    async with _translate_errors():
+        may_write = await request.gateway.pod_services.runs.may_write(caller, call.workflow_id)
     return JsonResponse(WorkflowEffectResponse(may_write))
 
 

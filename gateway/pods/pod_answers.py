@@ -95,7 +95,8 @@ class PodAnswers:
         """Store that a gateway follows a run for a limited time, as its notification asks; other notifications are
         ignored.
 
-        Nothing is stored beyond the maximum of gateways of a run, and of runs. A repeated request also lets the pod
+        Nothing is stored for another gateway beyond the maximum of gateways of a run, or for another run beyond that of
+        runs; a gateway that follows the run already extends its time in any case. A repeated request also lets the pod
         send the answers of the run from their beginning.
         """
         request = answer_messages.open_sealed(GATEWAYS, self._seal, notification, FOLLOW_POD, FollowRequest)

@@ -28,6 +28,7 @@ from engine.model_prices import ModelPrice
 from engine.node_api import AnswerSource
 from engine.replay_plan import ResultUse
 from engine.values import Json
+from execution import child_runs
 from execution.pod_api import PREFIX, RUNNER_HEADER, WorkPollResponse
 from gateway import main as gateways
 from gateway import state
@@ -35,8 +36,8 @@ from gateway.executions.agent_step_rows import StepFilter
 from gateway.executions.live_answers import AnswerReader, TokenShape
 from gateway.http import failed_attempts
 from gateway.pods import journal as pod_journal
+from gateway.pods import node_services, routes
 from gateway.pods import poll_hub as desks
-from gateway.pods import routes
 from gateway.settings import GatewaySettings
 from gateway.state import GatewayState
 from gateway.tasks.worker_presence import WorkerDescription
@@ -58,6 +59,7 @@ from models.ai_model import AiModel
 from models.data_source import DataSource
 from models.deployment import Deployment
 from models.deployment_token import TokenBearer
+from models.errors import DatabaseUnavailable
 from models.pod_identity import PodProcess, lease_owner
 from models.signing_secrets import SigningSecret
 from models.timestamps import to_microseconds
@@ -1348,6 +1350,23 @@ async def test_a_pod_of_the_previous_release_gets_no_candidates_of_a_replay(pods
         assert (refused.status_code, "present version" in refused.text) == (503, True)
         answered = await client.post(f"{PREFIX}/spans", json={**call, "reads_candidates": True})
         assert [one["status"] for one in answered.json()["spans"]] == ["candidate"]
+
+
+@ON_SQLITE
+async def test_a_question_about_another_workflow_ends_while_the_database_is_away(
+    pods: DeployedPods, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = await hold(pods)
+
+    async def fail(*_: object) -> None:
+        raise DatabaseUnavailable
+
+    monkeypatch.setattr(child_runs, "_read_parent", fail)
+    monkeypatch.setattr(node_services, "ASK_SECONDS", 0.1)
+    (line,) = [one for one in routes.TABLE if one.path == "/executions/{id}/workflow-effect"]
+    async with asyncio.timeout(10):
+        refused = await held.ask(line, pods.token)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "not-ready")
 
 
 @ON_SQLITE
