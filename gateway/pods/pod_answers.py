@@ -104,9 +104,13 @@ class PodAnswers:
             return
         if len(self._followers) >= MAX_OVERDUE:
             self._purge()
-        followers = self._followers.setdefault(request.execution_id, {})
-        if len(followers) < MAX_GATEWAYS and len(self._followers) <= MAX_FOLLOWED_RUNS:
-            followers[request.channel] = asyncio.get_running_loop().time() + FOLLOW_SECONDS
+        now = asyncio.get_running_loop().time()
+        stored = self._followers.get(request.execution_id, {})
+        followers = {channel: until for channel, until in stored.items() if until > now}
+        has_room = len(followers) < MAX_GATEWAYS and (followers or len(self._followers) < MAX_FOLLOWED_RUNS)
+        if request.channel not in followers and not has_room:
+            return
+        self._followers[request.execution_id] = {**followers, request.channel: now + FOLLOW_SECONDS}
         if request.is_repeated:
             self._repeated.add(request.execution_id)
 

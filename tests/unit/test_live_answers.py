@@ -4,23 +4,33 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, cast
 
 import msgspec
 import pytest
 
 from engine.services import AnswerOrigin
-from execution import live_answers
+from execution import answer_messages, live_answers
 from execution.live_answers import AnswerPiece, AnswerPieces, FollowRequest, LiveAnswers
 from execution.pod_api import OpenAnswersRequest
 from gateway.executions import live_answers as gateway_answers
 from gateway.executions.agent_step_rows import StepFilter
 from gateway.executions.live_answers import AnswerReader, LiveAnswerHub, RetryShape, TokenShape
+from gateway.pods import pod_answers
+from gateway.pods.lease_checks import LeaseHolder
+from gateway.pods.pod_answers import PodAnswers
 from json_text import decoding
+from messages.broker import GATEWAYS
 from messages.local_broker import LocalBroker
 from messages.message_seal import MessageSeal
+from models.pod_identity import PodProcess
 from models.timestamps import DatabaseClock
+
+if TYPE_CHECKING:
+    from models.database import Database
 
 pytestmark = pytest.mark.anyio
 PATIENCE_SECONDS = 60.0
@@ -336,6 +346,43 @@ async def test_a_run_has_a_limited_number_of_open_texts(
         kept = [shape.node_id for _, shape in stuck.take()]
         assert {"llm17", "llm18", "llm19"} <= set(kept)
         assert len(kept) <= 6
+
+
+class HoldingDatabase:
+    """Database in which the pod holds the run."""
+
+    @asynccontextmanager
+    async def read(self) -> AsyncIterator[HoldingDatabase]:
+        yield self
+
+    async def scalars(self, _statement: object) -> Sequence[str]:
+        return [RUN]
+
+
+async def test_only_gateways_that_follow_a_run_of_a_pod_now_count_toward_their_maximum(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pod_answers, "MAX_GATEWAYS", 1)
+    broker = LocalBroker(channel="gateway")
+    answers = PodAnswers(cast("Database", HoldingDatabase()), broker, SEAL)
+    await answers.start()
+    holder = LeaseHolder("wf_1", "org_1", 0, PodProcess("pod", datetime.now(UTC)))
+
+    async def follow(channel: str, seconds: float) -> None:
+        monkeypatch.setattr(pod_answers, "FOLLOW_SECONDS", seconds)
+        request = FollowRequest(RUN, channel)
+        await answer_messages.send_sealed(broker, SEAL, GATEWAYS, answer_messages.FOLLOW_POD, request)
+        await asyncio.sleep(0)
+
+    async def is_followed() -> bool:
+        return (await answers.receive(holder, OpenAnswersRequest([RUN]))).followed == [RUN]
+
+    await follow("first", 60)
+    assert await is_followed()
+    await follow("first", 0)
+    assert not await is_followed(), "its time was not replaced"
+    await follow("second", 60)
+    assert await is_followed(), "an expired one has kept its place"
 
 
 @pytest.mark.parametrize("field_name", ["execution_id", "node_id", "iteration", "model_id", "text", "reason"])
