@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
 from engine import values
 from engine.node_api import OUTPUT, NodeResult
 from engine.run_errors import FailureCause, NodeError
+from engine.values import InvalidJson
 
 if TYPE_CHECKING:
     from engine.node_api import AnswerWait
     from engine.values import Json
+
+
+Record = TypeVar("Record")
 
 
 class _AnswerError(msgspec.Struct):
@@ -41,7 +45,7 @@ def decode_logs(payload: bytes) -> list[tuple[str, str]]:
     """
     if b'"logs":' not in payload:
         return []
-    return msgspec.convert(values.decode_json(payload), _AnswerRecord).logs
+    return _decode(payload, _AnswerRecord).logs
 
 
 def decode_answer(payload: bytes) -> NodeResult:
@@ -49,7 +53,7 @@ def decode_answer(payload: bytes) -> NodeResult:
 
     Raises `InvalidJson` for a malformed payload, and `NodeError` if the answer is a failure.
     """
-    answer = msgspec.convert(values.decode_json(payload), _AnswerRecord)
+    answer = _decode(payload, _AnswerRecord)
     if answer.error is not None:
         error = answer.error
         raise NodeError(error.message, code=error.code, cause=error.cause)
@@ -73,5 +77,14 @@ def decode_expired(stored_wait: bytes) -> NodeResult | None:
 
     Raises `InvalidJson` for a malformed wait.
     """
-    found = msgspec.convert(values.decode_json(stored_wait), _WaitRecord).expired
+    found = _decode(stored_wait, _WaitRecord).expired
     return None if found is None else NodeResult(found.output, found.port)
+
+
+def _decode(stored: bytes, kind: type[Record]) -> Record:
+    """Return the record of a stored JSON text; raises `InvalidJson` if it is malformed or is no such record."""
+    try:
+        return msgspec.convert(values.decode_json(stored), kind)
+    except msgspec.ValidationError as error:
+        message = f"The stored text is malformed: {error}"
+        raise InvalidJson("malformed-json", message) from error

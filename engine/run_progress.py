@@ -534,13 +534,12 @@ class RunProgress:
         return self._signals.find_answer((visit.node_id, visit.frame.iteration))
 
     def _apply_answer(self, visit: NodeVisit, payload: bytes) -> None:
-        """Apply the answer to a waiting node: its log lines, and its result or final failure.
-
-        Raises `InvalidJson` for malformed log lines.
+        """Apply the answer to a waiting node: its log lines, and its result or final failure; a malformed answer is a
+        failure, too.
         """
-        for level, message in answer_payloads.decode_logs(payload):
-            self._recorder.log(level, message, visit.node_id)
         try:
+            for level, message in answer_payloads.decode_logs(payload):
+                self._recorder.log(level, message, visit.node_id)
             result = answer_payloads.decode_answer(payload)
         except (InvalidJson, NodeError) as error:
             # Only the first answer counts, so another attempt would fail the same way.

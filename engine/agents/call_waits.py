@@ -88,9 +88,9 @@ def end(recorder: SpanRecorder, tool: ToolProgram, step: AgentStep, payload: byt
     Raises `NodeError` for an answer that is a failure, which is recorded too, and `InvalidJson` for a malformed one.
     """
     node, iteration = tool.program.node, name_iteration(step)
-    for level, message in answer_payloads.decode_logs(payload):
-        recorder.log(level, message, node.id)
     try:
+        for level, message in answer_payloads.decode_logs(payload):
+            recorder.log(level, message, node.id)
         result = answer_payloads.decode_answer(payload)
     except Exception as raised:
         error = run_records.to_node_run_error(run_records.to_node_error(raised), node.id, step.attempt)

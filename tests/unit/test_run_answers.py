@@ -184,15 +184,24 @@ async def test_an_answer_may_be_a_failure_and_is_final(settings: Mapping[str, Js
     assert error.code == "run-failed"
 
 
-async def test_an_answer_that_is_no_value_fails_its_node() -> None:
+@pytest.mark.parametrize(
+    ("payload", "code"),
+    [
+        (b'{"error":{"code":"run-failed","message":"a\\u0000b"}}', "nul-character"),
+        (b'{"logs":[["info","a\\u0000b"]]}', "nul-character"),
+        (b'{"logs":["x"]}', "malformed-json"),
+        (b'{"port":1}', "malformed-json"),
+    ],
+)
+async def test_an_answer_that_is_malformed_fails_its_node(payload: bytes, code: str) -> None:
     graph = compile_drawing("start > ask", {"ask": pure_node(AskingNode().ask)})
     first = SimulatedWorker(graph)
     await first.work()
-    told = answer_waits(first.notebook, b'{"error":{"code":"run-failed","message":"a\\u0000b"}}')
+    told = answer_waits(first.notebook, payload)
     second = SimulatedWorker(graph, recorded=list(first.notebook.rows.values()), wait_answers=told)
     cause = require_error(await second.work()).cause
     assert cause is not None
-    assert (cause.code, cause.node_id) == ("nul-character", "ask")
+    assert (cause.code, cause.node_id) == (code, "ask")
 
 
 async def test_an_answer_that_came_before_the_node_was_recorded_as_waiting_counts() -> None:
