@@ -58,7 +58,7 @@ async def add_ended_intervals(
         DatabaseTime(),
         null(),
     ).where(*conditions, start <= DatabaseTime() - LEAST_MICROSECONDS)
-    await _insert_intervals(connection, rows)
+    await _insert_blocked_intervals(connection, rows)
 
 
 async def add_waking_intervals(
@@ -90,11 +90,13 @@ async def add_waking_intervals(
         col(Execution.created_at) < pod_started_at,
         start <= claimed_at - LEAST_MICROSECONDS,
     )
-    await _insert_intervals(connection, rows)
+    await _insert_blocked_intervals(connection, rows)
 
 
-async def _insert_intervals(connection: AsyncConnection, rows: Select[*tuple[Any, ...]]) -> None:
-    """Insert the rows of a query as intervals; one with the same run and start gets the new end instead."""
+async def _insert_blocked_intervals(connection: AsyncConnection, rows: Select[*tuple[Any, ...]]) -> None:
+    """Insert the rows of a query with the columns `_COLUMNS`, in this order, as blocked intervals of runs; an interval
+    with the same run and start gets the new end instead.
+    """
     dialect: Any = postgresql if connection.dialect.name == "postgresql" else sqlite
     statement = dialect.insert(BlockedInterval).from_select(_COLUMNS, rows)
     await connection.execute(

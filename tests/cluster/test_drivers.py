@@ -15,7 +15,7 @@ from workers.cluster.driver import TOKEN_VARIABLE, NotDeployed, ObservedDeployme
 async def test_never_deployed_workflows_are_reported_as_absent(cluster: DriverUnderTest) -> None:
     assert await cluster.driver.observe("wf_none") == ObservedDeployment("wf_none", exists=False)
     assert await cluster.driver.delete("wf_none")
-    assert await cluster.driver.endpoint("wf_none") == ()
+    assert await cluster.driver.list_endpoints("wf_none") == ()
     assert await cluster.driver.logs("wf_none", limit=10) == ()
     with pytest.raises(NotDeployed):
         await cluster.driver.scale("wf_none", 1)
@@ -26,7 +26,7 @@ async def test_an_applied_deployment_starts_and_is_reported_as_it_is(cluster: Dr
     observed = await cluster.driver.observe(desired.workflow_id)
     assert (observed.exists, observed.is_ready, observed.replicas, observed.available) == (True, True, 1, 1)
     assert (observed.generation, observed.definition_hash, observed.failure) == (7, "d1", None)
-    assert await cluster.driver.endpoint(desired.workflow_id) == (observed.pods[0].address,)
+    assert await cluster.driver.list_endpoints(desired.workflow_id) == (observed.pods[0].address,)
     assert await cluster.driver.list() == (observed,)
     assert await cluster.get(f"{observed.pods[0].address}/readyz") == {}
 
@@ -42,7 +42,7 @@ async def test_variables_and_arguments_arrive_as_they_are(cluster: DriverUnderTe
     texts = {"A": "$(PATH)", "B": "$$(A) $A $", "C": "", TOKEN_VARIABLE: "not the token"}
     command = (cluster.python, "-S", "-c", PROGRAM, "$(HOME)", "two words", "$$")
     desired = await cluster.start(environment=texts, command=command)
-    (url,) = await cluster.driver.endpoint(desired.workflow_id)
+    (url,) = await cluster.driver.list_endpoints(desired.workflow_id)
     state = await cluster.get(f"{url}/state")
     assert {name: state["environment"][name] for name in ("A", "B", "C")} == {
         name: texts[name] for name in ("A", "B", "C")
@@ -59,7 +59,7 @@ async def test_a_pod_is_ready_only_when_it_says_so(cluster: DriverUnderTest) -> 
         desired.workflow_id, lambda observed: any(pod.address for pod in observed.pods)
     )
     assert not started.is_ready
-    assert await cluster.driver.endpoint(desired.workflow_id) == ()
+    assert await cluster.driver.list_endpoints(desired.workflow_id) == ()
     await cluster.ready(desired.workflow_id)
 
 
@@ -77,7 +77,7 @@ async def test_a_stopped_deployment_stays_stopped_through_changes_and_starts_aga
         await cluster.driver.scale(desired.workflow_id, replicas)
         up = await cluster.ready(desired.workflow_id)
         assert {pod.definition_hash for pod in up.pods} == {hash_}
-        assert len(set(await cluster.driver.endpoint(desired.workflow_id))) == replicas
+        assert len(set(await cluster.driver.list_endpoints(desired.workflow_id))) == replicas
 
 
 async def test_another_definition_replaces_the_pods_and_leaves_none_missing(cluster: DriverUnderTest) -> None:
@@ -97,7 +97,7 @@ async def test_a_wake_during_a_drain_starts_a_pod_beside_the_one_that_drains(
     cluster: DriverUnderTest,
 ) -> None:
     desired = await cluster.start(environment={"POD_DRAIN_SECONDS": str(GRACE_SECONDS)})
-    (draining,) = await cluster.driver.endpoint(desired.workflow_id)
+    (draining,) = await cluster.driver.list_endpoints(desired.workflow_id)
     await cluster.driver.scale(desired.workflow_id, 0)
     ends = await cluster.until(
         desired.workflow_id, lambda observed: all(pod.is_terminating for pod in observed.pods)
@@ -106,7 +106,7 @@ async def test_a_wake_during_a_drain_starts_a_pod_beside_the_one_that_drains(
     await cluster.driver.scale(desired.workflow_id, 1)
     awake = await cluster.until(desired.workflow_id, lambda observed: observed.is_ready)
     assert len(awake.pods) == 2
-    urls = await cluster.driver.endpoint(desired.workflow_id)
+    urls = await cluster.driver.list_endpoints(desired.workflow_id)
     assert draining not in urls
     await cluster.end_drain(draining)
     await cluster.until(desired.workflow_id, lambda observed: len(observed.pods) == 1)
@@ -134,13 +134,13 @@ async def test_a_program_that_can_not_start_is_trouble_until_another_is_applied(
 
 async def test_a_pod_that_crashes_is_started_again(cluster: DriverUnderTest) -> None:
     desired = await cluster.start()
-    (url,) = await cluster.driver.endpoint(desired.workflow_id)
+    (url,) = await cluster.driver.list_endpoints(desired.workflow_id)
     first = (await cluster.get(f"{url}/state"))["started_at"]
     await cluster.get(f"{url}/exit?code=3")
 
     async def has_started_again() -> bool:
         try:
-            urls = await cluster.driver.endpoint(desired.workflow_id)
+            urls = await cluster.driver.list_endpoints(desired.workflow_id)
             started_at = [(await cluster.get(f"{url}/state"))["started_at"] for url in urls]
         except (OSError, aiohttp.ClientError):
             return False  # it was counted as ready slightly longer than it lived
@@ -210,7 +210,7 @@ async def test_a_watch_tells_of_all_at_first_and_then_of_each_change(cluster: Dr
 
 async def test_logs_are_the_last_lines_that_pods_wrote(cluster: DriverUnderTest) -> None:
     desired = await cluster.start()
-    (url,) = await cluster.driver.endpoint(desired.workflow_id)
+    (url,) = await cluster.driver.list_endpoints(desired.workflow_id)
     for text in ("one", "two", "three"):
         await cluster.get(f"{url}/say?text={text}")
 

@@ -237,7 +237,7 @@ async def test_objects_left_after_a_deployment_was_deleted_by_hand_are_listed_an
 async def test_an_api_server_that_is_away_is_unavailable_and_its_pods_go_on(fake_cluster: Fake) -> None:
     cluster, api = fake_cluster
     desired = await cluster.start()
-    (url,) = await cluster.driver.endpoint(desired.workflow_id)
+    (url,) = await cluster.driver.list_endpoints(desired.workflow_id)
     await api.go_down()
     for work in (
         cluster.driver.apply(desired),

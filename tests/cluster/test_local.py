@@ -64,7 +64,7 @@ def is_running(pid: int) -> bool:
 
 
 async def read_state(cluster: DriverUnderTest, workflow_id: str) -> dict[str, Any]:
-    (url,) = await cluster.driver.endpoint(workflow_id)
+    (url,) = await cluster.driver.list_endpoints(workflow_id)
     state: dict[str, Any] = await cluster.get(f"{url}/state")
     return state
 
@@ -148,7 +148,7 @@ async def test_a_pod_that_does_not_end_is_killed_after_its_grace_by_the_next_dep
 
 async def test_logs_are_bounded_and_keep_the_end(local_cluster: DriverUnderTest, folder: Path) -> None:
     desired = await local_cluster.start()
-    (url,) = await local_cluster.driver.endpoint(desired.workflow_id)
+    (url,) = await local_cluster.driver.list_endpoints(desired.workflow_id)
     for number in range(3):
         await local_cluster.get(f"{url}/say?text={'x' * 99}&times=300")
         await local_cluster.get(f"{url}/say?text=end-{number}")

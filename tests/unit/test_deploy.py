@@ -200,7 +200,7 @@ async def test_the_deployer_has_exactly_the_permissions_of_its_driver(
             await cluster.ready(desired.workflow_id)
             await cluster.driver.scale(desired.workflow_id, 2)
             await cluster.driver.list()
-            await cluster.driver.endpoint(desired.workflow_id)
+            await cluster.driver.list_endpoints(desired.workflow_id)
             await cluster.driver.logs(desired.workflow_id, limit=10)
             (pod, *_) = (await cluster.driver.observe(desired.workflow_id)).pods
             await cluster.driver.replace(desired.workflow_id, [pod.name])

@@ -274,7 +274,7 @@ class ClusterDriver(Protocol):
     async def logs(self, workflow_id: str, *, limit: int) -> tuple[PodLogLine, ...]:
         """Return up to `limit` last log lines of a workflow's pods, oldest first. Raises `ClusterError`."""
 
-    async def endpoint(self, workflow_id: str) -> tuple[str, ...]:
+    async def list_endpoints(self, workflow_id: str) -> tuple[str, ...]:
         """Return the base URL of each pod of a workflow that can receive requests now; none for an unknown workflow.
 
         Raises `ClusterError`.

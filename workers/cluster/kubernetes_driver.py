@@ -280,8 +280,11 @@ class KubernetesDriver:
         deployment = next((one for one in deployments if one["metadata"]["name"] == name), None)
         return pod_status.summarize_deployment(workflow_id, deployment, listed, port=self._layout.port)
 
-    async def endpoint(self, workflow_id: str) -> tuple[str, ...]:
-        """Return the base URLs of the pods that can receive requests now; raises `ClusterError`."""
+    async def list_endpoints(self, workflow_id: str) -> tuple[str, ...]:
+        """Return the base URLs of a workflow's pods that can receive requests now; none for an unknown workflow.
+
+        Raises `ClusterError`.
+        """
         observed = await self.observe(workflow_id)
         return tuple(pod.address for pod in observed.ready_pods if pod.address is not None)
 

@@ -240,8 +240,8 @@ class LocalDriver:
         ]
         return tuple(lines[-limit:])
 
-    async def endpoint(self, workflow_id: str) -> tuple[str, ...]:
-        """Return the base URLs of the pods that can receive requests now."""
+    async def list_endpoints(self, workflow_id: str) -> tuple[str, ...]:
+        """Return the base URLs of a workflow's pods that can receive requests now; none for an unknown workflow."""
         observed = await self.observe(workflow_id)
         return tuple(pod.address for pod in observed.ready_pods if pod.address is not None)
 
