@@ -222,7 +222,10 @@ def serve(settings: SmtpListenerSettings) -> None:
 
 
 async def _serve(settings: SmtpListenerSettings) -> None:
-    """Listen for mail until SIGTERM or SIGINT, with a heartbeat file if it is set."""
+    """Listen for mail until SIGTERM or SIGINT, and touch the heartbeat file meanwhile, if the settings name one.
+
+    Raises the errors of `run_listener`, and `OSError` if the file can't be touched at first.
+    """
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -51,7 +51,9 @@ def compute_cost(usage: TokenUsage, price: ModelPrice) -> int:
 
 
 def compute_most_cost(input_tokens: int, output_tokens: int, price: ModelPrice) -> int:
-    """Return the most that a model call may cost in nano-dollars, whether its input is written to a cache or not."""
+    """Return the upper bound of the cost of a model call in nano-dollars, whether or not its input is written to a
+    cache.
+    """
     dearest = max(Decimal(price.input), Decimal(price.cache_write or price.input))
     dollars = input_tokens * dearest + output_tokens * Decimal(price.output)
     return int((dollars * NANOS_PER_MILLIONTH).to_integral_value(ROUND_CEILING))

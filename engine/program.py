@@ -435,7 +435,9 @@ def _list_named_nodes(paths: Sequence[ExpressionPath]) -> tuple[str, ...]:
 
 
 def _literal_paths(value: Json) -> Sequence[ExpressionPath]:
-    """Return the paths of the expressions in a value that its node compiles itself; none if it doesn't compile."""
+    """Return the paths that the expressions in a value read, for a field that its node compiles itself; none if the
+    value is no expression, such as a script.
+    """
     try:
         return compile_value(value).paths
     except ExpressionError:
@@ -510,9 +512,10 @@ def _compile_agent(
 
 
 def _complete_agent(program: NodeProgram, agent: AgentProgram) -> NodeProgram:
-    """Return the program of an agent with its model and tools, which its key covers.
+    """Return the program of an agent with its model and tools, so that its key also covers these and the paths that
+    they read.
 
-    Its effect is `write` if that of a tool is, else `read`.
+    Its effect is `write` if a tool has that effect, else `read`.
     """
     is_write = any(tool.effect is NodeEffect.WRITE for tool in agent.tools.values())
     # The model reads names, descriptions, parameters and results, so that its answers depend on them.

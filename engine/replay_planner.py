@@ -82,7 +82,11 @@ class _NodePlanner:
     def __init__(
         self, facts: ReplayFacts, options: ReplayOptions, unknowable: frozenset[str] = frozenset()
     ) -> None:
-        """`unknowable` are nodes that refer to parallel branches with a node that runs again."""
+        """`unknowable` are the nodes that `find_misjudged` of earlier passes returned.
+
+        They refer to a parallel branch that runs again, so they are decided like nodes whose input is known only when
+        the replay runs.
+        """
         self._unknowable = unknowable
         self._presumed: set[str] = set()
         """Nodes that were decided before a parallel branch that they refer to."""

@@ -46,9 +46,10 @@ SPECIAL_TARGETS: Final = (
 
 
 async def read_oldest_pending_age(connection: AsyncConnection, of_target: ColumnElement[bool]) -> float:
-    """Return for how many seconds the oldest pending run that satisfies `of_target` could be claimed; 0 without one.
+    """Return the seconds since the oldest pending run that satisfies `of_target` became claimable; 0 without one.
 
-    Up to 10,000 runs are examined; runs that wait for a slot or a delay are left out.
+    Runs that wait for a slot or a delay are left out. Of more than 10,000 runs, any 10,000 are examined, so the result
+    may be too small.
     """
     some = (
         select(col(Execution.updated_at).label("at"))

@@ -164,9 +164,9 @@ async def insert_copy(
 ) -> None:
     """Insert the execution `new_id`, which resumes a failed one with its committed results, labels and attempts.
 
-    It is pending; with a concurrency key it waits for a slot, and for parsing if its mail is unparsed. `trigger_type`
-    is that of the failed one, and `also` has values of columns that differ from the failed one. Agents without a result
-    continue their conversations, or begin new ones unless `keeps_conversations`.
+    It is pending: it waits for parsing if its mail is unparsed, and then for a slot if it has a concurrency key.
+    `trigger_type` is that of the failed one, and `also` has values of columns that differ from the failed one. Agents
+    without a result continue their conversations, or begin new ones unless `keeps_conversations`.
     """
     kept = select(col(SpanRow.node_id), col(SpanRow.iteration), _SETTLED.label("is_settled")).where(
         _spans_of(failed), _KEPT

@@ -230,10 +230,11 @@ class PostgresqlBroker:
             self._drains[queue] = asyncio.create_task(self._take_all(queue))
 
     async def _take_all(self, queue: str) -> None:
-        """Remove the messages of a queue in batches and pass them to its consumer,
-        until it is empty or PostgreSQL fails.
+        """Remove the messages of a queue in batches, and then pass them to its consumer, until the queue is empty or
+        has no consumer, or PostgreSQL fails.
 
-        The next check, within five seconds, reads the queue again.
+        Each is passed at most once: a removed message is lost if the process or its consumer fails. The next check,
+        within five seconds, reads the queue again.
         """
         loop = asyncio.get_running_loop()
         try:

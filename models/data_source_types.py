@@ -324,6 +324,8 @@ def describe_fields(part: str) -> str:
 
 
 def to_stored(fields: DataSourceFields) -> dict[str, object]:
-    """Return settings or secrets as they are stored: by wire name, with defaults, without None values."""
+    """Return settings or secrets in their stored form: by wire name, with defaults, without None values; secrets
+    aren't encrypted yet.
+    """
     values: dict[str, object] = msgspec.to_builtins(fields)
     return {name: value for name, value in values.items() if value is not None}

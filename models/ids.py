@@ -61,7 +61,7 @@ def earliest_id(prefix: str, moment: datetime) -> str:
 def time_of(text: str) -> datetime | None:
     """Return the time at which an id was made, to the millisecond; None for a text of another form.
 
-    An id of `derive_id` has the time of its origin.
+    An id of `derive_id` has the time of the id that it was derived from.
     """
     encoded = text.rpartition("_")[2]
     if not _ENCODED.match(encoded):

@@ -21,5 +21,5 @@ def new_lease_owner(name: str) -> str:
 
 
 def lease_owner_prefix(name: str) -> str:
-    """Return the beginning that the lease owner names of all processes of a worker name share."""
+    """Return `worker:<name>/`, with which the lease owner names of all processes of a worker begin."""
     return f"{WORKER_OWNER_PREFIX}{name}/"

@@ -342,7 +342,10 @@ class OutboundClient:
         Redirects are not followed, and a request on an idle connection that breaks is not repeated. `idle_seconds`
         limits the time until the headers, and each pause in the body; `total_seconds` limits the whole response. At the
         end of the block the connection is closed unless the response is complete. With `is_alone`, the request has a
-        connection of its own, which is closed in any case. Raises `OutboundError`, and so does the stream.
+        connection of its own, which is closed in any case.
+
+        Raises `OutboundRefused` if the request is not permitted or invalid, or for an invalid or too large response,
+        and `OutboundUnavailable` if it may succeed later; so does the stream. Every final status is a response.
         """
         require_valid_request(method.upper(), headers)
         call = OutboundCall(method.upper(), parse_target(url), headers, body)

@@ -204,9 +204,10 @@ async def _end_pods(pods: AsyncExitStack, store: JournalStore, *, owns_store: bo
 
 
 async def _bring_up_to_date(database: Database, migration: subprocess.Popen[bytes] | None) -> None:
-    """Wait for the migration, if one runs, and run another if the schema is still older.
+    """Wait for the migration, if one runs, and run another if the schema is still older, even if the first failed.
 
-    Raises `CommandError` if that fails, `NewerDatabase` and `DatabaseUnavailable`.
+    Raises `CommandError` if the second fails, `NewerDatabase` for a newer schema that this code can't use, and
+    `DatabaseUnavailable`.
     """
     try:
         if migration is not None:

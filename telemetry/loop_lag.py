@@ -25,8 +25,8 @@ class LoopLagMeter:
         return max(self._lags, default=0.0)
 
     async def measure_forever(self, on_sample: Callable[[float], None] = lambda _: None) -> None:
-        """Measure each second until the task is canceled, and call `on_sample`
-        with the longest delay of the last ten.
+        """Measure each second until the task is canceled, and after each measurement call `on_sample` with the longest
+        delay of the last ten, in seconds.
         """
         while True:
             asked_at = time.monotonic()

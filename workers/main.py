@@ -230,7 +230,8 @@ def _open_models(database: Database, sources: ConnectionSources) -> ModelConnect
 
 
 async def _sweep_unattended_runs(database: Database, store: JournalStore, broker: Broker) -> None:
-    """End abandoned child runs, wake deployments with due runs and move due tasks, in case no scheduler is running.
+    """Request abandoned child runs to end, wake deployments with due runs, and move tasks whose lease, deadline or
+    delay is over, whether or not a scheduler does so too.
 
     Raises `DatabaseUnavailable`.
     """

@@ -169,8 +169,10 @@ class VisitSteps(AgentSteps):
         return self._find_answer(call_waits.find_place(tool, step))
 
     def begin_wait(self, tool: ToolProgram, step: AgentStep, outcome: AnswerWait) -> StepWait:
-        """Add the wait of a tool call for its result to the next commit, and return it for the agent; only the first
-        commit creates a task.
+        """Add the wait of a tool call for a sub-workflow run or a worker's task to the next commit, and return it; then
+        `find_wait` returns it too.
+
+        The first commit of a wait for a task creates the task; a repeated one, as by another worker, creates no second.
         """
         return call_waits.begin(self._visit, self._recorder, tool, step, outcome)
 
@@ -325,7 +327,9 @@ class RefusedThrottle(ThrottleService):
 
 
 def _refuse_metadata(_metadata: Mapping[str, str]) -> None:
-    """Raise a `NodeError`, which the model gets."""
+    """Refuse metadata that a tool of an agent without recorded contents sets: raise a `NodeError`, which the model
+    gets.
+    """
     raise NodeError(KEEPS_NOTHING, code=content_recording.REFUSED_CODE)
 
 

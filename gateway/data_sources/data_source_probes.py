@@ -101,7 +101,8 @@ class DataSourceProber:
         return replace(found, duration_milliseconds=milliseconds, phases=recorder.results)
 
     async def _attempt(self, source: DataSource) -> ProbeResult:
-        """Connect within ten seconds, and return the result; its message has no secrets and no foreign addresses.
+        """Connect within ten seconds, and return the result; its message has no secrets, and no IP address except the
+        configured host.
 
         Undecryptable secrets, `NodeError` and the time limit are failures.
         """

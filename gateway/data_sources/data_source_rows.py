@@ -232,8 +232,8 @@ async def list_models(
 
 
 def _select_referring_workflows(organization_id: str, object_id: str) -> Any:  # noqa: ANN401 - a statement with these columns
-    """Return the query of workflows whose graph or deployed version contains the id of a data source or model as a
-    text.
+    """Return the query of ids and names of the organization's workflows, without deleted ones, that have the id of a
+    data source or model as a whole JSON string in their graph or deployed version.
     """
     nodes = type_coerce(col(WorkflowGraph.nodes), Text)
     deployed = select_referring_deployments(organization_id, object_id)

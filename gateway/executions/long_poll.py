@@ -103,7 +103,9 @@ class ExecutionPollHub:
                 waiter.end()
 
     async def close(self) -> None:
-        """End all waits with the current state, and wait for queries in progress."""
+        """End all waits, also those that begin later, each after a last read of its execution; return when the queries
+        in progress have ended.
+        """
         self.release()
         if self._looking is not None:
             self._looking.cancel()

@@ -220,7 +220,9 @@ class DeliveryLog:
         return size == 0 or self._kept.take(demand, monotonic()).tokens > 0
 
     async def drain(self) -> None:
-        """Commit the deliveries that wait for the next group commit, before the process stops."""
+        """Wait until every waiting delivery is committed or has failed, before the process stops; raises none of their
+        errors.
+        """
         await self._group.drain()
 
     async def _commit(self, batch: Sequence[Delivery]) -> Sequence[None]:

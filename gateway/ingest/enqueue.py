@@ -131,10 +131,11 @@ class EndedEnqueueResult(OutcomeShape, kw_only=True):
 
 
 async def enqueue(request: GatewayRequest) -> JsonResponse:
-    """Run a workflow on a message, through its queue trigger.
+    """Start a run of a workflow on a message, through its queue trigger.
 
-    With `Prefer: wait=N` and an API key that may read, the answer is sent when the run has ended, with its
-    outputs, or after N seconds.
+    The answer is 201 with the run's id, or that of the earlier run for a repetition. With `Prefer: wait=N` and an API
+    key that may read workflows, it is 200 with the outcome if the run ends within N seconds, at most 60; other senders
+    don't wait.
 
     Senders that can't set a header send the workflow's trigger token as `key` in the URL.
     """

@@ -253,8 +253,8 @@ async def index(request: GatewayRequest) -> JsonResponse:
 async def show(request: GatewayRequest) -> JsonResponse:
     """Show an event with its outcomes.
 
-    An outcome has the run of a subscribing workflow, or the reason why it has none. Members see their own
-    events, and admins all.
+    An outcome has the run of a subscribing workflow, or the reason why it has none. Members see the events that they
+    sent, and admins all; raises a 404 error for an event that the caller may not see.
     """
     async with request.gateway.database.read() as connection:
         event, delivery = await _find_readable(connection, request)

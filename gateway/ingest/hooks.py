@@ -139,13 +139,14 @@ async def options(request: GatewayRequest) -> NoContent:
 async def _answer_request(
     request: GatewayRequest, inbound: InboundRequest, verified: VerifiedWebhookRequest, started: float
 ) -> ASGIApp:
-    """Start the run of a verified request and return the HTTP answer: at once, or the run's own if the trigger waits
-    for it and the run may start now.
+    """Start the run of a verified request and return the HTTP answer: that it is accepted, or if the trigger waits for
+    the run, the run's own answer, or that it has completed without one.
 
-    A challenge that checks the address, and an event that the trigger does not allow, start no run: they are recorded
-    as deliveries and answered with 200. The wait ends at a deadline, counted from `started` by the event loop's clock.
-    Raises `RequestRefused` for invalid content, a 500 error for a run that failed without an answer, and the API errors
-    of limits and ingest.
+    It is answered as accepted too if the workflow is paused, its deployment refuses the start, or the run goes on at
+    the deadline, which is counted from `started` by the event loop's clock. A challenge by which a sender checks the
+    URL, and an event that the trigger does not allow, start no run: they are recorded as deliveries and answered with
+    200. Raises `RequestRefused` for invalid content, a 500 error for a run that failed without an answer, and the API
+    errors of limits and ingest.
     """
     hook, sent = verified.hook, verified.sent
     meaning = await offload.run(webhook_triggers.parse_request, hook, sent)

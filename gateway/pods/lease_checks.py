@@ -70,7 +70,7 @@ def lease_lost() -> ApiError:
 
 
 def held_conditions(holder: LeaseHolder) -> Sequence[ColumnElement[bool]]:
-    """Return the SQL conditions that select the executions with a live lease of this pod."""
+    """Return the SQL conditions, all of which hold for the executions with a live lease of `holder`."""
     return (
         col(Execution.workflow_id) == holder.workflow_id,
         col(Execution.organization_id) == holder.organization_id,

@@ -196,9 +196,10 @@ async def count_failed_model_call(request: GatewayRequest, holder: LeaseHolder) 
 
 
 async def receive_open_answers(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
-    """Pass pieces of streamed model answers to the gateways that follow their runs, and answer with the followed runs.
+    """Pass pieces of streamed model answers to the gateways that follow their runs; answer which of the named runs are
+    followed, and which of them must send their open answers from the beginning.
 
-    Runs that the pod doesn't hold are ignored.
+    The latter are named once. Runs that the pod doesn't hold are ignored. Raises `DatabaseUnavailable`.
     """
     call = await decode_call(request, OpenAnswersRequest)
     return JsonResponse(await request.gateway.pod_services.answers.receive(holder, call))

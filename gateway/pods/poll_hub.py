@@ -132,7 +132,9 @@ class PodPollHub:
         return workflow_id in self._waiters and self._watched.get(workflow_id) is not None
 
     def release(self) -> None:
-        """Answer all polls and refuse new ones, because the gateway is about to stop."""
+        """End all polls with an answer without work, and refuse new ones by a 503 error, since the gateway is about to
+        stop.
+        """
         self._is_closed = True
         for waiter in self._all_waiters():
             self._respond(waiter)
@@ -216,7 +218,9 @@ class PodPollHub:
     # ── periodic check ──────────────────────────────────────────────────────────────────────────────────────
 
     async def _check_periodically(self) -> None:
-        """Look once a second for runs and requests of all waiting pods, until none wait."""
+        """Answer the polls of waiting pods once a second with pending runs, and with stop or cancel requests to their
+        runs, until none wait; errors are logged.
+        """
         try:
             while self._waiters:
                 await asyncio.sleep(LOOK_SECONDS)

@@ -165,8 +165,8 @@ class PollService:
     # ── news ────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _receive(self, notification: Notification) -> None:
-        """Serve the polls of organizations with changed tasks or leaving workers, as a notification of the
-        broker says.
+        """Claim tasks for the polls of organizations with changed tasks, and answer the polls of stopping and draining
+        workers, in the background, on a notification of the broker; others are ignored.
         """
         if not isinstance(notification, ChangedExecutions):
             return

@@ -135,7 +135,11 @@ async def index(request: GatewayRequest) -> JsonResponse:
 
 
 async def schema(request: GatewayRequest) -> JsonResponse:
-    """Show a node type with its ports, output, defaults, examples and the JSON Schema of its config."""
+    """Show the newest version of a node type with its ports, output, defaults, examples and the JSON Schema of its
+    config.
+
+    Raises a 404 error for an unknown type.
+    """
     catalog = await request.catalog()
     try:
         node_type = catalog.get(request.path_params["type"])

@@ -385,7 +385,7 @@ def _all_fields(stored: StoredWorkflow, node_id: str, catalog: NodeCatalog) -> d
 
 
 def _is_summary(body: Mapping[str, Json]) -> bool:
-    """Return whether a body has all fields of a node in the list of nodes, so that it isn't a config."""
+    """Return whether a body has all required fields of a node in the list of nodes, and so is not a config."""
     return all(field.encode_name in body for field in msgspec.structs.fields(NodeSummary) if field.required)
 
 

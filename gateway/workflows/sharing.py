@@ -101,7 +101,10 @@ async def add(request: GatewayRequest) -> JsonResponse:
 
 
 async def remove(request: GatewayRequest) -> NoContent:
-    """End a share: the user loses access to the workflow and its executions."""
+    """End a share: the user loses access to the workflow and its executions, unless it is public or a template.
+
+    Raises a 404 error without a share.
+    """
     user_id = request.path_params["subId"]
     edited = await request.gateway.workflow_editor.edit(
         request.requested_object, AuditAction.SHARE_REMOVED, lambda before: _remove_share(before, user_id)

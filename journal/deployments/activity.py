@@ -392,10 +392,10 @@ async def _decide_and_apply(
 def _determine_changes(
     seen: DeploymentActivity, decision: LifecycleVerdict, replicas: int | None
 ) -> dict[str, Any]:
-    """Return the columns of the desired state that a start, a wake, a drain or a stop changes, with their new
-    values.
+    """Return the columns of the desired state that a start, a wake, a drain or a stop changes, with their new values.
 
-    `replicas` is the number of pods of a start; None means the last number.
+    The action must not be `none`. `replicas` is the number of pods of a start or wake; None means the number of the
+    last start.
     """
     before, now = seen.deployment, seen.now
     if decision.action in _STARTING_ACTIONS:

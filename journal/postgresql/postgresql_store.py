@@ -294,7 +294,7 @@ class PostgreSQLStore:
         return found
 
     async def last_log_lines(self, keys: Sequence[ExecutionKey]) -> dict[str, int]:
-        """Return the highest sequence number of each run's log; runs without a log are left out."""
+        """Return the highest sequence number of each run's log, by execution id; runs without a log are left out."""
         return {row[0]: row[1] for row in await self._fetch(_LAST_LOG_LINES, *transpose_rows(keys, 2))}
 
     async def progress(self, keys: Sequence[ExecutionKey]) -> Sequence[RunProgressReport]:

@@ -11,9 +11,11 @@ NOW: Final = "(date_part('epoch', now()) * 1000000)::bigint"
 
 
 def lock_wait_sql(milliseconds: int) -> str:
-    """Return an always true SQL condition that limits the lock waits of its statement, behind a pooler too.
+    """Return an always true SQL condition that limits lock waits from its statement to the end of the transaction; a
+    longer wait fails.
 
-    An uncorrelated subquery is evaluated once, before the rows that it filters.
+    Unlike a setting of the session, it works behind a pooler too. As an uncorrelated subquery, it is evaluated once,
+    before the rows that it filters.
     """
     return f"(SELECT set_config('lock_timeout', '{milliseconds}', true)) IS NOT NULL"
 

@@ -166,7 +166,7 @@ class SQLiteStore:
         return await self._reader.run(lambda connection: _read_steps(connection, keys))
 
     async def last_log_lines(self, keys: Sequence[ExecutionKey]) -> dict[str, int]:
-        """Return the highest sequence number of each run's log; runs without a log are left out."""
+        """Return the highest sequence number of each run's log, by execution id; runs without a log are left out."""
         return await self._reader.run(lambda connection: _last_log_lines(connection, keys))
 
     async def progress(self, keys: Sequence[ExecutionKey]) -> Sequence[RunProgressReport]:

@@ -126,7 +126,7 @@ class XlsxWorkbook:
                 self._styles = styles.shows
 
     async def read_rows(self, sheet: str) -> Sequence[SheetRow]:
-        """Return the rows of a sheet that have cells, in order.
+        """Return the rows of a sheet that have values, in order.
 
         Raises `NodeError` for invalid XML and exceeded limits, `KeyError` for an unknown sheet.
         """

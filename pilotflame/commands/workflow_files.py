@@ -255,7 +255,7 @@ def diff_lines(changes: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _workflow_lines(found: Mapping[str, Any]) -> list[str]:
-    """Return the differences of one workflow as lines: its fields, nodes and connections."""
+    """Return the lines that show what an `apply` changes in one workflow: its fields, nodes and connections."""
     lines = [_change_line(name, change) for name, change in found.get("fields", {}).items()]
     for word, kind in (("node", "nodes"), ("connection", "connections")):
         items = found.get(kind) or {}

@@ -112,7 +112,10 @@ def _find_node(workflow: Mapping[str, Any], query: Mapping[str, str]) -> Mapping
 
 
 def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
-    """Return the template values: the workflow, its map with the states of the last run, and the permitted actions."""
+    """Return the template values: the workflow, its map with the states of the last run, and the permitted actions.
+
+    The map is None for the view as a table, and without nodes.
+    """
     workflow, why = data["workflow"], data["why"]
     node = _find_node(workflow, frame.query)
     schema = (data["type"] or {}).get("config")

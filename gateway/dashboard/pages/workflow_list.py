@@ -68,7 +68,9 @@ async def load(page: PageRequest) -> PageData:
 
 
 def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
-    """Return the template values: the workflows with state, bars and shares, and the filters."""
+    """Return the template values: the workflows, each with its state, bars of its runs per hour and share of failures,
+    and the filters.
+    """
     listed = data["workflows"]
     filters = {name: frame.query[name] for name in FILTERS if frame.query.get(name)}
     kept = {**filters, **({"order": frame.query["order"]} if frame.query.get("order") else {})}

@@ -568,7 +568,7 @@ class AsyncNodeTypes(AsyncResource):
         return self._client.iterate("/api/v1/workflow-nodes", "nodes", {"search": search, "category": category, "type": type, "deprecated": deprecated})
 
     async def schema(self, node_type: str) -> t.NodeTypeSchema:
-        """Show a node type with its ports, output, defaults, examples and the JSON Schema of its config."""
+        """Show the newest version of a node type with its ports, output, defaults, examples and the JSON Schema of its config."""
         return cast("t.NodeTypeSchema", await self._client.request("GET", f"/api/v1/workflow-nodes/{self._quote(node_type)}/schema"))
 
     async def versions(self, node_type: str, name: str) -> t.NodeTypeVersions:
@@ -652,7 +652,7 @@ class AsyncQueue(AsyncResource):
         return cast("t.BulkReplayResult", await self._client.request("POST", "/api/v1/dead-letters/replay", fields={"definition": definition, "refresh": refresh, "confirm": confirm, "failedOnly": failed_only, "dryRun": dry_run, "limit": limit, "filter": filter}))
 
     async def send(self, workflow_id: str, *, message: Any = None, data: Any = None, priority: int | None = None, source: str | None = None, delay_seconds: float | None = None, not_before: str | None = None, deduplication_id: str | None = None, callback_url: str | None = None, key: str | None = None, idempotency_key: str | None = None) -> t.EnqueueResult:
-        """Run a workflow on a message, through its queue trigger."""
+        """Start a run of a workflow on a message, through its queue trigger."""
         return cast("t.EnqueueResult", await self._client.request("POST", f"/api/v1/workflows/{self._quote(workflow_id)}/enqueue", query={"key": key}, fields={"message": message, "data": data, "priority": priority, "source": source, "delaySeconds": delay_seconds, "notBefore": not_before, "deduplicationId": deduplication_id, "callbackUrl": callback_url}, idempotency_key=idempotency_key, is_keyed=True))
 
     async def send_batch(self, workflow_id: str, *, messages: Sequence[Any], callback_url: str | None = None, key: str | None = None, idempotency_key: str | None = None) -> t.EnqueueBatchResult:
@@ -1040,7 +1040,7 @@ class AsyncWorkflows(AsyncResource):
         return cast("t.NodeTestResult", await self._client.request("POST", f"/api/v1/workflows/{self._quote(workflow_id)}/nodes/{self._quote(node_id)}/test", fields={"input": input, "trigger": trigger, "nodes": nodes, "config": config, "wait": wait}, idempotency_key=idempotency_key, is_keyed=True))
 
     async def unshare(self, workflow_id: str, user_id: str) -> None:
-        """End a share: the user loses access to the workflow and its executions."""
+        """End a share: the user loses access to the workflow and its executions, unless it is public or a template."""
         await self._client.request("DELETE", f"/api/v1/workflows/{self._quote(workflow_id)}/share/{self._quote(user_id)}")
 
     async def update(self, workflow_id: str, *, name: str | None = None, description: str | None = None, nodes: Sequence[Any] | None = None, connections: Sequence[Any] | None = None, tags: Sequence[str] | None = None, settings: Mapping[str, Any] | None = None, config: Mapping[str, Any] | None = None) -> t.Workflow:
