@@ -476,7 +476,9 @@ async def test_a_group_is_replayed_after_its_plan_and_another_is_muted(visit: In
     assert (await owner.api.post("/api/v1/dead-letters/purge", json=every)).json()["purged"] == 2
 
 
-async def test_chosen_rows_are_redriven_and_discarded_by_keyboard(visit: IntakeVisit) -> None:
+async def test_chosen_rows_are_redriven_and_discarded_by_keyboard(  # noqa: PLR0915 - one journey
+    visit: IntakeVisit,
+) -> None:
     page, owner = visit.page, visit.people.owner
     workflow_id = await owner.create(**graph_of("queue-trigger", {}))
     runs = [await enqueue(owner, workflow_id, number) for number in range(4)]
@@ -499,8 +501,8 @@ async def test_chosen_rows_are_redriven_and_discarded_by_keyboard(visit: IntakeV
         await visit.press("Enter", 13, "\r")
 
     async def list_open() -> set[str]:
-        path = f"/api/v1/dead-letters?workflow_id={workflow_id}"
-        return {one["executionId"] for one in (await owner.api.get(path)).json()["deadLetters"]}
+        found = (await owner.api.get(f"/api/v1/dead-letters?workflow_id={workflow_id}")).json()
+        return {one["executionId"] for one in found["deadLetters"]}
 
     # Without a choice, no form has a filter, which would select all dead letters.
     await page.wait_for(
@@ -514,6 +516,7 @@ async def test_chosen_rows_are_redriven_and_discarded_by_keyboard(visit: IntakeV
     assert await page.evaluate(RUN_AXE) == []
     # An update of the page keeps the choice.
     await fail_alike(visit.harness, [await enqueue(owner, workflow_id, 5)], "Broken", node_id="step")
+    await enqueue(owner, workflow_id, 6)  # It notifies the page; the failure was written to the row alone.
     await page.wait_for("document.querySelector('main h2 + .pill').innerText.includes('5')")
     assert await page.evaluate(f"{bar}.innerText.includes('2 chosen')")
     await confirm("/redrive", 3)
