@@ -15,7 +15,7 @@ from hypothesis.internal.conjecture import providers
 
 from concurrency import gc_tuning
 from telemetry import exposition, instruments
-from tests import ordinary_run, preloads, services
+from tests import databases, ordinary_run, preloads, services, shared_setup
 
 ROOM_BYTES = 2 << 30
 """Free memory with which temporary folders are put into it."""
@@ -109,7 +109,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Put temporary folders into memory if it has space, so that databases never wait for a slow disk.
+    """Put temporary folders into memory if it has space, so that databases never wait for a slow disk,
+    and create the folder that the processes of the run share.
 
     Examples of the suite take no constants from the source: they would depend on the modules that a process
     has loaded, so on the tests that run with it, and finding them takes each process a second.
@@ -128,6 +129,7 @@ def pytest_configure(config: pytest.Config) -> None:
     memory = services.find_memory(ROOM_BYTES)
     if memory is not None:
         os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(memory))
+    shared_setup.find_folder()  # before other processes start, which share it
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
@@ -213,7 +215,7 @@ def free_tcp_port() -> int:
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[services.PostgresServer]:
-    with services.run_postgres() as server:
+    with databases.run_postgres() as server:
         yield server
 
 

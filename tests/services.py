@@ -13,7 +13,7 @@ import subprocess
 import tempfile
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.metadata import distribution
@@ -156,9 +156,11 @@ class PostgresServer(TestedServer):
     async def create_database(self, name: str, *, template: str = "template1") -> str:
         """Create a database from a template, replacing any of the same name, and return its URL."""
         connection = await asyncpg.connect(self.url.replace("+asyncpg", "", 1))
+        # Newer servers would write each page to the journal, too, unless told to copy files as older ones do.
+        strategy = "STRATEGY file_copy" if connection.get_server_version() >= (15,) else ""
         try:
             await connection.execute(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)')
-            await connection.execute(f'CREATE DATABASE "{name}" TEMPLATE "{template}"')
+            await connection.execute(f'CREATE DATABASE "{name}" TEMPLATE "{template}" {strategy}')
         finally:
             await connection.close()
         return make_url(self.url).set(database=name).render_as_string(hide_password=False)
@@ -238,23 +240,26 @@ class PgBouncer(TestedServer):
 
 @contextmanager
 def run_postgres(
-    durability: Mapping[str, str] = NEVER_SYNCED, environment: Mapping[str, str] | None = None
+    durability: Mapping[str, str] = NEVER_SYNCED,
+    environment: Mapping[str, str] | None = None,
+    *,
+    copied_data: Callable[[], Path] | None = None,
 ) -> Iterator[PostgresServer]:
     """Start a PostgreSQL for the block, or yield the one that the environment names.
 
-    `environment` is added to that of its processes. Without another `durability`, it never syncs.
+    `environment` is added to that of its processes. Without another `durability`, it never syncs. It starts with a
+    copy of the data folder of a stopped server that `copied_data` returns, or else with empty databases.
     """
     if named := os.environ.get("TEST_DATABASE_URL"):
         yield PostgresServer(make_url(named).set(drivername="postgresql+asyncpg"))
         return
     with _server_folder("postgres", may_be_memory=durability is NEVER_SYNCED) as folder:
         programs = _find_postgres(folder)
-        data = str(folder / "data")
-        initdb = [str(programs / "initdb"), "--pgdata", data, "--username=pilotflame", "--auth=trust"]
-        layout = ["--encoding=UTF8", "--locale=C", "--no-sync"]
-        subprocess.run(
-            ["setpriv", *_unprivileged_options(), *initdb, *layout], check=True, stdout=subprocess.DEVNULL
-        )
+        data = folder / "data"
+        if copied_data is None:
+            _create_postgres_data(programs, data)
+        else:
+            copy_data(copied_data(), data)
         url = URL.create("postgresql+asyncpg", "pilotflame", None, "127.0.0.1", reserve_port(), "postgres")
         settings = {
             "listen_addresses": "127.0.0.1",
@@ -268,11 +273,24 @@ def run_postgres(
             PostgresServer(
                 url,
                 folder,
-                [str(programs / "postgres"), "-D", data, *options],
+                [str(programs / "postgres"), "-D", str(data), *options],
                 {**os.environ, **(environment or {})},
             )
         ) as server:
             yield server
+
+
+def _create_postgres_data(programs: Path, data: Path) -> None:
+    initdb = [str(programs / "initdb"), f"--pgdata={data}", "--username=pilotflame", "--auth=trust"]
+    layout = ["--encoding=UTF8", "--locale=C", "--no-sync"]
+    subprocess.run(
+        ["setpriv", *_unprivileged_options(), *initdb, *layout], check=True, stdout=subprocess.DEVNULL
+    )
+
+
+def copy_data(source: Path, target: Path) -> None:
+    """Copy the data folder of a stopped server, with the owner of its files, to a path that doesn't exist yet."""
+    subprocess.run(["cp", "--archive", source, target], check=True)
 
 
 @contextmanager

@@ -3,8 +3,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import asyncpg
 import psutil
@@ -12,6 +15,7 @@ import pytest
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 
+from tests import shared_setup
 from tests.services import PgBouncer, PostgresServer, RedisServer
 
 
@@ -48,6 +52,20 @@ async def test_a_database_made_again_is_empty(postgres: PostgresServer) -> None:
 async def test_postgres_commits_before_it_answers(postgres: PostgresServer) -> None:
     async with open_connection(postgres.url) as connection:
         assert await connection.fetchval("SHOW synchronous_commit") == "on"
+
+
+def test_shared_files_are_made_once_however_many_ask_at_once() -> None:
+    calls = []
+
+    def make(file: Path) -> None:
+        calls.append(file)
+        time.sleep(0.01)  # for the others to come
+        file.write_text("made")
+
+    with ThreadPoolExecutor(4) as threads:
+        paths = list(threads.map(lambda _: shared_setup.make_once("example", make), range(4)))
+    assert [path.read_text() for path in paths] == ["made"] * 4
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("end", ["kill", "stop"])
