@@ -74,7 +74,7 @@ def test_workflows_cannot_set_response_headers_that_control_handling(name: str) 
         {"body": "no base64", "bodyType": "base64"},
         {"body": 7, "bodyType": "base64"},
     ],
-    ids=str,
+    ids=lambda config: str(config)[:40],  # each process of a run sends the names of all tests
 )
 def test_a_malformed_answer_is_refused(config: dict[str, Json]) -> None:
     with pytest.raises(NodeError) as refused:
