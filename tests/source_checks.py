@@ -1,8 +1,9 @@
-"""Checks of the project's prose and imports: `python -m tests.source_checks`, part of `make check`.
+"""Checks of the project's prose, names and imports: `python -m tests.source_checks`, part of `make check`.
 
 Docstrings begin with the noun or verb that a reader would search for, and name things instead of paraphrasing them.
-No module imports itself through others, not even for its types. In the gateway, only handlers and the modules around
-them get a whole request or the state of the process; functions below them get what they need.
+Each type has a name of its own. No module imports itself through others, not even for its types. In the gateway, only
+handlers and the modules around them get a whole request or the state of the process; functions below them get what
+they need.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import ast
 import gc
 import re
 import sys
+from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +39,12 @@ MAX_LEANING_SHARE = 0.03
 
 CYCLIC_IMPORTS = frozenset({("gateway.openapi.document", "gateway.routes")})
 """Imports that may close a cycle: a handler of the route table renders the document from that table."""
+
+CLIENT_FOLDER = "sdk/"
+SHARED_TYPE_NAMES = frozenset({"ExpiryAction"})
+"""Names that two types may share: a node and the API's answer about it have the same choices, but in a file of a node,
+any change makes replays run it again.
+"""
 
 Sources: TypeAlias = Mapping[str, ast.Module]
 """Parsed files by their path from the top of the repository."""
@@ -105,6 +113,22 @@ def find_cycles(sources: Sources) -> list[list[str]]:
         for name, tree in modules.items()
     }
     return [sorted(group) for group in _strongly_connected(graph) if len(group) > 1]
+
+
+def find_shared_type_names(sources: Sources) -> Iterator[str]:
+    """Yield a complaint for each name that two classes share, so that a search for a type finds one.
+
+    The client has the types of the API under the names of the server.
+    """
+    places: dict[str, list[str]] = defaultdict(list)
+    for path, tree in sources.items():
+        if not path.startswith(CLIENT_FOLDER):
+            for node in _statements(tree):
+                if isinstance(node, ast.ClassDef) and node.name not in SHARED_TYPE_NAMES:
+                    places[node.name].append(f"{path}:{node.lineno}")
+    for name, shared in places.items():
+        if len(shared) > 1:
+            yield f"several types are named {name}: {', '.join(shared)}"
 
 
 def find_whole_parameters(sources: Sources) -> Iterator[str]:
@@ -229,6 +253,7 @@ def main() -> int:
     gc.disable()  # millions of nodes that all stay would be searched again and again, for most of the time
     sources = read_sources()
     complaints = [*find_wordy_docstrings([*list_docstrings(sources)])]
+    complaints += find_shared_type_names(sources)
     complaints += find_whole_parameters(sources)
     complaints += [f"import cycle: {', '.join(cycle)}" for cycle in find_cycles(sources)]
     if complaints:

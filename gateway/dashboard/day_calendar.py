@@ -33,7 +33,7 @@ class CalendarBar(Struct, frozen=True):
     title: str
 
 
-class CalendarDay(Struct, frozen=True):
+class DrawnDay(Struct, frozen=True):
     """Day of the calendar with its bars; `hours` is the pod time, for days to come the planned one."""
 
     label: str
@@ -59,7 +59,7 @@ class _Span(Struct, frozen=True):
     """Whether it is several times with breaks between them that are too short to be seen."""
 
 
-def draw_calendar(calendar: Mapping[str, Any], clock_changes: Sequence[datetime]) -> Sequence[CalendarDay]:
+def draw_calendar(calendar: Mapping[str, Any], clock_changes: Sequence[datetime]) -> Sequence[DrawnDay]:
     """Return the days of the API's calendar in UTC, the earliest first; `clock_changes` are moments to mark."""
     spans = _cut_to_days(_list_spans(calendar))
     failures = [parse_timestamp(at) for at in calendar["failedStarts"]]
@@ -112,14 +112,14 @@ def _draw_day(
     failures: Sequence[datetime],
     clock_changes: Sequence[datetime],
     now: datetime,
-) -> CalendarDay:
+) -> DrawnDay:
     """Return a day with the parts of spans within it in percent of its width, marks, and its pod time."""
     start = parse_timestamp(day["startsAt"])
     end = start + DAY
     is_today = start <= now < end
     seconds = day["plannedPodSeconds"] if start > now else day["podSeconds"]
     bars = [_draw_bar(one, start) for one in spans.get(start, ())]
-    return CalendarDay(
+    return DrawnDay(
         f"{start:%a} {start.day}",
         is_today,
         start > now,

@@ -42,7 +42,7 @@ class StartRow(Struct, frozen=True):
     """Time since which its pods were asleep; empty if they were not, or if it is not recorded."""
 
 
-class WakePhase(Struct, frozen=True):
+class WakeBar(Struct, frozen=True):
     """Event of the wake before a run, with the time since the event before it."""
 
     label: str
@@ -134,7 +134,7 @@ def find_ghost(state: NodeState, axis: TimeAxis) -> float | None:
     return round(min(axis.percent(start + previous * MILLISECOND), WHOLE - MIN_WIDTH / 2), 2)
 
 
-def list_phases(wake: Mapping[str, Any] | None) -> Sequence[WakePhase]:
+def list_phases(wake: Mapping[str, Any] | None) -> Sequence[WakeBar]:
     """Return the recorded events of the wake of pods before a run in the order of their times; empty without a wake."""
     events = (
         ("acceptedAt", "Accepted"),
@@ -147,7 +147,7 @@ def list_phases(wake: Mapping[str, Any] | None) -> Sequence[WakePhase]:
     found = sorted((wake[name], label) for name, label in events if wake[name]) if wake else []
     before = [None, *(at for at, _ in found)]
     return [
-        WakePhase(label, at, milliseconds_between(earlier, at))
+        WakeBar(label, at, milliseconds_between(earlier, at))
         for (at, label), earlier in zip(found, before, strict=False)
     ]
 

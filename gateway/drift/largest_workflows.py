@@ -32,7 +32,7 @@ _SQLITE_RANGE: Final = text(
 )
 
 
-class StoredWorkflow(Struct, frozen=True):
+class WorkflowRunCount(Struct, frozen=True):
     """Workflow with many stored runs."""
 
     workflow_id: str
@@ -43,7 +43,7 @@ class StoredWorkflow(Struct, frozen=True):
     runs: int
 
 
-async def find_largest(connection: AsyncConnection, caller: ApiCaller) -> Sequence[StoredWorkflow]:
+async def find_largest(connection: AsyncConnection, caller: ApiCaller) -> Sequence[WorkflowRunCount]:
     """Return up to ten workflows of all organizations with their estimated runs, the one with the most runs first.
 
     The name is None for a workflow that `caller` may not read; if the workflow no longer exists, its name and
@@ -59,7 +59,7 @@ async def find_largest(connection: AsyncConnection, caller: ApiCaller) -> Sequen
     ).where(col(Workflow.id).in_([workflow_id for workflow_id, _ in largest]))
     found = {row.id: row for row in await connection.execute(named)}
     return [
-        StoredWorkflow(
+        WorkflowRunCount(
             workflow_id=workflow_id,
             organization_id=row.organization_id if (row := found.get(workflow_id)) else None,
             name=row.name if row and row.is_readable else None,

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 
-class ReplayOptions(StrictWire, kw_only=True):
+class BulkReplayOptions(StrictWire, kw_only=True):
     """Choices of a replay of several executions, which hold for each of them."""
 
     definition: Literal["original", "current"] = ORIGINAL
@@ -54,7 +54,7 @@ class ReplayOptions(StrictWire, kw_only=True):
         )
 
 
-class BulkReplayRequest(ReplayOptions, kw_only=True):
+class BulkReplayRequest(BulkReplayOptions, kw_only=True):
     """Body of a bulk replay; the choices hold for each execution."""
 
     filter: BulkFilter
@@ -131,7 +131,7 @@ async def replay(request: GatewayRequest) -> JsonResponse:
 
 
 async def replay_all(
-    request: GatewayRequest, chosen: ChosenExecutions, body: ReplayOptions
+    request: GatewayRequest, chosen: ChosenExecutions, body: BulkReplayOptions
 ) -> BulkReplayResult:
     """Plan a replay of each chosen execution, and start it unless it is a dry run; return the counts, new ids and
     refusals.
@@ -148,7 +148,7 @@ async def replay_all(
 
 
 async def _replay_one(
-    request: GatewayRequest, key: ExecutionKey, new_id: str, body: ReplayOptions, outcome: _BulkOutcome
+    request: GatewayRequest, key: ExecutionKey, new_id: str, body: BulkReplayOptions, outcome: _BulkOutcome
 ) -> None:
     """Plan the replay of an execution, start it as `new_id` unless it is a dry run, and add the result or refusal to
     `outcome`.

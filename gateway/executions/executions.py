@@ -11,6 +11,7 @@ from msgspec import UNSET, UnsetType
 from msgspec.structs import replace
 
 from concurrency import offload
+from engine.run_records import LogLevel
 from gateway.executions import (
     agent_step_rows,
     execution_pages,
@@ -78,15 +79,6 @@ LIVE_STATUSES: Final = (ExecutionStatus.PENDING, ExecutionStatus.RUNNING, Execut
 MAX_SEQUENCE: Final = 2**31 - 1
 """Sequence numbers are 4-byte integers."""
 MAX_SEQUENCE_DIGITS: Final = 10
-
-
-class LogLevel(StrEnum):
-    """Level of a log line."""
-
-    DEBUG = "debug"
-    INFO = "info"
-    WARNING = "warning"
-    ERROR = "error"
 
 
 class Expansion(StrEnum):
@@ -421,7 +413,7 @@ async def logs(request: GatewayRequest) -> JsonResponse | ASGIApp:
     query = request.query
     part, levels = query.page(RECORDS), query[LEVEL]
     if _wants_events(request):
-        return await _follow(request, live_events.LogLines(frozenset(levels)))
+        return await _follow(request, live_events.LogLineSource(frozenset(levels)))
     key = await _find_key(request)
     async with request.gateway.database.read() as connection:
         count, rows = await execution_rows.list_logs(connection, key, part, levels=levels)
@@ -441,7 +433,9 @@ async def steps(request: GatewayRequest) -> JsonResponse | ASGIApp:
     query = request.query
     part, wanted = query.page(RECORDS), StepFilter(query[STEPS_OF], query[ITERATION_OF_STEPS])
     if _wants_events(request):
-        return await _follow(request, live_events.AgentSteps(wanted, request.gateway.settings.public_url))
+        return await _follow(
+            request, live_events.AgentStepSource(wanted, request.gateway.settings.public_url)
+        )
     key = await _find_key(request)
     async with request.gateway.database.read() as connection:
         count, found = await agent_step_rows.list_steps(connection, key, wanted, part)
@@ -457,7 +451,7 @@ async def events(request: GatewayRequest) -> ASGIApp:
     Each span and log line has an id: send the last one as `Last-Event-ID`, and the stream continues behind
     it. A client that sends the id `end` gets 204, which ends its reconnections.
     """
-    return await _follow(request, live_events.RunRecords(request.gateway.large_outputs))
+    return await _follow(request, live_events.RunRecordSource(request.gateway.large_outputs))
 
 
 def _wants_events(request: GatewayRequest) -> bool:

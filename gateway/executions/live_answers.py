@@ -55,7 +55,7 @@ class TokenShape(WireStruct):
     text: str
 
 
-class RetryShape(WireStruct):
+class TextRetryShape(WireStruct):
     """Text that clients have to drop, since its answer will not be completed."""
 
     node_id: str
@@ -152,7 +152,7 @@ class AnswerReader(Struct, eq=False):
             characters -= length
         self._ended_characters = characters
 
-    def take(self) -> list[tuple[str, TokenShape | RetryShape]]:
+    def take(self) -> list[tuple[str, TokenShape | TextRetryShape]]:
         """Return the parts of changed texts that the client has not got, as pairs of event name and content; never
         waits.
 
@@ -160,13 +160,15 @@ class AnswerReader(Struct, eq=False):
         """
         self.changed.clear()
         changed, self._changed_texts, self._ended_characters = self._changed_texts, {}, 0
-        events: list[tuple[str, TokenShape | RetryShape]] = []
+        events: list[tuple[str, TokenShape | TextRetryShape]] = []
         for place, text in changed.items():
             if text.number > self._recorded.get(place, -1):
                 events.extend(self._take_text(place, text))
         return events
 
-    def _take_text(self, place: AnswerPlace, text: OpenText) -> Iterator[tuple[str, TokenShape | RetryShape]]:
+    def _take_text(
+        self, place: AnswerPlace, text: OpenText
+    ) -> Iterator[tuple[str, TokenShape | TextRetryShape]]:
         """Yield the events for the client about one changed text: its new part, or that it is dropped.
 
         If the client has got a part of an earlier text at this place that was not recorded, the first event drops that.
@@ -208,9 +210,9 @@ def _limit_size(places: dict[AnswerPlace, Any]) -> None:
         del places[next(iter(places))]
 
 
-def _build_retry(place: AnswerPlace, position: _Position, reason: str) -> tuple[str, RetryShape]:
+def _build_retry(place: AnswerPlace, position: _Position, reason: str) -> tuple[str, TextRetryShape]:
     """Return name and content of the event that makes clients drop a text."""
-    shape = RetryShape(
+    shape = TextRetryShape(
         node_id=place[0],
         iteration=place[1],
         number=position.number,

@@ -124,7 +124,7 @@ RecordEvent: TypeAlias = "tuple[int, str, WireStruct]"
 """Sequence number, name and shape of a record."""
 
 
-class EventBatch(Struct, frozen=True):
+class RecordBatch(Struct, frozen=True):
     """Records of a run in the order of their sequence numbers."""
 
     events: Sequence[RecordEvent]
@@ -145,18 +145,18 @@ class EventSource(Protocol):
     def answers(self) -> StepFilter | None:
         """Filter of the nodes for which the stream also sends the texts that models are writing; None for no texts."""
 
-    async def read(self, connection: AsyncConnection, key: ExecutionKey, after: int) -> EventBatch:
+    async def read(self, connection: AsyncConnection, key: ExecutionKey, after: int) -> RecordBatch:
         """Return the next records with sequence numbers above `after`, at most `EVENTS_AT_ONCE` of each kind."""
 
 
-class RunRecords(Struct, frozen=True):
+class RunRecordSource(Struct, frozen=True):
     """All spans and log lines, and the progress of the run."""
 
     large_outputs: LargeOutputs
     has_progress: bool = True
     answers: StepFilter | None = None
 
-    async def read(self, connection: AsyncConnection, key: ExecutionKey, after: int) -> EventBatch:
+    async def read(self, connection: AsyncConnection, key: ExecutionKey, after: int) -> RecordBatch:
         """Return the next spans and log lines with sequence numbers above `after`, at most 50 of each."""
         changes = await execution_rows.read_changes(connection, key, after, at_most=EVENTS_AT_ONCE)
         outputs = self.large_outputs.explain(key.execution_id)
@@ -164,7 +164,7 @@ class RunRecords(Struct, frozen=True):
         return _merge([*spans, *_show_lines(changes.logs)], changes, after)
 
 
-class LogLines(Struct, frozen=True):
+class LogLineSource(Struct, frozen=True):
     """Log lines alone."""
 
     levels: frozenset[str]
@@ -172,14 +172,14 @@ class LogLines(Struct, frozen=True):
     has_progress: bool = False
     answers: StepFilter | None = None
 
-    async def read(self, connection: AsyncConnection, key: ExecutionKey, after: int) -> EventBatch:
+    async def read(self, connection: AsyncConnection, key: ExecutionKey, after: int) -> RecordBatch:
         """Return the log lines of the wanted levels among the next 50 with sequence numbers above `after`."""
         changes = await execution_rows.read_changes(connection, key, after, at_most=EVENTS_AT_ONCE)
         lines = (row for row in changes.logs if not self.levels or row.level in self.levels)
         return _merge(list(_show_lines(lines)), changes, after)
 
 
-class AgentSteps(Struct, frozen=True):
+class AgentStepSource(Struct, frozen=True):
     """Steps of agents, each in its newest state, and texts that models are writing."""
 
     wanted: StepFilter
@@ -190,7 +190,7 @@ class AgentSteps(Struct, frozen=True):
     def answers(self) -> StepFilter:
         return self.wanted
 
-    async def read(self, connection: AsyncConnection, key: ExecutionKey, after: int) -> EventBatch:
+    async def read(self, connection: AsyncConnection, key: ExecutionKey, after: int) -> RecordBatch:
         """Return the next wanted steps that have changed after sequence number `after`, at most 50, each in
         its newest state.
         """
@@ -199,19 +199,19 @@ class AgentSteps(Struct, frozen=True):
         questions = StepQuestions(self.public_url, key.execution_id, nodes)
         events = [(step.sequence, "step", execution_shapes.show_step(step, questions)) for step in steps]
         last = steps[-1].sequence if steps else after
-        return EventBatch(events, last, is_all=len(steps) < EVENTS_AT_ONCE)
+        return RecordBatch(events, last, is_all=len(steps) < EVENTS_AT_ONCE)
 
 
 def _show_lines(rows: Iterable[Recorded]) -> Iterable[RecordEvent]:
     return ((row.sequence, "log", execution_shapes.show_log(row)) for row in rows)
 
 
-def _merge(events: Sequence[RecordEvent], changes: RunChanges, after: int) -> EventBatch:
+def _merge(events: Sequence[RecordEvent], changes: RunChanges, after: int) -> RecordBatch:
     """Return events sorted by sequence number as a batch that ends with the last record of `changes`, from which the
     events may be a selection, or at `after` if it has none.
     """
     last = max((row.sequence for row in (*changes.spans, *changes.logs)), default=after)
-    return EventBatch(sorted(events, key=lambda event: event[0]), last, changes.is_all)
+    return RecordBatch(sorted(events, key=lambda event: event[0]), last, changes.is_all)
 
 
 class CheckedTexts(Struct):
@@ -358,7 +358,7 @@ class RunEventStream:
         if head.status in TERMINAL_STATUSES:
             await self._send(send, _encode_event("execution", execution_shapes.show_head(head), END))
 
-    async def _send_batch(self, batch: EventBatch, send: Send) -> None:
+    async def _send_batch(self, batch: RecordBatch, send: Send) -> None:
         """Send records as events; texts that models are writing are sent before the steps that record them."""
         encoded = [_encode_event(name, shape, str(sequence)) for sequence, name, shape in batch.events]
         if self._texts is None:

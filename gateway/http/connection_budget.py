@@ -29,7 +29,7 @@ _SURPLUS_PART: Final = 100
 """Divisor of the limit for the surplus of closed connections, so that not every new one needs a search."""
 
 
-class ConnectionPhase(IntEnum):
+class ClientConnectionPhase(IntEnum):
     """Phase of a connection; a client's connections are closed for others in this order."""
 
     CLOSING = 0
@@ -48,7 +48,7 @@ class BoundedConnection(Protocol):
     """Connection as the budget sees it."""
 
     @property
-    def phase(self) -> ConnectionPhase: ...
+    def phase(self) -> ClientConnectionPhase: ...
 
     @property
     def client_key(self) -> str:
@@ -133,11 +133,11 @@ class ConnectionBudget:
         counts = Counter(one.client_key for one in self._open)
         counts[""] = 0
         share = self._limit // (len(counts) or 1)
-        found: list[tuple[tuple[bool, bool, ConnectionPhase, int, float], BoundedConnection]] = []
+        found: list[tuple[tuple[bool, bool, ClientConnectionPhase, int, float], BoundedConnection]] = []
         for one in self._open:
             phase, count, age = one.phase, counts[one.client_key], now - one.since
-            is_over, is_read = count > share, phase is ConnectionPhase.READING
-            if phase is ConnectionPhase.SERVED or one is newcomer:
+            is_over, is_read = count > share, phase is ClientConnectionPhase.READING
+            if phase is ClientConnectionPhase.SERVED or one is newcomer:
                 continue
             if is_read and (not is_over or age < READ_SECONDS):
                 continue

@@ -18,7 +18,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from gateway.http import errors, metrics
 from gateway.http.byte_budget import ByteBudget, ByteHolding
-from gateway.http.connection_budget import ConnectionBudget, ConnectionPhase
+from gateway.http.connection_budget import ClientConnectionPhase, ConnectionBudget
 from gateway.http.request_origin import client_of
 from models import ids
 
@@ -230,15 +230,15 @@ class BoundedProtocol(HttpToolsProtocol):
         return self.cycle is not None and not self.cycle.response_complete
 
     @property
-    def phase(self) -> ConnectionPhase:
+    def phase(self) -> ClientConnectionPhase:
         """Phase of the connection, by the event that it waits for; it decides how soon it is closed to make room."""
         if self.gathering.is_closing():
-            return ConnectionPhase.CLOSING
+            return ClientConnectionPhase.CLOSING
         if not self._is_complete or self.flow.write_paused:
-            return ConnectionPhase.WAITING_FOR_CLIENT
+            return ClientConnectionPhase.WAITING_FOR_CLIENT
         if not self._is_served:
-            return ConnectionPhase.IDLE
-        return ConnectionPhase.READING if self._is_read else ConnectionPhase.SERVED
+            return ClientConnectionPhase.IDLE
+        return ClientConnectionPhase.READING if self._is_read else ClientConnectionPhase.SERVED
 
     @property
     def client_key(self) -> str:

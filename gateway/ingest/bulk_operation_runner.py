@@ -92,14 +92,14 @@ class BulkOperationRunner:
         On cancellation, its lease is released, so that another gateway continues at once.
         """
         from gateway.ingest.bulk_operation_steps import (  # noqa: PLC0415 - loaded by the first operation
-            LeaseLost,
+            OperationLeaseLost,
             OperationPerformance,
         )
 
         performance = OperationPerformance(self._services, operation)
         try:
             await performance.run()
-        except LeaseLost:
+        except OperationLeaseLost:
             log.info("bulk operation left to another gateway", operation_id=operation.id)
         except DatabaseUnavailable as error:
             log.warning("bulk operation interrupted", operation_id=operation.id, reason=str(error))

@@ -83,7 +83,7 @@ class _OperationEnd(Exception):
         self.reason = reason
 
 
-class LeaseLost(Exception):
+class OperationLeaseLost(Exception):
     """Another gateway performs the operation, or it has ended."""
 
 
@@ -108,7 +108,7 @@ class OperationPerformance:
     async def run(self) -> None:
         """Perform steps at the pace of the operation until its end is stored; an unexpected error ends it as failed.
 
-        Raises `LeaseLost` when another gateway has taken the operation, or it was ended elsewhere, and
+        Raises `OperationLeaseLost` when another gateway has taken the operation, or it was ended elsewhere, and
         `DatabaseUnavailable`.
         """
         try:
@@ -117,7 +117,7 @@ class OperationPerformance:
                 await asyncio.sleep(await self._take_step() - (monotonic() - begun_at))
         except _OperationEnd as end:
             await self._end(end.status, end.reason)
-        except (LeaseLost, DatabaseUnavailable):
+        except (OperationLeaseLost, DatabaseUnavailable):
             raise
         except Exception:
             log.exception("bulk operation failed", operation_id=self._operation.id)
@@ -133,7 +133,7 @@ class OperationPerformance:
         """Renew the lease and perform one step; return the seconds from the start of this call to that of the next one.
 
         A stored step, interrupted or postponed, is performed before another one is chosen. With `first_alone`, only the
-        first object is acted on until its run has completed. Raises `LeaseLost`, `DatabaseUnavailable`, and
+        first object is acted on until its run has completed. Raises `OperationLeaseLost`, `DatabaseUnavailable`, and
         `_OperationEnd` when no object is left, the operation was stopped, its API key lost its rights, or that first
         run failed.
         """
@@ -247,7 +247,7 @@ class OperationPerformance:
     async def _store(self, values: Mapping[str, Any]) -> None:
         """Set columns of the operation in the database, by name, renew its lease, and keep the new row.
 
-        Raises `LeaseLost` if another gateway has taken the operation, or it has ended.
+        Raises `OperationLeaseLost` if another gateway has taken the operation, or it has ended.
         """
         stored = await self._services.database.transaction(
             partial(
@@ -258,7 +258,7 @@ class OperationPerformance:
             )
         )
         if stored is None:
-            raise LeaseLost
+            raise OperationLeaseLost
         self._operation = stored
 
     async def _end(self, status: BulkStatus, reason: str | None) -> None:

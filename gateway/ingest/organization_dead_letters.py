@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 from gateway.executions import bulk_replay
 from gateway.executions.bulk_actions import ChosenExecutions
-from gateway.executions.bulk_replay import ReplayOptions
+from gateway.executions.bulk_replay import BulkReplayOptions
 from gateway.executions.replay_planning import CURRENT
 from gateway.http import errors, idempotency, limits
 from gateway.http.keyset import AFTER, KeysetBounds, PageCursor
@@ -106,7 +106,7 @@ class SelectDeadLetters(StrictWire):
     """Only count the dead letters, without a change."""
 
 
-class ReplayDeadLetters(ReplayOptions, kw_only=True):
+class ReplayDeadLetters(BulkReplayOptions, kw_only=True):
     """Selection of dead letters to replay, the oldest first, with the choices for each of them."""
 
     filter: DeadLetterSelection

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from gateway.http.responses import JsonResponse
     from gateway.tasks.parked_polls import ParkedPoll, PollAnswer
     from gateway.tasks.poll_service import PollService
-    from gateway.tasks.worker_presence import WorkerPresence
+    from gateway.tasks.worker_presence import TaskWorkerPresence
 
 LOST_SECONDS: Final = 30.0
 """Time without an acknowledgment of a heartbeat after which a client counts as gone."""
@@ -33,7 +33,7 @@ class HeldPoll(Struct, frozen=True):
 
     parked: ParkedPoll
     polls: PollService
-    presence: WorkerPresence
+    presence: TaskWorkerPresence
 
     async def wait_first(self) -> PollAnswer | None:
         """Return the answer, None if a heartbeat is due before; the poll is then still open, otherwise closed.

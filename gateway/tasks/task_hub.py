@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 
-from gateway.tasks.worker_presence import WorkerPresence
+from gateway.tasks.worker_presence import TaskWorkerPresence
 from journal import concurrency_limits
 from journal.group_commit import GroupCommit
 from journal.tasks.task_items import Completion
@@ -61,7 +61,7 @@ class TaskHub:
         self._broker = broker
         self.tasks = tasks
         self._pods = pods
-        self.presence = WorkerPresence(database)
+        self.presence = TaskWorkerPresence(database)
         self._reports: GroupCommit[WorkerReport, list[ItemResult]] = GroupCommit(self._report)
         self._periodic: asyncio.Task[None] | None = None
         self._background: set[asyncio.Task[None]] = set()

@@ -39,7 +39,7 @@ class WorkerDescription(msgspec.Struct, frozen=True):
     pools: Sequence[str]
 
 
-class WorkerPresence:
+class TaskWorkerPresence:
     """Workers that have polled this gateway."""
 
     def __init__(self, database: Database) -> None:

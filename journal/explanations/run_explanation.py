@@ -35,7 +35,7 @@ from models.workflow import WorkflowStatus
 
 if TYPE_CHECKING:
     from engine.values import Json
-    from journal.explanations.run_facts import OpenStep, RunFacts, UnsettledNode
+    from journal.explanations.run_facts import OpenAgentStep, RunFacts, UnsettledNode
     from journal.explanations.task_facts import TaskFact
     from models.worker_presence import WorkerPresence
 
@@ -444,7 +444,7 @@ def _running_blocker(facts: RunFacts, node: UnsettledNode) -> Blocker:
     )
 
 
-def _describe_steps(steps: Sequence[OpenStep]) -> str:
+def _describe_steps(steps: Sequence[OpenAgentStep]) -> str:
     """Return a text that says for which open steps an agent waits: the answer of a model, or the results of tools."""
     if steps[0].kind is StepKind.MODEL:
         return f"waits for the answer of the model {steps[0].name}"
@@ -452,7 +452,7 @@ def _describe_steps(steps: Sequence[OpenStep]) -> str:
     return f"waits for the {'tool' if len(names) == 1 else 'tools'} {', '.join(names)}"
 
 
-def _show_step(step: OpenStep) -> Json:
+def _show_step(step: OpenAgentStep) -> Json:
     return {
         "number": step.number,
         "kind": step.kind.value,

@@ -57,7 +57,7 @@ SPECIAL_TARGETS: Final = frozenset(
 """Targets that are no deployment."""
 
 
-class OpenStep(Struct, frozen=True):
+class OpenAgentStep(Struct, frozen=True):
     """Step of an agent that has begun and not ended."""
 
     number: int
@@ -83,7 +83,7 @@ class UnsettledNode(Struct, frozen=True):
     """Open task for whose end it waits."""
     error_code: str | None = None
     """Code of the failure after which it retries."""
-    open_steps: Sequence[OpenStep] = ()
+    open_steps: Sequence[OpenAgentStep] = ()
     """Steps of an agent that have begun and not ended, in their order."""
 
 
@@ -388,7 +388,7 @@ async def _read_unsettled_nodes(
 
 async def _read_open_steps(
     connection: AsyncConnection, run: Execution
-) -> Mapping[tuple[str, str], Sequence[OpenStep]]:
+) -> Mapping[tuple[str, str], Sequence[OpenAgentStep]]:
     """Return the steps of a run's agents that have begun and not ended, at most 50, by node and iteration."""
     statement = (
         select(
@@ -405,9 +405,9 @@ async def _read_open_steps(
         .order_by(col(AgentStepRow.node_id), col(AgentStepRow.iteration), col(AgentStepRow.number))
         .limit(MAX_NODES)
     )
-    found: dict[tuple[str, str], list[OpenStep]] = {}
+    found: dict[tuple[str, str], list[OpenAgentStep]] = {}
     for row in await connection.execute(statement):
-        step = OpenStep(row.number, StepKind(row.kind), row.name, row.started_at)
+        step = OpenAgentStep(row.number, StepKind(row.kind), row.name, row.started_at)
         found.setdefault((row.node_id, row.iteration), []).append(step)
     return found
 

@@ -176,7 +176,12 @@ class _BlockDraft(msgspec.Struct):
         return text
 
 
-class ChatAnswerParser:
+def create_parser(model: ModelConnection, request: ChatRequest) -> AnthropicAnswerParser:
+    """Return a parser for the answer to a request."""
+    return AnthropicAnswerParser(model, request)
+
+
+class AnthropicAnswerParser:
     """Parser of one answer, fed with the data of its events."""
 
     def __init__(self, model: ModelConnection, request: ChatRequest) -> None:

@@ -44,7 +44,7 @@ INCOMPLETE: Final = frozenset({FinishReason.LENGTH, FinishReason.REFUSAL})
 """Ends of an answer that is no value of a schema, and that a correction would not mend."""
 
 
-class NodeAnswer(Struct, frozen=True):
+class ConversationAnswer(Struct, frozen=True):
     """Answer of a model to a node."""
 
     text: str
@@ -64,7 +64,7 @@ class _Turn(Struct):
 
 async def ask_models(
     call: NodeCall, model_ids: Sequence[str], request: ChatRequest, *, max_repairs: int = MAX_REPAIRS
-) -> NodeAnswer:
+) -> ConversationAnswer:
     """Return the answer of the first model that answers; that model alone corrects it until it fits the schema of the
     request.
 
@@ -96,11 +96,11 @@ async def ask_models(
         reason = turn.record.finish_reason or FinishReason.STOP
         if schema is None or reason in INCOMPLETE:
             _note_answer(call, turn)
-            return NodeAnswer(turn.text, None, reason, turn.record.model_id)
+            return ConversationAnswer(turn.text, None, reason, turn.record.model_id)
         answer = structured_answers.read_answer(turn.text, schema)
         if not answer.problems:
             _note_answer(call, turn)
-            return NodeAnswer(turn.text, answer.value, reason, turn.record.model_id)
+            return ConversationAnswer(turn.text, answer.value, reason, turn.record.model_id)
         if not turn.is_recorded:
             call.model_calls.add(msgspec.structs.replace(turn.record, text=turn.text))
         if repairs < max_repairs:

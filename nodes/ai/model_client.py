@@ -115,9 +115,8 @@ class ProviderProtocol(Protocol):
         `refusal` is the message of the server.
         """
 
-    @property
-    def ChatAnswerParser(self) -> Callable[[ModelConnection, ChatRequest], AnswerParser]:  # noqa: N802 - a class
-        """Class of the parsers for answers in this protocol."""
+    def create_parser(self, model: ModelConnection, request: ChatRequest) -> AnswerParser:
+        """Return a parser for the answer to a request."""
 
 
 PROTOCOLS: Final[Mapping[ModelProvider, ProviderProtocol]] = {
@@ -217,7 +216,7 @@ class ModelClient:
             ) as stream:
                 if stream.status not in _OK:
                     raise build_status_failure(stream.status, stream.headers, await _read_error(stream))
-                return await _read_answer(stream, protocol.ChatAnswerParser(model, request), written)
+                return await _read_answer(stream, protocol.create_parser(model, request), written)
         except OutboundError as error:
             raise _build_transport_failure(error) from error
 

@@ -164,7 +164,12 @@ class _ToolCallDraft(msgspec.Struct):
     """`extra_content`, in which Gemini signs its thoughts."""
 
 
-class ChatAnswerParser:
+def create_parser(model: ModelConnection, request: ChatRequest) -> OpenAiAnswerParser:
+    """Return a parser for the answer to a request."""
+    return OpenAiAnswerParser(model, request)
+
+
+class OpenAiAnswerParser:
     """Parser of one answer, fed with the data of its events."""
 
     def __init__(self, model: ModelConnection, request: ChatRequest) -> None:

@@ -17,7 +17,7 @@ STARTED_AT = time.monotonic()
 is_draining = threading.Event()
 
 
-class PodAnswers(http.server.BaseHTTPRequestHandler):
+class PodRequestHandler(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path, query = urlsplit(self.path).path, dict(parse_qsl(urlsplit(self.path).query))
         match path:
@@ -68,4 +68,4 @@ signal.signal(signal.SIGTERM, drain)
 address = (os.environ["PILOTFLAME_RUNNER_HOST"], int(os.environ["PILOTFLAME_RUNNER_PORT"]))
 sys.stdout.write("started\n")
 sys.stdout.flush()
-http.server.ThreadingHTTPServer(address, PodAnswers).serve_forever()
+http.server.ThreadingHTTPServer(address, PodRequestHandler).serve_forever()

@@ -64,7 +64,7 @@ async def run_database(migrated_database: MigratedDatabase) -> AsyncIterator[Run
 
 
 @dataclass(frozen=True)
-class HeldNodeCatalog(NodeCatalog):
+class EndlessNodeCatalog(NodeCatalog):
     """The library, and a node that ends when the test does."""
 
     hold: RunNode = field(kw_only=True)
@@ -79,7 +79,7 @@ def build_catalog(until: asyncio.Event) -> NodeCatalog:
         return call.data
 
     held = NodeType("hold", "Hold", "1.0.0", "test", "", EffectRule(NodeEffect.PURE), {"type": "object"})
-    return HeldNodeCatalog({**catalog.load_catalog().node_types, "hold": held}, hold=hold)
+    return EndlessNodeCatalog({**catalog.load_catalog().node_types, "hold": held}, hold=hold)
 
 
 async def flood(

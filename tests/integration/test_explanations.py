@@ -38,7 +38,7 @@ DEPLOYED = "deployed"
 
 
 @dataclass(frozen=True)
-class RunState:
+class ReachableRunState:
     """State of a run that the server can reach."""
 
     status: str
@@ -91,7 +91,7 @@ CLAIMED_TARGETS = ["shared", "isolated", DEPLOYED]
 
 
 @st.composite
-def run_states(draw: st.DrawFn, target: str) -> RunState:
+def run_states(draw: st.DrawFn, target: str) -> ReachableRunState:
     """Draw a state: suspects that any worker may run have a target of their own."""
     status = draw(st.sampled_from(["pending", "pending", "pending", "pending", "waiting", "running"]))
     lost = draw(st.integers(0, 3))
@@ -99,7 +99,7 @@ def run_states(draw: st.DrawFn, target: str) -> RunState:
         lost = max(lost, 2)
     elif target != DEPLOYED:
         lost = min(lost, 1)
-    return RunState(
+    return ReachableRunState(
         status,
         target,
         is_fresh=lost == 0 and draw(st.booleans()),
@@ -112,7 +112,7 @@ def run_states(draw: st.DrawFn, target: str) -> RunState:
 
 
 @st.composite
-def queues(draw: st.DrawFn) -> list[RunState]:
+def queues(draw: st.DrawFn) -> list[ReachableRunState]:
     """Draw runs of one workflow, mostly with one target, where the first of them blocks the others."""
     targets = st.sampled_from(
         [*CLAIMED_TARGETS, *CLAIMED_TARGETS, "limited", "delayed", "intake", "isolated-intake"]
@@ -122,9 +122,9 @@ def queues(draw: st.DrawFn) -> list[RunState]:
     return [*states, draw(run_states(draw(targets)))] if draw(st.booleans()) else states
 
 
-def suspect(target: str, *, lost: int) -> RunState:
+def suspect(target: str, *, lost: int) -> ReachableRunState:
     """Return a run that has lost workers and waits for a trial."""
-    return RunState("pending", target, False, lost, 0, False, None)  # noqa: FBT003 - fields in their order
+    return ReachableRunState("pending", target, False, lost, 0, False, None)  # noqa: FBT003 - fields in their order
 
 
 SERVING: dict[str, Any] = {
@@ -174,7 +174,7 @@ def test_a_run_has_no_blockers_exactly_when_a_claim_takes_it(
     @example([suspect("isolated", lost=3), suspect("isolated", lost=2)], "free", None)
     @example([suspect(DEPLOYED, lost=2)], "free", SERVING)
     @example([suspect(DEPLOYED, lost=2)], "free", {**SERVING, "observed": ObservedState.STARTING})
-    def check(states: Sequence[RunState], workers: str, deployment: dict[str, Any] | None) -> None:
+    def check(states: Sequence[ReachableRunState], workers: str, deployment: dict[str, Any] | None) -> None:
         now = datetime.now(UTC)
         rows = [state.row(place, rank, now) for rank, state in enumerate(states)]
         for row in rows:

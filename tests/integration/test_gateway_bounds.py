@@ -20,7 +20,12 @@ from starlette.types import ASGIApp
 from gateway import main
 from gateway.http import connection_budget
 from gateway.http.byte_budget import UNCOUNTED_BYTES, ByteBudget, ByteHolding
-from gateway.http.connection_budget import SPENT_PART, ConnectionBudget, ConnectionPhase, connections_for
+from gateway.http.connection_budget import (
+    SPENT_PART,
+    ClientConnectionPhase,
+    ConnectionBudget,
+    connections_for,
+)
 from gateway.http.edge import EdgeLayer
 from gateway.http.proxies import TrustedProxies
 from gateway.http.request_origin import client_of
@@ -141,7 +146,7 @@ class FakeConnection:
     """Connection in a phase that the test chooses."""
 
     client_key: str
-    phase: ConnectionPhase
+    phase: ClientConnectionPhase
     since: float = 0.0
     is_cut: bool = False
 
@@ -151,10 +156,10 @@ class FakeConnection:
 
 def test_the_least_valuable_connections_are_closed_first() -> None:
     idle, slow, read, served = (
-        ConnectionPhase.IDLE,
-        ConnectionPhase.WAITING_FOR_CLIENT,
-        ConnectionPhase.READING,
-        ConnectionPhase.SERVED,
+        ClientConnectionPhase.IDLE,
+        ClientConnectionPhase.WAITING_FOR_CLIENT,
+        ClientConnectionPhase.READING,
+        ClientConnectionPhase.SERVED,
     )
     in_order = [
         FakeConnection("many", idle, since=2),

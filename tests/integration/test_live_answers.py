@@ -21,7 +21,7 @@ from execution.live_answers import COALESCE_SECONDS, AnswerPiece, AnswerPieces
 from gateway.executions import live_events, live_hints
 from gateway.executions.agent_step_rows import StepFilter
 from gateway.executions.live_answers import AnswerReader, LiveAnswerHub, TokenShape
-from gateway.executions.live_events import AgentSteps, EventBatch
+from gateway.executions.live_events import AgentStepSource, RecordBatch
 from journal.store import ExecutionKey
 from messages.broker import Broker, DirectMessage, Notification
 from messages.broker_connection import connect_broker
@@ -267,11 +267,11 @@ async def test_a_revoked_key_gets_no_text_that_was_written_while_its_client_did_
     headers = {"X-API-Key": key["key"], "Accept": "text/event-stream"}
     async with run_second_gateway(harness, await connect_broker(None)) as there:
         live = there.gateway.live_events
-        has_read, read_steps = asyncio.Event(), AgentSteps.read
+        has_read, read_steps = asyncio.Event(), AgentStepSource.read
 
         async def read_when_full(
-            source: AgentSteps, connection: AsyncConnection, key: ExecutionKey, after: int
-        ) -> EventBatch:
+            source: AgentStepSource, connection: AsyncConnection, key: ExecutionKey, after: int
+        ) -> RecordBatch:
             """Return the steps once the client does not read, so that they wait for the texts before them."""
             await stream.is_full.wait()
             has_read.set()
@@ -282,7 +282,7 @@ async def test_a_revoked_key_gets_no_text_that_was_written_while_its_client_did_
             piece = AnswerPiece(execution_id, "ask", "", 0, 1, 0, "model_1", offset, text)
             live.answers.receive(AnswerPieces("", [piece]))
 
-        monkeypatch.setattr(AgentSteps, "read", read_when_full)
+        monkeypatch.setattr(AgentStepSource, "read", read_when_full)
         monkeypatch.setattr(live_events, "MAX_UNCHECKED_SECONDS", 1_000.0)
         stream = UnreadStream(there.app, f"/api/v1/executions/{execution_id}/steps", headers)
         await spin_until(lambda: live.open_streams == 1)

@@ -1144,7 +1144,7 @@ async def test_workers_perform_the_tasks_of_a_pod(pods: DeployedPods) -> None:
 
 
 @dataclass
-class HeldRun:
+class PodHeldRun:
     """Run that a pod holds, with every kind of record that requests refer to."""
 
     gateway: InterruptibleGateway
@@ -1255,7 +1255,7 @@ ATTEMPT: dict[str, Any] = {
 }
 
 
-async def hold(pods: DeployedPods) -> HeldRun:
+async def hold(pods: DeployedPods) -> PodHeldRun:
     """Have the pod named `pod` claim a run, and put something of everything there."""
     run_database, owned_workflow = pods.run_database, pods.owned_workflow
     key = await pods.accept(SIMPLE)
@@ -1291,10 +1291,10 @@ async def hold(pods: DeployedPods) -> HeldRun:
             shard=run.shard,
         )
     model_id = await create_model(pods)
-    return HeldRun(pods.gateway, run, source_id, model_id, blob, run.definition_hash)
+    return PodHeldRun(pods.gateway, run, source_id, model_id, blob, run.definition_hash)
 
 
-async def read_all_tables(run_database: RunDatabase, held: HeldRun) -> list[Any]:
+async def read_all_tables(run_database: RunDatabase, held: PodHeldRun) -> list[Any]:
     tables = ("execution", "span", "attempt_span", "wait_answer", "log_line", "throttle")
     return [
         [row for row in await run_database.query(f"SELECT * FROM {table}") if held.run.shard == row["shard"]]

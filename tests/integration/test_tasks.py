@@ -21,7 +21,7 @@ from gateway.tasks import poll_heartbeats, poll_service, task_protocol
 from gateway.tasks.held_polls import HeldPoll
 from gateway.tasks.parked_polls import SERVED_TOGETHER, ParkedPoll, PollAnswer
 from gateway.tasks.poll_service import PollService
-from gateway.tasks.worker_presence import WorkerPresence
+from gateway.tasks.worker_presence import TaskWorkerPresence
 from journal.tasks.task_claims import TaskClaims
 from journal.tasks.task_polls import Claim, ClaimedTask, OrganizationNews, TaskPoll
 from journal.tasks.task_store import TaskStore
@@ -1004,7 +1004,7 @@ async def test_an_open_poll_keeps_no_worker_of_another_organization_present(
         "other": stranger.user.organization_id,
     }
     await harness.gateway.database.transaction(lambda connection: connection.execute(statement, values))
-    presence = WorkerPresence(harness.gateway.database)
+    presence = TaskWorkerPresence(harness.gateway.database)
     presence.note_open_poll(owner.user.organization_id, "w_1")
     presence.note_open_poll(stranger.user.organization_id, "w_2")
     await presence.flush()

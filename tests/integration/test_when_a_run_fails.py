@@ -43,7 +43,7 @@ class WriteLedger:
 def run_ledger() -> Iterator[WriteLedger]:
     ledger = WriteLedger()
 
-    class Handler(BaseHTTPRequestHandler):
+    class OrderHandler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             self.rfile.read(int(self.headers["Content-Length"]))
             status = ledger.receive(self.path, self.headers["Idempotency-Key"])
@@ -59,7 +59,7 @@ def run_ledger() -> Iterator[WriteLedger]:
 
         def log_message(self, *_arguments: object) -> None: ...
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+    with ThreadingHTTPServer(("127.0.0.1", 0), OrderHandler) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         ledger.url = f"http://127.0.0.1:{server.server_port}"

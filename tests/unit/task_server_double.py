@@ -136,7 +136,7 @@ def run_task_server() -> Iterator[TaskServerDouble]:
     """Serve tasks on a free port during a block."""
     double = TaskServerDouble()
 
-    class Handler(BaseHTTPRequestHandler):
+    class TaskServerHandler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def do_POST(self) -> None:
@@ -177,7 +177,7 @@ def run_task_server() -> Iterator[TaskServerDouble]:
         def log_message(self, *_arguments: object) -> None:
             """Write no log."""
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+    with ThreadingHTTPServer(("127.0.0.1", 0), TaskServerHandler) as server:
         server.daemon_threads = True
         double.url = f"http://127.0.0.1:{server.server_port}"
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)

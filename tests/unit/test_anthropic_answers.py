@@ -33,7 +33,7 @@ WEATHER = ToolDescription("get_weather", "Tells the weather.", {"properties": {"
 
 def parse_file(name: str) -> ChatAnswer:
     stream = (FOLDER / f"{name}.txt").read_bytes()
-    events, answer = EventStreamParser(), anthropic_messages.ChatAnswerParser(MODEL, REQUEST)
+    events, answer = EventStreamParser(), anthropic_messages.AnthropicAnswerParser(MODEL, REQUEST)
     texts = [answer.feed(data) for data in [*events.feed(stream), *events.finish()]]
     done = answer.finish()
     assert "".join(texts) == done.text

@@ -18,7 +18,7 @@ from execution.live_answers import AnswerPiece, AnswerPieces, FollowRequest, Liv
 from execution.pod_api import OpenAnswersRequest
 from gateway.executions import live_answers as gateway_answers
 from gateway.executions.agent_step_rows import StepFilter
-from gateway.executions.live_answers import AnswerReader, LiveAnswerHub, RetryShape, TokenShape
+from gateway.executions.live_answers import AnswerReader, LiveAnswerHub, TextRetryShape, TokenShape
 from gateway.pods import pod_answers
 from gateway.pods.lease_checks import LeaseHolder
 from gateway.pods.pod_answers import PodAnswers
@@ -60,7 +60,7 @@ class ClientText:
     def take(self) -> None:
         for name, shape in self.reader.take():
             self.names.append(name)
-            if isinstance(shape, RetryShape):
+            if isinstance(shape, TextRetryShape):
                 assert self.texts.pop(shape.node_id)
                 self.reasons.append(shape.reason)
             else:

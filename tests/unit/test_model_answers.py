@@ -39,7 +39,7 @@ def parse_file(name: str) -> ChatAnswer:
 
 
 def parse_answer(stream: bytes, piece_bytes: int = 7) -> ChatAnswer:
-    events, answer = EventStreamParser(), openai_chat.ChatAnswerParser(MODEL, REQUEST)
+    events, answer = EventStreamParser(), openai_chat.OpenAiAnswerParser(MODEL, REQUEST)
     pieces = [stream[at : at + piece_bytes] for at in range(0, len(stream), piece_bytes)]
     for data in [data for piece in pieces for data in events.feed(piece)] + events.finish():
         answer.feed(data)
@@ -222,7 +222,7 @@ def test_answers_and_tool_calls_can_be_stored() -> None:
     arguments = json.dumps({"city": "Os\0lo"})
     call = {"id": "a\0b", "function": {"name": "look\0" + "x" * 1_000, "arguments": arguments}}
     choice = {"message": {"content": "N\0L", "tool_calls": [call]}, "finish_reason": "tool_calls"}
-    parser = openai_chat.ChatAnswerParser(MODEL, REQUEST)
+    parser = openai_chat.OpenAiAnswerParser(MODEL, REQUEST)
     parser.feed(msgspec.json.encode({"choices": [choice]}))
     answer = parser.finish()
     (found,) = answer.tool_calls
@@ -231,7 +231,7 @@ def test_answers_and_tool_calls_can_be_stored() -> None:
 
 
 def test_counts_of_tokens_can_be_stored() -> None:
-    parser = openai_chat.ChatAnswerParser(MODEL, REQUEST)
+    parser = openai_chat.OpenAiAnswerParser(MODEL, REQUEST)
     usage = {"prompt_tokens": 10**30, "completion_tokens": 10**30}
     choice = {"message": {"content": "Hi"}, "finish_reason": "stop"}
     parser.feed(

@@ -101,7 +101,7 @@ def total_of(value: Json) -> int:
 
 
 @dataclass(frozen=True)
-class PastRun:
+class RecordedRun:
     """An ended run."""
 
     program: WorkflowProgram
@@ -109,14 +109,14 @@ class PastRun:
     spans: Sequence[NodeSpan]
 
 
-async def run_first(program: WorkflowProgram, trigger: Json = 1) -> PastRun:
+async def run_first(program: WorkflowProgram, trigger: Json = 1) -> RecordedRun:
     worker = SimulatedWorker(program, trigger)
     await worker.work()
-    return PastRun(program, trigger, list(worker.notebook.rows.values()))
+    return RecordedRun(program, trigger, list(worker.notebook.rows.values()))
 
 
 def plan_of(
-    past: PastRun,
+    past: RecordedRun,
     program: WorkflowProgram | None = None,
     trigger: Json = None,
     **options: Any,  # noqa: ANN401 - fields of `ReplayOptions`
@@ -148,7 +148,7 @@ def plan_of(
     return plan_replay(facts, ReplayOptions(**options))
 
 
-def good_turns(past: PastRun) -> set[str]:
+def good_turns(past: RecordedRun) -> set[str]:
     return {
         span.iteration for span in past.spans if span.port == CONTINUE and span.status is SpanStatus.COMPLETED
     }
@@ -159,7 +159,7 @@ def sources_of(span: NodeSpan) -> Collection[tuple[str, int]]:
     return key.sources if key else ()
 
 
-def use_spans(past: PastRun, plan: ReplayPlan, program: WorkflowProgram) -> list[NodeSpan]:
+def use_spans(past: RecordedRun, plan: ReplayPlan, program: WorkflowProgram) -> list[NodeSpan]:
     """Return the spans with which a replay begins."""
     by_id = {node.node_id: node for node in plan.nodes}
     found: list[NodeSpan] = []
@@ -190,7 +190,9 @@ def use_span(span: NodeSpan, node: NodeReplay) -> NodeSpan | None:
             return None
 
 
-def use_inner(span: NodeSpan, plan: ReplayPlan, past: PastRun, program: WorkflowProgram) -> NodeSpan | None:
+def use_inner(
+    span: NodeSpan, plan: ReplayPlan, past: RecordedRun, program: WorkflowProgram
+) -> NodeSpan | None:
     for loop in plan.nodes:
         body = program.nodes[loop.node_id].body
         if loop.use is ResultUse.ITERATIONS and (span.node_id in body or span.node_id == loop.node_id):
@@ -201,7 +203,7 @@ def use_inner(span: NodeSpan, plan: ReplayPlan, past: PastRun, program: Workflow
 
 
 async def run_again(
-    past: PastRun, plan: ReplayPlan, program: WorkflowProgram | None = None, trigger: Json = None
+    past: RecordedRun, plan: ReplayPlan, program: WorkflowProgram | None = None, trigger: Json = None
 ) -> tuple[RunOutcome, InMemoryJournal]:
     program = program or past.program
     recorded = use_spans(past, plan, program)
@@ -370,7 +372,9 @@ async def test_a_write_that_is_left_out_gives_its_recorded_output_or_none_to_the
     assert notebook.spans["pay"].reused_from == notebook.spans["add2"].reused_from == EARLIER
 
     behind = {"pay2", "parity", "add3"}
-    unfinished = PastRun(past.program, past.trigger, [one for one in past.spans if one.node_id not in behind])
+    unfinished = RecordedRun(
+        past.program, past.trigger, [one for one in past.spans if one.node_id not in behind]
+    )
     recorder.calls.clear()
     plan = plan_of(unfinished, left_out=frozenset({"pay2"}))
     assert {node.node_id for node in plan.nodes if node.decision is ReplayDecision.SKIP} == {"pay2", "parity"}
@@ -391,7 +395,7 @@ async def test_a_write_that_may_have_happened_before_it_was_left_out_is_asked_fo
         for span in past.spans
     ]
     changed = compile_drawing("start > add > pay", recorder.kinds, {"pay": {"config": {"by": 1}}})
-    assert plan_of(PastRun(program, past.trigger, left), changed).unconfirmed == ("pay",)
+    assert plan_of(RecordedRun(program, past.trigger, left), changed).unconfirmed == ("pay",)
 
 
 async def test_a_write_that_a_replay_did_not_reach_is_asked_for_later() -> None:
@@ -405,7 +409,7 @@ async def test_a_write_that_a_replay_did_not_reach_is_asked_for_later() -> None:
     assert (decisions(plan)["pay"], plan.unconfirmed) == ("maybe", ())
     ended, notebook = await run_again(past, plan, other)
     assert (ended, notebook.status("pay")) == (RunOutcome(RunStatus.COMPLETED), "skipped")
-    later = PastRun(other, past.trigger, list(notebook.spans.values()))
+    later = RecordedRun(other, past.trigger, list(notebook.spans.values()))
     assert plan_of(later, program).unconfirmed == ("pay",)
 
 
@@ -515,7 +519,7 @@ async def test_results_without_a_complete_key_are_not_reused() -> None:
     recorder = NodeRecorder()
     past = await run_first(compile_drawing("start > add > pay", recorder.kinds))
     old = [replace(span, hashes=(span.hashes or b"")[:128]) for span in past.spans]
-    plan = plan_of(PastRun(past.program, past.trigger, old))
+    plan = plan_of(RecordedRun(past.program, past.trigger, old))
     assert decisions(plan) == {"start": "rerun", "add": "rerun", "pay": "ask"}
     assert reasons(plan, "pay") == ["no-result", "write-needs-confirm"]
 
@@ -561,9 +565,9 @@ async def test_a_changed_data_source_or_code_is_a_reason() -> None:
         replace(span, hashes=(span.hashes or b"") + b'[["ds_1",1]]') if span.node_id == "add" else span
         for span in past.spans
     ]
-    assert decisions(plan_of(PastRun(past.program, past.trigger, used)))["add"] == "reuse"
+    assert decisions(plan_of(RecordedRun(past.program, past.trigger, used)))["add"] == "reuse"
     newer = [replace(span, hashes=(span.hashes or b"").replace(b",1]", b",2]")) for span in used]
-    assert reasons(plan_of(PastRun(past.program, past.trigger, newer)), "add") == ["source-changed"]
+    assert reasons(plan_of(RecordedRun(past.program, past.trigger, newer)), "add") == ["source-changed"]
     kinds = {**recorder.kinds, "add": pure_node(recorder.add, code=b"new")}
     assert reasons(plan_of(past, compile_drawing("start > add", kinds)), "add") == ["implementation-changed"]
 

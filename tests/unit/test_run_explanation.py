@@ -19,7 +19,7 @@ from journal.explanations.run_explanation import explain_run
 from journal.explanations.run_facts import (
     ChildRun,
     LastDecision,
-    OpenStep,
+    OpenAgentStep,
     RecentDurations,
     RunFacts,
     SlotFacts,
@@ -374,7 +374,7 @@ def test_a_node_waits_for_its_parents_its_branch_or_a_place(
     ],
 )
 def test_an_agent_names_the_steps_that_it_waits_for(kind: StepKind, names: list[str], words: str) -> None:
-    steps = [OpenStep(number, kind, name, NOW) for number, name in enumerate(names)]
+    steps = [OpenAgentStep(number, kind, name, NOW) for number, name in enumerate(names)]
     (blocker,) = explain_run(running(node(SpanStatus.RUNNING, open_steps=steps))).blockers
     assert (blocker.code, blocker.message) == (BlockerCode.NODE_RUNNING, words)
     shown = blocker.details["steps"]

@@ -1,4 +1,4 @@
-"""Check of docstrings and import cycles."""
+"""Check of docstrings, names of types and import cycles."""
 
 import ast
 
@@ -58,6 +58,17 @@ def test_cycles_include_imports_for_types_and_inside_functions() -> None:
         a__five="import a.four",
     )
     assert source_checks.find_cycles(sources) == [["a.one", "a.three", "a.two"], ["a.five", "a.four"]]
+
+
+def test_two_types_may_not_share_a_name() -> None:
+    sources = parse(
+        a__one="class Run: ...\nclass Step: ...",
+        a__two="def make():\n  class Run: ...",
+        sdk__types="class Step: ...",
+    )
+    assert list(source_checks.find_shared_type_names(sources)) == [
+        "several types are named Run: a/one.py:1, a/two.py:2"
+    ]
 
 
 def test_only_handlers_may_take_a_whole_request_or_state() -> None:

@@ -80,7 +80,8 @@ def _refuse(span: FinishedSpan) -> None:
 
 
 async def test_a_run_keeps_its_request_with_and_without_traces(monkeypatch: pytest.MonkeyPatch) -> None:
-    log_context.fields.set(log_context.EMPTY)  # asynchronous tests share it, and one before may have left a request
+    # Asynchronous tests share it, and one before may have left a request.
+    log_context.fields.set(log_context.EMPTY)
     assert run_origin.current_origin() is None, "a schedule starts it"
     log_context.fields.set({"request_id": "req_1"})
     untraced = run_origin.current_origin()

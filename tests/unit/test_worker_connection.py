@@ -25,7 +25,7 @@ LARGE = "a" * 16_000_000
 """More than the buffers of a connection hold."""
 
 
-class ScriptedServer:
+class ScriptedTcpServer:
     """Server that answers the requests of each connection with given bytes, and then closes it."""
 
     def __init__(self, script: Sequence[Sequence[bytes]]) -> None:
@@ -48,8 +48,8 @@ class ScriptedServer:
 
 
 @contextmanager
-def serving(*script: Sequence[bytes]) -> Iterator[ScriptedServer]:
-    server = ScriptedServer(script)
+def serving(*script: Sequence[bytes]) -> Iterator[ScriptedTcpServer]:
+    server = ScriptedTcpServer(script)
     server.thread.start()
     yield server
     server.thread.join(PATIENCE_SECONDS)

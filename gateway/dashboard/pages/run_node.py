@@ -40,7 +40,7 @@ MAX_LINES: Final = 60
 """Changes that are shown of each part."""
 
 
-class ShownChange(Struct, frozen=True):
+class NodeValueChange(Struct, frozen=True):
     """Changed value of a node: the part and path, the value before, and the value now; None where there is none."""
 
     place: str
@@ -226,13 +226,13 @@ def _link_iterations(state: State | None, address: Callable[..., str]) -> Sequen
     ]
 
 
-def list_changes(diff: Mapping[str, Any] | None) -> Sequence[ShownChange]:
+def list_changes(diff: Mapping[str, Any] | None) -> Sequence[NodeValueChange]:
     """Return the changed values of a comparison, of definition, input, config and output in this order, up to 60 each.
 
     Empty without a comparison.
     """
     return [
-        ShownChange(
+        NodeValueChange(
             f"{label} · {change['path']}" if change["path"] else label,
             show_value(change["before"]) if "before" in change else None,
             show_value(change["after"]) if "after" in change else None,

@@ -33,7 +33,7 @@ MAX_CHANGES: Final = 100
 CONTAINERS: Final = (("settings", "Settings"), ("config", "Config of the workflow"), ("fields", "Workflow"))
 
 
-class ShownChange(Struct, frozen=True):
+class VersionValueChange(Struct, frozen=True):
     """Changed value of a path; None on a side without one."""
 
     path: str
@@ -47,7 +47,7 @@ class ChangedPart(Struct, frozen=True):
     title: str
     state: str
     """`added`, `removed`, or `changed`."""
-    changes: Sequence[ShownChange]
+    changes: Sequence[VersionValueChange]
     node_id: str = ""
 
 
@@ -199,7 +199,7 @@ def list_parts(
 
 def _list_connections(
     before: Mapping[str, Any], after: Mapping[str, Any], labels: Mapping[str, str]
-) -> Sequence[ShownChange]:
+) -> Sequence[VersionValueChange]:
     """Return the connections that one side lacks; a connection with another id alone is the same."""
     old, new = [
         dict.fromkeys(
@@ -215,14 +215,14 @@ def _list_connections(
         return f"{labels.get(source, source)}{by_port} → {labels.get(target, target)}"
 
     return [
-        *(ShownChange("", show(ends), None) for ends in old if ends not in new),
-        *(ShownChange("", None, show(ends)) for ends in new if ends not in old),
+        *(VersionValueChange("", show(ends), None) for ends in old if ends not in new),
+        *(VersionValueChange("", None, show(ends)) for ends in new if ends not in old),
     ]
 
 
-def _list_changes(changes: Mapping[str, Mapping[str, Any]]) -> Sequence[ShownChange]:
+def _list_changes(changes: Mapping[str, Mapping[str, Any]]) -> Sequence[VersionValueChange]:
     """Return the changes of fields, each down to the paths that differ; at most 100."""
-    found: list[ShownChange] = []
+    found: list[VersionValueChange] = []
     for name, change in changes.items():
         difference = compare_values(
             change.get("before", MISSING), change.get("after", MISSING), at_most=MAX_CHANGES
@@ -231,13 +231,13 @@ def _list_changes(changes: Mapping[str, Mapping[str, Any]]) -> Sequence[ShownCha
     return found[:MAX_CHANGES]
 
 
-def _show_change(name: str, change: PathChange) -> ShownChange:
+def _show_change(name: str, change: PathChange) -> VersionValueChange:
     """Return a change as text: its path prefixed with the field's name, the old and the new value.
 
     The old value of an addition and the new value of a removal are None.
     """
     joint = "" if not change.path or change.path.startswith("[") else "."
-    return ShownChange(
+    return VersionValueChange(
         f"{name}{joint}{change.path}",
         None if change.before is MISSING else show_value(change.before),
         None if change.after is MISSING else show_value(change.after),
