@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 import yaml
-from typer.main import get_group
 
 from pilotflame import cli
+from pilotflame.commands.nouns import load_group
 from tests import command_runs
 from tests.fakes.mcp_server import KEY as MCP_KEY
 from tests.fakes.mcp_server import build_tool, serve_tools
@@ -68,7 +68,7 @@ def test_lists_have_four_formats(shell: CommandShell) -> None:
 
 def test_every_noun_is_listed(shell: CommandShell) -> None:
     groups = {
-        noun: get_group(import_module(f"pilotflame.commands.{cli.PLACES[noun].module}").app)
+        noun: load_group(import_module(f"pilotflame.commands.{cli.PLACES[noun].module}").app)
         for noun in cli.NOUNS
     }
     nouns = [noun for noun, group in groups.items() if "list" in group.commands]
