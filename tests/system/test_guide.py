@@ -5,6 +5,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -53,7 +54,9 @@ async def walk(guide: str, folder: Path, url: str) -> None:
     for name, target in (("docs", PROJECT / "docs"), (".pilotflame", folder)):
         if not (project / name).exists():
             (project / name).symlink_to(target)
-    environment = {**os.environ, "KEY": API_KEY, "API": f"{url}/api/v1"}
+    # With the `python3` of the tests: that of pyenv is a script, which starts a dozen processes to find it.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "KEY": API_KEY, "API": f"{url}/api/v1"}
     copied: dict[str, str] = {}
     for commands, shown in REQUESTS.findall(guide):
         script = COPIED.sub(partial(find_value, copied), commands)
