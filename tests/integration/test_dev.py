@@ -48,17 +48,19 @@ def test_the_first_start_prints_a_key_and_lines_that_work_and_the_next_one_only_
 ) -> None:
     folder = tmp_path / "data"
     given = command_environment(folder)
-    with command_runs.run_command(
-        "dev", "--port", "0", given=given, log=tmp_path / "first.log", anew=True
-    ) as first:
+    with command_runs.run_command("dev", "--port", "0", given=given, log=tmp_path / "first.log") as first:
         key, lines = first.says(rf"({KEY}).*wait for its result:\n(.*progress[^\n]*)\n").groups()
         shown = subprocess.run(["bash", "-euc", lines], capture_output=True, text=True, check=True).stdout
         assert "Hello, world!" in shown
         assert first.log().index("/sign-in#code=") < first.log().index(key), "newcomers need the link first"
         assert first.stop() == 0
-    with command_runs.run_command("dev", "--port", "0", given=given, log=tmp_path / "second.log") as second:
-        assert get_whoami(second.says(ADDRESS)[1], key).json()["role"] == "admin"
+    traced = {**given, "PYTHONPROFILEIMPORTTIME": "1"}
+    with command_runs.run_command(
+        "dev", "--port", "0", given=traced, log=tmp_path / "second.log", anew=True
+    ) as second:
         address, code = second.says(r"(http://[^\s/]+)/sign-in#code=(\S+)").groups()
+        assert_small_at_rest(second)
+        assert get_whoami(address, key).json()["role"] == "admin"
         with httpx2.Client(base_url=address, headers={"Sec-Fetch-Site": "same-origin"}) as browser:
             assert browser.post("/session", json={"code": code}).status_code == 201
             assert browser.get("/dashboard/runs").status_code == 200
@@ -66,6 +68,16 @@ def test_the_first_start_prints_a_key_and_lines_that_work_and_the_next_one_only_
         assert not re.search(KEY, second.log())
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert {stat.S_IMODE(file.stat().st_mode) for file in folder.iterdir()} == {0o600}
+
+
+def assert_small_at_rest(dev: RunningCommand) -> None:
+    """Fail if a process that traces its imports is large, or has loaded a library that only others need."""
+    dev.says(ADDRESS)
+    loaded = set(re.findall(r"^import time:.*\| +(\S+)$", dev.log(), re.MULTILINE))
+    assert "sqlmodel" in loaded
+    others = {"rich.console", "alembic", "redis", "asyncpg", "aiohttp", "kubernetes", "yaml"}
+    assert not loaded & others
+    assert psutil.Process(dev.process.pid).memory_full_info().pss < 120_000_000
 
 
 def test_a_key_of_the_settings_opens_the_first_organisation_and_is_never_printed(tmp_path: Path) -> None:
@@ -224,18 +236,6 @@ async def test_leases_in_a_database_that_others_may_use_are_left_to_them_and_the
                 assert (await run_database.row(held.execution_id))["lease_owner"] == "worker"
                 secrets.add((tmp_path / "data" / "secret.key").read_text())
         assert len(secrets) == 1
-
-
-def test_at_rest_it_is_small_and_has_loaded_nothing_that_only_others_need(tmp_path: Path) -> None:
-    given = command_environment(asyncio.run(databases.create_data_folder(tmp_path / "data")))
-    traced = {**given, "PYTHONPROFILEIMPORTTIME": "1"}
-    with command_runs.run_command("dev", "--port", "0", given=traced, log=tmp_path / "log", anew=True) as dev:
-        dev.says(ADDRESS)
-        loaded = set(re.findall(r"^import time:.*\| +(\S+)$", dev.log(), re.MULTILINE))
-        assert "sqlmodel" in loaded
-        others = {"rich.console", "alembic", "redis", "asyncpg", "aiohttp", "kubernetes", "yaml"}
-        assert not loaded & others
-        assert psutil.Process(dev.process.pid).memory_full_info().pss < 120_000_000
 
 
 def test_it_ends_well_on_ctrl_c_though_a_run_waits_and_somebody_follows_it(tmp_path: Path) -> None:

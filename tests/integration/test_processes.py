@@ -1,9 +1,9 @@
 import asyncio
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from pathlib import Path
 
 import anyio
@@ -14,15 +14,18 @@ from engine.run_errors import NodeError
 from engine.values import Json
 from nodes import catalog
 from nodes.sandbox import pooled_catalog as pooled
+from nodes.sandbox.code.code_backend import CodeBackend
+from nodes.sandbox.code.code_runner import CodeRunner
 from nodes.sandbox.pooled_catalog import PooledCatalog
 from nodes.sandbox.processes import JobListener, ProcessKind, ProcessPool
-from tests.node_calls import call
+from tests.forks import ForkedProcess
+from tests.node_calls import CALLER, call
 
 pytestmark = pytest.mark.anyio
 
 PATIENCE_SECONDS = 60.0
-WORKING_SECONDS = 1.5
-"""More processor time than the start of a child uses."""
+WORKING_SECONDS = 0.1
+"""Processor time by which a child that has begun its work is seen to go on."""
 
 NEVER_ENDING: dict[str, Json] = {"text": "a" * 1_000_000, "pattern": "a.*b|a", "operation": "find-all"}
 """Each of a million searches reads on to the end of the text."""
@@ -126,50 +129,55 @@ async def test_a_child_that_dies_ends_its_job_alone(processes: ProcessPool) -> N
     assert (await call("regex", {"text": "a", "pattern": "a"}, library=library)).output
 
 
-PARENT = """
-import asyncio, os, sys
-from engine.run_errors import NodeError
-from nodes.sandbox.code.code_backend import CodeBackend
-from nodes.sandbox.code.code_runner import CodeRunner
-from nodes.sandbox.processes import ProcessKind, ProcessPool
-from tests.node_calls import CALLER, call
-from tests.integration.test_processes import NEVER_ENDING, make_pooled_catalog
-
-async def code(backend):
-    await CodeRunner(backend, limit=1).run(
-        CALLER, "while True: pass", {}, timeout_seconds=60, max_memory_bytes=2**26, print_line=print)
-
-async def search(library):
-    while True:  # each search is given up after five seconds, in which a busy machine does little
-        try:
-            await call("regex", NEVER_ENDING, library=library)
-        except NodeError:
-            pass
-
-async def main():
-    jobs = [asyncio.create_task(code(backend)) for backend in CodeBackend]
-    library = make_pooled_catalog(ProcessPool(ProcessKind.LIBRARY, limit=1))
-    jobs.append(asyncio.create_task(search(library)))
-    await asyncio.gather(*jobs)
-
-asyncio.run(main())
-"""
+def test_no_child_outlives_a_worker_that_is_killed(tmp_path: Path) -> None:
+    told = tmp_path / "told"
+    told.touch()
+    parent = ForkedProcess(keep_children_busy, told)
+    worker = psutil.Process(parent.pid)
+    # One child of each kind, and the interpreter that is a child of one of them.
+    anyio.run(wait_until, lambda: told.read_text().count("begins") == 3)
+    before = {each.pid: each.cpu_times().user for each in worker.children(recursive=True)}
+    family = worker.children(recursive=True)
+    assert len(family) == len(before) == 4
+    anyio.run(
+        wait_until,
+        lambda: sum(each.cpu_times().user > before[each.pid] + WORKING_SECONDS for each in family) == 3,
+    )
+    parent.kill()
+    anyio.run(wait_until, lambda: not any(map(_is_alive, family)))
 
 
-def test_no_child_outlives_a_worker_that_is_killed() -> None:
-    root = Path(__file__).parents[2]
-    with subprocess.Popen([sys.executable, "-c", PARENT], cwd=root) as parent:
-        worker = psutil.Process(parent.pid)
-        # One child of each kind, and the interpreter that is a child of one of them.
-        anyio.run(wait_until, lambda: len(_working_children(worker)) == 3)
-        family = worker.children(recursive=True)
-        assert len(family) == 4
-        parent.kill()
-        anyio.run(wait_until, lambda: not any(map(_is_alive, family)))
+def keep_children_busy(told: Path) -> None:
+    """Run a script of each backend and a search without an end in child processes; each adds "begins" to a file."""
 
+    def tell(line: str) -> None:
+        with told.open("a") as file:
+            file.write(f"{line}\n")
 
-def _working_children(worker: psutil.Process) -> list[psutil.Process]:
-    return [each for each in worker.children(recursive=True) if each.cpu_times().user > WORKING_SECONDS]
+    async def loop(backend: CodeBackend) -> None:
+        runner = CodeRunner(backend, limit=1)
+        script = "print('begins')\nwhile True: pass"
+        await runner.run(
+            CALLER,
+            script,
+            {},
+            timeout_seconds=60,
+            max_memory_bytes=2**26,
+            print_line=lambda _level, line: tell(line),
+        )
+
+    async def search() -> None:
+        library = make_pooled_catalog(ProcessPool(ProcessKind.LIBRARY, limit=1))
+        await call("regex", {"text": "a", "pattern": "a"}, library=library)
+        tell("begins")
+        while True:  # each search is given up after five seconds, in which a busy machine does little
+            with suppress(NodeError):
+                await call("regex", NEVER_ENDING, library=library)
+
+    async def work() -> None:
+        await asyncio.gather(search(), *map(loop, CodeBackend))
+
+    asyncio.run(work())
 
 
 def _is_alive(process: psutil.Process) -> bool:

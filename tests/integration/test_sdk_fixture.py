@@ -52,19 +52,13 @@ def run_project(folder: Path, *options: str, **variables: str) -> str:
     (folder / "conftest.py").write_text(PROJECT)
     (folder / "test_workflow.py").write_text(TESTS)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PILOTFLAME_")}
+    # The project's conftest names the plugin of the SDK, and no other is needed.
+    paths = {"PYTHONPATH": os.pathsep.join(sys.path), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "--rootdir", str(folder), *options]
     done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "--rootdir",
-            str(folder),
-            *options,
-            str(folder / "test_workflow.py"),
-        ],
+        [*command, str(folder / "test_workflow.py")],
         cwd=folder,
-        env=environment | {"PYTHONPATH": os.pathsep.join(sys.path)} | variables,
+        env=environment | paths | variables,
         capture_output=True,
         text=True,
         timeout=120,
