@@ -68,11 +68,11 @@ async def cancel(request: GatewayRequest) -> JsonResponse:
     )
     if body.dry_run:
         return JsonResponse(BulkResult(**_count_results(chosen, None)))
-    cancelled = await bulk_actions.cancel(
+    found = await bulk_actions.cancel(
         request.gateway.store, request.gateway.broker, request.caller, chosen.execution_ids
     )
-    log.info("executions cancelled", executions=len(cancelled), matched=chosen.matched)
-    return JsonResponse(BulkResult(**_count_results(chosen, cancelled)))
+    log.info("executions cancelled", executions=len(found.canceled), matched=chosen.matched)
+    return JsonResponse(BulkResult(**_count_results(chosen, found.canceled)))
 
 
 async def delete(request: GatewayRequest) -> JsonResponse:
@@ -130,9 +130,10 @@ async def _retry_chosen(
 ) -> JsonResponse:
     """Resume the chosen executions, and return the answer with these headers and at most 100 new ids."""
     gateway = request.gateway
-    resumed = await bulk_actions.retry(
+    found = await bulk_actions.retry(
         gateway.database, gateway.acceptances, gateway.access, request.caller, chosen
     )
+    resumed = found.new_ids
     log.info("executions retried", executions=len(resumed), matched=chosen.matched)
     listed = list(resumed.values())[: limits.BULK_LISTED]
     answer = BulkRetryResult(**_count_results(chosen, list(resumed)), new_execution_ids=listed)

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from gateway.executions.execution_rows import ExecutionFilter
     from gateway.executions.long_poll import ExecutionAccess
     from journal.blobs.blob_store import BlobStore
-    from journal.store import EndRequestOutcome, IdempotencyKey, JournalStore
+    from journal.store import IdempotencyKey, JournalStore
     from messages.broker import Broker
     from models.access import ApiCaller
     from models.database import Database
@@ -217,36 +217,49 @@ async def _insert_audit_entry(
 # ── actions ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+class BulkCancellation(msgspec.Struct, frozen=True):
+    """Outcome of a request to cancel executions."""
+
+    canceled: list[str]
+    """Ids of the executions that are canceled or will be, in the order of the request, like the others."""
+    locked: list[str]
+    """Ids of those that another transaction locks: they may be canceled later."""
+
+
+class BulkResumption(msgspec.Struct, frozen=True):
+    """Outcome of a request to resume failed executions."""
+
+    new_ids: dict[str, str]
+    """Ids of the new executions by those of the failed ones."""
+    locked: list[str]
+    """Ids of the failed ones that another transaction locks: they may be resumed later."""
+
+
 async def cancel(
     store: JournalStore, broker: Broker, caller: ApiCaller, execution_ids: Sequence[str]
-) -> list[str]:
-    """Request the cancellation of executions, 20 at a time; return the ids of those that are canceled or will be.
+) -> BulkCancellation:
+    """Request the cancellation of executions, 20 at a time.
 
-    It does not wait for their ends; those canceled before are included. Those that have ended otherwise, that do not
-    exist, and that another transaction locks are left out.
+    It does not wait for their ends; those canceled before are included. Those that have ended otherwise, and that do
+    not exist, are left out.
     """
-    cancelled: list[str] = []
+    canceled, locked = set[str](), set[str]()
+
+    async def ask_to_end(execution_id: str) -> None:
+        key = ExecutionKey(execution_id, caller.shard)
+        try:
+            answer = await request_end_of_run(store, broker, key, "cancel")
+        except LockWaitTimeout:
+            locked.add(execution_id)
+            return
+        if answer is not None and answer.status not in TERMINAL_STATUSES - {ExecutionStatus.CANCELLED}:
+            canceled.add(execution_id)
+
     for some in _split_batches(execution_ids, CANCELS_AT_ONCE):
-        keys = [ExecutionKey(execution_id, caller.shard) for execution_id in some]
-        answers = await asyncio.gather(*(_ask_to_end_unlocked(store, broker, key) for key in keys))
-        cancelled += [
-            execution_id
-            for execution_id, answer in zip(some, answers, strict=True)
-            if answer is not None and answer.status not in TERMINAL_STATUSES - {ExecutionStatus.CANCELLED}
-        ]
-    return cancelled
-
-
-async def _ask_to_end_unlocked(
-    store: JournalStore, broker: Broker, key: ExecutionKey
-) -> EndRequestOutcome | None:
-    """Request the cancellation of an execution, and return its state; None if it does not exist or another
-    transaction locks it.
-    """
-    try:
-        return await request_end_of_run(store, broker, key, "cancel")
-    except LockWaitTimeout:
-        return None
+        await asyncio.gather(*map(ask_to_end, some))
+    return BulkCancellation(
+        [one for one in execution_ids if one in canceled], [one for one in execution_ids if one in locked]
+    )
 
 
 async def retry(
@@ -255,45 +268,46 @@ async def retry(
     access: ExecutionAccess,
     caller: ApiCaller,
     chosen: ChosenExecutions,
-) -> dict[str, str]:
-    """Resume failed executions as new ones; return the new ids by the ids of the failed executions.
+) -> BulkResumption:
+    """Resume failed executions as new ones.
 
     The new ids are derived from the failed ones and `operation_id` of `chosen`, so a repetition returns the same ones.
-    Those that may not be resumed, or that another transaction locks, are left out. The caller sees the new ones at
-    once, and workers are woken.
+    Those that may not be resumed are left out. The caller sees the new ones at once, and workers are woken.
     """
     new_ids = {
         execution_id: ids.derive_id("exec", execution_id, chosen.operation_id)
         for execution_id in chosen.execution_ids
     }
     resumed: set[str] = set()
+    locked: list[str] = []
     for some in _split_batches(chosen.execution_ids, RETRIES_AT_ONCE):
-        keys = await _resume_unlocked(database, caller, {one: new_ids[one] for one in some})
+        keys = await _resume_unlocked(database, caller, {one: new_ids[one] for one in some}, locked)
         for execution_id, concurrency_key in keys.items():
             resumed.add(execution_id)
             access.allow(new_ids[execution_id], caller)
             acceptances.dispatch(concurrency_key)
-    return {execution_id: new_id for execution_id, new_id in new_ids.items() if execution_id in resumed}
+    return BulkResumption({one: new_id for one, new_id in new_ids.items() if one in resumed}, locked)
 
 
 async def _resume_unlocked(
-    database: Database, caller: ApiCaller, new_ids: Mapping[str, str]
+    database: Database, caller: ApiCaller, new_ids: Mapping[str, str], locked: list[str]
 ) -> dict[str, str | None]:
     """Resume failed executions; return the concurrency key of each resumed one (None without a limit) by the failed
     one's id.
 
     `new_ids` has the ids of the new executions by the failed ones. If another transaction locks some of them, they are
-    resumed one by one and the locked ones are left out.
+    resumed one by one, and the locked ones are added to `locked`.
     """
     try:
         now = database.clock.now()
         return await database.transaction(partial(_resume, caller=caller, new_ids=new_ids, now=now))
     except LockWaitTimeout:
         if len(new_ids) == 1:
+            locked.extend(new_ids)
             return {}
     resumed: dict[str, str | None] = {}
     for one, new_id in new_ids.items():
-        resumed |= await _resume_unlocked(database, caller, {one: new_id})
+        resumed |= await _resume_unlocked(database, caller, {one: new_id}, locked)
     return resumed
 
 

@@ -353,18 +353,19 @@ class OperationPerformance:
         result.done |= {one.id: None for one in failed}
 
     async def _cancel(self, caller: ApiCaller, execution_ids: Sequence[str], result: StepResult) -> None:
-        """Request the cancellation of executions and add the outcomes to `result`; ended and locked ones are refused as
-        `execution-ended`.
+        """Request the cancellation of executions and add the outcomes to `result`; ended ones are refused as
+        `execution-ended`, and locked ones postponed.
         """
         services = self._services
-        canceled = await bulk_actions.cancel(services.store, services.broker, caller, execution_ids)
-        result.done |= dict.fromkeys(canceled)
-        left = set(execution_ids) - set(canceled)
+        found = await bulk_actions.cancel(services.store, services.broker, caller, execution_ids)
+        result.done |= dict.fromkeys(found.canceled)
+        result.postponed += found.locked
+        left = set(execution_ids).difference(found.canceled, found.locked)
         result.refused |= dict.fromkeys(left, "execution-ended")
 
     async def _retry(self, caller: ApiCaller, runs: Mapping[str, FailedRun], result: StepResult) -> None:
-        """Resume failed executions as new ones and add the outcomes to `result`; those resumed or locked meanwhile are
-        refused as `already-resumed`.
+        """Resume failed executions as new ones and add the outcomes to `result`; those resumed meanwhile are refused as
+        `already-resumed`, and locked ones postponed.
 
         Without capacity for all of them, none is resumed, and all are postponed.
         """
@@ -372,11 +373,13 @@ class OperationPerformance:
         if not await self._has_capacity(caller, runs, result):
             return
         chosen = ChosenExecutions(self._operation.id, len(runs), list(runs))
-        resumed = await bulk_actions.retry(
+        found = await bulk_actions.retry(
             services.database, services.acceptances, services.access, caller, chosen
         )
-        result.done |= resumed
-        result.refused |= dict.fromkeys(set(runs) - set(resumed), "already-resumed")
+        result.done |= found.new_ids
+        result.postponed += found.locked
+        left = set(runs).difference(found.new_ids, found.locked)
+        result.refused |= dict.fromkeys(left, "already-resumed")
 
     async def _replay(self, caller: ApiCaller, runs: Mapping[str, FailedRun], result: StepResult) -> None:
         """Replay executions one after the other and add the outcomes to `result`; a plan with an unconfirmed write is

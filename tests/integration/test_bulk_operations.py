@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from functools import partial
 from typing import Any, Final
@@ -13,11 +13,13 @@ from sqlalchemy import delete
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlmodel import col
 
+from gateway.executions import bulk_actions, cancellation
 from gateway.http import idempotency, limits
-from gateway.ingest import dead_letter_rows
+from gateway.ingest import bulk_operation_steps, dead_letter_rows
 from models import access_store, bulk_operation, ids
 from models.access import KeyScope
 from models.bulk_operation import BulkAction, BulkOperation, BulkStatus
+from models.errors import LockWaitTimeout
 from models.execution import ExecutionData
 from tests.bulk_rows import build_operation
 from tests.integration.gateway_harness import (
@@ -302,6 +304,45 @@ async def test_bulk_operations_purge_dead_letters_and_cancel_and_retry_execution
     assert (ended["done"], ended["refused"]) == (2, 0)
     listed = await get_json(people.owner, f"/api/v1/executions?workflow_id={manual}&limit=100")
     assert {one["resumedFrom"] for one in listed["executions"]} == {None, *failed}
+
+
+async def test_runs_that_are_locked_are_acted_on_later(
+    harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workflow_id = await people.owner.create(name="By hand", **GRAPH)
+    pending = await start_runs(harness, people.owner, workflow_id, 2)
+    failures = {pending[1]: 1}  # by run, the calls that still find it locked
+    ask_to_end, resume = cancellation.request_end_of_run, bulk_actions.__dict__["_resume"]
+
+    def require_unlocked(execution_ids: Iterable[str]) -> None:
+        for execution_id in execution_ids:
+            if failures.get(execution_id):
+                failures[execution_id] -= 1
+                raise LockWaitTimeout("locked by another")
+
+    async def ask_unless_locked(*given: Any) -> Any:  # noqa: ANN401 - passed on
+        require_unlocked([given[2].execution_id])
+        return await ask_to_end(*given)
+
+    async def resume_unless_locked(connection: AsyncConnection, **given: Any) -> Any:  # noqa: ANN401 - passed on
+        require_unlocked(given["new_ids"])
+        return await resume(connection, **given)
+
+    monkeypatch.setattr(bulk_operation_steps, "POSTPONED_SECONDS", 0.05)
+    monkeypatch.setattr(bulk_actions, "request_end_of_run", ask_unless_locked)
+    monkeypatch.setattr(bulk_actions, "_resume", resume_unless_locked)
+    chosen = {"workflowId": workflow_id}
+    canceled = await begin(people.owner, OF_EXECUTIONS, action="cancel", filter=chosen, count=2)
+    ended = await wait_for_end(people.owner, canceled)
+    assert (ended["done"], ended["refused"]) == (2, 0)
+
+    failed = await start_runs(harness, people.owner, workflow_id, 2, **FAILED)
+    failures[failed[1]] = 2  # among others, and alone
+    retried = await begin(
+        people.owner, OF_EXECUTIONS, action="retry", filter={**chosen, "status": "failed"}, count=2
+    )
+    ended = await wait_for_end(people.owner, retried)
+    assert (ended["done"], ended["refused"]) == (2, 0)
 
 
 async def test_the_first_alone_decides_about_the_others(
