@@ -141,8 +141,8 @@ async def _observe_database(stores: ExaminedStores, seen: _Observation) -> None:
         if outdated := await store_checks.check_tables(stores.database):
             seen.findings += outdated
             return
-        # One snapshot: rows that change between two statements would look like drift.
-        async with stores.database.read() as connection:
+        # Rows that change between two statements would look like drift.
+        async with stores.database.read_snapshot() as connection:
             seen.as_of = await read_database_time(connection)
             seen.findings += await store_checks.check_database(connection)
             seen.findings += await row_checks.find_overdue_rows(connection)

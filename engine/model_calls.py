@@ -353,11 +353,12 @@ def measure_calls(message: ChatMessage) -> int:
 
 
 def estimate_input_tokens(request: ChatRequest) -> int:
-    """Return an upper estimate of the input tokens of a request: messages with their tool calls, tools and schema."""
+    """Return an upper estimate of the input tokens of a request: messages with their tool calls, tools and schemas."""
     sizes = sum(
         estimate_tokens(message.content) + -(-measure_calls(message) // 3) for message in request.messages
     )
     schemas = [request.output_schema, *(msgspec.to_builtins(tool) for tool in request.tools)]
     if request.tools and request.tool_mode is ToolMode.JSON:
         sizes += JSON_RULES_TOKENS
+        schemas.append(request.final_schema)
     return sizes + sum(-(-len(msgspec.json.encode(schema)) // 3) for schema in schemas if schema)

@@ -175,7 +175,7 @@ def is_automatic(mail: ParsedMailContent) -> bool:
     submitted = headers.parse_parameters(_first_header(mail, "auto-submitted"))[0]
     content_type, parameters = headers.parse_parameters(_first_header(mail, "content-type"))
     reports = parameters.get("report-type", "").lower()
-    return submitted == "auto-replied" or (
+    return "auto-replied" in submitted.split() or (
         content_type == "multipart/report" and reports in _AUTOMATIC_REPORTS
     )
 

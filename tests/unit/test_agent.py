@@ -36,6 +36,7 @@ from engine.model_calls import (
     RequestedToolCall,
     TokenUsage,
     ToolDescription,
+    ToolMode,
     count_unanswered,
     estimate_input_tokens,
 )
@@ -533,6 +534,9 @@ def test_arguments_of_tool_calls_count_as_input_and_as_conversation() -> None:
         plain, messages=[QUESTION, ChatMessage(MessageRole.ASSISTANT, "", [long])]
     )
     assert estimate_input_tokens(asked) >= estimate_input_tokens(plain) + 1_000
+    final = msgspec.structs.replace(plain, tools=[TOOLS["look"].description], tool_mode=ToolMode.JSON)
+    of_answer = msgspec.structs.replace(final, final_schema={"description": "x" * 3_000})
+    assert estimate_input_tokens(of_answer) >= estimate_input_tokens(final) + 1_000
     huge = "x" * (agent.MAX_CONVERSATION_BYTES + 1)
     ended = Simulation(TASK, script(calls("look", city=huge))).run()
     assert isinstance(ended, Finish)
