@@ -101,8 +101,18 @@ def _compare_texts(compare: Callable[[str, str], bool]) -> _Comparison:
 
 def _contains_value(left: Json, right: Json) -> bool | None:
     if isinstance(left, list):
-        return any(equal_json(item, right) for item in left)
+        return _has_item(left, right)
     return right in left if isinstance(left, str | dict) and isinstance(right, str) else None
+
+
+def _has_item(items: list[Json], value: Json) -> bool:
+    if type(value) is str:
+        return any(item == value for item in items)
+    # Python finds a number in a fraction of the time, but takes 1 for true. It would hold the interpreter's lock for
+    # too long if it compared containers.
+    if type(value) is not list and type(value) is not dict and value not in items:
+        return False
+    return any(equal_json(item, value) for item in items)
 
 
 def _is_divisible_by(left: Json, right: Json) -> bool | None:
