@@ -91,11 +91,14 @@ def sort_list(values: list[Json], by: str | None = None, order: str = "ascending
     """
     if order not in ("ascending", "descending"):
         raise OperationError(f'sorts in "ascending" or "descending" order, not {order[:40]!r}')
-    key = _sort_field(by)
-    kinds = {type_name(key(value)) for value in values}
+    key = None if by is None else _field_getter(by)
+    keys = values if key is None else [key(value) for value in values]
+    # One example of each type: native code finds them in a fraction of the time of a loop.
+    examples = dict(zip(map(type, keys), keys, strict=True))
+    kinds = {type_name(example) for example in examples.values()}
     if kinds not in ({"number"}, {"text"}, set()):
         raise OperationError(f"sorts numbers or texts, not {' and '.join(sorted(kinds))}")
-    return sorted(values, key=key, reverse=order == "descending")
+    return sorted(cast("list[Any]", values), key=key, reverse=order == "descending")
 
 
 @define_operation("range")
@@ -160,8 +163,6 @@ def concat_lists(lists: list[list[Json]]) -> list[Json]:
     return [item for each in lists for item in each]
 
 
-def _sort_field(name: str | None) -> Callable[[Json], Any]:
-    """Return the function that gives the sort key of an element: the element itself, or its field `name`."""
-    if name is None:
-        return lambda value: value
+def _field_getter(name: str) -> Callable[[Json], Any]:
+    """Return the function that gives a field of an object; it raises `OperationError` for other values."""
     return lambda value: require_object(value).get(name)

@@ -17,6 +17,7 @@ from engine.values import Json
 from journal.store import ExecutionKey
 from journal.waits import node_answers
 from models.execution import Execution, WaitAnswer
+from nodes.sandbox import form_checks
 from tests.integration import input_waits
 from tests.integration.gateway_harness import (
     GRAPH,
@@ -307,6 +308,20 @@ async def test_any_schema_is_applied_without_fetching_references(
     await input_waits.wait_for_input(harness.gateway.database, execution_id, request={"schema": schema})
     response = await answer(people.owner, execution_id, {"nodeId": "approval", "data": data})
     assert sorted(error_paths(response)) == wrong
+
+
+async def test_a_schema_that_takes_too_long_to_check_refuses_the_answer(
+    harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(form_checks, "CHECK_SECONDS", 0.2)
+    execution_id = await start_waiting_run(people.owner)
+    # Each of 2^40 ways through the schema is tried.
+    steps = {f"d{depth}": {"anyOf": [{"$ref": f"#/$defs/d{depth + 1}"}] * 2} for depth in range(40)}
+    schema = {"$defs": {**steps, "d40": {"type": "string"}}, "$ref": "#/$defs/d0"}
+    await input_waits.wait_for_input(harness.gateway.database, execution_id, request={"schema": schema})
+    response = await answer(people.owner, execution_id, {"nodeId": "approval", "data": 1})
+    assert error_paths(response) == ["data"]
+    assert "it takes more than 3 s to check" in response.text
 
 
 async def test_without_choices_there_is_none_and_without_a_schema_anything_goes(
