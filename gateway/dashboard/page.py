@@ -92,18 +92,21 @@ class Page(Struct, frozen=True):
     """Topics of hints after which the page loads itself again; `{id}` stands for the parameter."""
 
 
-def render(page: Page, data: PageData, frame: PageFrame) -> str:
-    """Return the HTML of a page from the API answers in `data` and its frame; nothing else is read or changed."""
+def render(page: Page, data: PageData, frame: PageFrame, *, tag: str = "") -> str:
+    """Return the HTML of a page from the API answers in `data` and its frame; nothing else is read or changed.
+
+    The HTML names its `tag`, with which the browser asks for the page again only if it has changed.
+    """
     topics = [topic.format(**frame.parameters) for topic in page.topics]
     values = {"crumbs": (), "topics": topics, "current": page.navigation, **page.view(data, frame)}
-    return render_template(page.template, {**_frame_values(frame), **values})
+    return render_template(page.template, {**_frame_values(frame), "page_tag": tag, **values})
 
 
 def render_plain(template: str, frame: PageFrame, **values: object) -> str:
     """Return the HTML of a template with `values`, for a page such as an error or sign-in that shows no API
     answers.
     """
-    defaults = {"crumbs": (), "topics": (), "current": ""}
+    defaults = {"crumbs": (), "topics": (), "current": "", "page_tag": ""}
     return render_template(template, {**_frame_values(frame), **defaults, **values})
 
 
@@ -147,8 +150,12 @@ def serve(name: str) -> Handler:
             return await show_refusal(request, errors.not_ready(f"{error}: try again"))
         frame = frame_of(request, asking, visitor)
         # In a thread, so that large pages do not block other requests.
-        html, tag = await asyncio.to_thread(_render_with_tag, page, data, frame)
-        return await answer_html(request, html, tag=f'W/"{tag}"')
+        known = request.headers.get("if-none-match", "")
+        html, tag = await asyncio.to_thread(_render_unless_known, page, data, frame, known)
+        validators = ((b"etag", tag.encode()),)
+        if html is None:
+            return HtmlAnswer(304, b"", validators)
+        return await answer_html(request, html, validators)
 
     return show
 
@@ -159,13 +166,14 @@ def load_page(name: str) -> Page:
     return page
 
 
-def _render_with_tag(page: Page, data: PageData, frame: PageFrame) -> tuple[str, str]:
-    """Return a page's HTML and a hash of its API answers, by which a browser asks whether it has changed.
+def _render_unless_known(page: Page, data: PageData, frame: PageFrame, known: str) -> tuple[str | None, str]:
+    """Return a page's HTML, None if the browser has the one with the tag `known` already, and the tag of the page.
 
-    Times such as "5 s ago" don't change the hash.
+    The tag is a hash of all that the HTML depends on but the present time: "5 s ago" instead of "4 s ago" is no change.
     """
-    answers = msgspec.json.encode([assets.version(), frame.visitor, data])
-    return render(page, data, frame), sha256(answers).hexdigest()[:32]
+    answers = msgspec.json.encode([assets.version(), frame.visitor, frame.query, data])
+    tag = f'W/"{sha256(answers).hexdigest()[:32]}"'
+    return None if tag == known else render(page, data, frame, tag=tag), tag
 
 
 async def _load(page: Page, asking: PageRequest) -> tuple[Mapping[str, Any], PageData]:
@@ -234,23 +242,20 @@ async def _find_visitor(request: GatewayRequest) -> Mapping[str, Any] | None:
     return visitor
 
 
-async def answer_html(request: GatewayRequest, html: str, *, tag: str = "") -> ASGIApp:
-    """Return an HTML answer with status 200, compressed from 1,000 bytes on if the browser accepts gzip, in a thread
-    from 200,000 bytes on.
-
-    If the browser has the page with this `tag` already, it is an answer 304 without a body. An empty tag is none.
+async def answer_html(
+    request: GatewayRequest, html: str, headers: Sequence[tuple[bytes, bytes]] = ()
+) -> ASGIApp:
+    """Return an HTML answer with status 200 and these headers, compressed from 1,000 bytes on if the browser accepts
+    gzip, in a thread from 200,000 bytes on.
     """
-    validators = [(b"etag", tag.encode())] if tag else []
-    if tag and request.headers.get("if-none-match") == tag:
-        return HtmlAnswer(304, b"", validators)
     body = html.encode()
-    if len(body) >= MIN_COMPRESSED and "gzip" in request.headers.get("accept-encoding", ""):
-        validators.append((b"content-encoding", b"gzip"))
-        if len(body) >= LARGE:
-            body = await asyncio.to_thread(gzip.compress, body, 5, mtime=0)
-        else:
-            body = gzip.compress(body, 5, mtime=0)
-    return HtmlAnswer(200, body, validators)
+    if len(body) < MIN_COMPRESSED or "gzip" not in request.headers.get("accept-encoding", ""):
+        return HtmlAnswer(200, body, headers)
+    if len(body) >= LARGE:
+        body = await asyncio.to_thread(gzip.compress, body, 5, mtime=0)
+    else:
+        body = gzip.compress(body, 5, mtime=0)
+    return HtmlAnswer(200, body, (*headers, (b"content-encoding", b"gzip")))
 
 
 class HtmlAnswer(Struct, frozen=True):

@@ -6,7 +6,7 @@ the same cookie or key, and passes through the same checks.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import parse_qsl, urlencode
@@ -86,16 +86,20 @@ class PageRequest:
             del self.asked[count:]
             return None
 
-    async def get_recent(self, path: str, *, seconds: float) -> Any:  # noqa: ANN401 - any JSON value
-        """Return the answer of `get_if_present`, or an earlier one to the same visitor, at most `seconds`
-        old; None is remembered too.
+    async def get_recent(
+        self, path: str, *, seconds: float, is_kept: Callable[[Any], bool] = lambda _: True
+    ) -> Any:  # noqa: ANN401 - any JSON value
+        """Return the answer of `get_if_present`, or an earlier one to the same visitor, at most `seconds` old.
+
+        An answer, or None, for which `is_kept` is False is not shown again.
         """
         credentials = tuple(value for name, value in self._scope["headers"] if name in _CREDENTIALS)
         key = (id(self._api), credentials, path)
         found = _recent.get(key)
         if found is None or found[0] < monotonic() - seconds:
             found = (monotonic(), await self.get_if_present(path))
-            _recent.put(key, found)
+            if is_kept(found[1]):
+                _recent.put(key, found)
         elif found[1] is not None:
             self.asked.append(path)
         return found[1]

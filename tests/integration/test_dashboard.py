@@ -101,9 +101,27 @@ async def test_every_answer_has_the_strict_policy_and_is_not_stored(
         assert "Cookie" in page.headers["Vary"]
         assert not re.search(r"\sstyle=|<script>|\son[a-z]+=|javascript:", page.text)
     assert "unsafe" not in POLICY
-    shown = await browser.get("/dashboard/runs")
-    again = await browser.get("/dashboard/runs", headers={"If-None-Match": shown.headers["ETag"]})
-    assert (again.status_code, again.content) == (304, b"")
+
+
+async def test_an_unchanged_page_is_sent_once(harness: GatewayHarness, people: OrganizationUsers) -> None:
+    owner = people.owner
+    workflow_id = await owner.create(status="active", **GRAPH)
+    started = await owner.api.post(f"/api/v1/workflows/{workflow_id}/execute", json={})
+    run_id = started.json()["executionId"]
+    # A run that has not ended waits longer and longer, as its page shows.
+    assert (await owner.api.post(f"/api/v1/executions/{run_id}/cancel")).is_success
+    browser = await sign_in(harness, owner.key)
+    for path in (
+        *("/dashboard/overview", "/dashboard/runs", f"/dashboard/runs/{run_id}"),
+        f"/dashboard/workflows/{workflow_id}",
+    ):
+        shown = await browser.get(path)
+        tag = shown.headers["ETag"]
+        assert f'data-tag="{tag}"' in html.unescape(shown.text)
+        again = await browser.get(path, headers={"If-None-Match": tag})
+        assert (again.status_code, again.content, again.headers["ETag"]) == (304, b"", tag), path
+    other = await browser.get(f"{path}?view=table", headers={"If-None-Match": tag})
+    assert other.status_code == 200
 
 
 async def test_texts_of_users_are_shown_as_text(harness: GatewayHarness, people: OrganizationUsers) -> None:

@@ -11,7 +11,7 @@ const AGES_MS = 10_000;
 const RETRY_MS = 5_000;
 // Refusals of an object that is gone, or not for this visitor any more: a page that says so.
 const GONE = [403, 404];
-const root = document.documentElement.dataset.root;
+const { root, tag: shownTag } = document.documentElement.dataset;
 // The only policy: HTML of this server's own pages, in which Jinja2 has escaped every value.
 const policy = globalThis.trustedTypes?.createPolicy("pilotflame", { createHTML: (html) => html }) ?? { createHTML: (html) => html };
 
@@ -21,7 +21,8 @@ let isLoading = false;
 let asked = null;
 let loadedAt = -COALESCE_MS;
 let took = 0;
-let tag = "";
+// Tag of the shown page: the server sends it again only if it has changed.
+let tag = shownTag;
 let retry = 0;
 // Time of the last answer: the age of the page.
 let heard = "";
@@ -96,7 +97,6 @@ export async function reload({ takesNewRows = true } = {}) {
   isLoading = true;
   loadedAt = performance.now();
   try {
-    const morphing = import("./idiomorph.js");
     const answer = await fetch(location.href, { headers: tag && !takesNewRows ? { "If-None-Match": tag } : {} });
     if (answer.redirected && new URL(answer.url).pathname !== location.pathname) {
       location.assign(answer.url);
@@ -107,6 +107,7 @@ export async function reload({ takesNewRows = true } = {}) {
       return;
     }
     if (answer.status !== 304) {
+      const morphing = import("./idiomorph.js");
       tag = answer.headers.get("ETag") ?? "";
       const page = new DOMParser().parseFromString(policy.createHTML(await answer.text()), "text/html");
       if (!takesNewRows) holdRows(page);

@@ -73,7 +73,7 @@ async def load(page: PageRequest) -> PageData:
         page.get("/api/v1/why"),
         page.get_recent("/api/v1/admin/drift", seconds=RECENT_SECONDS),
         page.get_recent("/api/v1/dead-letters/groups", seconds=RECENT_SECONDS),
-        page.get_recent("/api/v1/workflows/stats", seconds=RECENT_SECONDS),
+        page.get_recent("/api/v1/workflows/stats", seconds=RECENT_SECONDS, is_kept=may_be_old),
         page.get_recent("/api/v1/pending-inputs", seconds=RECENT_SECONDS),
         page.get_recent("/api/v1/deployments/usage", seconds=RECENT_SECONDS),
         page.get("/api/v1/executions/statistics"),
@@ -111,6 +111,13 @@ async def load(page: PageRequest) -> PageData:
         "failed": failed,
         "schedules": schedules,
     }
+
+
+def may_be_old(stats: Mapping[str, Any] | None) -> bool:
+    """Return whether the numbers of workflows may be shown again: not if there is none, as before a newcomer's first
+    one.
+    """
+    return stats is None or stats["readable"]["total"] > 0
 
 
 def shows_all(query: Mapping[str, str]) -> bool:

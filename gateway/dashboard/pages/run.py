@@ -53,6 +53,8 @@ async def load(page: PageRequest) -> PageData:
     # First, since the page of an ended run is final: its nodes must be at least as recent as its end.
     run = await page.get(path, summary="true")
     graph, why = await asyncio.gather(page.get(f"{path}/graph"), page.get_if_present(f"{path}/why"))
+    if why:
+        why.pop("asOf", None)  # it would change the tag of an unchanged page
     state = run_node.choose_state(graph["states"], page.query)
     tab = run_node.choose_tab(page.query, state, graph)
     node, inputs = await asyncio.gather(_load_node(page, path, state, tab), _load_inputs(page, path, run))

@@ -36,6 +36,8 @@ UNRESOLVED: Final = "unresolved-mapping"
 PATH: Final = "/dashboard/workflows/{id}"
 KEPT: Final = ("node", "view", "at", "input")
 OBJECTS: Final = ("why", "lifecycle", "statistics", "log-level")
+TIMES: Final = {"why": "asOf", "statistics": "since"}
+"""Fields with the time of the answer, or of its begin, which no page shows, by objects."""
 INTAKE_TRIGGERS: Final = frozenset({"webhook", "queue-trigger", "email-trigger", "event-trigger"})
 OF_INTAKE: Final[Mapping[str, Mapping[str, object]]] = {
     "deliveries": {"limit": SHOWN_ROWS, "after": "start"},
@@ -60,6 +62,10 @@ async def load(page: PageRequest) -> PageData:
         page.get_if_present("/api/v1/executions", workflow_id=workflow_id, after="start", limit=SHOWN_ROWS),
         *(page.get_if_present(f"{path}/{name}") for name in OBJECTS),
     )
+    # The times of these answers would change the tag of an unchanged page.
+    for answer, name in zip(objects, OBJECTS, strict=True):
+        if answer and name in TIMES:
+            answer.pop(TIMES[name], None)
     asked: dict[str, Any] = {}
     types = {node["type"] for node in workflow["nodes"]}
     if types & INTAKE_TRIGGERS:
