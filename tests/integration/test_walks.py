@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
 
+from gateway.executions import long_poll
 from messages.broker import ChangedExecutions, Notification
-from telemetry import instruments
+from models import ids, timestamps
+from telemetry import instruments, loop_lag
 from tests.cluster.cluster_harness import open_fake_cluster
-from tests.file_walks import record_walk
+from tests.file_walks import ignore_other_tasks, record_walk
 from tests.integration.deployers import run_test_deployer
 from tests.integration.gateway_harness import EDGE, STEP, TRIGGER, OrganizationUsers, create_gateway
 from tests.integration.mail_harness import MailHarness, run_mail_harness
@@ -37,11 +40,19 @@ ATTEMPTS: Final = 8
 @pytest.fixture
 async def mails(postgres: PostgresServer, tmp_path: Path) -> AsyncIterator[MailHarness]:
     """Yield a gateway on SQLite that waits for deployments."""
+    ignore_other_tasks()
     async with (
         create_gateway("sqlite", postgres, tmp_path, settle_seconds=60) as harness,
         run_mail_harness(harness) as mails,
     ):
         yield mails
+
+
+@pytest.fixture(autouse=True)
+def _without_work_of_each_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put off the work that would fall into each walk on a machine that takes a second for one."""
+    monkeypatch.setattr(loop_lag, "LAG_INTERVAL_SECONDS", QUIET_SECONDS)
+    monkeypatch.setattr(long_poll, "LOOK_SECONDS", QUIET_SECONDS)
 
 
 @pytest.fixture(autouse=True)
@@ -102,6 +113,32 @@ async def wait_for_end(ended: asyncio.Queue[str], execution_id: str) -> None:
     async with asyncio.timeout(60):
         while execution_id != await ended.get():
             pass
+
+
+async def test_background_work_of_another_test_belongs_to_no_walk() -> None:
+    may_go_on = asyncio.Event()
+
+    async def watch() -> None:
+        await may_go_on.wait()
+        await asyncio.create_task(probe())
+
+    async def probe() -> None:
+        ids.new_id("probe")
+
+    async def request() -> None:
+        await may_go_on.wait()
+        await asyncio.create_task(answer())
+
+    async def answer() -> None:
+        timestamps.to_microseconds(datetime.now(UTC))
+
+    of_another_test = asyncio.create_task(watch())
+    ignore_other_tasks()
+    of_this_one = asyncio.create_task(request())
+    with record_walk() as walk:
+        may_go_on.set()
+        await asyncio.gather(of_another_test, of_this_one)
+    assert list(walk.files) == ["models/timestamps.py"]
 
 
 async def test_an_execution_walks_through_few_files(
