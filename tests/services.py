@@ -24,6 +24,8 @@ import asyncpg
 import pytest
 from sqlalchemy import URL, make_url
 
+from tests import certificates
+
 START_TIMEOUT_SECONDS = 60
 STOP_TIMEOUT_SECONDS = 60
 POLL_SECONDS = 0.01
@@ -329,7 +331,10 @@ def run_mysql() -> Iterator[MysqlServer | None]:
         )
         network = [f"--port={url.port}", "--bind-address=127.0.0.1", f"--socket={folder / 'socket'}"]
         haste = ["--innodb-flush-log-at-trx-commit=0", "--innodb-buffer-pool-size=32M"]
-        with _run_server(MysqlServer(url, folder, [program, *where, *network, *haste])) as server:
+        # Without a certificate it would make one, of large primes.
+        certificate = certificates.create_certificate("localhost", folder)
+        tls = [f"--ssl-key={certificate}", f"--ssl-cert={certificate}"]
+        with _run_server(MysqlServer(url, folder, [program, *where, *network, *haste, *tls])) as server:
             yield server
 
 

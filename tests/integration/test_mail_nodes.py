@@ -28,7 +28,7 @@ from nodes.connections import smtp_mail_server
 from nodes.connections.data_source import ConnectionSource
 from nodes.connections.data_source_connections import DataSourceConnections
 from nodes.connections.data_source_policy import ConnectionPolicy
-from tests import smtp_server
+from tests import certificates, smtp_server
 from tests.node_calls import CALLER, NOW, CallRecord, call
 from tests.smtp_server import PASSWORD, USERNAME, FakeMailServer
 
@@ -86,7 +86,7 @@ async def resolve_to_loopback(_name: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return smtp_server.create_certificate(HOST, tmp_path_factory.mktemp("certificate"))
+    return certificates.create_certificate(HOST, tmp_path_factory.mktemp("certificate"))
 
 
 @pytest.fixture

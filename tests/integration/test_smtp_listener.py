@@ -17,9 +17,9 @@ from bridge.mail_gateway import OK_REPLY, SmtpReply
 from bridge.smtp_listener import run_listener, split_recipient, worst_reply
 from bridge.smtp_settings import MailProtocol, SmtpListenerSettings
 from models.execution import Execution
+from tests.certificates import create_certificate
 from tests.integration.gateway_harness import GatewayHarness, OrganizationUsers, UserClient
 from tests.integration.mail_harness import WORKFLOWS, MailHarness, run_mail_harness
-from tests.smtp_server import create_certificate
 
 MAIL = (
     "From: Ada <ada@example.org>\r\nTo: b@example.org\r\nSubject: Order\r\nMessage-ID: <{}@x>\r\n\r\n"
