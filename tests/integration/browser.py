@@ -35,7 +35,10 @@ FLAGS = (
     # Work besides the pages, which costs a tenth of the browser's time.
     *("--disable-extensions", "--disable-background-networking", "--disable-component-update"),
     *("--disable-sync", "--disable-smooth-scrolling", "--disable-checker-imaging"),
-    "--disable-features=Translate,OptimizationHints,MediaRouter,PaintHolding",
+    "--disable-features=Translate,OptimizationHints,MediaRouter,PaintHolding,SpareRendererForSitePerProcess",
+    # One process shows all pages: a new one, at each step between about:blank and a page of the gateway, would compile
+    # the scripts of the page and of axe again, which is a third of the browser's time.
+    *("--disable-site-isolation-trials", "--renderer-process-limit=1"),
 )
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here")
 
