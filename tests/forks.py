@@ -56,7 +56,7 @@ LOADED = (
 SET_PARENT_DEATH_SIGNAL = 1
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.forks", *LOADED])
+_context.set_forkserver_preload(["tests.paused_collections", "tests.forks", *LOADED])
 
 
 class ForkedProcess:

@@ -2,9 +2,7 @@
 
 import asyncio
 import json
-import os
 import signal
-import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -20,11 +18,11 @@ from messages.broker_connection import connect_broker
 from models.database import Database, parse_url
 from models.settings import InvalidSettings
 from tests import databases
+from tests.command_runs import command_environment, run_command
 from tests.integration.gateway_harness import SECRET, assert_refused
 from tests.integration.gateway_server import KEY, Address, serve_gateway
 from tests.services import PostgresServer, RedisServer
 
-FOLDER = Path(__file__).parents[2]
 UNFINISHED = (
     f"POST /api/v1/workflows HTTP/1.1\r\nHost: x\r\nX-API-Key: {KEY}\r\nContent-Length: 10\r\n\r\n".encode()
 )
@@ -198,35 +196,27 @@ async def test_without_its_broker_it_is_not_ready_and_still_serves(
 async def test_the_process_serves_until_it_is_told_to_stop(
     redis_server: RedisServer, tmp_path: Path, free_tcp_port: int
 ) -> None:
-    environment = {
-        **os.environ,
-        "PILOTFLAME_DATA_DIR": str(tmp_path),
-        "PILOTFLAME_REDIS_URL": redis_server.url,
-        "PILOTFLAME_SECRET_KEY": SECRET,
-        "PILOTFLAME_BOOTSTRAP_API_KEY": KEY,
-        "PILOTFLAME_PORT": str(free_tcp_port),
-    }
+    given = command_environment(
+        tmp_path,
+        REDIS_URL=redis_server.url,
+        SECRET_KEY=SECRET,
+        BOOTSTRAP_API_KEY=KEY,
+        PORT=str(free_tcp_port),
+    )
     await databases.create_sqlite_database(tmp_path / "pilotflame.db")
-    code = "from gateway.main import serve; from gateway.settings import GatewaySettings; serve(GatewaySettings())"
-    process = await asyncio.create_subprocess_exec(sys.executable, "-c", code, env=environment, cwd=FOLDER)
-    try:
+    with run_command("gateway", given=given, log=tmp_path / "log") as gateway:
         async with httpx2.AsyncClient(base_url=f"http://127.0.0.1:{free_tcp_port}", timeout=60) as client:
             while True:
                 try:
                     response = await client.get("/readyz")
                     break
                 except httpx2.ConnectError:
-                    assert process.returncode is None
+                    assert gateway.process.poll() is None
                     await asyncio.sleep(0.05)
             assert response.status_code == 200
             made = await client.post("/api/v1/workflows", json={"name": "x"}, headers={"X-API-Key": KEY})
             assert made.status_code == 201
-        process.send_signal(signal.SIGTERM)
-        assert await asyncio.wait_for(process.wait(), 60) in {0, -signal.SIGTERM}
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
+        assert await asyncio.to_thread(gateway.stop) in {0, -signal.SIGTERM}
 
 
 @pytest.mark.parametrize(
