@@ -1,5 +1,6 @@
 """CLI commands against a running server, and against its database."""
 
+import asyncio
 import json
 import re
 import time
@@ -13,7 +14,7 @@ import pytest
 import redis
 
 from telemetry.metric_families import FAMILIES
-from tests import command_runs, services
+from tests import command_runs, databases, services
 from tests.command_runs import command_environment
 from tests.integration.command_shell import KEY, CommandShell, open_shell
 
@@ -292,8 +293,8 @@ def test_a_refusal_of_a_server_or_its_database_is_one_line(
 def test_no_process_starts_on_a_redis_that_forgets_when_it_is_full(
     process: str, redis_server: services.RedisServer, tmp_path: Path
 ) -> None:
-    given = command_environment(tmp_path, SECRET_KEY=SECRET, REDIS_URL=redis_server.url)
-    command_runs.run_output("migrate", given=given)
+    data = asyncio.run(databases.create_data_folder(tmp_path / "data"))
+    given = command_environment(data, SECRET_KEY=SECRET, REDIS_URL=redis_server.url)
     with redis.Redis.from_url(redis_server.url) as client:
         client.config_set("maxmemory-policy", "allkeys-lru")
         done = command_runs.run(process, given=given)
