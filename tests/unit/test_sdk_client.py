@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import ssl
 import stat
 import sys
 import tomllib
@@ -24,6 +25,7 @@ from pilotflame_sdk import (
     ScopeRequired,
     TransportError,
     ValidationFailed,
+    request_coding,
 )
 from pilotflame_sdk.profiles import Profiles, ServerAddress, find_server, read_profiles, write_profiles
 from pilotflame_sdk.server_events import EventParser
@@ -243,6 +245,18 @@ def test_the_key_of_a_profile_is_never_sent_to_another_address(monkeypatch: pyte
     monkeypatch.setenv("PILOTFLAME_URL", "https://other.test")
     with pytest.raises(ConfigurationError, match="PILOTFLAME_API_KEY"):
         find_server()
+
+
+def test_certificates_are_verified_and_authorities_are_loaded_for_encrypted_connections_alone() -> None:
+    for url in ("http://pilotflame.example", "https://pilotflame.example", "https://127.0.0.1"):
+        context = request_coding.build_tls_context(url)
+        assert (context.verify_mode, context.check_hostname) == (ssl.CERT_REQUIRED, True)
+        trusted = (
+            httpx2.create_ssl_context()
+            if url.startswith("https")
+            else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        )
+        assert context.cert_store_stats() == trusted.cert_store_stats(), url
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,9 @@ class AsyncTransport:
         self._retry = retry or RetryPolicy()
         self._has_answered = False
         self._http = http or httpx2.AsyncClient(
-            trust_env=request_coding.uses_proxies(self.address.url), follow_redirects=False
+            verify=request_coding.build_tls_context(self.address.url),
+            trust_env=request_coding.uses_proxies(self.address.url),
+            follow_redirects=False,
         )
         self._headers = request_coding.default_headers(self.address.api_key)
 

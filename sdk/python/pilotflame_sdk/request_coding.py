@@ -15,6 +15,8 @@ from pilotflame_sdk.errors import TransportError, build_error
 from pilotflame_sdk.version import VERSION
 
 if TYPE_CHECKING:
+    from ssl import SSLContext
+
     import httpx2
 
 LOOPBACK: Final = frozenset({"127.0.0.1", "::1", "localhost"})
@@ -153,6 +155,20 @@ def default_headers(api_key: str) -> dict[str, str]:
 def uses_proxies(url: str) -> bool:
     """Return whether the proxies of the environment apply to a URL: not for a server on this machine."""
     return urlsplit(url).hostname not in LOOPBACK
+
+
+def build_tls_context(url: str) -> SSLContext:
+    """Return the context by which the certificates of the server at a URL are verified.
+
+    Without TLS it trusts no authority, since loading them takes longer than a request.
+    """
+    if urlsplit(url).scheme != "https":
+        import ssl  # as the clients do
+
+        return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    from httpx2 import create_ssl_context
+
+    return create_ssl_context(trust_env=uses_proxies(url))
 
 
 def decode_answer(response: httpx2.Response, url: str, *, is_binary: bool = False) -> Any:  # noqa: ANN401 - JSON
