@@ -93,7 +93,6 @@ async def test_a_page_fits_and_has_no_violation_of_accessibility(visit: Dashboar
 
 
 async def test_empty_pages_and_refusals_have_no_violation_of_accessibility(visit: DashboardVisit) -> None:
-    await visit.show("/dashboard/runs")
     await visit.sign_in_as(visit.people.stranger.key)
     for path in EMPTY_PATHS:
         await visit.show(path)
@@ -101,10 +100,11 @@ async def test_empty_pages_and_refusals_have_no_violation_of_accessibility(visit
         assert await visit.find_unfocusable() == [], path
         assert await visit.find_violations() == [], path
     await visit.sign_in_as(visit.people.owner.key)
-    for path in ("/dashboard/audit", "/dashboard/runs?after=nonsense"):
-        await visit.show(path)
-        assert await visit.page.text("h1") != ""
-        assert await visit.find_violations() == [], path
+    await visit.show("/dashboard/audit")  # of the same parts as the page that is missing, in `PATHS`
+    assert (await visit.page.text("h1")).startswith("This page can")
+    await visit.show("/dashboard/runs?after=nonsense")
+    assert (await visit.page.text("h1")).startswith("This page can")
+    assert await visit.find_violations() == []
     assert not [one for one in visit.take_problems() if "400 (Bad Request)" not in one]
 
 
@@ -200,11 +200,18 @@ async def test_a_deployed_workflow_is_run_in_its_pods_by_a_button_of_its_own(vis
     visit.take_problems()
 
 
-async def test_texts_of_users_never_become_elements(visit: DashboardVisit) -> None:
+async def test_texts_of_users_never_become_elements_and_foreign_policies_no_html(
+    visit: DashboardVisit,
+) -> None:
     await visit.show("/dashboard/runs")
     texts = await visit.page.evaluate("[...document.querySelectorAll('td a')].map(one => one.textContent)")
     assert HOSTILE in texts
     assert await visit.page.count("main img, main script") == 0
+    refused = "(() => { try { document.body.innerHTML = '<p>x'; return false } catch { return true } })()"
+    assert await visit.page.evaluate(refused)
+    other = "(() => { try { trustedTypes.createPolicy('other', {}); return false } catch { return true } })()"
+    assert await visit.page.evaluate(other)
+    visit.page.problems.clear()  # the browser logs what it refused
 
 
 async def test_an_agent_shows_its_turns_as_they_are_recorded(visit: DashboardVisit) -> None:
@@ -274,7 +281,9 @@ async def test_keys_move_and_open(visit: DashboardVisit) -> None:
     await visit.page.wait_for("location.hash === '#run' && /workflows.wf_/.test(location.pathname)")
 
 
-async def test_a_list_updates_itself_and_holds_new_rows_back(visit: DashboardVisit) -> None:
+async def test_a_list_updates_itself_and_holds_new_rows_back_also_after_loads_that_took_long(
+    visit: DashboardVisit,
+) -> None:
     run = f"/api/v1/workflows/{visit.workflow_id}/execute"
     await visit.people.owner.api.post(run, json={})
     await visit.show("/dashboard/runs")
@@ -284,7 +293,7 @@ async def test_a_list_updates_itself_and_holds_new_rows_back(visit: DashboardVis
         ".map(one => one.responseStatus)"
     )
     await visit.page.wait_for(f"{answers}.length")
-    assert await visit.page.evaluate(answers) == [304]
+    assert {*await visit.page.evaluate(answers)} == {304}
     count = await visit.page.count("tbody tr")
     await visit.people.owner.api.post(run, json={})
     await visit.page.wait_for("document.querySelector('[data-shows-new]')?.textContent === '1 new'")
@@ -292,23 +301,18 @@ async def test_a_list_updates_itself_and_holds_new_rows_back(visit: DashboardVis
     await visit.press(".")
     await visit.page.wait_for(f"document.querySelectorAll('tbody tr').length === {count + 1}")
     assert await visit.page.evaluate("document.querySelector('[data-shows-new]') === null")
-    assert not visit.page.problems
 
-
-async def test_a_load_that_took_long_holds_up_no_later_update(visit: DashboardVisit) -> None:
-    page = visit.page
-    await visit.show("/dashboard/runs")
-    await page.wait_for("document.querySelector('.live').dataset.state === 'live'")
     # Ten minutes pass for the page during each load.
-    await page.evaluate(
+    await visit.page.evaluate(
         "(() => { const [now, load] = [performance.now.bind(performance), globalThis.fetch]; let passed = 0;"
         " performance.now = () => now() + passed;"
         " globalThis.fetch = (...given) => { passed += 600_000; return load(...given) } })()"
     )
     for number in (1, 2):
-        await visit.people.owner.api.post(f"/api/v1/workflows/{visit.workflow_id}/execute", json={})
-        shown = "document.querySelector('[data-shows-new]')?.textContent"
-        await page.wait_for(f"{shown} === '{number} new'")
+        await visit.people.owner.api.post(run, json={})
+        await visit.page.wait_for(
+            f"document.querySelector('[data-shows-new]')?.textContent === '{number} new'"
+        )
     assert not visit.take_problems()
 
 
@@ -404,7 +408,6 @@ async def test_a_run_asks_its_question_by_the_form_of_its_schema(visit: Dashboar
 
 async def test_the_audit_trail_is_filtered_by_its_columns(visit: DashboardVisit) -> None:
     page, admin = visit.page, visit.people.admin
-    await visit.show("/dashboard/runs")
     await visit.sign_in_as(admin.key)
     await visit.show("/dashboard/audit")
     assert await visit.find_violations() == []
@@ -424,8 +427,10 @@ async def test_the_audit_trail_is_filtered_by_its_columns(visit: DashboardVisit)
     assert not visit.take_problems()
 
 
-async def test_a_new_key_is_shown_once_with_a_command_that_proves_it(visit: DashboardVisit) -> None:
-    page = visit.page
+async def test_new_keys_and_replaced_trigger_tokens_are_shown_once(visit: DashboardVisit) -> None:
+    page, owner = visit.page, visit.people.owner
+    workflow_id = await owner.create(name="Rotated", **QUEUE)
+    old = (await owner.api.post(f"/api/v1/workflows/{workflow_id}/trigger-token", json={})).json()
     await visit.show("/dashboard/keys")
     await page.fill("#key-name", "Proven")
     await page.click("form[data-shows=key] button[type=submit]")
@@ -443,6 +448,17 @@ async def test_a_new_key_is_shown_once_with_a_command_that_proves_it(visit: Dash
     await visit.show("/dashboard/keys")
     assert key not in await page.evaluate("document.documentElement.outerHTML")
     assert "Proven" in await page.text("main")
+
+    # A trigger token is replaced with an overlap.
+    await page.click(f"#{old['id']}-actions summary")
+    await page.click(f"#{old['id']}-actions form[data-shows] button")
+    await page.wait_for("document.querySelector('#shown').open")
+    url = await page.text("#shown-value")
+    assert f"/api/v1/workflows/{workflow_id}/enqueue?key=" in url
+    assert old["token"] not in url
+    assert await page.evaluate("document.querySelector('#shown-proof').hidden")
+    assert "Replaced" in await page.text(f"#{old['id']}")
+    await page.click("#shown [data-closes]")
 
 
 async def test_a_connection_is_tested_by_phase(visit: DashboardVisit) -> None:
@@ -511,22 +527,6 @@ async def test_a_tool_server_with_hashes_of_tools_fits_and_has_no_violation_of_a
     assert await visit.page.text("[data-hash]") == tool.hash
     assert await visit.find_violations() == []
     assert not visit.take_problems()
-
-
-async def test_a_trigger_token_is_replaced_with_an_overlap_on_the_page_of_keys(visit: DashboardVisit) -> None:
-    page, owner = visit.page, visit.people.owner
-    workflow_id = await owner.create(name="Rotated", **QUEUE)
-    old = (await owner.api.post(f"/api/v1/workflows/{workflow_id}/trigger-token", json={})).json()
-    await visit.show("/dashboard/keys")
-    await page.click(f"#{old['id']}-actions summary")
-    await page.click(f"#{old['id']}-actions form[data-shows] button")
-    await page.wait_for("document.querySelector('#shown').open")
-    url = await page.text("#shown-value")
-    assert f"/api/v1/workflows/{workflow_id}/enqueue?key=" in url
-    assert old["token"] not in url
-    assert await page.evaluate("document.querySelector('#shown-proof').hidden")
-    assert "Replaced" in await page.text(f"#{old['id']}")
-    await page.click("#shown [data-closes]")
 
 
 async def test_a_question_is_answered_by_its_form(visit: DashboardVisit) -> None:
@@ -617,37 +617,6 @@ async def test_a_key_answers_a_question_after_asking_and_another_person_gets_the
     assert not visit.take_problems()
 
 
-async def test_a_foreign_policy_cannot_make_html(visit: DashboardVisit) -> None:
-    await visit.show("/dashboard/runs")
-    refused = "(() => { try { document.body.innerHTML = '<p>x'; return false } catch { return true } })()"
-    assert await visit.page.evaluate(refused)
-    other = "(() => { try { trustedTypes.createPolicy('other', {}); return false } catch { return true } })()"
-    assert await visit.page.evaluate(other)
-    visit.page.problems.clear()  # the browser logs what it refused
-
-
-async def test_arrows_follow_the_edges_of_a_graph(visit: DashboardVisit) -> None:
-    await visit.show("/dashboard/runs/{execution_id}?view=map")
-
-    async def wait_for_focus(*cards: str) -> None:
-        await visit.page.wait_for(f"{[*cards]}.includes(document.activeElement.dataset.card)")
-
-    await visit.page.evaluate("document.querySelector('[data-card=start]').focus()")
-    await visit.press("ArrowRight")
-    await wait_for_focus("lines")
-    await visit.press("ArrowRight", "ArrowDown", "ArrowRight")
-    await wait_for_focus("write", "small")
-    await visit.press("ArrowLeft")
-    await wait_for_focus("large")
-    in_order = "[...document.querySelectorAll('[data-card][tabindex=\"0\"]')].map(one => one.dataset.card)"
-    assert await visit.page.evaluate(in_order) == ["large"], "one card is in the tab order"
-    await visit.page.evaluate(
-        "document.activeElement.dispatchEvent(new MouseEvent('click', {bubbles: true}))"
-    )
-    await visit.page.wait_for(f"{LOADED} && location.search.includes('node=large')")
-    assert await visit.page.text("#node") == "Above 5,000 €?"
-
-
 async def test_a_node_is_mended_on_the_page_of_its_workflow(visit: DashboardVisit) -> None:
     owner = visit.people.owner
     workflow_id = await owner.create(name="To mend", status="active", **GRAPH)
@@ -700,7 +669,7 @@ async def test_a_data_source_is_chosen_in_the_form_of_a_node(visit: DashboardVis
     await save({"url": "https://b.invalid"}, "None")
 
 
-async def test_a_map_is_zoomed_by_buttons_and_keys_and_keeps_its_size(visit: DashboardVisit) -> None:
+async def test_a_map_keeps_its_size_and_arrows_follow_its_edges(visit: DashboardVisit) -> None:
     page = visit.page
     await visit.show("/dashboard/runs/{execution_id}?view=map")
     width = "Number(document.querySelector('[data-map] svg').getAttribute('width'))"
@@ -712,7 +681,23 @@ async def test_a_map_is_zoomed_by_buttons_and_keys_and_keeps_its_size(visit: Das
     await page.evaluate("document.querySelector('[data-card]').focus()")
     await visit.press("-", "-")
     await page.wait_for(f"{width} === {round(whole * 0.85)}")
-    await visit.show("/dashboard/runs/{execution_id}?view=map&node=lines")
+
+    async def wait_for_focus(*cards: str) -> None:
+        await page.wait_for(f"{[*cards]}.includes(document.activeElement.dataset.card)")
+
+    await page.evaluate("document.querySelector('[data-card=start]').focus()")
+    await visit.press("ArrowRight")
+    await wait_for_focus("lines")
+    await visit.press("ArrowRight", "ArrowDown", "ArrowRight")
+    await wait_for_focus("write", "small")
+    await visit.press("ArrowLeft")
+    await wait_for_focus("large")
+    in_order = "[...document.querySelectorAll('[data-card][tabindex=\"0\"]')].map(one => one.dataset.card)"
+    assert await page.evaluate(in_order) == ["large"], "one card is in the tab order"
+    await page.evaluate("document.activeElement.dispatchEvent(new MouseEvent('click', {bubbles: true}))")
+    await page.wait_for(f"{LOADED} && location.search.includes('node=large')")
+    assert await page.text("#node") == "Above 5,000 €?"
+
     await page.wait_for(f"{width} === {round(whole * 0.85)}")
     await page.click("[data-zoom=fit]")
     await page.wait_for(f"{width} <= document.querySelector('[data-map]').clientWidth")
