@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,23 +31,29 @@ COPIED = re.compile(r"\b[a-z]+[_-]\.\.\.")
 """Placeholder of an id or a key, which readers copy from an answer into later commands."""
 VARIABLES = "variables"
 """Only file that the test itself leaves behind."""
-EACH = pytest.mark.parametrize("guide", GUIDES.values(), ids=GUIDES)
+PAGES = GUIDES | SENDERS
+EACH = pytest.mark.parametrize("page", PAGES.values(), ids=PAGES)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("guides")
+
+
+@pytest.fixture(scope="module")
+async def url(folder: Path) -> AsyncIterator[str]:
+    """Yield the address of the server of a reader who follows one page after the other."""
+    async with harness.run_one_process(folder, LIFECYCLE_SECONDS="0.5") as deployment:
+        yield deployment.url
 
 
 @EACH
-async def test_every_request_of_a_guide_is_answered_as_it_shows(tmp_path: Path, guide: str) -> None:
-    async with harness.run_one_process(tmp_path, LIFECYCLE_SECONDS="0.5") as deployment:
-        await walk(guide, tmp_path, deployment.url)
+async def test_every_request_of_a_page_is_answered_as_it_shows(folder: Path, url: str, page: str) -> None:
+    await walk(page, folder, url)
 
 
-async def test_every_request_of_the_pages_about_senders_is_answered_as_they_show(tmp_path: Path) -> None:
-    async with harness.run_one_process(tmp_path) as deployment:
-        for page in SENDERS.values():
-            await walk(page, tmp_path, deployment.url)
-
-
-async def walk(guide: str, folder: Path, url: str) -> None:
-    """Send each request of a guide, and compare the answers with those that it shows."""
+async def walk(page: str, folder: Path, url: str) -> None:
+    """Send each request of a page, and compare the answers with those that it shows."""
     # Files that a reader has below the project's folder.
     project = folder / "project"
     project.mkdir(exist_ok=True)
@@ -58,7 +64,7 @@ async def walk(guide: str, folder: Path, url: str) -> None:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "KEY": API_KEY, "API": f"{url}/api/v1"}
     copied: dict[str, str] = {}
-    for commands, shown in REQUESTS.findall(guide):
+    for commands, shown in REQUESTS.findall(page):
         script = COPIED.sub(partial(find_value, copied), commands)
         if elapsed_time.UNTIL_IT_SLEEPS.search(script):
             elapsed_time.age_by_a_minute(folder / "pilotflame.db")
@@ -117,7 +123,7 @@ def find_differences(actual: Any, shown: Any, copied: dict[str, str], at: str = 
         yield at
 
 
-@pytest.mark.parametrize("guide", [*GUIDES.values(), *SENDERS.values()], ids=[*GUIDES, *SENDERS])
-def test_every_command_of_a_guide_has_an_answer_and_all_of_it_can_be_read_in_one_sitting(guide: str) -> None:
-    assert len(REQUESTS.findall(guide)) == guide.count("```sh\n")
-    assert len(guide.splitlines()) < 250
+@EACH
+def test_every_command_of_a_page_has_an_answer_and_all_of_it_can_be_read_in_one_sitting(page: str) -> None:
+    assert len(REQUESTS.findall(page)) == page.count("```sh\n")
+    assert len(page.splitlines()) < 250
