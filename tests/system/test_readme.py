@@ -5,7 +5,6 @@ import os
 import re
 import shlex
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +13,6 @@ import pytest
 from tests import command_runs
 from tests.system.harness import COMMAND
 
-POLL_SECONDS = 0.05
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 
@@ -36,22 +34,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def dev(data: Path) -> Iterator[dict[str, str]]:
     """Start the server for the first time, like `make run`; yield the environment of the second terminal."""
     before = "/".join(_project_files())
-    log = data.with_name("dev.log").open("w+")
     # The server and its commands talk to each other without the proxy.
     environment = {**os.environ, "PILOTFLAME_DATA_DIR": str(data), "http_proxy": "http://127.0.0.1:9"}
-    process = subprocess.Popen(
-        [COMMAND, "dev", "--port", "0", "--example", "docs/examples/penguins.json"],
-        cwd=ROOT,
-        env=environment,
-        stdout=log,
-        stderr=subprocess.STDOUT,
-    )
-    try:
-        printed = ""
-        while "-input.json\n" not in printed:
-            assert process.poll() is None, printed
-            time.sleep(POLL_SECONDS)
-            printed = Path(log.name).read_text()
+    arguments = ("dev", "--port", "0", "--example", "docs/examples/penguins.json")
+    log = data.with_name("dev.log")
+    with command_runs.run_command(*arguments, given=environment, log=log, folder=ROOT) as server:
+        printed = server.says(r".*-input\.json\n")[0]
         address = re.search(r"http://127\.0\.0\.1:\d+", printed)
         key = re.search(r"sk-\w+", printed)
         assert address
@@ -63,10 +51,7 @@ def dev(data: Path) -> Iterator[dict[str, str]]:
             "PRINTED": printed,
             "FILES": before,
         }
-    finally:
-        process.terminate()
-        assert process.wait(30) == 0
-        log.close()
+        assert server.stop() == 0
 
 
 def _run(script: str, environment: dict[str, str]) -> str:
