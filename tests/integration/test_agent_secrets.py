@@ -7,14 +7,12 @@ from base64 import b64encode
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
-from uuid import uuid4
 
 import pytest
 from prometheus_client import exposition
 from prometheus_client.registry import REGISTRY
 from structlog.testing import capture_logs
 
-from messages.local_broker import LocalBroker
 from telemetry import tracing
 from telemetry.tracing import FinishedSpan, Tracer
 from tests.fakes.mcp_server import McpFault, McpServer, build_tool, serve_tools
@@ -51,15 +49,9 @@ async def serve_worker(harness: GatewayHarness) -> AsyncIterator[None]:
     """Run a worker that may call all servers of this machine."""
     gateway = harness.gateway
     shared = gateway.settings.model_dump(include={"data_dir", "database_url", "secret_key"})
-    settings = WorkerSettings(
-        **shared, lease_seconds=5, sweep_seconds=0.05, outbound_allowed_networks=LOOPBACK
-    )
-    broker = LocalBroker(channel=uuid4().hex)
-    try:
-        async with run_worker(settings, gateway.store, broker, gateway.database):
-            yield
-    finally:
-        await broker.close()
+    settings = WorkerSettings(**shared, outbound_allowed_networks=LOOPBACK)
+    async with run_worker(settings, gateway.store, gateway.broker, gateway.database):
+        yield
 
 
 async def create_sources(reader: AnswerCollector, served: ModelServer) -> dict[str, str]:
