@@ -20,6 +20,7 @@ import models
 from models import schema_migration
 from models.database import RETRIES, Database, parse_url
 from models.schema_migration import NewerDatabase, OutdatedDatabase
+from tests import databases
 from tests.services import PostgresServer
 
 pytestmark = pytest.mark.every_database
@@ -29,7 +30,7 @@ for module in pkgutil.iter_modules(models.__path__, "models."):
 
 
 @pytest.fixture(params=["SQLite", "PostgreSQL"])
-async def database(
+async def empty_database(
     request: pytest.FixtureRequest, tmp_path: Path, postgres: PostgresServer
 ) -> AsyncIterator[Database]:
     if request.param == "SQLite":
@@ -41,9 +42,21 @@ async def database(
     await database.close()
 
 
-async def test_the_migrations_make_the_tables_that_the_code_knows(database: Database) -> None:
-    await schema_migration.migrate(database.url)
+@pytest.fixture(params=["SQLite", "PostgreSQL"])
+async def database(
+    request: pytest.FixtureRequest, tmp_path: Path, postgres: PostgresServer
+) -> AsyncIterator[Database]:
+    """Yield a copy of the database that this run of the tests has migrated."""
+    if request.param == "SQLite":
+        url = await databases.create_sqlite_database(tmp_path / "pilotflame.db")
+    else:
+        url = await databases.create_database(postgres, "migrated_before")
+    database = Database(parse_url(url))
+    yield database
+    await database.close()
 
+
+async def test_the_migrations_make_the_tables_that_the_code_knows(database: Database) -> None:
     def differences(connection: Connection) -> list[object]:
         context = MigrationContext.configure(connection)
         return [*compare_metadata(context, SQLModel.metadata)]
@@ -53,8 +66,6 @@ async def test_the_migrations_make_the_tables_that_the_code_knows(database: Data
 
 
 async def test_only_live_runs_stand_in_the_indexes_that_look_for_them(database: Database) -> None:
-    await schema_migration.migrate(database.url)
-
     def conditions(connection: Connection) -> dict[str, str]:
         return {
             str(index["name"]): str(index["dialect_options"].get(f"{connection.dialect.name}_where", ""))
@@ -68,7 +79,6 @@ async def test_only_live_runs_stand_in_the_indexes_that_look_for_them(database: 
 
 
 async def test_to_migrate_again_changes_nothing(database: Database) -> None:
-    await schema_migration.migrate(database.url)
     await database.transaction(
         lambda connection: connection.execute(
             text("INSERT INTO organization (id, shard, name, created_at) VALUES ('org_1', 1, 'Kept', 1)")
@@ -79,9 +89,15 @@ async def test_to_migrate_again_changes_nothing(database: Database) -> None:
         assert (await connection.execute(text("SELECT name FROM organization"))).scalar() == "Kept"
 
 
-async def test_several_that_migrate_at_once_all_succeed(database: Database) -> None:
-    await asyncio.gather(*(schema_migration.migrate(database.url) for _ in range(3)))
-    assert await schema_migration.read_revision(database) == schema_migration.HEAD_REVISION
+async def test_a_database_is_current_from_its_last_migration_on_although_several_migrate_at_once(
+    empty_database: Database,
+) -> None:
+    assert await schema_migration.read_revision(empty_database) is None
+    with pytest.raises(OutdatedDatabase, match="pilotflame migrate"):
+        await schema_migration.require_current(empty_database)
+    await asyncio.gather(*(schema_migration.migrate(empty_database.url) for _ in range(3)))
+    assert await schema_migration.read_revision(empty_database) == schema_migration.HEAD_REVISION
+    await schema_migration.require_current(empty_database)
 
 
 async def test_several_migrate_a_serializable_database_at_once(postgres: PostgresServer) -> None:
@@ -95,24 +111,14 @@ async def test_several_migrate_a_serializable_database_at_once(postgres: Postgre
     assert await asyncio.gather(*migrations, return_exceptions=True) == [None] * 3
 
 
-async def test_a_database_is_current_from_its_last_migration_on(database: Database) -> None:
-    assert await schema_migration.read_revision(database) is None
-    with pytest.raises(OutdatedDatabase, match="pilotflame migrate"):
-        await schema_migration.require_current(database)
-    await schema_migration.migrate(database.url)
-    await schema_migration.require_current(database)
-
-
 @pytest.mark.parametrize("database", ["SQLite"], indirect=True)
 async def test_an_older_database_is_refused(database: Database) -> None:
-    await schema_migration.migrate(database.url)
     await rewrite(database, "UPDATE alembic_version SET version_num = '0000'")
     with pytest.raises(OutdatedDatabase):
         await schema_migration.require_current(database)
 
 
 async def test_a_newer_database_is_used_as_long_as_it_supports_this_code(database: Database) -> None:
-    await schema_migration.migrate(database.url)
     await rewrite(database, "UPDATE alembic_version SET version_num = '9999'")
     await schema_migration.migrate(database.url)
     await schema_migration.require_current(database)
