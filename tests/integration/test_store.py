@@ -1636,7 +1636,7 @@ async def test_a_claim_on_postgresql_probes_the_index_however_many_runs_wait(
         await run_database.query("ALTER TABLE execution SET (autovacuum_enabled = false)")
         if statistics == "stale":
             await run_database.query("ANALYZE execution")  # of an empty table
-        await fill(run_database, 1, 20_000, organizations)
+        await fill(run_database, 1, 5_000, organizations)
         if statistics == "fresh":
             await run_database.query("ANALYZE execution")
         await run_database.store.sweep(1)
@@ -1655,7 +1655,7 @@ async def test_a_claim_on_sqlite_probes_the_index_however_many_runs_wait(
     sqlite_run_database: RunDatabase, spy: StatementSpy
 ) -> None:
     costs: list[int] = []
-    for first, last in ((1, 1_000), (1_001, 20_000)):
+    for first, last in ((1, 1_000), (1_001, 5_000)):
         await fill(sqlite_run_database, first, last, organizations=100)
         store = await sqlite_run_database.another_store()
         await store.sweep(1)
@@ -1681,17 +1681,17 @@ async def test_leases_are_renewed_and_results_recorded_at_once_without_a_deadloc
 ) -> None:
     async with open_run_database(on_postgres) as run_database:
         owned_workflow = await run_database.workflow()
-        await run_database.store.accept([owned_workflow.run() for _ in range(200)])
+        await run_database.store.accept([owned_workflow.run() for _ in range(12)])
         claimed = list(await run_database.claim(limit=200))
         leases = await run_database.another_store()
 
         async def renew() -> None:
-            for _ in range(30):
+            for _ in range(12):
                 random.shuffle(claimed)
                 assert len(await leases.renew([lease_of(one) for one in claimed], 30.0)) == 200
 
         async def record() -> None:
-            for _ in range(30):
+            for _ in range(12):
                 assert len(await run_database.store.record([write(one) for one in claimed])) == 200
 
         await asyncio.gather(renew(), record())
