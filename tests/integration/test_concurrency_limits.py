@@ -29,16 +29,22 @@ pytestmark = pytest.mark.every_database
 KEY = "wf:somebody"
 
 
-@pytest.fixture(params=["on_sqlite", "on_postgres", "on_serializable_postgres"])
+@pytest.fixture(scope="module", params=["on_sqlite", "on_postgres", "on_serializable_postgres"])
 def migrated_database(request: pytest.FixtureRequest) -> MigratedDatabase:
     found: MigratedDatabase = request.getfixturevalue(request.param)
     return found
 
 
-@pytest.fixture
-async def run_database(migrated_database: MigratedDatabase) -> AsyncIterator[RunDatabase]:
+@pytest.fixture(scope="module")
+async def shared_run_database(migrated_database: MigratedDatabase) -> AsyncIterator[RunDatabase]:
     async with open_run_database(migrated_database) as run_database:
         yield run_database
+
+
+@pytest.fixture
+async def run_database(shared_run_database: RunDatabase) -> RunDatabase:
+    await shared_run_database.clear()
+    return shared_run_database
 
 
 @pytest.fixture

@@ -39,16 +39,22 @@ PATIENCE_SECONDS = 60.0
 RECORDS = ("execution", "execution_data", "span", "attempt_span", "execution_step", "log_line", "wait_answer")
 
 
-@pytest.fixture(params=["on_sqlite", "on_postgres"])
+@pytest.fixture(scope="module", params=["on_sqlite", "on_postgres"])
 def migrated_database(request: pytest.FixtureRequest) -> MigratedDatabase:
     found: MigratedDatabase = request.getfixturevalue(request.param)
     return found
 
 
-@pytest.fixture
-async def run_database(migrated_database: MigratedDatabase) -> AsyncIterator[RunDatabase]:
+@pytest.fixture(scope="module")
+async def shared_run_database(migrated_database: MigratedDatabase) -> AsyncIterator[RunDatabase]:
     async with open_run_database(migrated_database) as run_database:
         yield run_database
+
+
+@pytest.fixture
+async def run_database(shared_run_database: RunDatabase) -> RunDatabase:
+    await shared_run_database.clear()
+    return shared_run_database
 
 
 @pytest.fixture
