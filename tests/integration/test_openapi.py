@@ -82,6 +82,7 @@ TAKES_OTHERS_HEADERS = {
 """Senders of events have headers of their own, by which they are known: others are no mistake."""
 BUSY = pytest.mark.timeout(600)
 """For thousands of requests, which take minutes on a busy machine."""
+DOCUMENT_URI = "urn:pilotflame:openapi"
 PROGRESS = ExecutionPollHub.wait_for_progress
 CLAIM = TaskHub.wait
 SAMPLES = 8
@@ -312,23 +313,34 @@ def _check_answer(said: dict[str, Any], response: httpx2.Response) -> None:
     ((media_type, content),) = said["content"].items()
     assert response.headers["Content-Type"].partition(";")[0] == media_type
     if media_type == "application/json":
-        schema = {**content["schema"], "components": _closed_components()}
-        jsonschema_rs.Draft202012Validator(schema, validate_formats=True).validate(response.json())
+        _compile_validator(json.dumps(content["schema"])).validate(response.json())
 
 
 def _close_schema(value: Any) -> Any:  # noqa: ANN401 - any JSON value
-    """Return schemas that allow no field which they don't name."""
+    """Return schemas that allow no field which they don't name, and refer to `_closed_schemas`."""
     if isinstance(value, list):
         return [_close_schema(item) for item in value]
     if not isinstance(value, dict):
         return value
     closed = {key: _close_schema(item) for key, item in value.items()}
+    if isinstance(value.get("$ref"), str):
+        closed["$ref"] = DOCUMENT_URI + value["$ref"]
     return closed | ({"additionalProperties": False} if isinstance(value.get("properties"), dict) else {})
 
 
 @cache
-def _closed_components() -> Any:  # noqa: ANN401 - any JSON value
-    return _close_schema(read_document()["components"])
+def _compile_validator(schema: str) -> jsonschema_rs.Draft202012Validator:
+    """Return a validator of a schema of the document, given as JSON, after closing it; one for equal schemas."""
+    closed = _close_schema(json.loads(schema))
+    return jsonschema_rs.Draft202012Validator(closed, registry=_closed_schemas(), validate_formats=True)
+
+
+@cache
+def _closed_schemas() -> jsonschema_rs.Registry:
+    """Return the closed schemas that others refer to; a validator that held them itself would read all of them."""
+    return jsonschema_rs.Registry(
+        [(DOCUMENT_URI, {"components": _close_schema(read_document()["components"])})]
+    )
 
 
 # ── arbitrary requests ──────────────────────────────────────────────────────────────────────────────────────

@@ -30,6 +30,7 @@ from tests.api_document import read_document
 from tests.each_case import check_each
 from tests.unit.call_graph import CallGraph, CodeDefinition
 
+DOCUMENT_URI = "urn:pilotflame:openapi"
 LINES = [(f"{line.method} {line.path}", line) for line in routes.TABLE]
 CONTRACT = json.loads((Path(__file__).parents[1] / "contract/endpoints.json").read_text())
 
@@ -250,15 +251,28 @@ def test_every_reference_leads_somewhere() -> None:
 
 def make_validator(schema: dict[str, Any]) -> jsonschema_rs.Draft202012Validator:
     """Return a validator that knows the document's schemas; one for all places that have the same schema."""
-    return _compile_validator(json.dumps(schema))
+    return _compile_validator(_refer_to_document(schema))
 
 
 @cache
 def _compile_validator(schema: str) -> jsonschema_rs.Draft202012Validator:
     return jsonschema_rs.Draft202012Validator(
-        {**json.loads(schema), "components": {"schemas": read_document()["components"]["schemas"]}},
-        validate_formats=True,
+        json.loads(schema), registry=_document_schemas(), validate_formats=True
     )
+
+
+@cache
+def _document_schemas() -> jsonschema_rs.Registry:
+    """Return the schemas that others refer to; a validator that held them itself would read all of them."""
+    schemas = read_document()["components"]["schemas"]
+    return jsonschema_rs.Registry(
+        [(DOCUMENT_URI, json.loads(_refer_to_document({"components": {"schemas": schemas}})))]
+    )
+
+
+def _refer_to_document(schema: dict[str, Any]) -> str:
+    """Return a schema as JSON whose references name the document, so that they lead to `_document_schemas`."""
+    return json.dumps(schema).replace('"$ref": "#/', f'"$ref": "{DOCUMENT_URI}#/')
 
 
 @check_each(LINES)
