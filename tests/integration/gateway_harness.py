@@ -3,26 +3,39 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 from uuid import uuid4
 
 import httpx2
 from msgspec.structs import replace
 from pydantic import SecretStr
+from sqlalchemy import insert
 from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlmodel import SQLModel
 from starlette.applications import Starlette
 
 from gateway import state
 from gateway.main import create_app
 from gateway.settings import GatewaySettings
 from gateway.state import GatewayState
-from models import access_store
-from models.access import ALL_KEY_SCOPES, KeyScope, Organization, User, UserRole
+from models import ids
+from models.access import (
+    ALL_KEY_SCOPES,
+    ApiKey,
+    KeyScope,
+    Organization,
+    User,
+    UserRole,
+    hash_key,
+    new_key,
+    visible_prefix,
+)
+from models.encryption import identify_secret
 from models.timestamps import format_timestamp
 from tests import databases
 from tests.services import PostgresServer
@@ -36,8 +49,13 @@ GRAPH: dict[str, Any] = {"nodes": [TRIGGER, STEP], "connections": [EDGE]}
 """The smallest graph that is valid."""
 
 
-Made: TypeAlias = tuple[User, str]
-"""A user, and a key of theirs."""
+@dataclass(frozen=True)
+class MadePerson:
+    """Rows of a user and of their API key, with the text of the key."""
+
+    user: User
+    row: ApiKey
+    key: str
 
 
 @dataclass(frozen=True)
@@ -83,30 +101,21 @@ class GatewayHarness:
 
     async def people(self) -> OrganizationUsers:
         """Create two organizations with users that no other test has."""
-        now = datetime.now(UTC)
-
-        async def make(connection: AsyncConnection) -> list[Made]:
-            here, elsewhere = [
-                await access_store.create_organization(connection, name="An organisation", now=now)
-                for _ in range(2)
-            ]
-            return [
-                await _make_person(connection, here, UserRole.ADMIN),
-                await _make_person(connection, here, UserRole.MEMBER),
-                await _make_person(connection, here, UserRole.MEMBER),
-                await _make_person(connection, elsewhere, UserRole.ADMIN),
-            ]
-
-        made = await self.gateway.database.transaction(make)
-        return OrganizationUsers(*[UserClient(user, await self.client(key), key) for user, key in made])
+        here, elsewhere = _build_organization(), _build_organization()
+        made = [
+            _build_person(here, UserRole.ADMIN),
+            _build_person(here, UserRole.MEMBER),
+            _build_person(here, UserRole.MEMBER),
+            _build_person(elsewhere, UserRole.ADMIN),
+        ]
+        await self._insert([here, elsewhere], made)
+        return OrganizationUsers(*[await self._client_of(one) for one in made])
 
     async def organization(self) -> Organization:
         """Create an organization without users."""
-        return await self.gateway.database.transaction(
-            lambda connection: access_store.create_organization(
-                connection, name="An organisation", now=datetime.now(UTC)
-            )
-        )
+        organization = _build_organization()
+        await self._insert([organization], [])
+        return organization
 
     async def person(
         self,
@@ -115,10 +124,27 @@ class GatewayHarness:
         scopes: Collection[KeyScope] = ALL_KEY_SCOPES,
     ) -> UserClient:
         """Create a user of an organization with a key; return the user's client."""
-        user, key = await self.gateway.database.transaction(
-            lambda connection: _make_person(connection, organization, role, scopes)
-        )
-        return UserClient(user, await self.client(key), key)
+        made = _build_person(organization, role, scopes)
+        await self._insert([], [made])
+        return await self._client_of(made)
+
+    async def _insert(self, organizations: Sequence[Organization], made: Sequence[MadePerson]) -> None:
+        """Insert rows, those of a table by one statement: most tests insert some."""
+        tables: list[tuple[type[SQLModel], Sequence[SQLModel]]] = [
+            (Organization, organizations),
+            (User, [one.user for one in made]),
+            (ApiKey, [one.row for one in made]),
+        ]
+
+        async def insert_rows(connection: AsyncConnection) -> None:
+            for table, rows in tables:
+                if rows:
+                    await connection.execute(insert(table), [row.model_dump() for row in rows])
+
+        await self.gateway.database.transaction(insert_rows)
+
+    async def _client_of(self, made: MadePerson) -> UserClient:
+        return UserClient(made.user, await self.client(made.key), made.key)
 
     async def with_settings(self, **changes: Any) -> GatewayHarness:  # noqa: ANN401 - values of settings
         """Return a harness of another gateway on the same database, with settings changed, which are not checked."""
@@ -144,26 +170,45 @@ class GatewayHarness:
         return await self._clients.enter_async_context(client)
 
 
-async def _make_person(
-    connection: AsyncConnection,
-    organization: Organization,
-    role: UserRole,
-    scopes: Collection[KeyScope] = ALL_KEY_SCOPES,
-) -> Made:
-    """Create a user of an organization with an API key; return both."""
-    now = datetime.now(UTC)
-    user = await access_store.create_user(
-        connection,
-        organization=organization,
+def _build_organization() -> Organization:
+    """Return the row of a new organization."""
+    organization_id = ids.new_id("org")
+    return Organization(
+        id=organization_id,
+        shard=ids.shard_of(organization_id),
+        name="An organisation",
+        created_at=datetime.now(UTC),
+    )
+
+
+def _build_person(
+    organization: Organization, role: UserRole, scopes: Collection[KeyScope] = ALL_KEY_SCOPES
+) -> MadePerson:
+    """Return the rows of a new user of an organization and of their API key, as the server stores them."""
+    of_organization: dict[str, Any] = {
+        "organization_id": organization.id,
+        "shard": organization.shard,
+        "created_at": datetime.now(UTC),
+    }
+    user = User(
+        id=ids.new_id("user"),
         email=f"{uuid4().hex}@example.com",
         name="Somebody",
         role=role,
-        now=now,
+        **of_organization,
     )
-    made = await access_store.create_key(
-        connection, user=user, name="test", scopes=scopes, secret=SECRET.encode(), now=now
+    key = new_key()
+    row = ApiKey(
+        id=ids.new_id("key"),
+        user_id=user.id,
+        name="test",
+        prefix=visible_prefix(key),
+        hash=hash_key(key, SECRET.encode()),
+        secret_id=identify_secret(SECRET.encode()),
+        scopes=sorted(scopes),
+        **of_organization,
     )
-    return user, made.key
+    return MadePerson(user, row, key)
 
 
 async def wait_until_after(moment: str) -> None:
