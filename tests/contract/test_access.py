@@ -9,13 +9,14 @@ from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
+from functools import cache
 from hashlib import sha256
 from typing import Any, TypeAlias
 from uuid import uuid4
 
 import httpx2
 import pytest
-from sqlalchemy import insert, select, update
+from sqlalchemy import insert, select, text, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlmodel import SQLModel, col
 
@@ -195,6 +196,8 @@ class AccessCast:
     keys: Mapping[tuple[CallerKind, KeyScope | None], str]
     kept: dict[tuple[Make, bool], str] = field(default_factory=dict)
     """Targets of calls that change nothing or are refused."""
+    views: tuple[sqlite3.Connection, sqlite3.Connection] | None = None
+    """Two connections to an SQLite file, one of them for its rows of an earlier moment; opening one takes long."""
 
     async def target(self, row: AccessRow, caller: CallerKind) -> str:
         """Return the id of the target of a call: a new object if the call may change it."""
@@ -978,7 +981,13 @@ async def on_sqlite(
 ) -> AsyncIterator[AccessCast]:
     folder = tmp_path_factory.mktemp("access")
     async with create_gateway("sqlite", postgres, folder) as harness, serve_as_pods(harness):
-        yield await create_cast(harness)
+        cast, file = await create_cast(harness), str(harness.gateway.database.url.database)
+        with (
+            closing(sqlite3.connect(file, isolation_level=None)) as now,
+            closing(sqlite3.connect(file, isolation_level=None)) as earlier,
+        ):
+            cast.views = (now, earlier)
+            yield cast
 
 
 @pytest.fixture(scope="module")
@@ -1052,29 +1061,32 @@ CHANGED_LATER = frozenset({"last_used_at", "last_route", "last_address_hash", "d
 
 
 @asynccontextmanager
-async def require_no_change(harness: GatewayHarness) -> AsyncIterator[None]:
+async def require_no_change(cast: AccessCast) -> AsyncIterator[None]:
     """Check that a block changes no row, except those written later: last use of keys, presence, and audit of refusals
     and events.
     """
-    database = harness.gateway.database
-    if not is_sqlite(database.url):
-        before = await read_all_rows(harness)
+    if not is_sqlite(cast.harness.gateway.database.url):
+        before = await read_all_rows(cast.harness)
         yield
-        assert await read_all_rows(harness) == before
+        assert await read_all_rows(cast.harness) == before
         return
-    file = str(database.url.database)
-    with closing(sqlite3.connect(file)) as now, closing(sqlite3.connect(file)) as earlier:
-        version = now.execute("PRAGMA data_version").fetchall()
-        earlier.execute("BEGIN")
+    assert cast.views is not None
+    now, earlier = cast.views
+    version = now.execute("PRAGMA data_version").fetchall()
+    earlier.execute("BEGIN")
+    try:
         # The first read sets the moment of all.
         earlier.execute("SELECT count(*) FROM organization").fetchall()
         yield
         # Where nothing at all was written, no row has changed. Tables are read in the order of their row ids.
         if now.execute("PRAGMA data_version").fetchall() != version:
-            for text in select_rows().values():
-                assert now.execute(text).fetchall() == earlier.execute(text).fetchall(), text
+            for rows in select_rows().values():
+                assert now.execute(rows).fetchall() == earlier.execute(rows).fetchall(), rows
+    finally:
+        earlier.execute("ROLLBACK")
 
 
+@cache
 def select_rows() -> dict[str, str]:
     """Return the statements that read the rows of each table, without columns that are written later."""
     return {
@@ -1085,13 +1097,11 @@ def select_rows() -> dict[str, str]:
     }
 
 
-async def read_all_rows(harness: GatewayHarness) -> dict[str, list[Any]]:
-    """Return all rows of all tables of a PostgreSQL database, except those written later."""
+async def read_all_rows(harness: GatewayHarness) -> list[str]:
+    """Return all rows of all tables of a PostgreSQL database as text, except those written later."""
+    tables = [f"SELECT '{name}' || one::text FROM ({rows}) AS one" for name, rows in select_rows().items()]
     async with harness.gateway.database.read() as connection:
-        return {
-            name: sorted(map(str, await connection.exec_driver_sql(text)))
-            for name, text in select_rows().items()
-        }
+        return sorted(await connection.scalars(text(" UNION ALL ".join(tables))))
 
 
 # ── the tests ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -1129,7 +1139,7 @@ async def ask_everybody(cast: AccessCast, number: int) -> None:
     refused = [caller for caller, answer in row.expected.items() if answer != OK]
     allowed = [caller for caller, answer in row.expected.items() if answer == OK]
 
-    async with require_no_change(cast.harness):
+    async with require_no_change(cast):
         answers = {caller: await cast.call(client, row, caller, targets[caller]) for caller in refused}
     answers |= {caller: await cast.call(client, row, caller, targets[caller]) for caller in allowed}
     assert {caller: status_and_code(answer) for caller, answer in answers.items()} == {

@@ -96,17 +96,18 @@ async def serve_as_pods(harness: GatewayHarness) -> AsyncIterator[None]:
 
     async def take() -> None:
         """Claim the pending runs again and again, and notify their gateways, until canceled."""
+        assigned_deployment_ids = (
+            select(col(Execution.assigned_deployment_id))
+            .where(
+                col(Execution.status) == ExecutionStatus.PENDING,
+                col(Execution.assigned_deployment_id).is_not(None),
+            )
+            .distinct()
+        )
         while True:
             await asyncio.sleep(0.05)
             async with harness.gateway.database.read() as connection:
-                assigned_deployment_ids = select(col(Execution.assigned_deployment_id)).where(
-                    col(Execution.status) == ExecutionStatus.PENDING,
-                    col(Execution.assigned_deployment_id).is_not(None),
-                )
-                found = [
-                    str(assigned_deployment_id)
-                    for assigned_deployment_id in await connection.scalars(assigned_deployment_ids.distinct())
-                ]
+                found = [str(one) for one in await connection.scalars(assigned_deployment_ids)]
             for workflow_id in found:
                 claim = ClaimQuery(f"pod:{workflow_id}:1", 30, 50, target=workflow_id)
                 await wakeups.notify_taken_runs(
