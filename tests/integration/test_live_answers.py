@@ -117,7 +117,7 @@ async def serve_worker(harness: GatewayHarness) -> AsyncIterator[None]:
     gateway = harness.gateway
     shared = gateway.settings.model_dump(include={"data_dir", "database_url", "secret_key"})
     networks = (ip_network("127.0.0.1/32"),)
-    settings = WorkerSettings(**shared, sweep_seconds=0.05, outbound_allowed_networks=networks)
+    settings = WorkerSettings(**shared, sweep_seconds=0.2, outbound_allowed_networks=networks)
     async with run_worker(settings, gateway.store, gateway.broker, gateway.database):
         yield
 

@@ -37,7 +37,7 @@ async def serve_worker(harness: GatewayHarness, url: str) -> AsyncIterator[None]
     gateway = harness.gateway
     shared = gateway.settings.model_dump(include={"data_dir", "database_url", "secret_key"})
     host = url.removeprefix("http://").removesuffix("/v1")
-    settings = WorkerSettings(**shared, lease_seconds=5, sweep_seconds=0.05, model_hosts=(host,))
+    settings = WorkerSettings(**shared, lease_seconds=5, sweep_seconds=0.2, model_hosts=(host,))
     broker = LocalBroker(channel=uuid4().hex)
     try:
         async with run_worker(settings, gateway.store, broker, gateway.database):

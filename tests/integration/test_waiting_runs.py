@@ -67,10 +67,13 @@ async def serve_worker(
     /,
     **settings: Any,  # noqa: ANN401 - a field of WorkerSettings
 ) -> AsyncIterator[None]:
-    """Run a worker that executes the runs found by its sweeps; with the gateway's broker, as in one process."""
+    """Run a worker that executes the runs found by its sweeps; with the gateway's broker, as in one process.
+
+    A sweep takes several milliseconds: twenty a second would cost more than the runs.
+    """
     gateway = harness.gateway
     shared = gateway.settings.model_dump(include={"data_dir", "database_url", "secret_key"})
-    of_worker = WorkerSettings(**shared, **{"lease_seconds": 5, "sweep_seconds": 0.05, **settings})
+    of_worker = WorkerSettings(**shared, **{"lease_seconds": 5, "sweep_seconds": 0.2, **settings})
     own = LocalBroker(channel=uuid4().hex)
     try:
         async with run_worker(of_worker, gateway.store, broker or own, gateway.database):
@@ -98,7 +101,7 @@ async def execute_workflow(person: UserClient, workflow_id: str, **inputs: Any) 
 async def wait_for_question(person: UserClient, execution_id: str) -> dict[str, Any]:
     """Wait until an execution asks something."""
     while not (shown := await get_json(person, f"/{execution_id}/pending-inputs"))["inputs"]:  # noqa: ASYNC110 - rows send no events
-        await asyncio.sleep(0.02)
+        await asyncio.sleep(0.05)
     found: dict[str, Any] = shown["inputs"][0]
     return found
 
@@ -113,14 +116,14 @@ async def wait_until_ended(person: UserClient, execution_id: str) -> dict[str, A
     while (shown := await get_json(person, f"/{execution_id}/progress?wait=0"))[  # noqa: ASYNC110 - as above
         "status"
     ] not in TERMINAL_STATUSES:
-        await asyncio.sleep(0.02)
+        await asyncio.sleep(0.05)
     return shown
 
 
 async def wait_for_children(person: UserClient, execution_id: str) -> Sequence[dict[str, Any]]:
     """Wait until an execution has started others."""
     while not (found := (await get_json(person, f"?parent_id={execution_id}"))["executions"]):  # noqa: ASYNC110 - as above
-        await asyncio.sleep(0.02)
+        await asyncio.sleep(0.05)
     children: Sequence[dict[str, Any]] = found
     return children
 
@@ -132,7 +135,7 @@ async def claim_for_dead_worker(harness: GatewayHarness, execution_id: str) -> C
         for one in await store.claim(ClaimQuery("dead", 0.01, 100)):
             if one.execution_id == execution_id:
                 return one
-        await asyncio.sleep(0.02)
+        await asyncio.sleep(0.05)
     raise AssertionError(f"{execution_id} can't be claimed")
 
 
