@@ -14,15 +14,13 @@ from typing import Any
 
 import aiohttp
 import pytest
-from kubernetes.aio import client, config
-from kubernetes.aio.client import ApiException
 
 from models import ids
 from tests.cluster.fake_api import FakeApiServer
 from tests.cluster.fake_api.server import serve_fake_api
-from workers.cluster import kubernetes_driver, local_driver
+from workers.cluster import kubernetes_api, kubernetes_driver, local_driver
 from workers.cluster.driver import ClusterDriver, DesiredDeployment, ObservedDeployment, PodResourceLimits
-from workers.cluster.kubernetes_api import RequestBudget
+from workers.cluster.kubernetes_api import KubernetesApi, ObjectNotFound, RequestBudget
 from workers.cluster.local_pod import LocalPodLimits
 from workers.cluster.manifests import ClusterLayout
 
@@ -33,6 +31,7 @@ GRACE_SECONDS = 20
 FAKE_REQUESTS_PER_SECOND = 1_000.0
 """Budget so large that no test waits for it."""
 DEFAULT_IMAGE = "python:3.13-slim"
+NAMESPACES = "/api/v1/namespaces"
 RESTRICTED = {"pod-security.kubernetes.io/enforce": "restricted"}
 TEST_KUBECONFIG = os.environ.get("TEST_KUBECONFIG")
 
@@ -62,6 +61,47 @@ def desired_deployment(python: str = sys.executable, **changes: Any) -> DesiredD
 
 
 @dataclass
+class Administrator:
+    """Administrator of an API server.
+
+    It uses the driver's own client: the typed one of the Kubernetes library loads hundreds of modules.
+    """
+
+    api: KubernetesApi
+
+    async def create_namespace(self, name: str) -> None:
+        await self._create("Namespace", NAMESPACES, {"metadata": {"name": name, "labels": RESTRICTED}})
+
+    async def delete_namespace(self, name: str) -> None:
+        """Begin to delete a namespace with all that is in it."""
+        await self.api.request("DELETE", f"{NAMESPACES}/{name}")
+
+    async def list_namespaces(self) -> list[str]:
+        """Return the names of all namespaces."""
+        items, _ = await self.api.list(NAMESPACES, "")
+        return [one["metadata"]["name"] for one in items]
+
+    async def set_quota(self, namespace: str, hard: dict[str, str] | None) -> None:
+        """Set the quota of a namespace in place of an earlier one; None removes it."""
+        quotas = f"{NAMESPACES}/{namespace}/resourcequotas"
+        with suppress(ObjectNotFound):  # there was none before
+            await self.api.request("DELETE", f"{quotas}/quota")
+        if hard is not None:
+            await self._create(
+                "ResourceQuota", quotas, {"metadata": {"name": "quota"}, "spec": {"hard": hard}}
+            )
+
+    async def list_images(self) -> list[str]:
+        """Return the names of all images that nodes have."""
+        nodes, _ = await self.api.list("/api/v1/nodes", "")
+        images = [image for node in nodes for image in node["status"].get("images", ())]
+        return [name for image in images for name in image.get("names") or ()]
+
+    async def _create(self, kind: str, path: str, body: dict[str, Any]) -> None:
+        await self.api.request("POST", path, body={"apiVersion": "v1", "kind": kind, **body})
+
+
+@dataclass
 class DriverUnderTest:
     """Cluster driver, and the parts of its cluster that tests need."""
 
@@ -72,18 +112,14 @@ class DriverUnderTest:
     patience_seconds: float = 60.0
     is_real: bool = False
     used: list[str] = field(default_factory=list)
-    core: client.CoreV1Api | None = None
-    """An administrator's way to the API server, where there is one."""
+    administrator: Administrator | None = None
+    """An administrator of the API server, where there is one."""
     namespace: str = NAMESPACE
 
     async def set_quota(self, hard: dict[str, str] | None) -> None:
         """Set the quota of the namespace in place of an earlier one; None removes it."""
-        assert self.core is not None
-        with suppress(ApiException):  # there was none before
-            await self.core.delete_namespaced_resource_quota("quota", self.namespace)
-        if hard is not None:
-            body = {"metadata": {"name": "quota"}, "spec": {"hard": hard}}
-            await self.core.create_namespaced_resource_quota(self.namespace, body)
+        assert self.administrator is not None
+        await self.administrator.set_quota(self.namespace, hard)
 
     def desired(self, **changes: Any) -> DesiredDeployment:  # noqa: ANN401 - the fields of Wanted
         """Return a new desired deployment for this cluster, which `clean` deletes."""
@@ -93,21 +129,19 @@ class DriverUnderTest:
 
     async def delete_namespace(self) -> None:
         """Delete the namespace with all that is in it, and wait until it is gone."""
-        assert self.core is not None
-        await self.core.delete_namespace(self.namespace)
+        administrator = self.administrator
+        assert administrator is not None
+        await administrator.delete_namespace(self.namespace)
 
         async def is_gone() -> bool:
-            assert self.core is not None
-            return all(
-                one.metadata.name != self.namespace for one in (await self.core.list_namespace()).items
-            )
+            return self.namespace not in await administrator.list_namespaces()
 
         await self.until_true(is_gone)
 
     async def create_namespace(self) -> None:
         """Create the namespace, after `delete_namespace`."""
-        assert self.core is not None
-        await self.core.create_namespace({"metadata": {"name": self.namespace, "labels": RESTRICTED}})
+        assert self.administrator is not None
+        await self.administrator.create_namespace(self.namespace)
 
     async def until(
         self, workflow_id: str, holds: Callable[[ObservedDeployment], bool]
@@ -210,9 +244,9 @@ async def open_fake_cluster(
         api.node.runs_commands = True
         path = folder / "kubeconfig"
         path.write_text(build_kubeconfig(api))
-        core = client.CoreV1Api(client.ApiClient(client.Configuration(host=api.url)))
-        core.api_client.set_default_header("Authorization", f"Bearer {api.token}")
-        await core.create_namespace({"metadata": {"name": NAMESPACE, "labels": RESTRICTED}})
+        admin_budget = RequestBudget(FAKE_REQUESTS_PER_SECOND)
+        administrator = Administrator(await kubernetes_api.connect_api(path, budget=admin_budget))
+        await administrator.create_namespace(NAMESPACE)
 
         async def open_driver() -> ClusterDriver:
             budget = RequestBudget(FAKE_REQUESTS_PER_SECOND)
@@ -222,12 +256,12 @@ async def open_fake_cluster(
                 cluster_layout(grace_seconds=grace_seconds), kubeconfig=path, budget=budget
             )
 
-        cluster = DriverUnderTest(await open_driver(), open_driver, core=core)
+        cluster = DriverUnderTest(await open_driver(), open_driver, administrator=administrator)
         try:
             yield cluster, api
         finally:
             await cluster.driver.close()
-            await core.api_client.close()
+            await administrator.api.close()
 
 
 @asynccontextmanager
@@ -272,16 +306,12 @@ def build_kubeconfig(api: FakeApiServer) -> str:
 async def open_real_cluster(path: Path) -> AsyncIterator[DriverUnderTest]:
     """Use a new namespace on the cluster of a kubeconfig, and an image that its nodes have."""
     namespace = ids.new_id("test").replace("_", "-")
-    configuration = client.Configuration()
-    await config.load_kube_config(
-        config_file=str(path), client_configuration=configuration, persist_config=False
-    )
     async with AsyncExitStack() as stack:
-        api = await stack.enter_async_context(client.ApiClient(configuration))
-        core = client.CoreV1Api(api)
-        await core.create_namespace({"metadata": {"name": namespace, "labels": RESTRICTED}})
-        stack.push_async_callback(core.delete_namespace, namespace)
-        image = os.environ.get("TEST_POD_IMAGE") or await _find_python_image(core)
+        administrator = Administrator(await kubernetes_api.connect_api(path))
+        stack.push_async_callback(administrator.api.close)
+        await administrator.create_namespace(namespace)
+        stack.push_async_callback(administrator.delete_namespace, namespace)
+        image = os.environ.get("TEST_POD_IMAGE") or await _find_python_image(administrator)
 
         async def open_driver() -> ClusterDriver:
             return await kubernetes_driver.connect_driver(cluster_layout(namespace), kubeconfig=path)
@@ -293,14 +323,13 @@ async def open_real_cluster(path: Path) -> AsyncIterator[DriverUnderTest]:
             python="python3",
             patience_seconds=90,
             is_real=True,
-            core=core,
+            administrator=administrator,
             namespace=namespace,
         )
         yield cluster
         await cluster.driver.close()
 
 
-async def _find_python_image(core: client.CoreV1Api) -> str:
-    nodes = await core.list_node()
-    names = [name for node in nodes.items for image in node.status.images or () for name in image.names or ()]
+async def _find_python_image(administrator: Administrator) -> str:
+    names = await administrator.list_images()
     return next((name for name in names if "python" in name and "@" not in name), DEFAULT_IMAGE)
