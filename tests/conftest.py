@@ -12,6 +12,7 @@ from typing import Any, Final
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.internal.conjecture import providers
+from hypothesis.internal.entropy import deterministic_PRNG
 
 from concurrency import gc_tuning
 from telemetry import exposition, instruments
@@ -173,8 +174,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_finish() -> None:
-    """Exclude the objects of the collected tests from every later garbage collection."""
+    """Exclude the objects of the collected tests from every later garbage collection.
+
+    Hypothesis prepares its randomness here: the first time, it collects garbage and goes through the whole heap,
+    which takes a moment now, and tenths of a second after some tests.
+    """
     gc.freeze()
+    with deterministic_PRNG():
+        pass
     gc.enable()
     gc_tuning.tune_at_start()
 
