@@ -22,6 +22,10 @@ from tests.integration.gateway_harness import GatewayHarness
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 WAIT_SECONDS = 30.0
 """Longer than any page takes on a busy machine: an expression that is never true must not hold up all tests."""
+FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.02, 0.08
+"""Pauses between questions to the page, each of which takes some milliseconds of CPU time: most come true soon, and
+others, such as the end of a bulk act, only after seconds.
+"""
 LOADED = "document.readyState === 'complete'"
 """Condition under which the scripts of a page have run."""
 LEAVE = "globalThis.isLeft = true"
@@ -100,6 +104,7 @@ class BrowserPage:
         page, the next one is asked.
         """
         deadline = time.monotonic() + WAIT_SECONDS
+        pause = FIRST_PAUSE_SECONDS
         while True:
             try:
                 value = await self.evaluate(expression)
@@ -110,7 +115,8 @@ class BrowserPage:
             if value:
                 return value
             assert time.monotonic() < deadline, f"{expression}: {problem}"
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(pause)
+            pause = min(1.2 * pause, LONGEST_PAUSE_SECONDS)
 
     async def text(self, selector: str) -> str:
         """Return the text of the first matching element as soon as the page is loaded and has it."""
@@ -151,10 +157,9 @@ class BrowserPage:
         """Open a page, and wait until it is loaded and the expression `ready` is true in it."""
         await self.evaluate(LEAVE)
         answer = await self.call("Page.navigate", url=url)
-        if "loaderId" in answer:  # absent if the fragment alone has changed: the page stays
-            await self.wait_for(ARRIVED)
-        await self.wait_for(f"location.href.startsWith({url!r}) && {LOADED}")
-        await self.wait_for(ready)
+        is_left = "loaderId" in answer  # absent if the fragment alone has changed: the page stays
+        arrived = ARRIVED if is_left else LOADED
+        await self.wait_for(f"{arrived} && location.href.startsWith({url!r}) && ({ready})")
 
     async def _of_element(self, selector: str, expression: str) -> Any:  # noqa: ANN401 - any JSON value
         """Return the value of an expression about `element`, once the page is loaded and has one."""

@@ -237,8 +237,10 @@ async def find_violations(page: BrowserPage) -> list[str]:
     found = []
     for width, scheme, rules in looks:
         await look(page, width, scheme)
-        found += [f"{width} {scheme}: {one}" for one in await page.evaluate(rules)]
-        shown = await page.evaluate("document.documentElement.scrollWidth")
+        broken, shown = await page.evaluate(
+            f"Promise.resolve({rules}).then(broken => [broken, document.documentElement.scrollWidth])"
+        )
+        found += [f"{width} {scheme}: {one}" for one in broken]
         if shown > width:
             found.append(f"{width} {scheme}: the page is {shown} pixels wide")
     await look(page, 1280, "light")
