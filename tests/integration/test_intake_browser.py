@@ -76,7 +76,7 @@ TRIGGERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass
 class IntakeVisit:
     """Browser, and a gateway that has received requests of all kinds."""
 
@@ -88,6 +88,8 @@ class IntakeVisit:
     """Ids of workflows by their kind of trigger, of a refused delivery, and the fragment of an invitation."""
     sessions: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     """Cookies of the session that each key has begun."""
+    key: str | None = None
+    """Key of the session that the browser has; None if it has none, or that of an invited person."""
 
     async def show(self, path: str) -> None:
         path = path.format(**self.names)
@@ -102,14 +104,26 @@ class IntakeVisit:
         await self.page.call("Input.dispatchKeyEvent", type="keyDown", text=text, **pressed)
         await self.page.call("Input.dispatchKeyEvent", type="keyUp", **pressed)
 
-    async def sign_in(self, key: str) -> None:
-        """Begin a session with a key, or go on with the one that it has."""
+    async def sign_out(self) -> None:
+        """Forget the session of the browser, on a page that would not notice."""
         # An open page would leave for the sign-in as soon as it notices the end of its session.
         await self.page.open("about:blank")
         await self.page.call("Network.clearBrowserCookies")
+        self.key = None
+
+    async def sign_in(self, key: str) -> None:
+        """Begin a session with a key, or go on with the one that it has; the page stays if the browser has it."""
+        if key == self.key:
+            return
+        await self.sign_out()
         if key in self.sessions:
             await self.page.call("Network.setCookies", cookies=self.sessions[key])
-            return
+        else:
+            await self._begin_session(key)
+        self.key = key
+
+    async def _begin_session(self, key: str) -> None:
+        """Begin a session with a key, and keep its cookies."""
         await self.show("/sign-in")
         body = json.dumps({"key": key})
         options = f"{{method: 'POST', headers: {{'Content-Type': 'application/json'}}, body: {body!r}}}"
@@ -600,7 +614,7 @@ async def test_dead_letters_are_exported_as_lines_of_json(visit: IntakeVisit) ->
 async def test_an_invitation_is_accepted_and_signs_in(visit: IntakeVisit) -> None:
     page = visit.page
     made = await invite(visit.people.admin, email="new@example.com", role="viewer")
-    await page.call("Network.clearBrowserCookies")
+    await visit.sign_out()
     await look(visit.page, 390, "light")
     await visit.show(f"/invitation{made['url'].partition('/invitation')[2]}")
     await page.wait_for("!document.querySelector('#invitation button').disabled")
@@ -635,8 +649,7 @@ async def test_a_person_signs_in_with_a_provider_and_learns_why_it_is_refused(vi
     button = "a[href*='/session/openid']"
     async with serve_openid() as openid, serve_with_provider(visit, openid) as url:
         wanted = f"{url}/dashboard/keys?mine=1"
-        await page.open("about:blank")
-        await page.call("Network.clearBrowserCookies")
+        await visit.sign_out()
         await page.open(f"{url}/sign-in?next={quote('/dashboard/keys?mine=1', safe='')}")
         await page.follow(button)
         await page.wait_for("location.search.includes('problem=no-account')")
@@ -688,7 +701,7 @@ async def test_an_approval_by_link_takes_one_answer_on_a_phone(visit: IntakeVisi
     async with serve_worker(visit.harness):
         execution_id = await ask(visit.people, description="They replace those of yesterday.")
         link = await make_link(visit.harness, execution_id, "mira@example.com")
-        await page.call("Network.clearBrowserCookies")
+        await visit.sign_out()
         await visit.show(link.path)
         await page.evaluate(f"{AXE}; 0")
         for width, scheme in ((390, "light"), (390, "dark"), (320, "light")):
