@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.internal.conjecture import providers
 from hypothesis.internal.entropy import deterministic_PRNG
+from xdist.scheduler import LoadFileScheduling
 
 from concurrency import gc_tuning
 from telemetry import exposition, instruments
@@ -82,6 +83,26 @@ SLOWEST_FILES = (
 )
 """Files whose tests take longest together, in the order in which they start, so that waiting ones run beside others."""
 
+FILES_IN_ONE_PROCESS = (
+    # Deployments whose workers claim runs, beside those to whose workers gateways send them.
+    ("test_worker_faults.py", "test_broker_faults.py", "test_kill.py"),
+    (
+        "test_task_faults.py",
+        "test_intake_faults.py",
+        "test_cancel.py",
+        "test_gateway_faults.py",
+        "test_database_faults.py",
+        "test_control_flow_kill.py",
+        "test_concurrency.py",
+        "test_branches.py",
+        "test_live_answers.py",
+    ),
+)
+"""Files of tests/system that a run on several processes gives to the same one, since their tests share deployments.
+
+A deployment's start takes longer than most of its tests. All in one process would take too long one after another.
+"""
+
 OWN_SHARE: Final = 0.9
 """Part of a test's time limit after which an asynchronous test ends by itself; the rest is for its end."""
 
@@ -131,6 +152,22 @@ def pytest_configure(config: pytest.Config) -> None:
     if memory is not None:
         os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(memory))
     shared_setup.find_folder()  # before other processes start, which share it
+
+
+class SharedFilesScheduling(LoadFileScheduling):  # type: ignore[misc] # a class without types
+    """Distribution of whole files, some of which go to the same process."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        """Return the name of the tests that go to one process together: the first file of a group, or a test's own."""
+        file = Path(nodeid.partition("::")[0])
+        group = next((group for group in FILES_IN_ONE_PROCESS if file.name in group), None)
+        return str(file if group is None else file.with_name(group[0]))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling | None:  # noqa: ANN401 - untyped
+    """Distribute the files of a run with `--dist loadfile`."""
+    return SharedFilesScheduling(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
