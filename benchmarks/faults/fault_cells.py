@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from redis.asyncio import Redis
 from benchmarks.faults import upgrades
 from benchmarks.faults.faulty_system import FaultCell, FaultySystem, Strike
 from tests.system.harness import ManyProcesses
+from tests.system.processes import find_sockets
 from tests.system.wait_conditions import wait_until
 
 if TYPE_CHECKING:
@@ -65,13 +66,18 @@ async def _wait_for_work(system: FaultySystem, process: SystemProcess) -> None:
 
     until = time.monotonic() + WORK_SECONDS
     while time.monotonic() < until:
-        # In a thread, and seldom: the links of the deployment share this event loop.
-        ports = await asyncio.to_thread(process.ports)
         since = time.time() - CALL_SECONDS
-        if any(call.port in ports for call in ledger.calls[-10:] if call.arrived_at > since):
+        ports = {call.port for call in ledger.calls[-10:] if call.arrived_at > since}
+        # In a thread, and seldom: the links of the deployment share this event loop.
+        if await asyncio.to_thread(_has_one_of, process, ports):
             break
         await asyncio.sleep(CALL_SECONDS)
     system.struck_at = time.time()
+
+
+def _has_one_of(process: SystemProcess, ports: Collection[int]) -> bool:
+    """Return whether a connection of the process has one of these local ports."""
+    return any(process.has_socket(find_sockets(port)) for port in ports)
 
 
 Target = Callable[[FaultySystem], "SystemProcess"]

@@ -16,12 +16,8 @@ from tests.system.client import RetryingClient
 from tests.system.harness import ManyProcesses, SystemUnderTest
 from tests.system.ledger import EffectLedger
 
-FOLDER = Path(__file__).parent
 LIVELY_SECONDS = 60.0
 """Within this time a fresh run has ended, however bad the time before it was."""
-
-
-_started: list[SystemUnderTest] = []
 
 
 @pytest.fixture(scope="session", params=["sqlite", "postgresql"])
@@ -33,9 +29,7 @@ async def shared_deployment(
     async with _run_deployment(
         request, tmp_path_factory.mktemp(request.param), is_claiming=is_claiming
     ) as deployment:
-        _started.append(deployment)
         yield deployment
-        _started.remove(deployment)
         if request.param not in {harness.WITHOUT_REDIS, harness.TWO_GATEWAYS}:
             await _require_run_path(deployment, is_claiming=is_claiming)
 
@@ -86,6 +80,9 @@ async def deployment(
 ) -> AsyncIterator[SystemUnderTest]:
     """Yield the shared deployment with all processes at work; afterwards mend it,
     and fail if it has errors or runs nothing.
+
+    Until the next test that needs it, its processes are paused: idle, they poll their database, which would cost more
+    than the tests.
     """
     await shared_deployment.revive()
     yield shared_deployment
@@ -99,6 +96,7 @@ async def deployment(
     ended = await client.end(execution_id, within=LIVELY_SECONDS)
     assert ended.status == "completed"
     assert not complaints
+    shared_deployment.pause()
 
 
 async def _require_run_path(deployment: SystemUnderTest, *, is_claiming: bool) -> None:
@@ -116,18 +114,6 @@ async def _require_run_path(deployment: SystemUnderTest, *, is_claiming: bool) -
         while await deployment.records.fetch(count) == [(0,)]:
             await client.end(await client.execute(workflow_id), within=LIVELY_SECONDS)
     await client.close()
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_teardown(nextitem: pytest.Item | None) -> Generator[None]:
-    """End the processes of all deployments before tests of other folders; the next test that needs one revives it.
-
-    Idle, they would poll their databases for minutes, which costs as much as their tests.
-    """
-    yield
-    if nextitem is not None and not nextitem.path.is_relative_to(FOLDER):
-        for deployment in _started:
-            deployment.kill_processes()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -20,7 +20,7 @@ from tests import command_runs, databases, services
 from tests.system import proxy
 from tests.system.client import API_KEY
 from tests.system.journal_records import JournalRecords, PostgresJournalRecords, SqliteJournalRecords
-from tests.system.processes import InjectedFault, SystemProcess
+from tests.system.processes import InjectedFault, SystemProcess, find_sockets
 from tests.system.wait_conditions import wait_until
 
 if TYPE_CHECKING:
@@ -94,6 +94,11 @@ class SystemUnderTest:
         for process in self.processes:
             await wait_until(partial(_is_starting, process), within, what=f"{process.name} is at work")
 
+    def pause(self) -> None:
+        """Pause every process; `revive` continues them."""
+        for process in self.processes:
+            process.pause()
+
     @asynccontextmanager
     async def supervised(self) -> AsyncIterator[None]:
         """Restart every process that ends during the block."""
@@ -125,7 +130,8 @@ class SystemUnderTest:
 
     def worker_behind(self, port: int) -> SystemProcess | None:
         """Return the live worker that has a connection with this local port; None without one."""
-        return next((worker for worker in self.workers if worker.has_port(port)), None)
+        sockets = find_sockets(port)
+        return next((worker for worker in self.workers if worker.has_socket(sockets)), None)
 
     def sender(self, call: LedgerCall) -> SystemProcess:
         """Return the worker that made a call to the ledger; fails if it doesn't live."""
@@ -368,6 +374,7 @@ async def _keep_alive(deployment: SystemUnderTest) -> AsyncIterator[None]:
         await deployment.revive()
         yield
     finally:
+        deployment.records.close()
         deployment.kill_processes()
 
 

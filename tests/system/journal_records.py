@@ -77,6 +77,10 @@ class JournalRecords(ABC):
     async def install(self) -> None:
         """Create the triggers that record ends and results, in a database that has its tables."""
 
+    @abstractmethod
+    def close(self) -> None:
+        """Close the connection to the database that is kept for later queries, if there is one."""
+
     async def notes(self, execution_ids: Iterable[str]) -> list[WitnessNote]:
         """Return the recorded changes of executions, in the order of their times."""
         rows = await self.fetch(
@@ -115,6 +119,9 @@ class SqliteJournalRecords(JournalRecords):
             return connection.execute(statement).fetchall()
         finally:
             connection.close()
+
+    def close(self) -> None:
+        """Do nothing: no connection is kept."""
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -155,21 +162,28 @@ class PostgresJournalRecords(JournalRecords):
 
     def __init__(self, url: str) -> None:
         self._url = url.replace("+asyncpg", "", 1)
+        self._connection: asyncpg.Connection[asyncpg.Record] | None = None
+        """Kept for later queries: tests repeat some until their result changes."""
+        self._is_free = asyncio.Lock()
 
     async def fetch(self, statement: str) -> list[tuple[Any, ...]]:
-        async with asyncio.timeout(PATIENCE_SECONDS):
+        async with asyncio.timeout(PATIENCE_SECONDS), self._is_free:
             while True:
                 try:
                     return await self._fetch(statement)
                 except (OSError, asyncpg.PostgresConnectionError, asyncpg.OperatorInterventionError):
+                    self.close()
                     await asyncio.sleep(POLL_SECONDS)
 
     async def _fetch(self, statement: str) -> list[tuple[Any, ...]]:
-        connection = await asyncpg.connect(self._url)
-        try:
-            return [tuple(row) for row in await connection.fetch(statement)]
-        finally:
-            connection.terminate()
+        if self._connection is None or self._connection.is_closed():
+            self._connection = await asyncpg.connect(self._url)
+        return [tuple(row) for row in await self._connection.fetch(statement)]
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.terminate()
+            self._connection = None
 
     async def install(self) -> None:
         note = (

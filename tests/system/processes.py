@@ -7,7 +7,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,22 +187,11 @@ class SystemProcess:
             self._heard_to = log.tell()
         return [line.decode() for line in lines if b'"level":"error"' in line or b"Traceback" in line]
 
-    def has_port(self, port: int) -> bool:
-        """Return whether a connection of the process has this local port."""
-        return port in self.ports()
-
-    def ports(self) -> set[int]:
-        """Return the local ports of the connections of the process."""
-        if not self.is_alive:
-            return set()
-        with suppress(psutil.NoSuchProcess):
-            return {
-                connection.laddr.port
-                for process in self._family()
-                for connection in process.net_connections(kind="tcp")
-                if connection.laddr
-            }
-        return set()
+    def has_socket(self, sockets: Collection[str]) -> bool:
+        """Return whether the process has one of these sockets open."""
+        return self.is_alive and any(
+            not _read_descriptors(one.pid).isdisjoint(sockets) for one in self._family()
+        )
 
     def _family(self) -> list[psutil.Process]:
         """Return the process, and of a worker the child that executes the runs; empty if it is gone."""
@@ -223,6 +212,28 @@ class SystemProcess:
         if self._pause is not None:
             self._pause.ended_at = time.time()
             self._pause = None
+
+
+def find_sockets(port: int) -> Collection[str]:
+    """Return the sockets of all IPv4 connections with this local port, as the descriptors of their processes name them.
+
+    Several have it if they lead to different servers. The kernel's list is read once: psutil would read it again for
+    each process, and decode all of it.
+    """
+    end = f":{port:04X}"
+    lines = Path("/proc/net/tcp").read_text().splitlines()
+    connections = [line.split() for line in lines if end in line]
+    return {f"socket:[{fields[9]}]" for fields in connections if fields[1].endswith(end)}
+
+
+def _read_descriptors(process_id: int) -> set[str]:
+    """Return the targets of all open descriptors of a process; none if it is gone or about to go."""
+    targets = set()
+    with suppress(FileNotFoundError, PermissionError, ProcessLookupError):
+        for descriptor in Path(f"/proc/{process_id}/fd").iterdir():
+            with suppress(FileNotFoundError):
+                targets.add(str(descriptor.readlink()))
+    return targets
 
 
 def _is_alive(process: psutil.Process) -> bool:
