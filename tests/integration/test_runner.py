@@ -185,7 +185,7 @@ async def wait_until(condition: Callable[[], bool]) -> None:
 async def wait_until_async(condition: Callable[[], Awaitable[bool]]) -> None:
     async with asyncio.timeout(PATIENCE_SECONDS):
         while not await condition():  # noqa: ASYNC110 - rows send no events
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.05)  # most conditions sweep the database, which takes milliseconds
 
 
 # ── deployed workflows ──────────────────────────────────────────────────────────────────────────────────────
