@@ -1682,17 +1682,17 @@ async def test_leases_are_renewed_and_results_recorded_at_once_without_a_deadloc
 ) -> None:
     async with open_run_database(on_postgres) as run_database:
         owned_workflow = await run_database.workflow()
-        await run_database.store.accept([owned_workflow.run() for _ in range(12)])
+        await run_database.store.accept([owned_workflow.run() for _ in range(200)])
         claimed = list(await run_database.claim(limit=200))
         leases = await run_database.another_store()
 
         async def renew() -> None:
-            for _ in range(12):
+            for _ in range(30):
                 random.shuffle(claimed)
                 assert len(await leases.renew([lease_of(one) for one in claimed], 30.0)) == 200
 
         async def record() -> None:
-            for _ in range(12):
+            for _ in range(30):
                 assert len(await run_database.store.record([write(one) for one in claimed])) == 200
 
         await asyncio.gather(renew(), record())
