@@ -21,37 +21,61 @@ LIVELY_SECONDS = 60.0
 
 
 @pytest.fixture(scope="session", params=["sqlite", "postgresql"])
-async def shared_deployment(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> AsyncIterator[SystemUnderTest]:
-    """Yield a deployment of a kind that all tests share, and check at the end that its runs took the expected path."""
-    is_claiming = request.param.endswith(harness.CLAIMING)
-    async with _run_deployment(
-        request, tmp_path_factory.mktemp(request.param), is_claiming=is_claiming
-    ) as deployment:
-        yield deployment
-        if request.param not in {harness.WITHOUT_REDIS, harness.TWO_GATEWAYS}:
-            await _require_run_path(deployment, is_claiming=is_claiming)
+def shared_deployment(request: pytest.FixtureRequest) -> SystemUnderTest:
+    """Return the deployment of a kind that all tests share.
+
+    It lives until the end of the session: pytest would end it at the first test of another kind, and start it again.
+    """
+    deployment: SystemUnderTest = request.getfixturevalue(_name_fixture(request.param))
+    return deployment
+
+
+def _share_deployment(kind: str) -> object:
+    """Return a fixture of a deployment, which checks at the end that its runs took the expected path."""
+
+    @pytest.fixture(scope="session", name=_name_fixture(kind))
+    async def share(
+        request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    ) -> AsyncIterator[SystemUnderTest]:
+        is_claiming = kind.endswith(harness.CLAIMING)
+        folder = tmp_path_factory.mktemp(kind)
+        async with _run_deployment(request, kind, folder, is_claiming=is_claiming) as deployment:
+            yield deployment
+            if kind not in {harness.WITHOUT_REDIS, harness.TWO_GATEWAYS}:
+                await _require_run_path(deployment, is_claiming=is_claiming)
+
+    return share
+
+
+def _name_fixture(kind: str) -> str:
+    return f"deployment {kind}"
+
+
+_on_sqlite = _share_deployment("sqlite")
+_on_postgresql = _share_deployment("postgresql")
+_on_postgresql_claiming = _share_deployment(f"postgresql{harness.CLAIMING}")
+_with_two_gateways = _share_deployment(harness.TWO_GATEWAYS)
+_without_redis = _share_deployment(harness.WITHOUT_REDIS)
 
 
 @asynccontextmanager
 async def _run_deployment(
-    request: pytest.FixtureRequest, folder: Path, *, is_claiming: bool
+    request: pytest.FixtureRequest, kind: str, folder: Path, *, is_claiming: bool
 ) -> AsyncIterator[SystemUnderTest]:
-    """Run the kind of deployment that the parameter of a fixture names."""
+    """Run a deployment of a kind."""
     settings = {"DIRECT_RUNS": "false"} if is_claiming else {}
-    if request.param.startswith("sqlite"):
+    if kind.startswith("sqlite"):
         async with harness.run_one_process(folder, **settings) as deployment:
             yield deployment
         return
     postgres = request.getfixturevalue("postgres")
-    if request.param == harness.WITHOUT_REDIS:
+    if kind == harness.WITHOUT_REDIS:
         async with harness.run_on_postgresql(folder, postgres, None, gateways=1) as deployment:
             yield deployment
         return
     # Processes of several deployments live at a time, and would take each other's wakeups on a common Redis.
     with services.run_redis() as redis:
-        if request.param == harness.TWO_GATEWAYS:
+        if kind == harness.TWO_GATEWAYS:
             async with harness.run_on_postgresql(folder, postgres, redis, gateways=2) as deployment:
                 yield deployment
             return
