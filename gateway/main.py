@@ -6,7 +6,7 @@ import asyncio
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, nullcontext
-from functools import partial
+from functools import cache, partial
 from typing import cast
 
 import structlog
@@ -45,15 +45,20 @@ class GatewayApplication(Starlette):
 
         The router of the paths is also kept as `state.router`.
         """
-        served: dict[str, ASGIApp] = {
-            **routes.endpoints([*routes.TABLE, *routes.ALIASES, *routes.FOR_BROWSERS]),
-            **internal_routes.endpoints(internal_routes.TABLE),
-        }
-        router = PathRouter(served, default=answer_unrouted)
-        trigger = PathRoute(TRIGGER, served[TRIGGER])
+        router, trigger = _route_paths()
         self.state.router = router
         hosts = WorkflowHostRouter(router, trigger=trigger, default=answer_unrouted)
         return CrossOriginLayer(EdgeLayer(hosts, others=self.router))
+
+
+@cache
+def _route_paths() -> tuple[PathRouter, PathRoute]:
+    """Return the router of all paths, and the route of a workflow's trigger; those of all applications of a process."""
+    served: dict[str, ASGIApp] = {
+        **routes.endpoints([*routes.TABLE, *routes.ALIASES, *routes.FOR_BROWSERS]),
+        **internal_routes.endpoints(internal_routes.TABLE),
+    }
+    return PathRouter(served, default=answer_unrouted), PathRoute(TRIGGER, served[TRIGGER])
 
 
 def create_app(open_state: StateFactory) -> Starlette:
