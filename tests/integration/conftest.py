@@ -8,7 +8,7 @@ import pytest
 from gateway.dashboard import templating
 from tests import databases
 from tests.integration.gateway_harness import GatewayHarness, OrganizationUsers, create_gateway
-from tests.integration.run_database import MigratedDatabase
+from tests.integration.run_database import MigratedDatabase, RunDatabase, open_run_database
 from tests.services import PgBouncer, PostgresServer
 
 
@@ -64,6 +64,20 @@ def on_serializable_postgres(postgres: PostgresServer) -> MigratedDatabase:
     return MigratedDatabase(
         asyncio.run(_make_serializable(asyncio.run(databases.create_database(postgres, "runs_serializable"))))
     )
+
+
+@pytest.fixture(scope="module")
+async def shared_run_database(migrated_database: MigratedDatabase) -> AsyncIterator[RunDatabase]:
+    """Yield the database that the fixture `migrated_database` of a file chooses, with a store on it."""
+    async with open_run_database(migrated_database) as run_database:
+        yield run_database
+
+
+@pytest.fixture
+async def run_database(shared_run_database: RunDatabase) -> RunDatabase:
+    """Return the database of the file's tests, empty; to open one for each would take longer than many of them."""
+    await shared_run_database.clear()
+    return shared_run_database
 
 
 async def _make_serializable(url: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
@@ -30,7 +29,6 @@ from tests.integration.run_database import (
     OwnedWorkflow,
     RunDatabase,
     key_of,
-    open_run_database,
     write,
 )
 from workers.settings import WorkerSettings
@@ -42,16 +40,10 @@ NODES: list[dict[str, Any]] = [
 EDGES = [{"id": "e1", "source": "start", "target": "keep"}]
 
 
-@pytest.fixture(params=["on_sqlite", "on_postgres"])
+@pytest.fixture(scope="module", params=["on_sqlite", "on_postgres"])
 def migrated_database(request: pytest.FixtureRequest) -> MigratedDatabase:
     found: MigratedDatabase = request.getfixturevalue(request.param)
     return found
-
-
-@pytest.fixture
-async def run_database(migrated_database: MigratedDatabase) -> AsyncIterator[RunDatabase]:
-    async with open_run_database(migrated_database) as run_database:
-        yield run_database
 
 
 async def create_runnable(

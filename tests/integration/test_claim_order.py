@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -25,7 +25,6 @@ from tests.integration.run_database import (
     OwnedWorkflow,
     RunDatabase,
     microseconds_from_now,
-    open_run_database,
 )
 from tests.integration.test_direct_runs import AssigningGateway
 from tests.node_calls import NoNetwork
@@ -49,18 +48,17 @@ PRIORITY: Final = "((n * 7919) % 201 - 100)"
 """Every priority from -100 to 100, in no order."""
 
 
-@pytest.fixture(params=["on_sqlite", "on_postgres"])
+@pytest.fixture(scope="module", params=["on_sqlite", "on_postgres"])
 def migrated_database(request: pytest.FixtureRequest) -> MigratedDatabase:
     found: MigratedDatabase = request.getfixturevalue(request.param)
     return found
 
 
-@pytest.fixture
-async def run_database(migrated_database: MigratedDatabase) -> AsyncIterator[RunDatabase]:
-    # Printing the log takes longer than the tested code.
+@pytest.fixture(autouse=True)
+def _quiet_log() -> Iterator[None]:
+    """Print no log, which takes longer than the tested code."""
     with capture_logs():
-        async with open_run_database(migrated_database) as run_database:
-            yield run_database
+        yield
 
 
 @dataclass(frozen=True)

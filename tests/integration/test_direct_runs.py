@@ -41,7 +41,6 @@ from tests.integration.run_database import (
     MigratedDatabase,
     OwnedWorkflow,
     RunDatabase,
-    open_run_database,
 )
 from tests.node_calls import NoNetwork
 from tests.services import RedisServer
@@ -53,16 +52,10 @@ SECRET = b"0" * 32
 TRIGGER = {"id": "start", "type": "manual"}
 
 
-@pytest.fixture(params=["on_sqlite", "on_postgres"])
+@pytest.fixture(scope="module", params=["on_sqlite", "on_postgres"])
 def migrated_database(request: pytest.FixtureRequest) -> MigratedDatabase:
     found: MigratedDatabase = request.getfixturevalue(request.param)
     return found
-
-
-@pytest.fixture
-async def run_database(migrated_database: MigratedDatabase) -> AsyncIterator[RunDatabase]:
-    async with open_run_database(migrated_database) as run_database:
-        yield run_database
 
 
 @dataclass(frozen=True)

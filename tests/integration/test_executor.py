@@ -64,16 +64,10 @@ def _no_tracebacks() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(params=BOTH)
+@pytest.fixture(scope="module", params=BOTH)
 def migrated_database(request: pytest.FixtureRequest) -> MigratedDatabase:
     found: MigratedDatabase = request.getfixturevalue(request.param)
     return found
-
-
-@pytest.fixture
-async def run_database(migrated_database: MigratedDatabase) -> AsyncIterator[RunDatabase]:
-    async with open_run_database(migrated_database) as run_database:
-        yield run_database
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import pairwise
@@ -21,7 +21,7 @@ from journal.group_commit import GroupCommit
 from journal.recorder import RENEWALS_PER_LEASE, LeaseKeeper, RunJournal, RunLease, RunRecorder
 from journal.store import ClaimedRun, JournalStore, LeaseRenewal, RenewalResult, RunWrite
 from models.errors import DatabaseUnavailable
-from tests.integration.run_database import MigratedDatabase, RunDatabase, key_of, open_run_database
+from tests.integration.run_database import MigratedDatabase, RunDatabase, key_of
 
 pytestmark = pytest.mark.every_database
 
@@ -33,18 +33,6 @@ NOW = datetime(2026, 1, 1, tzinfo=UTC)
 def migrated_database(request: pytest.FixtureRequest) -> MigratedDatabase:
     found: MigratedDatabase = request.getfixturevalue(request.param)
     return found
-
-
-@pytest.fixture(scope="module")
-async def shared_run_database(migrated_database: MigratedDatabase) -> AsyncIterator[RunDatabase]:
-    async with open_run_database(migrated_database) as run_database:
-        yield run_database
-
-
-@pytest.fixture
-async def run_database(shared_run_database: RunDatabase) -> RunDatabase:
-    await shared_run_database.clear()
-    return shared_run_database
 
 
 async def wait_soon(event: asyncio.Event) -> None:

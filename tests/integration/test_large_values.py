@@ -43,7 +43,6 @@ from tests.integration.run_database import (
     OwnedWorkflow,
     RunDatabase,
     key_of,
-    open_run_database,
 )
 from tests.node_calls import NoNetwork
 from workers.settings import WorkerSettings
@@ -58,16 +57,10 @@ def _no_tracebacks() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(params=["on_sqlite", "on_postgres"])
+@pytest.fixture(scope="module", params=["on_sqlite", "on_postgres"])
 def migrated_database(request: pytest.FixtureRequest) -> MigratedDatabase:
     found: MigratedDatabase = request.getfixturevalue(request.param)
     return found
-
-
-@pytest.fixture
-async def run_database(migrated_database: MigratedDatabase) -> AsyncIterator[RunDatabase]:
-    async with open_run_database(migrated_database) as run_database:
-        yield run_database
 
 
 @pytest.fixture

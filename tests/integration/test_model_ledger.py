@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ from engine.model_calls import ModelBudget, ModelReservation, ModelSettlement, T
 from engine.run_errors import NodeError
 from engine.services import RunCaller
 from execution.stored_model_ledger import StoredModelLedger
-from tests.integration.run_database import MigratedDatabase, OwnedWorkflow, RunDatabase, open_run_database
+from tests.integration.run_database import MigratedDatabase, OwnedWorkflow, RunDatabase
 
 pytestmark = [pytest.mark.every_database, pytest.mark.anyio]
 
@@ -21,16 +20,10 @@ CENT = 10_000_000
 """Nano-dollars."""
 
 
-@pytest.fixture(params=["on_sqlite", "on_postgres"])
+@pytest.fixture(scope="module", params=["on_sqlite", "on_postgres"])
 def migrated_database(request: pytest.FixtureRequest) -> MigratedDatabase:
     found: MigratedDatabase = request.getfixturevalue(request.param)
     return found
-
-
-@pytest.fixture
-async def run_database(migrated_database: MigratedDatabase) -> AsyncIterator[RunDatabase]:
-    async with open_run_database(migrated_database) as run_database:
-        yield run_database
 
 
 @pytest.fixture

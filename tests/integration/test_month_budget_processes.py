@@ -21,11 +21,10 @@ from tests.integration.test_model_ledger import (
     call,
     migrated_database,
     owned_workflow,
-    run_database,
     set_month_budget,
 )
 
-__all__ = ("migrated_database", "owned_workflow", "run_database")  # fixtures
+__all__ = ("migrated_database", "owned_workflow")  # fixtures
 
 pytestmark = pytest.mark.anyio
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -25,7 +24,6 @@ from tests.integration.run_database import (
     RunDatabase,
     key_of,
     microseconds_from_now,
-    open_run_database,
     write,
 )
 
@@ -38,18 +36,6 @@ YES = node_answers.encode_output_answer({"choice": "approve"}, "approve")
 def migrated_database(request: pytest.FixtureRequest) -> MigratedDatabase:
     found: MigratedDatabase = request.getfixturevalue(request.param)
     return found
-
-
-@pytest.fixture(scope="module")
-async def shared_run_database(migrated_database: MigratedDatabase) -> AsyncIterator[RunDatabase]:
-    async with open_run_database(migrated_database) as run_database:
-        yield run_database
-
-
-@pytest.fixture
-async def run_database(shared_run_database: RunDatabase) -> RunDatabase:
-    await shared_run_database.clear()
-    return shared_run_database
 
 
 async def give(

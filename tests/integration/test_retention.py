@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,6 @@ from tests.integration.run_database import (
     MigratedDatabase,
     OwnedWorkflow,
     RunDatabase,
-    open_run_database,
     write,
 )
 
@@ -43,18 +41,6 @@ RECORDS = ("execution", "execution_data", "span", "attempt_span", "execution_ste
 def migrated_database(request: pytest.FixtureRequest) -> MigratedDatabase:
     found: MigratedDatabase = request.getfixturevalue(request.param)
     return found
-
-
-@pytest.fixture(scope="module")
-async def shared_run_database(migrated_database: MigratedDatabase) -> AsyncIterator[RunDatabase]:
-    async with open_run_database(migrated_database) as run_database:
-        yield run_database
-
-
-@pytest.fixture
-async def run_database(shared_run_database: RunDatabase) -> RunDatabase:
-    await shared_run_database.clear()
-    return shared_run_database
 
 
 @pytest.fixture

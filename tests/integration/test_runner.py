@@ -84,7 +84,6 @@ from tests.integration.run_database import (
     OwnedWorkflow,
     RunDatabase,
     lease_of,
-    open_run_database,
 )
 from tests.integration.test_child_runs import create_runnable
 from tests.integration.test_model_kills import build_agent, build_caller
@@ -101,16 +100,10 @@ ON_POSTGRES = pytest.mark.parametrize("migrated_database", ["on_postgres"], indi
 """For tests that don't depend on the kind of database."""
 
 
-@pytest.fixture(params=BOTH)
+@pytest.fixture(scope="module", params=BOTH)
 def migrated_database(request: pytest.FixtureRequest) -> MigratedDatabase:
     found: MigratedDatabase = request.getfixturevalue(request.param)
     return found
-
-
-@pytest.fixture
-async def run_database(migrated_database: MigratedDatabase) -> AsyncIterator[RunDatabase]:
-    async with open_run_database(migrated_database) as run_database:
-        yield run_database
 
 
 class PodTestGatewayServer(gateways.GatewayServer):

@@ -41,17 +41,16 @@ PATIENCE_SECONDS = 60.0
 SECRET = "a secret of more than thirty-two characters"
 
 
-@pytest.fixture(params=["on_sqlite", "on_postgres", "on_serializable_postgres"])
+@pytest.fixture(scope="module", params=["on_sqlite", "on_postgres", "on_serializable_postgres"])
 def migrated_database(request: pytest.FixtureRequest) -> MigratedDatabase:
     found: MigratedDatabase = request.getfixturevalue(request.param)
     return found
 
 
 @pytest.fixture
-async def run_database(migrated_database: MigratedDatabase) -> AsyncIterator[RunDatabase]:
-    async with open_run_database(migrated_database) as run_database:
-        await run_database.query("DELETE FROM leadership")
-        yield run_database
+async def run_database(run_database: RunDatabase) -> RunDatabase:
+    await run_database.query("DELETE FROM leadership")
+    return run_database
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -13,7 +12,7 @@ from engine.run_errors import NodeError
 from execution.shared_throttle import SharedThrottle
 from models.database import Database
 from scheduler import retention
-from tests.integration.run_database import MigratedDatabase, RunDatabase, open_run_database
+from tests.integration.run_database import MigratedDatabase, RunDatabase
 from tests.node_calls import CALLER
 
 pytestmark = pytest.mark.every_database
@@ -21,16 +20,10 @@ pytestmark = pytest.mark.every_database
 SECOND = timedelta(seconds=1)
 
 
-@pytest.fixture(params=["on_sqlite", "on_postgres"])
+@pytest.fixture(scope="module", params=["on_sqlite", "on_postgres"])
 def migrated_database(request: pytest.FixtureRequest) -> MigratedDatabase:
     found: MigratedDatabase = request.getfixturevalue(request.param)
     return found
-
-
-@pytest.fixture
-async def run_database(migrated_database: MigratedDatabase) -> AsyncIterator[RunDatabase]:
-    async with open_run_database(migrated_database) as run_database:
-        yield run_database
 
 
 async def reserve(

@@ -86,18 +86,6 @@ def migrated_database(request: pytest.FixtureRequest) -> MigratedDatabase:
     return found
 
 
-@pytest.fixture(scope="module")
-async def shared_run_database(migrated_database: MigratedDatabase) -> AsyncIterator[RunDatabase]:
-    async with open_run_database(migrated_database) as run_database:
-        yield run_database
-
-
-@pytest.fixture
-async def run_database(shared_run_database: RunDatabase) -> RunDatabase:
-    await shared_run_database.clear()
-    return shared_run_database
-
-
 @pytest.fixture
 async def owned_workflow(run_database: RunDatabase) -> OwnedWorkflow:
     return await run_database.workflow()
