@@ -1,5 +1,7 @@
-"""Offload long computations: run them inline on the event loop, or in a thread beyond their budget of
-`concurrency.inline_budget`.
+"""Offload long computations: run them inline on the event loop, or in a thread beyond a budget.
+
+A function that measures its own effort calls `budget` for the amount that it may use. Beyond that it
+raises `BudgetExceeded` if `try_inline` called it. It must have had no side effect by then.
 """
 
 from __future__ import annotations
@@ -9,22 +11,53 @@ import sys
 from collections import deque
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from typing import Any, Final, ParamSpec, TypeVar
 from weakref import WeakKeyDictionary
-
-from concurrency.inline_budget import BudgetExceeded, is_inline, try_inline
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 SWITCH_SECONDS: Final = 0.001
 """Time that the loop waits for the thread to release the interpreter's lock; Python's default is 0.005."""
+_is_inline: Final = ContextVar("is_inline", default=False)
 # One thread: pure Python code is no faster in several, and each additional thread would delay the loop.
 _thread: Final = ThreadPoolExecutor(
     max_workers=1,
     thread_name_prefix="long-work",
     initializer=lambda: sys.setswitchinterval(SWITCH_SECONDS),
 )
+
+
+class BudgetExceeded(Exception):
+    """Inline computation that would block the event loop for too long."""
+
+
+def budget(most: int, brief: int) -> int:
+    """Return the permitted amount of work: at most `brief` inside `try_inline`, `most` otherwise.
+
+    The unit is the caller's, such as bytes or steps.
+    """
+    return min(most, brief) if _is_inline.get() else most
+
+
+def require_offloaded() -> None:
+    """Raise `BudgetExceeded` inside `try_inline`: the work that follows is too long for the event loop."""
+    if _is_inline.get():
+        raise BudgetExceeded
+
+
+def try_inline(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Call a function on the event loop with the brief budget, and return its result.
+
+    Raises `BudgetExceeded` if the function finds that its work is too long for the loop (it asks by `budget`
+    or `require_offloaded`), and the errors of the function.
+    """
+    before = _is_inline.set(True)
+    try:
+        return function(*args, **kwargs)
+    finally:
+        _is_inline.reset(before)
 
 
 async def run_in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -53,13 +86,13 @@ async def run_coroutine(begin: Callable[[], Coroutine[Any, Any, T]]) -> T:
     It runs on the event loop. If it exceeds the brief budget, `begin` is called again, and the second coroutine runs
     from its beginning in the thread, step by step, so that other calls get the thread in between.
     """
-    before = is_inline.set(True)
+    before = _is_inline.set(True)
     try:
         return await begin()
     except BudgetExceeded:
         pass
     finally:
-        is_inline.reset(before)
+        _is_inline.reset(before)
     coroutine = begin()
     while True:
         step = _thread.submit(_advance, coroutine)

@@ -41,7 +41,7 @@ class CompiledCondition(Struct, frozen=True, eq=False):
 
         `exists` and `not-exists` add nothing, since they ask for exactly that. Evaluation stops at the first
         false part of `all`, and the first true part of `any`. Raises `ExpressionError` for types that can't
-        be compared and for too much work, and `BudgetExceeded` within `inline_budget.try_inline`.
+        be compared and for too much work, and `BudgetExceeded` within `offload.try_inline`.
         """
         return self._test(scope, unresolved, OutputAllowance())
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Final
 
 from msgspec import Struct, field
 
-from concurrency import inline_budget
-from concurrency.inline_budget import BudgetExceeded
+from concurrency import offload
+from concurrency.offload import BudgetExceeded
 from engine import values
 from engine.conditions import CompiledCondition, compile_condition
 from engine.expressions import MISSING, ExpressionError, ExpressionPath, rewrite_expressions
@@ -29,7 +29,7 @@ def matches_event(condition: str, scope: ExpressionScope) -> bool:
     conditions are cached.
     """
     try:
-        return inline_budget.try_inline(_compile_cached(condition).test, scope, [])
+        return offload.try_inline(_compile_cached(condition).test, scope, [])
     except BudgetExceeded as error:
         raise ExpressionError("filter", "it takes too long to evaluate") from error
 

@@ -11,7 +11,7 @@ from typing import Final, TypeAlias
 
 from msgspec import Struct
 
-from concurrency import inline_budget
+from concurrency import offload
 from engine.operations import OPERATIONS, ExpressionOperation, OperationError
 from engine.values import MAX_DEPTH, InvalidJson, Json, count_values, decode_json, value_as_text
 
@@ -223,16 +223,16 @@ class OutputAllowance:
     __slots__ = ("left",)
 
     def __init__(self) -> None:
-        self.left = inline_budget.budget(MAX_WRITTEN, INLINE_WRITTEN)
+        self.left = offload.budget(MAX_WRITTEN, INLINE_WRITTEN)
 
     def spend(self, amount: int, expression: str) -> None:
         """Subtract produced characters or elements from the budget; raises `ExpressionError` when it is exceeded.
 
-        Within `inline_budget.try_inline` it raises `BudgetExceeded` when a much smaller budget is exceeded.
+        Within `offload.try_inline` it raises `BudgetExceeded` when a much smaller budget is exceeded.
         """
         self.left -= amount
         if self.left < 0:
-            inline_budget.require_offloaded()
+            offload.require_offloaded()
             raise ExpressionError(expression, f"it produces more than {MAX_WRITTEN:,} characters or elements")
 
 
@@ -261,7 +261,7 @@ class ValueTemplate(Struct, frozen=True, eq=False):
         An unresolved path becomes null, or an empty text within a longer one, and its text is added to `unresolved`.
         `allowance` limits the size of the result together with other results; None limits it alone. Parts without
         expressions are shared by all results and must not be changed. Raises `ExpressionError` for a failing operation
-        or a result that is too large, and `BudgetExceeded` within `inline_budget.try_inline`.
+        or a result that is too large, and `BudgetExceeded` within `offload.try_inline`.
         """
         if self._render is None:
             return self.source

@@ -69,7 +69,7 @@ class NodeInputs:
 
         In a thread, `roots` is a snapshot of the frame's roots at the start, since other nodes complete
         meanwhile; None for the frame's own. Raises `ExpressionError`, `InvalidJson`, `NodeError` and, within
-        `inline_budget.try_inline`, `BudgetExceeded`.
+        `offload.try_inline`, `BudgetExceeded`.
         """
         program = self._nodes[node_id]
         data, input_node = self._gather_input(frame, program)
@@ -151,7 +151,7 @@ class NodeInputs:
         Sets the start of the attempt, config, unresolved paths and `hashes` of the visit: the key by which a replay
         recognizes an equal call. A recorded config is used unchanged, with the defaults of later fields. Raises
         `ExpressionError`, `InvalidJson`, `NodeError` for missing configuration or, in a strict graph, unresolved paths,
-        and `BudgetExceeded` within `inline_budget.try_inline`. See `build_visit` for `roots`.
+        and `BudgetExceeded` within `offload.try_inline`. See `build_visit` for `roots`.
         """
         program, frame = visit.program, visit.frame
         visit.begun_at = self._recorder.clock.now()

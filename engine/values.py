@@ -16,7 +16,7 @@ from typing import Any, Final, Literal, TypeAlias
 import msgspec
 from msgspec import Struct
 
-from concurrency import inline_budget
+from concurrency import offload
 from json_text import decoding, pieces
 from json_text.pieces import DuplicateName
 
@@ -90,12 +90,12 @@ def decode_json(raw: bytes | bytearray | memoryview, *, max_depth: int = MAX_DEP
     Duplicate keys, NUL, numbers out of range, lone surrogates and great depth are refused. The decoder
     accepts some of them; they are detected afterwards, which costs less than a slower decoder: without
     duplicate keys, the result has as many keys as the text has colons outside strings. Within
-    `inline_budget.try_inline`, a text over 128 KiB raises `BudgetExceeded`.
+    `offload.try_inline`, a text over 128 KiB raises `BudgetExceeded`.
     """
     raw = bytes(raw)
     if len(raw) <= INLINE_BYTES:
         return _decode_at_once(raw, max_depth)
-    inline_budget.require_offloaded()
+    offload.require_offloaded()
     try:
         value: Json = pieces.decode_in_pieces(raw, lambda piece: _decode_at_once(piece, max_depth))
     except InvalidJson:
@@ -220,7 +220,7 @@ def encode_json(value: object, *, max_bytes: int = MAX_ENCODED_BYTES) -> bytes:
     """Return a value as compact JSON.
 
     Raises `InvalidJson` if it is larger than `max_bytes` or `decode_json` wouldn't return it unchanged.
-    Within `inline_budget.try_inline`, a large value raises `BudgetExceeded`.
+    Within `offload.try_inline`, a large value raises `BudgetExceeded`.
     """
     return _encode_checked(value, _encode, max_bytes)
 
@@ -267,11 +267,11 @@ def _check_value(value: object, max_bytes: int) -> None:
     """Raise `InvalidJson` for values that the encoder would silently change, and for too deep or too large ones.
 
     A list may occur many times in a value, so that its JSON is far larger than the value in memory: the
-    minimum size of the JSON is summed up on the way. Within `inline_budget.try_inline`, a large value raises
+    minimum size of the JSON is summed up on the way. Within `offload.try_inline`, a large value raises
     `BudgetExceeded`.
     """
     least_bytes = depth = 0
-    most_bytes = inline_budget.budget(max_bytes, INLINE_BYTES)
+    most_bytes = offload.budget(max_bytes, INLINE_BYTES)
     level: list[Any] = [(value,)]
     while level:
         if depth > MAX_DEPTH:
@@ -281,7 +281,7 @@ def _check_value(value: object, max_bytes: int) -> None:
         for container in level:
             least_bytes += 2 * len(container)
             if least_bytes > most_bytes:
-                inline_budget.require_offloaded()
+                offload.require_offloaded()
                 raise _too_large_error(max_bytes)
             items = container
             if type(container) is dict:
@@ -296,7 +296,7 @@ def _check_value(value: object, max_bytes: int) -> None:
                 else:
                     _check_scalar(item)
             if least_bytes > most_bytes:
-                inline_budget.require_offloaded()
+                offload.require_offloaded()
                 raise _too_large_error(max_bytes)
         level = below
 

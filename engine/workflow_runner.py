@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import msgspec
 
-from concurrency import inline_budget, offload
-from concurrency.inline_budget import BudgetExceeded
+from concurrency import offload
+from concurrency.offload import BudgetExceeded
 from engine import approval_links, node_key, run_records
 from engine.expressions import ExpressionError
 from engine.frames import NodeVisit, SectionFrame, WakeAction, Worklist
@@ -292,7 +292,7 @@ class WorkflowRunner:
         """
         visit: NodeVisit | None
         try:
-            visit = inline_budget.try_inline(self._node_inputs.build_visit, frame, node_id)
+            visit = offload.try_inline(self._node_inputs.build_visit, frame, node_id)
         except BudgetExceeded:
             begin = partial(self._node_inputs.build_visit, frame, node_id, frame.current_roots())
             visit = await self._prepare_in_thread(frame, node_id, begin)
@@ -328,7 +328,7 @@ class WorkflowRunner:
         paid call is recorded as running and committed first. Errors fail the node. Raises `LeaseLost`.
         """
         try:
-            call = inline_budget.try_inline(self._node_inputs.build_call, visit)
+            call = offload.try_inline(self._node_inputs.build_call, visit)
         except BudgetExceeded:
             prepare = partial(self._node_inputs.build_call, visit, visit.frame.current_roots())
             prepared = await self._prepare_in_thread(visit.frame, visit.node_id, prepare, visit)
@@ -420,7 +420,7 @@ class WorkflowRunner:
         """Call a synchronous node at once, or in a thread if it exceeds its budget, and apply its outcome."""
         run = cast("Callable[[NodeCall], NodeOutcome]", self._program.runs[visit.node_id])
         try:
-            outcome = inline_budget.try_inline(run, call)
+            outcome = offload.try_inline(run, call)
         except BudgetExceeded:
             self._start(visit, self._call_in_thread(visit, run, call))
             return
@@ -428,7 +428,7 @@ class WorkflowRunner:
             self._progress.fail(visit, to_node_error(error))
             return
         try:
-            inline_budget.try_inline(self._progress.prepare_output, visit, outcome)
+            offload.try_inline(self._progress.prepare_output, visit, outcome)
         except BudgetExceeded:
             self._start(visit, _output_of(outcome))
         except (InvalidJson, NodeError) as error:

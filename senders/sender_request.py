@@ -16,7 +16,7 @@ from typing import Final
 
 from msgspec import Struct
 
-from concurrency import inline_budget
+from concurrency import offload
 from engine import values
 from engine.values import InvalidJson, Json
 from senders.request_refusal import RequestRefused
@@ -106,7 +106,7 @@ class SenderRequest:
         thread.
         """
         if len(self.body) >= LONG_BODY_BYTES:
-            inline_budget.require_offloaded()
+            offload.require_offloaded()
 
 
 def parse_json(text: bytes | memoryview) -> Json:
@@ -374,7 +374,7 @@ def _unescape(body: bytes, start: int, end: int) -> memoryview:
     while start < end:
         stop = min(start + _UNESCAPED_BYTES, end)
         if stop < end:
-            inline_budget.require_offloaded()
+            offload.require_offloaded()
             if (escape := body.rfind(b"%", stop - 2, stop)) != -1:
                 stop = escape
         piece = body[start:stop]

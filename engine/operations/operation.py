@@ -8,7 +8,7 @@ from typing import Final, TypeAlias
 
 from msgspec import Struct
 
-from concurrency import inline_budget
+from concurrency import offload
 from engine.values import MAX_NUMBER, InvalidJson, Json, type_name
 
 Number: TypeAlias = int | float
@@ -55,7 +55,7 @@ class ExpressionOperation(Struct, frozen=True):
         """Convert the arguments, of a permitted number, and compute the result.
 
         Raises `OperationError` for wrong types, division by zero, and results that are out of range or too large, and
-        `BudgetExceeded` within `inline_budget.try_inline`.
+        `BudgetExceeded` within `offload.try_inline`.
         """
         try:
             converted = [convert(given) for convert, given in zip(self._converters, arguments, strict=False)]
@@ -183,19 +183,19 @@ def _check_size(result: Json) -> None:
 
 def check_text_length(length: int) -> None:
     """Raise `OperationError` for a text over ten million characters; over 200,000, `BudgetExceeded` within
-    `inline_budget.try_inline`.
+    `offload.try_inline`.
     """
     if length > INLINE_LENGTH:
-        inline_budget.require_offloaded()
+        offload.require_offloaded()
     if length > MAX_TEXT_LENGTH:
         raise OperationError(f"gives a text of more than {MAX_TEXT_LENGTH:,} characters")
 
 
 def check_list_length(length: int) -> None:
     """Raise `OperationError` for a list over a million elements; over 200,000, `BudgetExceeded` within
-    `inline_budget.try_inline`.
+    `offload.try_inline`.
     """
     if length > INLINE_LENGTH:
-        inline_budget.require_offloaded()
+        offload.require_offloaded()
     if length > MAX_LIST_LENGTH:
         raise OperationError(f"gives more than {MAX_LIST_LENGTH:,} elements")

@@ -145,7 +145,7 @@ class EncodedTrigger(Struct, frozen=True):
     def of(cls, trigger: Mapping[str, Json]) -> Self:
         """Encode the output of a trigger that has a `body`, twice: whole with the body first, and without the body.
 
-        Raises `InvalidJson`, and `BudgetExceeded` within `inline_budget.try_inline`.
+        Raises `InvalidJson`, and `BudgetExceeded` within `offload.try_inline`.
         """
         rest = {name: value for name, value in trigger.items() if name != BODY}
         return cls(values.encode_json({BODY: trigger[BODY], **rest}), values.encode_json(rest))

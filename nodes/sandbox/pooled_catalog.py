@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from concurrency import inline_budget, offload
+from concurrency import offload
 from engine.node_api import CpuDemand
 from engine.values import encode_json
 from nodes.catalog import NodeCatalog
@@ -69,6 +69,6 @@ def _encode_job(type: str, call: NodeCall) -> bytes:  # noqa: A002 - the field's
 
 def _is_small_call(call: NodeCall) -> bool:
     try:
-        return len(inline_budget.try_inline(encode_json, call.config)) <= IN_PLACE_BYTES
-    except inline_budget.BudgetExceeded:
+        return len(offload.try_inline(encode_json, call.config)) <= IN_PLACE_BYTES
+    except offload.BudgetExceeded:
         return False

@@ -7,8 +7,8 @@ import threading
 
 import pytest
 
-from concurrency import inline_budget, offload
-from concurrency.inline_budget import BudgetExceeded
+from concurrency import offload
+from concurrency.offload import BudgetExceeded
 from engine import values
 from engine.expressions import ExpressionError, compile_value
 from engine.values import InvalidJson
@@ -19,7 +19,7 @@ LONGEST_DELAY_SECONDS = 0.15
 
 
 def current_thread_name() -> str:
-    inline_budget.require_offloaded()
+    offload.require_offloaded()
     return threading.current_thread().name
 
 
@@ -31,10 +31,10 @@ async def test_long_computations_are_repeated_in_a_thread() -> None:
 def test_only_inline_attempts_have_a_budget() -> None:
     assert values.encode_json([0] * MANY)
     with pytest.raises(BudgetExceeded):
-        inline_budget.try_inline(values.encode_json, [0] * MANY)
+        offload.try_inline(values.encode_json, [0] * MANY)
     with pytest.raises(BudgetExceeded):
-        inline_budget.try_inline(values.decode_json, b"[" + b"1," * MANY + b"1]")
-    assert inline_budget.try_inline(values.encode_json, [0] * 1_000)
+        offload.try_inline(values.decode_json, b"[" + b"1," * MANY + b"1]")
+    assert offload.try_inline(values.encode_json, [0] * 1_000)
 
 
 def test_a_limit_is_the_same_however_the_work_is_begun() -> None:
@@ -42,7 +42,7 @@ def test_a_limit_is_the_same_however_the_work_is_begun() -> None:
         values.encode_json([0] * MANY, max_bytes=1_000_000)
     bomb = compile_value([{"$op": "length", "args": [{"$op": "unique", "args": ["{{ data }}"]}]}] * 400)
     with pytest.raises(BudgetExceeded):
-        inline_budget.try_inline(bomb.render, {"data": [0] * MANY}, [])
+        offload.try_inline(bomb.render, {"data": [0] * MANY}, [])
     with pytest.raises(ExpressionError, match="more than 10,000,000"):
         bomb.render({"data": [0] * MANY}, [])
 
@@ -65,7 +65,7 @@ async def test_a_coroutine_in_the_thread_is_cancelled_with_its_caller() -> None:
     begun, ended = threading.Event(), threading.Event()
 
     async def work() -> None:
-        inline_budget.require_offloaded()
+        offload.require_offloaded()
         begun.set()
         try:
             while True:

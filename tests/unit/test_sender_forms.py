@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from concurrency import inline_budget
+from concurrency import offload
 from senders import event_senders, mail_kinds, sender_request, ses, sns
 from senders.event_senders import EventSender
 from senders.mail_kinds import MailKind
@@ -197,8 +197,8 @@ def test_an_escape_is_read_whole_wherever_a_large_value_is_cut(shift: int) -> No
 
 def test_a_large_value_is_not_read_while_others_wait() -> None:
     found = parse_body(b"a=" + b"x" * 2_000_000, URLENCODED)
-    with pytest.raises(inline_budget.BudgetExceeded):
-        inline_budget.try_inline(found.first, "a")
+    with pytest.raises(offload.BudgetExceeded):
+        offload.try_inline(found.first, "a")
     assert first_value(found) == b"x" * 2_000_000
 
 

@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding as KeyEncoding
 from cryptography.hazmat.primitives.serialization import PublicFormat
 
-from concurrency import inline_budget
+from concurrency import offload
 from senders import (
     basic_auth,
     event_senders,
@@ -389,8 +389,8 @@ def test_a_request_hides_its_content_in_its_representation() -> None:
 def test_a_long_body_is_not_hashed_while_others_wait() -> None:
     body = b"x" * 2_000_000
     given = request((b"X-Hub-Signature-256", b"sha256=" + hex_signature(body)), body=body)
-    with pytest.raises(inline_budget.BudgetExceeded):
-        inline_budget.try_inline(github.verify, given, [SECRET])
+    with pytest.raises(offload.BudgetExceeded):
+        offload.try_inline(github.verify, given, [SECRET])
     github.verify(given, [SECRET])
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from concurrency import inline_budget
-from concurrency.inline_budget import BudgetExceeded
+from concurrency import offload
+from concurrency.offload import BudgetExceeded
 from journal.blobs import large_values
 from journal.blobs.blob_reference import BlobReference
 from journal.blobs.large_values import MAX_ROW_BYTES, EncodedTrigger
@@ -38,4 +38,4 @@ def test_no_body_of_a_sender_passes_for_a_reference() -> None:
 
 def test_a_long_body_is_not_written_while_others_wait() -> None:
     with pytest.raises(BudgetExceeded):
-        inline_budget.try_inline(EncodedTrigger.of, {"body": "x" * MAX_ROW_BYTES, **REST})
+        offload.try_inline(EncodedTrigger.of, {"body": "x" * MAX_ROW_BYTES, **REST})
