@@ -756,7 +756,6 @@ async def test_one_task_for_many_polls_is_one_claim(
     await _wait_for_first_looks(hub, organization_id, len(polls))
     await start(people)
     await wait_for_tasks(people.owner, 1)
-    await hub.announce([organization_id])  # as the executor does, which has a broker of its own here
     done, waiting = await asyncio.wait(polls, return_when=asyncio.FIRST_COMPLETED)
     assert [len(one.result()) for one in done] == [1]
     assert claims == [SERVED_TOGETHER]
