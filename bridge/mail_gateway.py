@@ -113,8 +113,8 @@ class MailGateway:
 def _reply_for_status(status: int, text: bytes) -> SmtpReply:
     """Return the SMTP reply for the HTTP status and body of the gateway's answer.
 
-    2xx gives 250; 404, and with an error body of the gateway any other status that no repetition helps, give 5xx; all
-    others 4xx.
+    A status of 2xx gives 250. 404 gives 5xx, and so does every other status that a repetition can't help, if the body
+    is an error of the gateway. All others give 4xx, after which the sender tries again.
     """
     if status in SUCCESS_STATUSES:
         return OK_REPLY

@@ -205,7 +205,9 @@ async def run_executor(
 def _connection_policy(
     settings: RunnerSettings, contact: PodContact, clock: DatabaseClock
 ) -> ConnectionPolicy:
-    """Return the rules for connections of nodes, with the server's own database, which they may not use."""
+    """Return the rules for connections of nodes: they may not connect to the server's own database, which the server
+    names in `contact`.
+    """
     own = contact.own_database
     return ConnectionPolicy(
         allowed_networks=settings.outbound_allowed_networks,

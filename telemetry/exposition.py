@@ -35,8 +35,8 @@ class InstrumentCollector(Collector):
 
 
 def _collect_family(family: MetricFamily) -> Metric:
-    """Return a family with its present values as the Prometheus client expects it,
-    without values before its first use.
+    """Return a family with its present values as the Prometheus client expects it; a family that the process has not
+    used yet has none.
     """
     labels = list(family.labels)
     if family.kind is MetricKind.HISTOGRAM:

@@ -127,7 +127,11 @@ async def plan(page: PageRequest, act: ChosenAct) -> Mapping[str, Any] | None:
 def describe(
     planned: Mapping[str, Any] | None, query: Mapping[str, str], filters: Mapping[str, str]
 ) -> Mapping[str, Any] | None:
-    """Return the template values of the section that begins an act, with its plan; None without a plan."""
+    """Return the template values of the section in which a person confirms an act on many runs.
+
+    `planned` is what the act would do, `query` the address of the page, `filters` those of its list. None without a
+    plan, or if the address names no act.
+    """
     act = read_act(query, filters)
     if planned is None or act is None:
         return None

@@ -804,11 +804,11 @@ async def _find_written_earlier(connection: AsyncConnection, key: ExecutionKey, 
 
 
 async def _find_written_in_loops(connection: AsyncConnection, key: ExecutionKey) -> tuple[set[str], set[str]]:
-    """Return two sets of ids of nodes in loops that completed or may have sent a request: in any iteration, and in
-    unfinished iterations.
+    """Return the ids of nodes in loops that completed or sent a request in any iteration, and of those that completed
+    or may have had an effect in iterations that did not finish.
 
-    The second, a subset of the first, lacks requests that failed without an effect. Nodes that only read are included;
-    the planner filters by effect.
+    A node whose only requests in unfinished iterations failed without an effect is in the first set alone. Nodes that
+    only read are included: the planner filters by effect.
     """
     of_run = (col(SpanRow.execution_id) == key.execution_id, col(SpanRow.shard) == key.shard)
     written = set(

@@ -141,5 +141,5 @@ class TaskWorkerPresence:
                     self._stored[key] = content, monotonic()
 
     async def close(self) -> None:
-        """Forget what was noted but not stored, since the process stops."""
+        """Forget the polls of workers that were noted and are not stored yet, since the process stops."""
         self._seen.clear()

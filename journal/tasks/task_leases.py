@@ -68,8 +68,8 @@ def _lease_sql(dialect: str) -> str:
 
 
 def _stays_sql(dialect: str) -> str:
-    """Return the SQL condition that the worker `owner` of a place doesn't leave; `:owners` are the workers of all
-    places.
+    """Return the SQL condition that the worker with the id in the column `owner` takes tasks: it has not stopped, and
+    nobody has asked it to. `:owners` are the ids of all workers that ask for tasks.
     """
     leaving = (
         "SELECT id FROM task_worker WHERE task_worker.organization_id = :organization_id"

@@ -281,7 +281,8 @@ async def read_votes(
 
 
 async def lock_run(connection: AsyncConnection, key: ExecutionKey) -> Row[*tuple[str, str, str]] | None:
-    """Lock the row of a run until the end of the transaction, so that no decision about its questions comes between.
+    """Lock the row of a run until the end of the transaction, so that no other transaction decides about its questions
+    meanwhile.
 
     Return its workflow, user and kind of trigger; None if it is gone.
     """

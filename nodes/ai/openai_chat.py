@@ -216,7 +216,9 @@ class OpenAiAnswerParser:
         return ChatAnswer(text, reason, usage, self._model, calls, self._keep_content(text, calls))
 
     def _keep_content(self, text: str, calls: Sequence[RequestedToolCall]) -> ProviderContent | None:
-        """Return the message for later requests to the same model; None if none of its tool calls has extra content."""
+        """Return the answer as a message for later requests to the same model, with the fields that the provider has
+        added to its tool calls; None if it has added none.
+        """
         extras = [draft.extra for draft in self._drafts]
         if not any(extras):
             return None

@@ -125,9 +125,9 @@ async def load(page: PageRequest) -> PageData:
 
 
 def read_saved_times(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the saved time zone and random delay (jitter) of a schedule, if set, for the preview of its next times.
+    """Return the time zone and random delay (jitter) in the saved config of a schedule, without those that are not set.
 
-    Times in the query of the form take precedence.
+    The preview of its next times uses them unless the form of the schedule has others (`read_times`).
     """
     return {name: config[name] for name in ("timezone", "jitterSeconds") if config.get(name)}
 
