@@ -37,7 +37,7 @@ log = structlog.get_logger()
 
 
 class BrokerAnswers:
-    """Answers that are being written in this process, for the gateways that ask through the broker.
+    """Texts that models are writing in this process, for the gateways that ask for them through the broker.
 
     Implements `engine.services.LiveAnswerService`. Most processes never call a model, and load nothing for it.
     """
@@ -47,7 +47,7 @@ class BrokerAnswers:
         self._seal = seal
 
     async def start(self) -> None:
-        """Begin to listen for messages in which gateways ask for the open answers of runs."""
+        """Begin to listen for gateways that ask for the texts which models are writing for a run in this process."""
         await self._broker.listen(self._receive, subject=FOLLOW)
 
     def open(self, origin: AnswerOrigin) -> AbstractContextManager[LiveAnswer]:

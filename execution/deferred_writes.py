@@ -69,7 +69,11 @@ class DeferredWrites(Generic[T]):
             self._task = None
 
     async def _store_batch(self) -> None:
-        """Store the oldest writes, which leave the queue with their commit; raises `DatabaseUnavailable`."""
+        """Store the oldest writes in one transaction, and remove them from the queue after its commit.
+
+        If the database refuses one of them, each is stored alone, and refused ones are dropped. Raises
+        `DatabaseUnavailable`; then those that are not stored stay in the queue.
+        """
         batch = self._waiting[:MAX_BATCH]
         try:
             await self._store(batch)

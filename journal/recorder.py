@@ -100,9 +100,9 @@ class RunRecorder:
     def __init__(self, store: RunStore, on_committed: OnCommitted) -> None:
         """Create a recorder; `on_committed` is called after each commit that has written a run.
 
-        It gets the changed runs by id, each with its channel if the run has ended, together with keys of organizations
-        whose task workers have news (without a channel); and the outcomes of runs that ended with all their records in
-        this commit.
+        Its first argument has the ids of the changed runs as keys, with the channel of the run if it has ended and an
+        empty text otherwise, and the keys of organizations with news for their task workers, with an empty text. Its
+        second one has the outcomes of runs that ended with all their records in this commit.
         """
         self._store = store
         self._on_committed = on_committed
