@@ -43,7 +43,6 @@ from tests.integration.run_database import (
     key_of,
     lease_of,
     microseconds_from_now,
-    open_run_database,
     write,
 )
 from tests.system.wait_conditions import wait_until
@@ -53,18 +52,6 @@ from tests.system.wait_conditions import wait_until
 def migrated_database(request: pytest.FixtureRequest) -> MigratedDatabase:
     found: MigratedDatabase = request.getfixturevalue(request.param)
     return found
-
-
-@pytest.fixture(scope="module")
-async def shared_run_database(migrated_database: MigratedDatabase) -> AsyncIterator[RunDatabase]:
-    async with open_run_database(migrated_database) as run_database:
-        yield run_database
-
-
-@pytest.fixture
-async def run_database(shared_run_database: RunDatabase) -> RunDatabase:
-    await shared_run_database.clear()
-    return shared_run_database
 
 
 @pytest.fixture
