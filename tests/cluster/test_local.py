@@ -69,10 +69,12 @@ async def read_state(cluster: DriverUnderTest, workflow_id: str) -> dict[str, An
     return state
 
 
-async def test_a_pod_has_a_folder_a_session_and_an_environment_of_its_own(
-    local_cluster: DriverUnderTest, folder: Path
+async def test_a_pod_has_a_folder_a_session_and_an_environment_of_its_own_and_inherits_no_file(
+    local_cluster: DriverUnderTest, folder: Path, tmp_path: Path
 ) -> None:
-    desired = await local_cluster.start(environment={"A": "1"})
+    with (tmp_path / "lock").open("w") as lock:
+        os.set_inheritable(lock.fileno(), True)  # as a shell does with `exec 9>lock`  # noqa: FBT003
+        desired = await local_cluster.start(environment={"A": "1"})
     state = await read_state(local_cluster, desired.workflow_id)
     assert state["environment"].keys() - {"PWD", "OLDPWD", "SHLVL", "_"} == {
         "A", "HOME", "LANG", "PATH", "TMPDIR", *RUNNER_VARIABLES
@@ -80,6 +82,7 @@ async def test_a_pod_has_a_folder_a_session_and_an_environment_of_its_own(
     assert Path(state["folder"]).is_relative_to(folder)
     assert state["session"] == state["pid"]
     assert os.getsid(0) != state["session"]
+    assert str(tmp_path / "lock") not in {one.path for one in psutil.Process(state["pid"]).open_files()}
     for kept in find_files(folder, "**/*.json"):
         assert kept.stat().st_mode & 0o077 == 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 from functools import partial
 from pathlib import Path
@@ -117,6 +118,7 @@ async def test_each_killed_child_is_restarted_and_runs_are_kept_until_an_orderly
             ]
             assert stops == sorted(stops)
             assert not any(psutil.pid_exists(pid) for pid in again.values())
+    shutil.rmtree(tmp_path / "pods")  # else the pod would wait for the server's next start
 
 
 def test_a_setting_that_is_missing_ends_the_server_with_one_line(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ _LAUNCH_SCRIPT = 'cd "$0" && read -r birth </proc/$$/stat && echo "$birth" >../p
 even if its parent is killed at any moment.
 """
 BIRTH_FILE = "process"
+_STANDARD_ERROR = 2
 _STATE_FIELD = 0
 _BIRTH_FIELD = 19
 """Index after the name in /proc/PID/stat (field 22 in proc(5)): clock ticks from boot to start."""
@@ -99,8 +100,8 @@ def start_process(
 ) -> LocalProcess:
     """Start a program in its own session with only this environment; return its process.
 
-    `folder` is its working directory, and its output is appended to `log`. A file beside `folder` records PID
-    and start time, by which `find_process` finds it. Raises `OSError`.
+    It inherits no file that is open here. `folder` is its working directory, and its output is appended to `log`. A
+    file beside `folder` records PID and start time, by which `find_process` finds it. Raises `OSError`.
     """
     # Remove the birth file of an earlier process: a program that dies before it writes its own would be
     # mistaken for it.
@@ -114,6 +115,7 @@ def start_process(
             (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
             (os.POSIX_SPAWN_OPEN, 1, str(log), append, 0o600),
             (os.POSIX_SPAWN_DUP2, 1, 2),
+            *((os.POSIX_SPAWN_CLOSE, descriptor) for descriptor in _find_inheritable()),
         ],
         setsid=True,
         setsigmask=[],
@@ -121,6 +123,20 @@ def start_process(
     )
     found = _read_state_and_birth(pid)
     return LocalProcess(pid, found[1] if found is not None else 0)
+
+
+def _find_inheritable() -> list[int]:
+    """Return the open files but the standard ones that a program inherits, such as those that a shell or `make` opened.
+
+    The program may outlive this process, and would keep the locks and pipes of its starter.
+    """
+    descriptors = [int(entry.name) for entry in (_PROC / "self/fd").iterdir()]
+    found = []
+    for descriptor in descriptors:
+        with suppress(OSError):  # that of the folder is closed again
+            if descriptor > _STANDARD_ERROR and os.get_inheritable(descriptor):
+                found.append(descriptor)
+    return found
 
 
 def find_process(folder: Path) -> LocalProcess | None:
