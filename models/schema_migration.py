@@ -18,13 +18,17 @@ from models.database import Database, is_sqlite, share_transaction
 from models.errors import LockWaitTimeout
 
 if TYPE_CHECKING:
-    from sqlalchemy import Connection
+    from sqlalchemy import Connection, TextClause
     from sqlalchemy.engine import URL
 
 HEAD_REVISION = "0060"
 """Newest revision that this code knows."""
 GUARD_MILLISECONDS = 600_000
 """Time for which one migration may block others, even if its process freezes."""
+STEP_MILLISECONDS = 60_000
+"""Time for which a migration may do other work than statements, such as load the scripts on a busy machine. Tables that
+it has changed are locked meanwhile, also if its process freezes.
+"""
 LOCKED_SECONDS = 60.0
 """Time after which a migration gives up on tables that other transactions have locked."""
 PAUSE_SECONDS = 0.2
@@ -103,11 +107,16 @@ async def _migrate_exclusively(database: Database) -> AsyncIterator[None]:
         return
     async with database.read() as guard:
         await share_transaction(guard)
-        await guard.execute(text(f"SELECT set_config('{_IDLE_TIMEOUT}', '{GUARD_MILLISECONDS}', true)"))
+        await guard.execute(_allow_idle(GUARD_MILLISECONDS))
         try_lock = text("SELECT pg_try_advisory_xact_lock(710465001)")
         while not await guard.scalar(try_lock):  # noqa: ASYNC110 - the lock is another process's
             await asyncio.sleep(PAUSE_SECONDS)
         yield
+
+
+def _allow_idle(milliseconds: int) -> TextClause:
+    """Return the statement of PostgreSQL after which its transaction may be idle for longer than others."""
+    return text(f"SELECT set_config('{_IDLE_TIMEOUT}', '{milliseconds}', true)")
 
 
 async def _upgrade_when_unlocked(database: Database) -> None:
@@ -138,6 +147,8 @@ def _upgrade(connection: Connection) -> None:
     if found is not None and found > HEAD_REVISION:
         _require_support(connection, found)
         return
+    if not is_sqlite(connection.engine.url):
+        connection.execute(_allow_idle(STEP_MILLISECONDS))
     from alembic import command  # noqa: PLC0415 - not needed where the database is up to date
     from alembic.config import Config  # noqa: PLC0415 - not needed where the database is up to date
 

@@ -3,11 +3,13 @@ from __future__ import annotations
 import asyncio
 import importlib
 import pkgutil
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import asyncpg
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
@@ -19,6 +21,7 @@ from sqlmodel import SQLModel
 import models
 from models import schema_migration
 from models.database import RETRIES, Database, parse_url
+from models.postgresql_sessions import SESSION_TIMEOUTS
 from models.schema_migration import NewerDatabase, OutdatedDatabase
 from tests import databases
 from tests.services import PostgresServer
@@ -98,6 +101,22 @@ async def test_a_database_is_current_from_its_last_migration_on_although_several
     await asyncio.gather(*(schema_migration.migrate(empty_database.url) for _ in range(3)))
     assert await schema_migration.read_revision(empty_database) == schema_migration.HEAD_REVISION
     await schema_migration.require_current(empty_database)
+
+
+async def test_a_migration_outlasts_a_pause_in_which_other_transactions_end(
+    postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A busy machine needs seconds to load the scripts for the first time."""
+    monkeypatch.setitem(SESSION_TIMEOUTS, "idle_in_transaction_session_timeout", "50")
+    upgrade = command.upgrade
+
+    def upgrade_later(config: Config, revision: str) -> None:
+        time.sleep(0.1)
+        upgrade(config, revision)
+
+    monkeypatch.setattr(command, "upgrade", upgrade_later)
+    url = parse_url(await postgres.create_database("slow_migration"))
+    await schema_migration.migrate(url)
 
 
 async def test_several_migrate_a_serializable_database_at_once(postgres: PostgresServer) -> None:
