@@ -16,8 +16,9 @@ from hypothesis.internal.entropy import deterministic_PRNG
 from xdist.scheduler import LoadFileScheduling
 
 from concurrency import gc_tuning
+from models import database
 from telemetry import exposition, instruments
-from tests import databases, ordinary_run, preloads, services, shared_setup
+from tests import compiled_statements, databases, ordinary_run, preloads, services, shared_setup
 
 ROOM_BYTES = 2 << 30
 """Free memory with which temporary folders are put into it."""
@@ -236,6 +237,15 @@ def _metrics() -> None:
     """Count metrics, as processes do that serve them."""
     exposition.register()
     instruments.expose()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _compiled_statements() -> Iterator[None]:
+    """Compile each statement once for all databases that the tests open."""
+    shared = compiled_statements.SharedStatements(compiled_statements.CAPACITY)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setitem(database._EXECUTION_OPTIONS, "compiled_cache", shared)  # noqa: SLF001 - servers open one database
+        yield
 
 
 @pytest.fixture(scope="session")
