@@ -18,6 +18,7 @@ from tempfile import TemporaryDirectory
 
 import psutil
 
+from tests import relays
 from tests.forks import ForkedCommand
 
 COMMAND = Path(sys.executable).with_name("pilotflame")
@@ -129,8 +130,8 @@ def run_command(
 ) -> Iterator[RunningCommand]:
     """Run a command during a block, its output in the file `log`; kill it and its descendants at the end.
 
-    With `anew` it is a fresh process, so that its memory and its time are its own. With `leaves_children` its
-    descendants go on, for a test about those.
+    With `anew` it is a fresh process, so that its memory and its time are its own, and its pods are fresh too. With
+    `leaves_children` its descendants go on, for a test about those.
     """
     log.write_bytes(b"")
     if anew:
@@ -140,7 +141,15 @@ def run_command(
                 typed, env=given, stdout=sink, stderr=sink, cwd=folder
             )
     else:
-        process = ForkedCommand(COMMAND, arguments, given, (log, log), folder)
+        runs_pods = arguments[0] in {"deployer", "dev"}
+        process = ForkedCommand(
+            COMMAND,
+            arguments,
+            given,
+            (log, log),
+            folder,
+            pod_command=relays.find_pod_command() if runs_pods else None,
+        )
     running = RunningCommand(process, log)
     try:
         yield running

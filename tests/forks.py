@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+import workers.deployer.main
 from pilotflame import commands
 from pilotflame.command import main
 
@@ -51,6 +52,7 @@ LOADED = (
     "telemetry.exposition",
     "uvicorn.lifespan.on",
     "yaml",
+    "tests.relays",
     "tests.frozen_heap",
 )
 SET_PARENT_DEATH_SIGNAL = 1
@@ -106,37 +108,64 @@ class ForkedCommand(ForkedProcess):
         outputs: tuple[Path, Path],
         folder: Path | None = None,
         source: Path | None = None,
+        pod_command: Sequence[str] | None = None,
     ) -> None:
         """Start the process with `given` as its whole environment.
 
         Its output is appended to two files, for stdout and stderr, or to one that is named twice. `source` is the file
-        of its standard input, `folder` its working folder.
+        of its standard input, `folder` its working folder. `pod_command` starts local pods in place of the usual one.
         """
         typed = [str(command), *arguments]
         super().__init__(
-            _run_command, typed, dict(given), outputs, folder or Path.cwd(), source or Path(os.devnull)
+            _run_command,
+            typed,
+            dict(given),
+            outputs,
+            folder or Path.cwd(),
+            source or Path(os.devnull),
+            pod_command,
         )
 
 
 def _run_forked(function: Callable[..., object], arguments: tuple[object, ...]) -> None:
-    """Call a function in this new process, which leads a session of its own and dies with its parent."""
-    ctypes.CDLL(None).prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
-    os.setsid()  # Ctrl-C ends the tests, and they end the processes
+    """Call a function in this new process."""
+    lead_session()
     function(*arguments)
 
 
+def lead_session() -> None:
+    """Let this new process lead a session of its own, and die with its parent."""
+    ctypes.CDLL(None).prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+    os.setsid()  # Ctrl-C ends the tests, and they end the processes
+
+
 def _run_command(
-    typed: Sequence[str], given: Mapping[str, str], outputs: tuple[Path, Path], folder: Path, source: Path
+    typed: Sequence[str],
+    given: Mapping[str, str],
+    outputs: tuple[Path, Path],
+    folder: Path,
+    source: Path,
+    pod_command: Sequence[str] | None,
 ) -> None:
-    """Run the command in this process, with its environment, folder, standard input and outputs replaced."""
-    os.chdir(folder)
-    os.environ.clear()
-    os.environ.update(given)
+    """Run the command in this process, with its environment, folder, standard input and outputs replaced.
+
+    Local pods are started by `pod_command` in place of the usual one, if it is given.
+    """
     with source.open("rb") as given_input:
         os.dup2(given_input.fileno(), 0)
-    sys.stdin = os.fdopen(0, closefd=False)
     for descriptor, file in zip((1, 2), outputs, strict=True):
         with file.open("ab") as sink:
             os.dup2(sink.fileno(), descriptor)
+    if pod_command is not None:
+        setattr(workers.deployer.main, "LOCAL_COMMAND", pod_command)  # noqa: B010 - elsewhere it is constant
+    run_here(typed, given, folder)
+
+
+def run_here(typed: Sequence[str], given: Mapping[str, str], folder: Path) -> None:
+    """Run the command in this process, in a folder, with `given` as its whole environment."""
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(given)
+    sys.stdin = os.fdopen(0, closefd=False)
     sys.argv = [*typed]
     main()

@@ -19,6 +19,7 @@ from kubernetes.aio import client
 
 from models.deployment import Deployment, DeploymentStatus, ObservedState, status_of
 from scheduler import lifecycle_policies, recovery
+from tests import relays
 from tests.cluster import cluster_harness as clusters
 from tests.cluster.cluster_harness import NAMESPACE, PROGRAM, DriverUnderTest, turn_until
 from tests.cluster.conftest import REAL
@@ -50,7 +51,6 @@ from workers.cluster.kubernetes_driver import KubernetesDriver
 from workers.cluster.manifests import DEFINITION_ANNOTATION
 from workers.deployer import deployment_rows, reconcile, reconcile_queue
 from workers.deployer.deployer import Deployer
-from workers.deployer.main import LOCAL_COMMAND
 
 PATIENCE_SECONDS = 60.0
 CURED_SECONDS = 20.0
@@ -559,7 +559,7 @@ async def run_pods(
             **settings,
         }
         async with run_test_deployer(
-            harness, cluster.reopen, command=LOCAL_COMMAND, cluster="kubernetes", **given
+            harness, cluster.reopen, command=relays.find_pod_command(), cluster="kubernetes", **given
         ):
             yield TwoMachineCluster(cluster, api)
 

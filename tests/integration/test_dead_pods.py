@@ -17,6 +17,7 @@ from sqlmodel import col
 from models.deployment import ObservedState
 from models.execution import Execution
 from models.pod_identity import PodProcess, lease_owner_prefix
+from tests import relays
 from tests.cluster.cluster_harness import open_fake_cluster
 from tests.http_receiver import run_receiver
 from tests.integration.deployers import (
@@ -53,7 +54,7 @@ async def harness(
 
 @asynccontextmanager
 async def run_pods(harness: GatewayHarness, driver: str, folder: Path, url: str) -> AsyncIterator[None]:
-    """Bring pods that are the real runner to this driver's cluster."""
+    """Bring pods that are the real runner to this driver's cluster; those of the local one are executed as by `dev`."""
     settings: dict[str, Any] = {
         "runner_gateway_url": url,
         "lease_seconds": LEASE_SECONDS,
@@ -65,7 +66,9 @@ async def run_pods(harness: GatewayHarness, driver: str, folder: Path, url: str)
         return
     async with (
         open_fake_cluster(folder) as (cluster, _),
-        run_test_deployer(harness, cluster.reopen, command=LOCAL_COMMAND, cluster="kubernetes", **settings),
+        run_test_deployer(
+            harness, cluster.reopen, command=relays.find_pod_command(), cluster="kubernetes", **settings
+        ),
     ):
         yield
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests import relays
 from tests.integration.command_shell import KEY, open_shell
 
 PROJECT = 'pytest_plugins = ["pilotflame_sdk.pytest_plugin"]'
@@ -51,10 +52,15 @@ def run_project(folder: Path, *options: str, **variables: str) -> str:
     """Run the tests of a project in a folder, and return their output."""
     (folder / "conftest.py").write_text(PROJECT)
     (folder / "test_workflow.py").write_text(TESTS)
+    # The fixture finds the command beside the Python that it runs in.
+    programs = folder / "bin"
+    programs.mkdir()
+    (programs / "python").symlink_to(sys.executable)
+    (programs / "pilotflame").symlink_to(relays.find_command())
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PILOTFLAME_")}
     # The project's conftest names the plugin of the SDK, and no other is needed.
     paths = {"PYTHONPATH": os.pathsep.join(sys.path), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "--rootdir", str(folder), *options]
+    command = [str(programs / "python"), "-m", "pytest", "-q", "--rootdir", str(folder), *options]
     done = subprocess.run(
         [*command, str(folder / "test_workflow.py")],
         cwd=folder,

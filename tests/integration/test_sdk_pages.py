@@ -15,7 +15,7 @@ import pytest
 from pilotflame_sdk import Client
 
 from docs.tables import ROOT
-from tests.command_runs import COMMAND
+from tests import relays
 from tests.integration.command_shell import KEY, CommandShell, open_shell
 
 GREETING: dict[str, Any] = {
@@ -57,7 +57,7 @@ def client(shell: CommandShell) -> Iterator[Client]:
 
 def run_program(shell: CommandShell, *command: str, **variables: str) -> str:
     environment = {**shell.given, "PYTHONPATH": str(ROOT / "sdk/python"), **variables}
-    path = f"{COMMAND.parent}{os.pathsep}{os.environ['PATH']}"
+    path = f"{relays.find_command().parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
         command,
         cwd=shell.folder,
