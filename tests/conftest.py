@@ -18,7 +18,15 @@ from xdist.scheduler import LoadFileScheduling
 from concurrency import gc_tuning
 from models import database
 from telemetry import exposition, instruments
-from tests import compiled_statements, databases, ordinary_run, preloads, services, shared_setup
+from tests import (
+    compiled_statements,
+    databases,
+    loaded_process,
+    ordinary_run,
+    preloads,
+    services,
+    shared_setup,
+)
 
 ROOM_BYTES = 2 << 30
 """Free memory with which temporary folders are put into it."""
@@ -163,6 +171,20 @@ class SharedFilesScheduling(LoadFileScheduling):  # type: ignore[misc] # a class
         file = Path(nodeid.partition("::")[0])
         group = next((group for group in FILES_IN_ONE_PROCESS if file.name in group), None)
         return str(file if group is None else file.with_name(group[0]))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(config: pytest.Config, specs: list[Any]) -> None:
+    """Let the processes of the run be forks of one that loads the tests once."""
+    process, command = loaded_process.start_process(shared_setup.find_folder(), config.invocation_params.args)
+
+    def end_process() -> None:
+        process.kill()
+        process.wait()
+
+    config.add_cleanup(end_process)
+    for spec in specs:
+        spec.python = command
 
 
 @pytest.hookimpl(optionalhook=True)

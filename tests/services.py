@@ -34,9 +34,6 @@ POLL_SECONDS = 0.01
 # that keeps trying can't end up connected to itself.
 PORTS = range(20_000, 32_000)
 
-# Processes that test at the same time draw from ports of their own.
-_SHARES = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-_SHARE = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % _SHARES
 _given_ports: set[int] = set()
 
 # Committed data outlives the server without syncs, and tests don't wait for a slow disk.
@@ -450,9 +447,12 @@ def _unprivileged_options() -> list[str]:
 
 def reserve_port() -> int:
     """Return a free port that no other test gets, nor an outgoing connection while its server is down."""
+    # Processes that test at the same time draw from ports of their own.
+    processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    process = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % processes
     while True:
-        port = random.choice(PORTS)
-        if port % _SHARES != _SHARE or port in _given_ports:
+        port = random.choice(PORTS[process::processes])
+        if port in _given_ports:
             continue
         with socket.socket() as candidate:
             try:

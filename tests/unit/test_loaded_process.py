@@ -1,0 +1,40 @@
+"""Forks of a process that has loaded the tests."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests import loaded_process
+
+PROGRAM = "import os, sys; print(os.getppid(), sys.stdin.readline())"
+
+
+@pytest.mark.parametrize(
+    ("source", "is_forked"), [("def test_nothing(): ...", True), ("import nothing_of_this_name", False)]
+)
+def test_a_program_runs_in_a_fork_unless_a_test_cannot_be_imported(
+    tmp_path: Path, source: str, *, is_forked: bool
+) -> None:
+    file = tmp_path / "test_one.py"
+    file.write_text(source)
+    arguments = [str(file), f"--rootdir={tmp_path}", f"--config-file={tmp_path / 'pytest.ini'}"]
+    (tmp_path / "pytest.ini").touch()
+    process, command = loaded_process.start_process(tmp_path, arguments)
+    try:
+        started = subprocess.run(
+            [*shlex.split(command), "-u", "-c", PROGRAM],
+            input="a line",
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        parent, line = started.stdout.split(maxsplit=1)
+        assert (int(parent) == process.pid) is is_forked
+        assert line.strip() == "a line"
+    finally:
+        process.kill()
+        process.wait()
