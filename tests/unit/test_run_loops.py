@@ -802,6 +802,7 @@ def wait_for_two_turns(call: NodeCall) -> NodeOutcome:
 
 
 async def test_a_loop_of_ten_thousand_items_keeps_little_in_memory() -> None:
+    gc.freeze()  # hides the objects of other tests, which would take long to go through
     graph = compile_loop("start > loop; loop:continue > echo1 > echo2; loop:done > end", STEPS)
     worker = SimulatedWorker(graph, cast("Json", list(range(10_000))))
     worker.notebook = notebook = CountingJournal()
