@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import socket
@@ -12,8 +13,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
 from tests.command_runs import COMMAND
 from tests.forks import ForkedCommand
 from tests.system.wait_conditions import wait_until
@@ -23,6 +22,12 @@ SHUTDOWN_SECONDS = 60.0
 CONNECT_SECONDS = 0.2
 UNREAD_SECONDS = 0.5
 """Delay until the test reads a request that a process sent before it died."""
+
+LOOK_SECONDS = 0.001
+"""Pause between looks at the state of a process that is about to change, in which it has the processor."""
+STOPPED = "T"
+GONE = ("", "Z", "X")
+"""States of processes that a signal has stopped, and of those that have ended."""
 
 ABANDONED = re.compile(r'"event":"run abandoned".*?"execution_id":"(\w+)"')
 
@@ -117,8 +122,9 @@ class SystemProcess:
         self._signal(signal.SIGKILL)
         assert self._process is not None
         self._process.wait()
-        while any(_is_alive(process) for process in family):
-            pass  # a worker dies with its parent within milliseconds, during which no other fault may strike
+        while any(_read_state(process) not in GONE for process in family):
+            # A worker dies with its parent within milliseconds, during which no other fault may strike.
+            time.sleep(LOOK_SECONDS)
 
     def pause(self) -> None:
         """Stop the process with SIGSTOP, unnoticed by others; return once it is stopped."""
@@ -127,16 +133,14 @@ class SystemProcess:
         self._note(self._pause)
         family = self._family()
         for process in family:
-            process.send_signal(signal.SIGSTOP)
-        while any(
-            process.status() not in {psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE} for process in family
-        ):
-            pass  # it takes microseconds, during which no other fault may strike
+            _send(process, signal.SIGSTOP)
+        while any(_read_state(process) not in {STOPPED, *GONE} for process in family):
+            time.sleep(LOOK_SECONDS)  # it takes microseconds, during which no other fault may strike
 
     def resume(self) -> None:
         """Continue the process with SIGCONT after a pause."""
         for process in self._family():
-            process.send_signal(signal.SIGCONT)
+            _send(process, signal.SIGCONT)
         self._end_pause()
 
     @contextmanager
@@ -189,16 +193,18 @@ class SystemProcess:
 
     def has_socket(self, sockets: Collection[str]) -> bool:
         """Return whether the process has one of these sockets open."""
-        return self.is_alive and any(
-            not _read_descriptors(one.pid).isdisjoint(sockets) for one in self._family()
-        )
+        return self.is_alive and any(not _read_descriptors(one).isdisjoint(sockets) for one in self._family())
 
-    def _family(self) -> list[psutil.Process]:
-        """Return the process, and of a worker the child that executes the runs; empty if it is gone."""
-        with suppress(psutil.NoSuchProcess):
-            process = psutil.Process(self.process_id)
-            return [process, *process.children()[:1]] if self._arguments[0] == "worker" else [process]
-        return []
+    def _family(self) -> list[int]:
+        """Return the id of the process, and of a worker also that of the child that executes the runs.
+
+        The list is empty if the process is gone.
+        """
+        if _read_state(self.process_id) in GONE:
+            return []
+        if self._arguments[0] != "worker":
+            return [self.process_id]
+        return [self.process_id, *_find_children(self.process_id)[:1]]
 
     def _signal(self, number: signal.Signals) -> None:
         assert self._process is not None
@@ -236,10 +242,30 @@ def _read_descriptors(process_id: int) -> set[str]:
     return targets
 
 
-def _is_alive(process: psutil.Process) -> bool:
-    with suppress(psutil.NoSuchProcess):
-        return process.status() != psutil.STATUS_ZOMBIE
-    return False
+def _find_children(process_id: int) -> list[int]:
+    """Return the ids of the children of a process, in their order, by the lists that the kernel keeps of them.
+
+    To find them by their parents, as psutil does, every process of the machine would be read.
+    """
+    children: list[int] = []
+    with suppress(FileNotFoundError, ProcessLookupError):
+        for thread in Path(f"/proc/{process_id}/task").iterdir():
+            with suppress(FileNotFoundError, ProcessLookupError):
+                children += map(int, (thread / "children").read_text().split())
+    return sorted(children)
+
+
+def _read_state(process_id: int) -> str:
+    """Return the letter that the kernel gives for the state of a process; none if there is no such process."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        # The name of the program before it may contain spaces and parentheses.
+        return Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()[0]
+    return ""
+
+
+def _send(process_id: int, number: signal.Signals) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(process_id, number)
 
 
 def _is_listening(port: int) -> bool:

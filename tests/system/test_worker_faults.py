@@ -1,5 +1,6 @@
 from functools import partial
 
+from journal.store import JournalStore
 from journal.store_factory import open_store
 from models.database import parse_url
 from models.errors import DatabaseUnavailable
@@ -149,25 +150,24 @@ async def test_a_run_ends_when_its_time_is_over_though_its_worker_died_meanwhile
 
 async def _pause_until_taken_back(sleeper: SystemProcess, deployment: SystemUnderTest, run: str) -> bool:
     """Pause a worker until its run is reclaimed; return False if a write of it has locked SQLite's file."""
-    with sleeper.paused():
-        try:
-            # Reclaimed meanwhile: with a process of its own it might renew its lease before its sweep meets it.
-            await wait_until(partial(_is_taken_back, deployment, run))
-        except DatabaseUnavailable:
-            return False
-    return True
-
-
-async def _is_taken_back(deployment: SystemUnderTest, run: str) -> bool:
-    """Sweep like a worker; return whether the run has no owner or another worker."""
-    ((before,),) = await deployment.records.fetch(f"SELECT token FROM execution WHERE id = '{run}'")
     environment = deployment.gateway.environment
     file = f"sqlite:///{environment['PILOTFLAME_DATA_DIR']}/pilotflame.db"
     store = await open_store(parse_url(environment.get("PILOTFLAME_DATABASE_URL", file)))
-    try:
-        return (await store.sweep(100)).requeued > 0 or before > 1
-    finally:
-        await store.close()
+    with sleeper.paused():
+        try:
+            # Reclaimed meanwhile: with a process of its own it might renew its lease before its sweep meets it.
+            await wait_until(partial(_is_taken_back, deployment, store, run))
+        except DatabaseUnavailable:
+            return False
+        finally:
+            await store.close()
+    return True
+
+
+async def _is_taken_back(deployment: SystemUnderTest, store: JournalStore, run: str) -> bool:
+    """Sweep like a worker; return whether the run has no owner or another worker."""
+    ((before,),) = await deployment.records.fetch(f"SELECT token FROM execution WHERE id = '{run}'")
+    return (await store.sweep(100)).requeued > 0 or before > 1
 
 
 async def _is_waited_for(deployment: SystemUnderTest, owner: int) -> bool:
