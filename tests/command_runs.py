@@ -82,11 +82,17 @@ class RunningCommand:
         fails if the command ends before, or after a minute.
         """
         deadline = time.monotonic() + PATIENCE_SECONDS
-        while (found := re.search(pattern, self.log(), re.DOTALL)) is None:
-            assert self.process.poll() is None, self.log()
+        searched_bytes = -1
+        while True:
+            has_ended = self.process.poll() is not None
+            # Most looks find no more output than the last one.
+            if (size := self._log.stat().st_size) != searched_bytes:
+                if (found := re.search(pattern, self.log(), re.DOTALL)) is not None:
+                    return found
+                searched_bytes = size
+            assert not has_ended, self.log()
             assert time.monotonic() < deadline, f"{pattern} is not in: {self.log()}"
             time.sleep(POLL_SECONDS)
-        return found
 
     def ends(self) -> int:
         """Wait up to a minute for the end of the command, and return its exit code."""

@@ -45,10 +45,10 @@ def test_objects_are_valid_and_restricted_for_any_user_input(text: str, value: s
 
 def test_the_token_stands_in_its_secret_alone_and_replicas_nowhere() -> None:
     made = manifests.build_objects(
-        desired_deployment(environment={TOKEN_VARIABLE: "another"}), cluster_layout()
+        desired_deployment(environment={TOKEN_VARIABLE: "other-canary"}), cluster_layout()
     )
     assert [manifest["kind"] for manifest in made if "token-canary" in str(manifest)] == []
-    assert "another" not in str(made)
+    assert "other-canary" not in str(made)
     deployment = made[-1]
     assert "replicas" not in deployment["spec"]
     assert deployment["spec"]["template"]["spec"]["automountServiceAccountToken"] is False
