@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Final
+from functools import cache
+from typing import TYPE_CHECKING, Any, Final
 
 from msgspec import Struct
-from sqlalchemy import select, tuple_
+from sqlalchemy import bindparam, select, tuple_
 from sqlmodel import col
 
 from models.access import Organization
@@ -16,6 +17,7 @@ from nodes import custom_types
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from sqlalchemy import Select
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from engine.node_api import NodeType
@@ -43,6 +45,30 @@ class CachedCatalog(Struct):
     catalog: NodeCatalog
 
 
+@cache
+def _select_versions() -> Select[*tuple[Any, ...]]:
+    """Return the statement that reads the versions of custom types of the organization `organization_id`, and its
+    default language model.
+
+    It is one for both, built once: it is executed before each run whose workflow isn't cached.
+    """
+    from models.ai_model import AiSettings  # noqa: PLC0415 - loaded with the first workflow
+
+    return (
+        select(
+            col(CustomNodeType.type),
+            col(CustomNodeType.version),
+            col(CustomNodeType.hash),
+            col(CustomNodeType.is_deprecated),
+            col(AiSettings.default_model_id),
+        )
+        .select_from(Organization)
+        .outerjoin(CustomNodeType, col(CustomNodeType.organization_id) == col(Organization.id))
+        .outerjoin(AiSettings, col(AiSettings.organization_id) == col(Organization.id))
+        .where(col(Organization.id) == bindparam("organization_id"))
+    )
+
+
 class OrganizationCatalogs:
     """Catalogs of the organizations that this process serves. Each use asks the database for changes."""
 
@@ -66,22 +92,7 @@ class OrganizationCatalogs:
 
         Without custom types and a default language model it is the catalog of the library.
         """
-        from models.ai_model import AiSettings  # noqa: PLC0415 - loaded with the first workflow
-
-        # One statement for both: this is read before each run whose workflow isn't cached.
-        rows = await connection.execute(
-            select(
-                col(CustomNodeType.type),
-                col(CustomNodeType.version),
-                col(CustomNodeType.hash),
-                col(CustomNodeType.is_deprecated),
-                col(AiSettings.default_model_id),
-            )
-            .select_from(Organization)
-            .outerjoin(CustomNodeType, col(CustomNodeType.organization_id) == col(Organization.id))
-            .outerjoin(AiSettings, col(AiSettings.organization_id) == col(Organization.id))
-            .where(col(Organization.id) == organization_id)
-        )
+        rows = await connection.execute(_select_versions(), {"organization_id": organization_id})
         versions: dict[tuple[str, str], VersionState] = {}
         default_model_id: str | None = None
         for row in rows:

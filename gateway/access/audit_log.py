@@ -33,6 +33,8 @@ MAX_PATH: Final = 200
 MAX_TEXT: Final = 100
 """Characters of a value as JSON that are recorded; longer ones are recorded as a hash."""
 HIDDEN: Final = "(hidden)"
+_INSERT: Final = insert(AuditEntry).values(created_at=PresentTime())
+"""Statement of all entries: most requests that change something execute it, and to build it takes 0.1 ms."""
 _NOT_HASHED: Final = {"hash", "secret_id", "last_used_at", "last_route", "last_address_hash"}
 
 
@@ -86,22 +88,21 @@ async def record_change(
     if before == after:
         return
     origin = origin or current_origin()
-    statement = insert(AuditEntry).values(
-        id=ids.new_id("audit"),
-        organization_id=author.organization_id,
-        shard=author.shard,
-        user_id=author.user_id,
-        key_id=author.key_id,
-        action=action,
-        object_id=object_id,
-        before_hash=before,
-        after_hash=after,
-        request_id=origin.request_id if origin else None,
-        address_hash=origin.address_hash if origin else None,
-        changes=[{**change} for change in changes] if changes else None,
-        created_at=PresentTime(),
-    )
-    await connection.execute(statement)
+    columns = {
+        "id": ids.new_id("audit"),
+        "organization_id": author.organization_id,
+        "shard": author.shard,
+        "user_id": author.user_id,
+        "key_id": author.key_id,
+        "action": action,
+        "object_id": object_id,
+        "before_hash": before,
+        "after_hash": after,
+        "request_id": origin.request_id if origin else None,
+        "address_hash": origin.address_hash if origin else None,
+        "changes": [{**change} for change in changes] if changes else None,
+    }
+    await connection.execute(_INSERT, columns)
 
 
 def list_changes(
