@@ -265,6 +265,8 @@ def run_postgres(
             "port": str(url.port),
             "unix_socket_directories": "",
             "max_connections": "200",
+            # It would start a process for each database each minute, and change plans at any moment of a test.
+            "autovacuum": "off",
             **durability,
         }
         options = [option for name, value in settings.items() for option in ("-c", f"{name}={value}")]
