@@ -246,6 +246,12 @@ def pytest_collection_finish() -> None:
     gc_tuning.tune_at_start()
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure() -> None:
+    """Exclude all objects from further garbage collections, those of the interpreter's end: pytest has just had one."""
+    gc.freeze()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _garbage() -> Iterator[None]:
     """Keep in-process servers from tuning the garbage collector: the tests' heap is a hundred times theirs."""
