@@ -232,22 +232,16 @@ async def test_an_upgraded_database_has_all_its_rows_and_the_tables_of_a_new_one
     assert await schemas.read(url) == before
 
 
-async def test_a_database_of_release_0_1_0_gets_later_additions_to_its_revision(
-    first_fixture: Fixture, tmp_path: Path, postgres: services.PostgresServer
-) -> None:
-    url = await fixtures.restore(first_fixture, postgres, tmp_path, {})
-    await schemas.execute(url, UNDO_ADDITIONS)
-    await schema_migration.migrate(parse_url(url))
-    assert (await schemas.read(url)).columns == (await read_new(first_fixture, tmp_path, postgres)).columns
-
-
-async def test_keys_with_all_scopes_get_new_ones(
+async def test_a_database_of_release_0_1_0_gets_later_additions_and_its_keys_get_new_scopes(
     first_fixture: Fixture, tmp_path: Path, postgres: services.PostgresServer
 ) -> None:
     url = await fixtures.restore(first_fixture, postgres, tmp_path, {})
     limited = "UPDATE api_key SET scopes = '[\"workflows:read\"]' WHERE id = (SELECT max(id) FROM api_key)"
-    await schemas.execute(url, [limited])
+    await schemas.execute(url, [*UNDO_ADDITIONS, limited])
     await schema_migration.migrate(parse_url(url))
+    assert (await schemas.read(url)).columns == (await read_new(first_fixture, tmp_path, postgres)).columns
+
+    # Only keys that had all scopes get new ones.
     database = Database(parse_url(url))
     async with database.read() as connection:
         scopes = (await connection.execute(select(col(ApiKey.scopes)).order_by(col(ApiKey.id)))).scalars()
