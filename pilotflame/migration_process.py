@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from typing import Final
+
+MIGRATE_COMMAND: Final = (sys.executable, "-m", "pilotflame", "migrate")
 
 
 def begin_migration(database_url: str) -> subprocess.Popen[bytes]:
@@ -13,5 +16,4 @@ def begin_migration(database_url: str) -> subprocess.Popen[bytes]:
     Alembic would stay in the memory of this one.
     """
     environment = os.environ | {"PILOTFLAME_DATABASE_URL": database_url}
-    command = [sys.executable, "-m", "pilotflame", "migrate"]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)  # noqa: S603 - this program itself
+    return subprocess.Popen(MIGRATE_COMMAND, env=environment, stdout=subprocess.DEVNULL)  # noqa: S603 - this program itself

@@ -132,12 +132,13 @@ def run_command(
     log: Path,
     folder: Path | None = None,
     anew: bool = False,
+    starts_anew: bool = False,
     leaves_children: bool = False,
 ) -> Iterator[RunningCommand]:
     """Run a command during a block, its output in the file `log`; kill it and its descendants at the end.
 
-    With `anew` it is a fresh process, so that its memory and its time are its own, and its pods are fresh too. With
-    `leaves_children` its descendants go on, for a test about those.
+    With `anew` it is a fresh process, so that its memory and its time are its own; so are the pods and migrations that
+    it starts, and with `starts_anew` only those. With `leaves_children` its descendants go on, for a test about those.
     """
     log.write_bytes(b"")
     if anew:
@@ -147,14 +148,14 @@ def run_command(
                 typed, env=given, stdout=sink, stderr=sink, cwd=folder
             )
     else:
-        runs_pods = arguments[0] in {"deployer", "dev"}
+        has_relays = arguments[0] in {"deployer", "dev"} and not starts_anew
         process = ForkedCommand(
             COMMAND,
             arguments,
             given,
             (log, log),
             folder,
-            pod_command=relays.find_pod_command() if runs_pods else None,
+            relay=relays.find_command() if has_relays else None,
         )
     running = RunningCommand(process, log)
     try:

@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import workers.deployer.main
-from pilotflame import commands
+from pilotflame import commands, migration_process
 from pilotflame.command import main
 
 LOADED = (
@@ -117,12 +117,13 @@ class ForkedCommand(ForkedProcess):
         outputs: tuple[Path, Path],
         folder: Path | None = None,
         source: Path | None = None,
-        pod_command: Sequence[str] | None = None,
+        relay: Path | None = None,
     ) -> None:
         """Start the process with `given` as its whole environment.
 
         Its output is appended to two files, for stdout and stderr, or to one that is named twice. `source` is the file
-        of its standard input, `folder` its working folder. `pod_command` starts local pods in place of the usual one.
+        of its standard input, `folder` its working folder. The command starts pods and migrations by the file
+        `relay`, if it is given.
         """
         typed = [str(command), *arguments]
         super().__init__(
@@ -132,7 +133,7 @@ class ForkedCommand(ForkedProcess):
             outputs,
             folder or Path.cwd(),
             source or Path(os.devnull),
-            pod_command,
+            relay,
         )
 
 
@@ -154,24 +155,26 @@ def _run_command(
     outputs: tuple[Path, Path],
     folder: Path,
     source: Path,
-    pod_command: Sequence[str] | None,
+    relay: Path | None,
 ) -> None:
-    """Run the command in this process, with its environment, folder, standard input and outputs replaced.
-
-    Local pods are started by `pod_command` in place of the usual one, if it is given.
-    """
+    """Run the command in this process, with its environment, folder, standard input and outputs replaced."""
     with source.open("rb") as given_input:
         os.dup2(given_input.fileno(), 0)
     for descriptor, file in zip((1, 2), outputs, strict=True):
         with file.open("ab") as sink:
             os.dup2(sink.fileno(), descriptor)
-    if pod_command is not None:
-        setattr(workers.deployer.main, "LOCAL_COMMAND", pod_command)  # noqa: B010 - elsewhere it is constant
-    run_here(typed, given, folder)
+    run_here(typed, given, folder, relay)
 
 
-def run_here(typed: Sequence[str], given: Mapping[str, str], folder: Path) -> None:
-    """Run the command in this process, in a folder, with `given` as its whole environment."""
+def run_here(typed: Sequence[str], given: Mapping[str, str], folder: Path, relay: Path | None) -> None:
+    """Run the command in this process, in a folder, with `given` as its whole environment.
+
+    It starts pods and migrations by the file `relay`, if it is given.
+    """
+    if relay is not None:
+        # They are constants of the command.
+        setattr(workers.deployer.main, "LOCAL_COMMAND", (str(relay), "runner"))  # noqa: B010
+        setattr(migration_process, "MIGRATE_COMMAND", (str(relay), "migrate"))  # noqa: B010
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(given)

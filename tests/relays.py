@@ -33,13 +33,13 @@ def find_command() -> Path:
     """Return an executable file `pilotflame`, alone in its folder, whose commands are forked; made once."""
     # The name is unknown to the file system, so that nothing is left of it.
     address = f"pilotflame-relays-{os.getpid()}"
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
-        listener.bind(f"\0{address}")
-        listener.listen()
-        forks.ForkedProcess(_serve_relays, listener)
     folder = Path(mkdtemp(prefix="relay-"))
     atexit.register(_delete_folder, folder, os.getpid())
     command = folder / "pilotflame"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(f"\0{address}")
+        listener.listen()
+        forks.ForkedProcess(_serve_relays, listener, command)
     program = shlex.join([sys.executable, "-I", "-S", str(PROGRAM), address])
     command.write_text(f'#!/bin/sh\nexec {program} "$@"\n')
     command.chmod(0o755)
@@ -74,12 +74,12 @@ class CommandRequest:
         environment = dict(variable.split("=", 1) for variable in variables)
         return cls(Path(folder), arguments, environment, descriptors)
 
-    def run(self) -> None:
-        """Run the command in this process."""
+    def run(self, relay: Path) -> None:
+        """Run the command in this process; it starts others by the same relay."""
         for standard, descriptor in enumerate(self.descriptors):
             os.dup2(descriptor, standard)
             os.close(descriptor)
-        forks.run_here(["pilotflame", *self.arguments], self.environment, self.folder)
+        forks.run_here(["pilotflame", *self.arguments], self.environment, self.folder, relay)
 
 
 class RelayServer:
@@ -142,8 +142,8 @@ class RelayServer:
         os.close(handle)
 
 
-def _serve_relays(listener: socket.socket) -> None:
+def _serve_relays(listener: socket.socket, command: Path) -> None:
     """Serve relays in this process; run the command of one in each of its forks."""
     request = RelayServer(listener).await_request()
     forks.lead_session()
-    request.run()
+    request.run(command)

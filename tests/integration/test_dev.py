@@ -48,7 +48,9 @@ def test_the_first_start_prints_a_key_and_lines_that_work_and_the_next_one_only_
 ) -> None:
     folder = tmp_path / "data"
     given = command_environment(folder)
-    with command_runs.run_command("dev", "--port", "0", given=given, log=tmp_path / "first.log") as first:
+    with command_runs.run_command(
+        "dev", "--port", "0", given=given, log=tmp_path / "first.log", starts_anew=True
+    ) as first:
         key, lines = first.says(rf"({KEY}).*wait for its result:\n(.*progress[^\n]*)\n").groups()
         shown = subprocess.run(["bash", "-euc", lines], capture_output=True, text=True, check=True).stdout
         assert "Hello, world!" in shown
