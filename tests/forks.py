@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import multiprocessing
 import os
 import pkgutil
@@ -11,7 +12,9 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from multiprocessing import forkserver
 from pathlib import Path
+from unittest.mock import patch
 
 import workers.deployer.main
 from pilotflame import commands, migration_process
@@ -65,19 +68,32 @@ LOADED = (
     "tests.frozen_heap",
 )
 SET_PARENT_DEATH_SIGNAL = 1
+PRELOAD = "LD_PRELOAD"
 
+_MODULES = ["tests.paused_collections", "tests.forks", *LOADED]
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.paused_collections", "tests.forks", *LOADED])
+_context.set_forkserver_preload(_MODULES)
 
 
 class ForkedProcess:
     """Function in a process and a session of its own, with those methods of `subprocess.Popen` that tests need."""
 
-    def __init__(self, function: Callable[..., object], *arguments: object) -> None:
-        """Start the process, which dies with the tests. Function and arguments must be picklable."""
+    def __init__(
+        self, function: Callable[..., object], *arguments: object, preload: str | None = None
+    ) -> None:
+        """Start the process, which dies with the tests. Function and arguments must be picklable.
+
+        `preload` is the file of a library that the dynamic linker has loaded into it before all others.
+        """
         # A daemon: else the tests would wait for it in the end.
         self._process = _context.Process(target=_run_forked, args=(function, arguments), daemon=True)
-        self._process.start()
+        if preload is None:
+            self._process.start()
+            return
+        # The module knows one server only.
+        connect = _start_server(preload).connect_to_new_process
+        with patch.object(forkserver, "connect_to_new_process", connect):
+            self._process.start()
 
     @property
     def pid(self) -> int:
@@ -123,7 +139,7 @@ class ForkedCommand(ForkedProcess):
 
         Its output is appended to two files, for stdout and stderr, or to one that is named twice. `source` is the file
         of its standard input, `folder` its working folder. The command starts pods and migrations by the file
-        `relay`, if it is given.
+        `relay`, if it is given. `LD_PRELOAD` may name the library of a shifted clock.
         """
         typed = [str(command), *arguments]
         super().__init__(
@@ -134,7 +150,18 @@ class ForkedCommand(ForkedProcess):
             folder or Path.cwd(),
             source or Path(os.devnull),
             relay,
+            preload=given.get(PRELOAD),
         )
+
+
+@functools.cache
+def _start_server(preload: str) -> forkserver.ForkServer:
+    """Start a process that has loaded the command, and a library before it, and return its client."""
+    server = forkserver.ForkServer()
+    server.set_forkserver_preload(_MODULES)
+    with patch.dict(os.environ, {PRELOAD: preload}):
+        server.ensure_running()
+    return server
 
 
 def _run_forked(function: Callable[..., object], arguments: tuple[object, ...]) -> None:
@@ -178,6 +205,9 @@ def run_here(typed: Sequence[str], given: Mapping[str, str], folder: Path, relay
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(given)
+    if PRELOAD in given:
+        # The environment in which the library was loaded did not name the file of this process's clock.
+        ctypes.CDLL(None).map_shift()
     sys.stdin = os.fdopen(0, closefd=False)
     sys.argv = [*typed]
     main()

@@ -1,5 +1,6 @@
 /* A wall clock that is wrong by as much as a file says, for a process that is loaded with this by LD_PRELOAD.
-   The file CLOCK_SHIFT_FILE holds nanoseconds as a signed 64-bit integer, and may change at any time. */
+   The file CLOCK_SHIFT_FILE holds nanoseconds as a signed 64-bit integer, and may change at any time.
+   A process that is forked gets a clock of its own if it changes that variable and calls map_shift. */
 #define _GNU_SOURCE
 #include <fcntl.h>
 #include <stdint.h>
@@ -14,7 +15,7 @@
 
 static const volatile int64_t *shift;
 
-__attribute__((constructor)) static void map_shift(void) {
+__attribute__((constructor)) void map_shift(void) {
     const char *path = getenv("CLOCK_SHIFT_FILE");
     int file = path ? open(path, O_RDONLY | O_CLOEXEC) : -1;
     if (file < 0)

@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -71,7 +70,7 @@ class SystemProcess:
         self._has_runs = arguments[0] in {"worker", "dev"}
         self._has_http = arguments[0] in {"gateway", "dev"}
         self._pause: InjectedFault | None = None
-        self._process: ForkedCommand | subprocess.Popen[bytes] | None = None
+        self._process: ForkedCommand | None = None
 
     @property
     def process_id(self) -> int:
@@ -96,9 +95,6 @@ class SystemProcess:
         """Start the process, which must not be alive; its log continues."""
         assert not self.is_alive
         self._log_start = self._log.stat().st_size
-        if "LD_PRELOAD" in self.environment:
-            self._process = self._loaded_anew()
-            return
         self._process = ForkedCommand(
             COMMAND, self._arguments, self.environment, (self._log, self._log), self._folder
         )
@@ -107,11 +103,6 @@ class SystemProcess:
         """Start the process unless it lives."""
         if not self.is_alive:
             self.start()
-
-    def _loaded_anew(self) -> subprocess.Popen[bytes]:
-        typed = ["setpriv", "--pdeathsig=KILL", str(COMMAND), *self._arguments]
-        with self._log.open("ab") as sink:
-            return subprocess.Popen(typed, env=self.environment, stdout=sink, stderr=sink, cwd=self._folder)
 
     def kill(self) -> None:
         """Kill the process with SIGKILL, as a crash would, and wait until it and its child are gone."""

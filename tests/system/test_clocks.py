@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
@@ -72,6 +73,8 @@ async def dev(
 async def test_wrong_and_adjusted_host_clocks_fail_no_run_and_move_no_wait(
     many: SystemUnderTest, clocks: dict[str, ShiftedClock], ledger: EffectLedger
 ) -> None:
+    logged = json.loads(many.gateway.log().splitlines()[0])["time"]
+    assert age(logged) < -DAY / 2, "the clock of the gateway is not wrong"
     await run_through(
         many.url,
         ledger,
