@@ -1,5 +1,6 @@
 """Commands of the README do what it says."""
 
+import asyncio
 import json
 import os
 import re
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import command_runs
+from tests import command_runs, databases
 from tests.system.harness import COMMAND
 
 ROOT = Path(__file__).parents[2]
@@ -27,7 +28,7 @@ def _code_blocks(section: str, kind: str = "sh") -> list[str]:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("readme") / "data"
+    return asyncio.run(databases.create_data_folder(tmp_path_factory.mktemp("readme") / "data"))
 
 
 @pytest.fixture(scope="module")
