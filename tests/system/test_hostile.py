@@ -53,6 +53,7 @@ END_SECONDS = 60.0
 SHORT_SECONDS = 0.2
 """Time limit of what has no end: the processors are busy throughout."""
 SMALL = {
+    "MAX_OUTPUT_BYTES": "7000000",  # above the largest body and the largest answer that are taken in
     "MAX_LOOP_ITEMS": "1000",
     "MAX_ITERATIONS": "3000",
     "MAX_RUN_DEPTH": "4",
@@ -206,9 +207,9 @@ def make_operation(name: str, *args: Json) -> Json:
 NUMBERS = make_node("numbers", "set", values={"all": make_operation("range", ELEMENTS)})
 
 
-def computing_workflow(value: Json) -> Workflow:
-    """Return a workflow that computes one value, of a long list of numbers."""
-    return chain_workflow(NUMBERS, make_node("bomb", "set", values={"value": value}))
+def computing_workflow(value: Json, *before: workflow_shapes.Node) -> Workflow:
+    """Return a workflow that computes one value after the nodes `before`, whose outputs it may use."""
+    return chain_workflow(*before, make_node("bomb", "set", values={"value": value}))
 
 
 def condition_workflow(condition: Json) -> Workflow:
@@ -359,14 +360,15 @@ for _ in range(70):
 
 
 BOMBS = (
-    (computing_workflow([make_operation("length", make_operation("unique", ALL))] * 400), TOO_MUCH),
+    (computing_workflow([make_operation("length", make_operation("unique", ALL))] * 400, NUMBERS), TOO_MUCH),
     (
         computing_workflow(
-            [make_operation("length", make_operation("from-json", make_operation("to-json", ALL)))] * 9
+            [make_operation("length", make_operation("from-json", make_operation("to-json", ALL)))] * 9,
+            NUMBERS,
         ),
         TOO_MUCH,
     ),
-    (computing_workflow([make_operation("length", make_operation("sort", ALL))] * 400), TOO_MUCH),
+    (computing_workflow([make_operation("length", make_operation("sort", ALL))] * 400, NUMBERS), TOO_MUCH),
     (computing_workflow([make_operation("range", LONGEST_LIST)] * 9), "output-too-large"),
     (computing_workflow(make_operation("concat", *[make_operation("pad", "x", 1_000_000)] * 50)), TOO_MUCH),
     (
@@ -377,7 +379,7 @@ BOMBS = (
         ),
         "10,000,000 characters",
     ),
-    (computing_workflow(f"{ALL} " * 8), TOO_MUCH),
+    (computing_workflow(f"{ALL} " * 8, NUMBERS), TOO_MUCH),
     (computing_workflow(make_operation("multiply", 1e308, 10)), "too large"),
     (computing_workflow(make_operation("range", 10**12)), "1,000,000 elements"),
     (condition_workflow({"any": [{"left": ALL, "operator": "contains", "right": -1}] * 1_000}), TOO_MUCH),
