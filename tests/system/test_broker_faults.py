@@ -11,7 +11,7 @@ from tests.system.wait_conditions import wait_until
 
 pytestmark = on_many_processes_and_both_run_paths
 
-RUNS = 10
+RUNS = 6
 PROMPT_SECONDS = 0.5
 """Sooner than a sweep: the run was woken."""
 

@@ -18,7 +18,7 @@ from tests.system.harness import (
 from tests.system.ledger import EffectLedger
 from tests.system.wait_conditions import wait_until
 
-RUNS = 10
+RUNS = 6
 CLAIM = b"\0\7\0\0\0\6shared"
 """Part of each claim of a worker in PostgreSQL's protocol: seven arguments, and the first of them.
 

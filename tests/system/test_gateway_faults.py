@@ -15,7 +15,7 @@ async def test_a_burst_of_requests_acts_once_though_the_gateway_is_killed_in_its
     deployment: SystemUnderTest, client: RetryingClient, ledger: EffectLedger
 ) -> None:
     workflow = await client.create(workflow_shapes.chain_workflow(ledger.writes("charge")))
-    keys = [str(uuid4()) for _ in range(60)]
+    keys = [str(uuid4()) for _ in range(40)]
     async with deployment.supervised():
         # Each is sent twice at once, as by a client that lost patience.
         requests = [asyncio.create_task(client.execute(workflow, key=key)) for key in keys + keys]

@@ -17,7 +17,7 @@ FEW = 3
 async def test_many_runs_end_once_each_though_every_part_fails_meanwhile(
     deployment: SystemUnderTest, client: RetryingClient, ledger: EffectLedger, *, is_thorough: bool
 ) -> None:
-    plan = StormPlan(runs=200 if is_thorough else 120, seconds=12, seed=7)
+    plan = StormPlan(runs=200 if is_thorough else 80, seconds=12, seed=7)
     report = await storm.run_storm(plan, deployment, client, ledger)
     assert report.calm_seconds < LONGEST_RUN_SECONDS + RECOVERY_SECONDS, report
     assert report.crashed <= FEW, report
@@ -27,7 +27,7 @@ async def test_many_runs_end_once_each_though_every_part_fails_meanwhile(
 async def test_many_runs_end_once_each_though_their_only_process_fails_again_and_again(
     deployment: SystemUnderTest, client: RetryingClient, ledger: EffectLedger, *, is_thorough: bool
 ) -> None:
-    plan = StormPlan(runs=100 if is_thorough else 60, seconds=6, seed=11)
+    plan = StormPlan(runs=100 if is_thorough else 40, seconds=6, seed=11)
     report = await storm.run_storm(plan, deployment, client, ledger)
     assert report.calm_seconds < LONGEST_RUN_SECONDS + RECOVERY_SECONDS, report
     assert report.crashed <= FEW, report

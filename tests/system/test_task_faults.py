@@ -247,7 +247,7 @@ async def test_executors_that_die_around_the_commit_leave_one_task_for_each_node
 ) -> None:
     workflow_id, type_name = await add_workflow(client)
     async with deployment.supervised():
-        runs = await asyncio.gather(*(client.execute(workflow_id) for _ in range(12)))
+        runs = await asyncio.gather(*(client.execute(workflow_id) for _ in range(8)))
         for executor in deployment.workers:
             executor.kill()
         worker, keys = FaultyWorker(client, type_name), Counter[str]()
