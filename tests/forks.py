@@ -47,6 +47,9 @@ LOADED = (
     "messages.redis_broker",
     "models.postgresql_sessions",
     "models.sqlite_driver",
+    "nodes.library.agent",
+    "nodes.library.llm",
+    "nodes.library.manual",
     "opentelemetry.sdk.metrics",
     "pilotflame.live_view",
     "pilotflame.worker_files",
@@ -64,6 +67,7 @@ LOADED = (
     "uvicorn.lifespan.off",
     "uvicorn.lifespan.on",
     "yaml",
+    "tests.integration.dies_at_commit",
     "tests.relays",
     "tests.frozen_heap",
 )
