@@ -161,6 +161,18 @@ async def open_state(settings: GatewaySettings) -> AsyncIterator[GatewayState]:
         await schema_migration.require_current(database)
         store = await open_store(url, clock=database.clock, connections=settings.run_path_connections)
         stack.push_async_callback(store.close)
+        yield await stack.enter_async_context(open_state_on(settings, database, store))
+
+
+@asynccontextmanager
+async def open_state_on(
+    settings: GatewaySettings, database: Database, store: JournalStore
+) -> AsyncIterator[GatewayState]:
+    """Yield the state of a gateway in a process of its own, around a database and its store, which stay open.
+
+    Raises `DatabaseUnavailable` and `BrokerUnavailable`.
+    """
+    async with AsyncExitStack() as stack:
         seal = MessageSeal.from_settings(settings, database.clock)
         broker = await connect_broker(settings.broker_url, seal=seal, is_gateway=True)
         stack.push_async_callback(broker.close)

@@ -7,7 +7,13 @@ import pytest
 
 from gateway.dashboard import templating
 from tests import databases
-from tests.integration.gateway_harness import GatewayHarness, OrganizationUsers, create_gateway
+from tests.integration.gateway_harness import (
+    GatewayHarness,
+    OrganizationUsers,
+    create_gateway,
+    run_gateway_on,
+)
+from tests.integration.lent_database import LentDatabase
 from tests.integration.run_database import MigratedDatabase, RunDatabase, open_run_database
 from tests.services import PgBouncer, PostgresServer
 
@@ -24,13 +30,29 @@ def _templates(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Co
     environment.bytecode_cache = jinja2.FileSystemBytecodeCache(str(folder))
 
 
+@pytest.fixture(scope="session")
+async def lent_database(postgres: PostgresServer) -> AsyncIterator[LentDatabase]:
+    """Yield the PostgreSQL database of the gateways of one file after another."""
+    lent = LentDatabase(postgres)
+    yield lent
+    await lent.close()
+
+
 @pytest.fixture(scope="module", params=["sqlite", "postgresql"])
 async def harness(
-    request: pytest.FixtureRequest, postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    postgres: PostgresServer,
+    lent_database: LentDatabase,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> AsyncIterator[GatewayHarness]:
     """Yield a gateway on each kind of database, shared by the tests of a file."""
-    async with create_gateway(request.param, postgres, tmp_path_factory.mktemp("gateway")) as harness:
-        yield harness
+    folder = tmp_path_factory.mktemp("gateway")
+    if request.param == "sqlite":
+        async with create_gateway("sqlite", postgres, folder) as harness:
+            yield harness
+    else:
+        async with lent_database.lend() as opened, run_gateway_on(opened, folder) as harness:
+            yield harness
 
 
 @pytest.fixture

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Collection, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -38,6 +38,7 @@ from models.access import (
 from models.encryption import identify_secret
 from models.timestamps import format_timestamp
 from tests import databases
+from tests.integration.lent_database import OpenDatabase
 from tests.services import PostgresServer
 
 FILE = "test.db"
@@ -254,14 +255,34 @@ async def create_gateway(
 @asynccontextmanager
 async def run_gateway(url: str, folder: Path, *, settle_seconds: float = 0) -> AsyncIterator[GatewayHarness]:
     """Run a gateway on an existing, migrated database during the block."""
-    settings = GatewaySettings(
+    settings = _build_settings(url, folder, settle_seconds)
+    async with _serve(lambda: state.open_state(settings)) as harness:
+        yield harness
+
+
+@asynccontextmanager
+async def run_gateway_on(opened: OpenDatabase, folder: Path) -> AsyncIterator[GatewayHarness]:
+    """Run a gateway on an open database during the block; the database stays open."""
+    settings = _build_settings(opened.url, folder, settle_seconds=0)
+    async with _serve(lambda: state.open_state_on(settings, opened.database, opened.store)) as harness:
+        yield harness
+
+
+def _build_settings(url: str, folder: Path, settle_seconds: float) -> GatewaySettings:
+    return GatewaySettings(
         data_dir=folder,
         database_url=url,
         secret_key=SecretStr(SECRET),
         max_body_bytes=1_000_000,
         settle_seconds=settle_seconds,
     )
-    app = create_app(lambda: state.open_state(settings))
+
+
+@asynccontextmanager
+async def _serve(
+    open_state: Callable[[], AbstractAsyncContextManager[GatewayState]],
+) -> AsyncIterator[GatewayHarness]:
+    app = create_app(open_state)
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(app.router.lifespan_context(app))
         yield GatewayHarness(app, app.state.gateway, stack)
