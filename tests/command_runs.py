@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 import psutil
 
 from tests import relays
-from tests.forks import ForkedCommand
+from tests.forks import ForkedCommand, ForkedProcess, ForkedProgram
 
 COMMAND = Path(sys.executable).with_name("pilotflame")
 PATIENCE_SECONDS = 60.0
@@ -50,12 +50,31 @@ def run(
         if typed is not None:
             source.write_text(typed)
         process = ForkedCommand(COMMAND, arguments, given, outputs, source=source if typed else None)
-        try:
-            code = process.wait(PATIENCE_SECONDS)
-        finally:
-            process.kill()
-        printed, complained = (output.read_text() for output in outputs)
-        return subprocess.CompletedProcess(arguments, code, printed, complained)
+        return _complete(process, arguments, outputs)
+
+
+def run_program(
+    file: Path, *, given: Mapping[str, str], folder: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a Python file to its end, within a minute, and return its exit code and outputs.
+
+    `given` is its whole environment, `folder` its working folder.
+    """
+    with TemporaryDirectory() as outputs_folder:
+        outputs = Path(outputs_folder, "stdout"), Path(outputs_folder, "stderr")
+        return _complete(ForkedProgram(file, given, outputs, folder), [str(file)], outputs)
+
+
+def _complete(
+    process: ForkedProcess, arguments: Sequence[str], outputs: tuple[Path, Path]
+) -> subprocess.CompletedProcess[str]:
+    """Wait up to a minute for the end of a process, and return its exit code and outputs."""
+    try:
+        code = process.wait(PATIENCE_SECONDS)
+    finally:
+        process.kill()
+    printed, complained = (output.read_text() for output in outputs)
+    return subprocess.CompletedProcess(arguments, code, printed, complained)
 
 
 def run_output(*arguments: str, given: Mapping[str, str]) -> str:

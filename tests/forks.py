@@ -7,6 +7,7 @@ import functools
 import multiprocessing
 import os
 import pkgutil
+import runpy
 import signal
 import subprocess
 import sys
@@ -158,6 +159,18 @@ class ForkedCommand(ForkedProcess):
         )
 
 
+class ForkedProgram(ForkedProcess):
+    """Python file that runs as `python FILE` would, in a process that has loaded the SDK; it may have no children of
+    `multiprocessing`.
+    """
+
+    def __init__(
+        self, file: Path, given: Mapping[str, str], outputs: tuple[Path, Path], folder: Path | None = None
+    ) -> None:
+        """Start the process with `given` as its whole environment; `outputs` and `folder` are as of a command."""
+        super().__init__(_run_program, file, dict(given), outputs, folder or Path.cwd())
+
+
 @functools.cache
 def _start_server(preload: str) -> forkserver.ForkServer:
     """Start a process that has loaded the command, and a library before it, and return its client."""
@@ -191,10 +204,31 @@ def _run_command(
     """Run the command in this process, with its environment, folder, standard input and outputs replaced."""
     with source.open("rb") as given_input:
         os.dup2(given_input.fileno(), 0)
+    _redirect(outputs)
+    run_here(typed, given, folder, relay)
+
+
+def _run_program(file: Path, given: Mapping[str, str], outputs: tuple[Path, Path], folder: Path) -> None:
+    """Run a Python file in this process, with its environment, folder and outputs replaced."""
+    _redirect(outputs)
+    _move(given, folder)
+    sys.argv = [str(file)]
+    sys.path.insert(0, str(file.parent))
+    runpy.run_path(str(file), run_name="__main__")
+
+
+def _redirect(outputs: tuple[Path, Path]) -> None:
+    """Append stdout and stderr of this process to two files."""
     for descriptor, file in zip((1, 2), outputs, strict=True):
         with file.open("ab") as sink:
             os.dup2(sink.fileno(), descriptor)
-    run_here(typed, given, folder, relay)
+
+
+def _move(given: Mapping[str, str], folder: Path) -> None:
+    """Replace the environment and the folder of this process."""
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(given)
 
 
 def run_here(typed: Sequence[str], given: Mapping[str, str], folder: Path, relay: Path | None) -> None:
@@ -206,9 +240,7 @@ def run_here(typed: Sequence[str], given: Mapping[str, str], folder: Path, relay
         # They are constants of the command.
         setattr(workers.deployer.main, "LOCAL_COMMAND", (str(relay), "runner"))  # noqa: B010
         setattr(migration_process, "MIGRATE_COMMAND", (str(relay), "migrate"))  # noqa: B010
-    os.chdir(folder)
-    os.environ.clear()
-    os.environ.update(given)
+    _move(given, folder)
     if PRELOAD in given:
         # The environment in which the library was loaded did not name the file of this process's clock.
         ctypes.CDLL(None).map_shift()

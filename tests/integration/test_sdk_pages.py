@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 from pilotflame_sdk import Client
 
 from docs.tables import ROOT
-from tests import relays
+from tests import command_runs, relays
 from tests.integration.command_shell import KEY, CommandShell, open_shell
 
 GREETING: dict[str, Any] = {
@@ -55,27 +56,33 @@ def client(shell: CommandShell) -> Iterator[Client]:
         yield client
 
 
-def run_program(shell: CommandShell, *command: str, **variables: str) -> str:
-    environment = {**shell.given, "PYTHONPATH": str(ROOT / "sdk/python"), **variables}
+def run_shell(shell: CommandShell, block: str, **variables: str) -> str:
+    """Run a block of commands, and return its output."""
     path = f"{relays.find_command().parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
-        command,
+        ["bash", "-euo", "pipefail", "-c", block],
         cwd=shell.folder,
-        env={**environment, "PATH": path, "API": f"{shell.given['PILOTFLAME_URL']}/api/v1", "KEY": KEY},
+        env={
+            **shell.given,
+            **variables,
+            "PATH": path,
+            "API": f"{shell.given['PILOTFLAME_URL']}/api/v1",
+            "KEY": KEY,
+        },
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+    assert done.returncode == 0, f"{block}\n{done.stdout}{done.stderr}"
     return done.stdout
 
 
 def run_python(shell: CommandShell, block: str) -> str:
-    return run_program(shell, sys.executable, "-c", block)
-
-
-def run_shell(shell: CommandShell, block: str, **variables: str) -> str:
-    return run_program(shell, "bash", "-euo", "pipefail", "-c", block, **variables)
+    """Run a Python program, and return its output."""
+    file = Path(shell.file("program.py", block))
+    done = command_runs.run_program(file, given=shell.given, folder=shell.folder)
+    assert done.returncode == 0, f"{block}\n{done.stdout}{done.stderr}"
+    return done.stdout
 
 
 def test_a_start_by_curl_python_and_command_has_one_result(client: Client, shell: CommandShell) -> None:

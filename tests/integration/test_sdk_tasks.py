@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,8 +14,9 @@ import httpx2
 import pytest
 from pilotflame_sdk import Client, RunFailed, Task, TaskCancelled, TaskError, Worker, Workflow
 
-from docs.tables import ROOT
+from tests import command_runs
 from tests.custom_types import RESIZE
+from tests.forks import ForkedProgram
 from tests.integration.command_shell import KEY, CommandShell, open_shell
 from tests.integration.task_workers import TaskWorkerClient
 from tests.integration.worker_runs import put_workflow, run_worker, serving, wait_until
@@ -165,12 +164,12 @@ def test_the_tasks_of_a_killed_worker_end_in_another_one(
     def begun() -> list[list[str]]:
         return [line.split() for line in ledger.read_text().splitlines()] if ledger.exists() else []
 
-    with run_worker(shell, file, **variables) as first:
+    with run_worker(shell, file, variables) as first:
         wait_until(lambda: len(begun()) == 1)
         tasks = json.loads(shell.output("tasks", "list", "--execution", run.id, "-o", "json"))
         assert [one["state"] for one in tasks] == ["leased"]
         first.kill()
-    with run_worker(shell, file, **variables) as second:
+    with run_worker(shell, file, variables) as second:
         wait_until(lambda: len(begun()) == 2)
         go.touch()
         outputs = run.result(timeout=60)
@@ -206,20 +205,20 @@ def test_a_worker_says_in_one_line_why_it_does_not_serve(
     client: Client, shell: CommandShell, tmp_path: Path, free_tcp_port: int
 ) -> None:
     file = shell.file("killed_worker.py", WORKER)
-    environment = {**shell.given, "PYTHONPATH": str(ROOT / "sdk/python")}
     reader = client.keys.create(name="reader", scopes=["workflows:read"])["key"]
     for key, said in (("sk-wrong", "unauthorized"), (reader, "scope-required")):
-        given = {**environment, "PILOTFLAME_API_KEY": key}
-        ended = subprocess.run([sys.executable, file], env=given, capture_output=True, text=True, check=False)
+        given = {**shell.given, "PILOTFLAME_API_KEY": key}
+        ended = command_runs.run_program(Path(file), given=given)
         assert (ended.returncode, "Traceback" in ended.stderr) == (4, False), ended.stderr
         assert said in ended.stderr.splitlines()[-1]
     log = tmp_path / "log"
-    away = {**environment, "PILOTFLAME_URL": f"http://127.0.0.1:{free_tcp_port}"}
-    with log.open("w") as sink, subprocess.Popen([sys.executable, file], env=away, stderr=sink) as worker:
-        try:
-            wait_until(lambda: "claims wait for the server" in log.read_text())
-        finally:
-            worker.kill()
+    log.touch()
+    away = {**shell.given, "PILOTFLAME_URL": f"http://127.0.0.1:{free_tcp_port}"}
+    worker = ForkedProgram(Path(file), away, (log, log))
+    try:
+        wait_until(lambda: "claims wait for the server" in log.read_text())
+    finally:
+        worker.kill()
 
 
 def test_a_terminated_worker_gives_its_tasks_back(
@@ -231,10 +230,10 @@ def test_a_terminated_worker_gives_its_tasks_back(
     variables = {"LEDGER": str(ledger), "GO": str(go)}
     shell.output("nodes", "apply", file)
     run = client.start(put_workflow(client, "acme/released", {}))
-    with run_worker(shell, file, **variables) as first:
+    with run_worker(shell, file, variables) as first:
         wait_until(ledger.exists)
         first.send_signal(signal.SIGTERM)
         assert first.wait(30) == 0
     go.touch()
-    with run_worker(shell, file, **variables):
+    with run_worker(shell, file, variables):
         run.result(timeout=60)  # the lease would end after five minutes

@@ -134,7 +134,7 @@ def kinds(shell: CommandShell, variables: dict[str, str]) -> Iterator[str]:
     """File of a running worker with a function of each kind."""
     file = shell.file("kinds.py", KINDS)
     shell.output("nodes", "apply", file)
-    with run_worker(shell, file, **variables) as process:
+    with run_worker(shell, file, variables, anew=True) as process:
         yield file
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
@@ -188,7 +188,7 @@ def test_a_drained_worker_ends_its_functions_first(
         "drained.py", Path(kinds).read_text().replace('"kinds"', '"drained"').replace("acme/", "drain/")
     )
     shell.output("nodes", "apply", file)
-    with run_worker(shell, file, **variables) as process:
+    with run_worker(shell, file, variables) as process:
         wait_until(lambda: any(name.startswith("drained") for name in present()))
         run = client.start(put_workflow(client, "drain/slow", {}))
         wait_until(lambda: Path(variables["STARTED"]).exists())

@@ -6,14 +6,16 @@ import asyncio
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
 from typing import Any
 
 from pilotflame_sdk import Client, Worker
 
 from docs.tables import ROOT
 from tests import command_runs
+from tests.forks import ForkedProgram
 from tests.integration.command_shell import CommandShell
 
 
@@ -50,10 +52,20 @@ def wait_until(holds: Callable[[], object]) -> None:
 
 
 @contextmanager
-def run_worker(shell: CommandShell, file: str, **variables: str) -> Iterator[subprocess.Popen[bytes]]:
-    """Run the Python file of a worker in a process of its own during the block."""
+def run_worker(
+    shell: CommandShell, file: str, variables: Mapping[str, str], *, anew: bool = False
+) -> Iterator[ForkedProgram | subprocess.Popen[bytes]]:
+    """Run the Python file of a worker, with further variables, in a process of its own during the block.
+
+    With `anew` it is a fresh process, which functions with a process of their own need.
+    """
     environment = {**shell.given, "PYTHONPATH": str(ROOT / "sdk/python"), **variables}
-    process = subprocess.Popen([sys.executable, file], env=environment)
+    log = shell.folder / "worker.log"
+    process: ForkedProgram | subprocess.Popen[bytes]
+    if anew:
+        process = subprocess.Popen([sys.executable, file], env=environment)
+    else:
+        process = ForkedProgram(Path(file), environment, (log, log))
     try:
         yield process
     finally:
