@@ -58,7 +58,7 @@ SMALL = {
     "MAX_ITERATIONS": "3000",
     "MAX_RUN_DEPTH": "4",
     "MAX_SUB_RUNS": "12",
-    "CONCURRENCY": "50",
+    "CONCURRENCY": "20",
 }
 ELEMENTS = 250_000
 """Length of a list that is made in a thread, not on the event loop."""
@@ -266,7 +266,7 @@ async def test_ten_thousand_nodes_with_2_to_the_5000_ways_through_them_are_each_
 async def test_many_long_runs_of_one_organisation_leave_room_for_another(shared_server: SharedServer) -> None:
     graph = chain_workflow(*(make_node(f"n{number}", "template", text="step") for number in range(150)))
     workflow_id = await shared_server.client.create(graph)
-    executions = [await shared_server.client.execute(workflow_id) for _ in range(50)]
+    executions = [await shared_server.client.execute(workflow_id) for _ in range(30)]
     for execution_id in executions:
         assert (await shared_server.client.end(execution_id, within=END_SECONDS)).status == "completed"
 

@@ -28,7 +28,7 @@ async def test_two_workers_that_race_for_the_same_rows_share_them(
     )
     one, other = deployment.workers
     with one.paused(), other.paused():
-        runs = [await client.execute(workflow) for _ in range(100 if is_thorough else 40)]
+        runs = [await client.execute(workflow) for _ in range(100 if is_thorough else 30)]
     await consistency_checks.assert_consistent(deployment, client, ledger, dict.fromkeys(runs, "completed"))
     assert not consistency_checks.count_repeated(ledger.effects())
 
