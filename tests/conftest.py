@@ -176,7 +176,7 @@ class SharedFilesScheduling(LoadFileScheduling):  # type: ignore[misc] # a class
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_setupnodes(config: pytest.Config, specs: list[Any]) -> None:
     """Let the processes of the run be forks of one that loads the tests once."""
-    process, command = loaded_process.start_process(shared_setup.find_folder(), config.invocation_params.args)
+    process, command = loaded_process.start_process(config.invocation_params.args)
 
     def end_process() -> None:
         process.kill()

@@ -20,6 +20,7 @@ from unittest.mock import patch
 import workers.deployer.main
 from pilotflame import commands, migration_process
 from pilotflame.command import main
+from tests import relay_server
 
 LOADED = (
     "alembic.command",
@@ -72,7 +73,6 @@ LOADED = (
     "tests.relays",
     "tests.frozen_heap",
 )
-SET_PARENT_DEATH_SIGNAL = 1
 PRELOAD = "LD_PRELOAD"
 
 _MODULES = ["tests.paused_collections", "tests.forks", *LOADED]
@@ -183,14 +183,8 @@ def _start_server(preload: str) -> forkserver.ForkServer:
 
 def _run_forked(function: Callable[..., object], arguments: tuple[object, ...]) -> None:
     """Call a function in this new process."""
-    lead_session()
+    relay_server.lead_session()
     function(*arguments)
-
-
-def lead_session() -> None:
-    """Let this new process lead a session of its own, and die with its parent."""
-    ctypes.CDLL(None).prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
-    os.setsid()  # Ctrl-C ends the tests, and they end the processes
 
 
 def _run_command(

@@ -12,6 +12,7 @@ from _socket import AF_UNIX, SCM_RIGHTS, SOCK_SEQPACKET, SOL_SOCKET, socket
 
 STANDARD_FILES = range(3)
 EXIT_CODE_BYTES = 20
+FAILURE = 1
 
 address, *arguments = sys.argv[1:]
 connection = socket(AF_UNIX, SOCK_SEQPACKET)
@@ -23,7 +24,10 @@ folder = os.getcwdb()  # noqa: PTH109 - `pathlib` is one of the modules around t
 request = [folder, b"%d" % len(arguments), *map(os.fsencode, arguments), *variables]
 descriptors = b"".join(number.to_bytes(4, sys.byteorder) for number in STANDARD_FILES)
 connection.sendmsg([b"\0".join(request)], [(SOL_SOCKET, SCM_RIGHTS, descriptors)])
-exit_code = int(connection.recv(EXIT_CODE_BYTES))
+try:
+    exit_code = int(connection.recv(EXIT_CODE_BYTES) or FAILURE)
+except ConnectionResetError:  # the server was killed, and took the command along
+    exit_code = FAILURE
 if exit_code < 0:
     _signal.signal(-exit_code, _signal.SIG_DFL)
     os.kill(os.getpid(), -exit_code)

@@ -10,20 +10,20 @@ import pytest
 
 from tests import loaded_process
 
-PROGRAM = "import os, sys; print(os.getppid(), sys.stdin.readline())"
+PROGRAM = "import os, sys; print(os.getppid(), 'test_one' in sys.modules, sys.stdin.readline())"
 
 
 @pytest.mark.parametrize(
-    ("source", "is_forked"), [("def test_nothing(): ...", True), ("import nothing_of_this_name", False)]
+    ("source", "is_loaded"), [("def test_nothing(): ...", True), ("import nothing_of_this_name", False)]
 )
-def test_a_program_runs_in_a_fork_unless_a_test_cannot_be_imported(
-    tmp_path: Path, source: str, *, is_forked: bool
+def test_a_program_runs_in_a_fork_which_has_the_tests_unless_one_cannot_be_imported(
+    tmp_path: Path, source: str, *, is_loaded: bool
 ) -> None:
     file = tmp_path / "test_one.py"
     file.write_text(source)
     arguments = [str(file), f"--rootdir={tmp_path}", f"--config-file={tmp_path / 'pytest.ini'}"]
     (tmp_path / "pytest.ini").touch()
-    process, command = loaded_process.start_process(tmp_path, arguments)
+    process, command = loaded_process.start_process(arguments)
     try:
         started = subprocess.run(
             [*shlex.split(command), "-u", "-c", PROGRAM],
@@ -32,9 +32,7 @@ def test_a_program_runs_in_a_fork_unless_a_test_cannot_be_imported(
             text=True,
             check=True,
         )
-        parent, line = started.stdout.split(maxsplit=1)
-        assert (int(parent) == process.pid) is is_forked
-        assert line.strip() == "a line"
+        assert started.stdout.split() == [str(process.pid), str(is_loaded), "a", "line"]
     finally:
         process.kill()
         process.wait()
