@@ -14,13 +14,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import pytest
-
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 FAILURES = Path(".pytest_cache/v/cache/lastfailed")
 MAX_FILES = 3
+ALL_PASSED, SOME_FAILED = 0, 1
+"""Exit codes of pytest, which this process does not load."""
 
 
 def run_tests(arguments: Sequence[str]) -> int:
@@ -29,11 +29,11 @@ def run_tests(arguments: Sequence[str]) -> int:
     exit_code = _run_pytest(*arguments)
     failed = sorted(json.loads(FAILURES.read_text())) if FAILURES.exists() else []
     files = {test.partition("::")[0] for test in failed}
-    if exit_code != pytest.ExitCode.TESTS_FAILED or not 0 < len(files) <= MAX_FILES:
+    if exit_code != SOME_FAILED or not 0 < len(files) <= MAX_FILES:
         return exit_code
     _write("Repeating failed tests, alone:", failed)
     exit_code = _run_pytest(*arguments, "--last-failed", "--numprocesses", "0")
-    if exit_code == pytest.ExitCode.OK:
+    if exit_code == ALL_PASSED:
         _write("Unsteady tests, which failed once and passed alone:", failed)
     return exit_code
 
