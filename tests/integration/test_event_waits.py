@@ -60,7 +60,7 @@ def waiting_graph(**config: Any) -> dict[str, Any]:  # noqa: ANN401 - any JSON v
 async def serve_worker(harness: GatewayHarness) -> AsyncIterator[None]:
     gateway = harness.gateway
     shared = gateway.settings.model_dump(include={"data_dir", "database_url", "secret_key"})
-    settings = WorkerSettings(**shared, lease_seconds=5, sweep_seconds=0.05)
+    settings = WorkerSettings(**shared, lease_seconds=5, sweep_seconds=0.2)
     broker = LocalBroker(channel=uuid4().hex)
     try:
         async with run_worker(settings, gateway.store, broker, gateway.database):
@@ -97,13 +97,13 @@ async def count(harness: GatewayHarness, table: type[SQLModel], **equal: Any) ->
 
 async def wait_until_asleep(harness: GatewayHarness, execution_id: str) -> None:
     while (await read_run(harness, execution_id))["status"] != "waiting":  # noqa: ASYNC110 - rows send no events
-        await asyncio.sleep(0.02)
+        await asyncio.sleep(0.05)
 
 
 async def read_result(harness: GatewayHarness, person: UserClient, execution_id: str) -> tuple[str, Any]:
     """Return by which node a run has ended, and the total of the event that it was given."""
     while (await read_run(harness, execution_id))["status"] not in TERMINAL_STATUSES:  # noqa: ASYNC110 - rows send no events
-        await asyncio.sleep(0.02)
+        await asyncio.sleep(0.05)
     shown = (await person.api.get(f"/api/v1/executions/{execution_id}")).json()
     assert shown["status"] == "completed", shown
     ((name, output),) = [one for one in shown["outputs"].items() if one[0] in {"paid", "late"}]
@@ -311,7 +311,7 @@ async def claim_for_dead_worker(harness: GatewayHarness, execution_id: str) -> C
         for one in await harness.gateway.store.claim(ClaimQuery("dead", 0.05, 100)):
             if one.execution_id == execution_id:
                 return one
-        await asyncio.sleep(0.02)
+        await asyncio.sleep(0.05)
     raise AssertionError(f"{execution_id} can't be claimed")
 
 

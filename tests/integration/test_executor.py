@@ -79,7 +79,7 @@ async def wait_until(condition: Callable[[], Awaitable[bool]], seconds: float = 
     """Wait for a condition."""
     async with asyncio.timeout(seconds):
         while not await condition():  # noqa: ASYNC110 - rows send no events
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.05)
 
 
 async def wait_soon(event: asyncio.Event) -> None:

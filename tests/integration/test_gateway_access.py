@@ -39,7 +39,7 @@ async def wait_until_true(condition: AsyncIterator[bool], *, within_seconds: flo
         if holds:
             return monotonic() - started
         assert monotonic() - started < within_seconds
-        await asyncio.sleep(0.02)
+        await asyncio.sleep(0.05)
     raise AssertionError
 
 

@@ -101,7 +101,7 @@ async def execute_workflow(person: UserClient, workflow_id: str, **inputs: Any) 
 async def wait_for_question(person: UserClient, execution_id: str) -> dict[str, Any]:
     """Wait until an execution asks something."""
     while not (shown := await get_json(person, f"/{execution_id}/pending-inputs"))["inputs"]:  # noqa: ASYNC110 - rows send no events
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0.1)
     found: dict[str, Any] = shown["inputs"][0]
     return found
 
@@ -116,14 +116,14 @@ async def wait_until_ended(person: UserClient, execution_id: str) -> dict[str, A
     while (shown := await get_json(person, f"/{execution_id}/progress?wait=0"))[  # noqa: ASYNC110 - as above
         "status"
     ] not in TERMINAL_STATUSES:
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0.1)
     return shown
 
 
 async def wait_for_children(person: UserClient, execution_id: str) -> Sequence[dict[str, Any]]:
     """Wait until an execution has started others."""
     while not (found := (await get_json(person, f"?parent_id={execution_id}"))["executions"]):  # noqa: ASYNC110 - as above
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0.1)
     children: Sequence[dict[str, Any]] = found
     return children
 

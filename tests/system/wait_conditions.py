@@ -11,7 +11,8 @@ from typing import Any, TypeVar, overload
 T = TypeVar("T")
 
 PATIENCE_SECONDS = 60.0
-POLL_SECONDS = 0.02
+POLL_SECONDS = 0.05
+"""Pause between two looks, most of which are requests: fifty a second would keep a server busy."""
 
 
 @overload
