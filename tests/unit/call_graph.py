@@ -9,9 +9,10 @@ from __future__ import annotations
 import ast
 import importlib
 import pkgutil
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeAlias
@@ -49,6 +50,8 @@ class CallGraph:
     def __init__(self) -> None:
         self._called: dict[CodeDefinition, Sequence[CodeDefinition]] = {}
         self._named: dict[CodeDefinition, frozenset[str]] = {}
+        self._walked: dict[CodeDefinition, Sequence[ast.AST]] = {}
+        self._typed: dict[CodeDefinition, dict[str, CodeDefinition]] = {}
 
     @cached_property
     def modules(self) -> Mapping[str, SourceModule]:
@@ -79,7 +82,7 @@ class CallGraph:
         return self._named[thing]
 
     def _find_codes(self, thing: CodeDefinition) -> Iterator[str]:
-        for node in ast.walk(self.modules[thing.module].functions[thing.path]):
+        for node in self._nodes(thing):
             if not isinstance(node, ast.Call):
                 continue
             position = _CODE_AT.get(str(self._find_definition(node.func, thing, {})))
@@ -96,9 +99,8 @@ class CallGraph:
 
     def _list_callees(self, thing: CodeDefinition) -> Iterator[CodeDefinition]:
         """Yield the functions that a function names or calls: methods of known types, and constructors of classes."""
-        function = self.modules[thing.module].functions[thing.path]
-        types = self._types(function, thing)
-        for node in ast.walk(function):
+        types = self._types(thing)
+        for node in self._nodes(thing):
             if isinstance(node, ast.Name | ast.Attribute):
                 meant = self._find_definition(node, thing, types)
             elif isinstance(node, ast.Subscript):
@@ -110,17 +112,28 @@ class CallGraph:
             if meant and self._is_function(meant):
                 yield meant
 
-    def _types(self, function: Function, thing: CodeDefinition) -> dict[str, CodeDefinition]:
+    def _nodes(self, thing: CodeDefinition) -> Sequence[ast.AST]:
+        """Return all nodes of a function's source; to walk through them takes longer than to look at them."""
+        if thing not in self._walked:
+            self._walked[thing] = [*ast.walk(self.modules[thing.module].functions[thing.path])]
+        return self._walked[thing]
+
+    def _types(self, thing: CodeDefinition) -> Mapping[str, CodeDefinition]:
         """Return the classes of a function's variables and parameters, by name, as far as the source declares them."""
+        if thing not in self._typed:
+            self._typed[thing] = self._find_types(thing)
+        return self._typed[thing]
+
+    def _find_types(self, thing: CodeDefinition) -> dict[str, CodeDefinition]:
         types: dict[str, CodeDefinition] = {}
-        for node in ast.walk(function):
+        for node in self._nodes(thing):
             if isinstance(node, ast.arg) and node.annotation is not None:
                 kind = self._find_annotated_type(node.annotation, thing)
                 if kind:
                     types[node.arg] = kind
         if "." in thing.path:
             types["self"] = CodeDefinition(thing.module, thing.path.partition(".")[0])
-        for node in ast.walk(function):
+        for node in self._nodes(thing):
             for name, value in _assignments(node):
                 kind = self._type(value, thing, types)
                 if kind:
@@ -178,9 +191,8 @@ class CallGraph:
         made = self._method(kind, "__init__")
         if made is None:
             return None
-        function = self.modules[made.module].functions[made.path]
-        types = self._types(function, made)
-        for node in ast.walk(function):
+        types = self._types(made)
+        for node in self._nodes(made):
             match node:
                 case ast.Assign(targets=[ast.Attribute(attr=attribute)], value=value) if attribute == name:
                     return self._type(value, made, types)
@@ -244,7 +256,7 @@ def _read(name: str) -> SourceModule:
     path = importlib.import_module(name).__file__
     assert path is not None
     tree = ast.parse(Path(path).read_text())
-    for node in ast.walk(tree):
+    for node in _statements(tree):
         if isinstance(node, ast.ImportFrom) and node.module is not None:
             for alias in node.names:
                 module.names[alias.asname or alias.name] = _resolve_import(node.module, alias.name)
@@ -261,6 +273,17 @@ def _read(name: str) -> SourceModule:
     return module
 
 
+def _statements(tree: ast.Module) -> Iterator[ast.AST]:
+    """Yield the statements of a module at every depth, outer ones first; nine of ten nodes are expressions instead."""
+    waiting: deque[ast.AST] = deque([tree])
+    while waiting:
+        node = waiting.popleft()
+        yield node
+        for block in ("body", "handlers", "orelse", "finalbody", "cases"):
+            waiting.extend(getattr(node, block, ()))
+
+
+@cache
 def _resolve_import(module: str, name: str) -> CodeDefinition:
     """Return the definition behind `from module import name`: another module, or a definition in the module."""
     try:
