@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from sqlalchemy import and_, exists, or_
 from sqlmodel import col
 
 from models.execution import Execution
-from models.workflow import Workflow, is_readable_by
+from models.workflow import MOST_CALLERS, Workflow, is_readable_by
 
 if TYPE_CHECKING:
     from sqlalchemy import ColumnElement
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from models.access import ApiCaller
 
 
+@lru_cache(MOST_CALLERS)
 def visibility_condition(caller: ApiCaller) -> ColumnElement[bool]:
     """Return the SQL condition for executions of the caller's organization that the caller may see: all for an admin,
     else those of readable workflows.

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from datetime import datetime
 from enum import StrEnum
-from typing import Any
+from functools import lru_cache
+from typing import Any, Final
 
 from sqlalchemy import (
     Column,
@@ -24,6 +25,11 @@ from sqlmodel import Field, SQLModel, col
 
 from models.access import ApiCaller
 from models.column_types import JsonTextColumn, TimestampColumn
+
+MOST_CALLERS: Final = 200
+"""Callers whose conditions of access are kept. They take up to half a millisecond to build, longer than many of the
+statements that contain them take to run.
+"""
 
 
 class WorkflowStatus(StrEnum):
@@ -187,6 +193,7 @@ class Definition(SQLModel, table=True):
     created_at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))
 
 
+@lru_cache(MOST_CALLERS)
 def is_readable_by(caller: ApiCaller) -> ColumnElement[bool]:
     """Return the SQL condition for workflows that a caller may read and execute.
 
@@ -209,6 +216,7 @@ def _is_present(caller: ApiCaller) -> Iterable[ColumnElement[bool]]:
     yield col(Workflow.deleted_at).is_(None)
 
 
+@lru_cache(MOST_CALLERS)
 def is_open_to(caller: ApiCaller) -> ColumnElement[bool]:
     """Return the SQL condition under which a workflow is open to a caller: public, own or shared; always true for an
     admin.
