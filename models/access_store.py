@@ -33,7 +33,7 @@ from models.database import Database
 from models.encryption import identify_secret
 
 if TYPE_CHECKING:
-    from sqlalchemy import Row, Select
+    from sqlalchemy import Row, Select, Update
 
 
 class EmailTaken(ValueError):
@@ -131,17 +131,36 @@ async def record_use(database: Database, key_id: str, use: KeyUse, *, every: tim
 
     Raises `DatabaseUnavailable`.
     """
-    is_due = or_(col(ApiKey.last_used_at).is_(None), col(ApiKey.last_used_at) < use.at - every)
-    statement = (
-        update(ApiKey)
-        .where(col(ApiKey.id) == key_id, is_due)
-        .values(last_used_at=use.at, last_route=use.route, last_address_hash=use.address_hash)
-    )
+    values = {
+        "key": key_id,
+        "due": use.at - every,
+        "at": use.at,
+        "route": use.route,
+        "address": use.address_hash,
+    }
 
     async def record(connection: AsyncConnection) -> None:
-        await connection.execute(statement)
+        await connection.execute(_update_use(), values)
 
     await database.transaction(record)
+
+
+@cache
+def _update_use() -> Update:
+    """Return the statement that stores the use of a key whose last one is older than `due`, for all calls."""
+    last_used_at = col(ApiKey.last_used_at)
+    return (
+        update(ApiKey)
+        .where(
+            col(ApiKey.id) == bindparam("key"),
+            or_(last_used_at.is_(None), last_used_at < bindparam("due")),
+        )
+        .values(
+            last_used_at=bindparam("at"),
+            last_route=bindparam("route"),
+            last_address_hash=bindparam("address"),
+        )
+    )
 
 
 async def rehash_key(database: Database, key: str, *, earlier: str, secret: bytes) -> None:

@@ -6,10 +6,23 @@ import asyncio
 import unicodedata
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import datetime
+from functools import cache
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from msgspec import Struct
-from sqlalchemy import Row, UnaryExpression, case, delete, func, insert, null, select, tuple_, update
+from sqlalchemy import (
+    Row,
+    UnaryExpression,
+    bindparam,
+    case,
+    delete,
+    func,
+    insert,
+    null,
+    select,
+    tuple_,
+    update,
+)
 from sqlalchemy.sql import operators
 from sqlmodel import col
 
@@ -39,7 +52,7 @@ from models.workflow import (
 from models.workflow_triggers import TriggerKind, WorkflowTrigger, WorkflowTriggerMatch, parse_patterns
 
 if TYPE_CHECKING:
-    from sqlalchemy import ColumnElement
+    from sqlalchemy import ColumnElement, Select
     from sqlalchemy.ext.asyncio import AsyncConnection
     from sqlalchemy.sql.expression import SQLColumnExpression
 
@@ -85,10 +98,21 @@ async def lock_workflow(connection: AsyncConnection, workflow_id: str, caller: A
     A separate statement: PostgreSQL may read rows together with a lock that are older than the lock. SQLite
     serializes transactions anyway.
     """
-    row = select(col(Workflow.id)).where(
-        col(Workflow.id) == workflow_id, col(Workflow.organization_id) == caller.organization_id
+    values = {"workflow_id": workflow_id, "organization_id": caller.organization_id}
+    await connection.execute(_select_for_update(), values)
+
+
+@cache
+def _select_for_update() -> Select[*tuple[Any, ...]]:
+    """Return the statement that locks a workflow, for all calls: each change of a workflow executes it."""
+    return (
+        select(col(Workflow.id))
+        .where(
+            col(Workflow.id) == bindparam("workflow_id"),
+            col(Workflow.organization_id) == bindparam("organization_id"),
+        )
+        .with_for_update()
     )
-    await connection.execute(row.with_for_update())
 
 
 async def is_readable(connection: AsyncConnection, workflow_id: str, caller: ApiCaller) -> bool:
