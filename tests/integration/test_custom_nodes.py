@@ -122,7 +122,7 @@ async def test_references_are_written_out(people: OrganizationUsers) -> None:
 async def test_custom_types_are_seen_by_their_organization_alone(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
-    await add_type(people.owner)
+    shown = await add_type(people.owner)
     assert (await people.colleague.api.get(f"{NODES}/acme/resize")).status_code == 200
     for path in ("", "/schema", "/versions"):
         assert_refused(await people.stranger.api.get(f"{NODES}/acme/resize{path}"), 404, "not-found")
@@ -131,6 +131,13 @@ async def test_custom_types_are_seen_by_their_organization_alone(
     refused = await people.stranger.api.post("/api/v1/workflows", json={"name": "x", **custom_graph()})
     assert_refused(refused, 422, "validation-failed")
     assert "acme/resize" not in refused.json()["error"]["details"][0]["message"].partition("did you")[2]
+
+    # Another organization may have another type of the same name and version.
+    theirs = await add_type(people.stranger, description="Theirs.")
+    assert (await people.stranger.api.post(NODES, json={**theirs, "deprecated": True})).is_success
+    for person, expected, is_deprecated in ((people.owner, shown, False), (people.stranger, theirs, True)):
+        found = (await person.api.get(f"{NODES}/acme/resize")).json()
+        assert (found["hash"], found["deprecated"]) == (expected["hash"], is_deprecated)
 
     organization = await harness.organization()
     worker = await harness.person(organization, scopes={KeyScope.TASKS_WORK, KeyScope.WORKFLOWS_READ})
