@@ -232,8 +232,8 @@ def run_here(typed: Sequence[str], given: Mapping[str, str], folder: Path, relay
     """
     if relay is not None:
         # They are constants of the command.
-        setattr(workers.deployer.main, "LOCAL_COMMAND", (str(relay), "runner"))  # noqa: B010
-        setattr(migration_process, "MIGRATE_COMMAND", (str(relay), "migrate"))  # noqa: B010
+        setattr(workers.deployer.main, "LOCAL_COMMAND", (str(relay), "runner"))  # noqa: B010 - it is `Final`
+        setattr(migration_process, "MIGRATE_COMMAND", (str(relay), "migrate"))  # noqa: B010 - so is it
     _move(given, folder)
     if PRELOAD in given:
         # The environment in which the library was loaded did not name the file of this process's clock.

@@ -1,8 +1,8 @@
-"""Program in place of `pilotflame`: `tests.relays` forks the command, with the environment, folder and files of this
-process.
+"""Program in whose place a fork of a loaded process runs: the command `pilotflame`, or a process of the tests.
 
-It passes signals on to the command, ends as it ends, and takes it along when it is killed. Its modules are those in C:
-Python's own around them would double its time.
+A server of `tests.relay_server` forks it, with the environment, folder and files of this process. This process passes
+signals on to the fork, ends as it ends, and takes it along when it is killed. Its modules are those in C: Python's own
+around them would double its time.
 """
 
 import _signal  # type: ignore[import-not-found] # private to Python's own module
@@ -26,7 +26,7 @@ descriptors = b"".join(number.to_bytes(4, sys.byteorder) for number in STANDARD_
 connection.sendmsg([b"\0".join(request)], [(SOL_SOCKET, SCM_RIGHTS, descriptors)])
 try:
     exit_code = int(connection.recv(EXIT_CODE_BYTES) or FAILURE)
-except ConnectionResetError:  # the server was killed, and took the command along
+except ConnectionResetError:  # the server was killed, and took the fork along
     exit_code = FAILURE
 if exit_code < 0:
     _signal.signal(-exit_code, _signal.SIG_DFL)

@@ -73,7 +73,8 @@ async def test_a_pod_has_a_folder_a_session_and_an_environment_of_its_own_and_in
     local_cluster: DriverUnderTest, folder: Path, tmp_path: Path
 ) -> None:
     with (tmp_path / "lock").open("w") as lock:
-        os.set_inheritable(lock.fileno(), True)  # as a shell does with `exec 9>lock`  # noqa: FBT003
+        # As a shell does with `exec 9>lock`.
+        os.set_inheritable(lock.fileno(), True)  # noqa: FBT003 - the function takes no keyword
         desired = await local_cluster.start(environment={"A": "1"})
     state = await read_state(local_cluster, desired.workflow_id)
     assert state["environment"].keys() - {"PWD", "OLDPWD", "SHLVL", "_"} == {
