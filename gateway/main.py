@@ -7,7 +7,7 @@ import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, nullcontext
 from functools import cache, partial
-from typing import cast
+from typing import Any, cast
 
 import structlog
 import uvicorn
@@ -43,10 +43,12 @@ class GatewayApplication(Starlette):
     def build_middleware_stack(self) -> ASGIApp:
         """Return the application: the routes with the layers for request ids, metrics, CORS and hosts of workflows.
 
-        The router of the paths is also kept as `state.router`.
+        Handlers find the router of the paths as `state.router`, and the OpenAPI document of the route table by
+        `state.build_document`.
         """
         router, trigger = _route_paths()
         self.state.router = router
+        self.state.build_document = _build_document
         hosts = WorkflowHostRouter(router, trigger=trigger, default=answer_unrouted)
         return CrossOriginLayer(EdgeLayer(hosts, others=self.router))
 
@@ -59,6 +61,13 @@ def _route_paths() -> tuple[PathRouter, PathRoute]:
         **internal_routes.endpoints(internal_routes.TABLE),
     }
     return PathRouter(served, default=answer_unrouted), PathRoute(TRIGGER, served[TRIGGER])
+
+
+@cache
+def _build_document(server_url: str) -> dict[str, Any]:
+    from gateway.openapi import openapi_document  # noqa: PLC0415 - few processes render the document
+
+    return openapi_document.build_document(routes.TABLE, server=server_url or openapi_document.ANY_SERVER)
 
 
 def create_app(open_state: StateFactory) -> Starlette:

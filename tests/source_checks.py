@@ -1,9 +1,9 @@
 """Checks of the project's prose, names and imports: `python -m tests.source_checks`, part of `make check`.
 
 Docstrings begin with the noun or verb that a reader would search for, and name things instead of paraphrasing them.
-Each type has a name of its own. No module imports itself through others, not even for its types. In the gateway, only
-handlers and the modules around them get a whole request or the state of the process; functions below them get what
-they need.
+Each type has a name of its own. No module imports itself
+through others, not even for its types. In the gateway, only handlers and the modules around them get a whole request or
+the state of the process; functions below them get what they need.
 """
 
 from __future__ import annotations
@@ -37,14 +37,7 @@ WHOLE_TYPE_MODULES = (
 MAX_LEANING_SHARE = 0.03
 """Greatest share of docstrings that may lean on a pronoun: a relative clause is sometimes the plainest wording."""
 
-CYCLIC_IMPORTS = frozenset({("gateway.openapi.document", "gateway.routes")})
-"""Imports that may close a cycle: a handler of the route table renders the document from that table."""
-
 CLIENT_FOLDER = "sdk/"
-SHARED_TYPE_NAMES = frozenset({"ExpiryAction"})
-"""Names that two types may share: a node and the API's answer about it have the same choices, but in a file of a node,
-any change makes replays run it again.
-"""
 
 Sources: TypeAlias = Mapping[str, ast.Module]
 """Parsed files by their path from the top of the repository."""
@@ -107,11 +100,7 @@ def find_wordy_docstrings(docstrings: Sequence[SourceDocstring]) -> Iterator[str
 def find_cycles(sources: Sources) -> list[list[str]]:
     """Return the groups of modules that import each other, for types, at the start or inside functions."""
     modules = {_module_name(path): tree for path, tree in sources.items()}
-    graph = {
-        name: {target for target in _imported_modules(tree, modules) if (name, target) not in CYCLIC_IMPORTS}
-        - {name}
-        for name, tree in modules.items()
-    }
+    graph = {name: _imported_modules(tree, modules) - {name} for name, tree in modules.items()}
     return [sorted(group) for group in _strongly_connected(graph) if len(group) > 1]
 
 
@@ -124,7 +113,7 @@ def find_shared_type_names(sources: Sources) -> Iterator[str]:
     for path, tree in sources.items():
         if not path.startswith(CLIENT_FOLDER):
             for node in _statements(tree):
-                if isinstance(node, ast.ClassDef) and node.name not in SHARED_TYPE_NAMES:
+                if isinstance(node, ast.ClassDef):
                     places[node.name].append(f"{path}:{node.lineno}")
     for name, shared in places.items():
         if len(shared) > 1:

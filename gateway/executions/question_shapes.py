@@ -96,7 +96,7 @@ class QuestionAssignment(StrEnum):
     """To other people only."""
 
 
-class ExpiryAction(StrEnum):
+class ExpiryActionShape(StrEnum):
     """Action of a question that nobody answers in time."""
 
     FAIL = "fail"
@@ -136,7 +136,7 @@ class AssignedInput(PendingInput, kw_only=True):
     """Name of that user; null for other runs, and for a user who is gone."""
     allows_self: bool
     """Whether the user who started the run may answer."""
-    on_expiry: ExpiryAction | None
+    on_expiry: ExpiryActionShape | None
     """Action if nobody answers in time; null without an end."""
 
 
@@ -245,11 +245,11 @@ def _show_wait(
     )
 
 
-def _find_expiry_action(node: WaitingNode) -> ExpiryAction | None:
+def _find_expiry_action(node: WaitingNode) -> ExpiryActionShape | None:
     """Return the action of a node if nobody answers in time; None if it waits without an end."""
     if node.expires_at is None:
         return None
-    return ExpiryAction.CONTINUE if node.continues_at_expiry else ExpiryAction.FAIL
+    return ExpiryActionShape.CONTINUE if node.continues_at_expiry else ExpiryActionShape.FAIL
 
 
 def find_assignment(assignees: Sequence[str], approver: Approver) -> QuestionAssignment:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from functools import cache
 from hashlib import sha256
 from importlib import resources
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
 
 import msgspec
 
@@ -16,13 +17,16 @@ if TYPE_CHECKING:
     from gateway.http.request import GatewayRequest
     from nodes.catalog import NodeCatalog
 
+DocumentBuilder: TypeAlias = Callable[[str], dict[str, Any]]
+"""Function that builds the document for the base URL of its paths; the application has it as `state.build_document`."""
+
 _ICON_POLICY: Final = b"default-src 'none'; frame-ancestors 'none'"
 
 
 async def openapi(request: GatewayRequest) -> CachedText:
     """Show the OpenAPI 3.1 document of this API as JSON."""
     # In a thread: the first request takes some tenths of a second, and the event loop serves others meanwhile.
-    return await asyncio.to_thread(_build_openapi, _server_url(request))
+    return await asyncio.to_thread(_build_openapi, _document_builder(request), _server_url(request))
 
 
 async def icon(request: GatewayRequest) -> CachedText:  # noqa: ARG001 - a handler's signature
@@ -36,7 +40,13 @@ async def organization_openapi(request: GatewayRequest) -> CachedText:
     Its components `node.*`, `config.*` and `output.*` describe each type of the catalog, for generators of clients.
     """
     catalog = await request.catalog()
-    return await asyncio.to_thread(_build_for_catalog, catalog, _server_url(request))
+    return await asyncio.to_thread(
+        _build_for_catalog, _document_builder(request), catalog, _server_url(request)
+    )
+
+
+def _document_builder(request: GatewayRequest) -> DocumentBuilder:
+    return cast("DocumentBuilder", request.app.state.build_document)
 
 
 def _server_url(request: GatewayRequest) -> str:
@@ -44,26 +54,17 @@ def _server_url(request: GatewayRequest) -> str:
 
 
 @cache
-def _build_openapi(public_url: str) -> CachedText:
-    return _tag_json(_build_document(public_url))
+def _build_openapi(build_document: DocumentBuilder, server_url: str) -> CachedText:
+    return _tag_json(build_document(server_url))
 
 
-def _build_for_catalog(catalog: NodeCatalog, public_url: str) -> CachedText:
-    from gateway.openapi import node_type_schemas  # noqa: PLC0415 - as below
+def _build_for_catalog(build_document: DocumentBuilder, catalog: NodeCatalog, server_url: str) -> CachedText:
+    from gateway.openapi import node_type_schemas  # noqa: PLC0415 - few processes render the document
 
-    document = _build_document(public_url)
+    document = build_document(server_url)
     components = document["components"]
     schemas = {**components["schemas"], **node_type_schemas.build_node_schemas(catalog)}
     return _tag_json({**document, "components": {**components, "schemas": schemas}})
-
-
-@cache
-def _build_document(public_url: str) -> dict[str, Any]:
-    # Imported on first use: most processes never render the document, and the route table imports these handlers.
-    from gateway.openapi import openapi_document  # noqa: PLC0415 - see above
-    from gateway.routes import TABLE  # noqa: PLC0415 - see above
-
-    return openapi_document.build_document(TABLE, server=public_url or openapi_document.ANY_SERVER)
 
 
 def _tag_json(document: dict[str, Any]) -> CachedText:
