@@ -57,25 +57,20 @@ async def migrate(url: URL) -> None:
         await database.close()
 
 
-async def read_revision(database: Database) -> str | None:
-    """Return the revision of the database, or None if it has no tables; raises `DatabaseUnavailable`."""
-    async with database.read() as connection:
-        return await connection.run_sync(_read_revision)
-
-
 async def require_current(database: Database) -> None:
     """Raise `OutdatedDatabase` or `NewerDatabase` unless this code can use the tables.
 
     Raises `DatabaseUnavailable` too.
     """
     async with database.read() as connection:
-        found = await connection.run_sync(_read_revision)
+        found = await connection.run_sync(read_revision)
         if found is None or found < HEAD_REVISION:
             raise OutdatedDatabase("The database's tables are not up to date: run `pilotflame migrate` first")
         await connection.run_sync(_require_support, found)
 
 
-def _read_revision(connection: Connection) -> str | None:
+def read_revision(connection: Connection) -> str | None:
+    """Return the revision of the database, or None if it has no tables."""
     if not inspect(connection).has_table("alembic_version"):
         return None
     row = connection.execute(text("SELECT version_num FROM alembic_version")).first()
@@ -143,7 +138,7 @@ def _upgrade(connection: Connection) -> None:
 
     Raises `NewerDatabase` for a revision that it can't use.
     """
-    found = _read_revision(connection)
+    found = read_revision(connection)
     if found is not None and found > HEAD_REVISION:
         _require_support(connection, found)
         return

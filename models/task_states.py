@@ -22,10 +22,6 @@ class TaskState(StrEnum):
     CANCELLED = "cancelled"
 
 
-OPEN_STATES: Final = (
-    *(TaskState.READY, TaskState.LIMITED, TaskState.DELAYED, TaskState.LEASED),
-    TaskState.CANCEL_REQUESTED,
-)
 UNBEGUN_STATES: Final = (TaskState.READY, TaskState.LIMITED, TaskState.DELAYED)
 HELD_STATES: Final = (TaskState.LEASED, TaskState.CANCEL_REQUESTED)
 HELD_CONDITION: Final = "state IN ('leased', 'cancel_requested')"

@@ -1,7 +1,7 @@
 """Checks of the project's prose, names and imports: `python -m tests.source_checks`, part of `make check`.
 
 Docstrings begin with the noun or verb that a reader would search for, and name things instead of paraphrasing them.
-Each type has a name of its own. No module imports itself
+Each type has a name of its own, and the product itself uses each of its functions and types. No module imports itself
 through others, not even for its types. In the gateway, only handlers and the modules around them get a whole request or
 the state of the process; functions below them get what they need.
 """
@@ -12,7 +12,7 @@ import ast
 import gc
 import re
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +38,8 @@ MAX_LEANING_SHARE = 0.03
 """Greatest share of docstrings that may lean on a pronoun: a relative clause is sometimes the plainest wording."""
 
 CLIENT_FOLDER = "sdk/"
+OUTSIDE_PRODUCT = ("tests/", "benchmarks/", "deploy/", "docs/")
+"""Folders whose use of a function doesn't keep it in the product, and whose tools call their functions by name."""
 
 Sources: TypeAlias = Mapping[str, ast.Module]
 """Parsed files by their path from the top of the repository."""
@@ -118,6 +120,23 @@ def find_shared_type_names(sources: Sources) -> Iterator[str]:
     for name, shared in places.items():
         if len(shared) > 1:
             yield f"several types are named {name}: {', '.join(shared)}"
+
+
+def find_unused(sources: Sources, texts: Mapping[str, str]) -> Iterator[str]:
+    """Yield a complaint for each function and class of a module of the product whose name is nowhere else in it.
+
+    `texts` are the files of `sources`. Decorated functions are used by their decorators.
+    """
+    product = {path: tree for path, tree in sources.items() if not path.startswith(OUTSIDE_PRODUCT)}
+    mentions = Counter(word for path in product for word in re.findall(r"\w+", texts[path]))
+    for path, tree in product.items():
+        for node in tree.body:
+            if (
+                isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+                and not node.decorator_list
+                and mentions[node.name] == 1
+            ):
+                yield f"nothing uses {node.name}: {path}:{node.lineno}"
 
 
 def find_whole_parameters(sources: Sources) -> Iterator[str]:
@@ -243,6 +262,7 @@ def main() -> int:
     sources = read_sources()
     complaints = [*find_wordy_docstrings([*list_docstrings(sources)])]
     complaints += find_shared_type_names(sources)
+    complaints += find_unused(sources, {path: (ROOT / path).read_text() for path in sources})
     complaints += find_whole_parameters(sources)
     complaints += [f"import cycle: {', '.join(cycle)}" for cycle in find_cycles(sources)]
     if complaints:

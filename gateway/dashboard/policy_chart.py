@@ -10,8 +10,6 @@ from msgspec import Struct
 from models.timestamps import parse_timestamp
 
 HEIGHT: Final = 96
-TOP: Final = 16
-"""Room above the highest bar, for its label."""
 LEFT: Final = 6.0
 """Percent of the width for the labels of the axis."""
 STEPS: Final = (1, 2, 4, 8, 12, 24, 48, 96, 120, 240)

@@ -71,19 +71,6 @@ BODY_CODES: Final = (
 )
 """Codes that any operation with a body can return."""
 
-GENERAL: Final = frozenset(
-    {
-        *BODY_CODES,
-        "unauthorized",
-        "scope-required",
-        "cross-site-request",
-        "rate-limited",
-        "internal-error",
-        "not-ready",
-    }
-) - {"validation-failed"}
-"""Codes that most operations can return, without a meaning of their own."""
-
 ERROR_CODES: Final[Mapping[str, ErrorCode]] = {
     "malformed-request": ErrorCode(400, "The request is not valid HTTP/1.1."),
     "disconnected": ErrorCode(

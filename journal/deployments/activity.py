@@ -216,20 +216,6 @@ async def try_lock_deployment(connection: AsyncConnection, workflow_id: str) -> 
     return await connection.scalar(statement) is not None
 
 
-async def record_activity(connection: AsyncConnection, workflow_id: str) -> bool:
-    """Set the time of a deployment's last activity to now; return whether the workflow is deployed.
-
-    Committed before the run is, it keeps an idle deployment from stopping in between. If it has stopped
-    already, the sweep for waiting runs finds the run.
-    """
-    result = await connection.execute(
-        update(Deployment)
-        .where(col(Deployment.workflow_id) == workflow_id, col(Deployment.is_deployed))
-        .values(last_activity_at=DatabaseTime())
-    )
-    return result.rowcount == 1
-
-
 def _activity_of(row: RowMapping) -> DeploymentActivity:
     deployment = build_row(Deployment, {name: row[name] for name in _COLUMNS})
     situation = build_situation(

@@ -286,11 +286,6 @@ def delay_after(task: TaskRow, failures: int) -> int:
     return min(task.first_delay_microseconds * growth, task.max_delay_microseconds)
 
 
-def attempt_of(task: TaskRow) -> int:
-    """Return the number of the attempt in progress, or of the next one while none is; the first is 1."""
-    return task.failures + task.losses + 1
-
-
 def encode_error(code: str, message: str) -> str:
     """Return the JSON text of an error; characters that a database refuses are replaced."""
     return msgspec.json.encode({"code": code, "message": make_storable(message)}).decode()

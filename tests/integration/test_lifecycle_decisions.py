@@ -59,13 +59,6 @@ async def read_decisions(harness: GatewayHarness, workflow_id: str) -> Sequence[
         return [LifecycleDecision(**row) for row in rows.mappings()]
 
 
-async def count(harness: GatewayHarness, workflow_id: str) -> bool:
-    """Record an activity by another connection."""
-    return await harness.gateway.database.transaction(
-        lambda connection: activity.record_activity(connection, workflow_id)
-    )
-
-
 async def test_an_idle_deployment_is_stopped_once_and_the_decision_is_kept_with_its_inputs(
     harness: GatewayHarness, people: OrganizationUsers, workflow_id: str
 ) -> None:
@@ -138,7 +131,7 @@ async def test_activity_before_the_check_keeps_the_deployment(
     harness: GatewayHarness, people: OrganizationUsers, workflow_id: str
 ) -> None:
     await deploy_with_pod(harness, people.owner, workflow_id)
-    assert await count(harness, workflow_id)
+    assert workflow_id in await wakes.record_activities(harness.gateway.database, [workflow_id])
     assert (await decide_now(harness, workflow_id)).decision.action is NONE
 
 
@@ -146,20 +139,22 @@ async def test_a_request_between_check_and_stop_finds_the_deployment_stopped(
     harness: GatewayHarness, people: OrganizationUsers, workflow_id: str
 ) -> None:
     await deploy_with_pod(harness, people.owner, workflow_id)
-    came: list[asyncio.Task[bool]] = []
+    came: list[asyncio.Task[dict[str, Deployment]]] = []
 
     async def stop(connection: AsyncConnection) -> None:
         await activity.lock_deployment(connection, workflow_id)
         found = await activity.read_activity(connection, workflow_id)
         assert found is not None
-        came.append(asyncio.create_task(count(harness, workflow_id)))
-        # A new activity has to wait: let it get that far.
+        recording = wakes.record_activities(harness.gateway.database, [workflow_id])
+        came.append(asyncio.create_task(recording))
+        # Let the new activity get as far as the locked row.
         async with harness.gateway.database.read() as other:
             await activity.read_activity(other, workflow_id)
         await activity.apply_decision(connection, found, decide_by_policy(found))
 
     await harness.gateway.database.transaction(stop)
-    assert await asyncio.gather(*came) == [True]
+    (recorded,) = await asyncio.gather(*came)
+    assert recorded.keys() == {workflow_id}
     after = await read_activity(harness, workflow_id)
     assert not after.situation.is_up
     assert lifecycle_policy.start_refusal(after.policy, after.situation, after.now) is None

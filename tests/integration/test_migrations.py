@@ -32,6 +32,15 @@ for module in pkgutil.iter_modules(models.__path__, "models."):
     importlib.import_module(module.name)  # its tables must be known to the metadata
 
 
+TABLES_WITHOUT_CLASS = frozenset({"broker_message", "rate_bucket", "schema_support"})
+"""Tables of statements in plain SQL alone."""
+
+
+async def read_revision(database: Database) -> str | None:
+    async with database.read() as connection:
+        return await connection.run_sync(schema_migration.read_revision)
+
+
 @pytest.fixture(params=["SQLite", "PostgreSQL"])
 async def empty_database(
     request: pytest.FixtureRequest, tmp_path: Path, postgres: PostgresServer
@@ -61,7 +70,9 @@ async def database(
 
 async def test_the_migrations_make_the_tables_that_the_code_knows(database: Database) -> None:
     def differences(connection: Connection) -> list[object]:
-        context = MigrationContext.configure(connection)
+        context = MigrationContext.configure(
+            connection, opts={"include_name": lambda name, *_: name not in TABLES_WITHOUT_CLASS}
+        )
         return [*compare_metadata(context, SQLModel.metadata)]
 
     async with database.read() as connection:
@@ -95,11 +106,11 @@ async def test_to_migrate_again_changes_nothing(database: Database) -> None:
 async def test_a_database_is_current_from_its_last_migration_on_although_several_migrate_at_once(
     empty_database: Database,
 ) -> None:
-    assert await schema_migration.read_revision(empty_database) is None
+    assert await read_revision(empty_database) is None
     with pytest.raises(OutdatedDatabase, match="pilotflame migrate"):
         await schema_migration.require_current(empty_database)
     await asyncio.gather(*(schema_migration.migrate(empty_database.url) for _ in range(3)))
-    assert await schema_migration.read_revision(empty_database) == schema_migration.HEAD_REVISION
+    assert await read_revision(empty_database) == schema_migration.HEAD_REVISION
     await schema_migration.require_current(empty_database)
 
 
@@ -141,7 +152,7 @@ async def test_a_newer_database_is_used_as_long_as_it_supports_this_code(databas
     await rewrite(database, "UPDATE alembic_version SET version_num = '9999'")
     await schema_migration.migrate(database.url)
     await schema_migration.require_current(database)
-    assert await schema_migration.read_revision(database) == "9999"
+    assert await read_revision(database) == "9999"
 
     await rewrite(database, "UPDATE schema_support SET oldest_revision = '9998'")
     for refused in (schema_migration.require_current(database), schema_migration.migrate(database.url)):
@@ -173,5 +184,5 @@ async def test_a_migration_that_deadlocks_with_a_busy_server_is_repeated(
     monkeypatch.setattr(schema_migration, "_upgrade", deadlock_first)
     await schema_migration.migrate(parse_url(url))
     database = Database(parse_url(url))
-    assert await schema_migration.read_revision(database) == schema_migration.HEAD_REVISION
+    assert await read_revision(database) == schema_migration.HEAD_REVISION
     await database.close()

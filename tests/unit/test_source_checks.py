@@ -71,6 +71,19 @@ def test_two_types_may_not_share_a_name() -> None:
     ]
 
 
+def test_the_product_uses_each_of_its_functions_and_types() -> None:
+    texts = {
+        "a/one.py": "def start(): ...\ndef stop(): ...\nclass Row: ...\n@command\ndef show(): ...",
+        "a/two.py": "from a.one import start",
+        "tests/a.py": "from a.one import Row, stop",
+    }
+    sources = {path: ast.parse(text) for path, text in texts.items()}
+    assert list(source_checks.find_unused(sources, texts)) == [
+        "nothing uses stop: a/one.py:2",
+        "nothing uses Row: a/one.py:3",
+    ]
+
+
 def test_only_handlers_may_take_a_whole_request_or_state() -> None:
     sources = parse(
         gateway__runs__routes="from gateway.runs import runs, shapes\nTABLE = [runs.start, shapes.Run]",

@@ -261,6 +261,7 @@ async def read_new(fixture: Fixture, folder: Path, postgres: services.PostgresSe
 async def revision(url: str) -> str | None:
     database = Database(parse_url(url))
     try:
-        return await schema_migration.read_revision(database)
+        async with database.read() as connection:
+            return await connection.run_sync(schema_migration.read_revision)
     finally:
         await database.close()
