@@ -68,7 +68,9 @@ def read_tool_arguments(text: str, value: object = None) -> tuple[dict[str, Any]
             value = decoding.decode(text)
             if ESCAPED_NUL.decode() in text:
                 value = replace_nul(value)
-        except (ValueError, RecursionError):
+        except RecursionError as error:  # before Python 3.12, which decodes deeper values
+            return None, f"The arguments can't be stored: {error}"
+        except ValueError:
             return None, "The arguments are not valid JSON"
     if value is None:
         return {}, ""
