@@ -14,7 +14,7 @@ from concurrency import offload
 from engine.node_api import NodeEffect, UnknownNodeType, parse_version
 from gateway.access import audit_log
 from gateway.http import errors, limits, read_only, text_rules
-from gateway.http.parameters import TextParameter
+from gateway.http.parameters import FlagParameter, TextParameter
 from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse, NoContent
 from gateway.http.text_rules import ProblemCollector
@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 
 VERSION = TextParameter("version", "Only this version.")
 VERSIONED: Final = (VERSION,)
+ALL = FlagParameter("all", "Delete every version, instead of the one in `version`.")
+DELETED: Final = (VERSION, ALL)
 
 
 class OutputInput(StrictWire):
@@ -172,11 +174,14 @@ async def versions(request: GatewayRequest) -> JsonResponse:
 
 
 async def remove(request: GatewayRequest) -> NoContent:
-    """Delete a version of a custom node type, or all versions; runs that have begun keep theirs.
+    """Delete the version of a custom node type, or every version with `all=true`; runs that have begun keep theirs.
 
     Refused while workflows have it: `details` lists those that the caller may read.
     """
     name, version, caller = _type_name(request), request.query[VERSION], request.caller
+    if request.query[ALL] == (version is not None):
+        message = "Give either `version`, to delete one version, or `all=true`, to delete every version"
+        raise errors.invalid_query(VERSION.name, "invalid-value" if version else "required", message)
 
     async def work(connection: AsyncConnection) -> None:
         condition = (

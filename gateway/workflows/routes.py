@@ -340,7 +340,7 @@ ROUTES: Final[Sequence[Route]] = (
         "/api/v1/workflow-nodes/{type}/{name}",
         NODES,
         custom_nodes.remove,
-        query=custom_nodes.VERSIONED,
+        query=custom_nodes.DELETED,
         status=204,
         docs=OperationDoc(refusals=("node-type-in-use",)),
     ),

@@ -438,6 +438,8 @@ def test_api_reaches_every_path(shell: CommandShell) -> None:
     assert shell.json("api", "GET", "/auth/whoami") == shell.json("api", "/api/v1/auth/whoami")
     made = shell.json("api", "workflows", "-f", "name=By hand", "-f", 'tags=["x"]')["workflowId"]
     assert shell.json("api", "/workflows", "-q", "tag=x")["workflows"][0]["id"] == made
+    assert shell.json("api", "/workflows?tag=none&limit=5")["workflows"] == []
+    assert shell.json("api", "/workflows?limit=5", "-q", "tag=x")["workflows"][0]["id"] == made
     assert shell.output("api", "DELETE", f"/workflows/{made}") == ""
     refused = shell.run("api", f"/workflows/{made}")
     assert (refused.returncode, refused.stdout, "not-found" in refused.stderr) == (1, "", True)

@@ -126,7 +126,7 @@ async def test_custom_types_are_seen_by_their_organization_alone(
     assert (await people.colleague.api.get(f"{NODES}/acme/resize")).status_code == 200
     for path in ("", "/schema", "/versions"):
         assert_refused(await people.stranger.api.get(f"{NODES}/acme/resize{path}"), 404, "not-found")
-    assert_refused(await people.stranger.api.delete(f"{NODES}/acme/resize"), 404, "not-found")
+    assert_refused(await people.stranger.api.delete(f"{NODES}/acme/resize?all=true"), 404, "not-found")
     assert (await people.stranger.api.get(f"{NODES}?type=acme/resize")).json()["count"] == 0
     refused = await people.stranger.api.post("/api/v1/workflows", json={"name": "x", **custom_graph()})
     assert_refused(refused, 422, "validation-failed")
@@ -272,13 +272,15 @@ async def test_a_type_is_deleted_only_while_no_workflow_has_it(people: Organizat
     refused = await api.delete(f"{NODES}/acme/resize?version=1.2.0")
     assert_refused(refused, 409, "node-type-in-use")
     assert [one["path"] for one in refused.json()["error"]["details"]] == [f"workflows.{workflow_id}"]
-    assert_refused(await api.delete(f"{NODES}/acme/resize"), 409, "node-type-in-use")
-    hidden = await people.colleague.api.delete(f"{NODES}/acme/resize")
+    assert_refused(await api.delete(f"{NODES}/acme/resize?all=true"), 409, "node-type-in-use")
+    hidden = await people.colleague.api.delete(f"{NODES}/acme/resize?all=true")
     assert hidden.json()["error"]["details"] == []
     assert (await api.delete(f"{NODES}/acme/resize?version=1.3.0")).status_code == 204
     assert_refused(await api.delete(f"{NODES}/acme/resize?version=1.3.0"), 404, "not-found")
     assert (await api.delete(f"/api/v1/workflows/{workflow_id}")).status_code == 204
-    assert (await api.delete(f"{NODES}/acme/resize")).status_code == 204
+    for query in ("", "?all=false", "?version=1.2.0&all=true"):
+        assert_refused(await api.delete(f"{NODES}/acme/resize{query}"), 400, "invalid-query")
+    assert (await api.delete(f"{NODES}/acme/resize?all=true")).status_code == 204
     audit = await people.admin.api.get("/api/v1/audit?objectId=acme/resize@1.2.0")
     assert [one["action"] for one in audit.json()["entries"]] == ["node-type.deleted", "node-type.added"]
 

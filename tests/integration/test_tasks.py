@@ -181,7 +181,7 @@ async def test_an_agent_waits_for_the_task_of_its_tool(
     checked = (await people.owner.api.post(f"/api/v1/workflows/{workflow_id}/validate")).json()
     assert [one["type"] for one in checked["warnings"]] == ["no-worker"]
     assert_refused(
-        await people.owner.api.delete("/api/v1/workflow-nodes/acme/resize"), 409, "node-type-in-use"
+        await people.owner.api.delete("/api/v1/workflow-nodes/acme/resize?all=true"), 409, "node-type-in-use"
     )
     execution_id = await execute_workflow(people.owner, workflow_id)
     (task,) = await TaskWorkerClient(people.owner.api).claim()

@@ -551,9 +551,9 @@ class AsyncNodeTypes(AsyncResource):
         """Show a custom node type with the JSON Schema of its config."""
         return cast("t.NodeTypeSchema", await self._client.request("GET", f"/api/v1/workflow-nodes/{self._quote(node_type)}/{self._quote(name)}/schema", query={"version": version}))
 
-    async def delete(self, node_type: str, name: str, *, version: str | None = None) -> None:
-        """Delete a version of a custom node type, or all versions; runs that have begun keep theirs."""
-        await self._client.request("DELETE", f"/api/v1/workflow-nodes/{self._quote(node_type)}/{self._quote(name)}", query={"version": version})
+    async def delete(self, node_type: str, name: str, *, version: str | None = None, all: bool | None = None) -> None:
+        """Delete the version of a custom node type, or every version with `all=true`; runs that have begun keep theirs."""
+        await self._client.request("DELETE", f"/api/v1/workflow-nodes/{self._quote(node_type)}/{self._quote(name)}", query={"version": version, "all": all})
 
     async def get(self, node_type: str, name: str, *, version: str | None = None) -> t.NodeTypeSchema:
         """Show a custom node type in its newest version, or in another one."""

@@ -117,7 +117,6 @@ class AsyncTransport:
         built = self._http.build_request(
             request.method,
             self.address.url + request.path,
-            params=request.query,
             content=request.body,
             headers={**self._headers, **request.headers},
             timeout=request.timeout,

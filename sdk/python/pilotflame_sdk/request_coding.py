@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Final
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, urlencode, urlsplit
 from uuid import uuid4
 
 from pilotflame_sdk.errors import TransportError, build_error
@@ -50,7 +50,7 @@ class ApiRequest:
 
     method: str
     path: str
-    query: Mapping[str, str]
+    """With the query."""
     body: bytes | None
     headers: Mapping[str, str]
     is_keyed: bool
@@ -70,8 +70,8 @@ def build_request(  # noqa: PLR0913 - a parameter for each part of a request
     is_keyed: bool = False,
     wait: float = 0.0,
 ) -> ApiRequest:
-    """Build a request to the API. `fields` is a body without its values of None, and `nullable` has further fields of
-    it, whose None is sent as null; `json` is sent as it is.
+    """Build a request to the API. `path` may have a query, which `query` extends. `fields` is a body without its values
+    of None, and `nullable` has further fields of it, whose None is sent as null; `json` is sent as it is.
 
     With `is_keyed` or a key, the request has an `Idempotency-Key`, which makes it repeatable. `wait` is how
     many seconds longer than 15 an answer may take.
@@ -88,8 +88,7 @@ def build_request(  # noqa: PLR0913 - a parameter for each part of a request
         sent["Idempotency-Key"] = idempotency_key or uuid4().hex
     return ApiRequest(
         method,
-        path,
-        dict(_query_fields(query or {})),
+        _add_query(path, query or {}),
         json_coding.dumps(body, allow_nan=False, separators=(",", ":")).encode() if has_body else None,
         sent,
         "Idempotency-Key" in sent,
@@ -97,8 +96,8 @@ def build_request(  # noqa: PLR0913 - a parameter for each part of a request
     )
 
 
-def _query_fields(query: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return the query as pairs of text: None is left out, lists become comma-separated, mappings `name.key`."""
+def _add_query(path: str, query: Mapping[str, Any]) -> str:
+    """Return the path with the query: None is left out, lists become comma-separated, mappings `name.key`."""
     fields = []
     for name, value in query.items():
         if value is None:
@@ -111,7 +110,9 @@ def _query_fields(query: Mapping[str, Any]) -> list[tuple[str, str]]:
             fields.append((name, ",".join(str(one) for one in value)))
         else:
             fields.append((name, str(value)))
-    return fields
+    if not fields:
+        return path
+    return f"{path}{'&' if '?' in path else '?'}{urlencode(fields)}"
 
 
 def first_place(query: Mapping[str, Any], *, has_cursor: bool) -> dict[str, Any] | None:

@@ -121,7 +121,6 @@ class Transport:
         built = self._http.build_request(
             request.method,
             self.address.url + request.path,
-            params=request.query,
             content=request.body,
             headers={**self._headers, **request.headers},
             timeout=request.timeout,
