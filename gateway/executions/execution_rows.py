@@ -455,7 +455,7 @@ _ATTEMPTS: Final = select(
     *(col(AttemptRow.sequence), col(AttemptRow.label), col(AttemptRow.type), col(AttemptRow.status)),
     _NO_TEXT.label("port"),
     *(col(AttemptRow.attempt), col(AttemptRow.started_at), col(AttemptRow.ended_at)),
-    col(AttemptRow.next_attempt_at),
+    col(AttemptRow.next_attempt_at).label("wake_at"),
     _NO_TEXT.label("input"),
     false().label("input_is_reference"),
     _NO_TEXT.label("output"),
