@@ -54,6 +54,14 @@ PATHS = (
     "/dashboard/keys",
 )
 """Pages of the owner of some runs. Each has elements, by class and place, that no other one has, nor an empty one."""
+DIALOGS = """[...document.querySelectorAll('form[data-confirm]:not([data-confirm=""])')].map(form => {
+  const dialog = document.querySelector('#confirm');
+  form.requestSubmit(form.querySelector('[type=submit]'));
+  const labels = [...dialog.querySelectorAll('h2, button')].map(one => one.textContent.trim());
+  dialog.close();
+  return labels;
+})"""
+"""Script that opens and closes the dialog of each form that asks first; returns their questions and both buttons."""
 EMPTY_PATHS = (
     *("/dashboard/overview", "/dashboard/runs", "/dashboard/workflows", "/dashboard/approvals"),
     *("/dashboard/deliveries", "/dashboard/dead-letters", "/dashboard/schedule", "/dashboard/sources"),
@@ -102,6 +110,43 @@ async def test_empty_pages_and_refusals_have_no_violation_of_accessibility(visit
     assert (await visit.page.text("h1")).startswith("This page can")
     assert await visit.find_violations() == []
     assert not [one for one in visit.take_problems() if "400 (Bad Request)" not in one]
+
+
+async def test_the_second_button_of_a_dialog_never_has_the_verb_of_its_question(
+    visit: DashboardVisit,
+) -> None:
+    source = {"name": "CRM", "type": "http-bearer", "secrets": {"token": "t"}}
+    source_id = (await visit.people.owner.api.post("/api/v1/datasources", json=source)).json()["dataSourceId"]
+    started = await visit.people.owner.api.post(f"/api/v1/workflows/{visit.workflow_id}/execute", json={})
+    run_path = f"/dashboard/runs/{started.json()['executionId']}"
+    questions = set[str]()
+    for path in (*PATHS, run_path, f"/dashboard/sources?source={source_id}"):
+        await visit.show(path)
+        for question, act, other in await visit.page.evaluate(DIALOGS):
+            questions.add(question)
+            assert act, question
+            assert other.split()[0] not in {*act.split(), *question.split()}, (question, act, other)
+    assert len(questions) >= 5, questions
+    assert not visit.take_problems()
+
+
+async def test_a_run_is_canceled_only_by_the_button_that_says_so(visit: DashboardVisit) -> None:
+    api, page = visit.people.owner.api, visit.page
+    started = await api.post(f"/api/v1/workflows/{visit.workflow_id}/execute", json={})
+    path = f"/executions/{started.json()['executionId']}"
+    await visit.show(path.replace("/executions", "/dashboard/runs"))
+    ask = f"document.querySelector('form[data-request$=\"{path}/cancel\"] button').click()"
+    for button, label, status in (
+        ("[data-closes]", "Keep it running", "pending"),
+        ("[data-confirms]", "Cancel the run", "cancelled"),
+    ):
+        await page.evaluate(ask)
+        await page.wait_for("document.querySelector('#confirm').open")
+        assert await page.text(f"#confirm {button}") == label
+        await page.click(f"#confirm {button}")
+        if status == "cancelled":
+            await page.wait_for("document.querySelector('.title').textContent.includes('Cancelled')")
+        assert (await api.get(f"/api/v1{path}")).json()["status"] == status
 
 
 async def test_a_run_shows_its_error_first_and_each_node_by_its_address(visit: DashboardVisit) -> None:

@@ -63,9 +63,11 @@ function count(isChanged = false) {
   if (key !== "r") import("./counts.js").then(({ refresh }) => refresh(visitor, kept, key, isChanged, showCounts));
 }
 
-function confirmed(question) {
+function confirmed(question, verb, keeps) {
   const dialog = document.getElementById("confirm");
   document.getElementById("confirm-title").textContent = question;
+  dialog.querySelector("[data-confirms]").textContent = verb;
+  dialog.querySelector("[data-closes]").textContent = keeps;
   dialog.returnValue = "";
   dialog.showModal();
   return new Promise((resolve) => {
@@ -173,7 +175,8 @@ async function submit(form, button, merged) {
   const isByKey = "pressed" in (button?.dataset ?? {});
   if (isByKey) delete button.dataset.pressed;
   const question = isByKey ? button.dataset.asks : form.dataset.confirm;
-  if (body === null || (question && !(await confirmed(question)))) return;
+  const verb = isByKey ? "Answer" : (button ?? form.querySelector("[type=submit]")).textContent.replace("…", "");
+  if (body === null || (question && !(await confirmed(question, verb, form.dataset.keeps || "Go back")))) return;
   const settled = async () => {
     const { settle } = await import("./merge.js");
     await settle(form, body, root, (text) => refuse(form, text), (next) => next ? submit(form, button, next) : renew(form));
