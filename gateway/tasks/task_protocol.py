@@ -56,6 +56,7 @@ _CODE: Final = re.compile(r"[^a-z0-9]+")
 
 WorkerId = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{1,64}$", description="an id of 1 to 64 characters")]
 TaskText = Annotated[str, Meta(max_length=64)]
+LeaseText = Annotated[str, Meta(max_length=100)]
 
 
 class WorkerInput(StrictWire):
@@ -98,6 +99,8 @@ class TaskAssignment(WireStruct):
     lease_seconds: float
     """Report within this time. The first report must come within 10 seconds after the claim."""
     deadline: Instant
+    timeout_seconds: float
+    """From the claim to `deadline`, for workers whose clocks differ from that of the database."""
     type: str
     version: str
     attempt: int
@@ -150,7 +153,7 @@ class ReportItem(StrictWire):
     """News of one task: `kind` says which other fields it has."""
 
     id: TaskText
-    lease: Annotated[str, Meta(max_length=100)]
+    lease: LeaseText
     kind: Literal["heartbeat", "complete", "fail", "release", "log"]
     progress: Any = None
     """`heartbeat`: any JSON up to 4 kB, such as `{done, total, message}`."""
@@ -167,14 +170,23 @@ class ReportItem(StrictWire):
     """`log`: up to 1,000,000 characters."""
 
 
+class HeldAttemptInput(StrictWire):
+    """Attempt that a worker holds: a task under the lease of its claim."""
+
+    id: TaskText
+    lease: LeaseText
+
+
 class ReportTasks(StrictWire):
-    """Report of a worker: the tasks that it holds, and news of them."""
+    """Report of a worker: the attempts that it holds, and news of them."""
 
     worker: WorkerId
     claimed: WorkerId | None = None
     """`requestId` of the last poll whose answer has arrived: unreported tasks of it that are not held are free."""
-    held: Annotated[list[TaskText], Meta(max_length=10_000)] = field(default_factory=list)
-    """Every task until its final report is answered; their leases are renewed."""
+    held: Annotated[list[TaskText | HeldAttemptInput], Meta(max_length=10_000)] = field(default_factory=list)
+    """Every attempt until its final report is answered; their leases are renewed. Workers of earlier versions
+    send ids of tasks.
+    """
     items: Annotated[list[ReportItem], Meta(max_length=1_000)] = field(default_factory=list)
 
 
@@ -186,15 +198,17 @@ class ItemError(WireStruct):
 
 
 class ReportResult(WireStruct):
-    """Result of one item, or of a held task that the worker has lost."""
+    """Result of one item, or of a held attempt that the worker has lost."""
 
     id: str
+    lease: str | None
+    """Null for a task that `held` names without its lease."""
     status: ReportStatus
     error: ItemError | None
 
 
 class ReportResults(WireStruct):
-    """Results in the order of the items; held tasks that are lost or cancelled follow."""
+    """Results in the order of the items; held attempts that are lost or cancelled follow."""
 
     results: Sequence[ReportResult]
 
@@ -319,6 +333,7 @@ def _shown(task: ClaimedTask, traceparent: str | None) -> TaskAssignment:
         lease=task.lease,
         lease_seconds=task.lease_microseconds / 1_000_000,
         deadline=instant(timestamps.from_microseconds(task.deadline_at)),
+        timeout_seconds=(task.deadline_at - task.claimed_at) / 1_000_000,
         type=task.type,
         version=task.version,
         attempt=task.attempt,
@@ -351,8 +366,9 @@ async def report(request: GatewayRequest) -> JsonResponse:
             refused[number] = made
         else:
             items.append(made)
+    held = [(one, None) if isinstance(one, str) else (one.id, one.lease) for one in body.held]
     results = await request.gateway.task_hub.report(
-        WorkerReport(caller.organization_id, body.worker, body.claimed, body.held, items)
+        WorkerReport(caller.organization_id, body.worker, body.claimed, held, items)
     )
     return JsonResponse(ReportResults(results=_merge(body, results, refused)))
 
@@ -360,13 +376,13 @@ async def report(request: GatewayRequest) -> JsonResponse:
 def _merge(
     body: ReportTasks, results: Sequence[ItemResult], refused: dict[int, ItemError]
 ) -> list[ReportResult]:
-    """Return the results of all items in their order, then those of held tasks that are lost or canceled.
+    """Return the results of all items in their order, then those of held attempts that are lost or canceled.
 
     `refused` holds refused items by their index; `results` are those of the others.
     """
     stored = iter(results)
     merged = [
-        ReportResult(id=one.id, status=ReportStatus.REFUSED, error=refused[number])
+        ReportResult(id=one.id, lease=one.lease, status=ReportStatus.REFUSED, error=refused[number])
         if number in refused
         else _result(next(stored))
         for number, one in enumerate(body.items)
@@ -377,7 +393,7 @@ def _merge(
 def _result(one: ItemResult) -> ReportResult:
     """Return the result of an item of a report in the form of the API."""
     error = None if one.code is None else ItemError(code=one.code, message=one.message or "")
-    return ReportResult(id=one.id, status=one.status, error=error)
+    return ReportResult(id=one.id, lease=one.lease, status=one.status, error=error)
 
 
 def _item(one: ReportItem) -> ItemKind | ItemError:

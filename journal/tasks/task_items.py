@@ -62,14 +62,15 @@ class WorkerReport(msgspec.Struct, frozen=True):
     worker_id: str
     claimed: str | None
     """Last claim whose answer the worker has received."""
-    held: Sequence[str]
+    held: Sequence[HeldAttempt]
     items: Sequence[ItemKind]
 
 
 class ItemResult(msgspec.Struct, frozen=True):
-    """Result of one item of a report."""
+    """Result of one item of a report, or of an attempt that the worker has lost or should stop."""
 
     id: str
+    lease: str | None
     status: ReportStatus
     code: str | None = None
     message: str | None = None
@@ -84,6 +85,9 @@ class TaskFacts(msgspec.Struct, frozen=True):
     type: str
     version: str
 
+
+HeldAttempt = tuple[str, "str | None"]
+"""Task and lease of an attempt; workers of earlier versions name the task alone."""
 
 OutputCheck = Callable[[TaskFacts, Completion], "tuple[str, str] | None"]
 """Returns code and message of the problem of an output; None if it is valid."""

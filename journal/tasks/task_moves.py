@@ -152,6 +152,8 @@ def fail(
     if task.state == TaskState.CANCEL_REQUESTED:
         _end(task, TaskState.CANCELLED, now)
         return ReportStatus.CANCELLED
+    # A worker that has ended an attempt at its deadline doesn't know the outcome of a write.
+    is_final = is_final or (task.is_at_most_once and code == TIMEOUT_CODE)
     _fail_attempt(task, now, code, message, is_final=is_final, delay=delay)
     return ReportStatus.OK
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from journal.tasks.known_tasks import KnownTasks
-    from journal.tasks.task_items import ItemKind, OutputCheck, WorkerReport
+    from journal.tasks.task_items import HeldAttempt, ItemKind, OutputCheck, WorkerReport
     from journal.tasks.task_moves import TaskRow
     from journal.tasks.task_transaction import TaskEffects
     from models.database import Database
@@ -45,8 +45,8 @@ class TaskReports:
         """Apply reports of workers in one transaction; return the results of the items of each report, in order, and
         the effects to announce.
 
-        An output for which `check`, called before the transaction, returns a problem is refused. Ids among `held` that
-        the worker has lost, or should stop, are added to its results. Raises `DatabaseUnavailable`.
+        An output for which `check`, called before the transaction, returns a problem is refused. Attempts among
+        `held` that the worker has lost, or should stop, are added to its results. Raises `DatabaseUnavailable`.
         """
         item_ids = sorted({item.id for report in batch for item in report.items})
         facts = await self._known.find(item_ids)
@@ -69,7 +69,7 @@ class TaskReports:
                 if isinstance(item, Completion | Failure | LogLines)
             }
             await transaction.lock_runs(sorted({one.execution_id for one in reported if one.id in final}))
-            held_ids = sorted({*item_ids, *(one for report in batch for one in report.held)})
+            held_ids = sorted({*item_ids, *(task_id for report in batch for task_id, _ in report.held)})
             claiming = [report for report in batch if report.claimed is not None]
             await transaction.lock_reported(
                 held_ids,
@@ -94,17 +94,19 @@ class TaskReports:
         results = [
             self._apply_item(transaction, report, item, problems.get(id(item))) for item in report.items
         ]
-        named = {item.id for item in report.items}
-        for task_id in report.held:
+        named: set[HeldAttempt] = {(item.id, item.lease) for item in report.items}
+        answered = named | {(item.id, None) for item in report.items}
+        for attempt in report.held:
+            task_id, lease = attempt
             task = _task_of(transaction, report, task_id)
-            if task is not None and task.is_held and task.worker_id == report.worker_id:
+            if task is not None and _holds(task, report.worker_id, lease):
                 task_moves.renew(task, transaction.now)
-                if task.state == TaskState.CANCEL_REQUESTED and task_id not in named:
-                    results.append(ItemResult(task_id, ReportStatus.CANCELLED))
-            elif task_id not in named:
+                if task.state == TaskState.CANCEL_REQUESTED and attempt not in answered:
+                    results.append(ItemResult(task_id, lease, ReportStatus.CANCELLED))
+            elif attempt not in answered:
                 is_cancelled = task is not None and task.state == TaskState.CANCELLED
                 status = ReportStatus.CANCELLED if is_cancelled else ReportStatus.LOST
-                results.append(ItemResult(task_id, status))
+                results.append(ItemResult(task_id, lease, status))
         if report.claimed is not None:
             _return_unreceived(transaction, report, named)
         return results
@@ -123,7 +125,7 @@ class TaskReports:
         """
         task = _task_of(transaction, report, item.id)
         if task is None:
-            return ItemResult(item.id, ReportStatus.LOST)
+            return ItemResult(item.id, item.lease, ReportStatus.LOST)
         run = transaction.run_of(task)
         if run is not None and run.is_ended and task.state == TaskState.LEASED:
             task_moves.cancel(task, transaction.now)
@@ -133,12 +135,12 @@ class TaskReports:
             case Failure():
                 return _fail(transaction, task, item)
             case Release():
-                return ItemResult(item.id, task_moves.release(task, item.lease, transaction.now))
+                return ItemResult(item.id, item.lease, task_moves.release(task, item.lease, transaction.now))
             case LogLines():
                 if not task_moves.is_holder(task, item.lease):
-                    return ItemResult(item.id, ReportStatus.LOST)
+                    return ItemResult(item.id, item.lease, ReportStatus.LOST)
                 transaction.add_lines(task, item.lines, self._max_log_lines)
-                return ItemResult(item.id, ReportStatus.OK)
+                return ItemResult(item.id, item.lease, ReportStatus.OK)
             case Heartbeat():
                 return _beat(task, item, transaction.now)
         raise TypeError(item)
@@ -171,6 +173,13 @@ def _task_of(transaction: TaskTransaction, report: WorkerReport, task_id: str) -
     return task if task is not None and task.organization_id == report.organization_id else None
 
 
+def _holds(task: TaskRow, worker_id: str, lease: str | None) -> bool:
+    """Return whether a worker holds a task under a lease; without one, under any of its leases."""
+    if lease is None:
+        return task.is_held and task.worker_id == worker_id
+    return task_moves.is_holder(task, lease)
+
+
 def _complete(
     transaction: TaskTransaction,
     task: TaskRow,
@@ -186,7 +195,7 @@ def _complete(
     if item.is_uploaded and task_moves.is_holder(task, item.lease):
         if task.output is None or task.output_lease != item.lease:
             message = "Send the output with PUT /tasks/{id}/output first, under the same lease"
-            return ItemResult(item.id, ReportStatus.REFUSED, "output-missing", message)
+            return ItemResult(item.id, item.lease, ReportStatus.REFUSED, "output-missing", message)
         output = task.output.encode()
     if problem is not None:
         code, message = problem
@@ -194,13 +203,13 @@ def _complete(
         if status is ReportStatus.OK:
             transaction.answer_failure(task)
         if status in {ReportStatus.OK, ReportStatus.REPEATED}:
-            return ItemResult(item.id, ReportStatus.REFUSED, code, message)
-        return ItemResult(item.id, status)
+            return ItemResult(item.id, item.lease, ReportStatus.REFUSED, code, message)
+        return ItemResult(item.id, item.lease, status)
     status = task_moves.complete(task, item.lease, now)
     if status is ReportStatus.OK:
         port = msgspec.json.encode(item.port)
         transaction.answer(task, b'{"output":%b,"port":%b}' % (output, port))
-    return ItemResult(item.id, status)
+    return ItemResult(item.id, item.lease, status)
 
 
 def _fail(transaction: TaskTransaction, task: TaskRow, item: Failure) -> ItemResult:
@@ -219,8 +228,8 @@ def _fail(transaction: TaskTransaction, task: TaskRow, item: Failure) -> ItemRes
     if status is ReportStatus.OK and task.state == TaskState.FAILED:
         transaction.answer_failure(task)
     if item.is_refusal and status in {ReportStatus.OK, ReportStatus.REPEATED}:
-        return ItemResult(item.id, ReportStatus.REFUSED, item.code, item.message)
-    return ItemResult(item.id, status)
+        return ItemResult(item.id, item.lease, ReportStatus.REFUSED, item.code, item.message)
+    return ItemResult(item.id, item.lease, status)
 
 
 def _beat(task: TaskRow, item: Heartbeat, now: int) -> ItemResult:
@@ -230,17 +239,17 @@ def _beat(task: TaskRow, item: Heartbeat, now: int) -> ItemResult:
     """
     if not task_moves.is_holder(task, item.lease):
         is_cancelled = task.lease == item.lease and task.state == TaskState.CANCELLED
-        return ItemResult(item.id, ReportStatus.CANCELLED if is_cancelled else ReportStatus.LOST)
+        return ItemResult(item.id, item.lease, ReportStatus.CANCELLED if is_cancelled else ReportStatus.LOST)
     task_moves.renew(task, now)
     if item.progress is not None:
         task.progress = item.progress
     if item.checkpoint is not None:
         task.checkpoint = item.checkpoint
     is_cancelled = task.state == TaskState.CANCEL_REQUESTED
-    return ItemResult(item.id, ReportStatus.CANCELLED if is_cancelled else ReportStatus.OK)
+    return ItemResult(item.id, item.lease, ReportStatus.CANCELLED if is_cancelled else ReportStatus.OK)
 
 
-def _return_unreceived(transaction: TaskTransaction, report: WorkerReport, named: set[str]) -> None:
+def _return_unreceived(transaction: TaskTransaction, report: WorkerReport, named: set[HeldAttempt]) -> None:
     """Free the tasks of earlier claims that the worker has never received, since the answers were lost.
 
     They were claimed before the claim that its report acknowledges, and are neither in `held` of the report nor `named`
@@ -258,5 +267,6 @@ def _return_unreceived(transaction: TaskTransaction, report: WorkerReport, named
         return
     held = {*report.held, *named}
     for task in own:
-        if not task.is_acknowledged and task.id not in held and (task.claimed_at or 0) <= max(times):
+        is_received = not held.isdisjoint({(task.id, task.lease), (task.id, None)})
+        if not task.is_acknowledged and not is_received and (task.claimed_at or 0) <= max(times):
             task_moves.return_unreceived(task, transaction.now)

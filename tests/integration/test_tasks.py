@@ -588,6 +588,41 @@ async def test_a_person_begins_the_next_attempt_at_once(people: OrganizationUser
     assert {(one["objectId"], one["userId"]) for one in trail} == {(task["id"], people.owner.user.id)}
 
 
+@pytest.mark.every_database
+async def test_two_attempts_of_a_task_at_one_worker_are_kept_apart(people: OrganizationUsers) -> None:
+    await add_type(people)
+    await start(people)
+    worker = TaskWorkerClient(people.owner.api)
+    (first,) = await worker.claim()
+    await worker.send(first, "heartbeat")
+    await decide(people.owner, first["id"], "retry")
+    (second,) = await worker.claim()
+    assert first["id"] == second["id"]
+    attempts = [{"id": task["id"], "lease": task["lease"]} for task in (first, second)]
+    assert await worker.report(held=attempts) == [{**attempts[0], "status": "lost", "error": None}]
+    assert await worker.report(held=[first["id"]]) == []  # as workers of earlier versions name it
+    assert await worker.complete(first) == "lost"
+    assert await worker.complete(second) == "ok"
+
+
+async def test_an_attempt_that_its_worker_never_got_is_free_though_the_one_before_is_held(
+    people: OrganizationUsers,
+) -> None:
+    await add_type(people)
+    await start(people)
+    worker = TaskWorkerClient(people.owner.api)
+    (first,) = await worker.claim()
+    await worker.send(first, "heartbeat")
+    await decide(people.owner, first["id"], "retry")
+    await worker.claim()  # the answer is lost
+    await start(people)
+    (other,) = await worker.claim()
+    held = [{"id": task["id"], "lease": task["lease"]} for task in (first, other)]
+    await worker.report(held=held)
+    (again,) = await TaskWorkerClient(people.owner.api).claim()
+    assert (again["id"], again["attempt"]) == (first["id"], 1)
+
+
 async def test_a_cancelled_task_fails_its_node_and_stops_its_worker(people: OrganizationUsers) -> None:
     await add_type(people)
     graph = custom_graph()
@@ -625,6 +660,11 @@ async def test_a_task_that_runs_once_is_not_taken_from_its_worker(people: Organi
     (task,) = await worker.claim()
     assert_refused(await decide(people.owner, task["id"], "retry"), 409, "task-runs-once")
     assert await worker.complete(task) == "ok"
+    # A worker that ends an attempt at its deadline doesn't know whether the write was done.
+    execution_id = await start(people, {**graph, "name": "Again"})
+    (task,) = await worker.claim()
+    await worker.send(task, "fail", error={"code": "timeout"}, retry=True)
+    assert (await wait_until_ended(people.owner, execution_id))["error"]["code"] == "timeout"
 
 
 async def _claim_apart(hub: PollService, organization_id: str, number: int) -> Sequence[ClaimedTask]:

@@ -31,7 +31,10 @@ class TaskServerDouble:
         self.reports: list[Mapping[str, Any]] = []
         self.cancel: list[str] = []
         self.lost: set[str] = set()
+        """Ids of lost tasks, and leases of lost attempts."""
         self.is_stopped = False
+        self.knows_leases = True
+        """Whether `held` may name leases, which earlier versions refuse."""
         self.lose_answers = 0
         """Number of next answers that are never sent."""
         self.blobs: dict[str, Any] = {}
@@ -88,6 +91,10 @@ class TaskServerDouble:
         self.waits.append(body["wait"])
         return bool(body["wait"] > self.longest_wait)
 
+    def refuses_held(self, path: str, body: Any) -> bool:  # noqa: ANN401 - any JSON
+        """Return whether a report names leases that this server doesn't know."""
+        return not self.knows_leases and path.endswith("/report") and dict in map(type, body["held"])
+
     def _claim(self, body: Mapping[str, Any]) -> Mapping[str, Any]:
         """Wait for tasks or requests to cancel, and return them; a repeated request id gets the same tasks."""
         give_up_at = time.monotonic() + min(body["wait"], 20)
@@ -116,23 +123,26 @@ class TaskServerDouble:
             self.reports.append(body)
             for item in body["items"]:
                 self.items.append(item)
-                status = "lost" if item["id"] in self.lost else "ok"
+                status = "lost" if self._is_lost({"id": item["id"], "lease": item["lease"]}) else "ok"
                 if item["kind"] in {"complete", "fail", "release"}:
                     status = "repeated" if item["id"] in self.final else status
                     self.final.setdefault(item["id"], []).append(item)
-                results.append({"id": item["id"], "status": status, "error": None})
-            named = {item["id"] for item in body["items"]}
+                results.append({"id": item["id"], "lease": item["lease"], "status": status, "error": None})
+            named = {item["lease"] for item in body["items"]}
             results += [
-                {"id": one, "status": "lost", "error": None}
-                for one in body["held"]
-                if one in self.lost and one not in named
+                {**attempt, "status": "lost", "error": None}
+                for attempt in ({"id": one} if isinstance(one, str) else one for one in body["held"])
+                if self._is_lost(attempt) and attempt.get("lease") not in named
             ]
             self.changed.notify_all()
         return {"results": results}
 
+    def _is_lost(self, attempt: Mapping[str, Any]) -> bool:
+        return not self.lost.isdisjoint(attempt.values())
+
 
 @contextmanager
-def run_task_server() -> Iterator[TaskServerDouble]:
+def run_task_server() -> Iterator[TaskServerDouble]:  # noqa: C901 - a branch for each kind of refusal
     """Serve tasks on a free port during a block."""
     double = TaskServerDouble()
 
@@ -152,6 +162,12 @@ def run_task_server() -> Iterator[TaskServerDouble]:
                 return
             if double.refuses_wait(self.path, body):
                 self._send(422, {"error": {"code": "invalid-request", "message": "too long"}})
+                return
+            if double.refuses_held(self.path, body):
+                problem = {"path": "held.0", "code": "invalid-type", "message": "no text"}
+                self._send(
+                    422, {"error": {"code": "validation-failed", "message": "no", "details": [problem]}}
+                )
                 return
             answer = double.answer(self.path, body, dict(self.headers))
             if double.lose_values > 0 and self.path.endswith(("/input", "/output")):

@@ -177,7 +177,10 @@ async def test_large_values_are_sent_apart(server: TaskServerDouble) -> None:
     assert (refused["error"]["code"], refused["retry"]) == ("result-too-large", False)
 
 
-async def test_a_cancelled_or_lost_task_stops_wherever_it_runs(server: TaskServerDouble) -> None:
+@pytest.mark.parametrize("knows_leases", [True, False])
+async def test_a_cancelled_or_lost_task_stops_wherever_it_runs(
+    server: TaskServerDouble, *, knows_leases: bool
+) -> None:
     worker, seen = new_worker(server), dict[str, BaseException]()
 
     @worker.node("acme/thread", "1.0.0")
@@ -197,6 +200,7 @@ async def test_a_cancelled_or_lost_task_stops_wherever_it_runs(server: TaskServe
     for name, kind in kinds.items():
         server.add(name, kind, leaseSeconds=300)
     server.add("lost", "acme/thread", leaseSeconds=3)
+    server.knows_leases = knows_leases
     async with serving(worker):
         await asyncio.to_thread(server.wait_until, lambda: len(server.reports) > 0 and not server.waiting)
         server.lost.add("lost")
@@ -208,6 +212,57 @@ async def test_a_cancelled_or_lost_task_stops_wherever_it_runs(server: TaskServe
             assert (await asyncio.to_thread(server.end, name))["kind"] == "release"
         await asyncio.to_thread(server.wait_until, lambda: "lost" in server.final)
     assert (type(seen["thread"]), type(seen["lost"])) == (TaskCancelled, LeaseLost)
+
+
+@pytest.mark.parametrize("kind", ["thread", "loop", "process"])
+async def test_an_attempt_ends_at_its_deadline_and_the_worker_begins_the_next_one(
+    server: TaskServerDouble, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    worker, is_free = new_worker(server, slots=2), threading.Event()
+
+    @worker.node("acme/thread", "1.0.0")
+    def in_thread(task: Task) -> int:
+        if task.attempt == 1:
+            is_free.wait()  # deaf to its end
+        return task.attempt
+
+    @worker.node("acme/loop", "1.0.0")
+    async def on_loop(task: Task) -> int:
+        await asyncio.sleep(600 if task.attempt == 1 else 0)
+        return task.attempt
+
+    worker.node("acme/process", "1.0.0", process=True)(worker_nodes.hang_once)
+    server.add("t", f"acme/{kind}", lease="lease-1", timeoutSeconds=0.3)
+    async with serving(worker):
+        if kind == "thread":
+            await asyncio.to_thread(server.wait_until, lambda: "in in_thread" in caplog.text)
+        else:
+            first = await asyncio.to_thread(server.end, "t")
+            assert (first["lease"], first["kind"], first["error"]["code"]) == ("lease-1", "fail", "timeout")
+        server.add("t", f"acme/{kind}", lease="lease-2", attempt=2, timeoutSeconds=600)
+        await asyncio.to_thread(server.wait_until, lambda: server.final.get("t", [{}])[-1].get("output") == 2)
+        assert server.final["t"][-1]["lease"] == "lease-2"
+        is_free.set()
+
+
+async def test_tasks_of_a_long_poll_begin_once_their_leases_are_renewed(
+    server: TaskServerDouble, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(task_channel, "FRESH_SECONDS", 0.0)  # each answer may have waited in a frozen worker
+    worker, begun = new_worker(server), list[str]()
+
+    @worker.node("acme/work", "1.0.0")
+    def work(task: Task) -> None:
+        begun.append(task.id)
+
+    server.lost.add("lease-stale")
+    server.add("stale")
+    server.add("fresh")
+    async with serving(worker):
+        assert (await asyncio.to_thread(server.end, "fresh"))["kind"] == "complete"
+        assert (await asyncio.to_thread(server.end, "stale"))["kind"] == "release"
+    assert begun == ["fresh"]
+    assert [item["kind"] for item in server.items if item["id"] == "fresh"] == ["heartbeat", "complete"]
 
 
 async def test_every_slot_taken_leaves_a_poll_open_for_cancels(server: TaskServerDouble) -> None:
@@ -245,7 +300,7 @@ async def test_lost_answers_neither_lose_nor_repeat_a_task(server: TaskServerDou
         for number in range(20):
             await asyncio.to_thread(server.end, f"t{number}")
     assert sorted(done) == sorted(f"t{number}" for number in range(20))
-    named = {task for report in server.reports for task in report["held"]}
+    named = {attempt["id"] for report in server.reports for attempt in report["held"]}
     assert named == {f"t{number}" for number in range(20)}
 
 

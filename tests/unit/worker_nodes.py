@@ -32,6 +32,13 @@ def hang() -> None:
     time.sleep(600)
 
 
+def hang_once(task: Task) -> int:
+    """Return the number of the attempt; the first one never ends."""
+    if task.attempt == 1:
+        hang()
+    return task.attempt
+
+
 def die() -> None:
     """Die as a crash would."""
     os.kill(os.getpid(), signal.SIGKILL)

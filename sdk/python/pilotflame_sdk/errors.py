@@ -126,6 +126,10 @@ class TaskCancelled(PilotflameError):
     """The run was cancelled, the deadline of the task has passed, or its worker has to end: stop at once."""
 
 
+class DeadlineExceeded(TaskCancelled):
+    """The attempt has used the timeout of its node type: it counts as failed."""
+
+
 class LeaseLost(TaskCancelled):
     """Another worker may run the task by now: its result will not be used."""
 

@@ -1,13 +1,19 @@
-"""Tasks that a worker holds, and the reports about them that the server has not answered yet."""
+"""Attempts that a worker holds, and the reports about them that the server has not answered yet.
+
+An attempt is a task under one lease: a worker can hold an attempt that the server has ended and the next one of the
+same task.
+"""
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from pilotflame_sdk.errors import DeadlineExceeded, LeaseLost, TaskCancelled
 from pilotflame_sdk.tasks import Task
 
 FIRST_REPORT_SECONDS: Final = 2.0
@@ -20,12 +26,15 @@ MAX_LOG_CHARACTERS: Final = 1_000_000
 """Lines of one task in one report; the server accepts 1,000 items."""
 MAX_REPORT_BYTES: Final = 4_000_000
 """Size from which a report takes no more tasks: the server accepts 10 MB, and one task adds 4 MB at most."""
+AttemptKey = tuple[str, str]
+"""Id and lease."""
 FINAL_KINDS: Final = frozenset({"complete", "fail", "release"})
+_LOST: Final = "Another worker may run this task by now"
 
 
 @dataclass
 class HeldTask:
-    """Task with its lease; `reported` is its final report, until the server has answered that."""
+    """Attempt of a task; `reported` is its final report, until the server has answered that."""
 
     id: str
     lease: str
@@ -34,6 +43,8 @@ class HeldTask:
     claimed_at: float
     renewed_at: float
     """Begin of the last request that has renewed the lease, by the monotonic clock."""
+    deadline_at: float
+    """By the monotonic clock; infinite for a server that doesn't tell the timeout."""
     is_acknowledged: bool = False
     reported: Mapping[str, Any] | None = None
     output_bytes: int = 0
@@ -41,6 +52,12 @@ class HeldTask:
     told_at: float = 0.0
     on_end: list[Callable[[], None]] = field(default_factory=list)
     """Calls that end the function: for a coroutine or a process."""
+    thread_id: int | None = None
+    """Thread that runs the function."""
+
+    @property
+    def key(self) -> AttemptKey:
+        return self.id, self.lease
 
     @property
     def report_due(self) -> float:
@@ -52,9 +69,9 @@ class HeldTask:
             return self.claimed_at + FIRST_REPORT_SECONDS
         return self.renewed_at + self.lease_seconds / 3
 
-    def end(self, *, is_lost: bool = False) -> None:
-        """Ask the function of the task to stop; `is_lost`: because another worker may have the task."""
-        self.task.cancel(is_lost=is_lost)
+    def end(self, reason: TaskCancelled | None = None) -> None:
+        """Ask the function of the task to stop, for a reason other than that its run was cancelled."""
+        self.task.cancel(reason)
         for call in self.on_end:
             call()
 
@@ -65,7 +82,7 @@ class HeldTasks:
     def __init__(self, slots: int) -> None:
         self.slots = slots
         self.changed = threading.Condition()
-        self._tasks: dict[str, HeldTask] = {}
+        self._tasks: dict[AttemptKey, HeldTask] = {}
         self._running = 0
         self._claimed: str | None = None
         self._is_urgent = False
@@ -102,9 +119,10 @@ class HeldTasks:
                     Task(fields, self.wake),
                     now,
                     now,
+                    now + float(fields.get("timeoutSeconds", math.inf)),
                 )
-                if held.id not in self._tasks:
-                    self._tasks[held.id] = held
+                if held.key not in self._tasks:
+                    self._tasks[held.key] = held
                     self._running += 1
                     added.append(held)
             self.changed.notify_all()
@@ -131,12 +149,12 @@ class HeldTasks:
                 self._running -= 1
             self.changed.notify_all()
 
-    def replace_report(self, task_id: str, report: Mapping[str, Any]) -> None:
-        """Replace the final report of a held task by another one, since the server does not take it;
-        unknown ids are ignored.
+    def replace_report(self, key: AttemptKey, report: Mapping[str, Any]) -> None:
+        """Replace the final report of a held attempt by another one, since the server does not take it;
+        unknown keys are ignored.
         """
         with self.changed:
-            held = self._tasks.get(task_id)
+            held = self._tasks.get(key)
             if held is not None:
                 held.reported = report
             self.changed.notify_all()
@@ -146,15 +164,23 @@ class HeldTasks:
         with self.changed:
             return [held for held in self._tasks.values() if held.reported is None]
 
-    def end_tasks(self, ids: Iterable[str], *, is_lost: bool = False) -> None:
-        """Ask the functions of these tasks to stop; unknown ids are ignored.
-
-        `is_lost`: because other workers may have the tasks.
-        """
+    def cancel(self, task_ids: Iterable[str]) -> None:
+        """Ask the functions of cancelled tasks to stop, since these get no new attempt; unknown ids are ignored."""
+        ids = set(task_ids)
         with self.changed:
-            found = [self._tasks[one] for one in ids if one in self._tasks]
-        for held in found:
-            held.end(is_lost=is_lost)
+            cancelled = [held for held in self._tasks.values() if held.id in ids]
+        for held in cancelled:
+            held.end()
+
+    def end_overdue(self) -> list[HeldTask]:
+        """End the attempts whose deadlines have passed since the last call, and return those."""
+        now = time.monotonic()
+        overdue = [
+            held for held in self.list_running() if held.deadline_at <= now and not held.task.is_cancelled
+        ]
+        for held in overdue:
+            held.end(DeadlineExceeded("The task has exceeded its timeout"))
+        return overdue
 
     # ── reports ───────────────────────────────────────────────────────────────────────────────────────────
 
@@ -173,11 +199,11 @@ class HeldTasks:
         due = min((held.report_due for held in self._tasks.values()), default=now + PROGRESS_SECONDS)
         return min(max(due - now, 0.0), PROGRESS_SECONDS)
 
-    def build_report(self) -> tuple[list[Mapping[str, Any]], list[str], str | None]:
-        """Return the items of the next report (at most about 200), the ids of all held tasks, and the last
+    def build_report(self) -> tuple[list[Mapping[str, Any]], list[AttemptKey], str | None]:
+        """Return the items of the next report (at most about 200), the keys of all held attempts, and the last
         answered claim.
 
-        Without items, a report of the ids renews the leases; nothing is due if the ids are empty too.
+        Without items, a report of the keys renews the leases; nothing is due if the keys are empty too.
         """
         now = time.monotonic()
         with self.changed:
@@ -199,47 +225,52 @@ class HeldTasks:
     def take_results(
         self,
         items: Sequence[Mapping[str, Any]],
-        held_ids: Iterable[str],
+        keys: Iterable[AttemptKey],
         results: Sequence[Mapping[str, Any]],
         begun: float,
     ) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
         """Apply the answer to a report; return the items that the server has refused, each with its answer.
 
-        Answered final reports end their tasks. Lost and cancelled tasks are asked to stop. `begun` is the
-        time of the report, by the monotonic clock, from which renewed leases count.
+        Answered final reports end their attempts. The functions of lost and cancelled ones are asked to stop. `begun`
+        is the time of the report, by the monotonic clock, from which renewed leases count.
         """
         refused = []
-        gone: set[str] = set()
-        final: set[str] = set()
+        final: set[AttemptKey] = set()
+        gone: dict[tuple[str, str | None], str] = {}
+        """Statuses of ended attempts; older servers name the task alone."""
         for place, result in enumerate(results):
-            item = items[place] if place < len(items) else {"id": result["id"], "kind": "heartbeat"}
+            item = items[place] if place < len(items) else {"lease": None, **result, "kind": "heartbeat"}
             status = result["status"]
             if status == "refused":
                 refused.append((item, result))
             if item["kind"] in FINAL_KINDS and not _is_unchanged(result):
-                final.add(str(item["id"]))
+                final.add((item["id"], item["lease"]))
             elif status in {"lost", "cancelled"}:
-                gone.add(str(result["id"]))
-        lost = {str(one["id"]) for one in results if one["status"] == "lost"}
+                gone[item["id"], item["lease"]] = status
         with self.changed:
-            for task_id in held_ids:
-                held = self._tasks.get(task_id)
-                if held is not None and task_id not in gone:
+            ended = [
+                (held, status)
+                for held in self._tasks.values()
+                if (status := gone.get(held.key) or gone.get((held.id, None)))
+            ]
+            for held in (self._tasks[key] for key in keys if key in self._tasks):
+                if (held.id, None) not in gone and held.key not in gone:
                     held.is_acknowledged = True
                     held.renewed_at = begun
-            for task_id in final:
-                self._tasks.pop(task_id, None)
+            for key in final:
+                self._tasks.pop(key, None)
             self.changed.notify_all()
-        self.end_tasks(gone - lost)
-        self.end_tasks(gone & lost, is_lost=True)
+        for held, status in ended:
+            held.end(LeaseLost(_LOST) if status == "lost" else None)
         return refused
 
-    def end_overdue(self) -> None:
+    def end_expired(self) -> None:
         """Ask functions to stop if their leases have expired, because no report reached the server."""
         now = time.monotonic()
         with self.changed:
-            over = [held.id for held in self._tasks.values() if now - held.renewed_at > held.lease_seconds]
-        self.end_tasks(over, is_lost=True)
+            expired = [held for held in self._tasks.values() if now - held.renewed_at > held.lease_seconds]
+        for held in expired:
+            held.end(LeaseLost(_LOST))
 
 
 def _items_of(held: HeldTask, now: float) -> Iterable[Mapping[str, Any]]:

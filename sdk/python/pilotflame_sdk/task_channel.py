@@ -1,21 +1,23 @@
 """Connection of a worker with the server: claims of tasks by an open poll, and reports in a thread of their own.
 
 Lost answers are safe: a repeated claim has the `requestId` of the first and gets the same tasks, a repeated report is
-answered with `repeated`.
+answered with `repeated`. Tasks of a long poll begin after a report that keeps their leases.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 from uuid import uuid4
 
 from pilotflame_sdk.errors import APIError, PilotflameError, TransportError
-from pilotflame_sdk.held_tasks import FINAL_KINDS, HeldTask, HeldTasks
+from pilotflame_sdk.held_tasks import FINAL_KINDS, AttemptKey, HeldTask, HeldTasks
 from pilotflame_sdk.request_coding import ANSWER_SECONDS
 from pilotflame_sdk.tasks import plain_text
 
@@ -46,6 +48,11 @@ SILENCE_SECONDS: Final = 60.0
 INLINE_BYTES: Final = 256_000
 """Larger outputs are sent apart from reports."""
 MAX_CLAIM: Final = 100
+FRESH_SECONDS: Final = 5.0
+"""Age of a poll up to which its tasks begin at once. The answer to an older one may have waited in a frozen worker, or
+in the network, for longer than the first lease of 10 seconds.
+"""
+DEADLINE_LOOK_SECONDS: Final = 0.2
 FILL_SECONDS: Final = 0.005
 """Time for which a claim waits for more free slots, so that short tasks are claimed in batches."""
 LONGEST_PAUSE: Final = 5.0
@@ -81,6 +88,7 @@ class TaskChannel:
         self._polling = threading.Event()
         self.failure: PilotflameError | None = None
         """Error that no repetition mends, such as a key without the scope."""
+        self._names_leases = True
         self._short_until = 0.0
         """Time until which polls are short, by the monotonic clock."""
         self._short_seconds = 0.0
@@ -91,6 +99,7 @@ class TaskChannel:
                 ("claims", self._claim_tasks),
                 ("control", self._await_cancels),
                 ("reports", self._send_reports),
+                ("deadlines", self._watch_deadlines),
             )
         ]
 
@@ -192,7 +201,7 @@ class TaskChannel:
                 log.warning("claims wait for the server: %s", error)
             else:
                 self._note_answered_poll(begun)
-                self._take_answer(request_id, count, answer)
+                self._take_answer(server, request_id, begun, answer)
                 return
             if self.draining.is_set():
                 return
@@ -220,13 +229,41 @@ class TaskChannel:
         if time.monotonic() - begun >= CUT_SECONDS:
             self._short_seconds = 0.0
 
-    def _take_answer(self, request_id: str, count: int, answer: Mapping[str, Any]) -> None:
+    def _take_answer(
+        self, server: TaskServer, request_id: str, begun: float, answer: Mapping[str, Any]
+    ) -> None:
         """Start the tasks of an answered claim, ask cancelled ones to stop, and drain if the server says so."""
-        if count:
-            self._on_tasks(self._held.add(request_id, answer["tasks"]))
-        self._held.end_tasks(answer.get("cancel", ()))
+        if answer["tasks"]:
+            added = self._held.add(request_id, answer["tasks"])
+            if time.monotonic() - begun > FRESH_SECONDS:
+                self._confirm(server, added)
+            self._on_tasks(added)
+        self._held.cancel(answer.get("cancel", ()))
         if answer.get("drain"):
             self.draining.set()
+
+    def _confirm(self, server: TaskServer, attempts: Sequence[HeldTask]) -> None:
+        """Renew the leases of claimed attempts before they begin; attempts that are lost are marked as such.
+
+        Repeated until the server answers.
+        """
+        items = [{"id": held.id, "lease": held.lease, "kind": "heartbeat"} for held in attempts]
+        while items and not self._report_safely(server, items, [held.key for held in attempts], None):
+            if self._closing.wait(LONGEST_PAUSE / 10):
+                return
+
+    def _watch_deadlines(self) -> None:
+        """End attempts at their deadlines, and log where functions in threads are, which can't be ended; the body of a
+        thread.
+        """
+        while not self._closing.wait(DEADLINE_LOOK_SECONDS):
+            for held in self._held.end_overdue():
+                frame = sys._current_frames().get(held.thread_id or 0)  # noqa: SLF001 - the documented way
+                if frame is not None:
+                    stack = "".join(traceback.format_stack(frame))
+                    log.warning(
+                        "%r has exceeded its timeout, and its function still runs:\n%s", held.task, stack
+                    )
 
     def _stop_for(self, error: APIError) -> None:
         """Claim nothing more after a refusal, which `failure` keeps unless the worker was stopped on purpose."""
@@ -245,17 +282,21 @@ class TaskChannel:
         with self._connect() as server:
             while not self._closing.is_set():
                 self._held.wait_for_report()
-                items, ids, claimed = self._held.build_report()
-                while (items or ids) and not self._closing.is_set():
-                    if self._report_safely(server, items, ids, claimed):
+                items, keys, claimed = self._held.build_report()
+                while (items or keys) and not self._closing.is_set():
+                    if self._report_safely(server, items, keys, claimed):
                         pause = 0.1
                         break
-                    self._held.end_overdue()
+                    self._held.end_expired()
                     self._closing.wait(pause)
                     pause = min(pause * 2, LONGEST_PAUSE)
 
     def _report_safely(
-        self, server: TaskServer, items: Sequence[Mapping[str, Any]], ids: Sequence[str], claimed: str | None
+        self,
+        server: TaskServer,
+        items: Sequence[Mapping[str, Any]],
+        keys: Sequence[AttemptKey],
+        claimed: str | None,
     ) -> bool:
         """Send a report like `_report`, and return True for an unexpected error,
         which is logged and fails the reported tasks.
@@ -263,7 +304,7 @@ class TaskChannel:
         Without the thread that calls this, all leases would end.
         """
         try:
-            return self._report(server, items, ids, claimed)
+            return self._report(server, items, keys, claimed)
         except Exception:
             log.exception("a report could not be sent")
             for item in items:
@@ -271,14 +312,19 @@ class TaskChannel:
             return True
 
     def _report(
-        self, server: TaskServer, items: Sequence[Mapping[str, Any]], ids: Sequence[str], claimed: str | None
+        self,
+        server: TaskServer,
+        items: Sequence[Mapping[str, Any]],
+        keys: Sequence[AttemptKey],
+        claimed: str | None,
     ) -> bool:
         """Send a report; return whether the server has answered it, with success or a refusal.
 
         A refused report is sent again item by item; tasks of refused items fail.
         """
         begun = time.monotonic()
-        body = {"worker": self._worker["id"], "claimed": claimed, "held": ids, "items": items}
+        held = [{"id": task_id, "lease": lease} if self._names_leases else task_id for task_id, lease in keys]
+        body = {"worker": self._worker["id"], "claimed": claimed, "held": held, "items": items}
         try:
             answer = _send(server, "report", body, "results")
         except TransportError as error:
@@ -288,14 +334,17 @@ class TaskChannel:
             if error.status in TEMPORARY:
                 log.warning("reports wait for the server: %s", error)
                 return False
+            if self._names_leases and any(str(one.get("path")).startswith("held") for one in error.details):
+                self._names_leases = False  # the server is older than leases in `held`
+                return False
             if len(items) > 1:
                 # One of them is at fault: the others must arrive.
-                return all(self._report(server, [one], ids, claimed) for one in items)
+                return all(self._report(server, [one], keys, claimed) for one in items)
             log.exception("the server refuses a report")
             for item in items:
                 self._give_up(item, str(error))
             return True
-        for item, result in self._held.take_results(items, ids, answer["results"], begun):
+        for item, result in self._held.take_results(items, keys, answer["results"], begun):
             error_text = result.get("error") or {}
             log.error("task %s: %s %s", item["id"], error_text.get("code"), error_text.get("message"))
         return True
@@ -308,9 +357,10 @@ class TaskChannel:
         """
         if item["kind"] == "complete":
             error = {"code": "report-refused", "message": plain_text(reason, MAX_REASON)}
-            self._held.replace_report(str(item["id"]), {"kind": "fail", "error": error, "retry": False})
+            key = (str(item["id"]), str(item["lease"]))
+            self._held.replace_report(key, {"kind": "fail", "error": error, "retry": False})
         elif item["kind"] in FINAL_KINDS:
-            self._held.take_results([item], (), [{"id": item["id"], "status": "lost"}], time.monotonic())
+            self._held.take_results([item], (), [{"status": "lost"}], time.monotonic())
 
     # ── large values ──────────────────────────────────────────────────────────────────────────────────────
 

@@ -13,7 +13,14 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from pilotflame_sdk import schemas, trace_context
-from pilotflame_sdk.errors import APIError, LeaseLost, PilotflameError, TaskCancelled, TaskError
+from pilotflame_sdk.errors import (
+    APIError,
+    DeadlineExceeded,
+    LeaseLost,
+    PilotflameError,
+    TaskCancelled,
+    TaskError,
+)
 from pilotflame_sdk.tasks import CURRENT_TASK, PortOutput, Task, plain_text
 
 if TYPE_CHECKING:
@@ -77,6 +84,13 @@ def fail(error: BaseException, task: Task) -> Mapping[str, Any]:
     return {"kind": "fail", "error": _error("exception", f"{type(error).__name__}: {error}"), "retry": True}
 
 
+def stop(task: Task) -> Mapping[str, Any]:
+    """Return the final report for a function that was asked to stop: a failure after the timeout, else a release."""
+    if isinstance(task.end_reason, DeadlineExceeded):
+        return {"kind": "fail", "error": _error("timeout", task.end_reason), "retry": True}
+    return RELEASE
+
+
 def _error(code: object, message: object) -> Mapping[str, str]:
     """Return code and message of an error for a report, as plain texts of limited length."""
     return {"code": plain_text(code, MAX_CODE), "message": plain_text(message, MAX_MESSAGE)}
@@ -100,10 +114,11 @@ class TaskExecutor:
     def start(self, held: HeldTask, definition: NodeDefinition | None, config: object) -> None:
         """Begin the function of a task in a thread, on the event loop or in a process; returns at once.
 
-        Without a definition, the task is given back, for a worker that has its code.
+        A task without a definition is given back, for a worker that has its code, and so is one that was lost or
+        cancelled meanwhile.
         """
-        if definition is None:
-            self._finish(held, RELEASE)  # Another worker has its code.
+        if definition is None or held.task.is_cancelled:
+            self._finish(held, RELEASE)
         elif definition.is_async:
             self._loop.call_soon_threadsafe(self._start_coroutine, held, definition, config)
         else:
@@ -117,13 +132,14 @@ class TaskExecutor:
         A cancelled function gives the task back; any other error makes the task fail.
         """
         task = held.task
+        held.thread_id = threading.get_ident()
         try:
             task.input = self._channel.fetch_input(held)
             positional, named = _arguments(definition, config, task)
             _enter(task)
             report = self._build_completion(held, definition.function(*positional, **named))
         except TaskCancelled:
-            report = RELEASE
+            report = stop(task)
         except BaseException as error:  # noqa: BLE001 - also SystemExit: a function can't end its worker
             report = fail(error, task)
         self._finish(held, report)
@@ -167,7 +183,7 @@ class TaskExecutor:
             returned = await definition.function(*positional, **named)
             report = await asyncio.to_thread(self._build_completion, held, returned)
         except (TaskCancelled, asyncio.CancelledError):
-            report = RELEASE
+            report = stop(task)
         except BaseException as error:  # noqa: BLE001 - as above
             report = fail(error, task)
         self._finish(held, report)
@@ -190,7 +206,7 @@ class TaskExecutor:
             theirs.close()
             report = self._completed_process(held, ours, process)
         except TaskCancelled:
-            report = RELEASE
+            report = stop(task)
         except BaseException as error:  # noqa: BLE001 - as above
             report = fail(error, task)
         if process is not None and process.pid is not None:

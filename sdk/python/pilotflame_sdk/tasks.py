@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any, Final, Generic, TypeVar
 
-from pilotflame_sdk.errors import LeaseLost, TaskCancelled
+from pilotflame_sdk.errors import TaskCancelled
 from pilotflame_sdk.schemas import to_json
 
 T = TypeVar("T")
@@ -60,7 +60,7 @@ class Task:
         self._news: dict[str, Any] = {}
         self._lines: list[dict[str, str]] = []
         self._end = threading.Event()
-        self._reason: TaskCancelled = TaskCancelled("The task was cancelled")
+        self.end_reason: TaskCancelled = TaskCancelled("The task was cancelled")
 
     def __repr__(self) -> str:
         return f"<Task {self.id} {self.type} of {self.execution_id}, attempt {self.attempt}>"
@@ -73,14 +73,16 @@ class Task:
         return self._end.is_set()
 
     def raise_if_cancelled(self) -> None:
-        """Raise `TaskCancelled`, or `LeaseLost` if another worker may have the task, once the function should stop."""
+        """Raise `TaskCancelled` once the function should stop: `LeaseLost` if another worker may have the task, and
+        `DeadlineExceeded` after the timeout.
+        """
         if self._end.is_set():
-            raise self._reason
+            raise self.end_reason
 
     def sleep(self, seconds: float) -> None:
         """Wait for these seconds, and raise `TaskCancelled` as soon as the function should stop."""
         if self._end.wait(seconds):
-            raise self._reason
+            raise self.end_reason
 
     def track(self, items: Iterable[T], *, total: int | None = None, message: str = "") -> Iterator[T]:
         """Yield the items, report after each the number of those done, and raise `TaskCancelled` between them.
@@ -145,14 +147,10 @@ class Task:
 
     # ── for workers ───────────────────────────────────────────────────────────────────────────────────────
 
-    def cancel(self, *, is_lost: bool = False) -> None:
-        """Ask the function to stop; called by the worker.
-
-        `is_lost`: because another worker may have the task, which raises `LeaseLost` instead of
-        `TaskCancelled`.
-        """
-        if is_lost and not self._end.is_set():
-            self._reason = LeaseLost("Another worker may run this task by now")
+    def cancel(self, reason: TaskCancelled | None = None) -> None:
+        """Ask the function to stop, for the first reason that is given; called by the worker."""
+        if reason is not None and not self._end.is_set():
+            self.end_reason = reason
         self._end.set()
 
     def wait_for_end(self, seconds: float) -> bool:
