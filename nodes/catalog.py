@@ -138,21 +138,17 @@ class NodeCatalog:
         """Return a node type in `version`, or if that is None, in its newest version; aliases are unknown here (see
         `canonical_name`).
 
-        Raises `UnknownNodeType` for an unknown type, with similar names or else all, and for an unknown version, with
+        Raises `UnknownNodeType` for an unknown type, with the nearest three at most, and for an unknown version, with
         the known versions.
         """
         node_type = self.node_types.get(type)
         if node_type is None:
             name = type[:SHOWN_CHARACTERS]
             nearest = name_suggestions.suggest_names(name, self.node_types) or get_close_matches(
-                name, self.node_types
+                name, self.node_types, cutoff=0.0
             )
-            known = (
-                f"did you mean {' or '.join(nearest)}?"
-                if nearest
-                else f"the catalog has {', '.join(self.types())}"
-            )
-            raise UnknownNodeType(f"There is no node type {name!r}: {known}", nearest=nearest)
+            message = f"There is no node type {name!r}: did you mean {' or '.join(nearest)}?"
+            raise UnknownNodeType(message, nearest=nearest)
         if version in (None, node_type.version):
             return node_type
         if version not in node_type.earlier:

@@ -11,5 +11,5 @@ LOGIN: Final = 4
 RUN_FAILED: Final = 5
 TIMED_OUT: Final = 6
 DIFFERENT: Final = 7
-"""`diff --exit-code` or `pull --check` has found differences."""
+"""`diff --exit-code` or `pull --check` has found differences, or `apply --dry-run` conflicts."""
 INTERRUPTED: Final = 130

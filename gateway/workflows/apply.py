@@ -8,13 +8,23 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, assert_never
 
 from msgspec import UNSET, Meta, Struct, UnsetType
+from msgspec.structs import replace
 
 from gateway.deployments import deployment_changes
 from gateway.http import errors, limits
+from gateway.http.errors import ApiError
 from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse
 from gateway.http.wire import StrictWire, WireStruct, decode_body
-from gateway.workflows import applied_rows, apply_plan, editing, workflow_rows
+from gateway.workflows import (
+    applied_rows,
+    apply_plan,
+    editing,
+    finding_shapes,
+    validation,
+    workflow_builder,
+    workflow_rows,
+)
 from gateway.workflows.apply_plan import (
     CONFLICT_TEXTS,
     ApplyAction,
@@ -22,6 +32,7 @@ from gateway.workflows.apply_plan import (
     PlannedChange,
     WantedWorkflow,
 )
+from gateway.workflows.finding_shapes import FindingShape
 from gateway.workflows.graph_difference import ItemsDifference, ValueChange
 from journal.deployments import desired_state
 from models.audit import AuditAction
@@ -29,6 +40,8 @@ from models.lifecycle_policy import StoppedReason
 from models.workflow import WorkflowStatus
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from engine.values import Json
@@ -36,6 +49,7 @@ if TYPE_CHECKING:
     from gateway.workflows.stored_workflow import StoredWorkflow
     from models.access import ApiCaller
     from models.database import Database
+    from nodes.catalog import NodeCatalog
 
 
 class ApplyWorkflows(StrictWire):
@@ -65,6 +79,8 @@ class ApplyWorkflows(StrictWire):
     """Only report the plan."""
     force: bool = False
     """Change workflows in spite of conflicts: edited since they were applied, never applied, or of another set."""
+    strict: bool = False
+    """Refuse workflows with warnings."""
 
 
 class WorkflowDiff(WireStruct):
@@ -86,6 +102,8 @@ class AppliedChange(WireStruct):
     """Reason why it is not changed without `force`; null without a conflict."""
     set: str | None
     """Set to which the workflow belongs."""
+    warnings: Sequence[FindingShape]
+    """Warnings about the workflow as the request describes it, as `POST /workflows/{id}/validate` has them."""
     diff: WorkflowDiff | UnsetType = UNSET
     """Absent where nothing changes, and for new workflows."""
 
@@ -105,7 +123,7 @@ async def apply(request: GatewayRequest) -> JsonResponse:
     The server plans the changes in the transaction that carries them out. Names identify the workflows. A workflow with
     other content that was never applied, or was edited since it was applied, is a conflict, and so is one that belongs
     to another set: 409 `apply-conflict` with an entry for each. `dryRun` shows the differences and conflicts with 200,
-    `force` applies anyway. Repeating a request changes nothing.
+    `force` applies anyway. `strict` refuses warnings, also in a dry run. Repeating a request changes nothing.
     """
     body = await decode_body(request, ApplyWorkflows)
     if body.prune is not None and body.set is None:
@@ -139,6 +157,7 @@ def _shown(change: PlannedChange, *, is_dry_run: bool) -> AppliedChange:
         workflow_id=None if shown is None or (is_new and is_dry_run) else shown.workflow.id,
         conflict=change.conflict,
         set=change.set_name or None,
+        warnings=finding_shapes.show_findings(change.warnings[: limits.FINDINGS]),
         diff=WorkflowDiff(**apply_plan.compare(before, after)) if has_diff and before and after else UNSET,
     )
 
@@ -154,7 +173,8 @@ class _ApplyRun(Struct, frozen=True):
     async def run(self) -> Sequence[PlannedChange]:
         """Return the plan, carried out in one transaction unless it is a dry run.
 
-        Raises a 409 error for ambiguous names, 422 for invalid workflows, and 403 for workflows of others. Unless it is
+        Raises a 409 error for ambiguous names, 422 for invalid workflows and, if `strict`, for warnings, and 403 for
+        workflows of others. Unless it is
         a dry run, which has conflicts in its plan, also 409 for conflicts, and for the deletion of a workflow that is
         deployed or has executions that have not ended.
         """
@@ -171,9 +191,13 @@ class _ApplyRun(Struct, frozen=True):
         wanted = await asyncio.to_thread(
             apply_plan.read_workflows, self.caller, self.body.workflows, sources, catalog, now
         )
-        changes = await self._plan(connection, wanted)
+        planned = await self._plan(connection, wanted)
         if not self.body.dry_run:
-            self._require_no_conflicts(changes)
+            self._require_no_conflicts(planned)
+        changes = [await self._with_warnings(connection, change, catalog, now) for change in planned]
+        if self.body.strict:
+            self._require_no_warnings(changes)
+        if not self.body.dry_run:
             for change in changes:
                 await self._carry_out(connection, change)
         return changes
@@ -242,6 +266,30 @@ class _ApplyRun(Struct, frozen=True):
                 " `dryRun` shows the differences, `force` applies anyway"
             )
             raise errors.conflict("apply-conflict", message, details=found[: limits.FINDINGS])
+
+    async def _with_warnings(
+        self, connection: AsyncConnection, change: PlannedChange, catalog: NodeCatalog, now: datetime
+    ) -> PlannedChange:
+        """Return the change of a workflow of the request with the warnings of its validation."""
+        if change.place is None or change.after is None:
+            return change
+        inputs = await validation.read_inputs(connection, self.caller, change.after, catalog, now)
+        result = await asyncio.to_thread(validation.check_graph, inputs)
+        return replace(change, warnings=result.warnings)
+
+    def _require_no_warnings(self, changes: Sequence[PlannedChange]) -> None:
+        """Raise a 422 error with an entry for each warning."""
+        details = [
+            apply_plan.locate_problem(finding, change.place, change.name)
+            for change in changes
+            if change.place is not None and change.after is not None
+            for finding in workflow_builder.locate_findings(change.warnings, change.after)
+        ]
+        if details:
+            message = (
+                f"{len(details):,} warnings, and nothing was applied: correct them, or leave out `strict`"
+            )
+            raise ApiError(422, "validation-failed", message, details=details[: limits.FINDINGS])
 
     async def _carry_out(self, connection: AsyncConnection, change: PlannedChange) -> None:
         """Store one planned change with its audit entry; for a workflow of the request, also the record of its `apply`.

@@ -23,6 +23,7 @@ from models.workflow import WorkflowStatus
 if TYPE_CHECKING:
     from datetime import datetime
 
+    from engine.findings import GraphFinding
     from engine.values import Json
     from gateway.workflows.stored_workflow import StoredConnection, StoredWorkflow
     from models.access import ApiCaller
@@ -93,6 +94,7 @@ class PlannedChange(Struct, frozen=True):
     conflict: ConflictReason | None = None
     set_name: str = ""
     """Set to which the workflow belongs now."""
+    warnings: Sequence[GraphFinding] = ()
 
 
 # ── reading ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -114,11 +116,12 @@ def read_workflows(
     wanted: list[WantedWorkflow] = []
     for place, value in enumerate(given):
         fields = {name: one for name, one in value.items() if name not in DOCUMENT_FIELDS}
-        status = _read_status(fields.pop("status", None), place, problems)
-        fields["nodes"] = _with_sources(fields.get("nodes") or [], sources, catalog, place, problems)
+        own: list[Mapping[str, Json]] = []
+        status = _read_status(fields.pop("status", None), own)
+        fields["nodes"] = _with_sources(fields.get("nodes") or [], sources, catalog, own)
         checked = WorkflowStatus.ACTIVE if status is WorkflowStatus.ACTIVE else WorkflowStatus.DRAFT
         plan = workflow_builder.plan_workflow(caller, {**fields, "status": checked}, catalog, now)
-        problems += [{**found, "path": f"workflows.{place}.{found['path']}"} for found in plan.errors]
+        problems += [locate_problem(found, place, value.get("name")) for found in [*own, *plan.errors]]
         stored = plan.stored.with_columns(status=status or WorkflowStatus.DRAFT)
         wanted.append(WantedWorkflow(place, stored, status, fields))
     problems += _repeated_names(wanted)
@@ -127,14 +130,20 @@ def read_workflows(
     return wanted
 
 
-def _read_status(value: Json, place: int, problems: list[Mapping[str, Json]]) -> WorkflowStatus | None:
+def locate_problem(problem: Mapping[str, Json], place: int, name: Json) -> dict[str, Json]:
+    """Return a problem of one workflow with its path in the request, and the name of the workflow in its message."""
+    path, message = f"workflows.{place}.{problem['path']}", problem["message"]
+    return {**problem, "path": path, "message": f"Workflow {name!r}: {message}" if name else message}
+
+
+def _read_status(value: Json, problems: list[Mapping[str, Json]]) -> WorkflowStatus | None:
     """Return the status that a workflow names, None without one; an unknown one is added to `problems`."""
     if value is None:
         return None
     if isinstance(value, str) and value in {*WorkflowStatus}:
         return WorkflowStatus(value)
-    path, known = f"workflows.{place}.status", ", ".join(WorkflowStatus)
-    problems.append(errors.problem(path, "invalid-value", f"{path} must be one of {known}"))
+    message = f"status must be one of {', '.join(WorkflowStatus)}"
+    problems.append(errors.problem("status", "invalid-value", message))
     return None
 
 
@@ -177,19 +186,18 @@ def _with_sources(
     nodes: Json,
     sources: Mapping[str, Sequence[str]],
     catalog: NodeCatalog,
-    place: int,
     problems: list[Mapping[str, Json]],
 ) -> Json:
     """Return nodes with the ids of data sources in place of `@name` in their configs.
 
-    Unknown and ambiguous names stay and are added to `problems`, by the `place` of the workflow in the request.
+    Unknown and ambiguous names stay and are added to `problems`.
     """
     if not isinstance(nodes, list):
         return nodes
     replaced: list[Json] = []
     for index, node in enumerate(nodes):
         if isinstance(node, dict) and isinstance(node.get("config"), dict):
-            path = f"workflows.{place}.nodes.{index}.config"
+            path = f"nodes.{index}.config"
             schema = _config_schema(node, catalog)
             config = _with_ids(node["config"], schema, sources, path, problems)
             replaced.append({**node, "config": config})

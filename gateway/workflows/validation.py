@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from msgspec.structs import replace
 
@@ -76,16 +76,55 @@ async def _answer_findings(request: GatewayRequest, *, version: str | None = Non
         stored = await editing.find_readable(connection, request.requested_object)
         if version is not None:
             stored = await versions.find_restored(connection, stored, version)
-        past = await output_samples.recent_outputs(connection, stored.workflow, request.caller)
         catalog = await request.gateway.catalogs.read(connection, request.caller.organization_id)
-        unserved = await _unserved_nodes(connection, stored, catalog, request.gateway.clock())
-        graph = graph_shapes.graph_of(stored)
-        traits = await _read_traits(connection, request.caller, graph, catalog)
-        refused = await _refused_calls(connection, request.caller, stored, graph, catalog)
+        inputs = await read_inputs(connection, request.caller, stored, catalog, request.gateway.clock())
     # A thread, so that a large graph does not block other requests.
-    validation = await asyncio.to_thread(_check_graph, stored, graph, past, catalog, traits)
-    warnings = (*validation.warnings, *unserved, *refused)[:MAX_FINDINGS]
-    return editing.answer(stored, _show_validation(stored, replace(validation, warnings=warnings)))
+    validation = await asyncio.to_thread(check_graph, inputs)
+    return editing.answer(stored, _show_validation(stored, validation))
+
+
+class ValidationInputs(NamedTuple):
+    """Workflow with the stored data that its validation needs."""
+
+    stored: StoredWorkflow
+    graph: ParsedGraph
+    catalog: NodeCatalog
+    past: Sequence[PastOutput]
+    traits: TraitsById
+    warnings: Sequence[GraphFinding]
+    """Warnings about workers, tool servers and prices, which change without an edit."""
+
+
+async def read_inputs(
+    connection: AsyncConnection,
+    caller: ApiCaller,
+    stored: StoredWorkflow,
+    catalog: NodeCatalog,
+    now: datetime,
+) -> ValidationInputs:
+    """Read the data for `check_graph`."""
+    graph = graph_shapes.graph_of(stored)
+    return ValidationInputs(
+        stored,
+        graph,
+        catalog,
+        await output_samples.recent_outputs(connection, stored.workflow, caller),
+        await _read_traits(connection, caller, graph, catalog),
+        [
+            *await _unserved_nodes(connection, stored, catalog, now),
+            *await _refused_calls(connection, caller, stored, graph, catalog),
+        ],
+    )
+
+
+def check_graph(inputs: ValidationInputs) -> ValidationResult:
+    """Validate a workflow."""
+    is_draft = inputs.stored.workflow.status == WorkflowStatus.DRAFT
+    samples = output_samples.output_samples(inputs.past, inputs.graph, inputs.catalog)
+    validation = validate_graph(
+        inputs.graph, inputs.catalog, is_draft=is_draft, samples=samples, traits=inputs.traits
+    )
+    return replace(validation, warnings=(*validation.warnings, *inputs.warnings)[:MAX_FINDINGS])
 
 
 async def _unserved_nodes(
@@ -164,18 +203,6 @@ async def compute_scopes(request: GatewayRequest) -> JsonResponse:
     )
     workflow = edited.after.workflow
     return editing.answer(edited.after, WorkflowScopes(workflow_id=workflow.id, scopes=workflow.scopes))
-
-
-def _check_graph(
-    stored: StoredWorkflow,
-    graph: ParsedGraph,
-    past: Sequence[PastOutput],
-    catalog: NodeCatalog,
-    traits: TraitsById,
-) -> ValidationResult:
-    is_draft = stored.workflow.status == WorkflowStatus.DRAFT
-    samples = output_samples.output_samples(past, graph, catalog)
-    return validate_graph(graph, catalog, is_draft=is_draft, samples=samples, traits=traits)
 
 
 def _show_validation(stored: StoredWorkflow, validation: ValidationResult) -> ValidationShape:

@@ -97,10 +97,10 @@ def plan_workflow(caller: ApiCaller, value: Json, catalog: NodeCatalog, now: dat
     validation = validate_graph(graph_shapes.graph_of(stored), catalog, is_draft=is_draft)
     # Validation reports unknown node types too, with a suggestion.
     errors = [problem for problem in errors if problem["code"] != FindingType.UNKNOWN_NODE_TYPE]
-    errors = [*errors, *_locate_findings(validation.errors, stored, wrong, errors)]
+    errors = [*errors, *locate_findings(validation.errors, stored, wrong, errors)]
     if not errors:
         stored = replace(stored, nodes=graph_shapes.with_all_positions(stored.nodes, stored.connections))
-    return WorkflowPlan(stored, errors, [*_locate_findings(validation.warnings, stored, wrong, errors)])
+    return WorkflowPlan(stored, errors, [*locate_findings(validation.warnings, stored, wrong, errors)])
 
 
 def refusal_error(errors: Sequence[Problem]) -> ApiError:
@@ -137,17 +137,18 @@ def _to_create_request(body: BuildWorkflow) -> CreateWorkflow:
     )
 
 
-def _locate_findings(
+def locate_findings(
     findings: Iterable[GraphFinding],
     stored: StoredWorkflow,
-    wrong: InvalidFields,
-    reported: Iterable[Problem],
+    wrong: InvalidFields | None = None,
+    reported: Iterable[Problem] = (),
 ) -> Iterator[Problem]:
     """Yield the findings with their paths in the body, without those that follow from invalid fields (`wrong`) or from
     problems reported already (`reported`).
     """
     nodes = {str(node["id"]): f"nodes.{number}" for number, node in enumerate(stored.nodes)}
     edges = {str(edge["id"]): f"connections.{number}" for number, edge in enumerate(stored.connections)}
+    wrong = wrong or InvalidFields([])
     bare = {_find_item_path(str(problem["path"])) for problem in reported if problem["code"] == "required"}
     for finding in findings:
         node, edge = nodes.get(finding.node_id or ""), edges.get(finding.connection_id or "")

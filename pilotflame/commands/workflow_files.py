@@ -57,25 +57,30 @@ def apply(
     prune: PruneOption = None,
     dry_run: Annotated[bool, Option("--dry-run", help="Only print the plan.")] = False,
     force: ForceOption = False,
+    strict: Annotated[bool, Option("--strict", help="Fail on warnings of the validation.")] = False,
     yes: YesOption = False,
     output: Annotated[OutputFormat, Option("--output", "-o", help="table or json.")] = OutputFormat.TABLE,
 ) -> None:
     """Create or update workflows from files.
 
     With -f, the server plans all files together and applies all or none of them. A workflow that was changed
-    elsewhere is a conflict: nothing is applied, and the differences are printed.
+    elsewhere is a conflict: nothing is applied, and the differences are printed; --dry-run exits with 7.
 
-    With a FILE alone, prints the id of its workflow; exits with 1 if validation finds errors.
+    With a FILE alone, prints the id of its workflow; exits with 1 if validation finds errors, or warnings and --strict.
     """
+    from pilotflame_sdk.workflow_files import warning_texts
+
     if file is not None and not (files or set_name or prune or dry_run):
-        _apply_one(read_definition(file))
+        _apply_one(file, is_strict=strict)
         return
     found = read_files([*([file] if file is not None else []), *(files or [])])
-    request = _build_request(found, set_name, prune, force=force)
+    request = _build_request(found, set_name, prune, force=force, strict=strict)
     client = connect()
     if prune is not None and not dry_run:
         _confirm_removals(client, found, request, is_confirmed=yes)
     answer = _send_apply(client, found, {**request, "dryRun": dry_run})
+    for text in warning_texts(answer):
+        remark(text)
     if output is OutputFormat.TABLE:
         changes = [one for one in answer["changes"] if one["action"] != "unchanged"]
         rows = [[one["action"], one["name"], one["workflowId"]] for one in changes]
@@ -84,20 +89,29 @@ def apply(
         remark(_summarize_counts(answer))
     else:
         show_value(answer, output)
+    if dry_run and answer["counts"].get("conflict"):
+        raise typer.Exit(exit_codes.DIFFERENT)
 
 
-def _apply_one(definition: Mapping[str, Any]) -> None:
-    """Create or update a workflow by its name, print its id, and exit with 1 if validation finds errors,
-    which are printed.
+def _apply_one(file: Path, *, is_strict: bool) -> None:
+    """Create or update the workflow of a file by its name, print its id and the findings of its validation, and exit
+    with 1 for errors, and if `is_strict` for warnings.
     """
+    from pilotflame_sdk import ValidationFailed
+    from pilotflame_sdk.workflow_files import finding_text
+
+    definition = read_definition(file)
     client = connect()
-    workflow_id = client.workflows.put(definition)
+    try:
+        workflow_id = client.workflows.put(definition)
+    except ValidationFailed as error:
+        text = f"{file}: Workflow {definition['name']!r}: {error}"
+        raise CommandError(text, exit_codes.REFUSED) from error
     typer.echo(workflow_id)
-    found: list[Any] = list(client.workflows.validate(workflow_id)["errors"])
-    for one in found:
-        place = next((f"{one[name]}: " for name in ("nodeId", "connectionId") if one.get(name)), "")
-        remark(f"{place}{one['message']} ({one['type']}): {one['suggestion']}")
-    if found:
+    validation = client.workflows.validate(workflow_id)
+    for finding in (*validation["errors"], *validation["warnings"]):
+        remark(finding_text(definition["name"], finding))
+    if validation["errors"] or (is_strict and validation["warnings"]):
         raise typer.Exit(exit_codes.REFUSED)
 
 
@@ -169,12 +183,17 @@ def _export_document(client: Client, workflow_id: str, sources: Mapping[str, str
 
 
 def _build_request(
-    found: Sequence[WorkflowFile], set_name: str | None, prune: str | None, *, force: bool
+    found: Sequence[WorkflowFile],
+    set_name: str | None,
+    prune: str | None,
+    *,
+    force: bool,
+    strict: bool = False,
 ) -> dict[str, Any]:
     """Return the body of an `apply` request for these files; raises `CommandError` for pruning without a set."""
     if prune is not None and set_name is None:
         raise CommandError("--prune needs --set: only members of a set are removed")
-    fields = {"set": set_name, "prune": prune, "force": force}
+    fields = {"set": set_name, "prune": prune, "force": force, "strict": strict or None}
     return {
         "workflows": [one.definition for one in found],
         **{k: v for k, v in fields.items() if v is not None},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -132,3 +133,46 @@ def test_a_wrong_file_is_named_and_nothing_is_applied(
     assert told in done.stderr
     assert shell.output("workflows", "list", "--search", "Bad", "-o", "name") == ""
     assert shell.run("apply", "-f", str(shell.folder / "nowhere")).returncode == 2
+
+
+def test_conflicts_of_a_dry_run_are_an_exit_code(shell: CommandShell) -> None:
+    folder = write(shell, "clash", one="A")
+    shell.output("apply", shell.file("clash.yaml", TEXT.format(name="clash one", text="By hand")))
+    planned = shell.run("apply", "-f", folder, "--dry-run")
+    assert (planned.returncode, planned.stdout.splitlines()[1].split()[0]) == (7, "conflict")
+    assert shell.run("apply", "-f", folder, "--dry-run", "--force").returncode == 0
+
+
+def test_warnings_are_printed_and_fail_if_it_is_strict(shell: CommandShell) -> None:
+    text = TEXT.format(name="Warned", text="{{ nodes.start.x }} {{ nodes.gret.y }}")
+    file = shell.file("warned.yaml", text)
+    warning = r"pilotflame: Warned: greet: .* \(unresolved-mapping\): "
+    refused = shell.run("apply", "-f", file, "--strict")
+    assert (
+        refused.returncode,
+        refused.stdout,
+        "warned.yaml: nodes.1: Workflow 'Warned'" in refused.stderr,
+    ) == (
+        *(1, ""),
+        True,
+    ), refused.stderr
+    assert shell.output("workflows", "list", "--search", "Warned", "-o", "name") == ""
+    for arguments, code in (
+        (("-f", file, "--dry-run"), 0),
+        (("-f", file), 0),
+        ((file,), 0),
+        ((file, "--strict"), 1),
+    ):
+        done = shell.run("apply", *arguments)
+        assert (done.returncode, bool(re.search(warning, done.stderr))) == (code, True), done.stderr
+
+
+def test_errors_of_one_file_name_the_file_and_the_workflow(shell: CommandShell) -> None:
+    file = shell.file("wrong.yaml", "name: Wrong\nnodes: [{id: a, type: quux}]")
+    for arguments in ((file,), ("-f", file)):
+        done = shell.run("apply", *arguments)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert "wrong.yaml: " in done.stderr
+        assert re.search(
+            r"Workflow 'Wrong': There is no node type 'quux': did you mean \S+ or \S+ or \S+\?", done.stderr
+        )

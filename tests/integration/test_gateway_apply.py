@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from typing import Any
 
 import httpx2
 import pytest
 
+from tests.custom_types import custom_graph, custom_type
 from tests.integration.gateway_harness import (
     EDGE,
     GRAPH,
@@ -215,6 +217,37 @@ async def test_data_sources_are_named_in_files(people: OrganizationUsers) -> Non
     refused = await post_apply(people.stranger, reading)
     assert_refused(refused, 422, "validation-failed")
     assert refused.json()["error"]["details"][0]["path"] == "workflows.0.nodes.1.config.dataSource"
+
+
+@pytest.mark.every_database
+async def test_warnings_are_those_of_the_validation_and_strict_refuses_them(
+    people: OrganizationUsers,
+) -> None:
+    await people.owner.api.post("/api/v1/workflow-nodes", json=custom_type())
+    warned = {"name": "Warned", **custom_graph()}
+    planned = (await post_apply(people.owner, named("Fine"), warned, dryRun=True)).json()["changes"]
+    assert [[finding["type"] for finding in change["warnings"]] for change in planned] == [[], ["no-worker"]]
+    for options in ({}, {"dryRun": True}):
+        refused = await post_apply(people.owner, named("Fine"), warned, strict=True, **options)
+        assert_refused(refused, 422, "validation-failed")
+        (detail,) = refused.json()["error"]["details"]
+        assert (detail["path"], detail["code"]) == ("workflows.1.nodes.1", "no-worker")
+        assert detail["message"].startswith("Workflow 'Warned': ")
+    assert (await people.owner.api.get(WORKFLOWS)).json()["count"] == 0
+    assert await apply(people.owner, named("Fine"), strict=True) == {"Fine": "create"}
+    for _ in range(2):  # also for a workflow that does not change
+        change = (await post_apply(people.owner, warned)).json()["changes"][0]
+        checked = await people.owner.api.post(f"{WORKFLOWS}/{change['workflowId']}/validate")
+        assert change["warnings"] == checked.json()["warnings"]
+
+
+async def test_errors_name_the_workflow_and_the_nearest_types(people: OrganizationUsers) -> None:
+    unknown = named("Unknown", nodes=[{"id": "x", "type": "quux"}], status="gone")
+    refused = await post_apply(people.owner, named("Fine"), unknown)
+    assert_refused(refused, 422, "validation-failed")
+    messages = [detail["message"] for detail in refused.json()["error"]["details"]]
+    assert all(message.startswith("Workflow 'Unknown': ") for message in messages), messages
+    assert re.search(r"no node type 'quux': did you mean \S+ or \S+ or \S+\?$", messages[1])
 
 
 async def test_an_exported_document_can_be_applied(people: OrganizationUsers) -> None:

@@ -8,7 +8,16 @@ from typing import Any
 
 import httpx2
 import pytest
-from pilotflame_sdk import APIError, AsyncClient, Client, NotFound, RunFailed, RunTimeout, ValidationFailed
+from pilotflame_sdk import (
+    APIError,
+    AsyncClient,
+    Client,
+    NotFound,
+    RunFailed,
+    RunTimeout,
+    ValidationFailed,
+    WorkflowWarning,
+)
 
 from sdk import client_generator
 from tests import command_runs, databases
@@ -16,7 +25,7 @@ from tests.command_runs import command_environment
 
 KEY = "sk-of-the-settings-0123"
 CHOICES = [{"port": "yes", "label": "Yes"}, {"port": "no", "label": "No"}]
-GREETING = {
+GREETING: dict[str, Any] = {
     "name": "Greeting",
     "nodes": [
         {"id": "start", "type": "manual"},
@@ -85,6 +94,18 @@ def test_put_changes_the_workflow_of_that_name(client: Client) -> None:
     stored = client.workflows.get(workflow_id)
     assert (again, stored["description"], stored["status"]) == (workflow_id, "New", "paused")
     assert client.workflows.validate(workflow_id)["valid"]
+
+
+def test_apply_warns_and_a_strict_one_refuses(client: Client) -> None:
+    greet = {"id": "greet", "type": "template", "config": {"text": "{{ nodes.gret.y }}"}}
+    warned = {**GREETING, "name": "Warned", "nodes": [GREETING["nodes"][0], greet]}
+    with pytest.raises(ValidationFailed, match=r"Workflow 'Warned'.*gret"):
+        client.workflows.apply(warned, strict=True)
+    with pytest.raises(NotFound):
+        client.workflows.find("Warned")
+    with pytest.warns(WorkflowWarning, match=r"^Warned: greet: .*gret.* \(unresolved-mapping\)") as caught:
+        client.workflows.apply(warned)
+    assert caught[0].filename == __file__
 
 
 def test_a_failed_run_names_its_node(client: Client) -> None:

@@ -169,10 +169,10 @@ def test_an_unknown_type_is_answered_with_the_nearest_ones() -> None:
     assert (raised.value.nearest, raised.value.version) == (("http-request",), None)
 
 
-def test_a_type_like_no_other_is_answered_with_all_of_them() -> None:
-    with pytest.raises(UnknownNodeType, match="the catalog has agent, aggregate, ") as raised:
+def test_a_type_like_no_other_is_answered_with_the_nearest_three() -> None:
+    with pytest.raises(UnknownNodeType, match=r"did you mean [a-z-]+ or [a-z-]+ or [a-z-]+\?$") as raised:
         CATALOG.get("quux")
-    assert raised.value.nearest == ()
+    assert len(raised.value.nearest) == 3
 
 
 def test_a_version_that_the_catalogue_lacks_is_answered_with_the_one_it_has() -> None:
@@ -404,13 +404,10 @@ def test_the_outputs_of_a_switch_are_those_of_its_cases_and_one_for_the_rest() -
     assert CATALOG.get("set").outputs_of(config) == ("output",)
 
 
-@pytest.mark.parametrize(
-    ("given", "nearest"), [("mysql", {"mysql-source", "mysql-destination"}), ("if", set())]
-)
-def test_types_that_begin_like_a_name_come_before_those_that_are_alike(given: str, nearest: set[str]) -> None:
+def test_types_that_begin_like_a_name_come_before_those_that_are_alike() -> None:
     with pytest.raises(UnknownNodeType) as raised:
-        CATALOG.get(given)
-    assert set(raised.value.nearest) == nearest
+        CATALOG.get("mysql")
+    assert set(raised.value.nearest) == {"mysql-source", "mysql-destination"}
 
 
 @pytest.mark.parametrize("alias", ["queue", "email", "event", "schedule"])

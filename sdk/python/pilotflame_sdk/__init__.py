@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from pilotflame_sdk.worker import Worker
     from pilotflame_sdk.workflow_builder import NodeConfig, TriggerConfig, Workflow
     from pilotflame_sdk.workflow_expressions import WorkflowExpression
+    from pilotflame_sdk.workflow_files import WorkflowWarning
 
 __all__ = [
     "APIError",
@@ -74,6 +75,7 @@ __all__ = [
     "Worker",
     "Workflow",
     "WorkflowExpression",
+    "WorkflowWarning",
     "__version__",
     "run_node",
 ]
@@ -94,6 +96,7 @@ _MODULES = {
     "TriggerConfig": "workflow_builder",
     "Workflow": "workflow_builder",
     "WorkflowExpression": "workflow_expressions",
+    "WorkflowWarning": "workflow_files",
     "run_node": "testing",
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -10,6 +11,7 @@ from pilotflame_sdk import async_resources, run_states, workflow_files
 from pilotflame_sdk.async_runs import AsyncRun
 from pilotflame_sdk.errors import Conflict, NotFound
 from pilotflame_sdk.request_coding import PREFER_SECONDS, quote_segment
+from pilotflame_sdk.workflow_files import WorkflowWarning
 
 if TYPE_CHECKING:
     from pilotflame_sdk.server_events import RunEvent
@@ -57,14 +59,25 @@ class AsyncWorkflows(async_resources.AsyncWorkflows):
         prune: Literal["archive", "delete"] | None = None,
         dry_run: bool = False,
         force: bool = False,
+        strict: bool = False,
     ) -> ApplyResult:
         """Make workflows equal to these definitions, all or none, and return the changes.
 
         Names identify them. A workflow that was changed elsewhere is a `Conflict`, except with `force`. `prune`
-        archives or deletes the other members of the set.
+        archives or deletes the other members of the set. Each warning of the validation is a `WorkflowWarning`;
+        with `strict`, warnings are `ValidationFailed`, and nothing is applied.
         """
-        definitions = [workflow_files.definition_of(one) for one in workflows]
-        return await self.apply_all(workflows=definitions, set=set, prune=prune, dry_run=dry_run, force=force)
+        result = await self.apply_all(
+            workflows=[workflow_files.definition_of(workflow) for workflow in workflows],
+            set=set,
+            prune=prune,
+            dry_run=dry_run,
+            force=force,
+            strict=strict or None,
+        )
+        for text in workflow_files.warning_texts(result):
+            warnings.warn(text, WorkflowWarning, stacklevel=2)
+        return result
 
     async def put(self, workflow: Mapping[str, Any] | HasDefinition) -> str:
         """Create or update the workflow with the name in the definition, and return its id.

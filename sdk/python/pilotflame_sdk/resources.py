@@ -903,9 +903,9 @@ class Workflows(Resource):
         """Add a node to a workflow; without a position it is placed beside the others."""
         return cast("t.NodeAnswer", self._client.request("POST", f"/api/v1/workflows/{self._quote(workflow_id)}/nodes", fields={"id": id, "nodeId": node_id, "type": type, "nodeType": node_type, "version": version, "nodeVersion": node_version, "label": label, "position": position, "config": config, "inputMappings": input_mappings, "passThroughValues": pass_through_values, "retry": retry, "timeout": timeout, "atMostOnce": at_most_once}))
 
-    def apply_all(self, *, workflows: Sequence[Mapping[str, Any]], set: str | None = None, prune: Literal['archive', 'delete'] | None = None, dry_run: bool | None = None, force: bool | None = None) -> t.ApplyResult:
+    def apply_all(self, *, workflows: Sequence[Mapping[str, Any]], set: str | None = None, prune: Literal['archive', 'delete'] | None = None, dry_run: bool | None = None, force: bool | None = None, strict: bool | None = None) -> t.ApplyResult:
         """Create, change and archive workflows so that they equal the given ones, all of them or none."""
-        return cast("t.ApplyResult", self._client.request("POST", "/api/v1/workflows/apply", fields={"workflows": workflows, "set": set, "prune": prune, "dryRun": dry_run, "force": force}))
+        return cast("t.ApplyResult", self._client.request("POST", "/api/v1/workflows/apply", fields={"workflows": workflows, "set": set, "prune": prune, "dryRun": dry_run, "force": force, "strict": strict}))
 
     def build(self, *, name: str, nodes: Sequence[Any], connections: Sequence[Any] | None = None, description: str | None = None, status: Literal['active', 'draft'] | None = None, tags: Sequence[str] | None = None, settings: Any = None, config: Mapping[str, Any] | None = None, dry_run: bool | None = None, idempotency_key: str | None = None) -> t.BuiltWorkflow:
         """Create a workflow with its whole graph, or report all its problems."""

@@ -638,6 +638,7 @@ class _AppliedChangeAlways(TypedDict):
     workflowId: str | None
     conflict: ConflictReason | None
     set: str | None
+    warnings: List[Finding]
 
 
 class AppliedChange(_AppliedChangeAlways, total=False):
