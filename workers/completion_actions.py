@@ -336,24 +336,10 @@ class CompletionActions:
                 own, BlobReference.from_text(text).sha256, max_bytes=MAX_ANSWER_BLOB_BYTES
             )
         if b'"$blob"' in text:
-            await self._share_blobs(_collect_references(decoding.decode(text)), own, parent)
+            for reference in _collect_references(decoding.decode(text)):
+                # Without a blob of the run behind it, the reference is one of the parent's or a mere lookalike.
+                await self._blobs.copy(own, parent, reference)
         return text
-
-    async def _share_blobs(
-        self, references: Sequence[BlobReference], own: BlobOwner, parent: BlobOwner
-    ) -> None:
-        """Copy files of this run to the blobs of the parent's runs, up to 50 MB together; larger ones are left out.
-
-        References to blobs that the run does not have are ignored. Raises `BlobsUnavailable`.
-        """
-        left_bytes = MAX_ANSWER_BLOB_BYTES
-        for reference in references:
-            try:
-                content = await self._blobs.get(own, reference.sha256, max_bytes=left_bytes)
-            except (BlobLost, BlobTooLarge):
-                continue  # a mere lookalike of a reference stays a value
-            left_bytes -= len(content)
-            await self._blobs.put(parent, content, media_type=reference.type, name=reference.name)
 
     # ── callbacks and failure workflows ─────────────────────────────────────────────────────────────────────
 

@@ -96,12 +96,7 @@ async def _copy_blob(
 
     Raises a 503 error if the blob storage does not answer.
     """
-    target = BlobOwner(source.organization_id, execution_id)
     try:
-        content = await blobs.get(source, reference.sha256)
-        await blobs.put(target, content, media_type=reference.type, name=reference.name)
-    except BlobLost:
-        return False
+        return await blobs.copy(source, BlobOwner(source.organization_id, execution_id), reference)
     except BlobsUnavailable as error:
         raise errors.not_ready(f"{error}: try again") from error
-    return True

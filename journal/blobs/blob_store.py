@@ -63,6 +63,18 @@ class RunBlobs:
                 raise BlobTooLarge(opened.size)
             return b"".join([chunk async for chunk in opened.chunks])
 
+    async def copy(self, source: BlobOwner, target: BlobOwner, reference: BlobReference) -> bool:
+        """Copy a blob to another owner of the same organization; return False if it is missing or corrupt.
+
+        Raises `BlobsUnavailable` as `get` and `put` do.
+        """
+        try:
+            content = await self.get(source, reference.sha256)
+        except BlobLost:
+            return False
+        await self.put(target, content, media_type=reference.type, name=reference.name)
+        return True
+
     @asynccontextmanager
     async def open(self, owner: BlobOwner, sha256: str) -> AsyncIterator[OpenBlob]:
         """Open a blob for reading in chunks within the block, without a limit of time or of the number of transfers.

@@ -676,6 +676,32 @@ async def test_a_parent_gets_large_results_of_a_child_with_their_files(
     assert await completion_harness.blobs.get(parents, file.sha256) == b"%PDF"
 
 
+async def test_a_parent_gets_all_files_of_a_child_with_more_than_fifty_megabytes(
+    completion_harness: CompletionHarness,
+) -> None:
+    owned_workflow = await completion_harness.owned_workflow()
+    parent = await waiting_parent(completion_harness, owned_workflow)
+    child = await completion_harness.run_database.accept_and_claim(
+        owned_workflow, completion_action=parent_action(parent)
+    )
+    own = BlobOwner(owned_workflow.organization.id, child.key_id)
+    files = [
+        await completion_harness.blobs.put(own, content * 26_000_000, media_type="text/plain")
+        for content in (b"a", b"b", b"c")
+    ]
+    value = json.dumps([file.as_json() for file in files]).encode()
+    done = structs.replace(make_span("start", None), output=value)
+    assert await completion_harness.run_database.store.record(
+        [write(child, end=RunStatus.COMPLETED, spans=[done])]
+    )
+    completion_harness.after_runs().handle_end(child, RunOutcome(RunStatus.COMPLETED))
+    await wait_until(lambda: completion_harness.is_done(child))
+    parents = BlobOwner(owned_workflow.organization.id, parent.key_id)
+    for file in files:
+        async with completion_harness.blobs.open(parents, file.sha256) as opened:
+            assert opened.size == file.size
+
+
 async def test_a_parent_that_is_limited_waits_for_a_place_again(
     completion_harness: CompletionHarness,
 ) -> None:
