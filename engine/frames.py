@@ -265,6 +265,8 @@ class SleepingNode(Struct, frozen=True):
     """Result of the node without an answer; None if it fails then."""
     places: frozenset[tuple[str, str]] = frozenset()
     """Node id and iteration of each question of an agent."""
+    held_until: float = 0.0
+    """Time by `time.monotonic` until which the run may keep its worker for this node, whose answer may be near."""
 
 
 class LoopProgress(Struct, eq=False):
@@ -422,8 +424,6 @@ class Worklist(Struct):
     ready: deque[tuple[SectionFrame, str]] = field(default_factory=deque)
     tasks: dict[asyncio.Task[None], NodeVisit] = field(default_factory=dict)
     sleeping: dict[NodeVisit, SleepingNode] = field(default_factory=dict)
-    held_until: float = 0.0
-    """Time by `time.monotonic` until which the run may keep its worker, as for the answer to a task."""
 
     def add(self, frame: SectionFrame, node_ids: Sequence[str]) -> None:
         """Add ready nodes of a frame to the work, and count them as open.
@@ -473,3 +473,8 @@ class Worklist(Struct):
     def next_wake(self) -> float | None:
         """Earliest wake time of the sleeping nodes, in seconds of `time.monotonic`; None if none wakes by itself."""
         return min((one.wakes_at for one in self.sleeping.values() if one.wakes_at is not None), default=None)
+
+    @property
+    def held_until(self) -> float:
+        """Time by `time.monotonic` until which the run may keep its worker while its nodes sleep."""
+        return max((sleeper.held_until for sleeper in self.sleeping.values()), default=0.0)

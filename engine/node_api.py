@@ -267,6 +267,11 @@ class AnswerSource(StrEnum):
     SIGNAL = "signal"
     """A signal to the run."""
 
+    @property
+    def is_short(self) -> bool:
+        """Whether many waits for such an answer take less than a second."""
+        return self in {AnswerSource.RUN, AnswerSource.TASK}
+
 
 class AnswerWait(NodeDirective, frozen=True):
     """Wait for an answer, with which the node completes; it occupies no worker, or for a second at most."""
@@ -302,8 +307,8 @@ class StepWait(NodeDirective, frozen=True):
     """Node id and iteration under which each wait is recorded."""
     until: datetime | None = None
     """Time at which the first question to a person expires; None without one."""
-    has_new_task: bool = False
-    """Whether it is for a new task, which may end within a second."""
+    is_short: bool = False
+    """Whether it is for a new task or sub-workflow run, which may end within a second."""
 
 
 NodeOutcome: TypeAlias = "Json | NodeResult | TimerWait | AnswerWait | LoopRequest | StepPause | StepWait"

@@ -47,7 +47,7 @@ WEBHOOK: Final = "webhook"
 MAX_ROUND_SECONDS: Final = 60.0
 """Maximum delay before a run is resumed at a failed node. The delay begins at a second and doubles."""
 MAX_HOLD_SECONDS: Final = 1.0
-"""Longest time for which a run keeps its worker after it has created a task: many tasks take less."""
+"""Longest time for which a run keeps its worker after it has created a task or sub-workflow run: many take less."""
 MAX_UNRECORDED_HOLD_SECONDS: Final = 60.0
 """Longest pause before an attempt for which a run keeps its worker, since that has contents that are not recorded."""
 MAX_PROVIDER_WAITS: Final = 20
@@ -139,9 +139,10 @@ class RunProgress:
             elif isinstance(outcome, AnswerWait):
                 self._begin_answer_wait(visit, outcome)
             elif isinstance(outcome, StepWait):
-                if outcome.has_new_task:
-                    self._hold_worker()
-                self._sleep(visit, outcome.until, WakeAction.ASKED, places=outcome.places)
+                hold_seconds = MAX_HOLD_SECONDS if outcome.is_short else 0.0
+                places = outcome.places
+                self._recorder.has_uncommitted_write = True
+                self._sleep(visit, outcome.until, WakeAction.ASKED, places=places, hold_seconds=hold_seconds)
             elif isinstance(outcome, LoopRequest):
                 self._node_inputs.check_resolved(visit)
                 self._loops.begin(visit, outcome)
@@ -234,10 +235,10 @@ class RunProgress:
         wake_at = self._recorder.clock.now() + timedelta(seconds=pause)
         self._recorder.record_node(visit, SpanStatus.RETRYING, wake_at=wake_at, error=reason)
         visit.attempt += 1
-        self._sleep(visit, wake_at, WakeAction.TRIED_AGAIN)
-        if not visit.program.records_content and pause <= MAX_UNRECORDED_HOLD_SECONDS:
-            # Another worker would begin the node again, and its model would be billed again.
-            self._hold_worker(pause + MAX_HOLD_SECONDS)
+        # Another worker would begin a node without recorded contents again, and its model would be billed again.
+        is_held = not visit.program.records_content and pause <= MAX_UNRECORDED_HOLD_SECONDS
+        hold_seconds = pause + MAX_HOLD_SECONDS if is_held else 0.0
+        self._sleep(visit, wake_at, WakeAction.TRIED_AGAIN, hold_seconds=hold_seconds)
 
     def to_run_error(self, visit: NodeVisit, error: NodeError) -> RunError:
         """Convert an error to the stored error of a node, without its message if that may quote hidden contents."""
@@ -465,19 +466,11 @@ class RunProgress:
         text = run_records.encode_output(answer_payloads.encode_wait(outcome), self._max_output_bytes)
         visit.task = outcome.task or None
         self._recorder.record_node(visit, SpanStatus.WAITING, wake_at=outcome.expires_at, awaits=text)
-        if visit.is_write or outcome.task:
-            # A worker gets the task only after its commit.
-            self._recorder.has_uncommitted_write = True
-        if outcome.task:
-            self._hold_worker()
-        self._sleep(visit, outcome.expires_at, WakeAction.EXPIRED, expired=outcome.expired)
-
-    def _hold_worker(self, seconds: float = MAX_HOLD_SECONDS) -> None:
-        """Let the run keep its worker for some seconds while it only waits, as far as `RunStart.may_hold` allows.
-
-        That is for waits that may be short, such as for a new task.
-        """
-        self._worklist.held_until = max(self._worklist.held_until, time.monotonic() + seconds)
+        # A worker gets the task, and a person may answer, only after the commit.
+        self._recorder.has_uncommitted_write = True
+        hold_seconds = MAX_HOLD_SECONDS if outcome.kind.is_short else 0.0
+        expires_at, expired = outcome.expires_at, outcome.expired
+        self._sleep(visit, expires_at, WakeAction.EXPIRED, expired=expired, hold_seconds=hold_seconds)
 
     def is_any_answered(self, sleeper: SleepingNode) -> bool:
         """Return whether a wait of a sleeping agent has an answer: that for a person, or for the result of a tool call.
@@ -573,11 +566,16 @@ class RunProgress:
         output: bytes | None = None,
         expired: NodeResult | None = None,
         places: frozenset[tuple[str, str]] = frozenset(),
+        hold_seconds: float = 0.0,
     ) -> None:
         """Add a node to the sleeping ones, with the time at which it wakes, and the action that the runner takes then.
 
         Without a time only an answer wakes it. `output` is that of a timer wait, `expired` the result of a wait without
-        an answer, and `places` has node id and iteration of an agent's questions.
+        an answer, and `places` has node id and iteration of an agent's questions. For `hold_seconds`, the run may keep
+        its worker while it only waits, as far as `RunStart.may_hold` allows.
         """
         wakes_at = None if wake_at is None else self._recorder.clock.monotonic_of(wake_at)
-        self._worklist.sleeping[visit] = SleepingNode(visit, wakes_at, then, output, expired, places)
+        held_until = time.monotonic() + hold_seconds if hold_seconds else 0.0
+        self._worklist.sleeping[visit] = SleepingNode(
+            visit, wakes_at, then, output, expired, places, held_until
+        )

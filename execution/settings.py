@@ -128,8 +128,8 @@ class ExecutionSettings(TraceSettings):
 
     @property
     def holds_waiting_runs(self) -> bool:
-        """Whether runs may stay for up to a second while they wait for a new task; False unless a subclass says
-        otherwise.
+        """Whether runs may stay for up to a second while they wait for a new task or sub-workflow run; False
+        unless a subclass says otherwise.
         """
         return False
 

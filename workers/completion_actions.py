@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from journal.run_outputs import LeafOutput
     from journal.store import ClaimedRun, JournalStore
     from journal.waits.completion import DueCompletion
+    from journal.waits.node_answers import AnswerResult
     from messages.broker import Broker
     from models.database import Database
     from workers.webhook_delivery import WebhookSender
@@ -273,27 +274,28 @@ class CompletionActions:
             return completion_action
         key = ExecutionKey(parent.execution_id, due.key.shard)
         left = msgspec.structs.replace(completion_action, parent=None)
-        columns = (col(Execution.key_id), col(Execution.concurrency_key))
-        statement = select(*columns).where(col(Execution.id) == key.execution_id)
+        statement = select(col(Execution.key_id)).where(col(Execution.id) == key.execution_id)
         async with self._database.read() as connection:
-            row = (await connection.execute(statement)).first()
-        if row is None:
+            key_id = await connection.scalar(statement)
+        if key_id is None:
             await self._store_outcome(due, left)
             return left
-        payload = await self._build_answer(due, BlobOwner(due.organization_id, row.key_id))
+        payload = await self._build_answer(due, BlobOwner(due.organization_id, key_id))
 
-        async def give(connection: AsyncConnection) -> bool:
-            given = await node_answers.store_answer(
+        async def give(connection: AsyncConnection) -> AnswerResult:
+            answer = await node_answers.store_answer(
                 connection, key, parent.node_id, parent.iteration, payload, kind=AnswerSource.RUN
             )
             await completion.settle_completion(connection, due, left, None, None)
-            return given.is_woken
+            return answer
 
-        is_woken = await self._database.transaction(give, locks=key.execution_id)
-        if is_woken and row.concurrency_key is not None:
-            await concurrency_limits.admit_waiting_runs(self._database, row.concurrency_key)
-        if is_woken:
+        answer = await self._database.transaction(give, locks=key.execution_id)
+        if answer.concurrency_key is not None:
+            await concurrency_limits.admit_waiting_runs(self._database, answer.concurrency_key)
+        if answer.is_woken:
             await wakeups.wake_workers(self._broker)
+        if answer.held is not None:
+            await wakeups.notify_answered_runs(self._broker, [answer.held])
         return left
 
     async def _build_answer(self, due: DueCompletion, parent: BlobOwner) -> bytes:

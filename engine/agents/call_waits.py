@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from engine import answer_payloads, run_records, values
 from engine.agents.agent_steps import StepStatus
-from engine.node_api import AnswerSource, NodeResult, StepWait
+from engine.node_api import NodeResult, StepWait
 from engine.run_records import SpanStatus
 
 if TYPE_CHECKING:
@@ -76,8 +76,7 @@ def begin(
         expires_at=outcome.expires_at,
         task=outcome.task or None,
     )
-    is_task = outcome.kind is AnswerSource.TASK
-    wait = StepWait(frozenset({place}), outcome.expires_at, has_new_task=is_task)
+    wait = StepWait(frozenset({place}), outcome.expires_at, is_short=outcome.kind.is_short)
     visit.call_waits = {**visit.call_waits, place: StepWait(wait.places, wait.until)}
     return wait
 

@@ -16,6 +16,7 @@ from sqlalchemy import text
 from engine.run_records import make_storable
 from journal.tasks.task_moves import CHANGING_COLUMNS, ROW_COLUMNS, TaskRow
 from journal.tasks.task_sql import DIALECTS, NOW, POSTGRESQL, RowsParameter, is_in, is_in_query, texts
+from journal.waits.node_answers import HeldRun
 from json_text import decoding
 from models import ids
 from models.execution import SHARED_TARGET
@@ -40,14 +41,6 @@ class WokenRun(Struct, frozen=True):
     execution_id: str
     concurrency_key: str | None
     target: str
-
-
-class HeldRun(Struct, frozen=True):
-    """Run that has got an answer while a shared worker held it."""
-
-    execution_id: str
-    lease_owner: str
-    """Channel of the worker."""
 
 
 class TaskEffects(Struct):

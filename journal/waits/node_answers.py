@@ -21,7 +21,7 @@ from engine.run_records import SpanStatus
 from journal import blocked_intervals
 from json_text import decoding
 from models.database_time import DatabaseTime
-from models.execution import AWAITS_INPUT_CONDITION, Execution, SpanRow, WaitAnswer
+from models.execution import AWAITS_INPUT_CONDITION, SHARED_TARGET, Execution, SpanRow, WaitAnswer
 from models.execution_status import TERMINAL_STATUSES, ExecutionStatus
 from models.timestamps import from_microseconds
 from models.workflow import Workflow
@@ -62,6 +62,14 @@ class AnswerReception(StrEnum):
     """No node waits for it, or its run has ended."""
 
 
+class HeldRun(Struct, frozen=True):
+    """Run that has got an answer while a shared worker held it."""
+
+    execution_id: str
+    lease_owner: str
+    """Channel of the worker."""
+
+
 class AnswerResult(Struct, frozen=True):
     """Result of an answer. If it woke the run, the caller notifies workers after the commit."""
 
@@ -71,6 +79,8 @@ class AnswerResult(Struct, frozen=True):
     """Concurrency key of a woken run; such a run continues when it is admitted to a slot of the key."""
     deployment_id: str | None = None
     """Id of the workflow whose pods continue a woken run; None: any worker."""
+    held: HeldRun | None = None
+    """The run, if a worker that the caller can notify holds it."""
 
 
 class WaitingNode(Struct, frozen=True):
@@ -118,7 +128,10 @@ async def store_answer(
     none. A sub-workflow run, an event, a task, a callback or a signal may answer a node before its run waits; input of
     a person, `user_id`, needs a waiting node.
     """
-    columns = (col(Execution.status), col(Execution.concurrency_key), col(Execution.assigned_deployment_id))
+    columns = (
+        *(col(Execution.status), col(Execution.concurrency_key), col(Execution.assigned_deployment_id)),
+        *(col(Execution.target), col(Execution.lease_owner)),
+    )
     run = (await connection.execute(select(*columns).where(*_is_run(key)).with_for_update())).first()
     if run is None:
         return AnswerResult(AnswerReception.UNAWAITED)
@@ -162,7 +175,9 @@ async def store_answer(
         }
     await connection.execute(update(Execution).where(*_is_run(key)).values(changes))
     if not is_woken:
-        return AnswerResult(AnswerReception.TAKEN)
+        is_held = run.lease_owner is not None and run.target == SHARED_TARGET
+        held = HeldRun(key.execution_id, run.lease_owner) if is_held else None
+        return AnswerResult(AnswerReception.TAKEN, held=held)
     await blocked_intervals.end_interval(connection, key.execution_id)
     return AnswerResult(AnswerReception.TAKEN, is_woken, run.concurrency_key, run.assigned_deployment_id)
 

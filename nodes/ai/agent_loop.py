@@ -275,7 +275,7 @@ def _join_waits(outcomes: Sequence[StepWait | StepPause]) -> StepWait:
     return StepWait(
         frozenset().union(*(wait.places for wait in waits)),
         min(times, default=None),
-        has_new_task=any(wait.has_new_task for wait in waits),
+        is_short=any(wait.is_short for wait in waits),
     )
 
 

@@ -130,6 +130,42 @@ async def test_a_run_leaves_its_worker_unless_its_task_ends_soon(monkeypatch: py
     assert free.notebook.status("work") is SpanStatus.WAITING
 
 
+async def test_a_question_after_a_task_is_asked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_progress, "MAX_HOLD_SECONDS", PATIENCE_SECONDS)
+    nodes = {"work": pure_node(request_task), "ask": pure_node(AskingNode().ask)}
+    worker = SimulatedWorker(compile_drawing("start > work > ask", nodes))
+    answers: dict[tuple[str, str], bytes] = {}
+
+    async def read_answers() -> Mapping[tuple[str, str], bytes]:
+        return answers
+
+    worker.start = msgspec.structs.replace(
+        worker.start, may_hold=lambda: True, read_wait_answers=read_answers
+    )
+    running = worker.begin()
+    await wait_soon(worker.notebook.is_committing)
+    answers["work", ""] = YES
+    worker.control.announce_answer()
+    async with asyncio.timeout(PATIENCE_SECONDS / 2):
+        assert await running == RunOutcome(RunStatus.WAITING)
+
+
+async def test_a_question_beside_a_node_at_work_is_committed_at_once() -> None:
+    async def work(_call: NodeCall) -> Json:
+        await asyncio.Event().wait()
+        return None
+
+    nodes = {"ask": pure_node(AskingNode().ask), "work": read_world(work)}
+    worker = SimulatedWorker(compile_drawing("start > work; start > ask", nodes))
+    worker.notebook.may_commit.clear()
+    running = worker.begin()
+    await wait_soon(worker.notebook.is_committing)
+    worker.notebook.may_commit.set()
+    worker.control.ask(ControlRequest.CANCEL)
+    await running
+    assert worker.notebook.status("ask") is SpanStatus.WAITING
+
+
 @pytest.mark.parametrize("settings", [{}, {"atMostOnce": True}], ids=["repeatable", "at most once"])
 async def test_a_node_that_was_answered_before_its_wait_is_not_called_again(
     settings: Mapping[str, Json],
