@@ -168,8 +168,8 @@ async def _observe_database(stores: ExaminedStores, seen: _Observation) -> None:
 
 
 async def _observe_broker(stores: ExaminedStores, seen: _Observation) -> None:
-    """Note whether the broker (Redis) answers; no findings are added."""
-    if stores.broker is None:
+    """Note whether Redis answers, if it is the broker; no findings are added."""
+    if stores.broker is None or not stores.broker.uses_redis:
         seen.stores["redis"] = StoreState.NOT_EXAMINED
         return
     try:

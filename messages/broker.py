@@ -139,6 +139,10 @@ class RunBroker(Protocol):
 class Broker(RunBroker, Protocol):
     """Complete broker, for processes with a database."""
 
+    @property
+    def uses_redis(self) -> bool:
+        """Whether Redis carries the messages, not PostgreSQL or the memory of one process."""
+
     async def listen(
         self, on_notification: Callable[[Notification], None], *, subject: str | None = None
     ) -> None:

@@ -26,6 +26,8 @@ from models.ended_execution import EndedExecution
 class LocalBroker:
     """Broker of a process that has all roles, without a server; implements `messages.broker.Broker`."""
 
+    uses_redis = False
+
     def __init__(self, *, channel: str) -> None:
         self.channel = channel
         self._worker: Callable[[int], None] | None = None

@@ -145,6 +145,8 @@ async def _check_answer() -> AsyncIterator[None]:
 class PostgresqlBroker:
     """Broker of one process, by tables and notifications of PostgreSQL; implements `messages.broker.Broker`."""
 
+    uses_redis = False
+
     def __init__(self, url: str, pool: asyncpg.Pool, *, channel: str, is_gateway: bool = False) -> None:
         self.channel = channel
         self._channels = (channel, GATEWAYS) if is_gateway else (channel,)

@@ -228,6 +228,8 @@ def _create_client(url: str) -> Redis:
 class RedisBroker:
     """Broker of one process, by channels and queues of Redis; implements `messages.broker.Broker`."""
 
+    uses_redis = True
+
     def __init__(
         self, url: str, *, channel: str, seal: MessageSeal | None = None, is_gateway: bool = False
     ) -> None:

@@ -222,6 +222,14 @@ def show_latency(milliseconds: float) -> str:
     return show_duration(round(milliseconds))
 
 
+def show_hours(hours: float) -> str:
+    """Return hours in tenths, such as `14.2 h`; less than one in minutes, such as `2 min`."""
+    if hours >= 1:
+        return f"{hours:,.1f} h"
+    minutes = round(60 * hours)
+    return f"{minutes} min" if minutes or not hours else "under 1 min"
+
+
 def show_age(text: str | None, now: datetime) -> str:
     """Return the time since a time in an API answer, such as `38 s ago`, or `in 3 min 00 s` for the future.
 

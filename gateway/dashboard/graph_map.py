@@ -30,8 +30,6 @@ MAX_CARDS: Final = 300
 """Maximum number of cards of a whole graph."""
 WINDOW: Final = 120
 """Number of cards around the focus of a larger graph."""
-SLIGHTLY_WIDE: Final = range(961, 1_251)
-"""Widths in pixels that are drawn smaller where there is less room: by a fifth at most, to stay legible."""
 OVERVIEW_WIDTH: Final = 1_000
 OVERVIEW_HEIGHT: Final = 200
 DOT: Final = 3
@@ -88,11 +86,6 @@ class GraphMap(Struct, frozen=True):
     focus_id: str = ""
     overview: GraphOverview | None = None
     """Null for a graph that is shown whole."""
-
-    @property
-    def is_slightly_wide(self) -> bool:
-        """Whether the map is drawn smaller where a page has less room; a wider one scrolls."""
-        return self.width in SLIGHTLY_WIDE
 
 
 def draw_graph(

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from msgspec import Struct
 
+from gateway.dashboard.formats import show_hours
 from models.timestamps import parse_timestamp
 
 HEIGHT: Final = 96
@@ -64,5 +65,5 @@ def _draw_day(day: Mapping[str, Any], number: int, slot: float, width: float, to
         heights[1],
         width,
         number % LABELED == 0,
-        f"{at:%a} {at.day}: {day['currentPodHours']:.1f} h now, {day['candidatePodHours']:.1f} h",
+        f"{at:%a} {at.day}: {show_hours(day['currentPodHours'])} now, {show_hours(day['candidatePodHours'])}",
     )

@@ -56,6 +56,7 @@ def _open_environment() -> jinja2.Environment:
         "clock": formats.show_clock,
         "count": formats.show_count,
         "duration": formats.show_duration,
+        "hours": formats.show_hours,
         "in_runs": formats.say_runs,
         "json": formats.show_json,
         "json_whole": formats.show_whole_json,

@@ -23,6 +23,7 @@ from journal.store import ExecutionKey
 from models.execution import Execution, SpanRow
 from models.execution_status import ExecutionStatus
 from models.failure_hour import OTHER_CAUSES, FailureHour
+from models.run_hour import RunHour
 from models.timestamps import hour_of
 from models.workflow import Workflow, is_readable_by
 
@@ -90,6 +91,8 @@ class FailureGroup(WireStruct):
     fingerprint: str
     """Hash of workflow, node, code and kind of message, as groups of dead letters have it."""
     count: int
+    workflow_runs: int
+    """Runs of the workflow in these hours, of which the group is a share."""
     first_at: Instant
     """Time of the first failure."""
     last_at: Instant
@@ -152,6 +155,7 @@ async def show(request: GatewayRequest) -> JsonResponse:
         rows = (await connection.execute(groups_statement(caller, since, until, limit))).all()
         shown = rows[:limit]
         last_hours = await _read_last_hours(connection, caller, shown)
+        run_counts = await _count_runs(connection, caller, {row.workflow_id for row in shown}, since, until)
         last_runs = await _read_last_runs(connection, caller, last_hours.values())
         has_others = await connection.scalar(others_statement(caller, since, until))
         versions: Mapping[str, _VersionBefore] = {}
@@ -175,7 +179,11 @@ async def show(request: GatewayRequest) -> JsonResponse:
             is_complete=len(rows) <= limit and not has_others,
             groups=[
                 _show_group(
-                    row, last_hours[row.fingerprint], last_runs, previous_version=present.get(row.fingerprint)
+                    row,
+                    last_hours[row.fingerprint],
+                    last_runs,
+                    workflow_runs=run_counts.get(row.workflow_id, 0),
+                    previous_version=present.get(row.fingerprint),
                 )
                 for row in shown
             ],
@@ -314,6 +322,27 @@ async def _read_last_hours(
     return {row.fingerprint: row for row in rows if row.last_at == last_at[row.fingerprint]}
 
 
+async def _count_runs(
+    connection: AsyncConnection,
+    caller: ApiCaller,
+    workflow_ids: Collection[str],
+    since: datetime,
+    until: datetime,
+) -> Mapping[str, int]:
+    """Return the numbers of runs of workflows that were accepted within some hours, by workflow id."""
+    rows = await connection.execute(
+        select(col(RunHour.workflow_id), func.sum(col(RunHour.accepted)))
+        .where(
+            col(RunHour.organization_id) == caller.organization_id,
+            col(RunHour.workflow_id).in_(workflow_ids),
+            col(RunHour.starts_at) >= since,
+            col(RunHour.starts_at) < until,
+        )
+        .group_by(col(RunHour.workflow_id))
+    )
+    return {workflow_id: int(count) for workflow_id, count in rows}
+
+
 async def _read_last_runs(
     connection: AsyncConnection, caller: ApiCaller, last_hours: Iterable[Row[*tuple[Any, ...]]]
 ) -> Mapping[str, _LastRun]:
@@ -369,6 +398,7 @@ def _show_group(
     last: Row[*tuple[Any, ...]],
     last_runs: Mapping[str, _LastRun],
     *,
+    workflow_runs: int,
     previous_version: int | None,
 ) -> FailureGroup:
     """Return a group as the API shows it; `last` is the row of the hour with its last failure, and `last_runs` has its
@@ -386,6 +416,7 @@ def _show_group(
         message=None if last_run is None else last_run.message,
         fingerprint=group.fingerprint,
         count=group.runs,
+        workflow_runs=max(workflow_runs, group.runs),
         first_at=instant(group.first_at),
         last_at=instant(group.last_at),
         execution_id=last.execution_id,

@@ -161,10 +161,25 @@ async def test_a_run_shows_its_lease_and_the_processes_that_it_has_lost(
     assert (pending["attempt"], pending["lease"]) == (0, None)
     until = harness.gateway.clock() + timedelta(hours=1)
     held = {"status": ExecutionStatus.RUNNING, "lease_owner": "worker-of-today", "lease_until": until}
+    span = SpanRow(
+        execution_id=pending["id"],
+        node_id="step",
+        shard=people.owner.user.shard,
+        id=ids.new_id("span"),
+        sequence=1,
+        label="Step",
+        type="set",
+        status="running",
+        started_at=harness.gateway.clock(),
+    )
+    browser = await sign_in(harness, people.owner.key)
+    page = (await browser.get(f"/dashboard/runs/{pending['id']}")).text
+    assert "Why it does not move" in page
 
     async def claim(connection: AsyncConnection) -> None:
         of_run = col(Execution.id) == pending["id"]
         await connection.execute(update(Execution).where(of_run).values(attempt=2, **held))
+        await connection.execute(insert(SpanRow).values(span.model_dump()))
 
     await harness.gateway.database.transaction(claim)
     for query in ("", "?summary=true"):
@@ -173,9 +188,13 @@ async def test_a_run_shows_its_lease_and_the_processes_that_it_has_lost(
         assert running["lease"]["owner"] == "worker-of-today"
     listed = (await people.owner.api.get("/api/v1/executions?status=running")).json()["executions"]
     assert all(not {"attempt", "lease"} & set(one) for one in listed)
-    page = await (await sign_in(harness, people.owner.key)).get(f"/dashboard/runs/{pending['id']}")
-    assert "1 process lost" in page.text
-    assert "worker-of-today" in page.text
+    page = (await browser.get(f"/dashboard/runs/{pending['id']}")).text
+    assert "1 process lost" in page
+    assert "worker-of-today" in page
+    assert "What it is doing" in page
+    assert re.search(r'aria-labelledby="why" data-still-from="[^"]+Z" hidden>', page), (
+        "it moves until seconds pass"
+    )
 
 
 async def test_texts_of_a_run_are_shown_as_text(harness: GatewayHarness, people: OrganizationUsers) -> None:

@@ -678,6 +678,14 @@ async def test_a_node_is_mended_on_the_page_of_its_workflow(visit: DashboardVisi
     await visit.page.wait_for("!document.querySelector('#config').dataset.before.includes('replace')")
     (step,) = [node for node in (await owner.workflow(workflow_id))["nodes"] if node["id"] == "step"]
     assert step["config"] == {"values": {"b": 3}}, "a field that was deleted is gone"
+    # Without a trigger, it cannot run.
+    workflow_id = await owner.create(name="Broken", nodes=GRAPH["nodes"][1:])
+    await visit.page.open(f"{visit.url}/dashboard/workflows/{workflow_id}?node=step")
+    await visit.page.fill("#config", '{"values": {"b": 2}}')
+    await visit.page.click("#node form button[type=submit]")
+    await visit.page.wait_for(
+        "document.querySelector('#toast').textContent.startsWith('Saved. It cannot run')"
+    )
 
 
 async def test_a_data_source_is_chosen_in_the_form_of_a_node(visit: DashboardVisit) -> None:
@@ -747,18 +755,22 @@ async def test_a_map_keeps_its_size_and_arrows_follow_its_edges(visit: Dashboard
     assert not visit.take_problems()
 
 
-async def test_a_map_that_is_a_little_too_wide_is_drawn_smaller(visit: DashboardVisit) -> None:
+@pytest.mark.parametrize("count", [5, 30])
+async def test_a_map_opens_fitted(visit: DashboardVisit, count: int) -> None:
     page, owner = visit.page, visit.people.owner
-    ids = [f"n{number}" for number in range(5)]
+    ids = [f"n{number}" for number in range(count)]
     nodes = [{"id": one, "nodeId": "set" if number else "manual"} for number, one in enumerate(ids)]
     edges = [{"source": one, "target": other} for one, other in pairwise(ids)]
-    workflow_id = await owner.create(name="Five in a row", nodes=nodes, connections=edges)
-    await visit.look(1280, "light")
-    await visit.show(f"/dashboard/workflows/{workflow_id}")
+    edges += [{"source": "n0", "target": one} for one in ids[2:]]
+    workflow_id = await owner.create(name="In a row", status="active", nodes=nodes, connections=edges)
+    run = (await owner.api.post(f"/api/v1/workflows/{workflow_id}/execute", json={})).json()["executionId"]
     map_ = "document.querySelector('[data-map]')"
-    assert await page.evaluate(f"{map_}.scrollWidth === {map_}.clientWidth")
-    factor = int((await page.text("[data-zoom=whole]")).removesuffix(" %"))
-    assert 80 <= factor < 100
+    await visit.look(1280, "light")
+    for path in (f"/dashboard/runs/{run}?view=map", f"/dashboard/workflows/{workflow_id}"):
+        await visit.show(path)
+        for size in ("Width", "Height"):
+            assert await page.evaluate(f"{map_}.scroll{size} === {map_}.client{size}"), path
+        assert int((await page.text("[data-zoom=whole]")).removesuffix(" %")) < 100
     await page.click("[data-zoom=whole]")
     await page.wait_for(f"{map_}.scrollWidth > {map_}.clientWidth")
     assert await page.text("[data-zoom=whole]") == "100 %"

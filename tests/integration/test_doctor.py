@@ -31,7 +31,7 @@ from journal.presence_reports import program_version
 from models import ids
 from models.access import Organization
 from models.audit import AuditAction
-from models.database import is_sqlite, parse_url
+from models.database import parse_url
 from models.deployment import Deployment, ObservedState
 from models.schedule import Schedule
 from models.settings import ServerSettings
@@ -102,8 +102,7 @@ async def test_a_healthy_installation_is_clean(examine: Callable[..., Any], runs
     assert result.report.stores == {
         "database": StoreState.OK,
         "cluster": StoreState.NOT_EXAMINED,
-        # Without Redis, PostgreSQL carries the messages.
-        "redis": StoreState.NOT_EXAMINED if is_sqlite(runs.url) else StoreState.OK,
+        "redis": StoreState.NOT_EXAMINED,
         "blobs": StoreState.OK,
     }
 

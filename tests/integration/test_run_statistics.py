@@ -458,6 +458,7 @@ async def test_all_failures_of_a_day_are_grouped_by_cause(
     assert await list_groups(people.owner, f"?limit={len(found['groups'])}") == {**found, "asOf": ANY}
     rows, http = found["groups"]
     assert (rows["workflowName"], rows["nodeId"], rows["code"]) == ("Orders", "write", "node-error")
+    assert [group["workflowRuns"] for group in found["groups"]] == [8, 8], "one was stopped"
     assert (rows["count"], rows["executionId"], rows["message"]) == (6, last, "Row 7 of 'c' is wrong")
     assert rows["firstAt"] == format_timestamp(present - 3 * HOUR + 60 * SECOND)
     assert rows["lastAt"] == format_timestamp(present - HOUR + 61 * SECOND)

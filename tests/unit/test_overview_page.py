@@ -68,6 +68,34 @@ def test_findings_are_told_once_and_minor_ones_together() -> None:
     assert list_needs(drift=findings) == {"findings": [critical], "drift": [minor]}
 
 
+def failure(workflow: str, count: int, runs: int, **fields: Any) -> dict[str, Any]:  # noqa: ANN401 - any JSON value
+    times = {"firstAt": at(-1), "lastAt": at(-0.1), "completedSuccessorId": None}
+    cause = {"workflowId": workflow, "nodeId": "call", "code": "http-status", "count": count}
+    return {**cause, "workflowRuns": runs, **times, **fields}
+
+
+def test_failures_that_go_on_are_ranked_by_their_share_times_their_count() -> None:
+    groups = [
+        failure("rare", 4, 400),
+        failure("always", 5, 5, message="the latest"),
+        failure("often", 90, 9_000),
+        failure("always", 3, 8, firstAt=at(-3)),
+        failure("other-code", 2, 4, code="timeout"),
+        failure("once", 1, 1),
+        failure("mended", 50, 50, completedSuccessorId="exec_1"),
+    ]
+    failing = overview.find_needs(data(), groups, NOW)["failing"]
+    order = [(cause["workflowId"], cause["count"]) for cause in failing]
+    assert order == [("always", 8), ("other-code", 2), ("once", 1), ("often", 90), ("rare", 4)]
+    assert (failing[0]["message"], failing[0]["firstAt"]) == ("the latest", at(-3))
+
+
+def test_pod_time_is_never_zero_while_pods_are_up() -> None:
+    usage = {"podSeconds": 100, "alwaysOnPodSeconds": 86_400}
+    assert overview.describe_pod_time(usage) == "2 min today, of 24.0 h always on"
+    assert overview.describe_pod_time({**usage, "podSeconds": 1}).startswith("under 1 min")
+
+
 def test_reasons_of_waits_tell_their_known_end() -> None:
     reasons = [
         reason("window-closed", count=180, until=at(20)),

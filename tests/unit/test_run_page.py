@@ -57,6 +57,13 @@ async def test_the_page_of_a_run_that_ends_meanwhile_shows_the_end_of_its_nodes_
     assert shown["span"]["outputData"] == "done"
 
 
+def test_a_run_says_what_it_does_after_seconds_without_progress() -> None:
+    now = datetime(2026, 11, 28, 12, tzinfo=UTC)
+    assert run_page.find_still_from("2026-11-28T11:59:58.500Z", now) == "2026-11-28T12:00:01.500Z"
+    assert run_page.find_still_from("2026-11-28T11:59:57.000Z", now) == ""
+    assert run_page.find_still_from(None, now) == ""
+
+
 def test_the_parts_of_a_runs_time_have_words_and_no_codes() -> None:
     waiting = {code.value: 1.0 for code in BlockerCode if code not in NO_WAITS}
     timing = {"queued": 1.0, "waking": 0.0, "running": 2.0, "waitingFor": waiting}

@@ -224,7 +224,9 @@ async function submit(form, button, merged) {
       await (merged || "renews" in form.dataset ? renew(form) : reload());
       count(true);
     }
-    if (form.dataset.says) say(fill(form.dataset.says, String), undo);
+    const isBlocked = form.dataset.says?.startsWith("Saved") && document.querySelector("[data-blocks]");
+    const says = isBlocked ? "Saved. It cannot run until its errors are fixed" : form.dataset.says;
+    if (says) say(fill(says, String), undo);
     if (path.endsWith("/bulk-operations")) followOperations(value.id);
     if (form.dataset.result) (await import("./phases.js")).show(document.getElementById(form.dataset.result), value);
     if (form.dataset.shows) {

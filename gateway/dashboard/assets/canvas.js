@@ -50,7 +50,7 @@ function keptZoom() {
   return Number(sessionStorage.getItem(place())) || undefined;
 }
 
-// The factor of the drawing in sight: a map that is a little too wide is drawn smaller until a factor is chosen.
+// The factor of the drawing in sight: a map is fitted until a factor is chosen.
 function shownZoom(drawing) {
   return drawing.getBoundingClientRect().width / drawing.viewBox.baseVal.width;
 }

@@ -187,6 +187,13 @@ function showAges() {
   }
 }
 
+// Parts that are shown from a time on.
+function showParts() {
+  for (const part of document.querySelectorAll("[data-still-from][hidden]")) {
+    setTimeout(() => { part.hidden = false; }, Math.max(Date.parse(part.dataset.stillFrom) - Date.now(), 0));
+  }
+}
+
 function showLocalTimes() {
   for (const time of document.querySelectorAll("time[title]:not([data-local])")) {
     time.dataset.local = "";
@@ -203,6 +210,8 @@ function showLocalTimes() {
 export function watch() {
   heard = document.querySelector(".live").textContent.trim();
   showLocalTimes();
+  showParts();
+  document.addEventListener("updated", showParts);
   // An update brings the titles as the server wrote them.
   document.addEventListener("updated", showLocalTimes);
   setInterval(showAges, AGES_MS);

@@ -18,6 +18,7 @@ from gateway.dashboard.formats import (
     parse_instant,
     show_count,
     show_day_time,
+    show_hours,
 )
 from gateway.dashboard.hour_charts import draw_bars, draw_lines, label_hours
 from gateway.dashboard.page import Page, PageData, PageFrame
@@ -31,7 +32,7 @@ RECENT_SECONDS: Final = 10.0
 URGENT_TIME: Final = timedelta(hours=1)
 """Time for which a failure counts as one that goes on."""
 SHOWN_NEEDS: Final = 3
-"""Number of failures and of deployments that need a person at most; the page lists others below."""
+"""Number of deployments that need a person, and of workflows with dead letters, that a line names at most."""
 SHOWN_SCHEDULES: Final = 5
 SHOWN_CAUSES: Final = 20
 """Number of causes of failures at most, unless the address asks for all."""
@@ -81,7 +82,6 @@ async def load(page: PageRequest) -> PageData:
         page.get(
             "/api/v1/executions/failures",
             **shown,
-            limit=None if shows_all(page.query) else SHOWN_CAUSES,
             expand="previousVersion",
         ),
         page.get("/api/v1/schedules", limit=SHOWN_SCHEDULES),
@@ -143,6 +143,9 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
     hours = data["statistics"]["hours"]
     failures = data["failed"]["groups"]
     needs = find_needs(data, failures, frame.now)
+    if not shows_all(frame.query):
+        failures = failures[:SHOWN_CAUSES]
+    has_more = len(failures) < len(data["failed"]["groups"])
     shown = read_range(frame.query)
     return {
         "title": "Overview",
@@ -184,10 +187,11 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         and not data["newest"]["executions"]
         and frame.may("workflows:execute"),
         "failures": failures,
-        "has_more_failures": not data["failed"]["isComplete"],
-        "more_failures": ""
-        if data["failed"]["isComplete"] or shows_all(frame.query)
-        else page_address(frame, PATH, {**shown, "causes": "all"}),
+        "urgent_runs": {
+            group["executionId"] for group in data["failed"]["groups"] if is_urgent(group, frame.now)
+        },
+        "has_more_failures": has_more or not data["failed"]["isComplete"],
+        "more_failures": page_address(frame, PATH, {**shown, "causes": "all"}) if has_more else "",
         "may_run": frame.may("workflows:execute"),
         "pods": count_pods(data["deployments"]["states"]),
         "pod_time": data["pod_time"],
@@ -213,7 +217,7 @@ def find_needs(
     return {
         "workers": [] if has_worker else [True],
         "findings": [one for one in findings if one["severity"] == "critical"],
-        "failing": [group for group in failures if is_urgent(group, now)][:SHOWN_NEEDS],
+        "failing": rank_causes([group for group in failures if is_urgent(group, now)]),
         "stuck": data["deployments"]["failed"][:SHOWN_NEEDS],
         "oldest": [{**oldest, "words": look_of_wait(oldest["code"])[0]}] if oldest and is_late else [],
         "dead": [data["dead"]] if data["dead"] and data["dead"]["count"] else [],
@@ -241,8 +245,10 @@ def describe_pod_time(usage: Mapping[str, Any] | None) -> str:
     """Return the pod time of today as words, such as `14.2 h today, of 69 h always on`; empty without deployments."""
     if usage is None or not usage["alwaysOnPodSeconds"]:
         return ""
-    used, whole = (usage[name] / HOUR.total_seconds() for name in ("podSeconds", "alwaysOnPodSeconds"))
-    return f"{used:,.1f} h today, of {whole:,.1f} h always on"
+    used, whole = (
+        show_hours(usage[name] / HOUR.total_seconds()) for name in ("podSeconds", "alwaysOnPodSeconds")
+    )
+    return f"{used} today, of {whole} always on"
 
 
 def find_shade(hours: Sequence[Mapping[str, Any]], shown: Mapping[str, str]) -> tuple[int, int] | None:
@@ -265,6 +271,24 @@ def is_urgent(group: Mapping[str, Any], now: datetime) -> bool:
     """Return whether the last run of a group has failed within the last hour, and no run in its place has completed."""
     at = parse_instant(group["lastAt"])
     return at is not None and at > now - URGENT_TIME and group["completedSuccessorId"] is None
+
+
+def rank_causes(groups: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    """Return the groups of failures, joined by workflow, node and code, the worst first: by the share of the runs of
+    their workflow, times their count.
+
+    `groups` begin with the last failure, whose run and message stand for those joined with it.
+    """
+    causes: dict[tuple[str, str | None, str], dict[str, Any]] = {}
+    for group in groups:
+        cause = causes.setdefault(
+            (group["workflowId"], group["nodeId"], group["code"]), {**group, "count": 0}
+        )
+        cause["count"] += group["count"]
+        cause["firstAt"] = min(cause["firstAt"], group["firstAt"])
+    return sorted(
+        causes.values(), key=lambda cause: cause["count"] ** 2 / max(cause["workflowRuns"], 1), reverse=True
+    )
 
 
 def count_by_workflow(dead: Mapping[str, Any] | None) -> str:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final
 
 from gateway.dashboard.addresses import page_address
 from gateway.dashboard.form_fields import list_fields
-from gateway.dashboard.formats import SECOND_MS, look_of_wait, milliseconds_between, show_share
+from gateway.dashboard.formats import SECOND_MS, look_of_wait, milliseconds_between, parse_instant, show_share
 from gateway.dashboard.graph_map import draw_graph
 from gateway.dashboard.page import Page, PageData, PageFrame
 from gateway.dashboard.pages import agent_turns, run_node
 from gateway.dashboard.pages.agent_turns import AgentStrip
 from gateway.dashboard.run_bars import list_phases
 from gateway.dashboard.run_rows import build_timeline
+from models.timestamps import format_timestamp
 
 if TYPE_CHECKING:
     from gateway.dashboard.page_request import PageRequest
@@ -30,6 +32,8 @@ WORDS_OF_TIME: Final = (
     ("waking", "waking a pod", "lit"),
     ("running", "work", "good"),
 )
+STILL: Final = timedelta(seconds=3)
+"""Time without progress from which on a run says why: each node blocks it for a moment."""
 VIEWS: Final = {"": "Graph and time", "map": "Map", "table": "Table"}
 """Labels of the views of the nodes by their names in the address."""
 SHARES: Final = 1_000
@@ -151,6 +155,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "versions_path": f"{frame.root}/dashboard/workflows/{run['workflowId']}/versions",
         "change_address": find_change_address(frame, run, graph),
         "why": data["why"],
+        "still_from": find_still_from(why.get("since"), frame.now),
         "alike": data["alike"],
         "phases": list_phases(why.get("wake")),
         "shares": show_shares(why.get("timing")),
@@ -209,6 +214,12 @@ def find_change_address(frame: PageFrame, run: Mapping[str, Any], graph: Mapping
         return ""
     path = f"/dashboard/workflows/{run['workflowId']}/versions"
     return page_address(frame, path, {"from": str(graph["previousVersion"]), "to": str(after)})
+
+
+def find_still_from(since: str | None, now: datetime) -> str:
+    """Return the time from which on a run without progress `since` a time says why; empty if it has come."""
+    at = parse_instant(since)
+    return "" if at is None or at + STILL <= now else format_timestamp(at + STILL)
 
 
 def list_strips(states: Sequence[Mapping[str, Any]]) -> Mapping[str, AgentStrip]:

@@ -17,6 +17,7 @@ from gateway.dashboard.formats import (
     look_of_pod,
     show_day_time,
     show_duration,
+    show_hours,
 )
 from gateway.dashboard.page import Page, PageData, PageFrame
 from gateway.dashboard.policy_chart import draw_policy_chart
@@ -262,7 +263,9 @@ def describe_saving(days: Sequence[Mapping[str, Any]], frame: PageFrame) -> str:
     )
     since = parse_timestamp(past[0]["startsAt"])
     saved = max(round(100 * (1 - used / whole)), 0)
-    return f"{used:,.1f} h since {since:%a} {since.day}, of {whole:,.1f} h always on: {saved} % saved"
+    return (
+        f"{show_hours(used)} since {since:%a} {since.day}, of {show_hours(whole)} always on: {saved} % saved"
+    )
 
 
 def describe_policy(policy: Mapping[str, Any]) -> str:
@@ -288,9 +291,7 @@ def compare_policies(replay: Mapping[str, Any]) -> Sequence[tuple[str, str, str,
         ("Runs that wait for a wake", "coldStarts"),
         ("Runs that wait for a wake or a window", "waits"),
     ]
-    rows = [
-        _compare("Hours its pods are up", now["podHours"], then["podHours"], lambda hours: f"{hours:,.1f}")
-    ]
+    rows = [_compare("Time its pods are up", now["podHours"], then["podHours"], show_hours)]
     rows += [_compare(label, now[name], then[name], lambda count: f"{count:,.0f}") for label, name in counts]
     waits = [
         ("How long they wait, p95", "p95WaitSeconds"),

@@ -1660,6 +1660,7 @@ class _FailureGroupAlways(TypedDict):
     message: str | None
     fingerprint: str
     count: int
+    workflowRuns: int
     firstAt: str
     lastAt: str
     executionId: str
