@@ -117,7 +117,7 @@ GROUPS: Final[Mapping[str, Sequence[MetricFamily]]] = {
         MetricFamily(
             "dead_letters",
             MetricKind.GAUGE,
-            "Executions of inbound requests among the failed ones, of which up to 10,000 are looked at.",
+            "Dead letters: failed executions of inbound requests that wait for a person, without muted groups.",
             "leader",
         ),
         MetricFamily(

@@ -17,12 +17,12 @@ from engine.values import fingerprint
 from gateway.access import audit_log
 from gateway.executions import acceptance, execution_rows, resume_runs
 from gateway.executions.cancellation import request_end_of_run
-from gateway.executions.resume_runs import IS_TAKEN_UP
 from gateway.executions.test_runs import TEST
 from gateway.http import idempotency
 from journal import run_copies
 from journal.blobs import orphan_blobs
 from journal.blobs.blob_storage import BlobsUnavailable
+from journal.dead_letters import IS_TAKEN_UP
 from journal.run_deletion import IS_DELETABLE, delete_runs
 from journal.store import AcceptanceVerdict, ExecutionKey
 from json_text import decoding

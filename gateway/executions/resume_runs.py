@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import or_, select
-from sqlalchemy.orm import aliased
+from sqlalchemy import select
 from sqlmodel import col
 
 from gateway.executions import acceptance
 from gateway.http import errors, idempotency
 from journal import run_copies
+from journal.dead_letters import IS_TAKEN_UP
 from models.execution import Execution
 from models.execution_status import TERMINAL_STATUSES, ExecutionStatus
 from models.execution_visibility import visibility_condition
@@ -26,22 +26,6 @@ if TYPE_CHECKING:
     from gateway.http.errors import ApiError
     from journal.store import ExecutionKey
     from models.access import ApiCaller
-
-_later = aliased(Execution)
-IS_RESUMED: Final = (
-    select(col(_later.id))
-    # By the index of resumed runs, which begins with the first run of a chain.
-    .where(col(_later.key_id) == col(Execution.key_id), col(_later.resumed_from) == col(Execution.id))
-    .correlate(Execution)
-    .exists()
-)
-"""Condition: an execution was resumed."""
-_replay = aliased(Execution)
-IS_TAKEN_UP: Final = or_(
-    IS_RESUMED,
-    select(col(_replay.id)).where(col(_replay.replay_of) == col(Execution.id)).correlate(Execution).exists(),
-)
-"""Condition: an execution was resumed or replayed."""
 
 
 async def resume_execution(

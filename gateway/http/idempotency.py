@@ -19,6 +19,7 @@ from sqlmodel import col
 from engine.values import fingerprint
 from gateway.http import limits
 from gateway.http.errors import ApiError
+from journal.dead_letters import redrive_scope
 from journal.store import IdempotencyKey
 from json_text import decoding
 from models.execution import Idempotency
@@ -133,7 +134,7 @@ def redrive_key(workflow_id: str, resource_id: str) -> IdempotencyKey:
 
     A redrive is a new attempt to process it.
     """
-    return _build_key("settled", workflow_id, resource_id, YEAR_SECONDS)
+    return IdempotencyKey(redrive_scope(workflow_id), resource_id, "", YEAR_SECONDS)
 
 
 def encode_key(key: IdempotencyKey) -> str:

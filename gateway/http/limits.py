@@ -41,11 +41,11 @@ EXAMINED_FOR_PAGE: Final = 10_000
 EXAMINED_DEAD_LETTERS: Final = 2_000
 """Failed executions that a list of the dead letters of an organization examines."""
 REDRIVE_COUNT: Final = 2_000
-"""Dead letters, or deliveries, of an organization that a redrive or purge counts."""
+"""Deliveries of an organization that a redrive counts."""
 EXAMINED_FOR_REDRIVE: Final = 100_000
 """Failed executions, or deliveries, that a redrive or purge for an organization examines, the oldest first."""
-GROUPED_DEAD_LETTERS: Final = 1_000
-"""Newest dead letters that are grouped by cause."""
+DEAD_LETTER_GROUPS: Final = 1_000
+"""Groups in a list of groups of dead letters, those with the newest failure; all are counted."""
 EXPLAINED_GROUPS: Final = 20
 """Groups of dead letters, the newest, for which later runs are counted."""
 VERSIONS_OF_GROUP: Final = 10

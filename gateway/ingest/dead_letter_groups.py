@@ -3,37 +3,37 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Annotated, Final
 
 import msgspec
 from msgspec import Struct, field
 
+from concurrency import offload
 from gateway.access import audit_log
 from gateway.http import errors, limits, text_rules
-from gateway.http.keyset import KeysetBounds
 from gateway.http.parameters import FlagParameter
 from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse, NoContent
 from gateway.http.text_rules import ProblemCollector
 from gateway.http.wire import Instant, StrictWire, WireStruct, decode_body, instant, optional_instant
 from gateway.ingest import dead_letter_rows
-from gateway.ingest.dead_letter_rows import (
-    CompletedRunsFilter,
-    DeadLetterFilter,
-    FailedRun,
-)
-from gateway.ingest.organization_dead_letters import FAILURE, FIRST_PAGE, KIND, SINCE, UNTIL, WORKFLOW
+from gateway.ingest.dead_letter_rows import CompletedRunsFilter, DeadLetterFilter
+from gateway.ingest.organization_dead_letters import FAILURE, KIND, SINCE, UNTIL, WORKFLOW
 from gateway.workflows import editing, version_rows, workflow_rows
-from journal.failure_causes import ErrorCause, FailureKind
+from journal.failure_causes import FailureKind
 from models import access_store, dead_letter_mute
 from models.audit import AuditAction
 from models.dead_letter_mute import DeadLetterMute
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     from sqlalchemy.ext.asyncio import AsyncConnection
 
+    from journal.dead_letters import ErrorCount
+    from journal.failure_causes import ErrorCause
     from models.workflow import Workflow
 
 MUTED: Final = FlagParameter("muted", "Only muted groups, in place of the others.")
@@ -93,14 +93,24 @@ class DeadLetterGroup(WireStruct):
     mute: MuteShape | None
 
 
+class DeadLettersOfWorkflow(WireStruct):
+    """Number of dead letters of a workflow."""
+
+    workflow_id: str
+    workflow_name: str
+    count: int
+
+
 class DeadLetterGroups(WireStruct):
     """Groups of the dead letters of the organization, the one with the newest failure first."""
 
     count: int
-    """Number of dead letters in all listed groups."""
-    count_is_lower_bound: bool
-    """Whether there may be older ones: the newest 1,000 are grouped, of at most 2,000 failed runs."""
+    """Number of dead letters in all groups, listed or not."""
+    is_complete: bool
+    """Whether all groups are listed: at most 1,000."""
     oldest_at: Instant | None
+    workflows: Sequence[DeadLettersOfWorkflow]
+    """Numbers by workflow, the largest first, of all groups."""
     muted_groups: int
     """Number of mutes that have not ended; their groups are listed with `muted=true`."""
     failures: FailureCounts
@@ -117,9 +127,9 @@ class MuteRequest(StrictWire):
 class _GroupedRuns(Struct):
     """Group while it is collected, the newest run first."""
 
+    newest: ErrorCount
     cause: ErrorCause
-    newest: FailedRun
-    oldest: FailedRun
+    first_at: datetime
     count: int = 0
     definitions: dict[str, str] = field(default_factory=dict)
     """Newest run of each definition, by its hash."""
@@ -135,11 +145,10 @@ class _GroupFacts(Struct, frozen=True):
 async def index(request: GatewayRequest) -> JsonResponse:
     """Group the dead letters of the organization by workflow, node, code and kind of message.
 
-    The newest 1,000 that the caller may see are grouped. Muted groups are left out, or listed alone with
-    `muted=true`.
+    All that the caller may see are counted, and 1,000 groups are listed. Muted groups are left out, or listed alone
+    with `muted=true`.
     """
     query, caller, gateway = request.query, request.caller, request.gateway
-    bounds = KeysetBounds(limits.GROUPED_DEAD_LETTERS, is_descending=True, cursor=FIRST_PAGE)
     async with gateway.database.read() as connection:
         mutes = await _read_visible_mutes(connection, request)
         wanted = DeadLetterFilter(
@@ -150,29 +159,32 @@ async def index(request: GatewayRequest) -> JsonResponse:
             only_groups=frozenset(mutes) if query[MUTED] else None,
             without_groups=frozenset() if query[MUTED] else frozenset(mutes),
         )
-        found = await dead_letter_rows.find_dead_letters(
-            connection, caller, wanted, bounds, examined=limits.EXAMINED_DEAD_LETTERS
-        )
+        rows = await dead_letter_rows.count_by_error(connection, caller, wanted)
         names = await access_store.read_user_names(
             connection, caller.organization_id, {one.muted_by for one in mutes.values()}
         )
-        heads = await dead_letter_rows.read_workflow_heads(
-            connection, [failed.workflow_id for failed in found.rows]
-        )
-    collected = _group_by_cause(found.rows)
+        heads = await dead_letter_rows.read_workflow_heads(connection, [row.workflow_id for row in rows])
+    collected = await offload.run_in_thread(_group_by_cause, rows)
     counts = Counter[FailureKind]()
     for group in collected:
         counts[group.cause.kind] += group.count
     if query[FAILURE] is not None:
         collected = [group for group in collected if group.cause.kind is query[FAILURE]]
-    oldest_at = min((group.oldest.created_at for group in collected), default=None)
+    oldest_at = min((group.first_at for group in collected), default=None)
+    by_workflow = Counter[str]()
+    for group in collected:
+        by_workflow[group.newest.workflow_id] += group.count
     facts = await _compare_with_current(request, collected[: limits.EXPLAINED_GROUPS], heads)
     versions = await _find_versions(request, collected[: limits.EXPLAINED_GROUPS])
     return JsonResponse(
         DeadLetterGroups(
             count=sum(group.count for group in collected),
-            count_is_lower_bound=found.last_examined is not None,
+            is_complete=len(collected) <= limits.DEAD_LETTER_GROUPS,
             oldest_at=optional_instant(oldest_at),
+            workflows=[
+                DeadLettersOfWorkflow(workflow_id, heads[workflow_id].name, count)
+                for workflow_id, count in by_workflow.most_common()
+            ],
             muted_groups=len(mutes),
             failures=FailureCounts(
                 failed=counts[FailureKind.FAILED],
@@ -187,7 +199,7 @@ async def index(request: GatewayRequest) -> JsonResponse:
                     versions.get(group.cause.fingerprint, ()),
                     _show_mute(mutes.get(group.cause.fingerprint), names),
                 )
-                for group in collected
+                for group in collected[: limits.DEAD_LETTER_GROUPS]
             ],
         )
     )
@@ -236,8 +248,7 @@ async def mute(request: GatewayRequest) -> JsonResponse:
 async def unmute(request: GatewayRequest) -> NoContent:
     """End the mute of a group of dead letters; nothing happens if it has ended.
 
-    Only the owner of the workflow and admins may. A group that is neither muted nor among the newest 2,000 failed runs
-    is a 404.
+    Only the owner of the workflow and admins may. A group that is neither muted nor has dead letters is a 404.
     """
     workflow = await _find_workflow(request)
     group_id = request.path_params["id"]
@@ -274,22 +285,16 @@ async def _read_visible_mutes(
 async def _find_workflow(request: GatewayRequest) -> Workflow:
     """Return the workflow of the group in the path: of its mute, else of its newest dead letter.
 
-    Raises a 404 error for a group that is neither muted nor among the newest 2,000 failed runs that the
-    caller may see, and 403 unless the caller may change the workflow.
+    Raises a 404 error for a group that is neither muted nor has dead letters that the caller may see, and 403 unless
+    the caller may change the workflow.
     """
     caller, group_id = request.caller, request.path_params["id"]
     async with request.gateway.database.read() as connection:
         mutes = await _read_visible_mutes(connection, request)
         workflow_id = mutes[group_id].workflow_id if group_id in mutes else None
         if workflow_id is None:
-            found = await dead_letter_rows.find_dead_letters(
-                connection,
-                caller,
-                DeadLetterFilter(group=group_id),
-                KeysetBounds(1, is_descending=True, cursor=FIRST_PAGE),
-                examined=limits.EXAMINED_DEAD_LETTERS,
-            )
-            workflow_id = found.rows[0].workflow_id if found.rows else None
+            rows = await dead_letter_rows.count_by_error(connection, caller, DeadLetterFilter(group=group_id))
+            workflow_id = rows[0].workflow_id if rows else None
         workflow = workflow_id and await workflow_rows.find_workflow_row(connection, workflow_id, caller)
     if not workflow:
         raise errors.not_found("group of dead letters")
@@ -319,7 +324,7 @@ async def _compare_with_current(
             facts[group.cause.fingerprint] = _GroupFacts(is_current=True)
         else:
             earlier[group.cause.fingerprint] = CompletedRunsFilter(
-                workflow.id, workflow.definition_hash, group.newest.created_at
+                workflow.id, workflow.definition_hash, group.newest.last_at
             )
     async with request.gateway.database.read() as connection:
         counts = await dead_letter_rows.count_completed_since(connection, [*earlier.values()])
@@ -345,15 +350,15 @@ async def _find_versions(
     }
 
 
-def _group_by_cause(rows: Sequence[FailedRun]) -> Sequence[_GroupedRuns]:
-    """Return failed runs grouped by cause; `rows` are ordered from the newest to the oldest, and so are the groups."""
+def _group_by_cause(rows: Iterable[ErrorCount]) -> Sequence[_GroupedRuns]:
+    """Return counts of dead letters grouped by cause, the group with the newest one first."""
     collected: dict[str, _GroupedRuns] = {}
-    for failed in rows:
-        cause = dead_letter_rows.describe_cause(failed)
-        group = collected.setdefault(cause.fingerprint, _GroupedRuns(cause, failed, failed))
-        group.oldest = failed
-        group.count += 1
-        group.definitions.setdefault(failed.definition_hash, failed.id)
+    for row in sorted(rows, key=lambda row: (row.last_at, row.newest_id), reverse=True):
+        cause = row.cause
+        group = collected.setdefault(cause.fingerprint, _GroupedRuns(row, cause, row.first_at))
+        group.first_at = min(group.first_at, row.first_at)
+        group.count += row.count
+        group.definitions.setdefault(row.definition_hash, row.newest_id)
     return list(collected.values())
 
 
@@ -374,9 +379,9 @@ def _show_group(
         failure=group.cause.kind,
         message=group.cause.message,
         count=group.count,
-        first_at=instant(group.oldest.created_at),
-        last_at=instant(group.newest.created_at),
-        newest_execution_id=group.newest.id,
+        first_at=instant(group.first_at),
+        last_at=instant(group.newest.last_at),
+        newest_execution_id=group.newest.newest_id,
         definitions=len(group.definitions),
         versions=versions,
         is_current=facts.is_current,

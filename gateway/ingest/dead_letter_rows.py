@@ -10,15 +10,12 @@ from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeVar
 
-import msgspec
 from msgspec import Struct
 from sqlalchemy import (
     BigInteger,
     Text,
-    column,
     func,
     literal,
-    literal_column,
     or_,
     select,
     text,
@@ -26,18 +23,18 @@ from sqlalchemy import (
     union_all,
     update,
 )
-from sqlalchemy.dialects.postgresql import ARRAY
 from sqlmodel import col
 
-from gateway.executions.resume_runs import IS_TAKEN_UP
+from concurrency import offload
 from gateway.http import idempotency, keyset, limits
 from gateway.http.keyset import KeysetBounds, PageCursor
 from gateway.ingest import delivery_rows
-from journal import failure_causes
+from journal import dead_letters, failure_causes
+from journal.dead_letters import IS_FAILED, IS_OPEN, IS_TAKEN_UP, OF_INTAKE, list_pairs
 from models.execution import UNSUCCESSFUL_CONDITION, Execution, ExecutionData, Idempotency
 from models.execution_status import TERMINAL_STATUSES, ExecutionStatus
 from models.execution_visibility import visibility_condition
-from models.ingest import INTAKE_KINDS, Delivery
+from models.ingest import Delivery
 from models.workflow import Workflow, is_readable_by
 
 if TYPE_CHECKING:
@@ -46,6 +43,7 @@ if TYPE_CHECKING:
     from sqlalchemy.sql.expression import SQLColumnExpression
 
     from gateway.ingest.delivery_rows import DeliveryFilter
+    from journal.dead_letters import ErrorCount
     from journal.failure_causes import ErrorCause, FailureKind
     from models.access import ApiCaller
 
@@ -57,9 +55,6 @@ FIRST_BATCH_PAGES: Final = 4
 """Number of pages that the first batch could fill."""
 PURGED: Final = "purged"
 """Object of the redrive key of a purged dead letter."""
-# Literals, not bound parameters: databases use a partial index only for a condition that they can read.
-_FAILED: Final = col(Execution.status) == literal_column(f"'{ExecutionStatus.FAILED}'")
-_IS_INTAKE: Final = col(Execution.trigger_type).in_([literal_column(f"'{kind}'") for kind in INTAKE_KINDS])
 
 
 class IntakeRow(Protocol):
@@ -87,6 +82,10 @@ class FailedRun(Struct, frozen=True):
     total_nodes: int
     created_at: datetime
     ended_at: datetime | None
+
+    @property
+    def cause(self) -> ErrorCause:
+        return failure_causes.describe_stored(self.workflow_id, self.error)
 
 
 class LastFailure(Struct, frozen=True):
@@ -148,14 +147,14 @@ class DeadLetterFilter(Struct, frozen=True):
     owner_id: str | None = None
     """Only runs of workflows of this user."""
 
-    def allows_cause(self, failed: FailedRun) -> bool:
-        """Return whether the error of a failed run matches the groups and the kind of failure of the filter;
+    def allows_cause(self, failed: FailedRun | ErrorCount) -> bool:
+        """Return whether the error of failed runs matches the groups and the kind of failure of the filter;
         True if it has neither.
         """
         is_any = self.group is None and self.only_groups is None and not self.without_groups
         if is_any and self.failure is None:
             return True
-        cause = describe_cause(failed)
+        cause = failed.cause
         fingerprint = cause.fingerprint
         return (
             (self.failure is None or cause.kind is self.failure)
@@ -195,13 +194,6 @@ class OpenRows(Struct, Generic[Row], frozen=True):
     """Last row that was read, unless all were: others follow behind it."""
 
 
-def describe_cause(execution: FailedRun) -> ErrorCause:
-    """Return the cause of a failed run: node, code, message and kind of its innermost error, with a
-    fingerprint that equal causes share.
-    """
-    return failure_causes.describe_stored(execution.workflow_id, execution.error)
-
-
 async def list_last_failures(
     connection: AsyncConnection, caller: ApiCaller, workflow_id: str, limit: int
 ) -> Sequence[LastFailure]:
@@ -215,7 +207,7 @@ async def list_last_failures(
             _ERROR_TEXT,
             type_coerce(col(Execution.created_at), BigInteger),
         )
-        .where(col(Execution.workflow_id) == workflow_id, _FAILED, visibility_condition(caller))
+        .where(col(Execution.workflow_id) == workflow_id, IS_FAILED, visibility_condition(caller))
         .order_by(col(Execution.ended_at).desc())
         .limit(limit)
     )
@@ -236,10 +228,19 @@ async def find_dead_letters(
     A dead letter is a failed run of an inbound request that was neither redriven, resumed, replayed nor purged. Reading
     stops after about `examined` failed runs, so there may be fewer although others follow.
     """
-    is_open = (col(Execution.settled_at).is_(None), ~IS_TAKEN_UP)
-    statement = select(*_COLUMNS).where(*_build_failure_conditions(caller, wanted), *is_open)
+    statement = select(*_COLUMNS).where(*_build_failure_conditions(caller, wanted), *IS_OPEN)
     source = _RowSource(FailedRun, statement, col(Execution.created_at), col(Execution.id))
     return await _find_open(connection, caller, source, bounds, wanted.allows_cause, examined)
+
+
+async def count_by_error(
+    connection: AsyncConnection, caller: ApiCaller, wanted: DeadLetterFilter
+) -> Sequence[ErrorCount]:
+    """Count all dead letters that the caller may see and that match, by workflow, text of the error and definition."""
+    await keyset.follow_indexes(connection)
+    counts = await dead_letters.count_by_error(connection, *_build_failure_conditions(caller, wanted))
+    # Errors without a common text take tens of microseconds each.
+    return await offload.run_in_thread(lambda: [row for row in counts if wanted.allows_cause(row)])
 
 
 async def find_settled(
@@ -302,7 +303,7 @@ async def mark_settled(connection: AsyncConnection, execution_ids: Sequence[str]
     for start in range(0, len(execution_ids), BATCH):
         some = execution_ids[start : start + BATCH]
         await connection.execute(
-            update(Execution).where(col(Execution.id).in_(some), _FAILED).values(settled_at=now)
+            update(Execution).where(col(Execution.id).in_(some), IS_FAILED).values(settled_at=now)
         )
 
 
@@ -418,10 +419,7 @@ def _build_failure_conditions(caller: ApiCaller, wanted: DeadLetterFilter) -> It
     The groups and the kind of failure are not among them, since they depend on the text of the error.
     """
     yield col(Execution.organization_id) == caller.organization_id
-    yield _FAILED
-    yield _IS_INTAKE
-    yield col(Execution.parent_id).is_(None)
-    yield col(Execution.is_private).is_(False)
+    yield from OF_INTAKE
     yield visibility_condition(caller)
     # Runs of a deleted workflow can't be redriven.
     workflow = select(col(Workflow.id)).where(col(Workflow.id) == col(Execution.workflow_id))
@@ -539,25 +537,8 @@ async def _read_redrive_keys(
         return {}
     scope_of = {one: idempotency.redrive_key(str(one), "").scope for one in {row.workflow_id for row in rows}}
     pairs = [(scope_of[row.workflow_id], row.id) for row in rows]
-    scope, key = _list_pairs(pairs, is_sqlite=connection.dialect.name == "sqlite")
+    scope, key = list_pairs(pairs, is_sqlite=connection.dialect.name == "sqlite")
     statement = select(col(Idempotency.key), col(Idempotency.resource_id)).where(
         col(Idempotency.shard) == caller.shard, col(Idempotency.scope) == scope, col(Idempotency.key) == key
     )
     return {row.key: row.resource_id for row in await connection.execute(statement)}
-
-
-def _list_pairs(
-    pairs: Sequence[tuple[str, str]], *, is_sqlite: bool
-) -> tuple[ColumnElement[str], ColumnElement[str]]:
-    """Return the two columns of an SQL table of pairs, bound as one JSON parameter on SQLite and as two arrays on
-    PostgreSQL.
-
-    So one prepared statement looks all pairs up by their index. A condition with hundreds of alternatives is planned
-    anew each time, which takes longer than to run it.
-    """
-    if is_sqlite:
-        listed = func.json_each(msgspec.json.encode(pairs).decode()).table_valued("value")
-        return func.json_extract(listed.c.value, "$[0]"), func.json_extract(listed.c.value, "$[1]")
-    columns = [literal(list(texts), ARRAY(Text)) for texts in zip(*pairs, strict=True)]
-    listed = func.unnest(*columns).table_valued(column("scope", Text), column("key", Text)).render_derived()
-    return listed.c.scope, listed.c.key

@@ -12,14 +12,13 @@ from msgspec import Struct
 from sqlalchemy import and_, exists, func, literal_column, or_, select
 from sqlmodel import col
 
-from gateway.executions.resume_runs import IS_TAKEN_UP
 from gateway.http import idempotency, keyset
 from gateway.http.keyset import ListPage, RowSource
+from journal.dead_letters import IS_OPEN, OF_INTAKE
 from json_text import decoding
 from models.column_types import build_row
 from models.execution import Execution, ExecutionData, Idempotency
-from models.execution_status import ExecutionStatus
-from models.ingest import INTAKE_KINDS, Delivery, DeliveryOutcome, IngestRoute
+from models.ingest import Delivery, DeliveryOutcome, IngestRoute
 from models.workflow import Workflow, is_readable_by
 
 if TYPE_CHECKING:
@@ -50,8 +49,6 @@ _IS_KEPT: Final = or_(
     exists().where(col(ExecutionData.execution_id) == col(Delivery.execution_id)).correlate(Delivery),
 )
 """The content can still be redriven."""
-# A literal, not a bound parameter: databases use a partial index only for a condition that they can read.
-_FAILED: Final = col(Execution.status) == literal_column(f"'{ExecutionStatus.FAILED}'")
 
 
 class DeliveryFilter(Struct, frozen=True):
@@ -212,11 +209,8 @@ async def list_dead_letters(
     conditions = [
         col(Execution.workflow_id) == workflow.id,
         col(Execution.organization_id) == workflow.organization_id,
-        _FAILED,
-        col(Execution.trigger_type).in_(INTAKE_KINDS),
-        col(Execution.parent_id).is_(None),
-        col(Execution.is_private).is_(False),
-        ~IS_TAKEN_UP,
+        *OF_INTAKE,
+        *IS_OPEN,
         ~_is_settled(workflow, col(Execution.id)).correlate(Execution),
     ]
     if only:

@@ -158,9 +158,7 @@ async def index(request: GatewayRequest) -> JsonResponse:
             total_nodes=failed.total_nodes,
         )
         for one in found.rows
-        for failed, successor, cause in [
-            (one.failed, one.successor, dead_letter_rows.describe_cause(one.failed))
-        ]
+        for failed, successor, cause in [(one.failed, one.successor, one.failed.cause)]
     ]
     next_cursor = None if last is None else bounds.cursor_behind(last.created_at, last.id)
     return JsonResponse(OrganizationDeadLetterList(limit=bounds.limit, next=next_cursor, dead_letters=shown))
@@ -189,8 +187,8 @@ async def _find_in_state(
 async def redrive(request: GatewayRequest) -> JsonResponse:
     """Run the current workflows again on the input of the organization's dead letters, the oldest first.
 
-    At most 1,000 are redriven at a time; `remaining` counts others, up to 2,000 in all. The oldest 100,000 failed runs
-    are examined. Repeated requests run each dead letter once.
+    At most 1,000 are redriven at a time, of the oldest 100,000 failed runs; `remaining` counts all others. Repeated
+    requests run each dead letter once.
     """
     body = await decode_body(request, SelectDeadLetters)
     matched, chosen = await _choose(request, body, body.filter.to_filter())
@@ -220,7 +218,7 @@ async def redrive(request: GatewayRequest) -> JsonResponse:
 async def replay(request: GatewayRequest) -> JsonResponse:
     """Replay the organization's dead letters, the oldest first: results are reused up to the node that failed.
 
-    At most 200 at a time; `remaining` counts others, up to 2,000 in all. With `dryRun`, they are only
+    At most 200 at a time; `remaining` counts all others. With `dryRun`, they are only
     planned. One whose plan needs a confirmation that `confirm` does not give is listed in `refused`, and stays.
     """
     body = await decode_body(request, ReplayDeadLetters)
@@ -260,17 +258,18 @@ async def purge(request: GatewayRequest) -> JsonResponse:
 async def _choose(
     request: GatewayRequest, body: SelectDeadLetters | ReplayDeadLetters, wanted: DeadLetterFilter
 ) -> tuple[int, Sequence[FailedRun]]:
-    """Return the number of dead letters, at most 2,000, that match and the caller may see, and the oldest of them up to
-    the body's limit.
+    """Return the number of dead letters that match and the caller may see, and the oldest of them up to the body's
+    limit, among 100,000 failed runs.
 
-    `wanted` is used instead of the body's filter. At most 100,000 failed runs are examined, the oldest first.
+    `wanted` is used instead of the body's filter.
     """
-    bounds = KeysetBounds(limits.REDRIVE_COUNT, is_descending=False, cursor=FIRST_PAGE)
+    bounds = KeysetBounds(body.limit, is_descending=False, cursor=FIRST_PAGE)
     async with request.gateway.database.read() as connection:
+        counts = await dead_letter_rows.count_by_error(connection, request.caller, wanted)
         found = await dead_letter_rows.find_dead_letters(
             connection, request.caller, wanted, bounds, examined=limits.EXAMINED_FOR_REDRIVE
         )
-    return len(found.rows), found.rows[: body.limit]
+    return sum(row.count for row in counts), found.rows
 
 
 def _name_subject(request: GatewayRequest, body: SelectDeadLetters | ReplayDeadLetters) -> str:

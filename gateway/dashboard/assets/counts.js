@@ -21,7 +21,7 @@ export async function refresh(visitor, kept, key, isChanged, show) {
     const questions = (why.reasons ?? []).find((one) => one.code === "awaiting-input");
     const counts = {
       approvals: text(questions?.count, questions?.countIsLowerBound),
-      "dead-letters": text(dead.count, dead.countIsLowerBound),
+      "dead-letters": text(dead.count),
     };
     sessionStorage.setItem("counts", JSON.stringify({ visitor, at: Date.now(), counts }));
     show(counts);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlencode
 
@@ -11,6 +12,7 @@ from gateway.dashboard import bulk_acts, run_acts
 from gateway.dashboard.addresses import page_address
 from gateway.dashboard.formats import parse_instant
 from gateway.dashboard.page import Page, PageData, PageFrame
+from gateway.http import limits
 from gateway.http.errors import ApiError
 
 if TYPE_CHECKING:
@@ -102,6 +104,8 @@ async def load(page: PageRequest) -> PageData:
             workflow_id=shown["workflowId"],
             trigger_type=given.get("trigger_type"),
             group=shown["id"],
+            # Newer ones of other groups would use up the rows that a list examines.
+            until=_end_of(shown),
             limit=SHOWN_ROWS,
             after=given.get("after"),
         ),
@@ -174,12 +178,13 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "paces": bulk_acts.PACES,
         "crumbs": (("Dead letters", ""),),
         "count": listed["count"],
-        "count_is_lower_bound": listed["countIsLowerBound"],
+        "is_complete": listed["isComplete"],
         "oldest_at": listed["oldestAt"],
         "groups": [
             {
                 **group,
                 "is_open": group is shown,
+                "bulk_count": min(group["count"], limits.BULK_OBJECTS),
                 "selection": _select_group(group, frame.query),
                 "is_growing": _is_growing(group, frame.now),
                 "hit": describe_versions(group["versions"], group["definitions"]),
@@ -235,7 +240,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
             if found and found["count"]
         ],
         "planned_selection": _select_planned(shown, frame.query) if shown else {},
-        "planned_count": data["plan"]["matched"] if data["plan"] else 0,
+        "planned_count": min(data["plan"]["matched"], limits.BULK_OBJECTS) if data["plan"] else 0,
         "filters": filters,
         "export_query": f"?{urlencode(exported)}" if exported else "",
         "may_run": frame.may("workflows:execute"),
@@ -269,6 +274,12 @@ def describe_versions(versions: Sequence[int], definitions: int) -> str:
         return f"only version {numbers}" if len(versions) == 1 else f"versions {numbers}"
     named = f"version {numbers}" if len(versions) == 1 else f"versions {numbers}"
     return f"{named} and {others} other definition{'' if others == 1 else 's'}"
+
+
+def _end_of(group: Mapping[str, Any]) -> str | None:
+    """Return the time, in the format of a query, before which all dead letters of a group were accepted."""
+    newest = parse_instant(group["lastAt"])
+    return None if newest is None else (newest + timedelta(milliseconds=1)).isoformat()
 
 
 def _open_group(groups: Sequence[Mapping[str, Any]], group_id: str | None) -> Mapping[str, Any] | None:

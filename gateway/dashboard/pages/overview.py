@@ -295,11 +295,9 @@ def count_by_workflow(dead: Mapping[str, Any] | None) -> str:
     """Return the numbers of dead letters of the three workflows with most as text, such as `11 of Customer
     sync, 3 of Mails`.
     """
-    counts: Counter[str] = Counter()
-    for group in (dead or {"groups": ()})["groups"]:
-        counts[group["workflowName"]] += group["count"]
-    shown = [f"{show_count(count)} of {name}" for name, count in counts.most_common(SHOWN_NEEDS)]
-    return ", ".join(shown) + (" and others" if len(counts) > SHOWN_NEEDS else "")
+    workflows = dead["workflows"] if dead else ()
+    counts = [f"{show_count(row['count'])} of {row['workflowName']}" for row in workflows[:SHOWN_NEEDS]]
+    return ", ".join(counts) + (" and others" if len(workflows) > SHOWN_NEEDS else "")
 
 
 def list_waits(reasons: Sequence[Mapping[str, Any]], now: datetime) -> Sequence[Mapping[str, Any]]:

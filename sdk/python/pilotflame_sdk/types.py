@@ -75,6 +75,7 @@ __all__ = [
     "DeadLetterGroups",
     "DeadLetterList",
     "DeadLetterState",
+    "DeadLettersOfWorkflow",
     "DecidedTask",
     "Decision",
     "DecisionList",
@@ -1161,8 +1162,9 @@ class DeadLetterGroups(TypedDict):
     """Groups of the dead letters of the organization, the one with the newest failure first."""
 
     count: int
-    countIsLowerBound: bool
+    isComplete: bool
     oldestAt: str | None
+    workflows: List[DeadLettersOfWorkflow]
     mutedGroups: int
     failures: FailureCounts
     groups: List[DeadLetterGroup]
@@ -1175,6 +1177,14 @@ class DeadLetterList(TypedDict):
     limit: int
     offset: int
     deadLetters: List[DeadLetter]
+
+
+class DeadLettersOfWorkflow(TypedDict):
+    """Number of dead letters of a workflow."""
+
+    workflowId: str
+    workflowName: str
+    count: int
 
 
 class DecidedTask(TypedDict):
