@@ -27,7 +27,8 @@ from docs.tables import ROOT, replace_table
 
 PUBLISHED: Final = ROOT / "docs/promises.md"
 FOUND_BY: Final = {
-    "fence": [("worker", "frozen")],
+    "fence": [("worker", "late")],
+    "confirmation": [("task worker", "frozen")],
     "sweep": [("worker", "killed")],
     "journal": [("worker", "killed")],
 }

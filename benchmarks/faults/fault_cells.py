@@ -170,6 +170,23 @@ def _hold_traffic(*names: str) -> Strike:
     return strike
 
 
+async def _deliver_late(system: FaultySystem) -> None:
+    """Deliver the results of a worker after others have its executions, so that the fence alone drops them."""
+    await _wait_for_work(system, _worker(system))
+    with system.deployment.noted_fault("worker-1 without its database"):
+        system.many.ways.worker_to_database.keep_requests(b"")
+        try:
+            await asyncio.sleep(FREEZE_SECONDS)
+        finally:
+            system.many.ways.worker_to_database.let_go()
+
+
+async def _freeze_task_worker(system: FaultySystem) -> None:
+    """Freeze the task worker with most slots, whose open poll gets tasks meanwhile."""
+    with system.deployment.noted_fault("task worker frozen"), _stopped(system.task_workers[0].pid):
+        await asyncio.sleep(FREEZE_SECONDS)
+
+
 async def _break_connections(system: FaultySystem) -> None:
     ways = system.many.ways
     for _ in range(5):
@@ -249,14 +266,14 @@ def _signal(process: psutil.Process, number: signal.Signals) -> None:
 
 
 async def _freeze_postgres(system: FaultySystem) -> None:
-    with _database_fault(system, "PostgreSQL paused"), _stopped(system.many.postgres.process_id):
+    with system.deployment.noted_fault("PostgreSQL paused"), _stopped(system.many.postgres.process_id):
         await asyncio.sleep(FREEZE_SECONDS)
 
 
 async def _fill_postgres(system: FaultySystem) -> None:
     """Let every write of PostgreSQL fail, so that it ends, and start it again once the disk has room."""
     server = system.many.postgres
-    with _database_fault(system, "PostgreSQL full"):
+    with system.deployment.noted_fault("PostgreSQL full"):
         with system.disk.full():
             await asyncio.sleep(OUTAGE_SECONDS)
         await asyncio.to_thread(_start_again, system)
@@ -272,14 +289,8 @@ def _start_again(system: FaultySystem) -> None:
 
 
 async def _restart_postgres(system: FaultySystem) -> None:
-    with _database_fault(system, "PostgreSQL restarted"):
+    with system.deployment.noted_fault("PostgreSQL restarted"):
         await asyncio.to_thread(system.many.postgres.restart)
-
-
-@contextmanager
-def _database_fault(system: FaultySystem, name: str) -> Iterator[None]:
-    with system.deployment.noted_fault(name):
-        yield
 
 
 # ── dev ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -353,9 +364,11 @@ def list_cells() -> Sequence[FaultCell]:
         FaultCell(
             "worker", "cut off", _cut_off("worker_to_database", seconds=FREEZE_SECONDS), recovery_bound=lost
         ),
+        FaultCell("worker", "late", _deliver_late, recovery_bound=lost, is_quick=True),
         FaultCell("worker", "slow", _slow_down("worker_to_database")),
         FaultCell("worker", "restarted", _restart(_worker)),
         FaultCell("worker", "moved back", _move_back("worker-1", "worker-2")),
+        FaultCell("task worker", "frozen", _freeze_task_worker, recovery_bound=lost, is_quick=True),
         FaultCell("scheduler", "killed", _kill(_scheduler, OUTAGE_SECONDS)),
         FaultCell("scheduler", "frozen", _freeze(_scheduler, FREEZE_SECONDS)),
         FaultCell("scheduler", "restarted", _restart(_scheduler)),

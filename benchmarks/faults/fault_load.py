@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from random import Random
+from subprocess import DEVNULL, Popen
 from typing import TYPE_CHECKING, Any, Final
 
 import httpx2
 
+from benchmarks.faults import task_worker
+from benchmarks.faults.faulty_system import damaged_environment
 from tests.system import workflow_shapes
 from tests.system.client import API_KEY, RetryingClient
 
@@ -160,6 +166,41 @@ async def create_workflows(client: RetryingClient, ledger: EffectLedger) -> Sequ
         LoadWorkflow(await client.create(queued), "completed", weight=3, is_queue=True),
         LoadWorkflow(await client.create(unlucky), "failed", weight=1),
     ]
+
+
+async def create_task_workflow(client: RetryingClient, ledger: EffectLedger) -> LoadWorkflow:
+    """Create a workflow with a task that writes to the ledger; its node type is added first."""
+    (definition,) = task_worker.worker.definitions
+    added = await client.answer("POST", "/workflow-nodes", dict(definition.document))
+    assert added.is_success, added.text
+    task: workflow_shapes.Node = {
+        "id": "task",
+        "nodeId": definition.type,
+        "config": {"url": ledger.url_of("task")},
+    }
+    workflow = workflow_shapes.chain_workflow(task, ledger.writes("ship"))
+    return LoadWorkflow(await client.create(workflow), "completed", weight=20)
+
+
+@asynccontextmanager
+async def run_task_workers(
+    client: RetryingClient, url: str, without: str | None
+) -> AsyncIterator[Sequence[Popen[bytes]]]:
+    """Run two task workers during the block, which begins once both poll; the first one has more slots."""
+    environment = {**os.environ, "PILOTFLAME_URL": url, "PILOTFLAME_API_KEY": API_KEY}
+    environment |= damaged_environment(without)
+    file = str(task_worker.__file__)
+    commands = [[sys.executable, file, slots] for slots in ("8", "4")]
+    workers = [Popen(command, env=environment, stderr=DEVNULL) for command in commands]  # noqa: ASYNC220 - milliseconds
+    try:
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while len((await client.answer("GET", "/workers")).json()["workers"]) < len(workers):  # noqa: ASYNC110 - of another process
+                await asyncio.sleep(RETRY_SECONDS)
+        yield workers
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
 
 
 def open_client(url: str) -> RetryingClient:

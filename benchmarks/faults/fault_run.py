@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import tempfile
 import time
 from collections import deque
@@ -18,7 +17,13 @@ from typing import TYPE_CHECKING, Final
 from benchmarks.faults import fault_load, promise_checks, upgrades
 from benchmarks.faults.fault_cells import LEASE_SECONDS, PROCESS_NAMES, SWEEP_SECONDS
 from benchmarks.faults.fault_load import PATIENCE_SECONDS, FaultLoad
-from benchmarks.faults.faulty_system import UPGRADED_STAGES, FaultySystem, Stage
+from benchmarks.faults.faulty_system import (
+    TASK_ROW,
+    UPGRADED_STAGES,
+    FaultySystem,
+    Stage,
+    damaged_environment,
+)
 from benchmarks.faults.promise_checks import CellResult
 from tests import preloads, services
 from tests.preloads import SHIFTED_CLOCK, FaultyDisk, ShiftedClock
@@ -29,7 +34,6 @@ if TYPE_CHECKING:
     from benchmarks.faults.matrix_view import MatrixView
     from tests.system.client import RetryingClient
 
-MUTATIONS: Final = Path(__file__).parent / "mutations"
 WARM_UP_SECONDS: Final = 1.5
 AFTER_SECONDS: Final = 1.0
 LIVELY_SECONDS: Final = 30.0
@@ -59,10 +63,7 @@ class DamagedClock(ShiftedClock):
         shifted = ShiftedClock(self.library, self.file).environment
         if self.code is not None:
             return {**shifted, **upgrades.code_environment(self.code)}
-        if self.without is None:
-            return shifted
-        paths = [str(MUTATIONS), *filter(None, [os.environ.get("PYTHONPATH")])]
-        return {**shifted, "PYTHONPATH": os.pathsep.join(paths), "PILOTFLAME_FAULTS_WITHOUT": self.without}
+        return {**shifted, **damaged_environment(self.without)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,22 +132,27 @@ class _RunningMatrix:
     async def _strike(self, cell: FaultCell, system: FaultySystem) -> None:
         self._view.begin(cell)
         chance = Random(f"{self._run.seed} {cell.row} {cell.column}")  # whichever line strikes it, and when
-        self.results.append(await strike_cell(cell, system, chance, self._run.per_second))
+        self.results.append(await strike_cell(cell, system, chance, self._run))
         self._view.add(self.results[-1])
 
 
-async def strike_cell(cell: FaultCell, system: FaultySystem, chance: Random, per_second: float) -> CellResult:
+async def strike_cell(cell: FaultCell, system: FaultySystem, chance: Random, run: FaultRun) -> CellResult:
     """Perform one fault under load, and return the verdicts on the promises after it."""
     began_at = time.time()
     result = CellResult(cell.row, cell.column)
     system.deployment.faults.clear()
-    async with ledger.run_ledger() as effects:
+    async with AsyncExitStack() as stack:
+        effects = await stack.enter_async_context(ledger.run_ledger())
         effects.delay_seconds = NODE_SECONDS
         system.ledger = effects
         client = fault_load.open_client(system.deployment.url)
         try:
             workflows = await fault_load.create_workflows(client, effects)
-            load = FaultLoad(client, workflows, chance, per_second)
+            if cell.row == TASK_ROW:
+                workflows = [await fault_load.create_task_workflow(client, effects), *workflows]
+                workers = fault_load.run_task_workers(client, system.deployment.url, run.without)
+                system.task_workers = await stack.enter_async_context(workers)
+            load = FaultLoad(client, workflows, chance, run.per_second)
             with effects.refusing("decline"):
                 over_at = await _strike_under_load(cell, system, load, result)
             if not await is_lively(client):

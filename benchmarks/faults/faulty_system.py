@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+import os
+import subprocess
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -16,10 +18,32 @@ if TYPE_CHECKING:
     from tests.system.ledger import EffectLedger
 
 ROWS: Final = (
-    *("gateway", "worker", "scheduler", "Redis", "PostgreSQL", "network", "disk", "clock", "dev"),
+    *(
+        "gateway",
+        "worker",
+        "task worker",
+        "scheduler",
+        "Redis",
+        "PostgreSQL",
+        "network",
+        "disk",
+        "clock",
+        "dev",
+    ),
     *("upgrade", "roll-back", "dev upgrade", "dev roll-back"),
 )
-COLUMNS: Final = ("killed", "frozen", "cut off", "slow", "full", "restarted", "moved back")
+TASK_ROW: Final = "task worker"
+COLUMNS: Final = ("killed", "frozen", "late", "cut off", "slow", "full", "restarted", "moved back")
+
+MUTATIONS: Final = Path(__file__).parent / "mutations"
+
+
+def damaged_environment(without: str | None) -> dict[str, str]:
+    """Return the environment variables of a process that lacks a mechanism; empty for a whole one."""
+    if without is None:
+        return {}
+    paths = [str(MUTATIONS), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {"PYTHONPATH": os.pathsep.join(paths), "PILOTFLAME_FAULTS_WITHOUT": without}
 
 
 @dataclass
@@ -35,6 +59,8 @@ class FaultySystem:
     """Folder with the code of the previous version."""
     ledger: EffectLedger | None = None
     """Ledger of the current load."""
+    task_workers: Sequence[subprocess.Popen[bytes]] = ()
+    """Processes that perform the tasks of the current load."""
     struck_at: float = 0.0
     """Unix time at which the current fault began."""
 

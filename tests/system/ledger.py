@@ -99,20 +99,21 @@ class EffectLedger:
 
     def reads(self, node_id: str) -> dict[str, Json]:
         """Return a node that reads a number from the ledger; a repetition gets another number."""
-        return {"id": node_id, "nodeId": "http-request", "config": {"url": self._url_of(node_id)}}
+        return {"id": node_id, "nodeId": "http-request", "config": {"url": self.url_of(node_id)}}
 
     def writes(self, node_id: str, **more: Json) -> dict[str, Json]:
         """Return a node that writes to the ledger, and sends the outputs of all nodes before it;
         `more` are fields of the node.
         """
         config: dict[str, Json] = {
-            "url": self._url_of(node_id),
+            "url": self.url_of(node_id),
             "method": "POST",
             "body": {"nodes": "{{ nodes }}"},
         }
         return {"id": node_id, "nodeId": "http-request", "config": config, **more}
 
-    def _url_of(self, node_id: str) -> str:
+    def url_of(self, node_id: str) -> str:
+        """Return the URL of a node's calls, with an expression for the id of its execution."""
         return f"{self.url}/{{{{ execution.id }}}}/{node_id}"
 
     # ── recorded effects ────────────────────────────────────────────────────────────────────────────────────

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -70,7 +71,7 @@ class SystemProcess:
         self._has_runs = arguments[0] in {"worker", "dev"}
         self._has_http = arguments[0] in {"gateway", "dev"}
         self._pause: InjectedFault | None = None
-        self._process: ForkedCommand | None = None
+        self._process: ForkedCommand | subprocess.Popen[bytes] | None = None
 
     @property
     def process_id(self) -> int:
@@ -95,9 +96,25 @@ class SystemProcess:
         """Start the process, which must not be alive; its log continues."""
         assert not self.is_alive
         self._log_start = self._log.stat().st_size
-        self._process = ForkedCommand(
-            COMMAND, self._arguments, self.environment, (self._log, self._log), self._folder
-        )
+        if "PYTHONPATH" in self.environment:
+            # It has damaged code, or that of another version, which a fork of the loaded command never reads.
+            self._process = self._execute()
+        else:
+            self._process = ForkedCommand(
+                COMMAND, self._arguments, self.environment, (self._log, self._log), self._folder
+            )
+
+    def _execute(self) -> subprocess.Popen[bytes]:
+        with self._log.open("ab") as log:
+            return subprocess.Popen(
+                [COMMAND, *self._arguments],
+                env=self.environment,
+                cwd=self._folder,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
 
     def ensure_started(self) -> None:
         """Start the process unless it lives."""

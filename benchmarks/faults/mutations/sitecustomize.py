@@ -15,24 +15,20 @@ from types import ModuleType
 from typing import Any
 
 STORE = "journal.postgresql.postgresql_store"
-RECORDER = "journal.recorder"
 
 
 def remove_fence(module: Any) -> None:  # noqa: ANN401 - a module of the server
     """Let workers without the lease of an execution, and those of ended executions, write results."""
-    if module.__name__ == RECORDER:
-        module.RunLease.is_held = lambda _: True
-        module.LeaseKeeper._renew = _renew_nothing  # noqa: SLF001 - the very method to damage
-        return
     fence = " AND execution.token = write.token\n        AND execution.status || '' = 'running'"
-    for statements in (module._RECORD, module._RECORD_ALONE):  # noqa: SLF001 - as above
+    for statements in (module._RECORD, module._RECORD_ALONE):  # noqa: SLF001 - the very statements to damage
         for key, statement in statements.items():
             assert fence in statement
             statements[key] = statement.replace(fence, "\n        AND true")
 
 
-async def _renew_nothing(*_arguments: object) -> list[object]:
-    return []
+def remove_confirmation(module: Any) -> None:  # noqa: ANN401 - a module of the SDK
+    """Let task workers begin the tasks of long polls without asking whether they still hold them."""
+    module.FRESH_SECONDS = float("inf")
 
 
 def remove_sweep(module: Any) -> None:  # noqa: ANN401 - a module of the server
@@ -54,7 +50,8 @@ def remove_journal(module: Any) -> None:  # noqa: ANN401 - a module of the serve
 
 
 DAMAGE: dict[str, dict[str, Callable[[Any], None]]] = {
-    "fence": {STORE: remove_fence, RECORDER: remove_fence},
+    "fence": {STORE: remove_fence},
+    "confirmation": {"pilotflame_sdk.task_channel": remove_confirmation},
     "sweep": {STORE: remove_sweep},
     "journal": {STORE: remove_journal},
 }
