@@ -12,7 +12,16 @@ from typing import Any
 
 import httpx2
 import pytest
-from pilotflame_sdk import Client, RunFailed, Task, TaskCancelled, TaskError, Worker, Workflow
+from pilotflame_sdk import (
+    Client,
+    RunFailed,
+    Task,
+    TaskCancelled,
+    TaskError,
+    Worker,
+    Workflow,
+    WorkflowWarning,
+)
 
 from tests import command_runs
 from tests.custom_types import RESIZE
@@ -111,6 +120,7 @@ def test_a_pulled_catalog_builds_a_workflow(client: Client, shell: CommandShell)
     shell.output("pull", "--out", str(file))
     text = file.read_text()
     assert shell.output("pull") == text.rstrip()
+    assert "\ndef tool(" in text, "also a type that only connects"
     assert shell.run("pull", "--out", str(file), "--check").returncode == 0
     n: dict[str, Any] = {}
     exec(text, n)  # noqa: S102 - the pulled module
@@ -119,11 +129,13 @@ def test_a_pulled_catalog_builds_a_workflow(client: Client, shell: CommandShell)
         start = w.trigger(n["webhook"](verification={"provider": "none"}))
         small = w.add(n["acme_resize"](image=start.data.body.file, width=320), after=start)
         w.add(n["log"](message=f"tiny, {small.data.url}"), after=small.port("too-small"))
-    (applied,) = client.workflows.apply(w)["changes"]
+    with pytest.warns(WorkflowWarning, match="acme/resize"):  # no worker serves it
+        (applied,) = client.workflows.apply(w)["changes"]
     assert (applied["action"], applied["name"]) == ("create", "Thumbnails")
     checked = client.workflows.validate(client.workflows.find(w.name))
     assert checked["errors"] == []
-    assert [one["action"] for one in client.workflows.apply(w)["changes"]] == ["unchanged"]
+    with pytest.warns(WorkflowWarning, match="acme/resize"):
+        assert [one["action"] for one in client.workflows.apply(w)["changes"]] == ["unchanged"]
 
     newer = {**RESIZE, "version": "1.3.0", "description": "Scales better."}
     shell.output("nodes", "apply", shell.file("resize.json", json.dumps(newer)))

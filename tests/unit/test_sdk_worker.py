@@ -620,14 +620,70 @@ def test_a_wrong_definition_is_refused_where_it_is_made(
         Worker(url="http://x", api_key="k").node(type_name, version, **options)(worker_nodes.hang)
 
 
-def test_types_that_json_cannot_hold_are_refused() -> None:
-    @dataclass
-    class Wrong:
-        value: bytes
+@dataclass
+class AnyDataclass:
+    """Dataclass with fields for any JSON."""
 
-    Wrong.__annotations__["value"] = bytes
-    with pytest.raises(TypeError, match="has no JSON Schema"):
-        schemas.schema_of(Wrong)
+    value: object
+    values: dict[str, object]
+
+
+class AnyStruct(msgspec.Struct):
+    """Struct with fields for any JSON."""
+
+    value: object
+    values: dict[str, object]
+
+
+class AnyModel(pydantic.BaseModel):
+    """Model with fields for any JSON."""
+
+    value: object
+    values: dict[str, object]
+
+
+@pytest.mark.parametrize("kind", [AnyDataclass, AnyStruct, AnyModel])
+def test_an_object_is_any_json(kind: Any) -> None:  # noqa: ANN401 - a class
+    assert schemas.schema_of(kind)["required"] == ["value", "values"]
+    value = {"value": [1, None], "values": {"a": "x"}}
+    assert schemas.to_json(schemas.from_json(kind, value)) == value
+
+
+@dataclass
+class WrongDataclass:
+    """Dataclass with a field that JSON can't hold."""
+
+    rows: int
+    event: list[threading.Event]
+
+
+class WrongStruct(msgspec.Struct):
+    """Struct with a field that JSON can't hold."""
+
+    rows: int
+    event: list[threading.Event]
+
+
+class WrongModel(pydantic.BaseModel, arbitrary_types_allowed=True):
+    """Model with a field that JSON can't hold."""
+
+    rows: int
+    event: list[threading.Event]
+
+
+@pytest.mark.parametrize("kind", [WrongDataclass, WrongStruct, WrongModel])
+def test_the_error_names_the_field_that_json_cannot_hold(kind: Any) -> None:  # noqa: ANN401 - a class
+    with pytest.raises(TypeError, match=rf"{kind.__name__}\.event: .* has no JSON Schema"):
+        schemas.schema_of(kind)
+
+
+def test_a_config_may_be_annotated_as_object() -> None:
+    def run(config: object) -> object:
+        return config
+
+    worker = Worker(url="http://x", api_key="k")
+    worker.node("acme/any", "1.0.0")(run)
+    assert worker.definitions[0].document["config"] == {"type": "object"}
 
 
 def test_the_code_of_a_newer_minor_version_serves_older_tasks() -> None:

@@ -68,7 +68,7 @@ def describe_types() -> list[dict[str, Any]]:
         "width": {"type": "integer", "default": 1200},
     }
     return [
-        *(one for one in found if one["runnable"]),
+        *found,
         {
             **new_type(
                 "acme/resize", {"properties": properties, "required": ["image"]}, ["output", "too-small"]
@@ -190,12 +190,30 @@ def test_a_workflow_is_its_nodes_and_connections(n: ModuleType) -> None:
     }
 
 
+def test_tools_and_models_are_connected_to_an_agent(n: ModuleType) -> None:
+    w = Workflow("Agent")
+    agent = w.add(n.agent(prompt="x"), after=w.trigger(n.manual()))
+    tool = w.add(n.tool(name="search", description="Searches.", target={"type": "http-request"}))
+    w.connect(tool, agent, port="tools")
+    assert w.definition()["connections"][-1] == {"source": "tool", "target": "agent", "targetPort": "tools"}
+
+
 def test_mistakes_are_refused_where_they_are_made(n: ModuleType) -> None:
     w, other = Workflow("One"), Workflow("Other")
     first = w.trigger(n.manual())
     foreign = other.trigger(n.manual())
     with pytest.raises(ValueError, match="has no port 'outptu': it has output, error"):
         first.port("outptu")
+    with pytest.raises(ValueError, match="log has no input port 'left': it has input"):
+        w.add(n.log(message="x"), after={"left": first})
+    with pytest.raises(ValueError, match="manual has no input port 'input': it has none"):
+        w.connect(first, first)
+    branch = w.add(n.switch(cases=[{"port": "big", "equals": 7}]), after=first)
+    assert branch.port("big").name == "big"
+    with pytest.raises(ValueError, match="switch has no port 'bgi': it has big, default, error"):
+        branch.port("bgi")
+    with pytest.raises(ValueError, match="Name a port of switch, as in"):
+        w.add(n.log(message="x"), after=branch)
     choice = w.add(n.conditional(condition={"left": 1, "operator": "is-true"}), after=first)
     with pytest.raises(ValueError, match="Name a port of conditional, as in"):
         w.add(n.log(message="x"), after=choice)

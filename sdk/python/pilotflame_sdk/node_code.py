@@ -40,9 +40,9 @@ PATH: Final = "/api/v1/workflow-nodes"
 
 
 def read_catalog(server: Transport) -> list[Mapping[str, Any]]:
-    """Return the node types of the organization that its server can run, with the schemas of their configs."""
-    listed = [one["type"] for one in server.iterate(PATH, "nodes", {}) if one["runnable"]]
-    return [server.request("GET", f"{PATH}/{quote_type(name)}/schema") for name in sorted(listed)]
+    """Return the node types of the organization with the schemas of their configs."""
+    names = sorted(node_type["type"] for node_type in server.iterate(PATH, "nodes", {}))
+    return [server.request("GET", f"{PATH}/{quote_type(name)}/schema") for name in names]
 
 
 def write_module(node_types: Sequence[Mapping[str, Any]]) -> str:
@@ -96,11 +96,13 @@ class _NodeWriter:
         output = self._output()
         kind = f"{self._kind()}[{self._ports()}{', ' if output else ''}{output}]"
         fields = ", ".join(f"{name!r}: {arguments[name]}" for name in ordered)
-        outputs = None if self._has_free_ports() else tuple(self.node_type["ports"]["outputs"])
+        ports = self.node_type["ports"]
+        source = f"        outputs_from={ports['outputsFrom']!r},\n" if self._has_free_ports() else ""
         return (
             f"{''.join(self.classes)}\n\ndef {self.function}{signature} -> {kind}:\n{self._docstring(arguments)}"
             f"    return {self._kind()}(\n        {self.node_type['type']!r},\n        {{{fields}}},\n"
-            f"        version={self.node_type['version']!r},\n        outputs={outputs!r},\n    )\n"
+            f"        version={self.node_type['version']!r},\n        inputs={tuple(ports['inputs'])!r},\n"
+            f"        outputs={tuple(ports['outputs'])!r},\n{source}    )\n"
         )
 
     def _kind(self) -> str:

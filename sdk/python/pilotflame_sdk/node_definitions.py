@@ -108,9 +108,11 @@ def _parameters(function: Callable[..., Any], hints: Mapping[str, Any]) -> tuple
     tasks = [name for name in names if hints.get(name) is Task or (name == "task" and name not in hints)]
     configs = [name for name in names if name not in tasks]
     if len(configs) > 1 or len(tasks) > 1:
-        raise TypeError(f"{function.__name__} takes a config and a Task, at most one of each")
+        raise TypeError(
+            f"{function.__name__} takes a config and a Task, at most one of each, not {', '.join(names)}"
+        )
     kind = hints.get(configs[0]) if configs else None
-    is_plain = kind in {None, dict, Any} or getattr(kind, "__origin__", None) in {dict, Mapping}
+    is_plain = kind in {None, dict, Any, object} or getattr(kind, "__origin__", None) in {dict, Mapping}
     return None if is_plain else kind, bool(configs), tasks[0] if tasks else None
 
 

@@ -1,7 +1,8 @@
 """Fixture `pilotflame` of pytest: a client of a real server, with an organization of its own for each test.
 
-The server is `pilotflame dev` of this environment, started by the first test that needs it. PILOTFLAME_TEST_URL and
-PILOTFLAME_TEST_API_KEY name a running one instead, whose organization all tests share.
+The server is `pilotflame dev` of this environment, started by the first test that needs it. The option
+`--pilotflame-url`, or PILOTFLAME_TEST_URL, with the key in PILOTFLAME_TEST_API_KEY, names a running one instead, whose
+organization all tests share.
 """
 
 from __future__ import annotations
@@ -85,10 +86,21 @@ class StartedServer:
             self._process.wait()
 
 
+@pytest.hookimpl
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option `--pilotflame-url`."""
+    parser.addoption(
+        "--pilotflame-url",
+        metavar="URL",
+        default=os.environ.get("PILOTFLAME_TEST_URL"),
+        help="running Pilotflame server for the fixture `pilotflame`; its API key is in PILOTFLAME_TEST_API_KEY",
+    )
+
+
 @pytest.fixture(scope="session")
-def pilotflame_server() -> Iterator[StartedServer | Mapping[str, str]]:
-    """Start one server for all tests; or yield the one that PILOTFLAME_TEST_URL and PILOTFLAME_TEST_API_KEY name."""
-    if url := os.environ.get("PILOTFLAME_TEST_URL"):
+def pilotflame_server(pytestconfig: pytest.Config) -> Iterator[StartedServer | Mapping[str, str]]:
+    """Start one server for all tests; or yield the one that `--pilotflame-url` names."""
+    if url := pytestconfig.getoption("--pilotflame-url"):
         yield {"url": url, "api_key": os.environ.get("PILOTFLAME_TEST_API_KEY", "")}
         return
     with TemporaryDirectory() as folder:

@@ -31,9 +31,9 @@ def schema_of(kind: Any) -> dict[str, Any]:  # noqa: ANN401 - any type
     """Return the JSON Schema of a type: plain types, dataclasses, msgspec structs, pydantic models, enums,
     collections.
 
-    Raises `TypeError` for a type that JSON can't hold.
+    Raises `TypeError` for a type that JSON can't hold; its text names the field.
     """
-    if kind is Any:
+    if kind is Any or kind is object:
         return {}
     if isinstance(kind, type) and kind in PLAIN:
         return dict(PLAIN[kind])
@@ -42,7 +42,7 @@ def schema_of(kind: Any) -> dict[str, Any]:  # noqa: ANN401 - any type
     if _is_struct(kind):
         return _struct_schema(kind)
     if _is_model(kind):
-        return _write_out_all(kind.model_json_schema())
+        return _model_schema(kind)
     if isinstance(kind, type) and issubclass(kind, enum.Enum):
         return {"enum": [one.value for one in kind]}
     return _generic_schema(kind)
@@ -76,7 +76,10 @@ def _dataclass_schema(kind: Any) -> dict[str, Any]:  # noqa: ANN401 - a dataclas
     hints = get_type_hints(kind, include_extras=True)
     properties, required = {}, []
     for field in dataclasses.fields(kind):
-        found = {**schema_of(hints[field.name]), **field.metadata.get("schema", {})}
+        try:
+            found = {**schema_of(hints[field.name]), **field.metadata.get("schema", {})}
+        except TypeError as error:
+            raise TypeError(f"{kind.__name__}.{field.name}: {error}") from error
         if field.default is not dataclasses.MISSING:
             found["default"] = to_json(field.default)
         elif field.default_factory is not dataclasses.MISSING:
@@ -92,7 +95,37 @@ def _struct_schema(kind: Any) -> dict[str, Any]:  # noqa: ANN401 - a msgspec str
     """Return the JSON Schema of a msgspec struct without references, which allows no further fields."""
     import msgspec
 
-    return {"additionalProperties": False, **_write_out_all(msgspec.json.schema(kind))}
+    def custom_schema(custom: type) -> dict[str, Any]:
+        if custom is object:
+            return {"title": "JSON"}  # msgspec refuses an empty schema
+        raise NotImplementedError
+
+    try:
+        schema = msgspec.json.schema(kind, schema_hook=custom_schema)
+    except TypeError as error:
+        annotations = {field.name: field.type for field in msgspec.structs.fields(kind)}
+        raise _name_field(kind, annotations, error) from error
+    return {"additionalProperties": False, **_write_out_all(schema)}
+
+
+def _model_schema(kind: Any) -> dict[str, Any]:  # noqa: ANN401 - a pydantic model
+    """Return the JSON Schema of a pydantic model without references."""
+    try:
+        schema = kind.model_json_schema()
+    except (TypeError, RuntimeError) as error:
+        annotations = {name: field.annotation for name, field in kind.model_fields.items()}
+        raise _name_field(kind, annotations, error) from error
+    return _write_out_all(schema)
+
+
+def _name_field(kind: type, annotations: Mapping[str, Any], error: Exception) -> TypeError:
+    """Return the error of the first field without a schema; `error` is that of the library, which names no field."""
+    for name, annotation in annotations.items():
+        try:
+            schema_of(annotation)
+        except TypeError as cause:  # noqa: PERF203 - the first error ends the loop
+            return TypeError(f"{kind.__name__}.{name}: {cause}")
+    return TypeError(f"{kind.__name__}: {error}")
 
 
 def _write_out_all(schema: dict[str, Any]) -> dict[str, Any]:

@@ -50,13 +50,29 @@ class NodeConfig(_TypedNode[Port, Output_co]):
         config: Mapping[str, Any] | None = None,
         *,
         version: str | None = None,
+        inputs: Sequence[str] | None = None,
         outputs: Sequence[str] | None = None,
+        outputs_from: str = "",
     ) -> None:
+        """`outputs_from` is the place of further output ports in the config, such as `cases[].port`."""
         self.type = type
         self.version = version
         self.config = {name: value for name, value in (config or {}).items() if value is not None}
-        self.outputs = None if outputs is None else (*outputs, ERROR)
-        """Names of the output ports; None if the config decides about them."""
+        self.inputs = inputs
+        """Names of the input ports; None if they are unknown until the server checks them."""
+        self.outputs = None if outputs is None else (*self._list_ports(outputs_from), *outputs, ERROR)
+        """Names of the output ports; None if they are unknown until the server checks them."""
+
+    def _list_ports(self, place: str) -> list[str]:
+        """Return the ports at a place of the config, as the server reads them: others than texts are none."""
+        field, _, name = place.partition("[].")
+        items = self.config.get(field)
+        ports = (
+            [item.get(name) for item in items if isinstance(item, Mapping)]
+            if isinstance(items, (list, tuple))
+            else []
+        )
+        return [port for port in ports if isinstance(port, str)]
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.type}>"
@@ -220,10 +236,18 @@ class Workflow:
         return placed
 
     def connect(self, source: Source, target: WorkflowNode[Any, Any], *, port: str = INPUT) -> None:
-        """Add a connection to the input port of a node; raises `ValueError` for nodes of another workflow."""
+        """Add a connection to the input port of a node.
+
+        Raises `ValueError` for nodes of another workflow, and for a port that the node type does not have.
+        """
         found = source if isinstance(source, NodePort) else source.default_port()
         self._require_own(found)
         self._require_own(target)
+        inputs = target.config.inputs
+        if inputs is not None and port not in inputs:
+            raise ValueError(
+                f"{target.config.type} has no input port {port!r}: it has {', '.join(inputs) or 'none'}"
+            )
         connection = {"source": found.node.id, "target": target.id}
         if found.name != OUTPUT:
             connection["sourcePort"] = found.name
