@@ -102,8 +102,7 @@ def _check_agent(
                     message = f'Tool "{provider.label}": agents nest at most {MAX_AGENT_DEPTH} deep'
                     suggestion = "Connect its tools to the agent above it."
                     yield GraphFinding(FindingType.INVALID_CONFIG, message, suggestion, provider.id)
-            is_direct = provider.type != TOOL_TYPE
-            name = direct_tools.name_tool(provider) if is_direct else str(provider.config.get("name"))
+            name = direct_tools.name_tool(provider)
             if name in names:
                 message = f"Two tools of the agent {agent.label!r} have the name {name!r}"
                 suggestion = "Give each a name of its own."

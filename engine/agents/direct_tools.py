@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from engine.agents.agent_steps import AGENT_TYPE
 from engine.agents.tool_kinds import SUB_WORKFLOW_TYPE
-from engine.node_api import MCP_TOOL_TYPE, OF_EACH
+from engine.node_api import MCP_TOOL_TYPE, OF_EACH, TOOL_TYPE
 
 if TYPE_CHECKING:
     from engine.graph import GraphNode
@@ -32,9 +32,12 @@ _NOT_IN_NAMES: Final = re.compile(r"[^a-zA-Z0-9_-]")
 
 
 def name_tool(node: GraphNode) -> str:
-    """Return the name of a node as a tool: its id, cut to 64 characters, with `_` in place of all but letters, digits,
-    `-` and `_`.
+    """Return the name of a node as a tool: that in the config of a `tool`, else its id.
+
+    The id is cut to 64 characters, with `_` in place of all but letters, digits, `-` and `_`.
     """
+    if node.type == TOOL_TYPE:
+        return str(node.config.get("name"))
     return _NOT_IN_NAMES.sub("_", node.id)[:MAX_NAME]
 
 

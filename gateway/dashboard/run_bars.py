@@ -17,6 +17,8 @@ NodeState: TypeAlias = Mapping[str, Any]
 MIN_WIDTH: Final = 0.6
 """Percentage of the axis that the shortest bar takes."""
 WAITING_TYPES: Final = frozenset({"human-input", "wait", "wait-for-event", "wait-for-signal", "sub-workflow"})
+TASK_CODE: Final = "awaiting-task"
+"""Code of a run whose custom nodes work elsewhere."""
 CONTAINERS: Final = frozenset({"loop"})
 """Types that last as long as the nodes inside of them."""
 MIN_START_SHARE: Final = 2.0
@@ -51,25 +53,58 @@ class WakeBar(Struct, frozen=True):
     """None for the first event."""
 
 
-def list_work(states: Iterable[NodeState], now: datetime) -> Iterable[Interval]:
+def list_waits(history: Iterable[Mapping[str, Any]], now: datetime) -> Sequence[Interval]:
+    """Return the intervals in which a run was blocked, so that none of its nodes worked, in order.
+
+    A task of a custom node is work, of another process.
+    """
+    waits = []
+    for reason in history:
+        start = parse_instant(reason["from"])
+        if start is not None and reason["code"] != TASK_CODE:
+            waits.append((start, parse_instant(reason["to"]) or now))
+    return sorted(waits)
+
+
+def _split(
+    start: datetime, end: datetime, waits: Iterable[Interval]
+) -> Iterable[tuple[datetime, datetime, bool]]:
+    """Yield the parts of an interval with whether each is one of the ordered `waits`."""
+    begin = start
+    for first, last in waits:
+        if last > start and first < end:
+            if first > start:
+                yield start, first, False
+            yield max(first, start), min(last, end), True
+            start = min(last, end)
+    if start < end or start == begin:
+        yield start, end, False
+
+
+def list_work(
+    states: Iterable[NodeState], now: datetime, waits: Sequence[Interval] = ()
+) -> Iterable[Interval]:
     """Yield the intervals (start, end) in which nodes ran, for the time axis; those of nodes that still run end at
     `now`.
 
-    Of a node that waits, and of a loop, only start and end count, as intervals without length.
+    Of a node that waits, and of a loop, only start and end count, as intervals without length. `waits` of the run are
+    left out.
     """
     for state in states:
-        waits = state["nodeType"] in WAITING_TYPES or state["nodeType"] in CONTAINERS
+        has_no_work = state["nodeType"] in WAITING_TYPES or state["nodeType"] in CONTAINERS
         for one in _spans_of(state):
             start = parse_instant(one["startedAt"])
             if start is None:
                 continue
             end = parse_instant(one["endedAt"])
-            if waits or one["status"] == "waiting":
+            if has_no_work or one["status"] == "waiting":
                 yield start, start
                 if end is not None:
                     yield end, end
             else:
-                yield start, end or now
+                yield from (
+                    (first, last) for first, last, is_wait in _split(start, end or now, waits) if not is_wait
+                )
 
 
 def list_waking(run: Mapping[str, Any], seconds: float) -> Iterable[Interval]:
@@ -79,19 +114,27 @@ def list_waking(run: Mapping[str, Any], seconds: float) -> Iterable[Interval]:
         yield started - timedelta(seconds=seconds), started
 
 
-def build_bars(state: NodeState, axis: TimeAxis, now: datetime) -> Sequence[TimeBar]:
+def build_bars(
+    state: NodeState, axis: TimeAxis, now: datetime, waits: Sequence[Interval] = ()
+) -> Sequence[TimeBar]:
     """Return the bars of a node on the time axis, then those of its failed attempts; empty for a node that has not
     started.
 
-    A node in a loop has a bar for each iteration; bars of one color that touch are joined.
+    A node in a loop has a bar for each iteration; bars of one color that touch are joined. The `waits` of the run are
+    those of a loop or agent around them.
     """
     is_waiting = state["nodeType"] in WAITING_TYPES
     bars = [
-        _build_bar(one, axis, now, "warn" if is_waiting else look_of(one["status"]).tone)
+        _build_bar(first, last, axis, "warn" if is_waiting or is_wait else look_of(one["status"]).tone)
         for one in _spans_of(state)
-        if one["startedAt"]
+        if (start := parse_instant(one["startedAt"])) is not None
+        for first, last, is_wait in _split(start, parse_instant(one["endedAt"]) or now, waits)
     ]
-    tried = [_build_bar(one, axis, now, "tried") for one in state["failedAttempts"] if one["startedAt"]]
+    tried = [
+        _build_bar(start, parse_instant(one["endedAt"]) or now, axis, "tried")
+        for one in state["failedAttempts"]
+        if (start := parse_instant(one["startedAt"])) is not None
+    ]
     return [*_join(bars), *_join(tried)]
 
 
@@ -104,10 +147,10 @@ def _spans_of(state: NodeState) -> Sequence[Mapping[str, Any]]:
     return iterations if is_complete else [state]
 
 
-def _build_bar(one: Mapping[str, Any], axis: TimeAxis, now: datetime, tone: str) -> TimeBar:
-    """Return the bar of an execution of a node, at least `MIN_WIDTH` percent wide; one that still runs ends `now`."""
-    first = axis.percent(parse_instant(one["startedAt"]) or now)
-    width = max(axis.percent(parse_instant(one["endedAt"]) or now) - first, MIN_WIDTH)
+def _build_bar(start: datetime, end: datetime, axis: TimeAxis, tone: str) -> TimeBar:
+    """Return the bar of an interval, at least `MIN_WIDTH` percent wide."""
+    first = axis.percent(start)
+    width = max(axis.percent(end) - first, MIN_WIDTH)
     return TimeBar(round(min(first, WHOLE - width), 2), round(width, 2), tone)
 
 

@@ -34,6 +34,7 @@ NEWS: Final = frozenset({"failed", "running", "waiting", "retrying", "cancelled"
 WORST_FIRST: Final = ("failed", "running", "retrying", "waiting", "cancelled", "completed", "skipped")
 NEVER: Final = "9999"
 """Text that sorts behind all times."""
+NO_REASONS: Final[Mapping[str, Any]] = {}
 NOT_TAKEN: Final = frozenset({"not-reached", "skipped"})
 
 
@@ -54,6 +55,8 @@ class RunRow(Struct):
     port: str = ""
     duration_ms: int | None = None
     attempts: int = 1
+    calls: int = 0
+    """Calls of a tool by agents."""
     iterations: Sequence[tuple[str, str]] = ()
     """Name and state of the first iterations."""
     iteration_count: int = 0
@@ -98,21 +101,22 @@ def build_timeline(
     critical: Iterable[str] = (),
     *,
     waking_seconds: float = 0.0,
-    wake: Mapping[str, Any] | None = None,
+    why: Mapping[str, Any] = NO_REASONS,
     opened: str = "",
     selected: str = "",
 ) -> RunTimeline:
     """Return the rows of a run: its nodes in order with their bars, lanes and state, and the axis of time.
 
-    `graph` is the API's graph of the run; `critical` holds ids of nodes that determine its duration; pods
-    were woken for `waking_seconds` before its start, as `wake` records. Of over 300 nodes, uneventful ones are
-    folded into rows, except the row `opened` and the node `selected`.
+    `graph` and `why` are the API's answers about the run; `critical` holds ids of nodes that determine its duration;
+    pods were woken for `waking_seconds` before its start. Of over 300 nodes, uneventful ones are folded into rows,
+    except the row `opened` and the node `selected`.
     """
     states = {state["nodeId"]: state for state in graph["states"]}
     nodes = {node["id"]: node for node in graph["nodes"]}
     order = _order_nodes(states, nodes, graph["connections"])
     start = parse_instant(run["createdAt"]) or now
-    busy = [*run_bars.list_work(graph["states"], now), *run_bars.list_waking(run, waking_seconds)]
+    waits = run_bars.list_waits(why.get("history", ()), now)
+    busy = [*run_bars.list_work(graph["states"], now, waits), *run_bars.list_waking(run, waking_seconds)]
     axis = TimeAxis.build(start, parse_instant(run["endedAt"]) or now, busy)
     on_path = set(critical)
     rows = []
@@ -123,12 +127,12 @@ def build_timeline(
     shown = _fold_rows(rows, opened, selected)
     for row in shown:
         if (state := states.get(row.id)) is not None and not row.folded:
-            row.bars = run_bars.build_bars(state, axis, now)
+            row.bars = run_bars.build_bars(state, axis, now, waits)
             row.ghost_x = run_bars.find_ghost(state, axis)
     _set_lanes(shown, rows, graph["connections"])
     return RunTimeline(
         shown,
-        run_bars.build_start_row(run, axis, now, waking_seconds, wake),
+        run_bars.build_start_row(run, axis, now, waking_seconds, why.get("wake")),
         axis.list_folds(),
         axis.list_ticks(),
         Counter(row.state for row in rows),
@@ -209,6 +213,7 @@ def _describe(node_id: str, state: NodeState | None, node: Mapping[str, Any] | N
         port=state["port"] or "",
         duration_ms=state["durationMs"],
         attempts=state["attempt"],
+        calls=state.get("calls", 0),
         iterations=[(one["iteration"], one["status"]) for one in iterations],
         iteration_count=sum(state["iterationCounts"].values()),
         cells=build_cells(state),

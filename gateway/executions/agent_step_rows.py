@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final
 
 from msgspec import Struct
-from sqlalchemy import func, literal_column, or_, select
+from sqlalchemy import BigInteger, case, func, literal_column, or_, select, type_coerce
 from sqlmodel import col
 
 from engine.agents import call_approvals
@@ -117,6 +118,54 @@ async def read_states(
             model_calls=decoding.decode(row.model_calls, tuple[ModelCallRecord, ...])
             if row.model_calls
             else (),
+        )
+        for row in await connection.execute(statement)
+    ]
+
+
+class ToolCallSums(Struct, frozen=True):
+    """Calls of one tool by an agent, in all of its iterations."""
+
+    agent_id: str
+    """Node of the agent."""
+    name: str
+    calls: int
+    failed: int
+    open: int
+    """Calls that are made, or that a person has to decide about."""
+    started_at: datetime
+    ended_at: datetime | None
+    spent: timedelta
+
+
+async def sum_tool_calls(connection: AsyncConnection, key: ExecutionKey) -> Sequence[ToolCallSums]:
+    """Return the calls of the tools of all agents of a run, by agent and name."""
+    spent = type_coerce(col(AgentStepRow.ended_at), BigInteger) - type_coerce(
+        col(AgentStepRow.started_at), BigInteger
+    )
+    is_open = col(AgentStepRow.status).in_((StepStatus.STARTED, StepStatus.WAITING))
+    statement = (
+        select(
+            *(col(AgentStepRow.node_id), col(AgentStepRow.name), func.count().label("calls")),
+            func.sum(case((col(AgentStepRow.status) == StepStatus.FAILED, 1), else_=0)).label("failed"),
+            func.sum(case((is_open, 1), else_=0)).label("open"),
+            func.min(col(AgentStepRow.started_at)).label("started_at"),
+            func.max(col(AgentStepRow.ended_at)).label("ended_at"),
+            func.coalesce(func.sum(spent), 0).label("spent"),
+        )
+        .where(*_build_conditions(key, StepFilter()), col(AgentStepRow.kind) == StepKind.TOOL)
+        .group_by(col(AgentStepRow.node_id), col(AgentStepRow.name))
+    )
+    return [
+        ToolCallSums(
+            row.node_id,
+            row.name,
+            row.calls,
+            row.failed,
+            row.open,
+            row.started_at,
+            row.ended_at,
+            timedelta(microseconds=int(row.spent)),
         )
         for row in await connection.execute(statement)
     ]

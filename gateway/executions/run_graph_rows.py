@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from engine.agents.agent_steps import AgentStep
+    from gateway.executions.agent_step_rows import ToolCallSums
     from gateway.executions.execution_rows import Recorded
 
 SHOWN_ITERATIONS: Final = 200
@@ -114,6 +115,7 @@ class RunGraphRows(Struct, frozen=True):
     """Steps of the agents outside of loops that have not ended, without contents."""
     questions: Mapping[str, str] = field(default_factory=dict)
     """Nodes of the open questions about these steps, by the iterations of the questions."""
+    tool_calls: Sequence[ToolCallSums] = ()
 
 
 async def read_rows(connection: AsyncConnection, key: ExecutionKey) -> RunGraphRows | None:
@@ -137,12 +139,14 @@ async def read_rows(connection: AsyncConnection, key: ExecutionKey) -> RunGraphR
         before = await _read_other_head(connection, ExecutionKey(previous, key.shard), head)
     nodes = await _read_nodes(connection, key)
     agents = [row.node_id for row in nodes if row.type == AGENT_TYPE and row.status in UNFINISHED]
+    iterations = await _read_iterations(connection, key)
+    has_agent = any(row.type == AGENT_TYPE for row in (*nodes, *(rows[0] for rows in iterations.values())))
     steps = await agent_step_rows.read_states(connection, key, agents, SHOWN_STEPS) if agents else ()
     return RunGraphRows(
         head,
         definition,
         nodes,
-        await _read_iterations(connection, key),
+        iterations,
         await _count_iterations(connection, key),
         await _read_attempts(connection, key),
         await connection.scalar(
@@ -156,6 +160,7 @@ async def read_rows(connection: AsyncConnection, key: ExecutionKey) -> RunGraphR
         {} if previous is None else await _read_durations(connection, previous, key.shard),
         steps,
         await agent_step_rows.read_questions(connection, key, steps),
+        await agent_step_rows.sum_tool_calls(connection, key) if has_agent else (),
     )
 
 

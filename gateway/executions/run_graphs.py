@@ -12,6 +12,7 @@ from msgspec import UNSET, Meta, UnsetType
 
 from engine import inline_secrets
 from engine.agents.agent_steps import StepKind, StepStatus
+from engine.graph import GraphNode
 from engine.node_api import NodeEffect
 from gateway.executions import model_usage, run_graph_rows
 from gateway.executions.execution_rows import ShownSpanStatus
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
     from engine.agents.agent_steps import AgentStep
     from engine.values import Json
+    from gateway.executions.agent_step_rows import ToolCallSums
     from gateway.executions.execution_rows import Recorded
     from gateway.executions.run_graph_rows import DefinitionChange, IterationCounts, RunGraphRows
     from journal.definition_snapshot import LoadedWorkflow
@@ -144,6 +146,8 @@ class NodeState(WireStruct):
     failed_attempts: Annotated[Sequence[AttemptTimes], Meta(max_length=SHOWN_ATTEMPTS)]
     agent: AgentProgress | UnsetType = UNSET
     """Of an agent outside of loops that has not ended."""
+    calls: int | UnsetType = UNSET
+    """Of a node that serves agents as a tool: number of its calls, whose sum is `durationMs`."""
 
 
 class GraphChange(WireStruct):
@@ -247,7 +251,7 @@ def _show(
             )
             for edge in connections
         ],
-        states=[*_show_states(rows)],
+        states=_add_tools([*_show_states(rows)], rows, nodes, connections),
         previous_execution_id=rows.previous_run,
         previous_version=rows.previous_version,
         last_change=None if workflow is None else _show_change(rows.last_change),
@@ -383,6 +387,60 @@ def _show_state(row: Recorded, rows: RunGraphRows, counts: IterationCounts | Non
             )
             for one in attempts
         ],
+    )
+
+
+def _add_tools(
+    states: list[NodeState],
+    rows: RunGraphRows,
+    nodes: Sequence[Mapping[str, Any]],
+    connections: Sequence[Mapping[str, Any]],
+) -> Sequence[NodeState]:
+    """Return states with those of the tools that agents have called; only calls that wait have spans of their own."""
+    if not rows.tool_calls:
+        return states
+    from engine.agents import agent_wiring, direct_tools  # noqa: PLC0415 - for runs whose agents have called tools
+
+    by_node = {state.node_id: state for state in states}
+    by_id = {node["id"]: GraphNode.from_stored(node) for node in nodes}
+    calls = {(sums.agent_id, sums.name): sums for sums in rows.tool_calls}
+    for edge in connections:
+        tool = by_id.get(edge["source"])
+        if tool is None or edge["targetPort"] != agent_wiring.PORT_OF_TOOLS:
+            continue
+        sums = calls.get((edge["target"], direct_tools.name_tool(tool)))
+        if sums is None:
+            continue
+        if tool.id not in by_node:
+            by_node[tool.id] = _show_tool(tool, sums)
+            states.append(by_node[tool.id])
+        else:
+            by_node[tool.id].calls = sums.calls
+    return states
+
+
+def _show_tool(tool: GraphNode, sums: ToolCallSums) -> NodeState:
+    status = ShownSpanStatus.COMPLETED
+    if sums.open:
+        status = ShownSpanStatus.RUNNING
+    elif sums.failed == sums.calls:
+        status = ShownSpanStatus.FAILED
+    return NodeState(
+        node_id=tool.id,
+        node_label=tool.label,
+        node_type=tool.type,
+        status=status,
+        port=None,
+        attempt=1,
+        started_at=instant(sums.started_at),
+        ended_at=None if sums.open else optional_instant(sums.ended_at),
+        wake_at=None,
+        duration_ms=sums.spent // _MILLISECOND,
+        previous_duration_ms=None,
+        iteration_counts={},
+        iterations=[],
+        failed_attempts=[],
+        calls=sums.calls,
     )
 
 

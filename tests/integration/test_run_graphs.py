@@ -379,3 +379,40 @@ async def test_a_summary_of_a_run_has_the_fields_of_a_list_and_its_lease(people:
     assert await get_json(people.owner, f"/{run}?summary=true") == {**listed, "attempt": 0, "lease": None}
     refused = await people.stranger.api.get(f"/api/v1/executions/{run}?summary=true")
     assert refused.status_code == 404
+
+
+@pytest.mark.every_database
+async def test_a_called_tool_has_a_state_with_its_calls_and_their_time(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    own = {
+        "name": "remember",
+        "description": "Remembers.",
+        "parameters": {"type": "object"},
+        "target": {"node": {"type": "set", "config": {"values": {"done": True}}}},
+    }
+    nodes = [
+        {"id": "start", "nodeId": "manual"},
+        {"id": "agent", "nodeId": "agent", "config": {"model": "echo", "prompt": "Use remember."}},
+        {"id": "memory", "nodeId": "tool", "config": own},
+        {"id": "other", "nodeId": "set", "config": {"values": {"done": False}}},
+    ]
+    edges = [{"source": "start", "target": "agent"}]
+    edges += [{"source": tool, "target": "agent", "targetPort": "tools"} for tool in ("memory", "other")]
+    workflow_id = await people.owner.create(nodes=nodes, connections=edges)
+    async with serve_worker(harness):
+        run = await execute_workflow(people.owner, workflow_id)
+        assert (await wait_until_ended(people.owner, run))["status"] == "completed"
+    states = {state["nodeId"]: state for state in (await get_json(people.owner, f"/{run}/graph"))["states"]}
+    assert set(states) == {"start", "agent", "memory"}, "the other tool was not called"
+    memory = states["memory"]
+    assert (memory["status"], memory["calls"], "calls" in states["agent"]) == ("completed", 1, False)
+    (call,) = [
+        step for step in (await get_json(people.owner, f"/{run}/steps"))["steps"] if step["kind"] == "tool"
+    ]
+    assert (memory["startedAt"], memory["endedAt"]) == (call["startedAt"], call["endedAt"])
+    browser = await harness.browser()
+    assert (await browser.post("/session", json={"key": people.owner.key})).is_success
+    page = (await browser.get(f"/dashboard/runs/{run}")).text
+    assert "tool · 1 call" in page
+    assert page.count("not reached") == 2, "the other tool, in the list and in the summary"

@@ -77,6 +77,23 @@ def run_until(seconds: float | None) -> dict[str, Any]:
     return {"createdAt": at(0), "startedAt": at(0), "endedAt": ended}
 
 
+def test_a_wait_inside_a_loop_is_no_work_of_the_loop_or_of_the_nodes_around_it() -> None:
+    states = [
+        state("each", "completed", 0, 100, nodeType="loop"),
+        state("helper", "completed", 0, 100, nodeType="agent"),
+        state("quick", "completed", 100, 100),
+    ]
+    history = [
+        {"code": "timer", "from": at(1), "to": at(99)},
+        {"code": "awaiting-task", "from": at(99), "to": at(100)},
+    ]
+    timeline = build_timeline(run_until(100), graph_of(states=states), START, why={"history": history})
+    tones = {row.id: [bar.tone for bar in row.bars] for row in timeline.rows}
+    assert tones == {"each": ["good", "warn", "good"], "helper": ["good", "warn", "good"], "quick": ["good"]}
+    (fold,) = timeline.folds
+    assert fold.milliseconds == 98_000
+
+
 def test_nodes_follow_their_sources_and_are_dashed_where_the_run_did_not_go() -> None:
     states = [
         state("start", "completed", 0, 1),
@@ -171,7 +188,7 @@ def test_the_time_before_the_start_has_a_row_with_its_wake() -> None:
     assert (start.label, start.duration_ms) == ("Woke its pod", 4_000)
     assert [(bar.tone, bar.x) for bar in start.bars] == [("queued", 0), ("lit", 12.0)]
     wake = {"asleepSince": at(-60), "decidedAt": at(3.25), "podStartedAt": at(3.75)}
-    recorded = build_timeline(run, graph, START, waking_seconds=1, wake=wake).start
+    recorded = build_timeline(run, graph, START, waking_seconds=1, why={"wake": wake}).start
     assert recorded is not None
     assert [bar.tone for bar in recorded.bars] == ["queued", "lit", "claim"]
     assert recorded.asleep_since == at(-60)

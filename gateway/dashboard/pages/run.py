@@ -132,7 +132,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         frame.now,
         steps,
         waking_seconds=_sum_waking_seconds(run, why.get("history", ())),
-        wake=why.get("wake"),
+        why=why,
         opened=frame.query.get("open", ""),
         selected=node_id,
     )

@@ -2397,6 +2397,7 @@ class NodeState(_NodeStateAlways, total=False):
     """State of a node in a run; a node that has not been reached has none."""
 
     agent: AgentProgress
+    calls: int
 
 
 class NodeStatistics(TypedDict):
