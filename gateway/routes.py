@@ -77,20 +77,18 @@ FOR_BROWSERS: Sequence[Route] = (
     Route("GET", "/docs/*", AccessRule.PUBLIC, site.show, answer=bytes),
     Route("GET", "/favicon.svg", AccessRule.PUBLIC, document.icon, answer=bytes),
     Route("GET", "/favicon.ico", AccessRule.PUBLIC, document.icon, answer=bytes),
-    Route("OPTIONS", "/hooks/{id}", AccessRule.PUBLIC, hooks.options, status=204),
 )
 """Routes that browsers request by themselves; not part of the API or its OpenAPI document."""
 
 
 def endpoints(table: Sequence[Route]) -> dict[str, PathEndpoint]:
-    """Return by path the endpoint with all methods that the table has for it; an endpoint with GET also
-    answers HEAD.
+    """Return by path the endpoint with all methods that the table has for it; one with GET also answers HEAD, except
+    webhooks, whose GET may start a run.
     """
     paths: dict[str, dict[str, PathOperation]] = {}
     for line in table:
         operations = paths.setdefault(line.path, {})
-        for method in (line.method, *line.also_by):
-            operations[method] = PathOperation(line.access, line.handler, line.query)
-        if line.method == "GET":
+        operations[line.method] = PathOperation(line.access, line.handler, line.query)
+        if line.method == "GET" and line.handler is not hooks.receive:
             operations["HEAD"] = operations["GET"]
     return {path: PathEndpoint(operations) for path, operations in paths.items()}

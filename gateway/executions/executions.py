@@ -187,9 +187,9 @@ class StepList(WireStruct):
 class StreamedEvent(WireStruct):
     """Server-sent event."""
 
-    event: Literal["execution", "span", "log"]
+    event: Literal["execution", "span", "log", "step", "token", "retry"]
     data: str
-    """JSON: a `Span`, a `Log`, or the progress of the execution without its outputs."""
+    """JSON: a `Span`, `Log` or `Step`, the progress of the execution without its outputs, or a text of a model."""
     id: str | UnsetType = UNSET
     """Value for `Last-Event-ID`; only committed records have one. The end of the execution has the id `end`.
     """

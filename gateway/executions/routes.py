@@ -54,7 +54,9 @@ FOLLOWED: Final = OperationDoc(
     also={204: OtherSuccess("The client already received the end of this stream.")},
     refusals=("invalid-last-event-id",),
 )
-"""Documentation of operations that answer with server-sent events, always or on request."""
+"""Documentation of operations that answer with server-sent events."""
+FOLLOWED_ON_REQUEST: Final = replace(FOLLOWED, stream=executions.StreamedEvent)
+"""Documentation of lists that are sent as such events too."""
 ROUTES: Final[Sequence[Route]] = (
     Route(
         "POST",
@@ -228,7 +230,7 @@ ROUTES: Final[Sequence[Route]] = (
         executions.logs,
         query=executions.LOGS,
         answer=executions.LogList,
-        docs=FOLLOWED,
+        docs=FOLLOWED_ON_REQUEST,
     ),
     Route(
         "GET",
@@ -237,7 +239,7 @@ ROUTES: Final[Sequence[Route]] = (
         executions.steps,
         query=executions.STEPS,
         answer=executions.StepList,
-        docs=FOLLOWED,
+        docs=FOLLOWED_ON_REQUEST,
     ),
     Route(
         "GET",

@@ -44,6 +44,8 @@ class OperationDoc(Struct, frozen=True):
     refusals: Sequence[str] = ()
     """Error codes besides those that follow from the route."""
     media_type: str = JSON
+    stream: object = None
+    """Type of the events of a `text/event-stream` that clients may request instead; None without one."""
     also: Mapping[int, OtherSuccess] = field(default_factory=dict)
     """Other success statuses."""
 

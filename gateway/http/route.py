@@ -38,7 +38,5 @@ class Route(Struct, frozen=True):
     status: int = 200
     query: Collection[QueryParameter[Any]] = ()
     """Query parameters that the handler can read; all others are refused."""
-    also_by: Collection[str] = ()
-    """Other methods with the same effect."""
     docs: OperationDoc = NO_DOCS
     """Headers, error codes and further statuses, for the OpenAPI document."""

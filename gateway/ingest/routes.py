@@ -77,6 +77,35 @@ TAKES_MAIL: Final = replace(
     ),
 )
 """Mail intake, the same on each of its paths."""
+RECEIVES: Final = replace(
+    ARRIVES,
+    takes=(IDEMPOTENCY_KEY,),
+    sends=(*ARRIVES.sends, *RATES),
+    also={
+        200: OtherSuccess(
+            "The execution ended without an answer of its own, or the request starts no execution. Slack gets"
+            " 200 in place of 202.",
+            hooks.WebhookReceipt,
+        )
+    },
+    refusals=(
+        *ARRIVES.refusals,
+        *("not-found", "unauthorized", "rate-limited", "not-ready", "internal-error"),
+        *("execution-failed", "queue-full"),
+        *("no-webhook-trigger", "no-verification", "trigger-not-ready", "validation-failed"),
+        *("invalid-signature", "network-not-allowed", "method-not-allowed", "payload-too-large"),
+        *(
+            *JSON_CODES,
+            "duplicate-header",
+            "invalid-event",
+            "invalid-query",
+            "malformed-form",
+            "malformed-body",
+        ),
+        *("unsupported-media-type", "invalid-idempotency-key", "idempotency-mismatch"),
+    ),
+)
+"""Webhooks, the same with each method."""
 
 ROUTES: Final[Sequence[Route]] = (
     Route(
@@ -478,41 +507,26 @@ ROUTES: Final[Sequence[Route]] = (
         status=204,
         docs=OperationDoc(sends=(ALLOW, ALLOWED_ORIGIN, ALLOWED_RATE)),
     ),
+    *(
+        Route(
+            method,
+            "/hooks/{id}",
+            AccessRule.PUBLIC,
+            hooks.receive,
+            answer=hooks.WebhookReceipt,
+            status=202,
+            docs=RECEIVES,
+        )
+        for method in hooks.METHODS
+    ),
     Route(
-        "POST",
+        "OPTIONS",
         "/hooks/{id}",
         AccessRule.PUBLIC,
-        hooks.receive,
-        answer=hooks.WebhookReceipt,
-        status=202,
-        also_by=tuple(method for method in hooks.METHODS if method != "POST"),
-        docs=replace(
-            ARRIVES,
-            takes=(IDEMPOTENCY_KEY,),
-            sends=(*ARRIVES.sends, *RATES),
-            also={
-                200: OtherSuccess(
-                    "The execution ended without an answer of its own, or the request starts no execution. Slack gets"
-                    " 200 in place of 202.",
-                    hooks.WebhookReceipt,
-                )
-            },
-            refusals=(
-                *ARRIVES.refusals,
-                *("not-found", "unauthorized", "rate-limited", "not-ready", "internal-error"),
-                *("execution-failed", "queue-full"),
-                *("no-webhook-trigger", "no-verification", "trigger-not-ready", "validation-failed"),
-                *("invalid-signature", "network-not-allowed", "method-not-allowed", "payload-too-large"),
-                *(
-                    *JSON_CODES,
-                    "duplicate-header",
-                    "invalid-event",
-                    "invalid-query",
-                    "malformed-form",
-                    "malformed-body",
-                ),
-                *("unsupported-media-type", "invalid-idempotency-key", "idempotency-mismatch"),
-            ),
+        hooks.options,
+        status=204,
+        docs=OperationDoc(
+            sends=(ALLOW,), refusals=("unauthorized", "rate-limited", "not-ready", "internal-error")
         ),
     ),
     Route(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cache
 from importlib import resources
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
@@ -21,11 +21,16 @@ class OperationExample(msgspec.Struct, frozen=True):
     bodies: dict[str, Any] = {}
     """Request bodies by name."""
     answer: Any = None
+    stream: Any = None
+    """Event of the stream that clients may request instead of the answer."""
+
+
+NO_EXAMPLE: Final = OperationExample()
 
 
 def find_example(method: str, path: str) -> OperationExample:
     """Return the example of an operation; an empty example if it has none."""
-    return _load_examples().get(f"{method} {path}", OperationExample())
+    return _load_examples().get(f"{method} {path}", NO_EXAMPLE)
 
 
 @cache

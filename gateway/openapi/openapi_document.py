@@ -19,7 +19,9 @@ from gateway.http.refusals import BODY_CODES, ERROR_CODES, JSON_CODES, ErrorResp
 from gateway.http.sender import TOKEN
 from gateway.http.session_cookies import SAFE_METHODS
 from gateway.http.wire import WireStruct, is_strict_body
+from gateway.ingest import hooks
 from gateway.openapi import examples, schemas
+from gateway.openapi.examples import NO_EXAMPLE, OperationExample
 from gateway.openapi.path_parameters import PLACES
 from gateway.workflows.run_settings import KnownSettings
 from models.access import KeyScope
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
     from engine.values import Json
     from gateway.http.parameters import QueryParameter
     from gateway.http.route import Route
-    from gateway.openapi.examples import OperationExample
 
 Part: TypeAlias = dict[str, Any]
 """Fragment of the document: JSON of any shape."""
@@ -164,10 +165,11 @@ def build_document(table: Sequence[Route], *, server: str = ANY_SERVER) -> Part:
 
 
 def _list_types(line: Route) -> list[object]:
-    """Return the types of an operation's request body, main response and other success responses; None for
-    absent ones.
+    """Return the types of an operation's request body, main response, streamed events and other success responses;
+    None for absent ones.
     """
-    return [line.body, line.answer, *(also.answer for also in _note(line).also.values())]
+    note = _note(line)
+    return [line.body, line.answer, note.stream, *(also.answer for also in note.also.values())]
 
 
 def may_warn(line: Route) -> bool:
@@ -205,10 +207,12 @@ def _tag(module_name: str) -> str:
 # ── an operation ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _build_operation(line: Route, body: Part | None, answer: Part | None, *others: Part | None) -> Part:
+def _build_operation(
+    line: Route, body: Part | None, answer: Part | None, stream: Part | None, *others: Part | None
+) -> Part:
     """Return an operation of the OpenAPI document from its route, docstring, documentation and examples.
 
-    `body`, `answer` and `others` are the schemas of its types, None for absent ones; the docstring's first
+    `body`, `answer`, `stream` and `others` are the schemas of its types, None for absent ones; the docstring's first
     paragraph is the summary.
     """
     note, shown = _note(line), examples.find_example(line.method, line.path)
@@ -221,9 +225,9 @@ def _build_operation(line: Route, body: Part | None, answer: Part | None, *other
         **_build_security(line.access),
         "parameters": [*_in_path(line, shown), *_in_query(line.query, shown), *map(_in_header, note.takes)],
         "responses": {
-            str(line.status): _build_success(HTTPStatus(line.status).phrase, note, answer, shown.answer),
+            str(line.status): _build_success(HTTPStatus(line.status).phrase, note, answer, stream, shown),
             **{
-                str(status): _build_success(also.meaning, note, other, None)
+                str(status): _build_success(also.meaning, note, other)
                 for (status, also), other in zip(note.also.items(), others, strict=True)
             },
             **{
@@ -241,9 +245,14 @@ def _build_operation(line: Route, body: Part | None, answer: Part | None, *other
 
 
 def operation_id(line: Route) -> str:
-    """Return the operation id: the name of the handler's module, then of the handler, such as `executionsShow`."""
-    module, function = line.handler.__module__.rpartition(".")[2], line.handler.__name__
-    return module + "".join(word.capitalize() for word in function.split("_"))
+    """Return the operation id: the name of the handler's module, then of the handler, such as `executionsShow`.
+
+    The method follows for the further methods of webhooks.
+    """
+    words = line.handler.__name__.split("_")
+    if line.handler is hooks.receive and line.method != "POST":
+        words.append(line.method)
+    return line.handler.__module__.rpartition(".")[2] + "".join(word.capitalize() for word in words)
 
 
 def codes(line: Route) -> list[str]:
@@ -344,22 +353,33 @@ def _in_header(header: HeaderDoc) -> Part:
 # ── responses ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _build_success(meaning: str, note: OperationDoc, answer: Part | None, shown: object) -> Part:
+def _build_success(
+    meaning: str,
+    note: OperationDoc,
+    answer: Part | None,
+    stream: Part | None = None,
+    shown: OperationExample = NO_EXAMPLE,
+) -> Part:
     """Return the documentation of a success response; without a schema `answer` it has no body.
 
-    `meaning` is its description, and `shown` its example, None without one. An event stream is documented as text, with
-    the schema of its events.
+    `meaning` is its description, and `stream` the schema of the events that may be sent instead.
     """
     response = _build_response(meaning, note.sends)
     if answer is None:
         return response
-    content = {"schema": answer} | ({} if shown is None else {"example": shown})
     if note.media_type == EVENT_STREAM:
-        # The stream is text that clients must not parse as one event. OpenAPI 3.2 has `itemSchema` for the
-        # events.
-        content = {"schema": {"type": "string"}, ITEM_SCHEMA: answer, "example": _encode_event(shown)}
-    response["content"] = {note.media_type: content}
+        response["content"] = {EVENT_STREAM: _build_stream(answer, shown.answer)}
+        return response
+    example = {} if shown.answer is None else {"example": shown.answer}
+    response["content"] = {note.media_type: {"schema": answer} | example}
+    if stream is not None:
+        response["content"][EVENT_STREAM] = _build_stream(stream, shown.stream)
     return response
+
+
+def _build_stream(event: Part, shown: object) -> Part:
+    # The stream is text that clients must not parse as one event. OpenAPI 3.2 has `itemSchema` for the events.
+    return {"schema": {"type": "string"}, ITEM_SCHEMA: event, "example": _encode_event(shown)}
 
 
 def _encode_event(event: object) -> str:

@@ -12,6 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlmodel import col
 
 from engine.run_records import SpanStatus
+from gateway.ingest import hooks
 from journal.blobs.blob_storage import BlobOwner
 from journal.waits import callbacks
 from journal.waits.callbacks import CallbackPlace
@@ -41,7 +42,11 @@ NODES = [
     # A write, which a replay may leave out.
     {"id": "node_2", "nodeId": "http-request", "config": {"method": "POST", "url": "https://example.com/"}},
 ]
-HOOK = {"id": "start", "nodeId": "webhook", "config": {"verification": {"provider": "none"}}}
+HOOK = {
+    "id": "start",
+    "nodeId": "webhook",
+    "config": {"verification": {"provider": "none"}, "methods": [*hooks.METHODS]},
+}
 DATABASE = {
     "settings": {"host": "127.0.0.1", "database": "shop", "user": "reader"},
     "secrets": {"password": "a-password"},

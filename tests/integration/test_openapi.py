@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncIterator, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,10 @@ from gateway import main, routes
 from gateway.deployments import trigger
 from gateway.executions.long_poll import ExecutionPollHub
 from gateway.http import failed_attempts, limits
+from gateway.http.operation_docs import EVENT_STREAM
 from gateway.http.route import Route
 from gateway.http.wire import WireStruct, is_strict_body
+from gateway.ingest import hooks
 from gateway.openapi import openapi_document
 from gateway.settings import GatewaySettings
 from gateway.tasks.parked_polls import PollAnswer
@@ -34,6 +36,7 @@ from gateway.tasks.task_hub import TaskHub
 from gateway.tasks.worker_presence import WorkerDescription
 from journal.store import ExecutionKey, RunProgressReport
 from journal.tasks.task_polls import TaskPoll
+from models.access import ALL_KEY_SCOPES, KeyScope
 from pilotflame import command_error
 from tests.api_document import read_document
 from tests.integration.deployed_workflows import answer_for_pods
@@ -80,6 +83,11 @@ TAKES_OTHERS_HEADERS = {
     "checks": {"negative_data_rejection": {"expected-statuses": [200, 400, 401, 415, 422]}},
 }
 """Senders of events have headers of their own, by which they are known: others are no mistake."""
+TELLS_NO_TOKENS = {
+    "include-operation-id": "hooksOptions",
+    "checks": {"negative_data_rejection": {"enabled": False}},
+}
+"""Strangers get the same list of methods for each address of a webhook."""
 BUSY = pytest.mark.timeout(600)
 """For thousands of requests, which take minutes on a busy machine."""
 DOCUMENT_URI = "urn:pilotflame:openapi"
@@ -91,6 +99,8 @@ PATIENCE_SECONDS = 120
 """Time for each answer, which no endless request fits into; ten seconds are too few on a busy machine."""
 ENOUGH = 0.7
 """The share of operations that schemathesis has to see succeed."""
+LINKED = ("Access", "Data sources", "Deliveries", "Deployments", "Executions", "Tasks", "Workflows")
+"""Tags of many operations with objects in common: links between all operations of the document take minutes."""
 
 
 @pytest.fixture(scope="module")
@@ -235,8 +245,9 @@ async def test_the_document_names_the_public_url(harness: GatewayHarness) -> Non
 async def test_documented_examples_are_accepted_and_answered_as_documented(
     example_stage: ExampleStage, reading_stage: GatewayHarness, tmp_path: Path, line: Route
 ) -> None:
-    if line.method == "GET" and line.handler is not trigger.start:
+    if line.method == "GET" and line.handler not in {trigger.start, hooks.receive}:
         await _check_answered(example_stage, reading_stage, line, None)
+        await _check_answered(example_stage, reading_stage, line, None, accept=EVENT_STREAM)
         return
     for number, body in enumerate(_example_bodies(line) or [None]):
         async with open_stage(example_stage, tmp_path / str(number)) as harness:
@@ -264,6 +275,8 @@ async def _check_answered(
     harness: GatewayHarness,
     line: Route,
     body: Any,  # noqa: ANN401 - any JSON value
+    *,
+    accept: str = "*/*",
 ) -> Any:  # noqa: ANN401 - any JSON value
     """Send a request about a copy of the stage, and check its answer; returns the JSON of it."""
     said = read_document()["paths"][line.path][line.method.lower()]
@@ -278,7 +291,7 @@ async def _check_answered(
         line.path.format(**replace_example_ids(_examples(said, "path"), ids)),
         params=replace_example_ids(_examples(said, "query"), ids),
         json=replace_example_ids(body, ids),
-        headers={"X-Task-Lease": "x9f0"},
+        headers={"X-Task-Lease": "x9f0", "Accept": accept},
     )
     assert response.status_code // 100 == 2, response.text
     _check_answer(said["responses"][str(response.status_code)], response)
@@ -310,8 +323,8 @@ def _check_answer(said: dict[str, Any], response: httpx2.Response) -> None:
     if "content" not in said:
         assert response.content == b""
         return
-    ((media_type, content),) = said["content"].items()
-    assert response.headers["Content-Type"].partition(";")[0] == media_type
+    media_type = response.headers["Content-Type"].partition(";")[0]
+    content = said["content"][media_type]
     if media_type == "application/json":
         _compile_validator(json.dumps(content["schema"])).validate(response.json())
 
@@ -361,6 +374,8 @@ class FuzzReport:
 
     failures: list[str]
     statuses: Mapping[str, list[int]]
+    linked: list[str]
+    """Operations that have succeeded with a value of an earlier answer."""
 
     @property
     def share_of_success(self) -> float:
@@ -422,6 +437,40 @@ def test_generated_requests_get_documented_answers(
     assert report.failures == []
     assert len(report.statuses) == count_operations(document)
     assert report.share_of_success >= ENOUGH
+
+
+@BUSY
+@pytest.mark.toolchain
+@pytest.mark.usefixtures("unlimited")
+@pytest.mark.parametrize("tag", LINKED)
+def test_requests_with_values_of_earlier_answers_get_documented_answers(
+    postgres: PostgresServer, tmp_path: Path, tag: str, *, is_thorough: bool
+) -> None:
+    document = read_document()
+    tagged = {
+        path: methods
+        for path, methods in document["paths"].items()
+        if any(tag in operation["tags"] for operation in methods.values())
+    }
+    with serve_gateway("sqlite", postgres, tmp_path, {**document, "paths": tagged}) as served:
+        limited = replace(served, key=create_key(served, ALL_KEY_SCOPES - {KeyScope.KEYS_WRITE}))
+        examples = 100 if is_thorough else 20
+        report = fuzz_operation(limited, examples_of_an_operation=examples, phases={"stateful"})
+        # It has found no way to take its own access away, with which all answers would be the same.
+        whoami = httpx2.get(f"{served.url}/api/v1/auth/whoami", headers={"X-API-Key": limited.key})
+    assert report.failures == []
+    assert report.linked
+    assert whoami.status_code == 200
+
+
+def create_key(served: ServedDocument, scopes: Collection[KeyScope]) -> str:
+    answer = httpx2.post(
+        f"{served.url}/api/v1/auth/keys",
+        headers={"X-API-Key": served.key},
+        json={"name": "limited", "scopes": [*scopes]},
+    )
+    key: str = answer.json()["key"]
+    return key
 
 
 def test_samples_of_the_document_have_each_operation_once() -> None:
@@ -523,11 +572,11 @@ def fuzz_operation(
                 "generation": {"mode": "negative", "deterministic": True},
             },
             "fuzzing": {"enabled": "fuzzing" in phases, "extra-data-sources": {"responses": False}},
-            "stateful": {"enabled": False},
+            "stateful": {"enabled": "stateful" in phases},
         },
         # Bodies must obey rules that no schema can express; the examples show that valid bodies are accepted.
         "checks": {"positive_data_acceptance": {"enabled": False}},
-        "operations": [TELLS_WHAT_IS_WRONG, TAKES_OTHERS_HEADERS],
+        "operations": [TELLS_WHAT_IS_WRONG, TAKES_OTHERS_HEADERS, TELLS_NO_TOKENS],
     }
     done = subprocess.run(
         [SCHEMATHESIS.python, SCHEMATHESIS.sources / "send.py"],
@@ -539,4 +588,4 @@ def fuzz_operation(
     )
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
-    return FuzzReport(report["failures"], report["statuses"])
+    return FuzzReport(report["failures"], report["statuses"], report["linked"])

@@ -23,7 +23,7 @@ from gateway.http.refusals import ERROR_CODES, JSON_CODES
 from gateway.http.route import Route
 from gateway.http.sender import TOKEN
 from gateway.http.wire import WireStruct, is_strict_body
-from gateway.ingest import dead_letters, deliveries, events, organization_dead_letters
+from gateway.ingest import dead_letters, deliveries, events, hooks, organization_dead_letters
 from gateway.openapi import examples, openapi_document
 from gateway.workflows import nodes
 from tests.api_document import read_document
@@ -75,9 +75,11 @@ NEVER = {
     (dead_letters.purge, "idempotency-mismatch"),
     (organization_dead_letters.purge, "idempotency-mismatch"),
     (deliveries.redrive_all, "not-found"),
+    (hooks.options, "no-verification"),
+    (hooks.options, "validation-failed"),
 }
 """Refusals that the call graph finds and that never occur. These handlers read stored data with the functions
-for bodies, leave out limited data, report refusals inside their answer, or never get signed requests.
+for bodies, leave out limited data, report refusals inside their answer, never get signed requests, or hide refusals.
 """
 TOLD_OF_EACH = {
     bulk_replay.replay: CodeDefinition("gateway.executions.bulk_replay", "_replay_one"),
@@ -133,6 +135,23 @@ def test_tags_are_words_and_unique() -> None:
     names = [tag["name"] for tag in read_document()["tags"]]
     assert [name for name in names if not re.fullmatch(r"[A-Z][a-z]*( [a-z]+)*", name)] == []
     assert len(set(names)) == len(names)
+
+
+def test_each_path_is_documented_with_all_of_its_methods() -> None:
+    served = routes.endpoints([*routes.TABLE, *routes.ALIASES, *routes.FOR_BROWSERS])
+    for path, methods in read_document()["paths"].items():
+        assert {method.upper() for method in methods} == {*served[path].operations} - {"HEAD"}, path
+
+
+def test_no_example_deletes_an_object_that_the_caller_is_or_uses() -> None:
+    caller = examples.find_example("GET", "/api/v1/auth/whoami").answer
+    deleted = {
+        parameter["example"]
+        for methods in read_document()["paths"].values()
+        for parameter in methods.get("delete", {}).get("parameters", ())
+        if parameter["in"] == "path"
+    }
+    assert not deleted & {caller["userId"], caller["keyId"]}
 
 
 def test_server_is_that_of_the_document_unless_an_address_is_set() -> None:

@@ -6,6 +6,7 @@ from gateway import routes
 from gateway.http.edge import PathRouter
 from gateway.http.endpoint import AccessRule, answer_unrouted
 from gateway.http.route import Route
+from gateway.ingest import hooks
 from models.access import KeyScope
 from tests.each_case import check_each
 
@@ -24,7 +25,7 @@ def test_public_routes_are_listed_here() -> None:
     looked_at = {("GET", path) for path in ("/healthz", "/readyz", "/openapi.json")}
     assert public == looked_at | {
         # The token in the path is the key.
-        ("POST", "/hooks/{id}"),
+        *((method, "/hooks/{id}") for method in (*hooks.METHODS, "OPTIONS")),
         # The token in the query is the key.
         ("POST", "/api/v1/executions/{id}/callback"),
         ("GET", "/mail/{id}"),

@@ -1,7 +1,7 @@
 """Send requests that schemathesis derives from an OpenAPI document, and report each status and each failed
 check.
 
-Reads `{"document": ..., "config": ...}` from standard input and writes `{"statuses": ..., "failures":
+Reads `{"document": ..., "config": ...}` from standard input and writes `{"statuses": ..., "linked": ..., "failures":
 ...}` to standard output. Raises the error of schemathesis if the document is not OpenAPI.
 """
 
@@ -22,13 +22,20 @@ def main() -> None:
     )
     schema.validate()
     statuses: defaultdict[str, set[int]] = defaultdict(set)
+    linked: set[str] = set()
     failures: list[str] = []
     for event in from_schema(schema).execute():
         match event:
             case events.ScenarioFinished(recorder=recorder):
-                for interaction in recorder.interactions.values():
+                for case_id, interaction in recorder.interactions.items():
                     if interaction.response is not None:
-                        statuses[recorder.label].add(interaction.response.status_code)
+                        operation = recorder.cases[case_id].value.operation.label
+                        statuses[operation].add(interaction.response.status_code)
+                        if (
+                            recorder.cases[case_id].is_transition_applied
+                            and interaction.response.status_code < 300
+                        ):
+                            linked.add(operation)
                 failures += [
                     f"{recorder.label}: {check.failure_info.failure}\n{check.failure_info.code_sample}"
                     for checks in recorder.checks.values()
@@ -39,7 +46,11 @@ def main() -> None:
                 failures.append(f"{label}: {error!r}")
             case events.FatalError(exception=error):
                 raise error
-    report = {"statuses": {label: sorted(found) for label, found in statuses.items()}, "failures": failures}
+    report = {
+        "statuses": {label: sorted(found) for label, found in statuses.items()},
+        "linked": sorted(linked),
+        "failures": failures,
+    }
     json.dump(report, sys.stdout)
 
 
