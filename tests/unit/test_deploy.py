@@ -322,6 +322,17 @@ def test_each_process_has_a_secret_with_only_its_own_values(process: str, exampl
     )
 
 
+def test_actions_of_others_are_pinned_by_the_hash_of_a_commit() -> None:
+    uses = [
+        line.partition("uses:")[2].strip()
+        for path in (ROOT / ".github").rglob("*.y*ml")
+        for line in path.read_text().splitlines()
+        if "uses:" in line
+    ]
+    assert uses
+    assert not [name for name in uses if not re.fullmatch(r"[\w./-]+@[0-9a-f]{40}  # v[\d.]+", name)]
+
+
 def test_the_job_of_each_release_has_a_name_of_its_own(base: list[Json], example: list[Json]) -> None:
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"].replace(".", "-")
     (job,) = (found for found in base if found["kind"] == "Job")
