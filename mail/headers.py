@@ -40,8 +40,6 @@ class MailHeaders(Struct, frozen=True):
 
     fields: Sequence[tuple[str, str]] = ()
     """Values are unfolded, and not decoded: a decoded word could look like an address."""
-    omitted: int = 0
-    """Number of headers beyond `MailLimits.max_headers`, which are left out."""
 
     def values(self, name: str) -> list[str]:
         """Return every value of a header in order; `name` must be in lower case. Empty without it."""
@@ -65,18 +63,15 @@ class MailHeaders(Struct, frozen=True):
 
 
 def headers_of_pairs(pairs: Iterable[tuple[str, str]], limits: MailLimits = DEFAULT_LIMITS) -> MailHeaders:
-    """Return headers from pairs of name and value, with line folds removed.
-
-    Headers beyond the limits are left out, and counted in `omitted`.
-    """
-    return _limit_headers([(name, _unfold(value)) for name, value in pairs], limits)
+    """Return headers from pairs of name and value, with line folds removed; raises `InvalidMail` for too many bytes."""
+    fields = [(name, _unfold(value)) for name, value in pairs]
+    if sum(len(name.encode()) + len(value.encode()) for name, value in fields) > limits.max_header_bytes:
+        raise _too_large(limits)
+    return MailHeaders(fields)
 
 
 def parse_header_block(raw: bytes, limits: MailLimits = DEFAULT_LIMITS) -> MailHeaders:
-    """Return the headers of a text that contains nothing else; raises `InvalidMail` if it has too many bytes.
-
-    Headers beyond the other limits are left out, and counted in `omitted`.
-    """
+    """Return the headers of a text that contains nothing else; raises `InvalidMail` if it has too many bytes."""
     return take_headers(raw, 0, len(raw), limits)[0]
 
 
@@ -84,18 +79,22 @@ def take_headers(raw: Raw, start: int, end: int, limits: MailLimits) -> tuple[Ma
     """Return the headers from offset `start` on, and the offset at which the body begins.
 
     The body begins after an empty line, or with the first line that is no header. Raises `InvalidMail` for headers
-    with more bytes than the limits allow; headers beyond the maximum number are counted in `omitted`.
+    with more bytes than the limits allow.
     """
     most = min(end, start + limits.max_header_bytes)
     block = _BLOCK.match(raw, start, most)
     stop = block.end() if block else start
     if stop == most < end:
-        raise InvalidMail(f"The headers take more than {limits.max_header_bytes:,} bytes")
+        raise _too_large(limits)
     empty = _EMPTY_LINE.match(raw, stop, end)
-    return _parse_block(bytes(raw[start:stop]), limits), empty.end() if empty else stop
+    return _parse_block(bytes(raw[start:stop])), empty.end() if empty else stop
 
 
-def _parse_block(block: bytes, limits: MailLimits) -> MailHeaders:
+def _too_large(limits: MailLimits) -> InvalidMail:
+    return InvalidMail(f"The headers take more than {limits.max_header_bytes:,} bytes")
+
+
+def _parse_block(block: bytes) -> MailHeaders:
     """Parse header lines; lines without a name, such as the `From ` line of an mbox file, are skipped."""
     fields: list[tuple[str, str]] = []
     for written in _NEXT.split(block):
@@ -103,12 +102,7 @@ def _parse_block(block: bytes, limits: MailLimits) -> MailHeaders:
         # Neither the `From ` line of an mbox file nor a continuation without a header has a name.
         if colon and not name.startswith((" ", "\t")) and " " not in name.rstrip():
             fields.append((name.rstrip(), _unfold(value)))
-    return _limit_headers(fields, limits)
-
-
-def _limit_headers(fields: Sequence[tuple[str, str]], limits: MailLimits) -> MailHeaders:
-    """Keep as many headers as the limits allow, and count the others in `omitted`."""
-    return MailHeaders(fields[: limits.max_headers], omitted=max(0, len(fields) - limits.max_headers))
+    return MailHeaders(fields)
 
 
 def _unfold(value: str) -> str:

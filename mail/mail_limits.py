@@ -19,8 +19,6 @@ class MailLimits(Struct, frozen=True):
     max_depth: int = 20
     """Maximum depth of nested multipart containers."""
     max_parts: int = 1_000
-    max_headers: int = 1_000
-    """Maximum number of headers of the mail, or of one part."""
     max_header_bytes: int = 262_144
     """Maximum size of all headers of the mail, or of one part."""
     max_headers_bytes: int = 2_097_152

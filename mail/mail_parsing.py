@@ -60,9 +60,7 @@ def parse_mail(
         body_text=_join_texts(bodies[TEXT_TYPE]),
         body_html=_join_texts(bodies[HTML_TYPE]),
         attachments=kept.found,
-        truncated=count_omissions(
-            headers=root.headers.omitted, parts=found.omitted, attachments=kept.omitted
-        ),
+        truncated=count_omissions(parts=found.omitted, attachments=kept.omitted),
     )
 
 
@@ -84,7 +82,6 @@ def mail_of_headers(found: MailHeaders) -> ParsedMailContent:
         subject=headers.decode_value(found.first("subject")),
         email_headers=found.display_values(_display_value),
         message_id=message_id[0] if message_id else "",
-        truncated=count_omissions(headers=found.omitted),
     )
 
 

@@ -66,7 +66,7 @@ def parse_sendgrid_form(
         body_text=text("text"),
         body_html=text("html"),
         attachments=kept.found,
-        truncated={**mail.truncated, **mail_parsing.count_omissions(attachments=kept.omitted)},
+        truncated=mail_parsing.count_omissions(attachments=kept.omitted),
     )
 
 
@@ -99,7 +99,7 @@ def parse_mailgun_form(
         body_text=text("body-plain"),
         body_html=text("body-html"),
         attachments=[*kept.found, *_iterate_stored_attachments(form)],
-        truncated={**mail.truncated, **mail_parsing.count_omissions(attachments=kept.omitted)},
+        truncated=mail_parsing.count_omissions(attachments=kept.omitted),
     )
 
 

@@ -488,7 +488,6 @@ def test_a_header_that_a_sender_adds_never_improves_a_result_of_mailgun(
 @pytest.mark.parametrize(
     ("raw", "limits", "truncated"),
     [
-        ("X: y\n" * 1_100, MailLimits(), {"headers": 100}),
         (make_container("m", *[PNG] * 3), MailLimits(max_attachments=1), {"attachments": 2}),
         (make_container("m", *[PNG] * 1_000), MailLimits(), {"attachments": 749, "parts": 1}),
         (
@@ -498,7 +497,7 @@ def test_a_header_that_a_sender_adds_never_improves_a_result_of_mailgun(
         ),
         (nested_mail(22), MailLimits(), {"parts": 1}),
     ],
-    ids=["headers", "attachments", "many attachments", "parts", "depth"],
+    ids=["attachments", "many attachments", "parts", "depth"],
 )
 def test_a_mail_with_too_many_pieces_is_cut_and_marked(
     raw: str, limits: MailLimits, truncated: dict[str, int]
@@ -506,23 +505,33 @@ def test_a_mail_with_too_many_pieces_is_cut_and_marked(
     mail, contents = read(raw, limits)
     assert mail.as_json()["truncated"] == truncated
     assert len(contents) == len(mail.attachments) <= limits.max_attachments
-    assert sum(len(value) for value in mail.email_headers.values()) <= limits.max_headers
 
 
 def test_forms_with_too_many_pieces_are_cut_and_marked() -> None:
     files = [FormFile(f"attachment{n}", "a", "image/png", b"png") for n in range(1_000)]
-    many_headers = "".join(f"X-{n}: y\n" for n in range(1_100))
+    many_headers = "".join(f"X-{n}: y\n" for n in range(1_200))
     of_sendgrid = MailForm({"headers": [many_headers.encode()]}, files)
     of_mailgun = MailForm(
-        {"message-headers": [json.dumps([[f"X-{n}", "y"] for n in range(1_100)]).encode()]}, files
+        {"message-headers": [json.dumps([[f"X-{n}", "y"] for n in range(1_200)]).encode()]}, files
     )
     for read_form, form in (
         (service_forms.parse_sendgrid_form, of_sendgrid),
         (service_forms.parse_mailgun_form, of_mailgun),
     ):
         mail = read_form(form, KeptAttachments())
-        assert mail.truncated == {"headers": 100, "attachments": 750}
+        assert (mail.truncated, len(mail.email_headers)) == ({"attachments": 750}, 1_200)
         assert len(mail.attachments) == 250
+
+
+def test_a_mail_keeps_each_of_its_headers_or_is_refused() -> None:
+    mail, _ = read("".join(f"X-{n}: y\n" for n in range(1_200)) + "X: y\n" * 1_200 + "\nx")
+    assert [*mail.email_headers] == [*(f"X-{n}" for n in range(1_200)), "X"]
+    assert mail.email_headers["X"] == ["y"] * 1_200
+    assert "truncated" not in mail.as_json()
+    pairs = [[f"X-{n}", "y" * 300] for n in range(1_000)]
+    form = MailForm({"message-headers": [json.dumps(pairs).encode()]}, [])
+    with pytest.raises(InvalidMail, match="more than 262,144 bytes"):
+        service_forms.parse_mailgun_form(form, KeptAttachments())
 
 
 CODECS = sorted(
