@@ -186,6 +186,7 @@ async def create(request: GatewayRequest) -> JsonResponse:
     read_only.warn_of_new(
         request, value, CreateProviderKey, lambda: PROVIDER_KEY.as_json(StoredDataSource(source, {}))
     )
+    request.warnings.extend(data_source_editing.warn_of_plain_http(source))
     compared = data_source_editing.without_secrets(value, gateway.settings.secret, "apiKey")
     key = request.idempotency_key(compared)
     return await gateway.data_source_editor.create(request.caller, source, key)
@@ -207,6 +208,7 @@ async def update(request: GatewayRequest) -> JsonResponse:
         return PROVIDER_KEY.apply(before, _build_changes(before, body), vault, now)
 
     after = await own_fields.edit(gateway.data_source_editor, request.requested_object, change)
+    request.warnings.extend(data_source_editing.warn_of_plain_http(after.source))
     return data_source_editing.answer(after, _show(after))
 
 

@@ -128,6 +128,7 @@ async def create(request: GatewayRequest) -> JsonResponse:
     read_only.warn_of_new(
         request, value, CreateToolServer, lambda: TOOL_SERVER.as_json(StoredDataSource(source, {}))
     )
+    request.warnings.extend(data_source_editing.warn_of_plain_http(source))
     compared = data_source_editing.without_secrets(value, gateway.settings.secret, "apiKey")
     key = request.idempotency_key(compared)
     return await gateway.data_source_editor.create(request.caller, source, key)
@@ -150,6 +151,7 @@ async def update(request: GatewayRequest) -> JsonResponse:
         return TOOL_SERVER.apply(before, tool_server_shapes.build_changes(before, body), vault, now)
 
     after = await own_fields.edit(gateway.data_source_editor, request.requested_object, change)
+    request.warnings.extend(data_source_editing.warn_of_plain_http(after.source))
     return _answer(after)
 
 

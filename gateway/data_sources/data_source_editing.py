@@ -5,6 +5,7 @@ from __future__ import annotations
 import hmac
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Final, TypeAlias
+from urllib.parse import urlsplit
 
 import msgspec
 import structlog
@@ -17,6 +18,7 @@ from gateway.data_sources.data_source_rows import DataSourceNameTaken, StoredDat
 from gateway.http import errors, idempotency, limits, preconditions
 from gateway.http.errors import ApiError
 from gateway.http.responses import JsonResponse
+from gateway.http.session_cookies import is_loopback_host
 from gateway.http.wire import instant
 from models.audit import AuditAction
 
@@ -51,6 +53,21 @@ async def find_readable(connection: AsyncConnection, requested: RequestedObject)
     if stored is None:
         raise errors.not_found("data source")
     return stored
+
+
+def warn_of_plain_http(source: DataSource, path: str = "") -> Sequence[dict[str, Json]]:
+    """Return the warning about a key that is sent without encryption to another machine, if it is.
+
+    `path` comes before the name of the setting.
+    """
+    for name in ("baseUrl", "url"):
+        url = urlsplit(str(source.settings.get(name, "")))
+        if source.secret_names and url.scheme == "http" and not is_loopback_host(url.hostname or ""):
+            message = (
+                f"{url.hostname} gets the key over plain HTTP: who reads the network reads the key. Use https"
+            )
+            return [errors.problem(f"{path}{name}", "key-without-tls", message)]
+    return []
 
 
 def require_writer(caller: ApiCaller, source: DataSource) -> None:

@@ -163,6 +163,7 @@ async def create(request: GatewayRequest) -> JsonResponse:
     read_only.warn_of_new(
         request, value, CreateDataSource, lambda: _as_json(request, StoredDataSource(source, {}))
     )
+    request.warnings.extend(editing.warn_of_plain_http(source, "settings."))
     compared = editing.without_secrets(value, request.gateway.settings.secret)
     idempotency_key = request.idempotency_key(compared)
     return await request.gateway.data_source_editor.create(request.caller, source, idempotency_key)
@@ -186,6 +187,7 @@ async def update(request: GatewayRequest) -> JsonResponse:
         )
     except DataSourceNameTaken as error:
         raise editing.name_taken(error) from error
+    request.warnings.extend(editing.warn_of_plain_http(after.source, "settings."))
     return editing.answer(after, data_source_shapes.show_data_source(after, request.gateway.vault))
 
 

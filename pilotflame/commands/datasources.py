@@ -19,7 +19,14 @@ from pilotflame.commands.arguments import (
     read_pairs,
 )
 from pilotflame.commands.nouns import new_noun
-from pilotflame.commands.output import FormatOption, OutputFormat, show_list, show_object, take
+from pilotflame.commands.output import (
+    FormatOption,
+    OutputFormat,
+    remark_warnings,
+    show_list,
+    show_object,
+    take,
+)
 from pilotflame.commands.server_connection import connect
 
 app = new_noun("Manage data sources: databases, mail servers, buckets and credentials.")
@@ -68,7 +75,9 @@ def create_source(
         "settings": read_object(settings or "{}", "--settings"),
         "secrets": _read_secrets(secret_env, is_stdin=secrets_stdin),
     }
-    typer.echo(connect().request("POST", "/api/v1/datasources", json=body, is_keyed=True)["dataSourceId"])
+    created = connect().request("POST", "/api/v1/datasources", json=body, is_keyed=True)
+    remark_warnings(created)
+    typer.echo(created["dataSourceId"])
 
 
 @app.command("update")
@@ -81,12 +90,13 @@ def update_source(
 ) -> None:
     """Change a data source; options that are not given change nothing."""
     secrets = _read_secrets(secret_env, is_stdin=secrets_stdin)
-    connect().datasources.update(
+    changed = connect().datasources.update(
         find_source(source),
         name=name,
         settings=None if settings is None else read_object(settings, "--settings"),
         secrets=secrets or None,
     )
+    remark_warnings(dict(changed))
 
 
 @app.command("delete")

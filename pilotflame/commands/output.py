@@ -130,6 +130,12 @@ def remark(text: str) -> None:
     typer.echo(escape_text(f"pilotflame: {text}"), err=True)
 
 
+def remark_warnings(answer: Mapping[str, Any]) -> None:
+    """Print the warnings that an answer has."""
+    for warning in answer.get("warnings", ()):
+        remark(f"Warning: {warning['path']}: {warning['message']}")
+
+
 def is_terminal() -> bool:
     """Return whether standard output is a terminal."""
     return sys.stdout.isatty()

@@ -12,7 +12,14 @@ from pilotflame import exit_codes
 from pilotflame.command_error import CommandError
 from pilotflame.commands.arguments import AllOption, LimitOption, YesOption, confirm
 from pilotflame.commands.nouns import new_noun
-from pilotflame.commands.output import FormatOption, OutputFormat, show_list, show_object, take
+from pilotflame.commands.output import (
+    FormatOption,
+    OutputFormat,
+    remark_warnings,
+    show_list,
+    show_object,
+    take,
+)
 from pilotflame.commands.server_connection import connect
 
 app = new_noun("Manage servers of the Model Context Protocol (MCP), whose tools agents call.")
@@ -63,7 +70,9 @@ def create_server(
         body["apiKey"] = os.environ[key_env]
     if key_header is not None:
         body["keyHeader"] = key_header
-    typer.echo(connect().request("POST", SERVERS, json=body, is_keyed=True)["dataSourceId"])
+    created = connect().request("POST", SERVERS, json=body, is_keyed=True)
+    remark_warnings(created)
+    typer.echo(created["dataSourceId"])
 
 
 @app.command("refresh")

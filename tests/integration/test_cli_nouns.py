@@ -338,6 +338,13 @@ def test_secrets_of_data_sources_come_from_variables_or_standard_input(shell: Co
     assert shell.json("datasources", "get", "Orders")["isPublic"]
     assert shell.output("datasources", "guests", "Orders", "-o", "name") == ""
     shell.output("datasources", "delete", "Orders", "--yes")
+    address = '{"baseUrl": "http://models.example.com/v1"}'
+    created = shell.run(
+        *("datasources", "create", "Plain", "--type", "ai-provider", "--settings", address),
+        *("--secret-env", "key=MY_TOKEN"),
+        MY_TOKEN="t-0123",
+    )
+    assert "Warning: settings.baseUrl: models.example.com gets the key over plain HTTP" in created.stderr
     assert shell.run("datasources", "get", "Orders").returncode == 1
 
 

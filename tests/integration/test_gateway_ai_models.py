@@ -757,6 +757,33 @@ async def test_a_provider_key_is_stored_listed_changed_and_deleted(people: Organ
     assert (await people.owner.api.delete(path)).status_code == 204
 
 
+@pytest.mark.parametrize(
+    "host", ["models.example.com", "10.0.0.5:8000", "127.0.0.1:8000", "[::1]", "localhost"]
+)
+async def test_a_key_that_leaves_the_machine_without_tls_gets_a_warning(
+    people: OrganizationUsers, host: str
+) -> None:
+    api, url, is_local = people.owner.api, f"http://{host}/v1", host[0] in "[l" or host.startswith("127.")
+    source = {"type": "ai-provider", "settings": {"baseUrl": url}, "secrets": {"key": KEY}}
+    for path, field, body in (
+        (PROVIDER_KEYS, "baseUrl", {"provider": "openai-compatible", "baseUrl": url, "apiKey": KEY}),
+        (SOURCES, "settings.baseUrl", source),
+        ("/api/v1/ai/tool-servers", "url", {"url": url, "apiKey": KEY}),
+    ):
+        created = await api.post(path, json={"name": f"A key at {path}", **body})
+        assert created.status_code == 201, created.text
+        changed = await api.put(
+            f"{path}/{created.json()['dataSourceId']}", json={"name": f"Another at {path}"}
+        )
+        for answer in (created.json(), changed.json()):
+            warnings = [(one["path"], one["code"]) for one in answer.get("warnings", ())]
+            assert warnings == ([] if is_local else [(field, "key-without-tls")])
+    keyless = await api.post(SOURCES, json={"name": "No key", **source, "secrets": {}})
+    assert "warnings" not in keyless.json()
+    secure = {**source, "settings": {"baseUrl": url.replace("http", "https")}}
+    assert "warnings" not in (await api.post(SOURCES, json={"name": "Secure", **secure})).json()
+
+
 async def test_a_data_source_of_another_type_is_no_provider_key(people: OrganizationUsers) -> None:
     other = {"name": "Key", "type": "http-bearer", "settings": {}, "secrets": {"token": "some-token"}}
     path = f"{PROVIDER_KEYS}/{(await people.owner.api.post(SOURCES, json=other)).json()['dataSourceId']}"
