@@ -130,7 +130,9 @@ async def finish(request: GatewayRequest) -> ASGIApp:
 
     cookie, openid = sign_in.require_cookie(request), _require_provider(request)
     query = _query(request)
-    attempt = openid.read_attempt(_attempt_cookie(cookie).value_of(request.scope), query.get("state", ""))
+    attempt = await openid.take_attempt(
+        _attempt_cookie(cookie).value_of(request.scope), query.get("state", "")
+    )
     if attempt is None:
         return _fail(request, cookie, "lost")
     # A person who connects an account is signed in, and sees the problem on the page where it began.
@@ -249,8 +251,9 @@ def _own_page(wanted: str) -> str:
 
     So a link can't lead to another site after the sign-in.
     """
-    is_own = wanted.startswith(f"{PAGES}/") and "\\" not in wanted and urlsplit(wanted).netloc == ""
-    return wanted if is_own else PAGES
+    # Parsers drop line breaks and tabs, which no header may have.
+    is_own = wanted.startswith(f"{PAGES}/") and "\\" not in wanted and wanted.isprintable()
+    return wanted if is_own and urlsplit(wanted).netloc == "" else PAGES
 
 
 def _redirect_uri(request: GatewayRequest) -> str:

@@ -306,7 +306,7 @@ def verify_id_token(
     claims: Mapping[str, Any] = token.claims
     audience = claims["aud"]
     parties = [audience] if isinstance(audience, str) else audience
-    if len(parties) > 1 and claims.get("azp") != client.client_id:
+    if claims.get("azp", client.client_id if len(parties) == 1 else None) != client.client_id:
         raise ProviderRefusal("the ID token is for another application")
     return claims
 
@@ -320,7 +320,7 @@ def read_claims(issuer: str, claims: Mapping[str, Any]) -> ProviderClaims:
     subject, email, name = claims.get("sub"), claims.get("email"), claims.get("name")
     if not isinstance(subject, str) or not 0 < len(subject) <= LONGEST_SUBJECT:
         raise ProviderRefusal("the ID token names no subject")
-    is_verified = claims.get("email_verified") in {True, "true"}
+    is_verified = claims.get("email_verified") is True or claims.get("email_verified") == "true"
     return ProviderClaims(
         issuer=issuer,
         subject=subject,

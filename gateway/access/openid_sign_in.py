@@ -18,6 +18,8 @@ from gateway.access import audit_log
 from gateway.access.invitation_acceptor import hash_invitation
 from gateway.access.openid_provider import OpenIdClient, OpenIdProvider
 from gateway.access.session_shapes import hash_session
+from gateway.http import idempotency
+from journal.store import IdempotencyKey
 from json_text import decoding
 from models import access_store, browser_session, invitation, user_identity
 from models.access import SCOPES_OF_ROLES, ApiCaller, ApiKey, Organization, User, UserRole
@@ -84,16 +86,24 @@ class OpenIdSignIn(Struct, frozen=True):
         attempt = SignInAttempt(state, nonce, verifier, next_page, now, links, invitation_code)
         return url, self._seal(attempt)
 
-    def read_attempt(self, cookie: str | None, state: str) -> SignInAttempt | None:
-        """Return the attempt that a cookie holds, if the provider's answer has its `state`.
+    async def take_attempt(self, cookie: str | None, state: str) -> SignInAttempt | None:
+        """Return the attempt that a cookie holds, if the provider's answer has its `state`, once.
 
-        None for another state, without or with an unreadable cookie, and after ten minutes.
+        None for another state, without or with an unreadable cookie, after ten minutes, and for a repetition.
         """
         attempt = None if cookie is None else self._open(cookie)
         if attempt is None or not secrets.compare_digest(attempt.state.encode(), state.encode()):
             return None
-        age = self.database.clock.now() - attempt.began_at
-        return attempt if age <= ATTEMPT_LIFETIME else None
+        now, use = self.database.clock.now(), secrets.token_urlsafe(SECRET_BYTES)
+        if now - attempt.began_at > ATTEMPT_LIFETIME:
+            return None
+        # Beyond the lifetime, by the clocks of two processes too.
+        key = IdempotencyKey("sign-in attempt", attempt.state, "", int(2 * ATTEMPT_LIFETIME.total_seconds()))
+
+        async def reserve(connection: AsyncConnection) -> str:
+            return await idempotency.reserve_key(connection, key, shard=0, resource_id=use, now=now)
+
+        return attempt if await self.database.transaction(reserve) == use else None
 
     async def sign_in(
         self, claims: ProviderClaims, user_agent: str, replaces: str | None, invitation_code: str

@@ -127,6 +127,8 @@ async def test_an_unverified_or_absent_address_is_no_invitation(
     for changes in (
         {"email_verified": False},
         {"email_verified": None},
+        {"email_verified": [True]},
+        {"email_verified": 1},
         {"email": 7},
         {"email": "other@x.yz"},
     ):
@@ -225,6 +227,8 @@ async def test_an_address_alone_is_no_invitation_where_organizations_could_claim
         {"aud": "another"},
         {"aud": [CLIENT_ID, "another"]},
         {"aud": [CLIENT_ID, "another"], "azp": "another"},
+        {"azp": "another"},
+        {"aud": [CLIENT_ID], "azp": [CLIENT_ID]},
         {"iss": "https://evil.example.com"},
         {"exp": int(time()) - 3_600},
         {"exp": None},
@@ -282,6 +286,8 @@ async def test_an_answer_belongs_to_the_browser_that_began_it_and_works_once(
     await other.get(BEGIN)
     assert (await other.get(back)).headers["Location"] == "/sign-in?problem=lost"
     assert (await (await gateway.browser()).get(back)).headers["Location"] == "/sign-in?problem=lost"
+    codes = dict(openid.codes)
+    attempt = f"pilotflame-loopback-openid={browser.cookies['pilotflame-loopback-openid']}"
     first = await browser.get(back)
     assert first.headers["Location"] == "/dashboard/runs"
     cookies = first.headers.get_list("Set-Cookie")
@@ -291,6 +297,10 @@ async def test_an_answer_belongs_to_the_browser_that_began_it_and_works_once(
     ]
     assert all("HttpOnly; SameSite=Lax" in cookie for cookie in cookies)
     assert (await browser.get(back)).headers["Location"] == "/sign-in?problem=lost"
+    # The provider would give a token for the same nonce again.
+    openid.codes.update(codes)
+    thief = await gateway.browser()
+    assert (await thief.get(back, headers={"Cookie": attempt})).headers["Location"] == "/sign-in?problem=lost"
     for issuer in ("https://evil.example.com", None):
         openid.answer_issuer = issuer
         assert await sign_in(await gateway.browser()) == f"/sign-in?problem=refused{AND_NEXT}"
@@ -301,7 +311,9 @@ async def test_a_page_of_another_site_is_never_the_next_one(
     gateway: GatewayHarness, people: OrganizationUsers
 ) -> None:
     await invite(people.admin)
-    for wanted in ("https://evil.example.com", "//evil.example.com", "/dashboard/\\evil.example.com", ""):
+    outside = ("https://evil.example.com", "//evil.example.com", "/dashboard/\\evil.example.com", "")
+    breaks = [f"/dashboard/a%{code}Set-Cookie:b=c" for code in ("0D%0A", "0A", "0D", "00", "09", "C2%85")]
+    for wanted in (*outside, *breaks):
         browser = await gateway.browser()
         assert await sign_in(browser, f"/session/openid?next={wanted}") == "/dashboard", wanted
 
