@@ -13,11 +13,11 @@ from pilotflame.commands.nouns import list_commands
 
 def build_commands_table() -> str:
     """Return a table with a row for each command: its name, arguments and summary."""
-    rows = [f"| `{usage}` | {summary} |" for usage, summary in _list_usages()]
+    rows = [f"| `{usage}` | {summary} |" for usage, summary in list_usages()]
     return "\n".join(["| command | meaning |", "| --- | --- |", *rows])
 
 
-def _list_usages() -> Iterator[tuple[str, str]]:
+def list_usages() -> Iterator[tuple[str, str]]:
     """Yield each command that help shows, with its arguments and its summary; groups are replaced by their commands."""
     root = get_command(app)
     assert isinstance(root, TyperGroup)  # noqa: S101 - the type of its class

@@ -14,6 +14,7 @@ from docs import (
     command_reference,
     expression_reference,
     node_reference,
+    sdk_reference,
     settings_reference,
     workflow_settings_reference,
 )
@@ -136,6 +137,7 @@ def build_documents() -> dict[Path, str]:
         ROOT / "docs/errors.md": build_error_page(),
         ROOT / "docs/nodes.md": node_reference.build_reference(),
         expressions: replace_tables(expressions.read_text(), expression_reference.build_parts()),
+        ROOT / "docs/sdk-reference.md": sdk_reference.build_page(),
         ROOT / "docs/settings.md": settings_reference.build_page(),
         workflow_settings: replace_table(
             workflow_settings.read_text(),

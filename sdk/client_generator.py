@@ -19,7 +19,7 @@ from gateway.http.route import Route
 from gateway.openapi import openapi_document
 from gateway.routes import TABLE
 from json_text import decoding
-from sdk.operation_names import OMITTED, method_name, path_parameter
+from sdk.operation_names import OLD_NAMES, OMITTED, method_name, path_parameter
 from sdk.synchronous_code import derive_synchronous
 
 Schema: TypeAlias = Mapping[str, Any]
@@ -96,6 +96,8 @@ class ApiOperation:
     answer: Schema | None
     list_field: str | None
     """Field with the items of a page."""
+    item: str
+    """Annotation of these items."""
     has_cursor: bool
 
     @property
@@ -145,7 +147,9 @@ def _read_operation(
     successes = [status for status in responses if status in {"200", "201"}] or ["202"]
     answer = _json_schema(responses.get(successes[0]))
     is_blob = path.endswith("{sha256}")
-    list_field = None if answer is None else _list_field(_resolve(answer, schemas))
+    page = {} if answer is None else _resolve(answer, schemas)
+    list_field = _list_field(page)
+    item = "" if list_field is None else _annotation(page["properties"][list_field]["items"], prefix="t.")
     return ApiOperation(
         resource,
         name,
@@ -163,6 +167,7 @@ def _read_operation(
         any(one["name"] == "Idempotency-Key" for one in parameters),
         {"type": "bytes"} if is_blob else answer,
         list_field,
+        item,
         any(one["name"] == "after" for one in parameters),
     )
 
@@ -360,6 +365,7 @@ def _write_resources(operations: Sequence[ApiOperation]) -> str:
     parts = [
         HEADER.format(title="Methods of the asynchronous client, a class for each resource of the API."),
         "from collections.abc import AsyncIterator, Mapping, Sequence\n",
+        "from functools import cached_property\n",
         "from typing import TYPE_CHECKING, Any, Dict, List, Literal, cast\n\n",
         "from pilotflame_sdk.async_transport import AsyncResource, AsyncTransport\n",
         "from pilotflame_sdk.request_coding import ABSENT, Absent\n\n",
@@ -371,6 +377,8 @@ def _write_resources(operations: Sequence[ApiOperation]) -> str:
         parts.append(f'\n\nclass {name}(AsyncResource):\n    """{title}"""\n')
         for one in own:
             parts.append(_write_method(one))
+            if old_name := OLD_NAMES.get(f"{resource}.{one.name}"):
+                parts.append(_write_method(one, old_name))
             if one.list_field is not None:
                 parts.append(_write_iterator(one))
     return "".join([*parts, _write_groups([*by_resource])])
@@ -378,24 +386,32 @@ def _write_resources(operations: Sequence[ApiOperation]) -> str:
 
 def _write_groups(names: Sequence[str]) -> str:
     """Return the code of the client class with an attribute for each resource."""
-    lines = "".join(f"        self.{name} = Async{python_code.class_name(name)}(self)\n" for name in names)
+    properties = "".join(
+        f"\n    @cached_property\n    def {name}(self) -> Async{python_code.class_name(name)}:\n"
+        f"        return Async{python_code.class_name(name)}(self)\n"
+        for name in names
+    )
     return (
         "\n\nclass AsyncResourceClient(AsyncTransport):\n"
-        '    """Client with an attribute for each resource."""\n\n'
-        "    def __init__(self, *args: Any, **options: Any) -> None:\n"
-        '        """Arguments are those of `AsyncTransport`."""\n'
-        f"        super().__init__(*args, **options)\n{lines}"
+        f'    """Client with an attribute for each resource."""\n{properties}'
     )
 
 
-def _write_method(one: ApiOperation) -> str:
-    """Return the code of the method that sends the request of an operation and returns its answer."""
+def _write_method(one: ApiOperation, old_name: str = "") -> str:
+    """Return the code of the method that sends the request of an operation and returns its answer; with `old_name`,
+    that of the deprecated method of this name.
+    """
     answer = "None" if one.answer is None else _annotation(one.answer, prefix="t.")
     call = f"await self._client.request({_call_arguments(one)})"
     statement = call if one.answer is None else f'return cast("{answer}", {call})'
+    summary = one.summary
+    if old_name:
+        summary = f"Deprecated name of `{one.name}`"
+        renamed = f'"{one.resource}.{old_name}", "{one.resource}.{one.name}"'
+        statement = f"self._warn_renamed({renamed})\n        {statement}"
     return (
-        f"\n    async def {one.name}({_signature(one)}) -> {answer}:\n"
-        f'        """{one.summary}."""\n        {statement}\n'
+        f"\n    async def {old_name or one.name}({_signature(one)}) -> {answer}:\n"
+        f'        """{summary}."""\n        {statement}\n'
     )
 
 
@@ -409,7 +425,7 @@ def _write_iterator(one: ApiOperation) -> str:
     query = ", ".join(f'"{parameter.wire_name}": {parameter.name}' for parameter in kept)
     cursor = ", has_cursor=True" if one.has_cursor else ""
     return (
-        f"\n    def {name}({signature}) -> AsyncIterator[Any]:\n"
+        f"\n    def {name}({signature}) -> AsyncIterator[{one.item}]:\n"
         f'        """Yield every item of `{one.name}`, page by page."""\n'
         f'        return self._client.iterate({_path_text(one)}, "{one.list_field}", {{{query}}}{cursor})\n'
     )

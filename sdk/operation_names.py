@@ -53,7 +53,7 @@ METHODS: Final = {
     "copiesImportWorkflow": "workflows.import_document",
     "copiesSaveAsTemplate": "workflows.save_as_template",
     "copiesTemplates": "workflows.templates",
-    "copiesUseTemplate": "workflows.create_from_template",
+    "copiesUseTemplate": "workflows.from_template",
     "custom_nodesAdd": "node_types.add",
     "custom_nodesRemove": "node_types.delete",
     "custom_nodesSchema": "node_types.custom_schema",
@@ -99,7 +99,7 @@ METHODS: Final = {
     "event_tokensCreate": "event_tokens.create",
     "event_tokensIndex": "event_tokens.list",
     "event_tokensRevoke": "event_tokens.revoke",
-    "eventsEmit": "events.emit",
+    "eventsEmit": "events.send",
     "eventsIndex": "events.list",
     "eventsReplay": "events.replay",
     "eventsShow": "events.get",
@@ -182,7 +182,7 @@ METHODS: Final = {
     "trigger_token_listIndex": "triggers.list_tokens",
     "trigger_tokensReplace": "triggers.replace_token",
     "trigger_tokensRevoke": "triggers.revoke_token",
-    "trigger_tokensShow": "triggers.inbound_address",
+    "trigger_tokensShow": "triggers.address",
     "usable_modelsIndex": "ai_models.usable",
     "validationCheck": "workflows.validate",
     "validationCheckVersion": "workflows.validate_version",
@@ -190,7 +190,7 @@ METHODS: Final = {
     "versionsCompare": "workflows.compare_versions",
     "versionsCreate": "workflows.create_version",
     "versionsIndex": "workflows.versions",
-    "versionsRestore": "workflows.restore_version",
+    "versionsRestore": "workflows.restore",
     "versionsShow": "workflows.version",
     "workflow_activityIndex": "workflows.activity",
     "workflow_explanationsShow": "workflows.why",
@@ -205,6 +205,14 @@ METHODS: Final = {
     "workflowsUpdate": "workflows.update",
 }
 """Resource and method of an operation; others are named after their module and handler."""
+
+OLD_NAMES: Final = {
+    "events.send": "emit",
+    "triggers.address": "inbound_address",
+    "workflows.from_template": "create_from_template",
+    "workflows.restore": "restore_version",
+}
+"""Deprecated names of methods; those of the command line are the names."""
 
 _SINGULAR: Final = {"deliveries": "delivery", "workflow-nodes": "node_type"}
 _AFTER_SLASH: Final = {"subId": "user_id", "type": "node_type"}

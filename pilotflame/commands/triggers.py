@@ -14,7 +14,7 @@ app = new_noun("Show addresses of triggers, and replace their tokens.")
 def show_address(workflow: WorkflowArgument, output: FormatOption = OutputFormat.JSON) -> None:
     """Print the addresses under which senders reach a workflow."""
     client = connect()
-    show_object(dict(client.triggers.inbound_address(client.workflows.find(workflow))), output)
+    show_object(dict(client.triggers.address(client.workflows.find(workflow))), output)
 
 
 @app.command("replace-token")

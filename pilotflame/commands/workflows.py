@@ -162,7 +162,7 @@ def restore(
 ) -> None:
     """Restore the graph, settings, name and description of a version."""
     client = connect()
-    client.workflows.restore_version(client.workflows.find(workflow), version)
+    client.workflows.restore(client.workflows.find(workflow), version)
 
 
 @app.command("duplicate")
@@ -186,9 +186,7 @@ def use_template(
     idempotency_key: KeyOption = None,
 ) -> None:
     """Create a draft from a template, and print its id."""
-    made = connect().workflows.create_from_template(
-        template_id=template, name=name, idempotency_key=idempotency_key
-    )
+    made = connect().workflows.from_template(template_id=template, name=name, idempotency_key=idempotency_key)
     typer.echo(made["workflowId"])
 
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import json
 import ssl
 import stat
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
@@ -31,7 +35,9 @@ from pilotflame_sdk.profiles import Profiles, ServerAddress, find_server, read_p
 from pilotflame_sdk.server_events import EventParser
 from pilotflame_sdk.version import VERSION
 
+from docs import command_reference
 from docs.tables import ROOT
+from sdk import operation_names
 
 SDK = ROOT / "sdk/python"
 QUICK = RetryPolicy(first_pause=0.001, longest_pause=0.001)
@@ -147,14 +153,16 @@ def test_lists_yield_each_page_by_cursor_or_by_offset() -> None:
     ]
     server = ScriptedServer(*(httpx2.Response(200, json=page) for page in pages))
     found = server.client().executions.iterate(status=["failed", "stopped"], metadata={"order": "7"})
-    assert [one["id"] for one in found] == [1, 2, 3]
+    ids: list[Any] = [execution["id"] for execution in found]
+    assert ids == [1, 2, 3]
     assert [request.url.params["after"] for request in server.requests] == ["start", "a", "b"]
     assert server.requests[0].url.params["status"] == "failed,stopped"
     assert server.requests[0].url.params["metadata.order"] == "7"
     server = ScriptedServer(
         *(httpx2.Response(200, json={"workflows": [{"id": n}], "count": 150}) for n in (1, 2))
     )
-    assert [one["id"] for one in server.client().workflows.iterate(tag="x", sort="name")] == [1, 2]
+    ids = [workflow["id"] for workflow in server.client().workflows.iterate(tag="x", sort="name")]
+    assert ids == [1, 2]
     assert [request.url.params["offset"] for request in server.requests] == ["0", "100"]
 
 
@@ -299,3 +307,73 @@ def test_the_sdk_has_one_dependency_and_loads_nothing_of_the_server() -> None:
 def test_the_sdk_has_the_version_of_the_server() -> None:
     projects = [tomllib.loads((folder / "pyproject.toml").read_text())["project"] for folder in (ROOT, SDK)]
     assert {VERSION, *(project["version"] for project in projects)} == {VERSION}
+
+
+# ── methods ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+NOUNS = {"bulk": "bulk_operations", "models": "ai_models", "nodes": "node_types", "runs": "executions"}
+"""Resources of the client with another name than on the command line."""
+OTHER_VERBS = {
+    # Setters, a word of Python, and methods of objects beside their namesakes.
+    *("workflows status", "datasources visibility", "bulk pace", "workflows import", "datasources guests"),
+    *("runs wait", "runs watch", "runs bulk", "bulk begin", "queue redrive", "queue purge", "workflows diff"),
+    # Resources of their own.
+    *("events tokens", "events create-token", "events revoke-token"),
+    *("models prices", "models costs", "models budget", "models default"),
+    *("tool-servers tools", "tool-servers tool", "tool-servers withdraw"),
+    # Files and programs of this machine.
+    *("nodes apply", "workers run", "workers dev", "keys rotate-secret", "orgs create"),
+}
+
+
+def list_commands() -> Iterator[str]:
+    """Yield the commands about objects of the server, as `runs list`."""
+    for usage, _ in command_reference.list_usages():
+        noun, _, verb = usage.partition(" ")
+        if verb.partition(" ")[0].islower() and noun not in {"profile", "bridge"}:
+            yield f"{noun} {verb.partition(' ')[0]}"
+
+
+def test_the_client_has_the_verbs_of_the_command_line() -> None:
+    missing = set()
+    for command in list_commands():
+        noun, verb = command.replace("-", "_").split()
+        resource = getattr(ScriptedServer().client(), NOUNS.get(noun, noun), None)
+        if not hasattr(resource, verb):
+            missing.add(command)
+    assert missing == OTHER_VERBS
+
+
+@pytest.mark.parametrize(("name", "old"), operation_names.OLD_NAMES.items())
+def test_an_old_name_warns_and_does_the_same(name: str, old: str) -> None:
+    resource, _, method = name.partition(".")
+    requests = []
+    for called in (method, old):
+        server = ScriptedServer(httpx2.Response(200, json={}))
+        function = getattr(getattr(server.client(), resource), called)
+        parameters = inspect.signature(function).parameters.values()
+        arguments = {parameter.name: "x" for parameter in parameters if parameter.default is parameter.empty}
+        with pytest.warns(DeprecationWarning, match=name) if called == old else nullcontext() as caught:
+            function(**arguments)
+        requests.append([(request.method, request.url, request.content) for request in server.requests])
+        assert caught is None or caught[0].filename == __file__
+    assert requests[0] == requests[1]
+
+
+def test_methods_are_typed() -> None:
+    client = ScriptedServer().client()
+    resources = [
+        getattr(client, name)
+        for name, member in inspect.getmembers(Client)
+        if isinstance(member, cached_property)
+    ]
+    for owner in (client, *resources):
+        for name, method in inspect.getmembers(owner, inspect.ismethod):
+            signature = inspect.signature(method)
+            if name.startswith("iterate") and owner is not client:
+                assert signature.return_annotation != "Iterator[Any]", method
+            options = [each.name for each in signature.parameters.values() if each.kind is each.VAR_KEYWORD]
+            # Further fields of the body of `execute`.
+            has_others = owner is client and name in {"run", "start"}
+            assert options == (["others"] if has_others else []), method
+    assert "profile" in inspect.signature(Client).parameters

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import AsyncIterator, Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from pilotflame_sdk import async_resources, run_states, workflow_files
@@ -104,13 +105,15 @@ class AsyncClient(async_resources.AsyncResourceClient):
     one event loop may share a client.
     """
 
-    executions: AsyncExecutions
-    workflows: AsyncWorkflows
+    @cached_property
+    def executions(self) -> AsyncExecutions:
+        """Executions."""
+        return AsyncExecutions(self)
 
-    def __init__(self, *args: Any, **options: Any) -> None:  # noqa: ANN401 - as `AsyncTransport`
-        super().__init__(*args, **options)
-        self.executions = AsyncExecutions(self)
-        self.workflows = AsyncWorkflows(self)
+    @cached_property
+    def workflows(self) -> AsyncWorkflows:
+        """Workflows."""
+        return AsyncWorkflows(self)
 
     async def start(
         self,
@@ -147,15 +150,26 @@ class AsyncClient(async_resources.AsyncResourceClient):
         inputs: Mapping[str, Any] | None = None,
         *,
         wait: float | None = None,
-        **options: Any,  # noqa: ANN401 - as `start`
+        tags: Sequence[str] | None = None,
+        metadata: Mapping[str, str | float | bool] | None = None,
+        idempotency_key: str | None = None,
+        **others: Any,  # noqa: ANN401 - as `start`
     ) -> AsyncRun:
         """Run a workflow to its end and return the completed run, with its `outputs` by node id.
 
         `wait` is in seconds; None waits without end. Raises `RunFailed`, and `RunTimeout` after `wait`
-        seconds; the run goes on then. `options` are those of `start`.
+        seconds; the run goes on then. The other arguments are those of `start`.
         """
         begun = time.monotonic()
-        run = await self.start(workflow, inputs, wait=PREFER_SECONDS if wait is None else wait, **options)
+        run = await self.start(
+            workflow,
+            inputs,
+            wait=PREFER_SECONDS if wait is None else wait,
+            tags=tags,
+            metadata=metadata,
+            idempotency_key=idempotency_key,
+            **others,
+        )
         await run.wait(wait, since=begun)
         run.outputs_or_raise()
         return run

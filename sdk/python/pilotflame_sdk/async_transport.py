@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import warnings
 from collections.abc import AsyncIterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -52,21 +53,39 @@ class AsyncTransport:
         """Close the connections; the client can't be used afterwards."""
         await self._http.aclose()
 
-    async def request(
+    async def request(  # noqa: PLR0913 - a parameter for each part of a request
         self,
         method: str,
         path: str,
         *,
+        query: Mapping[str, Any] | None = None,
+        json: Any = None,  # noqa: ANN401 - any JSON
+        fields: Mapping[str, Any] | None = None,
+        nullable: Mapping[str, Any] | None = None,
+        headers: Mapping[str, str] | None = None,
+        idempotency_key: str | None = None,
+        is_keyed: bool = False,
+        wait: float = 0.0,
         is_binary: bool = False,
-        **parts: Any,  # noqa: ANN401 - as `build_request`
     ) -> Any:  # noqa: ANN401 - any JSON
         """Send a request and return the JSON of the answer, its bytes with `is_binary`, None for an empty one.
 
-        Lost and temporary failures are repeated as the retry policy says. `query`, `json`, `fields`,
-        `nullable`, `headers` and `idempotency_key` are as in `request_coding.build_request`. Raises `APIError` and
-        `TransportError`.
+        `json` is the body; `fields` is one without its values of None, `nullable` has fields whose None is sent. A key,
+        `is_keyed` makes one, lets lost and temporary failures be repeated as the retry policy says. The answer may take
+        `wait` more seconds than 15. Raises `APIError` and `TransportError`.
         """
-        request = request_coding.build_request(method, path, **parts)
+        request = request_coding.build_request(
+            method,
+            path,
+            query=query,
+            json=json,
+            fields=fields,
+            nullable=nullable,
+            headers=headers,
+            idempotency_key=idempotency_key,
+            is_keyed=is_keyed,
+            wait=wait,
+        )
         return request_coding.decode_answer(await self._send(request), self.address.url, is_binary=is_binary)
 
     async def iterate(
@@ -147,3 +166,7 @@ class AsyncResource:
         self._client = client
         self._quote = request_coding.quote_segment
         self._quote_type = request_coding.quote_type
+
+    def _warn_renamed(self, old: str, new: str) -> None:
+        """Warn the caller of a method by its old name."""
+        warnings.warn(f"client.{old} is deprecated: use client.{new}", DeprecationWarning, stacklevel=3)

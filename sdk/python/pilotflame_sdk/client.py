@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from pilotflame_sdk import resources, run_states, workflow_files
@@ -108,13 +109,15 @@ class Client(resources.ResourceClient):
     share a client.
     """
 
-    executions: Executions
-    workflows: Workflows
+    @cached_property
+    def executions(self) -> Executions:
+        """Executions."""
+        return Executions(self)
 
-    def __init__(self, *args: Any, **options: Any) -> None:  # noqa: ANN401 - as `Transport`
-        super().__init__(*args, **options)
-        self.executions = Executions(self)
-        self.workflows = Workflows(self)
+    @cached_property
+    def workflows(self) -> Workflows:
+        """Workflows."""
+        return Workflows(self)
 
     def start(
         self,
@@ -151,15 +154,26 @@ class Client(resources.ResourceClient):
         inputs: Mapping[str, Any] | None = None,
         *,
         wait: float | None = None,
-        **options: Any,  # noqa: ANN401 - as `start`
+        tags: Sequence[str] | None = None,
+        metadata: Mapping[str, str | float | bool] | None = None,
+        idempotency_key: str | None = None,
+        **others: Any,  # noqa: ANN401 - as `start`
     ) -> Run:
         """Run a workflow to its end and return the completed run, with its `outputs` by node id.
 
         `wait` is in seconds; None waits without end. Raises `RunFailed`, and `RunTimeout` after `wait`
-        seconds; the run goes on then. `options` are those of `start`.
+        seconds; the run goes on then. The other arguments are those of `start`.
         """
         begun = time.monotonic()
-        run = self.start(workflow, inputs, wait=PREFER_SECONDS if wait is None else wait, **options)
+        run = self.start(
+            workflow,
+            inputs,
+            wait=PREFER_SECONDS if wait is None else wait,
+            tags=tags,
+            metadata=metadata,
+            idempotency_key=idempotency_key,
+            **others,
+        )
         run.wait(wait, since=begun)
         run.outputs_or_raise()
         return run
