@@ -229,13 +229,16 @@ class WorkflowRunner:
             return RunOutcome(RunStatus.COMPLETED)
         if request is ControlRequest.HAND_OFF:
             return RunOutcome(RunStatus.RELEASED)
-        if is_idle and not self._is_held():
-            wakes_at = worklist.next_wake
-            if wakes_at is None:
-                return RunOutcome(RunStatus.WAITING)
-            if wakes_at - time.monotonic() > SHORT_WAIT_SECONDS:
-                return RunOutcome(RunStatus.WAITING, due_at=self._clock.moment_of(wakes_at))
-        return self._find_timeout_outcome()
+        # Before a wait: a task may have used up the time of a run that waits for it.
+        timeout = self._find_timeout_outcome()
+        if timeout is not None or not is_idle or self._is_held():
+            return timeout
+        wakes_at = worklist.next_wake
+        if wakes_at is None:
+            return RunOutcome(RunStatus.WAITING)
+        if wakes_at - time.monotonic() > SHORT_WAIT_SECONDS:
+            return RunOutcome(RunStatus.WAITING, due_at=self._clock.moment_of(wakes_at))
+        return None
 
     def _is_held(self) -> bool:
         """Return whether the run keeps its worker for a moment, though it only waits: a new task may end soon.

@@ -100,9 +100,11 @@ def deadline_columns() -> Sequence[DeadlineColumn]:
     is_open = col(Invitation.accepted_at).is_(None) & col(Invitation.revoked_at).is_(None)
     # Ended tasks have no time of these.
     of_tasks = [(Task, name, None) for name in ("lease_until", "deadline_at", "due_at", "check_at")]
+    is_held = col(Task.lease_until).is_not(None)
     return [
         *_COLUMNS,
         *of_tasks,
+        (Task, "claimed_at", is_held),  # The time of a task and of its run count from there.
         (Invitation, "expires_at", is_open),
         (AiModel, "blocked_until", None),
         (BulkOperation, "leased_until", IS_OPEN),

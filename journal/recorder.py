@@ -190,6 +190,10 @@ def _count_rows(write: RunWrite) -> int:
     )
 
 
+def _awaits_task(span: NodeSpan) -> bool:
+    return span.awaits is not None and _decode_awaits(span.awaits).kind == AnswerSource.TASK
+
+
 def _count_node(span: NodeSpan) -> None:
     if not instruments.is_exposed or span.started_at is None or span.ended_at is None or span.is_iteration:
         return
@@ -392,7 +396,9 @@ class RunJournal:
                 self._name_blocker(write)
             elif ended.status is RunStatus.RELEASED:
                 write.blocked_by = BlockerCode.QUEUED_BEHIND
-            if ended.status not in UNFINISHED_STATUSES:
+            if ended.status in UNFINISHED_STATUSES:
+                write.keeps_place = any(map(_awaits_task, self._waits.values()))
+            else:
                 write.channel = self._channel
                 for span in self._waits.values():
                     self._cancel_task(write, span)
@@ -410,7 +416,7 @@ class RunJournal:
 
     def _cancel_task(self, write: RunWrite, span: NodeSpan) -> None:
         """Add the cancellation of the task that a node waits for, if it waits for one, to a write."""
-        if span.awaits is not None and _decode_awaits(span.awaits).kind == AnswerSource.TASK:
+        if _awaits_task(span):
             write.cancelled_tasks.append((span.node_id, span.iteration))
             write.organization_id = self.organization_id
 

@@ -308,6 +308,8 @@ class RunWrite(msgspec.Struct):
     due_at: datetime | None = None
     wait_answer_count: int = 0
     """Number of answers that it has seen; a waiting run with more answers continues at once."""
+    keeps_place: bool = False
+    """Whether it keeps the slot of its concurrency key while it waits or is released, since it has an open task."""
     blocked_by: BlockerCode | None = None
     """Reason for a wait, which opens a blocked interval."""
     blocked_node: str | None = None

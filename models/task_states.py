@@ -25,6 +25,14 @@ class TaskState(StrEnum):
 UNBEGUN_STATES: Final = (TaskState.READY, TaskState.LIMITED, TaskState.DELAYED)
 HELD_STATES: Final = (TaskState.LEASED, TaskState.CANCEL_REQUESTED)
 HELD_CONDITION: Final = "state IN ('leased', 'cancel_requested')"
+WORK_SINCE_SQL: Final = (
+    "(SELECT CASE WHEN task.claimed_at > execution.updated_at THEN task.claimed_at ELSE execution.updated_at END"
+    " FROM task WHERE task.execution_id = execution.id AND task.ended_at IS NULL AND task.state = 'leased'"
+    " ORDER BY task.claimed_at LIMIT 1)"
+)
+"""SQL of the time since which the clock of a waiting run counts: its oldest claim of a leased task, or the later time
+at which the run began to wait or its clock was last read; NULL while no worker holds a task of it.
+"""
 WATCH_PREFIX: Final = "tasks:"
 WORKERS_PREFIX: Final = "task-workers:"
 

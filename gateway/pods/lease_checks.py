@@ -18,6 +18,7 @@ from execution.pod_api import SPANS_PER_PAGE, STEPS_PER_PAGE, NodeAnswerRecord
 from gateway.executions.agent_step_rows import select_steps
 from gateway.http.errors import ApiError
 from journal.run_rows import SPAN_COLUMNS, decode_span, decode_step
+from journal.waits.node_answers import RESUMED_DEADLINE
 from models.agent_step import AgentStepRow
 from models.database_time import DatabaseTime
 from models.deployment import Deployment
@@ -314,8 +315,7 @@ async def promote_due(database: Database, holder: LeaseHolder) -> int:
             status=ExecutionStatus.PENDING.value,
             due_at=None,
             updated_at=DatabaseTime(),
-            # While a run waits, `deadline_at` holds the rest of its timeout, which counts from now on.
-            deadline_at=col(Execution.deadline_at) + DatabaseTime(),
+            deadline_at=RESUMED_DEADLINE,
         )
         .returning(col(Execution.id))
     )

@@ -82,6 +82,7 @@ from models.execution import DELAYED_TARGET, ISOLATION_TARGETS, LIMITED_TARGET, 
 from models.execution_status import TERMINAL_STATUSES, ExecutionStatus
 from models.loss_limits import MAX_ISOLATION_LOSSES, MAX_LOST_ATTEMPTS, SUSPECT_LOSSES
 from models.postgresql_failures import DatabaseFailure, failure_of
+from models.task_states import WORK_SINCE_SQL
 from models.timestamps import from_microseconds, to_microseconds
 from telemetry.process_activity import ACTIVITY, DATABASE
 
@@ -582,6 +583,7 @@ _WRITE_TYPES = (
     "text",
     "bigint",
     "integer",
+    "boolean",
 )
 _SPAN_TYPES = (
     *("text", "text", "text", "smallint", "text", "integer", "text", "text", "text", "text", "integer"),
@@ -705,7 +707,8 @@ WITH held AS (
         -- A wait stops the clock of the run's timeout: the remaining time is stored as a time since 1970.
         deadline_at = CASE WHEN {_ENDS_WAITING} THEN deadline_at - {NOW} ELSE deadline_at END,
         target = CASE
-            WHEN write.move = 'releases' AND concurrency_key IS NOT NULL THEN '{LIMITED_TARGET}' ELSE target
+            WHEN write.move = 'releases' AND concurrency_key IS NOT NULL AND NOT write.keeps_place
+            THEN '{LIMITED_TARGET}' ELSE target
         END,
         token = CASE WHEN write.move = 'releases' THEN execution.token + 1 ELSE execution.token END,
         lease_owner = CASE WHEN write.move = 'continues' THEN lease_owner END,
@@ -713,7 +716,7 @@ WITH held AS (
         updated_at = {NOW}
     FROM unnest({unnest_sql(1, _WRITE_TYPES)}) AS write (
         id, shard, token, move, status, completed_nodes, progress, has_new_result, has_passed, error, due_at,
-        wait_answer_count)
+        wait_answer_count, keeps_place)
     -- The array and the expression leave one index to choose, as in a claim.
     WHERE execution.id = ANY ($1::text::text[])
         AND execution.id = write.id AND execution.shard = write.shard AND execution.token = write.token
@@ -822,6 +825,7 @@ def _run_write_row(write: RunWrite) -> tuple[Any, ...]:
         encode_error(write.error),
         to_microseconds(write.due_at) if write.due_at else None,
         write.wait_answer_count if move == "releases" else None,
+        write.keeps_place,
     )
 
 
@@ -889,7 +893,8 @@ WITH due AS MATERIALIZED (
     UPDATE blocked_interval SET ended_at = {NOW}
     WHERE execution_id = ANY (ARRAY(SELECT id FROM due WHERE NOT is_fresh)) AND ended_at IS NULL
 )
-UPDATE execution SET status = 'pending', due_at = NULL, updated_at = {NOW}, deadline_at = deadline_at + {NOW},
+UPDATE execution SET status = 'pending', due_at = NULL, updated_at = {NOW},
+    deadline_at = deadline_at + coalesce({WORK_SINCE_SQL}, {NOW}),
     target = CASE target
         WHEN '{DELAYED_TARGET}' THEN coalesce(assigned_deployment_id, '{SHARED_TARGET}') ELSE target
     END

@@ -76,6 +76,7 @@ from models.errors import DatabaseUnavailable
 from models.execution import DELAYED_TARGET, ISOLATION_TARGETS, LIMITED_TARGET, SHARED_TARGET
 from models.execution_status import TERMINAL_STATUSES, ExecutionStatus
 from models.loss_limits import MAX_ISOLATION_LOSSES, MAX_LOST_ATTEMPTS, SUSPECT_LOSSES
+from models.task_states import WORK_SINCE_SQL
 from models.timestamps import HOST_TIME, DatabaseClock, to_microseconds
 
 T = TypeVar("T")
@@ -587,7 +588,7 @@ _UPDATE_RELEASE = (
     " ended_at = CASE WHEN request IS NULL THEN NULL ELSE :now END,"
     # A wait stops the clock of the run's timeout: the remaining time is stored as a time since 1970.
     f" deadline_at = CASE WHEN {_ENDS_WAITING} THEN deadline_at - :now ELSE deadline_at END,"
-    f" target = CASE WHEN concurrency_key IS NULL THEN target ELSE '{LIMITED_TARGET}' END,"
+    f" target = CASE WHEN concurrency_key IS NULL OR :keeps_place THEN target ELSE '{LIMITED_TARGET}' END,"
     " token = token + 1, attempt = 0, isolation_losses = 0, isolated = 0, lease_owner = NULL, lease_until = NULL"
     + _LEASE_GUARD
 )
@@ -650,7 +651,11 @@ def _build_update(write: RunWrite, owner: str, now: int) -> tuple[str, dict[str,
     values["status"] = STATUS_AFTER[write.end].value
     if write.end in {RunStatus.WAITING, RunStatus.RELEASED}:
         due_at = to_microseconds(write.due_at) if write.due_at else None
-        return _UPDATE_RELEASE, values | {"due_at": due_at, "wait_answer_count": write.wait_answer_count}
+        return _UPDATE_RELEASE, values | {
+            "due_at": due_at,
+            "wait_answer_count": write.wait_answer_count,
+            "keeps_place": write.keeps_place,
+        }
     return _UPDATE_END, values | {"error": encode_error(write.error)}
 
 
@@ -776,7 +781,8 @@ def _promote_due(connection: sqlite3.Connection) -> int:
     connection.execute(_END_DEFERRALS, {"now": now})
     connection.execute(_END_WAITS, {"now": now})
     return connection.execute(
-        "UPDATE execution SET status = 'pending', due_at = NULL, updated_at = ?1, deadline_at = deadline_at + ?1,"
+        "UPDATE execution SET status = 'pending', due_at = NULL, updated_at = ?1,"
+        f" deadline_at = deadline_at + coalesce({WORK_SINCE_SQL}, ?1),"
         f" target = CASE target WHEN '{DELAYED_TARGET}'"
         f" THEN coalesce(assigned_deployment_id, '{SHARED_TARGET}') ELSE target END"
         " WHERE status = 'waiting' AND due_at <= ?1",

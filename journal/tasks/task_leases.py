@@ -19,6 +19,7 @@ from journal.tasks.task_moves import FIRST_LEASE_MICROSECONDS
 from journal.tasks.task_polls import CLAIMED_COLUMNS, ClaimedTask, TaskPoll
 from journal.tasks.task_sql import NOW, POSTGRESQL, RowsParameter, host_time, is_in, is_in_query, texts
 from journal.tasks.task_worker_marks import LEAVING_CONDITION
+from models.task_states import WORK_SINCE_SQL
 
 if TYPE_CHECKING:
     from sqlalchemy import TextClause
@@ -58,11 +59,17 @@ def _lease_sql(dialect: str) -> str:
     `request` and `secret`.
     """
     now, least = NOW[dialect], "least" if dialect == POSTGRESQL else "min"
+    # The remaining time of the run limits the attempt.
+    remaining = (
+        f"(SELECT CASE WHEN execution.status = 'waiting' THEN deadline_at + coalesce({WORK_SINCE_SQL}, {now})"
+        f" ELSE deadline_at END - {now} FROM execution WHERE execution.id = task.execution_id)"
+    )
+    timeout = f"{least}(timeout_microseconds, coalesce({remaining}, timeout_microseconds))"
     return (
         f"state = 'leased', fence = fence + 1, is_fresh = :no, lease = secret,"
         f" worker_id = owner, claim_id = request, claimed_at = {now}, is_acknowledged = :no,"
-        f" lease_until = {now} + {FIRST_LEASE_MICROSECONDS}, deadline_at = {now} + timeout_microseconds,"
-        f" check_at = {now} + {least}({FIRST_LEASE_MICROSECONDS}, timeout_microseconds), due_at = NULL,"
+        f" lease_until = {now} + {FIRST_LEASE_MICROSECONDS}, deadline_at = {now} + {timeout},"
+        f" check_at = {now} + {least}({FIRST_LEASE_MICROSECONDS}, {timeout}), due_at = NULL,"
         f" started_at = coalesce(started_at, {now}), updated_at = {now}"
     )
 

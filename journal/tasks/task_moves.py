@@ -214,8 +214,9 @@ def retry(task: TaskRow) -> bool:
 def move_if_due(task: TaskRow, now: int) -> None:
     """Move a task whose time has come: the end of its lease, deadline, delay or start timeout; others stay.
 
-    A delayed task can be claimed, or waits for a slot of its concurrency key. An attempt over its deadline has failed;
-    one with an ended lease is lost. A task that no worker has begun in time fails, and one that is to be canceled ends
+    A delayed task can be claimed, or waits for a slot of its concurrency key. An attempt over its timeout has failed;
+    one with an ended lease is lost. One that the remaining time of its run limits stays until the run has ended, which
+    cancels it. A task that no worker has begun in time fails, and one that is to be canceled ends
     with its lease. `now` is in microseconds since 1970.
     """
     if task.check_at is None or task.check_at > now:
@@ -229,7 +230,8 @@ def move_if_due(task: TaskRow, now: int) -> None:
     elif task.state == TaskState.CANCEL_REQUESTED:
         _end(task, TaskState.CANCELLED, now)
     elif task.state == TaskState.LEASED:
-        if task.deadline_at is not None and task.deadline_at <= now:
+        timeout_at = (task.claimed_at or 0) + task.timeout_microseconds
+        if timeout_at <= now:
             seconds = task.timeout_microseconds / SECOND
             _fail_attempt(
                 task,
@@ -238,8 +240,11 @@ def move_if_due(task: TaskRow, now: int) -> None:
                 f"The task exceeded its timeout of {seconds:g} s",
                 is_final=task.is_at_most_once,
             )
-        else:
+        elif task.lease_until is not None and task.lease_until <= now:
             _lose(task, now)
+        else:
+            task.deadline_at = min(timeout_at, now + SECOND)
+            _set_check(task)
 
 
 def _lose(task: TaskRow, now: int) -> None:

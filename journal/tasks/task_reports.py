@@ -66,7 +66,7 @@ class TaskReports:
                 item.id
                 for report in batch
                 for item in report.items
-                if isinstance(item, Completion | Failure | LogLines)
+                if isinstance(item, Completion | Failure | LogLines | Release)
             }
             await transaction.lock_runs(sorted({one.execution_id for one in reported if one.id in final}))
             held_ids = sorted({*item_ids, *(task_id for report in batch for task_id, _ in report.held)})

@@ -21,7 +21,7 @@ from json_text import decoding
 from models import ids
 from models.execution import SHARED_TARGET
 from models.execution_status import TERMINAL_STATUSES, ExecutionStatus
-from models.task_states import HELD_CONDITION, TaskState
+from models.task_states import HELD_CONDITION, WORK_SINCE_SQL, TaskState
 from models.timestamps import HOST_TIME
 
 if TYPE_CHECKING:
@@ -96,6 +96,7 @@ class TaskTransaction:
         self._before: dict[str, tuple[Any, ...]] = {}
         self._answers: list[tuple[object, ...]] = []
         self._lines: dict[str, list[tuple[TaskRow, LogText]]] = {}
+        self._counted: set[str] = set()
 
     async def lock_runs(self, execution_ids: Sequence[str]) -> None:
         """Lock runs and add them to `runs`, so that their status can't change; those that don't exist are left out."""
@@ -181,6 +182,16 @@ class TaskTransaction:
                 line = LogText("warning", message, line.at)  # noqa: PLW2901 - in its place
             self._lines.setdefault(task.execution_id, []).append((task, line))
 
+    def count_time(self, task: TaskRow) -> None:
+        """Count the time for which a worker has held the task against the timeout of its run, if that waits and was
+        locked; a run without remaining time continues, and fails.
+
+        `store` does so for tasks that are no longer leased, and whose nodes get no answer.
+        """
+        run = self.run_of(task)
+        if run is not None and run.status == ExecutionStatus.WAITING and not run.answers:
+            self._counted.add(run.execution_id)
+
     async def store(self) -> TaskEffects:
         """Write the changed tasks, answers and log lines; return the effects to announce after the commit.
         The caller commits.
@@ -192,6 +203,7 @@ class TaskTransaction:
         self.effects.moved = len(changed)
         for task in changed:
             self._note_effects(task)
+        await self._store_counted()
         rows = [(task.id, task.fence, *_changing(task)) for task in changed]
         values = {"now": self.now, **_CHANGED.values(self._connection, rows)}
         statements: Sequence[TextClause] = [_UPDATE_TASKS[self._dialect]]
@@ -201,6 +213,18 @@ class TaskTransaction:
         for statement in statements:
             await self._connection.execute(statement, values)
         return self.effects
+
+    async def _store_counted(self) -> None:
+        """Write the remaining time of the runs whose time `count_time` counts, before their tasks change."""
+        if not self._counted:
+            return
+        values = {"now": self.now, "ids": texts(self._connection, sorted(self._counted))}
+        counted = await self._connection.execute(_COUNT_TIME[self._dialect], values)
+        woken = [WokenRun(*row) for *row, status in counted if status == ExecutionStatus.PENDING]
+        if woken:
+            self.effects.woken += woken
+            values["woken_ids"] = texts(self._connection, [run.execution_id for run in woken])
+            await self._connection.execute(_END_INTERVALS[self._dialect], values)
 
     def _answer_values(self) -> dict[str, object]:
         """Return the parameters of the statement that stores the answers, and note the waiting runs that they
@@ -229,6 +253,8 @@ class TaskTransaction:
         before = self._before[task.id][CHANGING_COLUMNS.index("state")]
         if task.state == before:
             return
+        if before == TaskState.LEASED:
+            self.count_time(task)
         if task.state == TaskState.READY:
             self.effects.ready_organizations.add(task.organization_id)
         elif task.state == TaskState.CANCEL_REQUESTED:
@@ -397,30 +423,45 @@ _UPDATE_TASKS: Final = _by_dialect(
 )
 
 
+_RESUMED: Final = f"deadline_at + coalesce({WORK_SINCE_SQL}, :now)"
+_COUNT_TIME: Final = _by_dialect(
+    lambda dialect: (
+        f"UPDATE execution SET status = CASE WHEN {_RESUMED} > :now THEN 'waiting' ELSE 'pending' END,"
+        f" due_at = CASE WHEN {_RESUMED} > :now THEN due_at END,"
+        f" deadline_at = CASE WHEN {_RESUMED} > :now THEN {_RESUMED} - :now ELSE {_RESUMED} END, updated_at = :now"
+        f" WHERE {is_in(dialect, 'id', 'ids')} AND status = 'waiting'"
+        " RETURNING id, concurrency_key, target, status"
+    )
+)
+_END_INTERVALS: Final = _by_dialect(
+    lambda dialect: (
+        "UPDATE blocked_interval SET ended_at = :now"
+        f" WHERE {is_in(dialect, 'execution_id', 'woken_ids')} AND ended_at IS NULL"
+    )
+)
+
+
 def _answer_statements(dialect: str) -> Sequence[TextClause]:
     """Return the statements that store changed tasks, and answer their nodes; one alone for PostgreSQL."""
     insert = (
         f"INSERT INTO wait_answer ({', '.join(_ANSWER_COLUMNS)}) SELECT answer.* FROM {_ANSWERS.sql(dialect)}"
     )
-    # The remaining time of the run's timeout counts from now on, as with every other answer.
+    # Before the tasks: those that are still leased say since when the clock of the run counts.
     wake = (
         "UPDATE execution SET wait_answer_count = wait_answer_count + answers, updated_at = :now,"
         " due_at = CASE WHEN status = 'waiting' THEN NULL ELSE due_at END,"
-        " deadline_at = CASE WHEN status = 'waiting' THEN deadline_at + :now ELSE deadline_at END,"
+        f" deadline_at = CASE WHEN status = 'waiting' THEN {_RESUMED} ELSE deadline_at END,"
         " status = CASE WHEN status = 'waiting' THEN 'pending' ELSE status END"
         f" FROM {_ANSWERED.sql(dialect)}"
         f" WHERE {is_in(dialect, 'execution.id', 'run_ids')}"
         " AND execution.id = answered.run_id AND execution.shard = answered.run_shard"
     )
-    end = (
-        "UPDATE blocked_interval SET ended_at = :now"
-        f" WHERE {is_in(dialect, 'execution_id', 'woken_ids')} AND ended_at IS NULL"
-    )
+    end = _END_INTERVALS[dialect].text
     update = _UPDATE_TASKS[dialect].text
     if dialect == POSTGRESQL:
         parts = f"stored AS ({update}), inserted AS ({insert}), ended AS ({end})"
         return [text(f"WITH {parts} {wake}")]
-    return [text(statement) for statement in (update, insert, wake, end)]
+    return [text(statement) for statement in (wake, update, insert, end)]
 
 
 _STORE_ANSWERS: Final = {dialect: _answer_statements(dialect) for dialect in DIALECTS}

@@ -62,6 +62,8 @@ class TaskUpkeep:
             await transaction.lock_tasks(sorted(row.id for row in due), skips_locked=True)
             for task in transaction.tasks.values():
                 task_moves.move_if_due(task, transaction.now)
+                if task.state == TaskState.LEASED:
+                    transaction.count_time(task)
                 if task.state == TaskState.FAILED and task.ended_at == transaction.now:
                     transaction.answer_failure(task)
             return await transaction.store()

@@ -13,7 +13,19 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 from msgspec import Struct
-from sqlalchemy import BigInteger, and_, case, insert, or_, select, text, type_coerce, update
+from sqlalchemy import (
+    BigInteger,
+    and_,
+    case,
+    func,
+    insert,
+    literal_column,
+    or_,
+    select,
+    text,
+    type_coerce,
+    update,
+)
 from sqlmodel import col
 
 from engine.node_api import OUTPUT, AnswerSource
@@ -23,6 +35,7 @@ from json_text import decoding
 from models.database_time import DatabaseTime
 from models.execution import AWAITS_INPUT_CONDITION, SHARED_TARGET, Execution, SpanRow, WaitAnswer
 from models.execution_status import TERMINAL_STATUSES, ExecutionStatus
+from models.task_states import WORK_SINCE_SQL
 from models.timestamps import from_microseconds
 from models.workflow import Workflow
 
@@ -44,6 +57,12 @@ clock.
 _ENDING_AT_DEADLINE: Final = frozenset({AnswerSource.INPUT, AnswerSource.CALLBACK, AnswerSource.SIGNAL})
 """Sources whose answers are refused after the end of the wait: their senders learn the outcome, or another node
 gets the signal.
+"""
+RESUMED_DEADLINE: Final = col(Execution.deadline_at) + func.coalesce(
+    literal_column(WORK_SINCE_SQL, BigInteger), DatabaseTime()
+)
+"""Deadline of a waiting run that continues now: its row holds the remaining time instead, which a worker may have used
+in part.
 """
 _encode = msgspec.json.Encoder().encode
 
@@ -167,11 +186,10 @@ async def store_answer(
     }
     is_woken = run.status == ExecutionStatus.WAITING
     if is_woken:
-        # The remaining time of the run's timeout counts from now on.
         changes |= {
             "status": ExecutionStatus.PENDING.value,
             "due_at": None,
-            "deadline_at": col(Execution.deadline_at) + DatabaseTime(),
+            "deadline_at": RESUMED_DEADLINE,
         }
     await connection.execute(update(Execution).where(*_is_run(key)).values(changes))
     if not is_woken:

@@ -49,6 +49,7 @@ ENDING_NAMES = {
     "next_at",
     "wake_at",
     "deadline_at",
+    "claimed_at",
     "completion_due_at",
     "next_run_at",
 }

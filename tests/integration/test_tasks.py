@@ -11,6 +11,7 @@ from uuid import uuid4
 import httpx2
 import pytest
 from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncConnection
 from starlette.types import Message, Receive, Scope, Send
 
 from engine import run_progress, workflow_runner
@@ -60,7 +61,7 @@ async def start(people: OrganizationUsers, graph: dict[str, Any] | None = None, 
 
 async def shift(harness: GatewayHarness, task_id: str, seconds: float) -> None:
     """Let so many seconds pass for a task, and sweep."""
-    columns = ("check_at", "lease_until", "deadline_at", "due_at")
+    columns = ("check_at", "claimed_at", "lease_until", "deadline_at", "due_at")
     assignments = ", ".join(f"{name} = {name} - :passed" for name in columns)
     statement = text(f"UPDATE task SET {assignments} WHERE id = :task_id")
     values = {"passed": int(seconds * SECOND), "task_id": task_id}
@@ -1052,3 +1053,122 @@ async def test_an_open_poll_keeps_no_worker_of_another_organization_present(
         {"w_1": True},
         {"w_1": False, "w_2": True},
     ]
+
+
+# ── places and time of runs ─────────────────────────────────────────────────────────────────────────────────
+
+
+def limited_graph(**settings: Any) -> dict[str, Any]:  # noqa: ANN401 - any JSON value
+    return {**custom_graph(), "settings": settings}
+
+
+async def pass_time(harness: GatewayHarness, execution_id: str, seconds: float) -> None:
+    """Let so many seconds pass for a waiting run and its tasks, whose leases are renewed meanwhile, and sweep."""
+    values = {"passed": int(seconds * SECOND), "execution_id": execution_id}
+    times = ("check_at", "claimed_at", "deadline_at", "due_at")
+    of_tasks = ", ".join(f"{name} = {name} - :passed" for name in times)
+
+    async def work(connection: AsyncConnection) -> None:
+        await connection.execute(
+            text(f"UPDATE task SET {of_tasks} WHERE execution_id = :execution_id"), values
+        )
+        await connection.execute(
+            text(
+                "UPDATE execution SET updated_at = updated_at - :passed"
+                " WHERE id = :execution_id AND status = 'waiting'"
+            ),
+            values,
+        )
+
+    await harness.gateway.database.transaction(work)
+    await harness.gateway.task_hub.sweep()
+
+
+async def read_remaining_seconds(harness: GatewayHarness, execution_id: str) -> float:
+    """Return the rest of the timeout of a run that waits."""
+    async with harness.gateway.database.read() as connection:
+        remaining = await connection.scalar(
+            text("SELECT deadline_at FROM execution WHERE id = :id AND status = 'waiting'"),
+            {"id": execution_id},
+        )
+    return cast("float", remaining) / SECOND
+
+
+async def wait_until_waiting(person: UserClient, execution_id: str) -> None:
+    async with asyncio.timeout(20):
+        while (await get_json(person, f"/{execution_id}"))["status"] != "waiting":  # noqa: ASYNC110 - another process's commit
+            await asyncio.sleep(0.02)
+
+
+@pytest.mark.every_database
+async def test_a_run_keeps_its_place_until_its_task_has_ended(people: OrganizationUsers) -> None:
+    await add_type(people)
+    worker = TaskWorkerClient(people.owner.api)
+    graph = limited_graph(concurrency={"limit": 1})
+    graph["nodes"].append({"id": "ask", "nodeId": "human-input", "config": {"title": "Go on?"}})
+    graph["connections"].append({"source": "work", "target": "ask"})
+    workflow_id = await people.owner.create(**graph)
+    first = await execute_workflow(people.owner, workflow_id)
+    (task,) = await worker.claim()
+    await wait_until_waiting(people.owner, first)
+    second = await execute_workflow(people.owner, workflow_id)
+    why = await get_json(people.owner, f"/{second}/why")
+    assert "waiting-for-slot" in str(why), why
+    result = await worker.send(task, "fail", error={"code": "x", "message": "y"}, retry={"afterSeconds": 60})
+    assert result["status"] == "ok"
+    assert (await worker.claim(wait=0)) == []
+    assert (await people.owner.api.post(f"{TASKS}/{task['id']}/retry")).status_code == 200
+    (task,) = await worker.claim()
+    assert await worker.complete(task) == "ok"
+    # The question of the first run occupies no place.
+    (other,) = await worker.claim()
+    assert other["executionId"] == second
+
+
+@pytest.mark.every_database
+async def test_the_timeout_of_a_run_counts_while_a_worker_has_its_task(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    await add_type(people)
+    worker = TaskWorkerClient(people.owner.api)
+    execution_id = await start(people, limited_graph(timeout=100))
+    await wait_until_waiting(people.owner, execution_id)
+    await pass_time(harness, execution_id, 10_000)
+    assert await read_remaining_seconds(harness, execution_id) > 90
+    (task,) = await worker.claim()
+    assert await worker.report() == []
+    await pass_time(harness, execution_id, 60)
+    later = {"error": {"code": "x", "message": "y"}, "retry": {"afterSeconds": 500}}
+    assert (await worker.send(task, "fail", **later))["status"] == "ok"
+    assert 30 < await read_remaining_seconds(harness, execution_id) < 40
+    await pass_time(harness, execution_id, 500)
+    (task,) = await worker.claim()
+    shown = await show_task(people.owner, task["id"])
+    assert (shown["state"], shown["attempt"]) == ("leased", 2)
+    await pass_time(harness, execution_id, 41)
+    ended = await wait_until_ended(people.owner, execution_id)
+    assert (ended["status"], ended["error"]["code"]) == ("failed", "timeout")
+    assert (await show_task(people.owner, task["id"]))["state"] == "cancel_requested"
+    assert [result["status"] for result in await worker.report()] == ["cancelled"]
+
+
+@pytest.mark.every_database
+async def test_tasks_at_once_use_the_time_of_their_run_once(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    await add_type(people)
+    worker = TaskWorkerClient(people.owner.api)
+    graph = limited_graph(timeout=100)
+    graph["nodes"].append({"id": "beside", "nodeId": "acme/resize", "config": {"image": "b.png"}})
+    graph["connections"].append({"source": "start", "target": "beside"})
+    execution_id = await start(people, graph)
+    tasks = [*await worker.claim(limit=2)]
+    while len(tasks) < 2:
+        tasks += await worker.claim(limit=2)
+    await wait_until_waiting(people.owner, execution_id)
+    await worker.report()
+    await pass_time(harness, execution_id, 30)
+    for task in tasks:
+        later = {"error": {"code": "x", "message": "y"}, "retry": {"afterSeconds": 500}}
+        assert (await worker.send(task, "fail", **later))["status"] == "ok"
+    assert 60 < await read_remaining_seconds(harness, execution_id) < 71
