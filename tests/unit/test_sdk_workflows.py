@@ -221,6 +221,7 @@ def test_mistakes_are_refused_where_they_are_made(n: ModuleType) -> None:
         w.add(n.log(message="x"), after=foreign)
     with pytest.raises(ValueError, match="Two nodes have the id 'manual'"):
         w.add(n.log(message="x"), id="manual")
+    assert [*w.nodes] == ["manual", "switch", "conditional"], "a refused node is not added"
     with pytest.raises(TypeError, match="has a value in runs alone"):
         assert first.data.body
     with pytest.raises(TypeError):

@@ -217,7 +217,7 @@ class Workflow:
         """Add a node behind one or several others; a mapping names the input port for each of them.
 
         `retry` is the most attempts, or an object with `maxAttempts`, `backoff`, `maxDelay` and `jitter`. Raises
-        `ValueError` for an id that another node has, and for nodes of another workflow.
+        `ValueError` for an id that another node has, for nodes of another workflow, and for wrong ports.
         """
         fields = {
             "label": label,
@@ -227,9 +227,7 @@ class Workflow:
             "timeout": timeout,
             "atMostOnce": at_most_once,
         }
-        sources = _list_sources(after)
-        for source, _ in sources:
-            self._require_own(source)
+        sources = [(self._require_ports(source, config, port), port) for source, port in _list_sources(after)]
         placed = self._place(config, id, fields)
         for source, port in sources:
             self.connect(source, placed, port=port)
@@ -240,17 +238,11 @@ class Workflow:
 
         Raises `ValueError` for nodes of another workflow, and for a port that the node type does not have.
         """
-        found = source if isinstance(source, NodePort) else source.default_port()
-        self._require_own(found)
+        output = self._require_ports(source, target.config, port)
         self._require_own(target)
-        inputs = target.config.inputs
-        if inputs is not None and port not in inputs:
-            raise ValueError(
-                f"{target.config.type} has no input port {port!r}: it has {', '.join(inputs) or 'none'}"
-            )
-        connection = {"source": found.node.id, "target": target.id}
-        if found.name != OUTPUT:
-            connection["sourcePort"] = found.name
+        connection = {"source": output.node.id, "target": target.id}
+        if output.name != OUTPUT:
+            connection["sourcePort"] = output.name
         if port != INPUT:
             connection["targetPort"] = port
         self._connections.append(connection)
@@ -283,6 +275,15 @@ class Workflow:
             number += 1
             found = f"{stem}-{number}"
         return found
+
+    def _require_ports(self, source: Source, target: NodeConfig[Any, Any], port: str) -> NodePort:
+        """Return the output port of a connection; raises `ValueError` for a wrong one, and for a wrong input port."""
+        output = source if isinstance(source, NodePort) else source.default_port()
+        self._require_own(output)
+        if target.inputs is not None and port not in target.inputs:
+            names = ", ".join(target.inputs) or "none"
+            raise ValueError(f"{target.type} has no input port {port!r}: it has {names}")
+        return output
 
     def _require_own(self, source: Source) -> None:
         """Raise `ValueError` for a node, or a port of a node, that is not of this workflow."""
