@@ -221,7 +221,7 @@ async def assemble_state(
         database, waiting, authenticator, access, LargeOutputs(blobs, settings.public_url), live_answers
     )
     live_hints = LiveHints(live_events)
-    ACTIVITY.count_streams = lambda: live_events.open_streams + live_hints.open_streams
+    ACTIVITY.count_streams = lambda: live_events.streams.taken + live_hints.streams.taken
     forms = FormChecker()
     probes = DataSourceProber(vault, settings, database.clock)
     pod_logs = PodLogReader(broker)

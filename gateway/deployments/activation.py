@@ -291,7 +291,7 @@ class DeploymentActivator:
 
     async def _has_begun(self, key: ExecutionKey) -> bool:
         """Return whether a run was claimed or has ended; True also for a missing one."""
-        progress = await self._waiting.wait_for_progress(key, 0)
+        progress = await self._waiting.read_progress(key)
         if progress is None or progress.completed_nodes:
             return True
         return progress.status is ExecutionStatus.RUNNING or progress.status in TERMINAL_STATUSES

@@ -370,7 +370,7 @@ async def logs(request: GatewayRequest) -> JsonResponse:
         deployment = await desired_state.find_deployment(connection, stored.workflow.id)
     if status_of(deployment) is DeploymentStatus.NOT_DEPLOYED:
         raise deployment_changes.not_deployed()
-    lines = await request.gateway.pod_logs.read(stored.workflow.id, limit)
+    lines = await request.gateway.pod_logs.read(stored.workflow.id, request.caller, limit)
     shape = PodLog(
         workflow_id=stored.workflow.id,
         lines=[PodLine(pod=line.pod, at=line.at, text=line.text) for line in lines],

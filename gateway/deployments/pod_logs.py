@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from gateway.http import errors
+from gateway.http.shared_allowance import SharedAllowance
 from json_text import decoding
 from messages.broker import DirectMessage
 from messages.deployer_messages import POD_LOGS, PodLogRequest
@@ -16,10 +17,12 @@ from models import ids
 
 if TYPE_CHECKING:
     from messages.broker import Broker, Notification
+    from models.access import ApiCaller
 
 ANSWER_SECONDS: Final = 15.0
 """Longer than a deployer waits for its cluster."""
 MAX_REQUESTS: Final = 100
+_TOO_MANY: Final = "Too many requests wait here for pod logs: try again"
 
 
 class PodLogEntry(msgspec.Struct):
@@ -36,32 +39,39 @@ class PodLogReader:
     def __init__(self, broker: Broker) -> None:
         self._broker = broker
         self._answers: dict[str, asyncio.Future[Sequence[PodLogEntry]]] = {}
+        self._places = SharedAllowance(MAX_REQUESTS, _TOO_MANY)
 
     async def start(self) -> None:
         """Subscribe to the answers of deployers to requests for log lines of pods."""
         await self._broker.listen(self._receive, subject=POD_LOGS)
 
-    async def read(self, workflow_id: str, limit: int) -> Sequence[PodLogEntry]:
+    async def read(self, workflow_id: str, caller: ApiCaller, limit: int) -> Sequence[PodLogEntry]:
         """Return the last lines of a workflow's pods, at most `limit`, from a deployer.
 
-        Raises a 503 error if no deployer answers within 15 seconds, if the cluster doesn't return the logs, and if 100
-        requests wait here; also `BrokerUnavailable`.
+        Raises a 503 error if no deployer answers within 15 seconds, if the cluster doesn't return the logs, and if too
+        many requests wait here; also `BrokerUnavailable`.
         """
-        if len(self._answers) >= MAX_REQUESTS:
-            raise errors.not_ready("Too many requests wait here for pod logs: try again")
         request_id = ids.new_id("logs")
         answer: asyncio.Future[Sequence[PodLogEntry]] = asyncio.get_running_loop().create_future()
-        self._answers[request_id] = answer
-        try:
-            await self._broker.notify_deployer(
-                PodLogRequest(workflow_id, limit=limit, channel=self._broker.channel, request_id=request_id)
-            )
-            async with asyncio.timeout(ANSWER_SECONDS):
-                return await answer
-        except TimeoutError as error:
-            raise errors.not_ready("No deployer has answered in time: try again") from error
-        finally:
-            del self._answers[request_id]
+
+        def evict() -> None:
+            if not answer.done():
+                answer.set_exception(errors.not_ready(_TOO_MANY))
+
+        with self._places.take(caller.organization_id, caller.key_id, evict):
+            self._answers[request_id] = answer
+            try:
+                await self._broker.notify_deployer(
+                    PodLogRequest(
+                        workflow_id, limit=limit, channel=self._broker.channel, request_id=request_id
+                    )
+                )
+                async with asyncio.timeout(ANSWER_SECONDS):
+                    return await answer
+            except TimeoutError as error:
+                raise errors.not_ready("No deployer has answered in time: try again") from error
+            finally:
+                del self._answers[request_id]
 
     def _receive(self, notification: Notification) -> None:
         """Hand the lines of a deployer's answer, or its error, to the request that waits for them."""

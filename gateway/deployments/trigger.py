@@ -263,7 +263,7 @@ async def _read_progress(
     if times.taken is not None and not body.sync:
         return None
     return await request.gateway.waiting.wait_for_progress(
-        _build_key(request, accepted), _seconds_left(until) if body.sync else 0
+        _build_key(request, accepted), request.caller, _seconds_left(until) if body.sync else 0
     )
 
 

@@ -82,7 +82,9 @@ class EndAwaiter:
         failure may cost the client its id, with which it polls next. After None, the caller may read the run at once.
         """
         try:
-            found = await self._polls.wait_for_outcome(ExecutionKey(execution_id, caller.shard), seconds)
+            found = await self._polls.wait_for_outcome(
+                ExecutionKey(execution_id, caller.shard), caller, seconds
+            )
         except (ApiError, DatabaseUnavailable):
             found = None
         if found is None:

@@ -360,7 +360,7 @@ async def progress(request: GatewayRequest) -> JsonResponse:
     """Show the progress of an execution: when it has ended, or after `wait` seconds at the latest."""
     wait_seconds = request.query[WAIT]
     key = await _find_key(request)
-    found = await request.gateway.waiting.wait_for_progress(key, wait_seconds)
+    found = await request.gateway.waiting.wait_for_progress(key, request.caller, wait_seconds)
     if found is None:
         raise errors.not_found("execution")
     outputs = request.gateway.large_outputs.explain(key.execution_id)
@@ -464,7 +464,7 @@ async def _follow(request: GatewayRequest, source: EventSource) -> ASGIApp:
     """Return the event stream of the records of a source, such as log lines or steps, of the path's execution.
 
     `Last-Event-ID` is the number after which it begins; `end` is answered with 204. Raises a 400 error for an invalid
-    `Last-Event-ID`, 404, and 503 if 500 streams are open.
+    `Last-Event-ID`, 404, and 503 if too many streams are open.
     """
     last_seen = request.headers.get("last-event-id", "0")
     key = await _find_key(request)
@@ -473,7 +473,7 @@ async def _follow(request: GatewayRequest, source: EventSource) -> ASGIApp:
     if not (last_seen.isascii() and last_seen.isdecimal() and len(last_seen) <= MAX_SEQUENCE_DIGITS):
         message = "Last-Event-ID must be the id of an event of this stream"
         raise ApiError(400, "invalid-last-event-id", message)
-    return request.gateway.live_events.stream(key, min(int(last_seen), MAX_SEQUENCE), source)
+    return request.gateway.live_events.stream(key, request.caller, min(int(last_seen), MAX_SEQUENCE), source)
 
 
 async def blob(request: GatewayRequest) -> BlobDownload:

@@ -18,8 +18,9 @@ from engine.agents.agent_steps import StepKind, StepStatus
 from execution.live_answers import COALESCE_SECONDS
 from gateway.executions import agent_step_rows, execution_rows, execution_shapes
 from gateway.executions.execution_shapes import StepQuestions, StepShape
-from gateway.http import errors, limits
+from gateway.http import limits
 from gateway.http.errors import ApiError
+from gateway.http.shared_allowance import SharedAllowance
 from journal.group_commit import GroupCommit
 from models.errors import DatabaseUnavailable
 from models.execution_status import TERMINAL_STATUSES, ExecutionStatus
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from gateway.http.authentication import KeyAuthenticator
     from gateway.http.wire import WireStruct
     from journal.store import ExecutionKey
+    from models.access import ApiCaller
     from models.database import Database
     from models.execution import Execution
 
@@ -69,21 +71,18 @@ class LiveEvents:
         self.answers = answers
         self._authenticator = authenticator
         self._access = access
-        self.open_streams = 0
-        """Number of open streams."""
+        self.streams = SharedAllowance(
+            limits.EVENT_STREAMS, "Too many event streams are open here: poll the progress instead"
+        )
         self._heads: GroupCommit[ExecutionKey, Execution | None] = GroupCommit(self._read_heads)
 
-    def stream(self, key: ExecutionKey, after: int, source: EventSource) -> RunEventStream:
+    def stream(self, key: ExecutionKey, caller: ApiCaller, after: int, source: EventSource) -> RunEventStream:
         """Return the stream of a run's records with sequence numbers above `after` from a source.
 
-        Raises a 503 error if 500 streams are open.
+        Raises a 503 error if too many streams are open.
         """
-        self._require_room()
-        return RunEventStream(self, key, after, source)
-
-    def _require_room(self) -> None:
-        if self.open_streams >= limits.EVENT_STREAMS:
-            raise errors.not_ready("Too many event streams are open here: poll the progress instead")
+        self.streams.require(caller.organization_id, caller.key_id)
+        return RunEventStream(self, key, caller, after, source)
 
     async def close(self) -> None:
         """Wait for the queries that are in progress; open streams must have ended before."""
@@ -243,9 +242,12 @@ class CheckedTexts(Struct):
 class RunEventStream:
     """Event stream of one client, as an ASGI response."""
 
-    def __init__(self, live: LiveEvents, key: ExecutionKey, after: int, source: EventSource) -> None:
+    def __init__(
+        self, live: LiveEvents, key: ExecutionKey, caller: ApiCaller, after: int, source: EventSource
+    ) -> None:
         """Create a stream of the records above `after` of a source, and of the end of the run."""
         self._source = source
+        self._caller = caller
         self._live = live
         self._key = key
         self._after = after
@@ -256,24 +258,33 @@ class RunEventStream:
         """Held while texts are taken and sent, so that no text overtakes an earlier one or its step."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
         if scope["method"] != "HEAD":
-            self._live.open_streams += 1
+            await self._stream(scope, receive, send)
+        else:
+            await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def _stream(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the head and the events, in a place that a smaller client may get: the stream then ends early."""
+        caller = self._caller
+        with (
+            self._live.waiting.waiter(self._key.execution_id) as waiter,
+            self._live.streams.take(caller.organization_id, caller.key_id, waiter.end),
+        ):
             instruments.gauge("sse_clients").inc()
             if self._after > 0:
                 instruments.counter("sse_resyncs_total").inc()
             try:
+                await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
                 if self._source.answers is None:
-                    await self._follow(scope, receive, send)
+                    await self._follow(waiter, scope, receive, send)
                 else:
-                    await self._follow_with_answers(self._source.answers, scope, receive, send)
+                    await self._follow_with_answers(self._source.answers, waiter, scope, receive, send)
             finally:
-                self._live.open_streams -= 1
                 instruments.gauge("sse_clients").dec()
-        await send({"type": "http.response.body", "body": b""})
 
     async def _follow_with_answers(
-        self, wanted: StepFilter, scope: Scope, receive: Receive, send: Send
+        self, wanted: StepFilter, waiter: ExecutionWaiter, scope: Scope, receive: Receive, send: Send
     ) -> None:
         """Send the events of the run until it ends or the client leaves, and beside them the texts that
         models are writing.
@@ -282,7 +293,7 @@ class RunEventStream:
             self._texts = CheckedTexts(reader)
             sending = asyncio.create_task(self._send_answers(self._texts, send))
             try:
-                await self._follow(scope, receive, send)
+                await self._follow(waiter, scope, receive, send)
             finally:
                 sending.cancel()
                 await asyncio.gather(sending, return_exceptions=True)
@@ -295,16 +306,15 @@ class RunEventStream:
                 await self._send(send, texts.take())
             await asyncio.sleep(COALESCE_SECONDS)
 
-    async def _follow(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _follow(self, waiter: ExecutionWaiter, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events of the run until it ends or the client leaves; between them, wait for changes."""
-        with self._live.waiting.waiter(self._key.execution_id) as waiter:
-            client = asyncio.create_task(_until_gone(receive))
-            client.add_done_callback(lambda _: waiter.end())
-            try:
-                while not waiter.is_over and await self._send_changes(waiter, scope, send):
-                    await waiter.changed.wait()
-            finally:
-                client.cancel()
+        client = asyncio.create_task(_until_gone(receive))
+        client.add_done_callback(lambda _: waiter.end())
+        try:
+            while not waiter.is_over and await self._send_changes(waiter, scope, send):
+                await waiter.changed.wait()
+        finally:
+            client.cancel()
 
     async def _send_changes(self, waiter: ExecutionWaiter, scope: Scope, send: Send) -> bool:
         """Send the events since the last call; return False if none will follow.

@@ -26,6 +26,7 @@ from gateway.executions.agent_step_rows import StepFilter
 from gateway.executions.live_events import HEADERS, CheckedTexts
 from gateway.http import errors, limits
 from gateway.http.errors import ApiError
+from gateway.http.shared_allowance import SharedAllowance
 from models.errors import DatabaseUnavailable
 from models.execution import Execution, ExecutionData
 from models.execution_status import TERMINAL_STATUSES
@@ -60,6 +61,8 @@ RECENT: Final = timedelta(minutes=1)
 """Age of a change up to which a new stream begins with a hint: the page may be older than the change."""
 WATCHED_ROWS: Final = 50
 """Newest rows of a list of an organization whose changes count as a change of the list."""
+
+_TOO_MANY: Final = "Too many event streams are open here: load the page again instead"
 
 TakeTexts: TypeAlias = Callable[[], bytes]
 """Function that returns new texts as encoded events."""
@@ -141,11 +144,7 @@ class LiveHints:
         """Watches by topic and organization."""
         self._queues: set[HintQueue] = set()
         self._is_released = False
-
-    @property
-    def open_streams(self) -> int:
-        """Number of streams of this process that are open now."""
-        return len(self._queues)
+        self.streams = SharedAllowance(limits.EVENT_STREAMS, _TOO_MANY)
 
     def release(self) -> None:
         """End all streams, because the process is about to stop; clients connect again, to another process."""
@@ -164,10 +163,11 @@ class LiveHints:
     def stream(self, caller: ApiCaller, topics: HintTopics) -> HintStream:
         """Return a stream of hints about topics as an ASGI response; a hint names a changed object, but not the change.
 
-        Raises a 503 error if 500 streams are open here, or the process stops.
+        Raises a 503 error if too many streams are open here, or the process stops.
         """
-        if self.open_streams >= limits.EVENT_STREAMS or self._is_released:
-            raise errors.not_ready("Too many event streams are open here: load the page again instead")
+        if self._is_released:
+            raise errors.not_ready(_TOO_MANY)
+        self.streams.require(caller.organization_id, caller.key_id)
         return HintStream(self, caller, topics)
 
     async def have_ended(self, runs: Sequence[ExecutionKey]) -> bool:
@@ -391,14 +391,20 @@ class HintStream:
         self._topics = topics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
         if scope["method"] != "HEAD":
             await self._run(scope, receive, send)
+        else:
+            await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
         await send({"type": "http.response.body", "body": b""})
 
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
-        queue = HintQueue()
-        with self._live.open_texts(queue, self._topics.texts, scope) as take_texts:
+        """Send the head and the hints, in a place that a smaller client may get: the stream then ends early."""
+        queue, caller = HintQueue(), self._caller
+        with (
+            self._live.streams.take(caller.organization_id, caller.key_id, queue.end),
+            self._live.open_texts(queue, self._topics.texts, scope) as take_texts,
+        ):
+            await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
             await self._send_hints(queue, take_texts, scope, receive, send)
 
     async def _send_hints(

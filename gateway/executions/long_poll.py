@@ -20,6 +20,7 @@ from sqlmodel import col
 
 from concurrency.ttl_cache import TTLCache
 from gateway.http import errors, limits
+from gateway.http.shared_allowance import SharedAllowance
 from journal.group_commit import GroupCommit
 from journal.store import ExecutionKey, RunProgressReport
 from messages.broker import CHANGED_EXECUTIONS, WATCH_SECONDS, BrokerUnavailable, ChangedExecutions
@@ -75,8 +76,9 @@ class ExecutionPollHub:
     def __init__(self, store: JournalStore, broker: Broker) -> None:
         self._store = store
         self._broker = broker
-        self.polls = 0
-        """Number of waiting polls."""
+        self.polls = SharedAllowance(
+            limits.POLLS_WAITING, "Too many requests wait here for executions: ask with wait=0"
+        )
         self.awaited_replies: Counter[str] = Counter()
         """Numbers of requests that wait for replies to signals, by execution."""
         self._reads: GroupCommit[ExecutionKey, RunProgressReport | None] = GroupCommit(self._read)
@@ -114,32 +116,32 @@ class ExecutionPollHub:
         await self._watches.drain()
         await self._reads.drain()
 
-    async def wait_for_progress(self, key: ExecutionKey, wait_seconds: float) -> RunProgressReport | None:
+    async def read_progress(self, key: ExecutionKey) -> RunProgressReport | None:
+        """Return the progress of a run, None if it does not exist; concurrent calls share one query."""
+        return await self._reads.submit(key)
+
+    async def wait_for_progress(
+        self, key: ExecutionKey, caller: ApiCaller, wait_seconds: float
+    ) -> RunProgressReport | None:
         """Wait until a run has ended, at most `wait_seconds` (0: not at all), and return its progress; None if it does
         not exist.
 
-        Raises a 503 error if 10,000 requests wait here, and `DatabaseUnavailable`.
+        Raises the errors of `poll`, and `DatabaseUnavailable`.
         """
         if wait_seconds <= 0:
-            return await self._reads.submit(key)
-        if self.polls >= limits.POLLS_WAITING:
-            raise errors.not_ready("Too many requests wait here for executions to end: ask with wait=0")
-        self.polls += 1
-        with self.waiter(key.execution_id) as waiter:
-            timer = asyncio.get_running_loop().call_later(wait_seconds, waiter.end)
-            try:
-                return await self._wait_for_end(key, waiter)
-            finally:
-                timer.cancel()
-                self.polls -= 1
+            return await self.read_progress(key)
+        with self.poll(key.execution_id, caller.organization_id, caller.key_id, wait_seconds) as waiter:
+            return await self._wait_for_end(key, waiter)
 
-    async def wait_for_outcome(self, key: ExecutionKey, wait_seconds: float) -> RunProgressReport | None:
+    async def wait_for_outcome(
+        self, key: ExecutionKey, caller: ApiCaller, wait_seconds: float
+    ) -> RunProgressReport | None:
         """Wait until a run has ended, at most `wait_seconds`, and return its outcome; None if it has not ended or does
         not exist.
 
         Raises the errors of `wait_for_progress`.
         """
-        found = await self.wait_for_progress(key, wait_seconds)
+        found = await self.wait_for_progress(key, caller, wait_seconds)
         return found if found is not None and found.status in TERMINAL_STATUSES else None
 
     async def _wait_for_end(self, key: ExecutionKey, waiter: ExecutionWaiter) -> RunProgressReport | None:
@@ -160,6 +162,22 @@ class ExecutionPollHub:
             if was_watched or not await self.watch([key.execution_id]):
                 await waiter.changed.wait()
         return waiter.outcome
+
+    @contextmanager
+    def poll(
+        self, execution_id: str, organization_id: str, key_id: str, wait_seconds: float
+    ) -> Iterator[ExecutionWaiter]:
+        """Yield a waiter of an execution that occupies a place of `polls`, and whose wait ends after `wait_seconds`, or
+        when a smaller client needs the place.
+
+        Raises a 503 error if there is no place for this client.
+        """
+        with self.waiter(execution_id) as waiter, self.polls.take(organization_id, key_id, waiter.end):
+            timer = asyncio.get_running_loop().call_later(max(wait_seconds, 0.0), waiter.end)
+            try:
+                yield waiter
+            finally:
+                timer.cancel()
 
     @contextmanager
     def waiter(self, execution_id: str) -> Iterator[ExecutionWaiter]:

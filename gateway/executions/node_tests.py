@@ -86,7 +86,7 @@ async def run_node(request: GatewayRequest) -> JsonResponse:
     accepted = await request.gateway.workflow_runs.accept(request, workflow_id, plan, idempotency_key)
     headers = acceptance.response_headers(request.gateway.settings, accepted)
     key = ExecutionKey(accepted.execution_id, request.caller.shard)
-    progress = await request.gateway.waiting.wait_for_progress(key, body.wait)
+    progress = await request.gateway.waiting.wait_for_progress(key, request.caller, body.wait)
     if progress is None:
         raise errors.not_found("execution")
     if progress.status not in TERMINAL_STATUSES:

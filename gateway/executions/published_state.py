@@ -55,6 +55,7 @@ async def show(request: GatewayRequest) -> JsonResponse | NotModified:
     found = await change_polls.read_until(
         gateway.waiting,
         key.execution_id,
+        request.caller,
         request.query[WAIT],
         partial(_read, gateway.database, key),
         lambda state: state.has_ended or _entity_tag(state) not in known,

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from gateway.executions.long_poll import ExecutionPollHub
     from journal.store import ExecutionKey
     from journal.waits.signals import SignalProgress
+    from models.access import ApiCaller
     from models.database import Database
     from models.signal import Signal
 
@@ -44,18 +45,24 @@ def reserve_wait(waiting: ExecutionPollHub, key: ExecutionKey, seconds: int) -> 
 
 
 async def wait_for_reply(
-    database: Database, waiting: ExecutionPollHub, key: ExecutionKey, sent: Signal, seconds: int
+    database: Database,
+    waiting: ExecutionPollHub,
+    key: ExecutionKey,
+    caller: ApiCaller,
+    sent: Signal,
+    seconds: int,
 ) -> Signal:
     """Wait until a node has replied to a signal or the run has ended, at most `seconds`, and return the signal as it is
     then; with 0, return `sent` at once.
 
-    Raises 404 if the run is gone, and 503 if 10,000 requests wait here.
+    Raises 404 if the run is gone, and 503 if too many requests wait here.
     """
     if seconds == 0:
         return sent
     found = await change_polls.read_until(
         waiting,
         key.execution_id,
+        caller,
         seconds,
         partial(_read, database, key, sent.number),
         lambda progress: progress.has_ended or progress.signal.replied_at is not None,

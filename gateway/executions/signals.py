@@ -166,7 +166,9 @@ async def send(request: GatewayRequest) -> JsonResponse:
         stored, result = await _store(request, key, sent, idempotency_key)
         if result is not None:
             await _continue_run(request, key, sent.name, result)
-        stored = await signal_replies.wait_for_reply(gateway.database, gateway.waiting, key, stored, seconds)
+        stored = await signal_replies.wait_for_reply(
+            gateway.database, gateway.waiting, key, caller, stored, seconds
+        )
     receipt = SignalReceipt(**await offload.run(_receipt_fields, stored))
     return JsonResponse(
         receipt,

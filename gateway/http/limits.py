@@ -261,11 +261,11 @@ PINNED_BYTES: Final = 1_000_000
 TEST_WAIT_DEFAULT_SECONDS: Final = 10
 """Seconds that the test of a node waits for its end, unless `wait` is given."""
 POLLS_WAITING: Final = 10_000
-"""Long polls at one gateway; more get 503."""
+"""Long polls at one gateway, shared by all clients."""
 LIVE_TOPICS: Final = 20
 """Topics of one stream of hints."""
 EVENT_STREAMS: Final = 500
-"""Open event streams at one gateway; more get 503."""
+"""Open event streams of executions, and as many streams of hints, at one gateway, shared by all clients."""
 RECORDS_DEFAULT: Final = 100
 """Spans or log lines of a list, unless `limit` is given."""
 RECORDS_MAX: Final = 1_000

@@ -333,7 +333,7 @@ async def _await_response(
     key = ExecutionKey(accepted.execution_id, inbound.shard)
     seconds = until - asyncio.get_running_loop().time()
     standing = await webhook_responses.await_answer(
-        request.gateway.database, request.gateway.waiting, key, seconds
+        request.gateway.database, request.gateway.waiting, key, inbound, seconds
     )
     if standing is not None and standing.answer is not None:
         return WorkflowAnswer(standing.answer, _replay_headers(accepted))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
 
@@ -13,7 +12,7 @@ from sqlmodel import col
 from concurrency import offload
 from engine.run_errors import NodeError
 from engine.run_records import SpanStatus
-from gateway.http import errors, limits
+from gateway.http import errors
 from json_text import decoding
 from models.execution import Execution, SpanRow
 from models.execution_status import TERMINAL_STATUSES, ExecutionStatus
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
     from gateway.executions.long_poll import ExecutionPollHub, ExecutionWaiter
-    from journal.store import ExecutionKey
+    from journal.store import ExecutionKey, InboundRequest
     from models.database import Database
     from nodes.webhook_responses import WebhookResponse
 
@@ -59,23 +58,17 @@ class AwaitedRunState(Struct, frozen=True):
 
 
 async def await_answer(
-    database: Database, waiting: ExecutionPollHub, key: ExecutionKey, seconds: float
+    database: Database, waiting: ExecutionPollHub, key: ExecutionKey, inbound: InboundRequest, seconds: float
 ) -> AwaitedRunState | None:
-    """Wait until a run has answered or ended, at most `seconds`, and return its state then; None if there is no such
-    run.
+    """Wait until the run of a request has answered or ended, at most `seconds`, and return its state then; None if
+    there is no such run.
 
-    Raises a 503 error when 10,000 requests wait here, and 500 for an answer that can't be rendered.
+    Raises a 503 error when too many requests wait here, and 500 for an answer that can't be rendered.
     """
-    if waiting.polls >= limits.POLLS_WAITING:
-        raise errors.not_ready("Too many requests wait for executions to end")
-    waiting.polls += 1
-    with waiting.waiter(key.execution_id) as waiter:
-        timer = asyncio.get_running_loop().call_later(max(seconds, 0.0), waiter.end)
-        try:
-            return await _wait_for_answer(database, waiting, key, waiter)
-        finally:
-            timer.cancel()
-            waiting.polls -= 1
+    with waiting.poll(
+        key.execution_id, inbound.organization_id, inbound.workflow_id or "", seconds
+    ) as waiter:
+        return await _wait_for_answer(database, waiting, key, waiter)
 
 
 async def _wait_for_answer(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 from msgspec import Struct
 
 if TYPE_CHECKING:
+    from gateway.http.shared_allowance import SharedPlace
     from journal.tasks.task_polls import ClaimedTask, TaskPoll
 
 SERVED_TOGETHER: Final = 50
@@ -43,6 +44,7 @@ class ParkedPoll:
         "_timer",
         "has_heartbeats",
         "key_id",
+        "place",
         "poll",
         "seconds",
         "since",
@@ -58,6 +60,8 @@ class ParkedPoll:
         """
         self.poll = poll
         self.key_id = key_id
+        self.place: SharedPlace | None = None
+        """Place among the open polls of the gateway."""
         self.seconds = seconds
         self.has_heartbeats = has_heartbeats
         self.since = monotonic()

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 import structlog
 
 from gateway.http import errors
+from gateway.http.shared_allowance import SharedAllowance
 from gateway.tasks.parked_polls import EMPTY_ANSWER, OrganizationPolls, ParkedPoll, PollAnswer
 from gateway.tasks.poll_heartbeats import PollHeartbeats
 from messages.broker import CHANGED_EXECUTIONS, BrokerUnavailable, ChangedExecutions
@@ -51,7 +52,7 @@ class PollService:
         self._tasks = tasks
         self._polls: dict[str, OrganizationPolls] = {}
         """By organization."""
-        self._parked = 0
+        self.places = SharedAllowance(MAX_PARKED, "Too many workers wait here: try again")
         self._watched: dict[str, float] = {}
         """Times at which watches of organizations were set."""
         self._reported_until: dict[str, float] = {}
@@ -96,15 +97,15 @@ class PollService:
         `call_on_disconnect` registers a callback that ends the poll once its client has left. Raises 503 while too
         many workers wait or the gateway stops.
         """
-        self._require_place()
         await self._listen()
-        self._require_place()  # nothing would end a poll that is parked after `release`
+        if self._is_closed:  # nothing would end a poll that is parked after `release`
+            raise errors.not_ready("This gateway is stopping: try again")
         organization_id = parked.poll.organization_id
+        parked.place = self.places.take(organization_id, parked.key_id, parked.leave)
         polls = self._polls.get(organization_id)
         if polls is None:
             polls = self._polls[organization_id] = OrganizationPolls()
         polls.add(parked)
-        self._parked += 1
         if call_on_disconnect is not None:
             call_on_disconnect(parked.leave)
         if not polls.is_quiet:
@@ -127,17 +128,13 @@ class PollService:
     def close_poll(self, parked: ParkedPoll) -> None:
         """Remove a poll that `open` has added, since its client has the answer or is gone."""
         organization_id = parked.poll.organization_id
-        self._parked -= 1
+        if parked.place is not None:
+            parked.place.release()
         self._heartbeats.discard(parked)
         parked.close()
         if (polls := self._polls.get(organization_id)) is not None:
             polls.discard(parked)
             self._forget(organization_id, polls)
-
-    def _require_place(self) -> None:
-        """Raise 503 while too many workers wait, or the gateway stops."""
-        if self._is_closed or self._parked >= MAX_PARKED:
-            raise errors.not_ready("Too many workers wait here, or this gateway is stopping: try again")
 
     async def _listen(self) -> None:
         """Subscribe this gateway to notifications of tasks, at the first poll only: most gateways have no

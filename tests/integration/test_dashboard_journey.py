@@ -273,7 +273,7 @@ async def test_the_page_of_a_hundred_nodes_loads_few_files_shifts_nothing_and_is
 
 def has_streams(visit: DashboardVisit, count: int) -> bool:
     """Return whether the pages of a visit have so many streams of hints."""
-    return visit.harness.gateway.live_hints.open_streams == count
+    return visit.harness.gateway.live_hints.streams.taken == count
 
 
 async def test_a_text_is_shown_while_its_model_writes_it_and_begins_again_after_a_failure(

@@ -4,7 +4,7 @@ import asyncio
 import json
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -23,6 +23,7 @@ from engine.run_records import AttemptSpan, LogLine, NodeSpan, RunError, RunStat
 from gateway import state
 from gateway.executions import live_events, long_poll
 from gateway.http import limits
+from gateway.http.shared_allowance import SharedAllowance
 from gateway.main import create_app
 from gateway.state import GatewayState
 from journal.store import ClaimedRun, ClaimQuery, RunWrite
@@ -41,6 +42,7 @@ from tests.integration.gateway_harness import (
     OrganizationUsers,
     UserClient,
 )
+from tests.integration.task_workers import TaskWorkerClient
 from tests.services import RedisServer
 from workers.main import run_worker
 from workers.settings import WorkerSettings
@@ -886,7 +888,7 @@ async def test_a_poll_is_answered_as_soon_as_the_run_has_ended(
     execution_id = await execute_workflow(people.owner, await people.owner.create(**GRAPH))
     poll = asyncio.create_task(measure_poll(get_json(people.owner, f"/{execution_id}/progress")))
     run = await claim_run(harness, execution_id)
-    await spin_until(lambda: harness.gateway.waiting.polls > 0)
+    await spin_until(lambda: harness.gateway.waiting.polls.taken > 0)
     began = time.monotonic()
     await run.complete()
     body, _ = await poll
@@ -913,7 +915,7 @@ async def test_many_polls_of_one_run_are_all_answered(
         asyncio.create_task(measure_poll(get_json(people.owner, f"/{execution_id}/progress")))
         for _ in range(20)
     ]
-    await spin_until(lambda: harness.gateway.waiting.polls >= 20)
+    await spin_until(lambda: harness.gateway.waiting.polls.taken >= 20)
     await run.write(run.span("start", output=1))  # not the end: they watch and wait on
     await run.complete()
     answers = await asyncio.gather(*polls)
@@ -1033,7 +1035,7 @@ async def test_a_run_taken_in_at_one_gateway_is_followed_at_another(
         polls = [asyncio.create_task(get_json(person, f"/{execution_id}/progress")) for person in persons]
         run = await claim_run(harness, execution_id, broker=worker)
         await spin_until(lambda: other.gateway.waiting.is_watched(execution_id))
-        await spin_until(lambda: one.gateway.waiting.polls > 0)
+        await spin_until(lambda: one.gateway.waiting.polls.taken > 0)
         began = time.monotonic()
         await run.complete()
         assert [body["status"] for body in await asyncio.gather(*polls)] == ["completed"] * 2
@@ -1047,7 +1049,7 @@ async def test_at_the_end_of_the_process_polls_are_answered_at_once(
     async with run_second_gateway(harness, await connect_broker(None)) as ending:
         owner = await as_client_of(people.owner, ending)
         poll = asyncio.create_task(measure_poll(get_json(owner, f"/{execution_id}/progress")))
-        await spin_until(lambda: ending.gateway.waiting.polls > 0)
+        await spin_until(lambda: ending.gateway.waiting.polls.taken > 0)
         ending.gateway.waiting.release()
         body, seconds = await poll
         assert (body["status"], seconds < PROMPT_SECONDS) == ("pending", True)
@@ -1056,11 +1058,11 @@ async def test_at_the_end_of_the_process_polls_are_answered_at_once(
 
 
 async def test_too_many_polls_and_acceptances_are_told_to_come_again(
-    people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
+    harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     execution_id = await execute_workflow(people.owner, workflow_id)
-    monkeypatch.setattr(limits, "POLLS_WAITING", 0)
+    monkeypatch.setattr(harness.gateway.waiting.polls, "limit", 0)
     monkeypatch.setattr(limits, "ACCEPTANCES_WAITING", 0)
     for response in (
         await people.owner.api.get(f"{EXECUTIONS}/{execution_id}/progress"),
@@ -1363,7 +1365,7 @@ async def test_an_event_id_beyond_all_is_no_error(harness: GatewayHarness, peopl
 async def test_streams_are_bounded_and_a_client_that_leaves_makes_room(
     harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(limits, "EVENT_STREAMS", 1)
+    monkeypatch.setattr(harness.gateway.live_events.streams, "limit", 1)
     execution_id = await execute_workflow(people.owner, await people.owner.create(**GRAPH))
     stream = open_stream(harness, people.owner, execution_id)
     await stream.next()
@@ -1373,7 +1375,44 @@ async def test_streams_are_bounded_and_a_client_that_leaves_makes_room(
     again = open_stream(harness, people.owner, execution_id)
     assert (await again.next()).name == "execution"
     await again.hang_up()
-    assert harness.gateway.live_events.open_streams == 0
+    assert harness.gateway.live_events.streams.taken == 0
+
+
+SHARED: Mapping[str, tuple[str, Callable[[GatewayState], SharedAllowance]]] = {
+    "events": ("GET /api/v1/executions/{id}/events", lambda gateway: gateway.live_events.streams),
+    "hints": ("GET /live?topics=executions", lambda gateway: gateway.live_hints.streams),
+    "progress": ("GET /api/v1/executions/{id}/progress?wait=30", lambda gateway: gateway.waiting.polls),
+    "tasks": ("POST /api/v1/tasks/claim", lambda gateway: gateway.task_hub._polls.places),  # noqa: SLF001 - loaded late
+}
+"""Requests that wait in a place that the clients of a gateway share."""
+
+
+@pytest.mark.parametrize("kind", SHARED)
+async def test_a_client_at_its_most_leaves_a_place_to_other_organizations(
+    harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    (method, _, path), find_allowance = SHARED[kind][0].partition(" "), SHARED[kind][1]
+    allowance = find_allowance(harness.gateway)
+    monkeypatch.setattr(allowance, "limit", 2)
+
+    async def open_request(person: UserClient) -> asyncio.Task[httpx2.Response]:
+        execution_id = await execute_workflow(person, await person.create(**GRAPH))
+        body = TaskWorkerClient(person.api).poll(wait=30) if path.endswith("claim") else None
+        url = path.format(id=execution_id)
+        return asyncio.create_task(person.api.request(method, url, json=body, timeout=PATIENCE_SECONDS))
+
+    greedy = [await open_request(people.owner) for _ in range(2)]
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        await spin_until(lambda: allowance.taken == 2)
+    assert_refused(await (await open_request(people.owner)), 503, "not-ready")
+    other = await open_request(people.stranger)
+    done, _ = await asyncio.wait(greedy, timeout=PATIENCE_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+    assert [task.result().status_code < 300 for task in done] == [True], "one ends early, without an error"
+    assert (allowance.taken, other.done()) == (2, False)
+    for task in (*greedy, other):
+        task.cancel()
+    await asyncio.gather(*greedy, other, return_exceptions=True)
+    assert allowance.taken == 0
 
 
 @pytest.mark.usefixtures("looks")

@@ -11,7 +11,6 @@ import pytest
 
 from engine.run_records import RunError, RunStatus
 from gateway.executions import long_poll
-from gateway.http import limits
 from messages.broker_connection import connect_broker
 from models.access import KeyScope
 from models.ended_execution import EndedExecution
@@ -47,7 +46,7 @@ async def claim_awaited(
     harness: GatewayHarness, person: UserClient, workflow_id: str
 ) -> tuple[str, ClaimedTestRun]:
     """Claim the one run of a workflow, once its request waits for its end."""
-    await spin_until(lambda: harness.gateway.waiting.polls > 0)
+    await spin_until(lambda: harness.gateway.waiting.polls.taken > 0)
     (execution_id,) = await list_ids(person, f"workflow_id={workflow_id}")
     return execution_id, await claim_run(harness, execution_id)
 
@@ -72,7 +71,7 @@ async def test_a_run_that_ends_in_time_is_answered_with_its_outcome(
 
 
 async def test_a_run_that_has_not_ended_is_answered_as_without_the_preference(
-    people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
+    harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     at_once = await post(people.owner, f"{workflow_id}/execute", "wait=0")
@@ -81,7 +80,7 @@ async def test_a_run_that_has_not_ended_is_answered_as_without_the_preference(
         "wait=0",
     )
     # No failure of the wait may cost the client the id of its run.
-    monkeypatch.setattr(limits, "POLLS_WAITING", 0)
+    monkeypatch.setattr(harness.gateway.waiting.polls, "limit", 0)
     busy = await post(people.owner, f"{workflow_id}/execute", "wait=30")
     assert (busy.status_code, list(busy.json())) == (201, ["executionId"])
     assert "location" in busy.headers

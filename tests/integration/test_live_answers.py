@@ -206,7 +206,7 @@ async def test_a_stream_of_hints_with_texts_ends_with_the_access_of_its_client(
     async with run_second_gateway(harness, await connect_broker(None)) as there:
         path = f"/live?topics=executions,texts:{execution_id}"
         stream = EventStreamClient(there.app, path, {"X-API-Key": key["key"]})
-        await spin_until(lambda: there.gateway.live_hints.open_streams == 1)
+        await spin_until(lambda: there.gateway.live_hints.streams.taken == 1)
         # No process holds the pending run.
         piece = AnswerPiece(execution_id, "ask", "", 0, 1, 0, "model_1", 0, "Read.")
         there.gateway.live_events.answers.receive(AnswerPieces("", [piece]))
@@ -285,7 +285,7 @@ async def test_a_revoked_key_gets_no_text_that_was_written_while_its_client_did_
         monkeypatch.setattr(AgentStepSource, "read", read_when_full)
         monkeypatch.setattr(live_events, "MAX_UNCHECKED_SECONDS", 1_000.0)
         stream = UnreadStream(there.app, f"/api/v1/executions/{execution_id}/steps", headers)
-        await spin_until(lambda: live.open_streams == 1)
+        await spin_until(lambda: live.streams.taken == 1)
         write(0, "Read. ")
         assert (await stream.next()).data["text"] == "Read. "
         stream.reads.clear()

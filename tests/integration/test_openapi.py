@@ -36,7 +36,7 @@ from gateway.tasks.task_hub import TaskHub
 from gateway.tasks.worker_presence import WorkerDescription
 from journal.store import ExecutionKey, RunProgressReport
 from journal.tasks.task_polls import TaskPoll
-from models.access import ALL_KEY_SCOPES, KeyScope
+from models.access import ALL_KEY_SCOPES, ApiCaller, KeyScope
 from pilotflame import command_error
 from tests.api_document import read_document
 from tests.integration.deployed_workflows import answer_for_pods
@@ -398,9 +398,10 @@ def unlimited(monkeypatch: pytest.MonkeyPatch) -> None:
 async def poll_at_once(
     waiting: ExecutionPollHub,
     key: ExecutionKey,
+    caller: ApiCaller,
     wait_seconds: float,  # noqa: ARG001 - the method's signature
 ) -> RunProgressReport | None:
-    return await PROGRESS(waiting, key, 0)
+    return await PROGRESS(waiting, key, caller, 0)
 
 
 async def claim_at_once(

@@ -18,7 +18,7 @@ from engine import run_progress, workflow_runner
 from gateway.http.byte_budget import ByteBudget, ByteHolding
 from gateway.http.errors import ApiError
 from gateway.http.protocol import ConnectionBounds, RequestHolding
-from gateway.tasks import poll_heartbeats, poll_service, task_protocol
+from gateway.tasks import poll_heartbeats, task_protocol
 from gateway.tasks.held_polls import HeldPoll
 from gateway.tasks.parked_polls import SERVED_TOGETHER, ParkedPoll, PollAnswer
 from gateway.tasks.poll_service import PollService
@@ -959,7 +959,7 @@ async def test_a_poll_with_heartbeats_ends_with_its_client(
     harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await add_type(people)
-    monkeypatch.setattr(poll_service, "MAX_PARKED", 1)
+    monkeypatch.setattr(harness.gateway.task_hub._polls.places, "limit", 1)  # noqa: SLF001 - no setting has it
     heartbeats, connection = HeldPollRecorder(monkeypatch), BreakingConnection(harness, people.owner.key)
     held = hold_poll(TaskWorkerClient(connection.api))
     await heartbeats.wait(2)
@@ -976,7 +976,7 @@ async def test_a_repeated_poll_gets_the_tasks_of_an_answer_that_broke_off_after_
     harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await add_type(people)
-    monkeypatch.setattr(poll_service, "MAX_PARKED", 1)
+    monkeypatch.setattr(harness.gateway.task_hub._polls.places, "limit", 1)  # noqa: SLF001 - no setting has it
     heartbeats = HeldPollRecorder(monkeypatch)
     connection = BreakingConnection(harness, people.owner.key, loses_end=True)
     worker = TaskWorkerClient(people.owner.api)

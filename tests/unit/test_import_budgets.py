@@ -20,12 +20,12 @@ PACKAGES = frozenset(
 # Modules of the process, then the most modules of the project and of libraries that its start may load. A new module
 # needs no change here while there is room; raise a budget only for modules that every start needs.
 BUDGETS = {
-    "gateway": (("gateway.settings", "gateway.main"), 555, 400),
+    "gateway": (("gateway.settings", "gateway.main"), 556, 400),
     "worker": (("workers.settings", "workers.main"), 252, 330),
     "scheduler": (("scheduler.settings", "scheduler.main"), 187, 345),
     "deployer": (("workers.deployer.settings", "workers.deployer.main"), 101, 325),
     "runner": (("runner.settings", "runner.main"), 151, 250),
-    "dev": (("pilotflame.dev", "pilotflame.all_in_one"), 626, 420),
+    "dev": (("pilotflame.dev", "pilotflame.all_in_one"), 627, 420),
 }
 MOST_DATACLASSES = 30
 """Dataclasses of the project that a start may create: each takes as long as 70 structs of msgspec."""
