@@ -12,7 +12,7 @@ from gateway.dashboard.formats import show_whole_json
 
 KINDS: Final = {"string": "text", "integer": "integer", "number": "number", "boolean": "boolean"}
 """Kinds of form fields by the type of a JSON Schema; any other type is written as JSON."""
-BODY_TRIGGERS: Final = frozenset({"manual", "webhook"})
+BODY_TRIGGERS: Final = frozenset({"manual", "rest-api", "webhook"})
 """Types of triggers whose output has the inputs of a run as `body`."""
 MAX_FIELDS: Final = 30
 NAME: Final = r"([A-Za-z_][A-Za-z0-9_]*)"
@@ -69,7 +69,7 @@ def _build_field(name: str, schema: Any, *, is_required: bool) -> FormField:  # 
 def list_inputs(nodes: Iterable[Mapping[str, Any]]) -> Sequence[FormField]:
     """Return a field for each input of a run that the expressions and templates of these nodes read, at most 30.
 
-    Its hint names up to three nodes that read it. Empty if no trigger takes a body (`manual`, `webhook`).
+    Its hint names up to three nodes that read it. Empty if no trigger takes a body (`manual`, `rest-api`, `webhook`).
     """
     found: dict[str, list[str]] = {}
     has_body = False

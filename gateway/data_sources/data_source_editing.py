@@ -135,6 +135,26 @@ class DataSourceEditor:
         )
         return JsonResponse(shown, status=201, headers=entity_tag(StoredDataSource(source, {})))
 
+    async def find_or_create(self, caller: ApiCaller, source: DataSource) -> str:
+        """Return the id of the caller's data source with the name and type of `source`; without one, insert `source`.
+
+        Raises the errors of `create`.
+        """
+        source_id = await self._find_named(source)
+        if source_id is None:
+            try:
+                await self.create(caller, source, None)
+            except ApiError:
+                # Another request may have created it at the same time.
+                source_id = await self._find_named(source)
+                if source_id is None:
+                    raise
+        return source_id or source.id
+
+    async def _find_named(self, source: DataSource) -> str | None:
+        async with self._database.read() as connection:
+            return await data_source_rows.find_named(connection, source)
+
     async def edit(self, requested: RequestedObject, action: AuditAction, change: Change) -> StoredDataSource:
         """Apply `change` to the requested data source after all concurrent edits, and return the stored result.
 

@@ -76,6 +76,16 @@ async def find(connection: AsyncConnection, source_id: str, caller: ApiCaller) -
     return StoredDataSource(build_row(DataSource, row), shared_with.get(source_id, {}))
 
 
+async def find_named(connection: AsyncConnection, source: DataSource) -> str | None:
+    """Return the id of the data source with the owner, name and type of `source`; None without one."""
+    statement = select(col(DataSource.id)).where(
+        col(DataSource.owner_id) == source.owner_id,
+        col(DataSource.name) == source.name,
+        col(DataSource.type) == source.type,
+    )
+    return await connection.scalar(statement)
+
+
 async def page(
     connection: AsyncConnection,
     caller: ApiCaller,

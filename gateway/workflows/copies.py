@@ -11,6 +11,8 @@ from msgspec import UNSET, Meta, UnsetType
 from msgspec.structs import replace
 
 from concurrency import offload
+from engine import config_places
+from gateway.data_sources.data_source_shapes import CreateDataSource, build_data_source
 from gateway.http import errors, limits
 from gateway.http.request import GatewayRequest, read_idempotency_key
 from gateway.http.responses import JsonResponse
@@ -18,6 +20,7 @@ from gateway.http.wire import Instant, StrictWire, WireStruct, body_of, read_jso
 from gateway.workflows import (
     editing,
     finding_shapes,
+    graph_shapes,
     shipped_templates,
     workflow_documents,
     workflow_rows,
@@ -33,7 +36,9 @@ from gateway.workflows.workflow_shapes import (
     Tags,
     UpdateWorkflow,
 )
+from models.access import KeyScope
 from models.audit import AuditAction
+from models.data_source_types import DataSourceType
 from nodes.ai.model_connection import ECHO_MODEL_ID
 
 if TYPE_CHECKING:
@@ -59,8 +64,9 @@ class UseTemplate(StrictWire):
     references: Annotated[dict[str, str | None], Meta(max_length=limits.NODES)] | None = None
     """Replacement id for each data source or model of the template; null leaves the field empty.
 
-    By default, references of the organization's own templates are kept, and those of shipped ones are left
-    empty, except for the built-in model `echo`.
+    By default, references of the organization's own templates are kept. Of shipped ones, the built-in model `echo`
+    is kept, and SQLite databases become the caller's data source *Sample database*, which a key with the scope
+    `datasources:write` creates if it is missing; without that scope they are left empty, like all others.
     """
 
 
@@ -207,21 +213,38 @@ async def _find_template(
     """Return the template that a body names, and a replacement for each reference by the id in the template.
 
     None in place of the mapping keeps all references; a value None empties the field. References of a template that
-    ships with the server are emptied by default, except for the built-in model. Raises a 404 error unless the id is
-    that of a template that the caller may read.
+    ships with the server have defaults, see `UseTemplate`. Raises a 404 error unless the id is that of a template that
+    the caller may read.
     """
     common = shipped_templates.load_templates().get(body.template_id)
     if common is not None:
         catalog = request.gateway.catalog
         stored = common.build_draft(request.caller, catalog, request.gateway.clock())
-        named = workflow_documents.list_references(stored, catalog)
-        kept = {one.id: ECHO_MODEL_ID if one.id == ECHO_MODEL_ID else None for one in named}
-        return stored, kept | (body.references or {})
+        given = body.references or {}
+        named = config_places.list_references(graph_shapes.graph_of(stored), catalog)
+        defaults: dict[str, str | None] = {one.id: None for one in named}
+        if ECHO_MODEL_ID in defaults:
+            defaults[ECHO_MODEL_ID] = ECHO_MODEL_ID
+        databases = {one.id for one in named if DataSourceType.SQLITE in one.source_types} - given.keys()
+        if databases and request.caller.has_scope(KeyScope.DATASOURCES_WRITE):
+            defaults |= dict.fromkeys(databases, await _find_sample_database(request))
+        return stored, defaults | given
     async with request.gateway.database.read() as connection:
         template = await workflow_rows.find_workflow(connection, body.template_id, request.caller)
     if template is None or not template.workflow.is_template:
         raise errors.not_found("template")
     return template, body.references
+
+
+async def _find_sample_database(request: GatewayRequest) -> str:
+    """Return the id of the caller's data source *Sample database*, a SQLite file; it is created if it is missing."""
+    sample = CreateDataSource(
+        name="Sample database",
+        type=DataSourceType.SQLITE,
+        settings={"file": f"sample-{request.caller.user_id}.db"},
+    )
+    source = build_data_source(request.caller, sample, request.gateway.vault, request.gateway.clock())
+    return await request.gateway.data_source_editor.find_or_create(request.caller, source)
 
 
 async def _create(

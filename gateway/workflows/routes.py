@@ -75,7 +75,7 @@ ROUTES: Final[Sequence[Route]] = (
         body=copies.UseTemplate,
         answer=copies.CopyResult,
         status=201,
-        docs=CREATES_GRAPH.refusing("not-found"),
+        docs=CREATES_GRAPH.refusing("not-found", "data-source-name-taken", "too-many-data-sources"),
     ),
     Route(
         "POST",

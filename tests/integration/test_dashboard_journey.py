@@ -15,6 +15,7 @@ from urllib.parse import parse_qs
 import pytest
 
 from gateway.dashboard.graph_map import WINDOW
+from gateway.workflows import shipped_templates
 from tests.fakes.model_server import ModelFault, ScriptedAnswer, serve_models
 from tests.integration.browser import LOADED, needs_chromium
 from tests.integration.dashboard_visit import DashboardVisit, open_visit
@@ -157,6 +158,35 @@ async def test_a_newcomer_begins_with_a_file_or_a_template(visit: DashboardVisit
         assert not visit.take_problems()
     finally:
         await visit.sign_in_as(visit.people.owner.key)
+
+
+@pytest.mark.parametrize(
+    "template", [f"wf_tmpl_{path.stem}" for path in sorted(shipped_templates.FOLDER.glob("*.yaml"))]
+)
+async def test_each_shipped_template_runs_at_the_first_press_without_outside_services(
+    visit: DashboardVisit, template: str
+) -> None:
+    page = visit.page
+    person = await visit.harness.person(await visit.harness.organization())
+    try:
+        await visit.sign_in_as(person.key)
+        await visit.show("/dashboard/workflows")
+        await page.follow(f"form[data-sends*='\"{template}\"'] button")
+        await page.follow(RUN_BUTTON)
+        await page.wait_for("['Completed', 'Waiting'].includes(document.querySelector('.pill').textContent)")
+        if await page.text(".pill") == "Waiting":
+            await page.click("form[data-request$='/input'] button.main")
+        await page.wait_for("document.querySelector('.pill').textContent === 'Completed'")
+        run_id = await page.evaluate("location.pathname.split('/').at(-1)")
+        assert not visit.take_problems()
+    finally:
+        await visit.sign_in_as(visit.people.owner.key)
+    run = (await person.api.get(f"/api/v1/executions/{run_id}")).json()
+    nodes = (await person.workflow(run["workflowId"]))["nodes"]
+    outside = {node["id"] for node in nodes if node["type"] in {"http-request", "email-send"}}
+    assert not outside & run["outputs"].keys()
+    steps = [step["status"] for output in run["outputs"].values() for step in output.get("steps", ())]
+    assert set(steps) <= {"completed"}
 
 
 async def bring_file(visit: DashboardVisit, name: str, text: str) -> None:

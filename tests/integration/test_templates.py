@@ -2,8 +2,10 @@
 here.
 """
 
+import asyncio
 import csv
 import json
+import re
 import shutil
 import sqlite3
 from collections import defaultdict
@@ -15,6 +17,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from models.access import KeyScope
 from tests import smtp_server
 from tests.fakes.model_server import serve_models
 from tests.integration.gateway_harness import GatewayHarness, OrganizationUsers, UserClient, assert_refused
@@ -143,8 +146,31 @@ async def test_the_penguin_report_brings_its_measurements(person: UserClient) ->
     assert report.splitlines()[-1] == "342 weighed, 2 not"
 
 
+async def test_shipped_templates_share_one_sample_database_of_the_caller(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    async def list_sources(person: UserClient, template: str) -> set[str]:
+        body = {"templateId": f"wf_tmpl_{template}"}
+        response = await person.api.post("/api/v1/workflows/from-template", json=body)
+        assert response.status_code == 201, response.text
+        nodes = (await person.workflow(response.json()["workflowId"]))["nodes"]
+        return set(re.findall(r'"dataSource": "(\w+)"', json.dumps(nodes)))
+
+    async with asyncio.TaskGroup() as group:
+        names = ["daily-etl", "research-agent", *["webhook-to-database"] * 5]
+        uses = [group.create_task(list_sources(people.owner, name)) for name in names]
+    (source,) = (await people.owner.api.get("/api/v1/datasources")).json()["dataSources"]
+    assert {id_ for use in uses for id_ in use.result()} == {source["id"]}
+    assert (source["name"], source["type"], source["isPublic"]) == ("Sample database", "sqlite", False)
+    assert source["id"] not in await list_sources(people.admin, "daily-etl")
+    assert not await list_sources(people.owner, "mail-triage")
+    organization = await harness.organization()
+    person = await harness.person(organization, scopes=[KeyScope.WORKFLOWS_READ, KeyScope.WORKFLOWS_WRITE])
+    assert not await list_sources(person, "daily-etl")
+
+
 async def test_references_of_a_template_may_be_filled_in_later(people: OrganizationUsers) -> None:
-    body = {"templateId": "wf_tmpl_daily-etl", "name": "Later"}
+    body = {"templateId": "wf_tmpl_daily-etl", "name": "Later", "references": {"source": None}}
     response = await people.owner.api.post("/api/v1/workflows/from-template", json=body)
     workflow = await people.owner.workflow(response.json()["workflowId"])
     assert workflow["name"] == "Later"
@@ -288,7 +314,7 @@ async def test_a_price_is_written_when_somebody_has_approved_it(
 async def test_a_mail_is_sorted_and_answered_when_somebody_has_approved_the_draft(
     person: UserClient, subject: str, text: str, choice: str
 ) -> None:
-    mail = {"from": "ada@example.com", "to": "help@example.org", "subject": subject, "body_text": text}
+    mail = {"from": "ada@mail.example", "to": "help@example.org", "subject": subject, "body_text": text}
     async with smtp_server.serve_smtp(tls="none") as server:
         settings = {"host": "127.0.0.1", "port": server.port, "tls": "none"}
         source = {"name": f"Mail {subject}", "type": "smtp", "settings": settings}
@@ -303,7 +329,7 @@ async def test_a_mail_is_sorted_and_answered_when_somebody_has_approved_the_draf
             assert response.status_code == 200, response.text
         found = await wait_for_outputs(person, execution_id)
     assert [sent.recipients for sent in server.received] == (
-        [["ada@example.com"]] if choice == "send" else []
+        [["ada@mail.example"]] if choice == "send" else []
     )
     assert ("ignored" in found, "discarded" in found) == (not choice, choice == "discard")
 
