@@ -23,6 +23,7 @@ class _AnswerError(msgspec.Struct):
     code: str
     message: str
     cause: FailureCause | None = None
+    attempt: int | None = None
 
 
 class _AnswerRecord(msgspec.Struct):
@@ -56,7 +57,7 @@ def decode_answer(payload: bytes) -> NodeResult:
     answer = _decode(payload, _AnswerRecord)
     if answer.error is not None:
         error = answer.error
-        raise NodeError(error.message, code=error.code, cause=error.cause)
+        raise NodeError(error.message, code=error.code, cause=error.cause, attempt=error.attempt)
     return NodeResult(answer.output, answer.port)
 
 

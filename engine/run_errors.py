@@ -33,7 +33,8 @@ class NodeError(Exception):
     """Failure of a node; `retryable` says whether another attempt may succeed.
 
     `request` is the HTTP request that failed, `cause` the error inside a sub-workflow that made the node
-    fail. `retry_after_seconds` is the time after which another attempt may succeed; None if it is unknown.
+    fail. `retry_after_seconds` is the time after which another attempt may succeed; None if it is unknown. `attempt` is
+    the number of the failed attempt at a task; None for attempts that the run counts itself.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class NodeError(Exception):
         request: HttpRequestName | None = None,
         cause: FailureCause | None = None,
         retry_after_seconds: float | None = None,
+        attempt: int | None = None,
     ) -> None:
         super().__init__(message)
         self.code = code
@@ -53,6 +55,7 @@ class NodeError(Exception):
         self.request = request
         self.cause = cause
         self.retry_after_seconds = retry_after_seconds
+        self.attempt = attempt
 
 
 class LeaseLost(Exception):

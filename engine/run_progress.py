@@ -242,7 +242,8 @@ class RunProgress:
 
     def to_run_error(self, visit: NodeVisit, error: NodeError) -> RunError:
         """Convert an error to the stored error of a node, without its message if that may quote hidden contents."""
-        reason = run_records.to_node_run_error(error, visit.node_id, visit.attempt)
+        attempt = visit.attempt if error.attempt is None else error.attempt
+        reason = run_records.to_node_run_error(error, visit.node_id, attempt)
         return reason if visit.program.records_content else content_recording.strip_error(reason)
 
     def _pause_seconds(self, visit: NodeVisit, error: NodeError) -> float | None:

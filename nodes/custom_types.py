@@ -232,7 +232,8 @@ def _name_problems(document: NodeTypeDocument) -> Iterator[SchemaProblem]:
     namespace, _, name = document.type.partition("/")
     if not re.match(TYPE_PATTERN, document.type):
         message = (
-            "type must be a namespace and a name, such as acme/resize: lower-case letters, digits and hyphens"
+            "type must be a namespace of 2 to 39 characters and a name of 2 to 63, such as acme/resize: lower-case"
+            " letters, digits and hyphens, a letter first"
         )
         yield SchemaProblem("type", message)
     elif namespace in RESERVED_NAMESPACES:

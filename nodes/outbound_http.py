@@ -78,6 +78,8 @@ class OutboundPolicy(Struct, frozen=True):
     """Networks that are allowed on any port, although they are not public."""
     allowed_hosts: frozenset[str] = frozenset()
     """Hosts, or hosts with ports as `host:port`, that are allowed whatever their addresses are."""
+    hosts_setting: str = ""
+    """Setting of `allowed_hosts`, such as `model_hosts`, which refusals name; empty for that of all networks."""
     privileged_ports: frozenset[int] = frozenset({80, 443})
     """Ports below 1024 that are allowed for public addresses."""
     max_redirects: int = 5
@@ -178,10 +180,13 @@ def require_allowed_address(policy: OutboundPolicy, target: UrlTarget, address: 
         return
     if not url_targets.is_public(address):
         raise OutboundRefused(
-            OutboundRefusalCode.ADDRESS_NOT_ALLOWED, url_targets.not_public_refusal(target.host)
+            OutboundRefusalCode.ADDRESS_NOT_ALLOWED,
+            url_targets.not_public_refusal(target.host, policy.hosts_setting),
         )
     if target.port < FIRST_UNPRIVILEGED_PORT and target.port not in policy.privileged_ports:
-        raise OutboundRefused(OutboundRefusalCode.PORT_NOT_ALLOWED, url_targets.port_refusal(target.port))
+        raise OutboundRefused(
+            OutboundRefusalCode.PORT_NOT_ALLOWED, url_targets.port_refusal(target.port, policy.hosts_setting)
+        )
 
 
 def require_valid_request(method: str, headers: Mapping[str, str]) -> None:

@@ -70,20 +70,26 @@ class UrlTarget(Struct, frozen=True):
         return f"{self.origin}{self.path}?{self.query}" if self.query else f"{self.origin}{self.path}"
 
 
-def not_public_refusal(host: str) -> str:
-    """Return the message that refuses a host which is not public, with the setting by which an operator allows its
-    network.
+def not_public_refusal(host: str, hosts_setting: str = "") -> str:
+    """Return the message that refuses a host which is not public, with the setting by which an operator allows it:
+    `hosts_setting` for the host alone, that of the networks of all nodes without one.
 
     It never contains the address of a name: names of the internal network must not be resolvable by users.
     """
-    setting = run_limits.setting_name("outbound_allowed_networks")
-    return f"{host[:100]} is not a public address; an operator allows its network with {setting}"
+    return f"{host[:100]} is not a public address; {_advise(hosts_setting, 'its network')}"
 
 
-def port_refusal(port: int) -> str:
-    """Return the message that refuses a port below 1024, with the setting by which an operator allows its network."""
-    setting = run_limits.setting_name("outbound_allowed_networks")
-    return f"Port {port} is not allowed; an operator allows the network of its host with {setting}"
+def port_refusal(port: int, hosts_setting: str = "") -> str:
+    """Return the message that refuses a port below 1024, with the setting by which an operator allows it, as in
+    `not_public_refusal`.
+    """
+    return f"Port {port} is not allowed; {_advise(hosts_setting, 'the network of its host')}"
+
+
+def _advise(hosts_setting: str, network: str) -> str:
+    if hosts_setting:
+        return f"an operator allows this host alone with {run_limits.setting_name(hosts_setting)}"
+    return f"an operator allows {network} with {run_limits.setting_name('outbound_allowed_networks')}"
 
 
 def redact_url(url: str) -> str:

@@ -29,7 +29,10 @@ NodeTypePattern = Annotated[
     str,
     Meta(
         pattern=r"^[a-z][a-z0-9-]{1,38}/(\*|[a-z][a-z0-9-]{1,62})$",
-        description="a custom node type such as acme/resize, or a namespace such as acme/*",
+        description=(
+            "a custom node type such as acme/resize, or a namespace such as acme/*, with names of 2 to 39 and 2 to 63"
+            " lower-case letters, digits and hyphens, a letter first"
+        ),
     ),
 ]
 

@@ -129,7 +129,7 @@ BLOCKER_RULES: Final[Mapping[BlockerCode, BlockerRule]] = {
         BlockerKind.WAIT,
         "A node waits for a worker of its custom type: to begin its task, or to end it. `task` and `state` are those"
         " of the task; `by` is the worker that holds it. The message says if no worker performs such tasks.",
-        "Start a worker of the type, with this version or a newer one, for the pool of the task.",
+        "Start a worker of the type, with this version or a newer one of its major version, for the pool of the task.",
     ),
     BlockerCode.AWAITING_CALLBACK: BlockerRule(
         BlockerKind.WAIT,

@@ -87,7 +87,10 @@ def find_service(
     ]
     if serving:
         return TaskService(len(serving), last_seen, None)
-    wanted = f"no worker serves {type_name} ≥ {version} in pool {pool}"
+    # Code of another first number does not perform it, however new it is.
+    wanted = (
+        f"no worker of {type_name} {version}, or a newer {version.partition('.')[0]}.x, serves pool {pool}"
+    )
     if not of_type:
         return TaskService(0, None, f"{wanted}; none has ever polled for this type")
     return TaskService(0, last_seen, f"{wanted}; {_describe(of_type, type_name, pool, now)}")

@@ -166,8 +166,13 @@ class TaskTransaction:
 
     def answer_failure(self, task: TaskRow) -> None:
         """Give the node of a failed task its error as the answer, unless the run has ended."""
-        error = decoding.decode(task.error or "{}")
-        self.answer(task, _encode({"error": {"code": error["code"], "message": error["message"]}}))
+        stored = decoding.decode(task.error or "{}")
+        error = {
+            "code": stored["code"],
+            "message": stored["message"],
+            "attempt": task.failures + task.losses or 1,
+        }
+        self.answer(task, _encode({"error": error}))
 
     def add_lines(self, task: TaskRow, lines: Iterable[LogText], max_lines: int) -> None:
         """Add log lines of a task; from the first above `max_lines` on they are dropped and counted, with one

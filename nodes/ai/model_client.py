@@ -69,7 +69,7 @@ def open_model_outbound(networks: Sequence[IpNetwork], hosts: Collection[str]) -
     """Return a new HTTP client that reaches only public providers, and those that the operator allows by network or
     host.
     """
-    return OutboundClient(OutboundPolicy(tuple(networks), allowed_hosts=frozenset(hosts)))
+    return OutboundClient(OutboundPolicy(tuple(networks), frozenset(hosts), "model_hosts"))
 
 
 class AnswerParser(Protocol):

@@ -52,7 +52,7 @@ def open_outbound(networks: Sequence[IpNetwork], hosts: Collection[str]) -> Outb
     host.
     """
     policy = OutboundPolicy(
-        tuple(networks), allowed_hosts=frozenset(hosts), max_response_bytes=MAX_ANSWER_BYTES
+        tuple(networks), frozenset(hosts), "tool_server_hosts", max_response_bytes=MAX_ANSWER_BYTES
     )
     return OutboundClient(policy)
 

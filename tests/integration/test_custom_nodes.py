@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from typing import Any
 
 import jsonschema_rs
 import pytest
+from pilotflame_sdk.node_definitions import define_node
 from sqlalchemy import select
 from sqlmodel import col
 
@@ -117,6 +119,16 @@ async def test_references_are_written_out(people: OrganizationUsers) -> None:
     assert shown["config"]["properties"] == {"size": size}
     again = await people.owner.api.post(NODES, json=custom_type(config=config))
     assert again.status_code == 200
+
+
+async def test_a_name_of_one_letter_is_told_the_rule(people: OrganizationUsers) -> None:
+    rule = r"of 2 to 39 .* of 2 to 63, .* lower-case letters, digits and hyphens, a letter first"
+    for type_name in ("acme/x", "a/resize"):
+        refused = await people.owner.api.post(NODES, json=custom_type(type=type_name))
+        assert_refused(refused, 422, "validation-failed")
+        assert re.search(rule, refused.json()["error"]["details"][0]["message"])
+        with pytest.raises(ValueError, match=rule):
+            define_node(print, type_name, "1.0.0", is_process=False, fields={}, task_rules={})
 
 
 async def test_custom_types_are_seen_by_their_organization_alone(

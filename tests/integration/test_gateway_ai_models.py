@@ -721,7 +721,7 @@ async def test_a_provider_is_tested_by_its_list_of_models(
         source_id = await create_provider(people.owner, served.url)
         refused = (await people.owner.api.post(f"{SOURCES}/{source_id}/test")).json()
         assert not refused["ok"]
-        assert "PILOTFLAME_OUTBOUND_ALLOWED_NETWORKS" in refused["message"]
+        assert "allows this host alone with PILOTFLAME_MODEL_HOSTS" in refused["message"]
         allow_loopback(harness, monkeypatch)
         tested = (await people.owner.api.post(f"{SOURCES}/{source_id}/test")).json()
         assert (tested["ok"], tested["message"]) == (True, "The provider lists 2 models")

@@ -210,7 +210,7 @@ async def test_a_refresh_that_fails_changes_nothing(
     path = await create_tool_server(people.owner, "http://127.0.0.1:9/mcp")
     refused = await refresh(people.owner, path)
     assert (refused["ok"], refused["toolServer"]["tools"]) == (False, [])
-    assert "PILOTFLAME_OUTBOUND_ALLOWED_NETWORKS" in refused["message"]
+    assert "allows this host alone with PILOTFLAME_TOOL_SERVER_HOSTS" in refused["message"]
     allow_loopback(harness, monkeypatch)
     async with serve_tools() as served:
         kept = await create_tool_server(people.owner, served.url)

@@ -70,7 +70,10 @@ def define_node(
     one task.
     """
     if not _TYPE.match(type_name):
-        raise ValueError(f"{type_name!r} is no type of a node: use two names as in 'acme/resize'")
+        raise ValueError(
+            f"{type_name!r} is no type of a node: use a namespace of 2 to 39 characters and a name of 2 to 63, as in"
+            " 'acme/resize': lower-case letters, digits and hyphens, a letter first"
+        )
     if not _VERSION.match(version):
         raise ValueError(f"{version!r} is no version: use three numbers as in '1.2.0'")
     if fields.get("effect") not in EFFECTS:
