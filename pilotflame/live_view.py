@@ -99,10 +99,12 @@ class RunView:
         return table
 
     def _heading(self) -> Text:
-        """Return the heading of the table: name and status of the run, and its completed nodes."""
+        """Return the heading of the table: name and status of the run, and its settled nodes, skipped ones included."""
         heading = Text.assemble(self._name, " ", _style_status(self._execution.get("status", "pending")))
         if total := self._execution.get("totalNodes"):
-            heading.append(f" {self._execution['completedNodes']}/{total} ({self._execution['progress']} %)")
+            heading.append(
+                f" {self._execution['completedNodes']}/{total} settled ({self._execution['progress']} %)"
+            )
         return heading
 
 

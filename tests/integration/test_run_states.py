@@ -172,3 +172,5 @@ async def test_every_page_and_answer_opens_for_runs_whose_nodes_are_in_any_state
             opened.add(address)
     assert states == {"completed", "failed", "retrying", "reused", "running", "skipped", "waiting"}
     assert not broken
+    # Skipped nodes count as well: a list must not say that they have completed.
+    assert ">Nodes settled<" in (await browser.get("/dashboard/runs")).text
