@@ -1,5 +1,5 @@
 # `make run` needs python3 (3.11 or newer), python3-venv or uv, and make; the locks bring everything else.
-.PHONY: run install test test-all check check-units check-types check-style check-imports check-words bench faults fuzz docs screenshots dist audit lock
+.PHONY: run install test test-all check check-units check-types check-style check-imports check-words bench faults fuzz docs screenshots dist wheels audit lock
 .SILENT:
 MAKEFLAGS += --no-print-directory
 # Without compiled modules every start takes several times as long.
@@ -13,6 +13,7 @@ pip := $(bin)/python -m pip --quiet --disable-pip-version-check install
 else
 pip := $(UV) pip install --quiet --python $(bin)/python --compile-bytecode
 endif
+DIST := $(CURDIR)/dist
 # Options for `make lock`; LOCK=--upgrade moves every package to its newest release.
 LOCK :=
 # Options for `make test`, such as ARGUMENTS="-k restart -x".
@@ -83,11 +84,17 @@ docs: .venv/installed
 screenshots: .venv/installed-for-tests
 	exec $(bin)/python -m tests.integration.screenshots
 
-# The wheel with the documentation site, its bill of materials, and the build context of the images.
+# The wheels of the server, with the documentation site, and of the SDK, a bill of materials, and the build context of the images.
 dist: docs
-	$(bin)/python -m hatchling build --target wheel
+	$(MAKE) wheels
 	$(bin)/python -m deploy.release.bill_of_materials
 	$(bin)/python -m deploy.release.build_context
+
+# The server's wheel contains the SDK too, since the command line uses it. Wheels of earlier versions are removed.
+wheels: .venv/installed
+	rm -f $(DIST)/*.whl
+	$(bin)/python -m hatchling build --target wheel --directory $(DIST)
+	cd sdk/python && $(CURDIR)/$(bin)/python -m hatchling build --target wheel --directory $(DIST)
 
 # Known vulnerabilities of every locked package; exit code 2 if the advisory databases could not be asked.
 audit: .venv/installed

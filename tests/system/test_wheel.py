@@ -1,14 +1,15 @@
-"""The wheel contains everything that a process reads at run time."""
+"""The wheels contain everything that a process reads at run time, and are installed by one line of the README."""
 
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
 import sysconfig
 import urllib.request
-import venv
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -24,35 +25,50 @@ pytestmark = pytest.mark.toolchain
 LISTED_MODULES = (
     "import json, sys; print(json.dumps([each.__file__ for each in map(__import__, sys.argv[1:])]))"
 )
-PACKAGES = ("gateway", "workers", "engine", "models")
+PACKAGES = ("gateway", "workers", "engine", "models", "pilotflame_sdk")
 
 
 @pytest.fixture(scope="module")
-def built_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    (wheel,) = folder.glob("*.whl")
-    return wheel
+def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with the wheels in `dist/`, where a wheel of an earlier release was."""
+    folder = tmp_path_factory.mktemp("release")
+    dist = folder / "dist"
+    dist.mkdir()
+    (dist / "pilotflame-0.1.0-py3-none-any.whl").touch()
+    run_command(["make", "wheels", f"DIST={dist}"], ROOT)
+    assert sorted(wheel.name.partition("-")[0] for wheel in dist.iterdir()) == [
+        "pilotflame",
+        "pilotflame_sdk",
+    ]
+    return folder
+
+
+def run_command(command: Sequence[str], folder: Path, **variables: str) -> None:
+    """Run a command to its end, with further environment variables; fails with its output."""
+    done = subprocess.run(
+        command, cwd=folder, env={**os.environ, **variables}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
-def packed(built_wheel: Path) -> frozenset[str]:
-    """Return the paths of the files in a newly built wheel."""
-    with ZipFile(built_wheel) as archive:
+def packed(release: Path) -> frozenset[str]:
+    """Return the paths of the files in a newly built wheel of the server."""
+    (wheel,) = release.glob("dist/pilotflame-*.whl")
+    with ZipFile(wheel) as archive:
         return frozenset(archive.namelist())
 
 
 @pytest.fixture(scope="module")
-def installed_python(built_wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the interpreter of an environment with the wheel and its dependencies, but without the checkout."""
-    folder = tmp_path_factory.mktemp("environment")
-    venv.create(folder, with_pip=False)
+def installed_python(release: Path) -> Path:
+    """Return the interpreter of an environment with the wheels and their dependencies, but without the checkout."""
+    (line,) = re.findall(r"^python3 -m venv .*dist/.*$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    # The dependencies are those of the tests, so that nothing is downloaded.
+    run_command(["sh", "-c", line], release, PATH=path, PIP_NO_INDEX="1", PIP_NO_DEPS="1")
+    folder = release / "pilotflame"
     paths = sysconfig.get_paths(vars={"base": str(folder), "platbase": str(folder)})
     site_packages = Path(paths["purelib"])
-    with ZipFile(built_wheel) as archive:
-        archive.extractall(site_packages)
     # A folder that is named in such a file takes part without its own `.pth` files, one of which names the checkout.
     (site_packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return folder / "bin/python"
