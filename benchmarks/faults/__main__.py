@@ -28,6 +28,7 @@ from docs.tables import ROOT, replace_table
 PUBLISHED: Final = ROOT / "docs/promises.md"
 FOUND_BY: Final = {
     "fence": [("worker", "late")],
+    "lease": [("task worker", "frozen")],
     "confirmation": [("task worker", "frozen")],
     "sweep": [("worker", "killed")],
     "journal": [("worker", "killed")],

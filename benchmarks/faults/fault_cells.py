@@ -6,8 +6,10 @@ import asyncio
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -16,13 +18,17 @@ from typing import TYPE_CHECKING, Final
 import psutil
 from redis.asyncio import Redis
 
-from benchmarks.faults import upgrades
-from benchmarks.faults.faulty_system import FaultCell, FaultySystem, Strike
+from benchmarks.faults import fault_load, task_worker, upgrades
+from benchmarks.faults.faulty_system import FaultCell, FaultySystem, PromiseBroken, Strike
+from docs.tables import ROOT
+from tests.system.client import API_KEY
 from tests.system.harness import ManyProcesses
 from tests.system.processes import find_sockets
 from tests.system.wait_conditions import wait_until
 
 if TYPE_CHECKING:
+    from tests.system.client import RetryingClient
+    from tests.system.ledger import EffectLedger, LedgerCall
     from tests.system.processes import SystemProcess
 
 LEASE_SECONDS: Final = 10.0
@@ -39,6 +45,8 @@ START_SECONDS: Final = 180.0
 WORK_SECONDS: Final = 20.0
 CALL_SECONDS: Final = 0.15
 """Age of a call whose node is certain to be in progress."""
+LONG_CALL_SECONDS: Final = 1.0
+"""Delay of the ledger's answers during which two workers are certain to perform the same node."""
 
 
 # ── processes ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -56,28 +64,32 @@ def _scheduler(system: FaultySystem) -> SystemProcess:
     return system.many.scheduler
 
 
-async def _wait_for_work(system: FaultySystem, process: SystemProcess) -> None:
-    """Wait until a node of a worker's execution calls the ledger, or some seconds if none does;
-    then set `struck_at`.
+async def _wait_for_work(
+    system: FaultySystem, process: SystemProcess, node_id: str | None = None
+) -> LedgerCall | None:
+    """Wait until a node of a worker's execution, any or that with an id, calls the ledger, or some seconds if
+    none does; then set `struck_at`, and return the call.
     """
     ledger = system.ledger
     if ledger is None or process not in system.deployment.workers:
-        return
+        return None
 
-    until = time.monotonic() + WORK_SECONDS
-    while time.monotonic() < until:
-        since = time.time() - CALL_SECONDS
-        ports = {call.port for call in ledger.calls[-10:] if call.arrived_at > since}
-        # In a thread, and seldom: the links of the deployment share this event loop.
-        if await asyncio.to_thread(_has_one_of, process, ports):
-            break
+    call, until = None, time.monotonic() + WORK_SECONDS
+    while call is None and time.monotonic() < until:
         await asyncio.sleep(CALL_SECONDS)
+        since = time.time() - CALL_SECONDS
+        recent = [
+            call for call in ledger.calls[-10:] if call.arrived_at > since and node_id in {None, call.node_id}
+        ]
+        # In a thread, and seldom: the links of the deployment share this event loop.
+        call = await asyncio.to_thread(_find_call, process, recent)
     system.struck_at = time.time()
+    return call
 
 
-def _has_one_of(process: SystemProcess, ports: Collection[int]) -> bool:
-    """Return whether a connection of the process has one of these local ports."""
-    return any(process.has_socket(find_sockets(port)) for port in ports)
+def _find_call(process: SystemProcess, calls: Sequence[LedgerCall]) -> LedgerCall | None:
+    """Return the first of the calls that a connection of the process has made."""
+    return next((call for call in calls if process.has_socket(find_sockets(call.port))), None)
 
 
 Target = Callable[[FaultySystem], "SystemProcess"]
@@ -125,6 +137,63 @@ def _move_back(*names: str) -> Strike:
     return strike
 
 
+# ── task workers ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def _freeze_task_worker(system: FaultySystem) -> None:
+    """Freeze a task worker, with a task in progress and a poll open, until another worker has got both tasks.
+
+    The second task is committed, and the first one in progress, when the frozen worker goes on: it must neither begin
+    the one nor complete the other.
+    """
+    load, ledger = system.load, system.ledger
+    assert load is not None
+    assert ledger is not None
+    begun, polled = [await fault_load.create_step(load.client, ledger, name) for name in ("begun", "polled")]
+    with _task_worker(system) as frozen:
+        with ledger.holding("begun") as requests:
+            begun_id = await load.start(begun)
+            await requests.next_call()
+            await asyncio.sleep(CALL_SECONDS)  # the next poll is open
+            frozen.send_signal(signal.SIGSTOP)
+        system.struck_at = time.time()
+        with system.deployment.noted_fault("task worker frozen"), ledger.holding("begun") as requests:
+            polled_id = await load.start(polled)
+            await wait_until(partial(_is_leased, load.client, polled_id), what="the open poll gets a task")
+            with _task_worker(system):
+                await load.client.end(polled_id)
+                repetition = await requests.next_call()
+                frozen.send_signal(signal.SIGCONT)
+                await asyncio.sleep(OUTAGE_SECONDS)  # the result of the frozen worker arrives
+                requests.release()
+                ended = await load.client.end(begun_id)
+        if ended.outputs["begun"]["body"]["receipt"] != repetition.receipt:
+            raise PromiseBroken("P2", f"{begun_id} has the result of a task worker without the lease")
+        await load.client.end(await load.start(polled))  # the frozen worker is alone, and goes on
+
+
+@contextmanager
+def _task_worker(system: FaultySystem) -> Iterator[subprocess.Popen[bytes]]:
+    environment = os.environ | {"PILOTFLAME_URL": system.deployment.url, "PILOTFLAME_API_KEY": API_KEY}
+    server = system.deployment.gateway.environment
+    # Without the same mechanism as the server.
+    environment |= {
+        name: server[name] for name in ("PYTHONPATH", "PILOTFLAME_FAULTS_WITHOUT") if name in server
+    }
+    command = [sys.executable, "-m", task_worker.__name__]
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+async def _is_leased(client: RetryingClient, execution_id: str) -> bool:
+    answer = await client.answer("GET", f"/tasks?executionId={execution_id}&state=leased")
+    return bool(answer.json()["count"])
+
+
 # ── links ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -170,21 +239,26 @@ def _hold_traffic(*names: str) -> Strike:
     return strike
 
 
-async def _deliver_late(system: FaultySystem) -> None:
-    """Deliver the results of a worker after others have its executions, so that the fence alone drops them."""
-    await _wait_for_work(system, _worker(system))
-    with system.deployment.noted_fault("worker-1 without its database"):
-        system.many.ways.worker_to_database.keep_requests(b"")
-        try:
-            await asyncio.sleep(FREEZE_SECONDS)
-        finally:
-            system.many.ways.worker_to_database.let_go()
+async def _delay_result(system: FaultySystem) -> None:
+    """Hold back a result of the first worker until another worker is in the middle of its node, then let it arrive."""
+    ledger = system.ledger
+    assert ledger is not None
+    usual_seconds, ledger.delay_seconds = ledger.delay_seconds, LONG_CALL_SECONDS
+    try:
+        call = await _wait_for_work(system, _worker(system), "look")  # other nodes follow it
+        if call is None:
+            raise TimeoutError("the first worker performs no node `look`")
+        # In the literal of an array, quotes are escaped.
+        async with system.many.late_requests(rf"\"receipt\":{call.receipt}".encode()):
+            await wait_until(partial(_is_repeated, ledger, call), what="another worker repeats the node")
+    finally:
+        system.many.ways.mend()
+        ledger.delay_seconds = usual_seconds
 
 
-async def _freeze_task_worker(system: FaultySystem) -> None:
-    """Freeze the task worker with most slots, whose open poll gets tasks meanwhile."""
-    with system.deployment.noted_fault("task worker frozen"), _stopped(system.task_workers[0].pid):
-        await asyncio.sleep(FREEZE_SECONDS)
+def _is_repeated(ledger: EffectLedger, call: LedgerCall) -> bool:
+    node = call.execution_id, call.node_id
+    return sum((other.execution_id, other.node_id) == node for other in ledger.calls) > 1
 
 
 async def _break_connections(system: FaultySystem) -> None:
@@ -361,14 +435,14 @@ def list_cells() -> Sequence[FaultCell]:
         FaultCell("gateway", "moved back", _move_back("gateway")),
         FaultCell("worker", "killed", _kill(_worker, LEASE_SECONDS + 6), recovery_bound=lost, is_quick=True),
         FaultCell("worker", "frozen", _freeze(_worker, FREEZE_SECONDS), recovery_bound=lost, is_quick=True),
+        FaultCell("worker", "late", _delay_result, recovery_bound=lost, is_quick=True),
         FaultCell(
             "worker", "cut off", _cut_off("worker_to_database", seconds=FREEZE_SECONDS), recovery_bound=lost
         ),
-        FaultCell("worker", "late", _deliver_late, recovery_bound=lost, is_quick=True),
         FaultCell("worker", "slow", _slow_down("worker_to_database")),
         FaultCell("worker", "restarted", _restart(_worker)),
         FaultCell("worker", "moved back", _move_back("worker-1", "worker-2")),
-        FaultCell("task worker", "frozen", _freeze_task_worker, recovery_bound=lost, is_quick=True),
+        FaultCell("task worker", "frozen", _freeze_task_worker, is_quick=True),
         FaultCell("scheduler", "killed", _kill(_scheduler, OUTAGE_SECONDS)),
         FaultCell("scheduler", "frozen", _freeze(_scheduler, FREEZE_SECONDS)),
         FaultCell("scheduler", "restarted", _restart(_scheduler)),

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
-from subprocess import DEVNULL, Popen
 from typing import TYPE_CHECKING, Any, Final
 
 import httpx2
 
 from benchmarks.faults import task_worker
-from benchmarks.faults.faulty_system import damaged_environment
 from tests.system import workflow_shapes
 from tests.system.client import API_KEY, RetryingClient
 
 if TYPE_CHECKING:
+    from engine.values import Json
     from tests.system.ledger import EffectLedger
 
 PATIENCE_SECONDS: Final = 75.0
@@ -115,11 +111,21 @@ class FaultLoad:
         if len(accepted) > 1:
             self.doubled_keys.append(key)
         for execution_id in accepted:
-            run = LoadRun(execution_id, workflow.expected, asked_at)
-            self.runs.append(run)
-            task = asyncio.create_task(self._follow(run))
-            self._followers.add(task)
-            task.add_done_callback(self._followers.discard)
+            self._add_run(execution_id, workflow, asked_at)
+
+    async def start(self, workflow: LoadWorkflow) -> str:
+        """Start one run for a fault that needs it, follow it to its end, and return its id."""
+        asked_at = time.time()
+        execution_id = await self.client.execute(workflow.workflow_id)
+        self._add_run(execution_id, workflow, asked_at)
+        return execution_id
+
+    def _add_run(self, execution_id: str, workflow: LoadWorkflow, asked_at: float) -> None:
+        run = LoadRun(execution_id, workflow.expected, asked_at)
+        self.runs.append(run)
+        task = asyncio.create_task(self._follow(run))
+        self._followers.add(task)
+        task.add_done_callback(self._followers.discard)
 
     async def _start_run(self, workflow: LoadWorkflow, key: str) -> str | None:
         """Return the id of the run that the server accepted; None, and a count of the answer, if there is none."""
@@ -168,39 +174,14 @@ async def create_workflows(client: RetryingClient, ledger: EffectLedger) -> Sequ
     ]
 
 
-async def create_task_workflow(client: RetryingClient, ledger: EffectLedger) -> LoadWorkflow:
-    """Create a workflow with a task that writes to the ledger; its node type is added first."""
-    (definition,) = task_worker.worker.definitions
-    added = await client.answer("POST", "/workflow-nodes", dict(definition.document))
-    assert added.is_success, added.text
-    task: workflow_shapes.Node = {
-        "id": "task",
-        "nodeId": definition.type,
-        "config": {"url": ledger.url_of("task")},
-    }
-    workflow = workflow_shapes.chain_workflow(task, ledger.writes("ship"))
-    return LoadWorkflow(await client.create(workflow), "completed", weight=20)
-
-
-@asynccontextmanager
-async def run_task_workers(
-    client: RetryingClient, url: str, without: str | None
-) -> AsyncIterator[Sequence[Popen[bytes]]]:
-    """Run two task workers during the block, which begins once both poll; the first one has more slots."""
-    environment = {**os.environ, "PILOTFLAME_URL": url, "PILOTFLAME_API_KEY": API_KEY}
-    environment |= damaged_environment(without)
-    file = str(task_worker.__file__)
-    commands = [[sys.executable, file, slots] for slots in ("8", "4")]
-    workers = [Popen(command, env=environment, stderr=DEVNULL) for command in commands]  # noqa: ASYNC220 - milliseconds
-    try:
-        async with asyncio.timeout(PATIENCE_SECONDS):
-            while len((await client.answer("GET", "/workers")).json()["workers"]) < len(workers):  # noqa: ASYNC110 - of another process
-                await asyncio.sleep(RETRY_SECONDS)
-        yield workers
-    finally:
-        for worker in workers:
-            worker.kill()
-            worker.wait()
+async def create_step(client: RetryingClient, ledger: EffectLedger, node_id: str) -> LoadWorkflow:
+    """Create a workflow with one step of own code that writes to the ledger, and its node type."""
+    document = dict(task_worker.worker.definitions[0].document)
+    added = await client.answer("POST", "/workflow-nodes", document)
+    assert added.status_code in {httpx2.codes.CREATED, httpx2.codes.OK}, added.text
+    config: dict[str, Json] = {"url": ledger.url_of(node_id)}
+    step: workflow_shapes.Node = {"id": node_id, "nodeId": task_worker.TYPE, "config": config}
+    return LoadWorkflow(await client.create(workflow_shapes.chain_workflow(step)), "completed", weight=1)
 
 
 def open_client(url: str) -> RetryingClient:

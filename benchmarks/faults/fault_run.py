@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import tempfile
 import time
 from collections import deque
@@ -17,13 +18,7 @@ from typing import TYPE_CHECKING, Final
 from benchmarks.faults import fault_load, promise_checks, upgrades
 from benchmarks.faults.fault_cells import LEASE_SECONDS, PROCESS_NAMES, SWEEP_SECONDS
 from benchmarks.faults.fault_load import PATIENCE_SECONDS, FaultLoad
-from benchmarks.faults.faulty_system import (
-    TASK_ROW,
-    UPGRADED_STAGES,
-    FaultySystem,
-    Stage,
-    damaged_environment,
-)
+from benchmarks.faults.faulty_system import UPGRADED_STAGES, FaultySystem, PromiseBroken, Stage
 from benchmarks.faults.promise_checks import CellResult
 from tests import preloads, services
 from tests.preloads import SHIFTED_CLOCK, FaultyDisk, ShiftedClock
@@ -34,6 +29,7 @@ if TYPE_CHECKING:
     from benchmarks.faults.matrix_view import MatrixView
     from tests.system.client import RetryingClient
 
+MUTATIONS: Final = Path(__file__).parent / "mutations"
 WARM_UP_SECONDS: Final = 1.5
 AFTER_SECONDS: Final = 1.0
 LIVELY_SECONDS: Final = 30.0
@@ -63,7 +59,10 @@ class DamagedClock(ShiftedClock):
         shifted = ShiftedClock(self.library, self.file).environment
         if self.code is not None:
             return {**shifted, **upgrades.code_environment(self.code)}
-        return {**shifted, **damaged_environment(self.without)}
+        if self.without is None:
+            return shifted
+        paths = [str(MUTATIONS), *filter(None, [os.environ.get("PYTHONPATH")])]
+        return {**shifted, "PYTHONPATH": os.pathsep.join(paths), "PILOTFLAME_FAULTS_WITHOUT": self.without}
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,27 +131,22 @@ class _RunningMatrix:
     async def _strike(self, cell: FaultCell, system: FaultySystem) -> None:
         self._view.begin(cell)
         chance = Random(f"{self._run.seed} {cell.row} {cell.column}")  # whichever line strikes it, and when
-        self.results.append(await strike_cell(cell, system, chance, self._run))
+        self.results.append(await strike_cell(cell, system, chance, self._run.per_second))
         self._view.add(self.results[-1])
 
 
-async def strike_cell(cell: FaultCell, system: FaultySystem, chance: Random, run: FaultRun) -> CellResult:
+async def strike_cell(cell: FaultCell, system: FaultySystem, chance: Random, per_second: float) -> CellResult:
     """Perform one fault under load, and return the verdicts on the promises after it."""
     began_at = time.time()
     result = CellResult(cell.row, cell.column)
     system.deployment.faults.clear()
-    async with AsyncExitStack() as stack:
-        effects = await stack.enter_async_context(ledger.run_ledger())
+    async with ledger.run_ledger() as effects:
         effects.delay_seconds = NODE_SECONDS
         system.ledger = effects
         client = fault_load.open_client(system.deployment.url)
         try:
             workflows = await fault_load.create_workflows(client, effects)
-            if cell.row == TASK_ROW:
-                workflows = [await fault_load.create_task_workflow(client, effects), *workflows]
-                workers = fault_load.run_task_workers(client, system.deployment.url, run.without)
-                system.task_workers = await stack.enter_async_context(workers)
-            load = FaultLoad(client, workflows, chance, run.per_second)
+            load = FaultLoad(client, workflows, chance, per_second)
             with effects.refusing("decline"):
                 over_at = await _strike_under_load(cell, system, load, result)
             if not await is_lively(client):
@@ -174,6 +168,7 @@ async def _strike_under_load(
 
     A process that is not at work in time afterwards breaks promise P5.
     """
+    system.load = load
     sending = asyncio.create_task(load.run())
     try:
         await asyncio.sleep(WARM_UP_SECONDS)
@@ -182,9 +177,9 @@ async def _strike_under_load(
         over_at = time.time()
         await system.deployment.revive(RESTART_SECONDS)
         await asyncio.sleep(AFTER_SECONDS)
-    except TimeoutError as error:
+    except (PromiseBroken, TimeoutError) as error:
         over_at = time.time()
-        result.breaches["P5"].append(str(error))
+        result.breaches[getattr(error, "promise", "P5")].append(str(error))
     finally:
         load.stop()
         await sending

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -13,37 +11,24 @@ from typing import TYPE_CHECKING, Final
 from tests.system.harness import ManyProcesses, OneProcess
 
 if TYPE_CHECKING:
+    from benchmarks.faults.fault_load import FaultLoad
     from tests.preloads import FaultyDisk, ShiftedClock
     from tests.system.harness import SystemUnderTest
     from tests.system.ledger import EffectLedger
 
 ROWS: Final = (
-    *(
-        "gateway",
-        "worker",
-        "task worker",
-        "scheduler",
-        "Redis",
-        "PostgreSQL",
-        "network",
-        "disk",
-        "clock",
-        "dev",
-    ),
-    *("upgrade", "roll-back", "dev upgrade", "dev roll-back"),
+    *("gateway", "worker", "task worker", "scheduler", "Redis", "PostgreSQL", "network", "disk", "clock"),
+    *("dev", "upgrade", "roll-back", "dev upgrade", "dev roll-back"),
 )
-TASK_ROW: Final = "task worker"
 COLUMNS: Final = ("killed", "frozen", "late", "cut off", "slow", "full", "restarted", "moved back")
 
-MUTATIONS: Final = Path(__file__).parent / "mutations"
 
+class PromiseBroken(Exception):
+    """A fault has observed a broken promise: its name, such as `P2`, and the observation."""
 
-def damaged_environment(without: str | None) -> dict[str, str]:
-    """Return the environment variables of a process that lacks a mechanism; empty for a whole one."""
-    if without is None:
-        return {}
-    paths = [str(MUTATIONS), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {"PYTHONPATH": os.pathsep.join(paths), "PILOTFLAME_FAULTS_WITHOUT": without}
+    def __init__(self, promise: str, observation: str) -> None:
+        super().__init__(observation)
+        self.promise = promise
 
 
 @dataclass
@@ -59,8 +44,8 @@ class FaultySystem:
     """Folder with the code of the previous version."""
     ledger: EffectLedger | None = None
     """Ledger of the current load."""
-    task_workers: Sequence[subprocess.Popen[bytes]] = ()
-    """Processes that perform the tasks of the current load."""
+    load: FaultLoad | None = None
+    """Current load."""
     struck_at: float = 0.0
     """Unix time at which the current fault began."""
 
@@ -111,7 +96,7 @@ class FaultCell:
     row: str
     column: str
     strike: Strike
-    """Performs the fault, and ends when it is over."""
+    """Performs the fault, and ends when it is over; may raise `PromiseBroken`, and TimeoutError for P5."""
     recovery_bound: float | None = None
     """Bound of P4 in seconds, from the beginning of the fault; None: recovery is measured from its end."""
     is_quick: bool = False

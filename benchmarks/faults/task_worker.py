@@ -1,25 +1,34 @@
-"""Task worker of the faults: `python task_worker.py SLOTS`. Its tasks call the ledger."""
+"""Worker of the Python SDK whose steps write to the ledger: `python -m benchmarks.faults.task_worker`."""
 
 from __future__ import annotations
 
-import json
-import sys
-from urllib.request import Request, urlopen
+from dataclasses import dataclass
+from typing import Any, Final
 
+import httpx2
 from pilotflame_sdk import Task, Worker
 
-worker = Worker("faults", slots=int(sys.argv[1]) if __name__ == "__main__" else 1)
+TYPE: Final = "faults/write"
+ANSWER_SECONDS: Final = 120.0
+"""Longest time for which the ledger holds a call back."""
+worker = Worker("faults", slots=2, grace=1)
 
 
-@worker.node("faults/effect", "1.0.0", lease=10)
-def call_ledger(config: dict[str, str], task: Task) -> dict[str, object]:
-    """Write to the ledger at once, as an `http-request` of the load does, and return its answer.
+@dataclass
+class Write:
+    """Config of a step."""
 
-    A worker that is frozen between the begin and the write would write late, which no server can prevent.
-    """
-    request = Request(config["url"], b'{"nodes":{}}', {"Idempotency-Key": task.idempotency_key})  # noqa: S310 - loopback
-    with urlopen(request) as answer:  # noqa: S310 - loopback
-        return {"body": json.load(answer)}
+    url: str
+
+
+@worker.node(TYPE, "1.0.0", lease=10)
+def write(config: Write, task: Task) -> dict[str, Any]:
+    """Write to the ledger under the key of the task, and return its answer as an HTTP node does."""
+    headers = {"Idempotency-Key": task.idempotency_key}
+    answer = httpx2.post(
+        config.url, json={"nodes": {}}, headers=headers, timeout=ANSWER_SECONDS, trust_env=False
+    )
+    return {"body": answer.raise_for_status().json()}
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import runpy
 from datetime import date
 from itertools import islice
+from pathlib import Path
 from random import Random
 from types import SimpleNamespace
 
@@ -13,12 +14,15 @@ import pytest
 from benchmarks import soak
 from benchmarks.faults import __main__ as command
 from benchmarks.faults import fault_cells, matrix_view, promise_checks
-from benchmarks.faults.faulty_system import COLUMNS, MUTATIONS, ROWS, STAGES
+from benchmarks.faults.fault_run import MUTATIONS
+from benchmarks.faults.faulty_system import COLUMNS, ROWS, STAGES
 from benchmarks.faults.matrix_view import MatrixView, RunConditions
 from benchmarks.faults.promise_checks import CellResult
 from journal.postgresql import postgresql_store
+from journal.tasks import task_moves
 from tests.system.consistency_checks import ClockMove
 from tests.system.journal_records import NoteKind, WitnessNote
+from tests.system.processes import SystemProcess
 from tests.system.storm import StormStrike
 from workers.settings import WorkerSettings
 
@@ -36,13 +40,22 @@ def test_every_cell_has_a_place_of_its_own_in_the_matrix() -> None:
 def test_the_fence_that_is_removed_for_a_check_exists_in_every_statement() -> None:
     damage = runpy.run_path(str(MUTATIONS / "sitecustomize.py"))
     module = SimpleNamespace(
-        __name__=damage["STORE"],
         _RECORD=dict(postgresql_store._RECORD),  # noqa: SLF001 - the statements to damage
         _RECORD_ALONE=dict(postgresql_store._RECORD_ALONE),  # noqa: SLF001 - as above
     )
     damage["remove_fence"](module)
     assert all("write.token\n" not in statement for statement in module._RECORD.values())  # noqa: SLF001 - as above
     assert {*damage["DAMAGE"]} == {*command.FOUND_BY}
+    damage["remove_lease"](SimpleNamespace(**vars(task_moves)))
+
+
+async def test_a_process_loads_the_code_that_its_environment_names(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text("print('damaged')")
+    environment = {"PYTHONPATH": str(tmp_path), "PATH": ""}
+    process = SystemProcess("damaged", ["--version"], environment, tmp_path, [])
+    process.start()
+    assert await process.exit_code() == 0
+    assert "damaged" in process.log()
 
 
 def test_a_second_end_a_lost_row_and_a_wrong_answer_break_their_promises() -> None:
