@@ -49,6 +49,10 @@ SCOPES_OF_ROLES: Final[Mapping[UserRole, frozenset[KeyScope]]] = {
     UserRole.ADMIN: ALL_KEY_SCOPES,
 }
 """Scopes that the keys of a user can have at most; a key has those of them that it was created with."""
+DEFAULT_SCOPES: Final[Mapping[UserRole, frozenset[KeyScope]]] = {
+    role: scopes - {KeyScope.TASKS_WORK} for role, scopes in SCOPES_OF_ROLES.items()
+}
+"""Scopes of keys that are created without a choice: only an admin gives `tasks:work`, to a key of its own."""
 
 
 class Organization(SQLModel, table=True):

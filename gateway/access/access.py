@@ -17,7 +17,16 @@ from gateway.http.responses import JsonResponse, NoContent
 from gateway.http.text_rules import ProblemCollector
 from gateway.http.wire import Instant, StrictWire, WireStruct, body_of, instant, optional_instant, read_json
 from models import access_store, key_refusal
-from models.access import ALL_KEY_SCOPES, SCOPES_OF_ROLES, ApiCaller, ApiKey, KeyScope, User, UserRole
+from models.access import (
+    ALL_KEY_SCOPES,
+    DEFAULT_SCOPES,
+    SCOPES_OF_ROLES,
+    ApiCaller,
+    ApiKey,
+    KeyScope,
+    User,
+    UserRole,
+)
 from models.audit import AuditAction
 from models.key_refusal import RefusedScope
 
@@ -50,7 +59,9 @@ class CreateKey(StrictWire):
 
     name: Annotated[str, text_rules.describe_length(limits.KEY_NAME_LENGTH, min_length=1)]
     scopes: list[KeyScope] | None = None
-    """Scopes of the new key, at most those of the requesting key; by default exactly those."""
+    """Scopes of the new key, at most those of the requesting key; by default exactly those without `tasks:work`, which
+    only an admin gives: the key performs tasks of the executions that its user may see, of an admin all.
+    """
     node_types: Annotated[list[NodeTypePattern], Meta(max_length=100)] | None = None
     """Custom node types whose tasks the key performs: names, or namespaces such as `acme/*`. By default all."""
     expires_at: datetime | None = None
@@ -195,7 +206,8 @@ async def list_keys(request: GatewayRequest) -> JsonResponse:
 async def create_key(request: GatewayRequest) -> JsonResponse:
     """Create an API key for yourself or, as an admin, for a user of the organization.
 
-    It has at most your own scopes and those of the user's role. Only this answer contains the secret key.
+    It has at most your own scopes and those of the user's role. Only an admin gives `tasks:work`. Only this answer
+    contains the secret key.
     """
     value = await read_json(request)
     body = body_of(request, value, CreateKey)
@@ -206,8 +218,8 @@ async def create_key(request: GatewayRequest) -> JsonResponse:
     name = text_rules.check_line(body.name, "name", problems, max_length=limits.KEY_NAME_LENGTH)
     expires_at = _read_expiry(body, now, problems)
     problems.raise_any()
-    scopes = caller.scopes if body.scopes is None else frozenset(body.scopes)
-    if beyond := sorted(scopes - caller.scopes):
+    scopes = frozenset(caller.scopes - {KeyScope.TASKS_WORK} if body.scopes is None else body.scopes)
+    if beyond := sorted(scopes - _list_givable_scopes(caller)):
         raise errors.scope_required(beyond[0])
     user_id = body.user_id or caller.user_id
     if user_id != caller.user_id and not caller.is_admin:
@@ -275,6 +287,16 @@ async def revoke_key(request: GatewayRequest) -> NoContent:
 
     await request.gateway.database.transaction(revoke)
     return NoContent()
+
+
+def _list_givable_scopes(caller: ApiCaller) -> frozenset[str]:
+    """Return the scopes that a caller may give to a key: its own, but `tasks:work` only as an admin, who needs all
+    other scopes for it unless its key has it.
+    """
+    if not caller.is_admin:
+        return caller.scopes - {KeyScope.TASKS_WORK}
+    is_full = caller.scopes >= DEFAULT_SCOPES[caller.role]
+    return caller.scopes | {KeyScope.TASKS_WORK} if is_full else caller.scopes
 
 
 def _node_types(caller: ApiCaller, wanted: Sequence[str] | None) -> Sequence[str] | None:

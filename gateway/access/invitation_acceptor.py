@@ -16,7 +16,7 @@ from gateway.http.errors import ApiError
 from gateway.http.failed_attempts import FailedAttempts
 from gateway.http.request_origin import client_of_scope
 from models import access_store, browser_session, invitation
-from models.access import SCOPES_OF_ROLES, ApiCaller, User, UserRole
+from models.access import DEFAULT_SCOPES, ApiCaller, User, UserRole
 from models.audit import AuditAction
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ class InvitationAcceptor:
             connection,
             user=user,
             name="First key, by invitation",
-            scopes=SCOPES_OF_ROLES[role],
+            scopes=DEFAULT_SCOPES[role],
             secret=self._secret,
             now=now,
             expires_at=now + KEY_LIFETIME,
@@ -139,7 +139,7 @@ class InvitationAcceptor:
             organization_id=user.organization_id,
             shard=user.shard,
             role=role,
-            scopes=SCOPES_OF_ROLES[role],
+            scopes=DEFAULT_SCOPES[role],
         )
         session, secret = await browser_session.create_session(
             connection, caller, user_agent=user_agent, now=now, replaces=replaces

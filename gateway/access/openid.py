@@ -15,7 +15,7 @@ from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse
 from gateway.http.wire import StrictWire, WireStruct, decode_body
 from models import browser_session
-from models.access import SCOPES_OF_ROLES
+from models.access import DEFAULT_SCOPES
 from models.access_store import EmailTaken
 
 if TYPE_CHECKING:
@@ -200,7 +200,7 @@ def _has_all_scopes(caller: ApiCaller) -> bool:
 
     Sessions of an identity have them all: a key of few scopes could gain the others by connecting one.
     """
-    return caller.scopes >= SCOPES_OF_ROLES[caller.role]
+    return caller.scopes >= DEFAULT_SCOPES[caller.role]
 
 
 def _require_provider(request: GatewayRequest) -> OpenIdSignIn:

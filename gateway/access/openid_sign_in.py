@@ -22,7 +22,7 @@ from gateway.http import idempotency
 from journal.store import IdempotencyKey
 from json_text import decoding
 from models import access_store, browser_session, invitation, user_identity
-from models.access import SCOPES_OF_ROLES, ApiCaller, ApiKey, Organization, User, UserRole
+from models.access import DEFAULT_SCOPES, ApiCaller, ApiKey, Organization, User, UserRole
 from models.audit import AuditAction
 from models.column_types import build_row
 from models.encryption import EncryptedText, SecretCorrupted, SecretVault, UnknownSecret
@@ -238,7 +238,7 @@ class OpenIdSignIn(Struct, frozen=True):
             connection,
             user=user,
             name=f"Sign-in by {urlsplit(claims.issuer).netloc}"[:100],
-            scopes=SCOPES_OF_ROLES[UserRole(user.role)],
+            scopes=DEFAULT_SCOPES[UserRole(user.role)],
             secret=self.secret,
             now=now,
             expires_at=now + browser_session.LIFETIME,
@@ -356,5 +356,5 @@ def _caller_of(user: User, key_id: str) -> ApiCaller:
         organization_id=user.organization_id,
         shard=user.shard,
         role=role,
-        scopes=SCOPES_OF_ROLES[role],
+        scopes=DEFAULT_SCOPES[role],
     )

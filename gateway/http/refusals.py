@@ -187,6 +187,9 @@ ERROR_CODES: Final[Mapping[str, ErrorCode]] = {
     "task-ended": ErrorCode(409, "The task has ended: resume or replay its execution."),
     "task-runs-once": ErrorCode(409, "A worker performs the task, which runs at most once."),
     "worker-stopped": ErrorCode(409, "The worker has said that it stops: start with a new id."),
+    "worker-id-taken": ErrorCode(
+        409, "Another key has claimed tasks under this worker id: choose another id."
+    ),
     "lease-lost": ErrorCode(409, "The worker no longer holds the task."),
     "node-type-not-allowed": ErrorCode(403, "The key may not perform tasks of this node type."),
     "version-exists": ErrorCode(409, "The version of the node type exists with another content."),

@@ -31,6 +31,7 @@ class HeldTask(msgspec.Struct, frozen=True):
     iteration: str
     state: str
     lease: str | None
+    worker_id: str | None
     input: str | None
 
 

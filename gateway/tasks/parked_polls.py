@@ -197,14 +197,21 @@ class OrganizationPolls:
                     self._idle.setdefault(one.poll.service_group, []), (one.order, next(self._numbers), one)
                 )
 
-    def take_fitting(self, queues: Sequence[str]) -> list[ParkedPoll]:
-        """Remove and return the next waiting polls, at most 50, with equal types and pools, that can perform tasks of
-        these queues.
+    @property
+    def viewer_ids(self) -> Sequence[str]:
+        """Users whose visible runs alone some waiting polls perform, behind the empty text for all runs."""
+        return sorted({"", *(str(key[-1]) for key in self._idle)})
+
+    def take_fitting(self, queues: Sequence[str], viewer_id: str = "") -> list[ParkedPoll]:
+        """Remove and return the next waiting polls of a viewer, at most 50, with equal types and pools, that can
+        perform tasks of these queues.
 
         A queue is named by type, version and pool. Empty if no poll fits.
         """
         fitting: list[tuple[tuple[int, float], PollHeap]] = []
         for key, heap in list(self._idle.items()):
+            if key[-1] != viewer_id:
+                continue
             while heap and heap[0][2].is_over:
                 heappop(heap)
             if not heap:

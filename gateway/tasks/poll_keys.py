@@ -24,7 +24,8 @@ class PollKeyChecker:
         self._unchecked: deque[str] = deque()
 
     async def end_refused(self, polls: PollService) -> None:
-        """End the polls, without tasks, whose keys are revoked, expired, or without the scope by now.
+        """End the polls, without tasks, whose keys are revoked, expired, or without the scope by now, and those for all
+        runs of users who are no admins any more.
 
         Their next polls are refused. A call checks at most 500 keys with one query, and the next calls the others; none
         without open polls. Raises `DatabaseUnavailable`.
@@ -43,3 +44,5 @@ class PollKeyChecker:
         }
         if refused := part - may_work:
             polls.end_polls_of_keys(refused)
+        if limited := {key_id for key_id in may_work if not found[key_id].caller.is_admin}:
+            polls.end_polls_of_keys(limited, if_for_all_runs=True)

@@ -69,11 +69,11 @@ class PollService:
         """Return the ids of the API keys of all open polls."""
         return {parked.key_id for polls in self._polls.values() for parked in polls.all if parked.key_id}
 
-    def end_polls_of_keys(self, key_ids: Collection[str]) -> None:
-        """End the open polls with these API keys, without tasks."""
+    def end_polls_of_keys(self, key_ids: Collection[str], *, if_for_all_runs: bool = False) -> None:
+        """End the open polls with these API keys, without tasks; with `if_for_all_runs`, only those for all runs."""
         for polls in self._polls.values():
             for parked in polls.all:
-                if parked.key_id in key_ids:
+                if parked.key_id in key_ids and not (if_for_all_runs and parked.poll.viewer_id):
                     parked.leave()
 
     async def wait(self, parked: ParkedPoll, call_on_disconnect: ClientWatch | None = None) -> PollAnswer:
@@ -369,15 +369,25 @@ class PollService:
         Ends when polls or tasks run out, or other gateways keep the remaining tasks locked. Tasks for polls that have
         ended meanwhile are put back.
         """
+        for viewer_id in polls.viewer_ids:
+            remaining = await self._claim_as(organization_id, polls, queues, viewer_id)
+            if not viewer_id:
+                queues = remaining  # no viewer finds a task where polls for all runs find none
+
+    async def _claim_as(
+        self, organization_id: str, polls: OrganizationPolls, queues: Sequence[str], viewer_id: str
+    ) -> Sequence[str]:
+        """Claim tasks of these queues for the waiting polls of one viewer, and return the queues that may have more."""
         pauses = list(LOCKED_PAUSES)
-        while queues and (chosen := polls.take_fitting(queues)):
+        while queues and (chosen := polls.take_fitting(queues, viewer_id)):
             claim = await self._claim_for(organization_id, polls, chosen, queues)
             if not claim.has_more:
                 queues = [queue for queue in queues if not chosen[0].poll.serves(queue)]
             elif not claim.count:
                 if not pauses:
-                    return  # the look once a second finds the rest
+                    break  # the look once a second finds the rest
                 await asyncio.sleep(pauses.pop())
+        return queues
 
     async def _claim_likely(self, organization_id: str, polls: OrganizationPolls) -> None:
         """Claim, after a notification, once from the queue of the last task, before any look.

@@ -22,7 +22,7 @@ ROUTES: Final[Sequence[Route]] = (
         task_protocol.claim,
         body=task_protocol.ClaimTasks,
         answer=task_protocol.ClaimedTasks,
-        docs=OperationDoc(refusals=("worker-stopped", "node-type-not-allowed")),
+        docs=OperationDoc(refusals=("worker-stopped", "worker-id-taken", "node-type-not-allowed")),
     ),
     Route(
         "POST",
@@ -31,6 +31,7 @@ ROUTES: Final[Sequence[Route]] = (
         task_protocol.report,
         body=task_protocol.ReportTasks,
         answer=task_protocol.ReportResults,
+        docs=OperationDoc(refusals=("worker-id-taken",)),
     ),
     Route(
         "POST",
@@ -39,6 +40,7 @@ ROUTES: Final[Sequence[Route]] = (
         task_protocol.stop,
         body=task_protocol.StopWorker,
         answer=task_protocol.StoppedWorker,
+        docs=OperationDoc(refusals=("worker-id-taken",)),
     ),
     Route(
         "GET",
@@ -71,7 +73,7 @@ ROUTES: Final[Sequence[Route]] = (
         WORK,
         task_protocol.show_input,
         answer=dict[str, Any],
-        docs=OperationDoc(takes=(LEASE,), refusals=("lease-lost",)),
+        docs=OperationDoc(takes=(LEASE,), refusals=("lease-lost", "worker-id-taken")),
     ),
     Route(
         "PUT",
@@ -79,7 +81,7 @@ ROUTES: Final[Sequence[Route]] = (
         WORK,
         task_protocol.store_output,
         status=204,
-        docs=OperationDoc(takes=(LEASE,), refusals=("lease-lost", *BODY_CODES)),
+        docs=OperationDoc(takes=(LEASE,), refusals=("lease-lost", "worker-id-taken", *BODY_CODES)),
     ),
     Route(
         "GET",

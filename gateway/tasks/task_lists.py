@@ -181,7 +181,9 @@ async def show(request: GatewayRequest) -> JsonResponse:
         row = (await connection.execute(statement)).first()
         if row is None:
             raise errors.not_found("task")
-        workers = await task_service.read_workers(connection, caller.organization_id, now)
+        workers = await task_service.read_workers(
+            connection, caller.organization_id, now, task_service.select_run(row.execution_id)
+        )
     service = task_service.find_service(workers, row.type, row.version, row.pool, now)
     return JsonResponse(
         TaskDetails(

@@ -230,7 +230,8 @@ class StoppedWorker(WireStruct):
 
 
 async def claim(request: GatewayRequest) -> JsonResponse | HeldPollResponse:
-    """Claim tasks for a worker, or wait until there are any. The answer also has cancellations.
+    """Claim tasks of executions that the key's user may see, or wait until there are any. The answer also has
+    cancellations.
 
     A claimed task has a lease of 10 seconds until a report names it. The same `requestId` gives the same tasks.
     With `wait` over 60, the answer begins after 25 seconds: with status 200, and spaces before its JSON.
@@ -247,6 +248,7 @@ async def claim(request: GatewayRequest) -> JsonResponse | HeldPollResponse:
         limit=body.max,
         versions={one.type: one.version for one in body.types},
         pools=frozenset(body.pools),
+        viewer=None if caller.is_admin else caller,
     )
     worker = WorkerDescription(
         organization_id=caller.organization_id,
@@ -255,6 +257,8 @@ async def claim(request: GatewayRequest) -> JsonResponse | HeldPollResponse:
         name=body.worker.name,
         sdk=body.worker.sdk,
         key_id=caller.key_id,
+        user_id=caller.user_id,
+        is_limited=poll.viewer is not None,
         types=[{"type": one.type, "version": one.version} for one in body.types],
         pools=body.pools,
     )
@@ -358,6 +362,7 @@ async def report(request: GatewayRequest) -> JsonResponse:
     """
     body = await decode_body(request, ReportTasks)
     caller = request.caller
+    await request.gateway.task_hub.presence.require_own(caller.organization_id, body.worker, caller.key_id)
     items: list[ItemKind] = []
     refused: dict[int, ItemError] = {}
     for number, one in enumerate(body.items):
@@ -531,8 +536,10 @@ async def _held_task(request: GatewayRequest) -> HeldTask:
     )
     if task is None:
         raise errors.not_found("task")
-    if task.state not in HELD_STATES or task.lease != _lease(request) or not task.lease:
+    if task.state not in HELD_STATES or task.lease != _lease(request) or not task.lease or not task.worker_id:
         raise errors.conflict("lease-lost", "The worker no longer holds this task")
+    presence, caller = request.gateway.task_hub.presence, request.caller
+    await presence.require_own(caller.organization_id, task.worker_id, caller.key_id)
     return task
 
 
@@ -541,6 +548,7 @@ async def stop(request: GatewayRequest) -> JsonResponse:
     is ignored.
     """
     body = await decode_body(request, StopWorker)
-    hub = request.gateway.task_hub
-    await hub.stop(request.caller.organization_id, body.worker)
+    hub, caller = request.gateway.task_hub, request.caller
+    await hub.presence.require_own(caller.organization_id, body.worker, caller.key_id)
+    await hub.stop(caller.organization_id, body.worker)
     return JsonResponse(StoppedWorker(worker=body.worker))

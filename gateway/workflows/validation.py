@@ -136,7 +136,12 @@ async def _unserved_nodes(
         return []
     from journal.tasks import task_service  # noqa: PLC0415 - loaded with the first custom node
 
-    workers = await task_service.read_workers(connection, stored.workflow.organization_id, now)
+    workers = await task_service.read_workers(
+        connection,
+        stored.workflow.organization_id,
+        now,
+        task_service.select_workflow(stored.workflow.id),
+    )
     found: list[GraphFinding] = []
     for use in custom:
         try:

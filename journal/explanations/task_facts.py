@@ -64,7 +64,9 @@ async def read_tasks(
     rows = (await connection.execute(statement)).all()
     if not rows:
         return {}
-    workers = await task_service.read_workers(connection, run.organization_id, now)
+    workers = await task_service.read_workers(
+        connection, run.organization_id, now, task_service.select_run(run.id)
+    )
     return {
         (row.node_id, row.iteration): TaskFact(
             id=row.id,

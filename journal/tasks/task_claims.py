@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 from sqlalchemy import text
 
 from journal.tasks import task_leases
+from journal.tasks.task_leases import TakenTasks
 from journal.tasks.task_polls import CLAIMED_COLUMNS, Claim, ClaimedTask, OrganizationNews, TaskPoll
 from journal.tasks.task_sql import (
     DIALECTS,
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from journal.tasks.known_tasks import KnownTasks
-    from journal.tasks.task_leases import TakenTasks
     from models.database import Database
 
 MAX_QUEUES: Final = 1_000
@@ -81,8 +81,8 @@ class TaskClaims:
         return await self._database.transaction(work)
 
     async def claim(self, polls: Sequence[TaskPoll], queues: Sequence[str]) -> Claim:
-        """Lease tasks of queues to polls with the same types and pools, in their order, to each at most its `limit` and
-        at most 100.
+        """Lease tasks of queues to polls with the same types, pools and viewer, in their order, to each at most its
+        `limit` and at most 100.
 
         Workflows are served in turn. Workers that leave get nothing. Each queue is a transaction of its own. Raises
         `DatabaseUnavailable`: then tasks of earlier queues stay leased until their leases end.
@@ -109,11 +109,20 @@ class TaskClaims:
 
         Workflows take turns: the next call begins behind the workflow of the last leased task.
         """
-        key = f"{polls[0].organization_id} {queue}"
+        poll = polls[0]
+        key = f"{poll.organization_id} {queue} {poll.viewer_id}"
         after = self._turns.get(key, 0)
+        chosen: Sequence[str] | None = None
+        if poll.viewer is not None:
+            async with self._database.read() as connection:
+                chosen = await task_leases.choose_visible(
+                    connection, poll, poll.viewer, queue, after, len(polls)
+                )
+            if not chosen:
+                return TakenTasks([])
 
         async def work(connection: AsyncConnection) -> TakenTasks:
-            return await task_leases.take(connection, queue, after, polls)
+            return await task_leases.take(connection, queue, after, polls, chosen)
 
         taken = await self._database.statement(work)
         if taken.tasks:

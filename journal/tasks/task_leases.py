@@ -15,15 +15,19 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 from sqlalchemy import text
 
+from journal.tasks import visible_tasks
 from journal.tasks.task_moves import FIRST_LEASE_MICROSECONDS
 from journal.tasks.task_polls import CLAIMED_COLUMNS, ClaimedTask, TaskPoll
 from journal.tasks.task_sql import NOW, POSTGRESQL, RowsParameter, host_time, is_in, is_in_query, texts
 from journal.tasks.task_worker_marks import LEAVING_CONDITION
+from models.ids import TURNS
 from models.task_states import WORK_SINCE_SQL
 
 if TYPE_CHECKING:
     from sqlalchemy import TextClause
     from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from models.access import ApiCaller
 
 _PLACES: Final = RowsParameter("place", (("owner", "text"), ("request", "text"), ("secret", "text")))
 _GIVEN: Final = RowsParameter("given", (("task_id", "text"), *_PLACES.columns))
@@ -38,20 +42,27 @@ class TakenTasks(msgspec.Struct, frozen=True):
     """Number of chosen tasks that other claims had locked."""
 
 
-async def take(connection: AsyncConnection, queue: str, after: int, places: Sequence[TaskPoll]) -> TakenTasks:
+async def take(
+    connection: AsyncConnection,
+    queue: str,
+    after: int,
+    places: Sequence[TaskPoll],
+    chosen: Sequence[str] | None = None,
+) -> TakenTasks:
     """Lease the next tasks of a queue, at most one for each place, a free slot of its poll; return them with the
     numbers of their places.
 
     Workflows take turns, beginning with the first one whose queue turn is `after` or higher. A poll may have several
-    places; its tasks share one lease. Polls of workers that leave get none.
+    places; its tasks share one lease. Polls of workers that leave get none. With `chosen`, only these tasks are leased,
+    in their order.
     """
     leases = {id(poll): secrets.token_urlsafe(16) for poll in places}
     rows = [(poll.worker_id, poll.request_id, leases[id(poll)]) for poll in places]
     owners = texts(connection, sorted({poll.worker_id for poll in places}))
     values = {"organization_id": places[0].organization_id, "queue": queue, "owners": owners, "no": False}
     if connection.dialect.name == POSTGRESQL:
-        return await _take_at_once(connection, values, after, rows)
-    return await _take_in_steps(connection, values, after, rows)
+        return await _take_at_once(connection, values, after, rows, chosen)
+    return await _take_in_steps(connection, values, after, rows, chosen)
 
 
 def _lease_sql(dialect: str) -> str:
@@ -87,8 +98,7 @@ def _stays_sql(dialect: str) -> str:
 
 # ── PostgreSQL ──────────────────────────────────────────────────────────────────────────────────────────────
 
-_TAKE_AT_ONCE: Final = text(
-    f"""
+_NEXT: Final = f"""
 WITH RECURSIVE later (turn, place) AS (
     SELECT (SELECT min(queue_turn) FROM task WHERE {_OF_QUEUE} AND queue_turn >= CAST(:after AS integer)), 1
     UNION ALL SELECT (SELECT min(queue_turn) FROM task WHERE {_OF_QUEUE} AND queue_turn > later.turn), place + 1
@@ -114,7 +124,14 @@ WITH RECURSIVE later (turn, place) AS (
         LIMIT (SELECT least(CAST(:places AS bigint), 4 * (CAST(:places AS bigint) / greatest(count(*), 1) + 1))
             FROM turn)
     ) AS chosen ORDER BY number LIMIT CAST(:places AS bigint)
-), locked AS MATERIALIZED (
+)"""
+_CHOSEN: Final = """
+WITH candidate AS MATERIALIZED (
+    SELECT id, number FROM unnest(CAST(:chosen AS text[])) WITH ORDINALITY AS chosen (id, number)
+)"""
+_TAKE_AT_ONCE, _TAKE_CHOSEN = (
+    text(
+        f"""{candidates}, locked AS MATERIALIZED (
     -- The expression leaves one index to choose: another one would read all tasks that are ready.
     SELECT id FROM task WHERE id = ANY(ARRAY(SELECT id FROM candidate)) AND state || '' = 'ready'
     ORDER BY id FOR NO KEY UPDATE SKIP LOCKED
@@ -131,24 +148,29 @@ WITH RECURSIVE later (turn, place) AS (
 SELECT (SELECT count(*) FROM candidate) - (SELECT count(*) FROM locked), taken.*
 FROM (SELECT 1) AS always LEFT JOIN taken ON true ORDER BY taken.number
 """
+    )
+    for candidates in (_NEXT, _CHOSEN)
 )
 
 
 async def _take_at_once(
-    connection: AsyncConnection, values: dict[str, Any], after: int, places: Sequence[tuple[str, str, str]]
+    connection: AsyncConnection,
+    values: dict[str, Any],
+    after: int,
+    places: Sequence[tuple[str, str, str]],
+    chosen: Sequence[str] | None,
 ) -> TakenTasks:
     """Choose and lease tasks by one statement (PostgreSQL), whose other parameters are `values`.
 
     `after` is the queue turn (the place of a workflow in a queue) at which to begin; `places` have owner, request and
     lease of each free slot.
     """
-    parameters = {
-        **values,
-        **_PLACES.values(connection, places),
-        "after": after,
-        "places": len(places),
-    }
-    found = (await connection.execute(_TAKE_AT_ONCE, parameters)).all()
+    parameters = {**values, **_PLACES.values(connection, places)}
+    if chosen is None:
+        parameters |= {"after": after, "places": len(places)}
+        found = (await connection.execute(_TAKE_AT_ONCE, parameters)).all()
+    else:
+        found = (await connection.execute(_TAKE_CHOSEN, {**parameters, "chosen": list(chosen)})).all()
     tasks = [(row[1] - 1, ClaimedTask(*row[2:])) for row in found if row[1] is not None]
     return TakenTasks(tasks, found[0][0])
 
@@ -188,6 +210,17 @@ async def _choose(connection: AsyncConnection, queue: dict[str, Any], after: int
     return list(islice(in_turn, limit))
 
 
+async def choose_visible(
+    connection: AsyncConnection, poll: TaskPoll, viewer: ApiCaller, queue: str, after: int, limit: int
+) -> list[str]:
+    """Return the ids of up to `limit` next tasks of a queue that the user of a poll may see: workflows take turns, from
+    the turn `after` on.
+    """
+    of_queue = {"organization_id": poll.organization_id, "queue": queue}
+    turns = await _find_turns(connection, of_queue, after, TURNS)
+    return await visible_tasks.choose(connection, viewer, queue, turns, limit)
+
+
 async def _find_turns(
     connection: AsyncConnection, queue: dict[str, Any], after: int, limit: int
 ) -> list[int]:
@@ -225,13 +258,18 @@ _TAKE: Final = text(
 
 
 async def _take_in_steps(
-    connection: AsyncConnection, values: dict[str, Any], after: int, places: Sequence[tuple[str, str, str]]
+    connection: AsyncConnection,
+    values: dict[str, Any],
+    after: int,
+    places: Sequence[tuple[str, str, str]],
+    chosen: Sequence[str] | None,
 ) -> TakenTasks:
     """Choose tasks, then lease them, under the write lock that the transaction holds (SQLite).
 
     Arguments are those of `_take_at_once`.
     """
-    chosen = await _choose(connection, values, after, len(places))
+    if chosen is None:
+        chosen = await _choose(connection, values, after, len(places))
     if not chosen:
         return TakenTasks([])
     rows = [(task_id, *place) for task_id, place in zip(chosen, places, strict=False)]

@@ -8,6 +8,7 @@ from typing import Final
 import msgspec
 
 from engine.node_api import parse_version
+from models.access import ApiCaller
 
 
 class ClaimedTask(msgspec.Struct):
@@ -58,11 +59,18 @@ class TaskPoll(msgspec.Struct, frozen=True):
     versions: Mapping[str, str]
     """Version of each type that the worker performs."""
     pools: frozenset[str]
+    viewer: ApiCaller | None = None
+    """Caller whose visible runs alone it performs; None for all runs of the organization."""
+
+    @property
+    def viewer_id(self) -> str:
+        """Id of the user whose visible runs it performs; empty for all runs."""
+        return "" if self.viewer is None else self.viewer.user_id
 
     @property
     def service_group(self) -> tuple[object, ...]:
-        """Organization, types and pools: polls with equal ones get the same tasks."""
-        return self.organization_id, tuple(sorted(self.versions.items())), self.pools
+        """Organization, types, pools and viewer: polls with equal ones get the same tasks."""
+        return self.organization_id, tuple(sorted(self.versions.items())), self.pools, self.viewer_id
 
     def serves(self, queue: str) -> bool:
         """Return whether the worker performs the tasks of a queue: of its types and pools, and of a version with the

@@ -168,9 +168,13 @@ class TaskReports:
 
 
 def _task_of(transaction: TaskTransaction, report: WorkerReport, task_id: str) -> TaskRow | None:
-    """Return the locked task with an id, None if it is missing or of another organization than the report's."""
+    """Return the locked task with an id, None if it is missing, of another organization than the report's, or held by
+    another worker.
+    """
     task = transaction.tasks.get(task_id)
-    return task if task is not None and task.organization_id == report.organization_id else None
+    if task is None or task.organization_id != report.organization_id:
+        return None
+    return None if task.is_held and task.worker_id != report.worker_id else task
 
 
 def _holds(task: TaskRow, worker_id: str, lease: str | None) -> bool:

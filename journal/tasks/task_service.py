@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from msgspec import Struct
-from sqlalchemy import select
+from sqlalchemy import Select, select
 from sqlmodel import col
 
 from engine.node_api import parse_version
 from journal.tasks.task_polls import is_served
+from models.access import ApiCaller, ApiKey, User, UserRole
+from models.execution import Execution
+from models.execution_visibility import visibility_condition
 from models.task import TaskWorker
+from models.workflow import Workflow, is_readable_by
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -33,6 +37,8 @@ class SeenWorker(Struct, frozen=True):
     pools: tuple[str, ...]
     seen_at: datetime
     is_present: bool
+    may_see: bool
+    """Whether its key's user may see the runs whose tasks are asked about."""
 
 
 class TaskService(Struct, frozen=True):
@@ -46,18 +52,35 @@ class TaskService(Struct, frozen=True):
     """Why nothing performs them; None if a worker does."""
 
 
-async def read_workers(connection: AsyncConnection, organization_id: str, now: datetime) -> list[SeenWorker]:
+async def read_workers(
+    connection: AsyncConnection,
+    organization_id: str,
+    now: datetime,
+    select_visible: Callable[[ApiCaller], Select[*tuple[Any, ...]]],
+) -> list[SeenWorker]:
     """Return up to 1,000 task workers of an organization, the last seen first, each with whether it counts as
     present.
 
-    A present one has polled, or had an open poll, within 100 seconds, and neither stops nor is asked to.
+    A present one has polled, or had an open poll, within 100 seconds, and neither stops nor is asked to. For users who
+    are no admins, `select_visible` returns the statement that finds a row if they may see the run or workflow.
     """
     statement = (
-        select(TaskWorker)
+        select(TaskWorker, col(ApiKey.user_id), col(User.role))
+        .join(ApiKey, col(ApiKey.id) == col(TaskWorker.key_id))
+        .join(User, col(User.id) == col(ApiKey.user_id))
         .where(col(TaskWorker.organization_id) == organization_id)
         .order_by(col(TaskWorker.last_seen_at).desc())
         .limit(MAX_WORKERS)
     )
+    rows = (await connection.execute(statement)).all()
+    may_see: dict[str, bool] = {}
+    for row in rows:
+        if row.user_id not in may_see:
+            role = UserRole(row.role)
+            caller = ApiCaller(row.key_id, row.user_id, organization_id, row.shard, role, frozenset())
+            may_see[row.user_id] = (
+                caller.is_admin or (await connection.execute(select_visible(caller))).first() is not None
+            )
     return [
         SeenWorker(
             id=row.id,
@@ -67,9 +90,24 @@ async def read_workers(connection: AsyncConnection, organization_id: str, now: d
             is_present=row.stopped_at is None
             and not row.is_draining
             and now - row.last_seen_at < PRESENT_TIME,
+            may_see=may_see[row.user_id],
         )
-        for row in await connection.execute(statement)
+        for row in rows
     ]
+
+
+def select_run(execution_id: str) -> Callable[[ApiCaller], Select[*tuple[Any, ...]]]:
+    """Return the function that builds the statement which finds a run if a caller may see it."""
+    return lambda caller: select(col(Execution.id)).where(
+        col(Execution.id) == execution_id, visibility_condition(caller)
+    )
+
+
+def select_workflow(workflow_id: str) -> Callable[[ApiCaller], Select[*tuple[Any, ...]]]:
+    """Return the function that builds the statement which finds a workflow if a caller may read it."""
+    return lambda caller: select(col(Workflow.id)).where(
+        col(Workflow.id) == workflow_id, is_readable_by(caller)
+    )
 
 
 def find_service(
@@ -85,8 +123,15 @@ def find_service(
         for one in of_type
         if one.is_present and pool in one.pools and is_served(version, one.versions[type_name])
     ]
+    seeing = [one for one in serving if one.may_see]
+    if seeing:
+        return TaskService(len(seeing), last_seen, None)
     if serving:
-        return TaskService(len(serving), last_seen, None)
+        message = (
+            f"{len(serving)} present workers serve {type_name}, but their keys are of users who may not see it: give"
+            " a worker a key of an admin with the scope tasks:work"
+        )
+        return TaskService(0, last_seen, message)
     # Code of another first number does not perform it, however new it is.
     wanted = (
         f"no worker of {type_name} {version}, or a newer {version.partition('.')[0]}.x, serves pool {pool}"

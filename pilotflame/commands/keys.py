@@ -40,7 +40,8 @@ def create_key(
     org: DatabaseOrganization = None,
     name: Annotated[str, Option(help="Name of the key.")] = "command line",
     scope: Annotated[
-        list[str] | None, Option(help="Scope of the key; repeat the option for several. Default: all.")
+        list[str] | None,
+        Option(help="Scope of the key; repeat the option for several. Default: all but tasks:work."),
     ] = None,
     days: Annotated[int | None, Option(min=1, help="Days until the key expires. Default: never.")] = None,
     node_type: Annotated[
@@ -57,8 +58,7 @@ def create_key(
         _require_api(org, "Name the owner of the key with --user")
         client = connect()
         expires = None if lifetime is None else (datetime.now(UTC) + lifetime).isoformat(timespec="seconds")
-        scopes = scope or client.server.whoami()["scopes"]
-        fields = {"name": name, "scopes": scopes, "expiresAt": expires, "nodeTypes": node_type or None}
+        fields = {"name": name, "scopes": scope or None, "expiresAt": expires, "nodeTypes": node_type or None}
         typer.echo(client.request("POST", "/api/v1/auth/keys", fields=fields, is_keyed=True)["key"])
         return
     if node_type:
@@ -70,7 +70,7 @@ def create_key(
         raise CommandError(
             f"There is no scope {', '.join(unknown)}: choose from {', '.join(sorted(ALL_KEY_SCOPES))}"
         )
-    chosen = [KeyScope(one) for one in scope] if scope else ALL_KEY_SCOPES
+    chosen = [KeyScope(one) for one in scope] if scope else ALL_KEY_SCOPES - {KeyScope.TASKS_WORK}
     settings = local_settings.read_settings()
     typer.echo(asyncio.run(accounts.create_key(settings, org, user, name, chosen, lifetime)))
 

@@ -12,7 +12,7 @@ from sqlalchemy import select, update
 from sqlmodel import col
 
 from gateway.http import authentication, sessions
-from models.access import SCOPES_OF_ROLES, KeyScope, UserRole
+from models.access import DEFAULT_SCOPES, SCOPES_OF_ROLES, KeyScope, UserRole
 from models.audit import AuditEntry
 from models.browser_session import IDLE_LIFETIME, LIFETIME, BrowserSession
 from tests.integration.gateway_harness import GatewayHarness, OrganizationUsers, UserClient, assert_refused
@@ -264,15 +264,15 @@ async def test_a_key_has_the_scopes_that_its_role_allows(harness: GatewayHarness
     by_role = {role: await harness.person(organization, role) for role in UserRole}
     for role, user in by_role.items():
         assert await scopes_of(user) == SCOPES_OF_ROLES[role]
-    assert SCOPES_OF_ROLES[UserRole.VIEWER] == {"workflows:read", "datasources:read", "models:read"}
-    assert SCOPES_OF_ROLES[UserRole.MEMBER] == set(KeyScope) - {"users:write"}
+    assert DEFAULT_SCOPES[UserRole.VIEWER] == {"workflows:read", "datasources:read", "models:read"}
+    assert DEFAULT_SCOPES[UserRole.MEMBER] == set(KeyScope) - {"users:write", "tasks:work"}
     viewer, admin = by_role[UserRole.VIEWER], by_role[UserRole.ADMIN]
     assert (await viewer.api.get("/api/v1/workflows")).status_code == 200
     assert_refused(await viewer.api.post("/api/v1/workflows", json={"name": "No"}), 403, "scope-required")
     assert_refused(await viewer.api.post("/api/v1/auth/keys", json={"name": "No"}), 403, "scope-required")
 
     made = await admin.api.post("/api/v1/auth/keys", json={"name": "For them", "userId": viewer.user.id})
-    assert set(made.json()["scopes"]) == SCOPES_OF_ROLES[UserRole.VIEWER]
+    assert set(made.json()["scopes"]) == DEFAULT_SCOPES[UserRole.VIEWER]
     beyond = {"name": "For them", "userId": viewer.user.id, "scopes": ["workflows:write"]}
     assert_refused(await admin.api.post("/api/v1/auth/keys", json=beyond), 422, "validation-failed")
     invited = await admin.api.post("/api/v1/auth/users", json={"email": "v@example.com", "role": "viewer"})

@@ -1118,7 +1118,7 @@ async def test_workers_perform_the_tasks_of_a_pod(pods: DeployedPods) -> None:
     definition = json.dumps({**graph, "nodeTypes": {"acme/resize": {"1.2.0": document}}})
     await pods.start(anew=True).ready()
     key = await pods.accept(definition)
-    worker = WorkerDescription(organization.id, organization.shard, "w_1", "worker", "test/1", "", [], [])
+    worker = WorkerDescription(organization.id, organization.shard, "w_1", "worker", "test/1", "", "", [], [])
     hub = pods.gateway.state.task_hub
     for name in ("work", "again"):
         poll = TaskPoll(organization.id, "w_1", name, 1, {"acme/resize": "1.2.0"}, frozenset({"default"}))

@@ -23,14 +23,24 @@ from gateway.tasks.held_polls import HeldPoll
 from gateway.tasks.parked_polls import SERVED_TOGETHER, ParkedPoll, PollAnswer
 from gateway.tasks.poll_service import PollService
 from gateway.tasks.worker_presence import TaskWorkerPresence
+from journal.tasks import visible_tasks
 from journal.tasks.task_claims import TaskClaims
 from journal.tasks.task_polls import Claim, ClaimedTask, OrganizationNews, TaskPoll
 from journal.tasks.task_store import TaskStore
 from messages.local_broker import LocalBroker
+from models import access_store
+from models.access import hash_key
 from models.errors import DatabaseUnavailable
 from tests.command_runs import PATIENCE_SECONDS
 from tests.custom_types import custom_graph, custom_type
-from tests.integration.gateway_harness import GatewayHarness, OrganizationUsers, UserClient, assert_refused
+from tests.integration.gateway_harness import (
+    SECRET,
+    GatewayHarness,
+    OrganizationUsers,
+    UserClient,
+    assert_refused,
+)
+from tests.integration.query_plans import explain_statement
 from tests.integration.task_workers import TASKS, TaskWorkerClient
 from tests.integration.test_waiting_runs import (
     execute_workflow,
@@ -542,7 +552,7 @@ async def test_many_tasks_of_one_run_are_answered_together(people: OrganizationU
 
 async def test_a_key_performs_only_its_node_types(people: OrganizationUsers, harness: GatewayHarness) -> None:
     await add_type(people)
-    created = await people.owner.api.post(
+    created = await people.admin.api.post(
         "/api/v1/auth/keys",
         json={"name": "worker", "scopes": ["tasks:work"], "nodeTypes": ["acme/crop", "other/*"]},
     )
@@ -553,6 +563,104 @@ async def test_a_key_performs_only_its_node_types(people: OrganizationUsers, har
     worker.types = {"acme/crop": "1.0.0", "other/anything": "1.0.0"}
     assert await worker.claim(wait=0) == []
     assert_refused(await api.get(TASKS), 403, "scope-required")
+
+
+@pytest.mark.every_database
+async def test_a_worker_gets_tasks_of_runs_that_its_user_may_see(people: OrganizationUsers) -> None:
+    await add_type(people)
+    theirs = TaskWorkerClient(people.colleague.api)
+    waiting = asyncio.create_task(theirs.claim(limit=5))
+    workflow_id = await people.owner.create(**custom_graph())
+    hidden = await execute_workflow(people.owner, workflow_id)
+    await wait_for_tasks(people.owner, 1)
+    (shown,) = (await people.owner.api.get(TASKS)).json()["tasks"]
+    assert "users who may not see it" in (await show_task(people.owner, shown["id"]))["explanation"]
+    warnings = (await people.owner.api.post(f"/api/v1/workflows/{workflow_id}/validate")).json()["warnings"]
+    assert "users who may not see it" in str(warnings)
+    # The open poll of the other user takes nothing away from later ones.
+    (task,) = await TaskWorkerClient(people.owner.api).claim()
+    assert (task["executionId"], waiting.done()) == (hidden, False)
+    await people.owner.api.post(
+        f"/api/v1/workflows/{workflow_id}/share", json={"userId": people.colleague.user.id}
+    )
+    shared = await execute_workflow(people.owner, workflow_id)
+    (task,) = await waiting
+    assert task["executionId"] == shared
+
+    tested = await people.owner.api.post(
+        f"/api/v1/workflows/{workflow_id}/execute", json={"pinned": {"start": {"output": {"secret": True}}}}
+    )
+    assert tested.status_code == 201, tested.text
+    await wait_for_tasks(people.owner, 3)
+    assert await theirs.claim(wait=0) == [], "a private run of a shared workflow"
+    everything = TaskWorkerClient(people.admin.api)
+    assert [task["executionId"] for task in await everything.claim(limit=5)] == [tested.json()["executionId"]]
+    own = await execute_workflow(people.colleague, await people.colleague.create(**custom_graph()))
+    assert [task["executionId"] for task in await theirs.claim(limit=5)] == [own]
+
+
+async def test_one_user_reports_for_no_worker_of_another(
+    people: OrganizationUsers, harness: GatewayHarness
+) -> None:
+    await add_type(people)
+    execution_id = await start(people)
+    worker = TaskWorkerClient(people.owner.api)
+    body = worker.poll()
+    (task,) = await worker.claim(request_id=body["requestId"])
+    forged = TaskWorkerClient(people.admin.api)
+    assert await forged.complete(task) == "lost"
+    forged.id = worker.id
+    for path, sent in (
+        ("claim", {**body, "requestId": body["requestId"]}),
+        ("report", {"worker": worker.id, "claimed": "later", "held": [], "items": []}),
+        ("stop", {"worker": worker.id}),
+    ):
+        assert_refused(await forged.api.post(f"{TASKS}/{path}", json=sent), 409, "worker-id-taken")
+    headers = {"X-Task-Lease": task["lease"]}
+    assert_refused(
+        await forged.api.get(f"{TASKS}/{task['id']}/input", headers=headers), 409, "worker-id-taken"
+    )
+    put = await forged.api.put(f"{TASKS}/{task['id']}/output", headers=headers, json={})
+    assert_refused(put, 409, "worker-id-taken")
+    # Another key of the same user goes on under the id.
+    created = await people.admin.api.post(
+        "/api/v1/auth/keys",
+        json={"name": "next", "scopes": ["tasks:work"], "userId": people.owner.user.id},
+    )
+    follower = TaskWorkerClient(await harness.client(created.json()["key"]), id=worker.id)
+    assert await follower.claim(request_id=body["requestId"]) == [task]
+    assert_refused(await worker.api.post(f"{TASKS}/stop", json={"worker": worker.id}), 409, "worker-id-taken")
+    assert await follower.complete(task) == "ok"
+    assert (await wait_until_ended(people.owner, execution_id))["status"] == "completed"
+
+
+@pytest.mark.every_database
+async def test_a_claim_reads_no_tasks_of_others(harness: GatewayHarness, people: OrganizationUsers) -> None:
+    keys = await access_store.find_keys(
+        harness.gateway.database, [hash_key(people.owner.key, SECRET.encode())]
+    )
+    (found,) = keys.values()
+    values = {"queue": "acme/resize@1.2.0#default", "turn": 1, "workflow_ids": ["wf_1"], "limit": 5}
+    statement = visible_tasks._select_tasks(found.caller).params(values)  # noqa: SLF001 - the statement of claims
+    plan = await explain_statement(harness.gateway.database, statement)
+    assert "ix_task_ready" in plan, plan
+    assert "queue_turn" in plan, plan
+    assert "SCAN task" not in plan, plan
+
+
+@pytest.mark.parametrize("person", ["admin", "owner"])
+async def test_only_an_admin_gives_the_scope_of_workers(people: OrganizationUsers, person: str) -> None:
+    client: UserClient = getattr(people, person)
+    default = await client.api.post("/api/v1/auth/keys", json={"name": "default"})
+    assert "tasks:work" not in default.json()["scopes"]
+    given = await client.api.post("/api/v1/auth/keys", json={"name": "worker", "scopes": ["tasks:work"]})
+    assert given.status_code == (201 if person == "admin" else 403), given.text
+    few = {"name": "few", "scopes": ["keys:write", "users:write"][: 2 if person == "admin" else 1]}
+    key = (await client.api.post("/api/v1/auth/keys", json=few)).json()["key"]
+    beyond = await client.api.post(
+        "/api/v1/auth/keys", headers={"X-API-Key": key}, json={"name": "more", "scopes": ["tasks:work"]}
+    )
+    assert_refused(beyond, 403, "scope-required")
 
 
 # ── people ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -905,7 +1013,7 @@ async def test_the_end_of_a_key_ends_its_polls(
     has_heartbeats: bool,
 ) -> None:
     await add_type(people)
-    created = await people.owner.api.post(
+    created = await people.admin.api.post(
         "/api/v1/auth/keys", json={"name": "worker", "scopes": ["tasks:work"]}
     )
     assert created.status_code == 201, created.text
@@ -920,7 +1028,7 @@ async def test_the_end_of_a_key_ends_its_polls(
             await asyncio.sleep(0.02)
     if has_heartbeats:
         await heartbeats.wait(1)
-    revoked = await people.owner.api.delete(f"/api/v1/auth/keys/{created.json()['id']}")
+    revoked = await people.admin.api.delete(f"/api/v1/auth/keys/{created.json()['id']}")
     assert revoked.status_code == 204, revoked.text
     ended = await poll
     assert ended.json() == {"tasks": [], "cancel": [], "drain": False}

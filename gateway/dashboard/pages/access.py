@@ -20,6 +20,8 @@ KEYS_LIMIT: Final = 25
 """Keys of a page: the row of each has a column for every kind of scope, and its sessions below."""
 PATH: Final = "/dashboard/keys"
 UNUSED_DAYS: Final = 90
+TASKS_WORK: Final = "tasks:work"
+"""Scope that only admins give."""
 BROWSERS: Final = (
     *(("Edg/", "Edge"), ("OPR/", "Opera"), ("Firefox/", "Firefox"), ("FxiOS/", "Firefox")),
     *(("Chrome/", "Chrome"), ("CriOS/", "Chrome"), ("Safari/", "Safari")),
@@ -68,7 +70,9 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
     key_ids = {key["id"] for key in keys}
     listed = data["keys"] or {"count": 0, "offset": 0}
     behind = listed["offset"] + len(keys)
-    scopes = sorted(frame.visitor["scopes"]) if frame.visitor else []
+    scopes = set(frame.visitor["scopes"]) - {TASKS_WORK} if frame.visitor else set()
+    if frame.visitor and frame.visitor["role"] == "admin":
+        scopes.add(TASKS_WORK)
     return {
         "title": "Keys and users",
         "problem": PROBLEMS.get(frame.query.get("problem", ""), ""),
@@ -101,7 +105,9 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
             for one in (data["invitations"] or {}).get("invitations", ())
             if one["state"] in {"open", "expired"}
         ],
-        "scopes": [(kind, list(group)) for kind, group in groupby(scopes, lambda one: one.partition(":")[0])],
+        "scopes": [
+            (kind, list(group)) for kind, group in groupby(sorted(scopes), lambda one: one.partition(":")[0])
+        ],
         "proof": f"curl -sS -H 'X-API-Key: {{shown}}' '{frame.base_url}/api/v1/auth/whoami'",
     }
 
