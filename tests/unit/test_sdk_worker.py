@@ -608,7 +608,7 @@ def test_classes_inside_of_others_have_no_references() -> None:
 @pytest.mark.parametrize(
     ("type_name", "version", "options", "told"),
     [
-        ("resize", "1.0.0", {}, "two names"),
+        ("resize", "1.0.0", {}, "namespace of 2 to 39"),
         ("acme/resize", "1.0", {}, "three numbers"),
         ("acme/resize", "1.0.0", {"effect": "some"}, "effect must be"),
     ],
