@@ -8,6 +8,9 @@ from pathlib import Path
 from docs import settings_reference
 from docs.tables import ROOT, build_documents
 from doctor.findings import FIXES, DriftClass
+from engine.graph import MAX_LOOP_DEPTH
+from gateway.http import limits
+from nodes import catalog as node_catalog
 
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 _HEADING = re.compile(r"^#{1,6} (.+)$", re.MULTILINE)
@@ -41,6 +44,28 @@ def test_every_setting_has_a_subject() -> None:
 
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) < 100
+
+
+def test_the_readme_says_where_and_when_its_figures_were_measured() -> None:
+    table = (ROOT / "README.md").read_text().partition("| command |")[2].partition("\n\n")[0]
+    header, _, *rows = table.splitlines()
+    assert [cell.strip() for cell in header.strip("| ").split("|")][-2:] == ["machine", "date"]
+    assert rows
+    assert all(re.match(r"\| `.+", row) and re.search(r"\w \| \d{4}-\d\d-\d\d \|$", row) for row in rows)
+
+
+def test_the_limits_of_the_product_that_advise_against_it_are_those_of_the_code() -> None:
+    page = (ROOT / "docs/when-not-to-use.md").read_text()
+    assert f"{len(node_catalog.load_catalog().types())} general nodes" in page
+    assert f"{limits.NODES:,} nodes per graph" in page
+    assert MAX_LOOP_DEPTH == 4
+    assert "four levels of nested loops" in page
+
+
+def test_the_page_of_the_dashboard_names_the_controls_of_the_list_of_runs() -> None:
+    template = (ROOT / "gateway/dashboard/templates/run_list.html").read_text()
+    chips = template.partition('aria-label="Filter by ')[2].partition('"')[0]
+    assert f"buttons filter by {chips};" in (ROOT / "docs/dashboard.md").read_text()
 
 
 def test_the_version_is_the_same_everywhere() -> None:
