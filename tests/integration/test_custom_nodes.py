@@ -82,7 +82,7 @@ async def test_documents_are_checked(people: OrganizationUsers) -> None:
         assert answer.status_code == 422, answer.text
         return " ".join(one["message"] for one in answer.json()["error"]["details"])
 
-    assert "a namespace and a name" in await refused(type="resize")
+    assert "a namespace of 2 to 39 characters and a name" in await refused(type="resize")
     assert "reserved" in await refused(type="pilotflame/resize")
     assert "reserved" in await refused(type="acme/schema")
     assert "three numbers" in await refused(version="1.2")
