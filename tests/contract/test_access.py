@@ -22,6 +22,7 @@ from sqlmodel import SQLModel, col
 
 from gateway import routes
 from gateway.http.endpoint import AccessRule
+from gateway.ingest import hooks
 from gateway.workflows import shipped_templates
 from journal.blobs.blob_storage import BlobOwner
 from models import access_store
@@ -373,7 +374,7 @@ async def create_subscribed_workflow(cast: AccessCast, is_public: bool) -> str: 
 async def create_webhook(cast: AccessCast, is_public: bool) -> str:  # noqa: FBT001 - every `Make` has it
     """Create an active workflow with a webhook trigger for anonymous senders; return the token of its URL."""
     workflow_id = await create_workflow(cast, is_public)
-    config = {"verification": {"provider": "none"}}
+    config = {"verification": {"provider": "none"}, "methods": [*hooks.METHODS]}
     start = {"id": "start", "nodeId": "webhook", "label": "Start", "config": config}
     nodes = {"nodes": [start, *GRAPH["nodes"][1:]], "connections": [{**EDGE, "id": "step"}]}
     await cast.owner.api.put(WORKFLOW.format(id=workflow_id), json=nodes)
@@ -756,6 +757,7 @@ ROWS = [
         TEMPLATE_READERS,
         create_node_type,
         status=204,
+        query="?all=true",
     ),
     AccessRow("GET", "/api/v1/workflows", READ, OWN),
     AccessRow("GET", "/api/v1/workflows/stats", READ, OWN),
@@ -831,7 +833,11 @@ ROWS = [
     AccessRow("POST", "/api/v1/dead-letters/purge", EXECUTE, OWN, body={"filter": {}}),
     AccessRow("GET", "/api/v1/deliveries/{id}", READ, READERS, create_delivery),
     AccessRow("POST", "/api/v1/deliveries/{id}/redrive", EXECUTE, READERS, create_delivery, status=201),
-    AccessRow("POST", "/hooks/{id}", None, EVERYBODY, create_webhook, status=202),
+    *(
+        AccessRow(method, "/hooks/{id}", None, EVERYBODY, create_webhook, status=202)
+        for method in hooks.METHODS
+    ),
+    AccessRow("OPTIONS", "/hooks/{id}", None, EVERYBODY, create_webhook, status=204),
     AccessRow("GET", "/mail/{id}", None, EVERYBODY, create_mail_address),
     AccessRow("POST", "/mail/{id}", None, EVERYBODY, create_mail_address, {"subject": "Hello"}, 201),
     AccessRow("POST", f"{WORKFLOW}/enqueue", EXECUTE, READERS, create_queue_workflow, {"message": 1}, 201),

@@ -98,7 +98,9 @@ async def test_a_run_that_was_answered_while_it_worked_does_not_go_to_sleep(
 ) -> None:
     run = await run_database.accept_and_claim()
     await run_database.store.record([write(run, spans=[waiting_span()])])
-    assert await give(run_database, key_of(run)) == AnswerResult(AnswerReception.TAKEN)
+    answer = await give(run_database, key_of(run))
+    assert (answer.reception, answer.is_woken) == (AnswerReception.TAKEN, False)
+    assert answer.held is not None  # the worker of the run can be notified
     await go_to_sleep(run_database, run)
     assert (await run_database.row(run.execution_id))["status"] == "pending"
     (again,) = await run_database.claim()

@@ -70,7 +70,7 @@ def _run(script: str, environment: dict[str, str]) -> str:
 
 def _second_terminal(dev: dict[str, str]) -> str:
     """Return the commands of the quick start, for this server."""
-    (commands_shown,) = _code_blocks(_readme_section("Quick start"))[1:]
+    commands_shown = _code_blocks(_readme_section("Quick start"))[-1]
     return (
         f"export http_proxy=http://127.0.0.1:9\nexport PILOTFLAME_URL={dev['PRINTED_ADDRESS']}\n"
         + re.sub(r"sk-\.\.\..*", shlex.quote(dev["PRINTED_KEY"]), commands_shown)
