@@ -175,7 +175,7 @@ async function submit(form, button, merged) {
   const isByKey = "pressed" in (button?.dataset ?? {});
   if (isByKey) delete button.dataset.pressed;
   const question = isByKey ? button.dataset.asks : form.dataset.confirm;
-  const verb = isByKey ? "Answer" : (button ?? form.querySelector("[type=submit]")).textContent.replace("…", "");
+  const verb = isByKey ? "Answer" : (button ?? form.querySelector("[type=submit]"))?.textContent.replace("…", "");
   if (body === null || (question && !(await confirmed(question, verb, form.dataset.keeps || "Go back")))) return;
   const settled = async () => {
     const { settle } = await import("./merge.js");
