@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
+from tests import source_ledger
+
 ROOT = Path(__file__).parent.parent
 
 _PRONOUN = r"(?:what|whatever|who|whom|whoever|whomever|whose)"
@@ -256,19 +258,26 @@ def _strongly_connected(graph: Mapping[str, Collection[str]]) -> list[list[str]]
     return components
 
 
-def main() -> int:
-    """Print each complaint to standard error; return 1 if there is any."""
+def main(options: Collection[str]) -> int:
+    """Print each complaint to standard error; return 1 if there is any. With `--table`, print the ledger instead."""
     gc.disable()  # millions of nodes that all stay would be searched again and again, for most of the time
     sources = read_sources()
+    figures = source_ledger.measure(ROOT, sources)
+    if "--lower" in options:
+        source_ledger.lower_ceilings(figures)
+    if "--table" in options:
+        print(source_ledger.render_table(figures))  # noqa: T201 - its output is its product
+        return 0
     complaints = [*find_wordy_docstrings([*list_docstrings(sources)])]
     complaints += find_shared_type_names(sources)
     complaints += find_unused(sources, {path: (ROOT / path).read_text() for path in sources})
     complaints += find_whole_parameters(sources)
     complaints += [f"import cycle: {', '.join(cycle)}" for cycle in find_cycles(sources)]
+    complaints += source_ledger.find_growth(figures)
     if complaints:
         print(*complaints, sep="\n", file=sys.stderr)  # noqa: T201 - its output is its product
     return bool(complaints)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

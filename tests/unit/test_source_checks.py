@@ -1,8 +1,11 @@
 """Check of docstrings, names of types and import cycles."""
 
 import ast
+from pathlib import Path
 
-from tests import source_checks
+import pytest
+
+from tests import source_checks, source_ledger
 
 
 def parse(**files: str) -> dict[str, ast.Module]:
@@ -98,3 +101,60 @@ def test_only_handlers_may_take_a_whole_request_or_state() -> None:
         "takes GatewayRequest | None: request of insert in gateway.runs.rows, line 1",
         "takes GatewayRequest: request of Run in gateway.runs.shapes, line 1",
     ]
+
+
+def test_the_ledger_counts_code_docstrings_locals_and_structs(tmp_path: Path) -> None:
+    text = '''"""Module."""
+import msgspec
+from sqlmodel import select
+
+# A comment.
+class Row(msgspec.Struct):
+    """Row."""
+
+
+def _read(found):
+    """Return a row,
+
+    in a docstring of three lines."""
+    return Row()
+
+
+def read():
+    text = """a
+string"""
+    return _read(text)
+'''
+    (tmp_path / "sample.py").write_text(text)
+    figures = source_ledger.measure(
+        tmp_path, {"sample.py": ast.parse(text), "tests/a.py": ast.parse("one = 1")}
+    )
+    assert figures | {"folders": 2} == {
+        "folders": 2,
+        "files": 1,
+        "SLOC": 9,
+        "statements": 11,
+        "docstrings, % of lines": 25.0,
+        "private functions with a docstring, %": 100.0,
+        "private functions used once, % of functions": 50.0,
+        "functions with vague locals, %": 50.0,
+        "structs built in one place": 1,
+        "modules with SQL outside models and journal": 1,
+        "modules that name the table Execution": 0,
+        "uses of col": 0,
+        "uses of OrderedDict": 0,
+    }
+
+
+def test_a_figure_of_the_ledger_may_fall_but_not_rise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ceilings = tmp_path / "ceilings.toml"
+    ceilings.write_text('"files" = 10\n')
+    monkeypatch.setattr(source_ledger, "CEILINGS", ceilings)
+    assert list(source_ledger.find_growth({"files": 10})) == []
+    assert len(list(source_ledger.find_growth({"files": 11}))) == 1
+    assert len(list(source_ledger.find_growth({"files": 10, "SLOC": 1}))) == 1
+    source_ledger.lower_ceilings({"files": 9})
+    source_ledger.lower_ceilings({"files": 12})
+    assert source_ledger.read_ceilings() == {"files": 9}
