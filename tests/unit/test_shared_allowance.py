@@ -15,9 +15,12 @@ LIMIT = 12
 CLIENTS = [(organization, f"{organization}-{number}") for organization in "abcd" for number in range(3)]
 
 
-@given(st.lists(st.tuples(st.sampled_from(CLIENTS), st.booleans()), max_size=120))
-def test_clients_at_their_most_never_take_the_first_place_of_another(
-    steps: list[tuple[tuple[str, str], bool]],
+@given(
+    st.sampled_from(CLIENTS),
+    st.lists(st.tuples(st.sampled_from(CLIENTS), st.booleans()), min_size=10, max_size=120),
+)
+def test_a_client_at_its_most_never_takes_the_first_place_of_another(
+    greedy: tuple[str, str], steps: list[tuple[tuple[str, str], bool]]
 ) -> None:
     allowance = SharedAllowance(LIMIT, "full")
     places: dict[SharedPlace, None] = {}
@@ -32,6 +35,9 @@ def test_clients_at_their_most_never_take_the_first_place_of_another(
         places[place] = None
         held[client] += 1
 
+    for _ in range(LIMIT):
+        take(greedy)
+    assert held[greedy] == LIMIT, "a client alone takes all"
     for client, releases in steps:
         before = held.copy()
         if releases and held[client]:
