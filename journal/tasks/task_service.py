@@ -128,7 +128,7 @@ def find_service(
         return TaskService(len(seeing), last_seen, None)
     if serving:
         message = (
-            f"{len(serving)} present workers serve {type_name}, but their keys are of users who may not see it: give"
+            f"present workers of {type_name} ({len(serving)}) have keys of users who may not see it: give"
             " a worker a key of an admin with the scope tasks:work"
         )
         return TaskService(0, last_seen, message)
