@@ -106,11 +106,12 @@ Case = Callable[[RetryingClient, TaskLedger], Awaitable[None]]
 async def _dies_before_its_first_report(client: RetryingClient, ledger: TaskLedger) -> None:
     run, worker = await start(client)
     task = await worker.claim()
-    again = await FaultyWorker(client, worker.type_name).claim()
+    heir = FaultyWorker(client, worker.type_name)
+    again = await heir.claim()
     assert (again["id"], again["idempotencyKey"]) == (task["id"], task["idempotencyKey"])
     assert again["lease"] != task["lease"]
     ledger.write(again)
-    assert await FaultyWorker(client, worker.type_name).complete(again) == "ok"
+    assert await heir.complete(again) == "ok"
     await _ends(client, run, again)
 
 
